@@ -1,0 +1,53 @@
+# Everything a person or CI runs. Needs Python 3.11 or later and make; the rest is installed in .venv.
+PYTHON ?= python3
+WORKERS ?= 2
+BIN := .venv/bin
+
+# Workers share the cores: one thread each is faster than two fighting over one core.
+export OMP_NUM_THREADS ?= 1
+export MKL_NUM_THREADS ?= 1
+# Lightning and Hydra need no answer from outside.
+export WANDB_MODE ?= offline
+
+.PHONY: install demo test check types docs format constraints clean help
+.DEFAULT_GOAL := help
+
+help:  ## List the targets
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1\t\2/p' Makefile | expand -t 20
+
+install: .venv/.installed  ## Create .venv and install everything in it
+
+.venv/.installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt uv
+	$(BIN)/uv pip install --quiet --python $(BIN)/python -c constraints.txt -e '.[asr,deploy,dev]'
+	touch $@
+
+demo: .venv/.installed  ## Train on synthetic speech: float, on the chip, trained for the chip
+	$(BIN)/python -m recipes.demo
+
+test: .venv/.installed  ## Run the whole suite, doctests and the code blocks of the documentation
+	$(BIN)/python -m pytest -n $(WORKERS)
+
+check: .venv/.installed  ## Check format, lint, types and import rules
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/lint-imports --cache-dir .cache/import_linter
+	$(BIN)/mypy
+
+docs: .venv/.installed  ## Build the documentation in site/, with warnings as errors
+	$(BIN)/mkdocs build --strict --quiet
+
+format: .venv/.installed  ## Format the code and apply the linter's own repairs
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+constraints: .venv/.installed  ## Pin what pyproject.toml asks for anew, keeping versions that still fit
+	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --all-extras --no-annotate \
+		--no-emit-index-url --no-emit-find-links --custom-compile-command 'make constraints' \
+		--output-file constraints.txt pyproject.toml
+
+clean:  ## Remove .venv, caches and builds; keeps runs/
+	rm -rf .venv .cache .hypothesis .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
+	rm -rf build dist site *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
