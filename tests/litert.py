@@ -1,0 +1,266 @@
+"""Small LiteRT programs as an oracle: write a .tflite of a few operators and run it.
+
+The files are written through the flatbuffer schema that ai-edge-litert ships, and run on its
+*reference* kernels (``BUILTIN_REF``), the only ones whose arithmetic the emulator claims to equal.
+
+    x = TensorSpec((2, 3), "int8", scale=0.1, zero_point=-4)
+    weight = TensorSpec.constant(np.ones((5, 3), np.int8), scale=0.02)
+    y = TensorSpec((2, 5), "int8", scale=0.3)
+    (outputs,) = run_model(fully_connected_model(x, weight, None, y), [inputs])
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import flatbuffers
+import numpy as np
+from ai_edge_litert import schema_py_generated as schema
+from ai_edge_litert.interpreter import Interpreter, OpResolverType
+
+DTYPES = {
+    "float32": schema.TensorType.FLOAT32,
+    "int8": schema.TensorType.INT8,
+    "int16": schema.TensorType.INT16,
+    "int32": schema.TensorType.INT32,
+    "int64": schema.TensorType.INT64,
+}
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One tensor of a program: real value = scale (stored value - zero point).
+
+    ``scale`` is one number, or one for each index of ``quantized_dimension`` (then every zero
+    point is ``zero_point``), or 0 for a tensor that is not quantised. A tensor with ``data`` is
+    a constant; one with ``is_variable`` keeps its value from call to call.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+    scale: float | np.ndarray = 0.0
+    zero_point: int = 0
+    data: np.ndarray | None = None
+    quantized_dimension: int = 0
+    is_variable: bool = False
+
+    @classmethod
+    def constant(cls, data: np.ndarray, scale: float | np.ndarray = 0.0) -> TensorSpec:
+        """Return the symmetric constant that holds ``data``, scaled along its first axis."""
+        return cls(data.shape, str(data.dtype), scale, data=data)
+
+    @property
+    def scales(self) -> np.ndarray:
+        """The scales as float32, the precision in which a file holds them."""
+        return np.atleast_1d(np.asarray(self.scale, np.float32))
+
+
+@dataclass(frozen=True)
+class OperatorSpec:
+    """One operator: its name in the schema, and the names of its tensors ("" for an absent one)."""
+
+    name: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    options: Any = None
+    intermediates: tuple[str, ...] = ()
+
+
+def build_model(
+    tensors: Mapping[str, TensorSpec],
+    operators: Sequence[OperatorSpec],
+    inputs: Sequence[str],
+    outputs: Sequence[str],
+) -> bytes:
+    """Return the .tflite file of one graph."""
+    index = {name: position for position, name in enumerate(tensors)} | {"": -1}
+    codes = list(dict.fromkeys(operator.name for operator in operators))
+    buffers = [schema.BufferT()]
+    graph = schema.SubGraphT(
+        tensors=[_tensor(name, spec, buffers) for name, spec in tensors.items()],
+        inputs=[index[name] for name in inputs],
+        outputs=[index[name] for name in outputs],
+        operators=[_operator(operator, index, codes) for operator in operators],
+        name="main",
+    )
+    model = schema.ModelT(
+        version=3,
+        operatorCodes=[_operator_code(name) for name in codes],
+        subgraphs=[graph],
+        buffers=buffers,
+    )
+    builder = flatbuffers.Builder(1024)
+    builder.Finish(model.Pack(builder), b"TFL3")
+    return bytes(builder.Output())
+
+
+def run_model(model: bytes, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """Run a program once, from its initial state, on LiteRT's reference kernels."""
+    return run_calls(model, [inputs])[-1]
+
+
+def run_calls(model: bytes, calls: Sequence[Sequence[np.ndarray]]) -> list[list[np.ndarray]]:
+    """Run a program once for each element of ``calls``; variables live on from call to call."""
+    interpreter = Interpreter(
+        model_content=model,
+        experimental_op_resolver_type=OpResolverType.BUILTIN_REF,
+        num_threads=1,
+    )
+    interpreter.allocate_tensors()
+    results = []
+    for inputs in calls:
+        for detail, value in zip(interpreter.get_input_details(), inputs, strict=True):
+            interpreter.set_tensor(detail["index"], value)
+        interpreter.invoke()
+        details = interpreter.get_output_details()
+        results.append([interpreter.get_tensor(detail["index"]) for detail in details])
+    return results
+
+
+def fully_connected_model(
+    x: TensorSpec, weight: TensorSpec, bias: TensorSpec | None, y: TensorSpec, *, relu: bool = False
+) -> bytes:
+    """Return y = x weight^T + bias; ``weight`` is (out, in), ``bias`` int32 of scale x * weight."""
+    tensors = {"x": x, "weight": weight, "y": y} | ({} if bias is None else {"bias": bias})
+    options = schema.FullyConnectedOptionsT(
+        fusedActivationFunction=_activation(relu), keepNumDims=len(x.shape) > 2
+    )
+    operator = OperatorSpec(
+        "FULLY_CONNECTED", ("x", "weight", "" if bias is None else "bias"), ("y",), options
+    )
+    return build_model(tensors, [operator], ["x"], ["y"])
+
+
+def binary_model(
+    name: str, a: TensorSpec, b: TensorSpec, y: TensorSpec, *, relu: bool = False
+) -> bytes:
+    """Return y = a op b for ``name`` ADD, SUB or MUL; shapes broadcast."""
+    options = {"ADD": schema.AddOptionsT, "SUB": schema.SubOptionsT, "MUL": schema.MulOptionsT}
+    operator = OperatorSpec(
+        name, ("a", "b"), ("y",), options[name](fusedActivationFunction=_activation(relu))
+    )
+    return build_model({"a": a, "b": b, "y": y}, [operator], ["a", "b"], ["y"])
+
+
+def unary_model(name: str, x: TensorSpec, y: TensorSpec) -> bytes:
+    """Return y = op(x) for ``name`` LOGISTIC, TANH, RELU, QUANTIZE or DEQUANTIZE."""
+    options = {"QUANTIZE": schema.QuantizeOptionsT, "DEQUANTIZE": schema.DequantizeOptionsT}
+    operator = OperatorSpec(name, ("x",), ("y",), options.get(name, lambda: None)())
+    return build_model({"x": x, "y": y}, [operator], ["x"], ["y"])
+
+
+def concatenation_model(parts: Sequence[TensorSpec], y: TensorSpec, *, axis: int) -> bytes:
+    """Return the concatenation of ``parts``; all of them have the quantisation of ``y``."""
+    names = tuple(f"x{position}" for position in range(len(parts)))
+    operator = OperatorSpec("CONCATENATION", names, ("y",), schema.ConcatenationOptionsT(axis=axis))
+    tensors = dict(zip(names, parts, strict=True)) | {"y": y}
+    return build_model(tensors, [operator], names, ["y"])
+
+
+def gather_model(table: TensorSpec, indices: TensorSpec, y: TensorSpec) -> bytes:
+    """Return the rows of the constant ``table`` at the int32 ``indices``."""
+    operator = OperatorSpec("GATHER", ("table", "indices"), ("y",), schema.GatherOptionsT(axis=0))
+    tensors = {"table": table, "indices": indices, "y": y}
+    return build_model(tensors, [operator], ["indices"], ["y"])
+
+
+def embedding_lookup_model(table: TensorSpec, indices: TensorSpec, y: TensorSpec) -> bytes:
+    """Return the rows of ``table`` by EMBEDDING_LOOKUP; ``indices`` have one axis."""
+    operator = OperatorSpec("EMBEDDING_LOOKUP", ("indices", "table"), ("y",))
+    tensors = {"table": table, "indices": indices, "y": y}
+    return build_model(tensors, [operator], ["indices"], ["y"])
+
+
+def lstm_model(
+    x: TensorSpec,
+    input_weights: Sequence[TensorSpec],
+    recurrent_weights: Sequence[TensorSpec],
+    biases: Sequence[TensorSpec],
+    hidden: TensorSpec,
+    cell: TensorSpec,
+    *,
+    cell_clip: float = 0.0,
+) -> bytes:
+    """Return the fused 8x8_16 LSTM over ``x``, (batch, time, input).
+
+    The four gates come in the order input, forget, cell, output, which is PyTorch's. Weights are
+    int8 with one scale a tensor (the kernel zeroes the gate otherwise), biases int32 of scale
+    x * input weight. ``hidden`` (int8) and ``cell`` (int16, zero point 0, scale a power of two
+    from 2^-15 to 2^-9) are (batch, units). The output has the quantisation of ``hidden``; the
+    state is kept from call to call.
+    """
+    gates = ("input", "forget", "cell", "output")
+    inputs = [""] * 24
+    tensors = {"x": x}
+    inputs[0] = "x"
+    for first, kind, specs in ((1, "w", input_weights), (5, "r", recurrent_weights)):
+        names = [f"{kind}_{gate}" for gate in gates]
+        inputs[first : first + 4] = names
+        tensors |= zip(names, specs, strict=True)
+    inputs[12:16] = [f"b_{gate}" for gate in gates]
+    tensors |= zip(inputs[12:16], biases, strict=True)
+    inputs[18:20] = ["hidden", "cell"]
+    tensors["hidden"] = replace(hidden, is_variable=True)
+    tensors["cell"] = replace(cell, is_variable=True)
+    tensors["y"] = replace(hidden, shape=(*x.shape[:2], hidden.shape[1]))
+    # Five are demanded; the kernel reads the last alone: the scale in which it writes the state.
+    intermediates = [f"intermediate_{position}" for position in range(5)]
+    tensors |= {name: TensorSpec((), "int16", 2.0**-12) for name in intermediates[:4]}
+    tensors[intermediates[4]] = replace(hidden, shape=())
+    options = schema.UnidirectionalSequenceLSTMOptionsT(
+        fusedActivationFunction=schema.ActivationFunctionType.TANH, cellClip=cell_clip
+    )
+    operator = OperatorSpec(
+        "UNIDIRECTIONAL_SEQUENCE_LSTM", tuple(inputs), ("y",), options, tuple(intermediates)
+    )
+    return build_model(tensors, [operator], ["x"], ["y"])
+
+
+def _activation(relu: bool) -> int:
+    kinds = schema.ActivationFunctionType
+    return int(kinds.RELU if relu else kinds.NONE)
+
+
+def _tensor(name: str, spec: TensorSpec, buffers: list[Any]) -> Any:
+    """Return the tensor's table; a constant's data is appended to ``buffers``."""
+    position = 0
+    if spec.data is not None:
+        position = len(buffers)
+        contents = np.ascontiguousarray(spec.data).reshape(-1).view(np.uint8)
+        buffers.append(schema.BufferT(data=contents))
+    quantization = None
+    if spec.scales.any():
+        quantization = schema.QuantizationParametersT(
+            scale=spec.scales.tolist(),
+            zeroPoint=[spec.zero_point] * len(spec.scales),
+            quantizedDimension=spec.quantized_dimension,
+        )
+    return schema.TensorT(
+        shape=list(spec.shape),
+        type=DTYPES[spec.dtype],
+        buffer=position,
+        name=name,
+        quantization=quantization,
+        isVariable=spec.is_variable,
+        hasRank=True,
+    )
+
+
+def _operator(spec: OperatorSpec, index: Mapping[str, int], codes: Sequence[str]) -> Any:
+    kind = type(spec.options).__name__.removesuffix("T")
+    return schema.OperatorT(
+        opcodeIndex=codes.index(spec.name),
+        inputs=[index[name] for name in spec.inputs],
+        outputs=[index[name] for name in spec.outputs],
+        builtinOptionsType=getattr(schema.BuiltinOptions, kind if spec.options else "NONE"),
+        builtinOptions=spec.options,
+        intermediates=[index[name] for name in spec.intermediates],
+    )
+
+
+def _operator_code(name: str) -> Any:
+    code = getattr(schema.BuiltinOperator, name)
+    # Codes up to 127 stand in the field of older files too, which LiteRT still reads.
+    return schema.OperatorCodeT(builtinCode=code, deprecatedBuiltinCode=min(code, 127), version=1)
