@@ -1,0 +1,1 @@
+"""Streaming speech recognition with the RNN transducer: data, model, decoding, scoring."""

@@ -1,0 +1,241 @@
+"""The data of a speech recogniser, as Lightning wants it.
+
+`SpeechDataModule` turns a corpus into batches: manifests, vocabulary, cached features at several
+speeds, SpecAugment, buckets of similar duration. `digits`, `an4` and `librispeech` make it for one
+corpus each; they are the targets of the files in ``conf/data``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from lhotse import CutSet, MonoCut
+
+from recipes.asr.batches import Batch, BatchLoader, BatchPlan, Item, seed_of
+from recipes.asr.corpora import AN4, BadFiles, Corpus, LibriSpeech, Splits
+from recipes.asr.features import FeatureStore, LogMel, Normalisation, SpecAugment
+from recipes.asr.vocabulary import UnitKind, Vocabulary
+
+__all__ = ["Batch", "SpeechDataModule", "an4", "librispeech"]
+
+
+class SpeechDataModule(pl.LightningDataModule):
+    """Batches of speech for training, validation and test.
+
+    Everything a batch holds follows from the settings, the epoch and its place in the epoch, so a
+    run that was resumed sees what the uninterrupted one would have seen. A checkpoint carries the
+    vocabulary and the normalisation: they are the model's, also on another corpus.
+
+    Args:
+        corpus: Where utterances come from.
+        units: What the model writes, characters or whole words.
+        alphabet: The characters that are allowed; none: those of the training transcripts.
+        num_mels: Number of mel bands.
+        sample_rate_hz: Sample rate that all recordings must have.
+        speeds: Each training utterance is heard once per epoch at each of these speeds.
+        tail_padding_ms: Silence after each utterance; a streaming model needs time to finish.
+        spec_augment: Masks for the training features, or none.
+        batch_seconds: Upper bound of the audio in a batch, in seconds, padding included.
+        num_buckets: Number of groups by duration.
+        seed: Seed of the order and of the masks.
+        cache_dir: Folder of features, and of corpora that are made rather than read.
+        max_bad_share: Largest share of unusable files that is only warned of.
+        num_workers: Processes that assemble batches ahead.
+
+    Attributes:
+        vocabulary: The labels; after ``setup``.
+        normalisation: Of the training features; after ``setup``.
+        num_mels: Width of the features.
+    """
+
+    vocabulary: Vocabulary
+    normalisation: Normalisation
+
+    def __init__(
+        self,
+        *,
+        corpus: Corpus,
+        units: UnitKind = "character",
+        alphabet: str | None = None,
+        num_mels: int = 80,
+        sample_rate_hz: int = 16000,
+        speeds: Sequence[float] = (1.0,),
+        tail_padding_ms: float = 0.0,
+        spec_augment: SpecAugment | None = None,
+        batch_seconds: float = 200.0,
+        num_buckets: int = 10,
+        seed: int = 0,
+        cache_dir: str | Path = ".cache/lightning-nna",
+        max_bad_share: float = 0.01,
+        num_workers: int = 0,
+    ) -> None:
+        super().__init__()
+        if not speeds:
+            raise ValueError("data.speeds is empty; [1.0] leaves the speed as it is")
+        if alphabet is not None and units != "character":
+            raise ValueError(f"data.alphabet goes with units=character, not with units={units}")
+        self.corpus, self.units, self.alphabet = corpus, units, alphabet
+        self.num_mels = num_mels
+        self.log_mel = LogMel(num_mels=num_mels, sample_rate_hz=sample_rate_hz)
+        self.speeds = tuple(float(speed) for speed in speeds)
+        self.tail_padding_ms = tail_padding_ms
+        self.spec_augment = spec_augment
+        self.batch_seconds, self.num_buckets, self.seed = batch_seconds, num_buckets, seed
+        self.cache_dir = Path(cache_dir)
+        self.max_bad_share, self.num_workers = max_bad_share, num_workers
+        self._parts: dict[str, _Part] = {}
+
+    def prepare_data(self) -> None:
+        """Make what is missing in the cache: once per machine, before ``setup``."""
+        self._load()
+
+    def setup(self, stage: str | None = None) -> None:
+        """Open manifests and features of all three parts, and make the vocabulary.
+
+        Raises:
+            CorpusError: If the corpus is missing, or too much of it cannot be used.
+        """
+        if not self._parts:
+            self._parts, self.vocabulary = self._load()
+            self.normalisation = self._parts["train"].store.normalisation
+
+    def train_dataloader(self) -> BatchLoader:
+        """Shuffled, masked batches; every utterance at every speed."""
+        return self._loader("train", shuffle=True)
+
+    def val_dataloader(self) -> BatchLoader:
+        """Unchanged utterances of the validation part, always in the same batches."""
+        return self._loader("validation", shuffle=False)
+
+    def test_dataloader(self) -> BatchLoader:
+        """Unchanged utterances of the test part, always in the same batches."""
+        return self._loader("test", shuffle=False)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Vocabulary and normalisation."""
+        return {
+            "vocabulary": self.vocabulary.to_dict(),
+            "normalisation": self.normalisation.to_dict(),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Use the vocabulary and the normalisation that a model was trained with."""
+        self.vocabulary = Vocabulary.from_dict(state_dict["vocabulary"])
+        self.normalisation = Normalisation.from_dict(state_dict["normalisation"])
+
+    def _load(self) -> tuple[dict[str, _Part], Vocabulary]:
+        splits = self.corpus.load(
+            cache_dir=self.cache_dir,
+            sample_rate_hz=self.log_mel.sample_rate_hz,
+            max_bad_share=self.max_bad_share,
+        )
+        vocabulary = self._make_vocabulary(splits)
+        return {
+            name: self._make_part(name, cuts, vocabulary) for name, cuts in splits._asdict().items()
+        }, vocabulary
+
+    def _make_vocabulary(self, splits: Splits) -> Vocabulary:
+        if self.alphabet is not None:
+            return Vocabulary(tuple(sorted(set(self.alphabet))), self.units)
+        return Vocabulary.from_texts((_text(cut) for cut in splits.train), self.units)
+
+    def _make_part(self, name: str, cuts: CutSet, vocabulary: Vocabulary) -> _Part:
+        name = f"{type(self.corpus).__name__} {name}"
+        store = FeatureStore.build(
+            _encodable(cuts, vocabulary, BadFiles(of=name, max_share=self.max_bad_share)),
+            log_mel=self.log_mel,
+            cache_dir=self.cache_dir,
+            speeds=self.speeds if name.endswith("train") else (1.0,),
+            tail_padding_ms=self.tail_padding_ms,
+            max_bad_share=self.max_bad_share,
+            name=name,
+        )
+        return _Part(store, {cut.id: cut for cut in cuts})
+
+    def _loader(self, name: str, *, shuffle: bool) -> BatchLoader:
+        if name not in self._parts:
+            raise RuntimeError("SpeechDataModule.setup() has to run before its data loaders")
+        part = self._parts[name]
+        plan = BatchPlan(
+            part.examples(),
+            batch_seconds=self.batch_seconds,
+            num_buckets=self.num_buckets,
+            shuffle=shuffle,
+            seed=self.seed,
+            rank=self.trainer.global_rank if self.trainer else 0,
+            world_size=self.trainer.world_size if self.trainer else 1,
+        )
+        augment = self.spec_augment if shuffle else None
+        item = partial(self._item, part, augment)
+        return BatchLoader(plan, item, num_workers=self.num_workers)
+
+    def _item(self, part: _Part, augment: SpecAugment | None, position: int, epoch: int) -> Item:
+        example = part.store.examples[position]
+        features = self.normalisation(part.store[position])
+        if augment is not None:
+            seed = seed_of(self.seed, epoch, example.utterance, example.speed)
+            features = augment(features, seed=seed)
+        text = part.texts[example.utterance]
+        return Item(features, self.vocabulary.encode(text), example.utterance, text)
+
+
+class _Part:
+    """One part of a corpus: its features and its manifest."""
+
+    def __init__(self, store: FeatureStore, cuts: dict[str, MonoCut]) -> None:
+        self.store, self.cuts = store, cuts
+        self.texts = {utterance: _text(cut) for utterance, cut in cuts.items()}
+
+    def examples(self) -> list[MonoCut]:
+        """One cut per example of the store, as long as it is at its speed."""
+        return [
+            cut if example.speed == 1.0 else cut.perturb_speed(example.speed)
+            for example in self.store.examples
+            for cut in [self.cuts[example.utterance]]
+        ]
+
+
+def an4(
+    *,
+    root: str | Path,
+    validation_share: float = 0.05,
+    split_seed: int = 0,
+    **settings: Any,
+) -> SpeechDataModule:
+    """CMU AN4; see `recipes.asr.corpora.AN4` and `SpeechDataModule` for the settings."""
+    corpus = AN4(root=root, validation_share=validation_share, split_seed=split_seed)
+    return SpeechDataModule(corpus=corpus, **settings)
+
+
+def librispeech(
+    *,
+    root: str | Path,
+    train: str | Sequence[str] = "train-clean-100",
+    validation: str | Sequence[str] = "dev-clean",
+    test: str | Sequence[str] = "test-clean",
+    **settings: Any,
+) -> SpeechDataModule:
+    """LibriSpeech; see `recipes.asr.corpora.LibriSpeech` and `SpeechDataModule`."""
+    corpus = LibriSpeech(root=root, train=train, validation=validation, test=test)
+    return SpeechDataModule(corpus=corpus, **settings)
+
+
+def _text(cut: MonoCut) -> str:
+    return str(cut.supervisions[0].text)
+
+
+def _encodable(cuts: CutSet, vocabulary: Vocabulary, bad: BadFiles) -> CutSet:
+    """The cuts whose transcript the vocabulary can write."""
+    kept = []
+    for cut in cuts:
+        if unknown := vocabulary.unknown(_text(cut)):
+            source = str(cut.recording.sources[0].source)
+            bad.add(source, f"has {vocabulary.kind}s outside the vocabulary: {unknown}")
+        else:
+            kept.append(cut)
+    bad.settle(len(cuts))
+    return CutSet.from_cuts(kept)

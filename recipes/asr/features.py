@@ -1,0 +1,359 @@
+r"""Log-mel features: computed once, kept on disk, masked on the way to the model.
+
+A frame is :math:`x_m = \ln \max(\sum_k M_{mk} |X_k|^2, \epsilon)` with :math:`X` the spectrum of
+25 ms of audio and :math:`M` a bank of triangular mel filters. Frames follow each other by 10 ms
+and never look ahead of their own window, as a device that listens cannot.
+
+`FeatureStore` holds the frames of every utterance at every speed as one float16 memory map, so
+that reading an epoch costs almost nothing. Normalisation and `SpecAugment` happen on reading.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from fractions import Fraction
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torchaudio
+from jaxtyping import Float
+from lhotse import CutSet
+from torch import Tensor
+from tqdm import tqdm
+
+from recipes.asr.atomic import folder_made_whole
+from recipes.asr.corpora import BadFiles, CorpusError, read_audio
+
+# About the power that the rounding to 16-bit samples leaves in a mel band: what is below it is
+# not in the recording, and digital silence gets a value near that of a quiet room.
+POWER_FLOOR = 1e-8
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogMel:
+    """Logarithms of mel-band powers.
+
+    Args:
+        num_mels: Number of mel bands from 20 Hz to half the sample rate.
+        sample_rate_hz: Sample rate of the audio.
+        window_ms: Length of the Hann window.
+        hop_ms: Distance between frames.
+
+    Example:
+        >>> LogMel(num_mels=40)(torch.zeros(16000)).shape
+        torch.Size([97, 40])
+    """
+
+    num_mels: int = 80
+    sample_rate_hz: int = 16000
+    window_ms: float = 25.0
+    hop_ms: float = 10.0
+
+    @property
+    def window(self) -> int:
+        """Window length in samples."""
+        return round(self.window_ms * self.sample_rate_hz / 1000)
+
+    @property
+    def hop(self) -> int:
+        """Distance between frames in samples."""
+        return round(self.hop_ms * self.sample_rate_hz / 1000)
+
+    @property
+    def fft_size(self) -> int:
+        """Samples per spectrum: the next power of two, the window in its middle."""
+        return int(2 ** np.ceil(np.log2(self.window)))
+
+    def __call__(self, samples: Float[Tensor, " samples"]) -> Float[Tensor, "frames mels"]:
+        """Features of one recording.
+
+        Args:
+            samples: Audio in [-1, 1], at least ``fft_size`` samples.
+
+        Returns:
+            ``1 + (samples - fft_size) // hop`` frames, natural logarithms.
+
+        Raises:
+            ValueError: If there are fewer samples than one spectrum needs.
+        """
+        if samples.numel() < self.fft_size:
+            raise ValueError(
+                f"{samples.numel()} samples are less than one spectrum of {self.fft_size}"
+            )
+        return self._spectrogram(samples).clamp(min=POWER_FLOOR).log().T.contiguous()
+
+    @cached_property
+    def _spectrogram(self) -> torch.nn.Module:
+        return torchaudio.transforms.MelSpectrogram(
+            sample_rate=self.sample_rate_hz,
+            n_fft=self.fft_size,
+            win_length=self.window,
+            hop_length=self.hop,
+            f_min=20.0,
+            n_mels=self.num_mels,
+            center=False,
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Normalisation:
+    """Shift and scale that give each mel band zero mean and unit variance.
+
+    Args:
+        mean: Per band, over all frames of the training part.
+        deviation: Standard deviation, likewise.
+    """
+
+    mean: Float[Tensor, " mels"]
+    deviation: Float[Tensor, " mels"]
+
+    def __call__(self, features: Float[Tensor, "frames mels"]) -> Float[Tensor, "frames mels"]:
+        """Normalised features."""
+        return (features - self.mean) / self.deviation
+
+    def to_dict(self) -> dict[str, list[float]]:
+        """A plain dictionary for checkpoints."""
+        return {"mean": self.mean.tolist(), "deviation": self.deviation.tolist()}
+
+    @classmethod
+    def from_dict(cls, state: dict[str, Sequence[float]]) -> Normalisation:
+        """The normalisation that `to_dict` described."""
+        return cls(torch.tensor(state["mean"]), torch.tensor(state["deviation"]))
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpecAugment:
+    """Blank out random bands and stretches of time; the mean, 0, takes their place.
+
+    Args:
+        frequency_masks: How many bands.
+        frequency_width: Upper bound of a band's width in mels.
+        time_masks: How many stretches.
+        time_width: Upper bound of a stretch's length in frames.
+        time_share: Upper bound of a stretch's length as a share of the utterance, in (0, 1).
+
+    Example:
+        >>> augment = SpecAugment(frequency_masks=1, frequency_width=8, time_masks=0)
+        >>> masked = augment(torch.ones(5, 40), seed=1)
+        >>> int((masked[0] == 0).sum()) <= 8
+        True
+
+    Reference:
+        Park et al., "SpecAugment", Interspeech 2019. Time warping is left out.
+    """
+
+    frequency_masks: int = 2
+    frequency_width: int = 15
+    time_masks: int = 2
+    time_width: int = 40
+    time_share: float = 0.2
+
+    def __call__(
+        self, features: Float[Tensor, "frames mels"], *, seed: int
+    ) -> Float[Tensor, "frames mels"]:
+        """Masked features; the masks depend on ``seed`` and the shape alone."""
+        spectrogram = features.T.unsqueeze(0)
+        # torchaudio draws from torch's global generator, whose state is the training's own.
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
+            for _ in range(self.frequency_masks):
+                spectrogram = self._mask_frequency(spectrogram)
+            for _ in range(self.time_masks):
+                spectrogram = self._mask_time(spectrogram)
+        return spectrogram.squeeze(0).T
+
+    @cached_property
+    def _mask_frequency(self) -> torch.nn.Module:
+        return torchaudio.transforms.FrequencyMasking(self.frequency_width)
+
+    @cached_property
+    def _mask_time(self) -> torch.nn.Module:
+        return torchaudio.transforms.TimeMasking(self.time_width, p=self.time_share)
+
+
+class Example(NamedTuple):
+    """One utterance at one speed, and where its frames lie in the store."""
+
+    utterance: str
+    speed: float
+    offset: int
+    frames: int
+
+
+class FeatureStore:
+    """The features of many utterances at several speeds, read from disk.
+
+    Args:
+        folder: What `FeatureStore.build` made.
+
+    Attributes:
+        examples: All (utterance, speed) pairs, utterance by utterance.
+        normalisation: Mean and deviation over all frames of this store.
+        reasons: Files that could not be used, and why.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        index = json.loads((folder / "index.json").read_text())
+        self.examples = [Example(*fields) for fields in index["examples"]]
+        self.normalisation = Normalisation.from_dict(index["normalisation"])
+        self.reasons: dict[str, str] = index["reasons"]
+        self._frames = np.memmap(folder / "frames.f16", dtype=np.float16, mode="r").reshape(
+            -1, index["num_mels"]
+        )
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, position: int) -> Float[Tensor, "frames mels"]:
+        """Features of example ``position`` in float32, not normalised."""
+        example = self.examples[position]
+        stored = self._frames[example.offset : example.offset + example.frames]
+        return torch.from_numpy(stored.astype(np.float32))
+
+    @classmethod
+    def build(
+        cls,
+        cuts: CutSet,
+        *,
+        log_mel: LogMel,
+        cache_dir: Path,
+        speeds: Sequence[float] = (1.0,),
+        tail_padding_ms: float = 0.0,
+        max_bad_share: float = 0.0,
+        name: str = "corpus",
+    ) -> FeatureStore:
+        """Open the store of these cuts and settings; make it first if it does not exist.
+
+        Args:
+            cuts: Utterances; each cut spans its whole recording.
+            log_mel: The features.
+            cache_dir: Folder under which stores are kept, by a hash of all that went in.
+            speeds: Factors of the speed of speech; 1.1 is ten percent faster and higher.
+            tail_padding_ms: Digital silence to append, which gives a streaming model time.
+            max_bad_share: Largest share of undecodable files that is only warned of.
+            name: What the progress bar and the messages call the cuts.
+
+        Raises:
+            CorpusError: If there are no cuts, or if too many files are undecodable or shorter
+                than one spectrum.
+            OSError: If the disk has no room for the store.
+        """
+        paths = _audio_paths(cuts)
+        if not paths:
+            raise CorpusError(f"{name} holds no utterances")
+        padding = round(tail_padding_ms * log_mel.sample_rate_hz / 1000)
+        settings = {"log_mel": asdict(log_mel), "speeds": list(speeds), "padding": padding}
+        folder = cache_dir / "features" / _hash(settings, paths)
+        bad = BadFiles(of=name, max_share=max_bad_share)
+        if not folder.is_dir():
+            _check_room(cuts, log_mel, speeds, cache_dir)
+            with folder_made_whole(folder) as temporary:
+                writer = _Writer(temporary, log_mel, speeds, padding)
+                writer.write(
+                    tqdm(paths.items(), desc=f"features of {name}", delay=2, mininterval=1), bad
+                )
+                bad.settle(len(paths))
+        store = cls(folder)
+        # A store that was there already has to complain as the one that was just made did.
+        if not bad.reasons:
+            bad.reasons = store.reasons
+            bad.settle(len(paths))
+        return store
+
+
+class _Writer:
+    """Computes features utterance by utterance and keeps the tally of their moments."""
+
+    def __init__(
+        self, folder: Path, log_mel: LogMel, speeds: Sequence[float], padding: int
+    ) -> None:
+        self.folder, self.log_mel, self.padding = folder, log_mel, padding
+        self.resamplers = {float(speed): _resampler(speed) for speed in speeds}
+        self.examples: list[Example] = []
+        self.num_frames = 0
+        self.sums = np.zeros((2, log_mel.num_mels))
+
+    def write(self, paths: Iterable[tuple[str, str]], bad: BadFiles) -> None:
+        with (self.folder / "frames.f16").open("wb") as file:
+            for utterance, path in paths:
+                try:
+                    rows = self.features(path)
+                except CorpusError as error:
+                    bad.add(path, str(error).removeprefix(path).strip())
+                    continue
+                for speed, row in zip(self.resamplers, rows, strict=True):
+                    self.append(Example(utterance, speed, self.num_frames, len(row)), row)
+                    file.write(row.tobytes())
+        index = {
+            "num_mels": self.log_mel.num_mels,
+            "examples": self.examples,
+            "normalisation": self.normalisation().to_dict(),
+            "reasons": bad.reasons,
+        }
+        (self.folder / "index.json").write_text(json.dumps(index))
+
+    def features(self, path: str) -> list[np.ndarray]:
+        samples = torch.from_numpy(read_audio(path))
+        rows = []
+        for resample in self.resamplers.values():
+            audio = torch.nn.functional.pad(resample(samples), (0, self.padding))
+            if audio.numel() < self.log_mel.fft_size:
+                raise CorpusError(f"{path} is too short ({samples.numel()} samples)")
+            rows.append(self.log_mel(audio).numpy().astype(np.float16))
+        return rows
+
+    def append(self, example: Example, row: np.ndarray) -> None:
+        self.examples.append(example)
+        self.num_frames += len(row)
+        wide = row.astype(np.float64)
+        self.sums += np.stack([wide.sum(axis=0), np.square(wide).sum(axis=0)])
+
+    def normalisation(self) -> Normalisation:
+        mean, square = self.sums / max(self.num_frames, 1)
+        # A band that never changes carries nothing; a floor keeps it finite.
+        deviation = np.sqrt(np.maximum(square - mean**2, 1e-4))
+        return Normalisation(torch.tensor(mean).float(), torch.tensor(deviation).float())
+
+
+def _resampler(speed: float) -> torch.nn.Module:
+    if not 0.1 <= speed <= 10:
+        raise ValueError(f"data.speeds are factors from 0.1 to 10, got {speed}")
+    # Through a fraction: 1.15 x 16000 in floating point is not 18400, and a ratio without common
+    # factors would need an enormous filter bank.
+    ratio = Fraction(speed).limit_denominator(100)
+    if ratio == 1:
+        return torch.nn.Identity()
+    return torchaudio.transforms.Resample(ratio.numerator, ratio.denominator)
+
+
+def _audio_paths(cuts: CutSet) -> dict[str, str]:
+    return {cut.id: str(cut.recording.sources[0].source) for cut in cuts}
+
+
+def _hash(settings: dict[str, Any], paths: dict[str, str]) -> str:
+    stamps = []
+    for utterance, path in paths.items():
+        status = os.stat(path)
+        stamps.append([utterance, path, status.st_size, status.st_mtime_ns])
+    text = json.dumps([settings, stamps], sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+def _check_room(cuts: CutSet, log_mel: LogMel, speeds: Sequence[float], cache_dir: Path) -> None:
+    seconds = sum(cut.duration for cut in cuts) * sum(1 / speed for speed in speeds)
+    size_bytes = int(seconds * 1000 / log_mel.hop_ms) * log_mel.num_mels * 2
+    cache_dir.mkdir(parents=True, exist_ok=True)
+    free_bytes = shutil.disk_usage(cache_dir).free
+    if size_bytes > free_bytes:
+        raise OSError(
+            f"the features need {size_bytes / 1e9:.1f} GB and {cache_dir} has "
+            f"{free_bytes / 1e9:.1f} GB; set data.cache_dir elsewhere, or fewer data.speeds"
+        )
