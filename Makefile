@@ -6,8 +6,9 @@ BIN := .venv/bin
 # Workers share the cores: one thread each is faster than two fighting over one core.
 export OMP_NUM_THREADS ?= 1
 export MKL_NUM_THREADS ?= 1
-# Lightning and Hydra need no answer from outside.
+# Nothing here asks or tells anyone outside.
 export WANDB_MODE ?= offline
+export NO_MKDOCS_2_WARNING := 1
 
 .PHONY: install demo test check types docs format constraints clean help
 .DEFAULT_GOAL := help

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 import torch
 from jaxtyping import install_import_hook
 from sybil import Sybil
-from sybil.parsers.markdown import PythonCodeBlockParser, SkipParser
+from sybil.parsers.markdown import PythonCodeBlockParser
 
 # Nothing that a test starts may ask the network or a terminal.
 os.environ.setdefault("WANDB_MODE", "offline")
@@ -19,20 +20,38 @@ os.environ.setdefault("WANDB_MODE", "offline")
 # From here on, every annotated shape in these packages is checked at every call.
 install_import_hook(["lightning_nna", "recipes"], "tests.typechecker.check")
 
+
+def _enter_folder_of_page(namespace: dict[str, Any]) -> None:
+    """Let a page's code blocks write where they like, and start from one seed."""
+    _seed_everything()
+    namespace["_start"], namespace["_folder"] = os.getcwd(), TemporaryDirectory()
+    os.chdir(namespace["_folder"].name)
+
+
+def _leave_folder_of_page(namespace: dict[str, Any]) -> None:
+    os.chdir(namespace["_start"])
+    namespace["_folder"].cleanup()
+
+
 # Every Python block of README.md and docs/ runs, in one namespace per page.
 pytest_collect_file = Sybil(
-    parsers=[PythonCodeBlockParser(), SkipParser()],
+    parsers=[PythonCodeBlockParser()],
     patterns=["*.md"],
-    excludes=["CHANGELOG.md"],
+    setup=_enter_folder_of_page,
+    teardown=_leave_folder_of_page,
 ).pytest()
+
+
+def _seed_everything() -> None:
+    torch.set_num_threads(1)
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
 
 
 @pytest.fixture(autouse=True)
 def _reproducible() -> None:
-    torch.set_num_threads(1)
-    random.seed(0)
-    np.random.seed(0)  # noqa: NPY002
-    torch.manual_seed(0)
+    _seed_everything()
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,109 @@
+"""What is shipped and committed: the wheel, the pins, and text that runs on any machine."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+from hatchling.builders.wheel import WheelBuilder
+from packaging.requirements import Requirement
+
+import lightning_nna
+from tests.conftest import ROOT
+
+SOURCE_FOLDERS = ("conf", "docs", "lightning_nna", "recipes", "tests", ".ci")
+TEXT_SUFFIXES = {
+    "",
+    ".cfg",
+    ".jsonl",
+    ".md",
+    ".py",
+    ".sh",
+    ".svg",
+    ".toml",
+    ".txt",
+    ".yaml",
+    ".yml",
+}
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+def committed_text() -> list[Path]:
+    """List the text files of the checkout; works without git."""
+    files = [path for path in ROOT.iterdir() if path.is_file() and path.name != ".git"]
+    for folder in SOURCE_FOLDERS:
+        files += [path for path in (ROOT / folder).rglob("*") if path.is_file()]
+    return [path for path in files if path.suffix in TEXT_SUFFIXES]
+
+
+def test_wheel_ships_the_package_alone(tmp_path: Path) -> None:
+    (wheel,) = WheelBuilder(str(ROOT)).build(directory=str(tmp_path), versions=["standard"])
+
+    names = zipfile.ZipFile(wheel).namelist()
+
+    metadata = f"lightning_nna-{lightning_nna.__version__}.dist-info"
+    assert {name.split("/")[0] for name in names} == {"lightning_nna", metadata}
+    assert "lightning_nna/py.typed" in names
+
+
+def test_core_imports_without_the_speech_stack() -> None:
+    script = """
+import sys
+
+absent = ["ai_edge_litert", "hydra", "lhotse", "omegaconf", "recipes", "torchaudio", "wandb"]
+sys.modules.update(dict.fromkeys(absent))  # a module that is None raises when it is imported
+import lightning_nna
+import lightning_nna.callbacks
+import lightning_nna.testing
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def requirements() -> list[Requirement]:
+    """Collect what the project and each of its extras ask for."""
+    groups = [PROJECT["dependencies"], *PROJECT["optional-dependencies"].values()]
+    return [Requirement(line) for group in groups for line in group]
+
+
+def canonical(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+@pytest.mark.parametrize("requirement", requirements(), ids=str)
+def test_constraints_pin_what_the_project_asks_for(requirement: Requirement) -> None:
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pins = [Requirement(line) for line in lines if not line.lstrip().startswith("#")]
+    versions = [
+        str(pin.specifier).removeprefix("==")
+        for pin in pins
+        if canonical(pin.name) == canonical(requirement.name)
+    ]
+    assert versions, f"{requirement.name} is not in constraints.txt: run make constraints"
+    assert all(requirement.specifier.contains(version) for version in versions)
+
+
+def test_committed_text_names_no_registry_and_no_machine() -> None:
+    registry = re.compile(r"https?://\S*(pypi|pythonhosted|/simple\b|npmjs|download\.pytorch)")
+    machine = re.compile(r"(?<![\w.*/~)}\]-])/(?:work|tmp|root|home|opt)/\w")
+    found = [
+        f"{path.relative_to(ROOT)}:{number}: {line.strip()[:80]}"
+        for path in committed_text()
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+        if registry.search(line) or machine.search(line)
+    ]
+    assert found == []
+
+
+def test_files_stay_short_enough_to_read() -> None:
+    lengths = {
+        str(path.relative_to(ROOT)): len(path.read_text(encoding="utf-8").splitlines())
+        for path in committed_text()
+        if path.suffix == ".py"
+    }
+    assert {name: length for name, length in lengths.items() if length > 400} == {}
