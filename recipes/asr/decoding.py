@@ -1,0 +1,165 @@
+"""From transducer scores to labels: batched greedy search, and torchaudio's beam search.
+
+Both see the model through its four methods only (``transcribe``, ``predict``, ``join`` and the
+streaming form of the first), so what decodes the float model decodes it on the chip.
+
+Reference:
+    Graves, "Sequence transduction with recurrent neural networks", arXiv 1211.3711, 2012.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torchaudio.models import RNNTBeamSearch
+
+from recipes.asr.rnnt import State, Transducer
+from recipes.asr.vocabulary import BLANK
+
+
+@torch.no_grad()
+def greedy_decode(
+    model: Transducer,
+    features: Float[Tensor, "batch frames mels"],
+    lengths: Int[Tensor, " batch"],
+    *,
+    max_labels_per_step: int = 10,
+) -> list[list[int]]:
+    """Follow the best label of every step, all utterances of the batch side by side.
+
+    Every utterance has its own clock: where the best label is blank (or the step has had
+    ``max_labels_per_step`` labels) the clock moves on, elsewhere the label is appended. The result
+    of an utterance is the same in any batch.
+
+    Args:
+        model: A transducer.
+        features: Zero-padded features.
+        lengths: Valid frames of each utterance.
+        max_labels_per_step: Bound that keeps an untrained model from never moving on.
+
+    Returns:
+        For each utterance its labels, without blanks.
+
+    Raises:
+        ValueError: If ``max_labels_per_step`` is not positive.
+    """
+    if max_labels_per_step < 1:
+        raise ValueError(f"max_labels_per_step must be at least 1, got {max_labels_per_step}")
+    encodings, steps = model.transcribe(features, lengths)
+    batch = torch.arange(len(steps), device=steps.device)
+    ones = torch.ones_like(steps)
+    prediction, _, state = model.predict(torch.full_like(steps, BLANK).unsqueeze(1), ones, None)
+    clock, emitted = torch.zeros_like(steps), torch.zeros_like(steps)
+    hypotheses: list[list[int]] = [[] for _ in steps]
+    while bool((clock < steps).any()):
+        now = encodings[batch, clock.clamp(max=encodings.shape[1] - 1)].unsqueeze(1)
+        logits, _, _ = model.join(now, ones, prediction, ones)
+        label = logits[:, 0, 0].argmax(dim=-1)
+        emits = (clock < steps) & (label != BLANK) & (emitted < max_labels_per_step)
+        clock = torch.where(emits, clock, clock + 1)
+        emitted = torch.where(emits, emitted + 1, 0)
+        if bool(emits.any()):
+            following, _, after = model.predict(label.unsqueeze(1), ones, state)
+            prediction = torch.where(emits[:, None, None], following, prediction)
+            state = _select(emits, after, state)
+            for index in emits.nonzero()[:, 0].tolist():
+                hypotheses[index].append(int(label[index]))
+    return hypotheses
+
+
+def _select(which: Tensor, after: State, before: State) -> State:
+    """Take the state ``after`` for the utterances in ``which``, ``before`` for the others."""
+    return [
+        [torch.where(which[:, None], new, old) for new, old in zip(layer, former, strict=True)]
+        for layer, former in zip(after, before, strict=True)
+    ]
+
+
+@torch.no_grad()
+def beam_decode(
+    model: Transducer,
+    features: Float[Tensor, "batch frames mels"],
+    lengths: Int[Tensor, " batch"],
+    *,
+    beam_width: int,
+    max_labels_per_step: int = 10,
+) -> list[list[int]]:
+    """Decode with ``torchaudio.models.RNNTBeamSearch``, one utterance after the other.
+
+    Args:
+        model: A transducer.
+        features: Zero-padded features.
+        lengths: Valid frames of each utterance.
+        beam_width: Hypotheses kept per step; less than the number of labels.
+        max_labels_per_step: Most labels between two steps of the sound.
+
+    Returns:
+        For each utterance the labels of its best hypothesis, without blanks.
+
+    Raises:
+        ValueError: If ``beam_width`` is not positive.
+    """
+    if beam_width < 1:
+        raise ValueError(f"beam_width must be at least 1, got {beam_width}")
+    adapter = BlankLast(model)
+    search = RNNTBeamSearch(adapter, blank=adapter.blank, step_max_tokens=max_labels_per_step)
+    hypotheses = []
+    for frames, length in zip(features, lengths, strict=True):
+        best = search(frames[: int(length)], length, beam_width)[0]
+        hypotheses.append([label + 1 for label in best[0][1:]])
+    return hypotheses
+
+
+class BlankLast(torch.nn.Module):
+    """A view of a transducer in which blank is the last label instead of the first.
+
+    torchaudio's beam search reads the score of blank from the last place, whatever index it is
+    told; the transducer loss and CTC put it first by custom. Every other label moves down by one.
+
+    Args:
+        model: The transducer whose blank is label 0.
+    """
+
+    def __init__(self, model: Transducer) -> None:
+        super().__init__()
+        self.model = model
+        self.num_labels = model.joint.output.out_features
+
+    @property
+    def blank(self) -> int:
+        """Index of blank in this view."""
+        return self.num_labels - 1
+
+    def transcribe(self, sources: Tensor, source_lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """Encode whole utterances, as the transducer does."""
+        return self.model.transcribe(sources, source_lengths)
+
+    def transcribe_streaming(
+        self, sources: Tensor, source_lengths: Tensor, state: State | None
+    ) -> tuple[Tensor, Tensor, State]:
+        """Encode the next chunk, as the transducer does."""
+        return self.model.transcribe_streaming(sources, source_lengths, state)
+
+    def predict(
+        self, targets: Tensor, target_lengths: Tensor, state: State | None
+    ) -> tuple[Tensor, Tensor, State]:
+        """Encode labels of this view."""
+        return self.model.predict((targets + 1) % self.num_labels, target_lengths, state)
+
+    def join(
+        self,
+        source_encodings: Tensor,
+        source_lengths: Tensor,
+        target_encodings: Tensor,
+        target_lengths: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Score the labels of this view; one encoding serves every hypothesis."""
+        hypotheses = target_encodings.shape[0]
+        logits, steps, labels = self.model.join(
+            source_encodings.expand(hypotheses, -1, -1),
+            source_lengths.expand(hypotheses),
+            target_encodings,
+            target_lengths,
+        )
+        return logits.roll(-1, dims=-1), steps, labels

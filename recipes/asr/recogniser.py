@@ -1,0 +1,185 @@
+"""A transducer with its loss, its metrics and its optimiser, as one LightningModule.
+
+The network is the child module ``model``; everything that only training needs (the losses, the
+auxiliary CTC layer, the metrics) stays outside of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torchaudio
+from jaxtyping import Float
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
+from torchmetrics.text import WordErrorRate
+from typing_extensions import override
+
+from recipes.asr.batches import Batch, seed_of
+from recipes.asr.decoding import beam_decode, greedy_decode
+from recipes.asr.rnnt import Transducer
+from recipes.asr.scoring import WordErrors, word_errors
+from recipes.asr.vocabulary import BLANK, Vocabulary
+
+
+class TransducerRecogniser(LightningModule):
+    """Trains and scores a transducer.
+
+    Logs ``train/loss`` (nats per label, with the CTC part), ``val/loss`` and ``val/loss_per_token``
+    (the transducer's negative log-likelihood in nats over the number of labels), ``val/wer``,
+    ``test/loss_per_token`` and ``test/wer`` (a fraction).
+
+    Args:
+        network: Builds the transducer; called with ``num_mels`` and ``num_labels``.
+        vocabulary: Labels of the transducer.
+        num_mels: Features per frame.
+        optimizer: Builds the optimiser; called with the parameters.
+        schedule: Builds the learning-rate schedule, which advances with every optimiser step;
+            called with the optimiser and ``total_steps``. None for a constant learning rate.
+        ctc_weight: Weight of the auxiliary CTC loss on the encodings; 0 leaves the layer out.
+        beam_width: Hypotheses of the beam search in testing; 1 decodes greedily.
+        seed: Seed of the dropout; with the step it determines the masks, also of a resumed run.
+        recipe: What made this model, kept in every checkpoint so that one can be loaded alone.
+
+    Attributes:
+        score: Word errors of the last test run.
+        hypotheses: What was recognised in the last test run, by utterance id.
+
+    Raises:
+        ValueError: If ``ctc_weight`` is negative or ``beam_width`` is not positive.
+    """
+
+    def __init__(
+        self,
+        *,
+        network: Callable[..., Transducer],
+        vocabulary: Vocabulary,
+        num_mels: int,
+        optimizer: Callable[..., torch.optim.Optimizer],
+        schedule: Callable[..., torch.optim.lr_scheduler.LRScheduler] | None = None,
+        ctc_weight: float = 0.0,
+        beam_width: int = 1,
+        seed: int = 0,
+        recipe: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        if ctc_weight < 0:
+            raise ValueError(f"ctc_weight must not be negative, got {ctc_weight}; 0 leaves CTC out")
+        if beam_width < 1:
+            raise ValueError(f"beam_width must be at least 1, got {beam_width}; 1 is greedy")
+        self.model = network(num_mels=num_mels, num_labels=len(vocabulary))
+        self.vocabulary = vocabulary
+        self.optimizer = optimizer
+        self.schedule = schedule
+        self.ctc_weight = ctc_weight
+        self.beam_width = beam_width
+        self.seed = seed
+        self.recipe = dict(recipe or {})
+        size = self.model.joint.output.in_features
+        self.ctc_output = nn.Linear(size, len(vocabulary)) if ctc_weight else None
+        self.val_wer = WordErrorRate()
+        self.test_wer = WordErrorRate()
+        self.score: WordErrors | None = None
+        self.hypotheses: dict[str, str] = {}
+        self._references: dict[str, str] = {}
+
+    def losses(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return the transducer's and the CTC's negative log-likelihood of ``batch``, in nats."""
+        encodings, steps = self.model.transcribe(batch.features, batch.feature_lengths)
+        start = torch.full_like(batch.targets[:, :1], BLANK)
+        labels = torch.cat([start, batch.targets], dim=1)
+        predictions, _, _ = self.model.predict(labels, batch.target_lengths + 1, None)
+        logits, _, _ = self.model.join(encodings, steps, predictions, batch.target_lengths + 1)
+        transducer = torchaudio.functional.rnnt_loss(
+            logits.float(),
+            batch.targets.int(),
+            steps.int(),
+            batch.target_lengths.int(),
+            blank=BLANK,
+            reduction="sum",
+        )
+        return transducer, self._ctc(encodings, steps, batch)
+
+    def decode(self, batch: Batch, *, beam_width: int = 1) -> list[str]:
+        """Recognise ``batch``, greedily or with a beam."""
+        features, lengths = batch.features, batch.feature_lengths
+        if beam_width == 1:
+            labels = greedy_decode(self.model, features, lengths)
+        else:
+            labels = beam_decode(self.model, features, lengths, beam_width=beam_width)
+        return [self.vocabulary.decode(sequence) for sequence in labels]
+
+    @override
+    def training_step(self, batch: Batch, batch_idx: int) -> Float[Tensor, ""]:
+        # A checkpoint does not keep the generator, so every step starts one of its own.
+        torch.manual_seed(seed_of(self.seed, self.global_step, batch_idx, self.global_rank))
+        transducer, ctc = self.losses(batch)
+        # Per label, not per utterance: batches of short and of long utterances weigh alike.
+        loss = (transducer + self.ctc_weight * ctc) / batch.target_lengths.sum()
+        self.log("train/loss", loss, prog_bar=True, batch_size=len(batch.texts))
+        return loss
+
+    @override
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        self._log_loss("val", batch)
+        self.val_wer.update(self.decode(batch), list(batch.texts))
+        self.log("val/wer", self.val_wer, prog_bar=True, batch_size=len(batch.texts))
+
+    @override
+    def on_test_epoch_start(self) -> None:
+        self.hypotheses, self._references = {}, {}
+
+    @override
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        self._log_loss("test", batch)
+        texts = self.decode(batch, beam_width=self.beam_width)
+        self.test_wer.update(texts, list(batch.texts))
+        self.hypotheses.update(zip(batch.ids, texts, strict=True))
+        self._references.update(zip(batch.ids, batch.texts, strict=True))
+        self.log("test/wer", self.test_wer, batch_size=len(batch.texts))
+
+    @override
+    def on_test_epoch_end(self) -> None:
+        # By id: the interval must not depend on how the utterances were batched.
+        ids = sorted(self.hypotheses)
+        self.score = word_errors(
+            [self.hypotheses[id_] for id_ in ids], [self._references[id_] for id_ in ids]
+        )
+
+    @override
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        optimizer = self.optimizer(self.parameters())
+        if self.schedule is None:
+            return {"optimizer": optimizer}
+        total_steps = int(self.trainer.estimated_stepping_batches)
+        scheduler = self.schedule(optimizer, total_steps=total_steps)
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
+        }
+
+    @override
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["recipe"] = self.recipe
+        checkpoint["vocabulary"] = self.vocabulary.to_dict()
+
+    def _ctc(self, encodings: Tensor, steps: Tensor, batch: Batch) -> Tensor:
+        if self.ctc_output is None:
+            return encodings.new_zeros(())
+        scores = self.ctc_output(encodings).float().log_softmax(dim=-1).transpose(0, 1)
+        # A transducer may emit more labels than there are steps, CTC may not: such an utterance has
+        # no CTC path, and its infinite loss must not reach the encoder.
+        return nn.functional.ctc_loss(
+            scores, batch.targets, steps, batch.target_lengths, BLANK, "sum", zero_infinity=True
+        )
+
+    def _log_loss(self, stage: str, batch: Batch) -> None:
+        transducer, _ = self.losses(batch)
+        labels = int(batch.target_lengths.sum())
+        per_token = transducer / labels
+        # Weighted by labels, so that the mean over batches is the sum over the sum.
+        self.log(f"{stage}/loss", per_token, batch_size=labels)
+        self.log(f"{stage}/loss_per_token", per_token, prog_bar=True, batch_size=labels)

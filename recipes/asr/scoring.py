@@ -1,0 +1,106 @@
+r"""Word error rate and how sure it is.
+
+.. math:: \mathrm{WER} = \sum_i e_i \Big/ \sum_i n_i
+
+with :math:`e_i` the word edits between hypothesis and reference of utterance :math:`i` and
+:math:`n_i` the words of the reference. The interval is the percentile bootstrap over utterances:
+words of one utterance err together, so utterances are drawn, not words.
+
+Reference:
+    Bisani and Ney, "Bootstrap estimates for confidence intervals in ASR performance evaluation",
+    ICASSP 2004.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from torchaudio.functional import edit_distance
+
+
+@dataclass(frozen=True)
+class WordErrors:
+    """A word error rate with its interval; all rates are fractions, 0.15 is 15 %.
+
+    Attributes:
+        rate: Word errors over reference words.
+        low: Lower end of the bootstrap interval.
+        high: Upper end of the bootstrap interval.
+        errors: Word errors in all.
+        words: Reference words in all.
+    """
+
+    rate: float
+    low: float
+    high: float
+    errors: int
+    words: int
+
+
+def word_errors(
+    hypotheses: Sequence[str],
+    references: Sequence[str],
+    *,
+    confidence: float = 0.95,
+    resamples: int = 10_000,
+    seed: int = 0,
+) -> WordErrors:
+    """Score ``hypotheses`` against ``references``, word by word.
+
+    Args:
+        hypotheses: What was recognised, one text per utterance.
+        references: What was said, in the same order.
+        confidence: Share of resampled rates inside the interval.
+        resamples: Bootstrap samples.
+        seed: Seed of the resampling: the same texts give the same interval.
+
+    Returns:
+        The rate, its bootstrap interval and the counts behind it.
+
+    Raises:
+        ValueError: If the numbers of texts differ, if there is no reference word, or if
+            ``confidence`` is not in (0, 1).
+
+    Example:
+        >>> score = word_errors(["one two", "three"], ["one two", "tree"])
+        >>> score.errors, score.words, round(score.rate, 3)
+        (1, 3, 0.333)
+
+    Reference:
+        Bisani and Ney, ICASSP 2004.
+    """
+    if len(hypotheses) != len(references):
+        raise ValueError(
+            f"got {len(hypotheses)} hypotheses for {len(references)} references; pass one of each "
+            "per utterance, '' where nothing was recognised"
+        )
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence must be in (0, 1), got {confidence}")
+    pairs = [(h.split(), r.split()) for h, r in zip(hypotheses, references, strict=True)]
+    errors = np.array([edit_distance(hypothesis, reference) for hypothesis, reference in pairs])
+    words = np.array([len(reference) for _, reference in pairs])
+    if words.sum() == 0:
+        raise ValueError("no reference has a word, so there is no word error rate")
+    low, high = _bootstrap(errors, words, confidence=confidence, resamples=resamples, seed=seed)
+    return WordErrors(
+        rate=float(errors.sum() / words.sum()),
+        low=low,
+        high=high,
+        errors=int(errors.sum()),
+        words=int(words.sum()),
+    )
+
+
+def _bootstrap(
+    errors: np.ndarray, words: np.ndarray, *, confidence: float, resamples: int, seed: int
+) -> tuple[float, float]:
+    generator = np.random.default_rng(seed)
+    drawn = generator.multinomial(len(words), np.full(len(words), 1 / len(words)), size=resamples)
+    # A sample of nothing but empty references has no rate; it cannot tell us about ours.
+    spoken = drawn @ words
+    rates = (drawn @ errors)[spoken > 0] / spoken[spoken > 0]
+    tail = (1 - confidence) / 2
+    low, high = np.quantile(rates, [tail, 1 - tail])
+    return float(low), float(high)

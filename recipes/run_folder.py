@@ -1,0 +1,128 @@
+"""What a run leaves behind: its settings, its summary, and its weights in a small file.
+
+A run folder holds ``config.yaml`` (every setting, resolved), ``metrics.csv``, ``checkpoints/`` and
+``summary.json``.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from torch import nn
+
+# Settings that do not change what is learned; a resumed run may have others.
+_MAY_CHANGE = frozenset({"run_dir", "threads", "resume", "logger", "test"})
+
+
+def record_config(run_dir: Path, config: DictConfig) -> None:
+    """Write ``config`` into ``run_dir``; refuse the folder of a run with other settings.
+
+    Args:
+        run_dir: The run folder; made if it does not exist.
+        config: Every setting of the run.
+
+    Raises:
+        ValueError: If the folder's ``config.yaml`` differs in what is learned; lists where.
+    """
+    path = run_dir / "config.yaml"
+    settings = settings_of(config)
+    if path.exists():
+        before = settings_of(OmegaConf.load(path))
+        differing = sorted(
+            key
+            for key in (before.keys() | settings.keys()) - _MAY_CHANGE
+            if before.get(key) != settings.get(key)
+        )
+        if differing:
+            raise ValueError(
+                f"{run_dir} holds a run with other settings of {', '.join(differing)}; "
+                "resume it with its own, or choose another hydra.run.dir"
+            )
+    run_dir.mkdir(parents=True, exist_ok=True)
+    write_whole(path, OmegaConf.to_yaml(OmegaConf.create(settings)))
+
+
+def settings_of(config: DictConfig | ListConfig) -> dict[str, Any]:
+    """The settings in ``config`` as plain containers, references resolved."""
+    settings = OmegaConf.to_container(config, resolve=True)
+    assert isinstance(settings, dict)
+    return {str(key): value for key, value in settings.items()}
+
+
+def provenance(seed: int | None) -> dict[str, Any]:
+    """Command, commit, versions and seed of this process, to go with its results.
+
+    Example:
+        >>> sorted(provenance(seed=1))
+        ['command', 'commit', 'seed', 'versions']
+    """
+    packages = ("torch", "torchaudio", "lightning", "lhotse", "torchmetrics")
+    versions = {package: importlib.metadata.version(package) for package in packages}
+    versions["python"] = platform.python_version()
+    return {
+        "command": command_line(),
+        "commit": git_commit(),
+        "seed": seed,
+        "versions": versions,
+    }
+
+
+def command_line() -> str:
+    """The command that started this process, as one types it."""
+    main = sys.modules["__main__"]
+    spec = getattr(main, "__spec__", None)
+    program = ["-m", spec.name] if spec is not None else sys.argv[:1]
+    return shlex.join(["python", *program, *sys.argv[1:]])
+
+
+def git_commit() -> str | None:
+    """Commit of the checkout that runs; None outside of one."""
+    try:
+        found = subprocess.run(
+            ["git", "rev-parse", "HEAD"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return found.stdout.strip()
+
+
+def size_of(module: nn.Module) -> dict[str, int]:
+    """Number of parameters of ``module`` and their bytes as they are stored now.
+
+    Example:
+        >>> size_of(nn.Linear(3, 2))
+        {'parameters': 8, 'size_bytes': 32}
+    """
+    parameters = list(module.parameters())
+    return {
+        "parameters": sum(parameter.numel() for parameter in parameters),
+        "size_bytes": sum(parameter.numel() * parameter.element_size() for parameter in parameters),
+    }
+
+
+def write_summary(run_dir: Path, summary: Mapping[str, Any]) -> Path:
+    """Write ``summary.json`` into ``run_dir`` and return its path."""
+    path = run_dir / "summary.json"
+    write_whole(path, json.dumps(dict(summary), indent=2) + "\n")
+    return path
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write ``text`` so that a reader finds the old file or the new one, never half of one."""
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    unfinished.write_text(text, encoding="utf-8")
+    unfinished.replace(path)

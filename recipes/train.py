@@ -1,0 +1,163 @@
+"""Train a recogniser and score it.
+
+    python -m recipes.train experiment=an4_rnnt compression=nna8 seed=2
+
+The run folder (``runs/<experiment>/<time>`` or ``hydra.run.dir=...``) gets ``config.yaml``,
+``metrics.csv``, ``checkpoints/`` and ``summary.json``. The same command with the folder of a run
+that was stopped goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import hydra
+import torch
+from hydra.utils import instantiate
+from lightning.pytorch import Callback, Trainer, seed_everything
+from lightning.pytorch.callbacks import Timer
+from omegaconf import DictConfig
+
+from recipes.asr.data import SpeechDataModule
+from recipes.asr.recogniser import TransducerRecogniser
+from recipes.run_folder import provenance, record_config, settings_of, size_of, write_summary
+from recipes.weights import TrainedWeights, load_weights, put_into
+
+_log = logging.getLogger(__name__)
+
+
+@hydra.main(version_base="1.3", config_path="../conf", config_name="train")
+def main(config: DictConfig) -> None:
+    """Run :func:`train` and print its summary."""
+    summary = train(config)
+    _log.info("%s", {key: value for key, value in summary.items() if key != "versions"})
+
+
+def train(config: DictConfig) -> dict[str, Any]:
+    """Train as ``config`` says, and score the test set.
+
+    Args:
+        config: The composed configuration ``train`` of ``conf/``.
+
+    Returns:
+        What ``summary.json`` in the run folder holds.
+
+    Raises:
+        ValueError: If the run folder holds a run with other settings.
+    """
+    run_dir = Path(config.run_dir)
+    record_config(run_dir, config)
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    seed_everything(config.seed, verbose=False)
+    datamodule = instantiate(config.data)
+    weights = None if config.init_from is None else load_weights(config.init_from)
+    recogniser = build_recogniser(config, datamodule, weights)
+    callbacks = build_callbacks(config)
+    trainer = build_trainer(config, callbacks)
+    began = time.monotonic()
+    trainer.fit(recogniser, datamodule, ckpt_path=_last_checkpoint(config))
+    # Of the clocks only the timer's counts what a resumed run took before.
+    timer = callbacks.get("timer")
+    seconds = timer.time_elapsed() if isinstance(timer, Timer) else time.monotonic() - began
+    return _summarise(config, trainer, recogniser, datamodule, seconds)
+
+
+def build_recogniser(
+    config: DictConfig, datamodule: SpeechDataModule, weights: TrainedWeights | None = None
+) -> TransducerRecogniser:
+    """Build the recogniser of ``config.model`` for what ``datamodule`` delivers.
+
+    Args:
+        config: The settings of the run; the recogniser keeps them for its checkpoints.
+        datamodule: Read from disk here.
+        weights: Weights to start from; their vocabulary and normalisation become the data's.
+
+    Raises:
+        ValueError: If the weights are those of another network.
+    """
+    datamodule.prepare_data()
+    datamodule.setup("fit")
+    if weights is not None:
+        datamodule.load_state_dict(weights.data)
+    recogniser: TransducerRecogniser = instantiate(
+        config.model, vocabulary=datamodule.vocabulary, num_mels=datamodule.num_mels
+    )
+    recogniser.recipe = settings_of(config)
+    if weights is not None:
+        put_into(recogniser.model, weights)
+    return recogniser
+
+
+def build_callbacks(config: DictConfig) -> dict[str, Callback]:
+    """The callbacks of ``config.callbacks`` that are not null, by their keys."""
+    nodes = {str(key): node for key, node in config.callbacks.items()}
+    return {key: instantiate(node) for key, node in nodes.items() if node is not None}
+
+
+def build_trainer(config: DictConfig, callbacks: Mapping[str, Callback]) -> Trainer:
+    """The trainer of ``config.trainer`` with the loggers that are not null."""
+    loggers = [instantiate(node) for node in config.logger.values() if node is not None]
+    trainer: Trainer = instantiate(
+        config.trainer, callbacks=list(callbacks.values()), logger=loggers
+    )
+    return trainer
+
+
+def _last_checkpoint(config: DictConfig) -> str | None:
+    """The newest checkpoint of an unfinished run in this folder."""
+    path = Path(config.run_dir) / "checkpoints" / "last.ckpt"
+    return str(path) if config.resume and path.is_file() else None
+
+
+def _summarise(
+    config: DictConfig,
+    trainer: Trainer,
+    recogniser: TransducerRecogniser,
+    datamodule: SpeechDataModule,
+    seconds: float,
+) -> dict[str, Any]:
+    summary: dict[str, Any] = {
+        "experiment": config.name,
+        "method": config.method,
+        **provenance(config.seed),
+        **size_of(recogniser.model),
+        "epochs": trainer.current_epoch,
+        "train_seconds": round(seconds, 1),
+        "threads": torch.get_num_threads(),
+    }
+    if config.test:
+        summary |= score_test(trainer, recogniser, datamodule)
+    write_summary(Path(config.run_dir), summary)
+    return summary
+
+
+def score_test(
+    trainer: Trainer, recogniser: TransducerRecogniser, datamodule: SpeechDataModule
+) -> dict[str, Any]:
+    """Score ``recogniser`` as it is on the test set.
+
+    Returns:
+        ``wer``, ``wer_low``, ``wer_high`` (fractions), ``errors``, ``words``, ``loss_per_token``.
+    """
+    figures = trainer.test(recogniser, datamodule, verbose=False)[0]
+    score = recogniser.score
+    assert score is not None, "a test run leaves a score"
+    counts = asdict(score)
+    return {
+        "wer": counts["rate"],
+        "wer_low": counts["low"],
+        "wer_high": counts["high"],
+        "errors": counts["errors"],
+        "words": counts["words"],
+        "loss_per_token": figures["test/loss_per_token"],
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,114 @@
+"""Weights of a recogniser with all that is needed to use them, in one file.
+
+Two kinds of file are read: a Lightning checkpoint of ``recipes.train``, and a ``.safetensors`` file
+with the network's weights in half precision and, in its header, the settings and the vocabulary.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from recipes.asr.data import SpeechDataModule
+from recipes.asr.rnnt import Transducer
+
+_NETWORK = "model."
+_DATA = SpeechDataModule.__qualname__  # where Lightning keeps the state of the data module
+
+
+@dataclass(frozen=True)
+class TrainedWeights:
+    """What a weights file holds.
+
+    Attributes:
+        network: Weights of the transducer, float32, by their names in it.
+        recipe: Every setting of the run that trained them.
+        data: State of the data module: vocabulary and normalisation as plain dictionaries.
+        callbacks: State of the run's callbacks; empty for a ``.safetensors`` file.
+    """
+
+    network: dict[str, Tensor]
+    recipe: dict[str, Any]
+    data: dict[str, Any]
+    callbacks: dict[str, Any] = field(default_factory=dict)
+
+
+def load_weights(path: str | Path) -> TrainedWeights:
+    """Read a checkpoint or a ``.safetensors`` file.
+
+    Args:
+        path: The file.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file was not written by this recipe.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no weights file {path}; train one with recipes.train")
+    if path.suffix == ".safetensors":
+        return _load_safetensors(path)
+    # Callback states hold plain containers and tensors, but also Lightning's own small classes.
+    checkpoint = torch.load(path, map_location="cpu", weights_only=False)
+    if not {"state_dict", "recipe", _DATA} <= checkpoint.keys():
+        raise ValueError(f"{path} was not written by recipes.train: it names no recipe")
+    network = {
+        name.removeprefix(_NETWORK): tensor
+        for name, tensor in checkpoint["state_dict"].items()
+        if name.startswith(_NETWORK)
+    }
+    return TrainedWeights(
+        network, checkpoint["recipe"], checkpoint[_DATA], checkpoint.get("callbacks", {})
+    )
+
+
+def save_weights(path: str | Path, weights: TrainedWeights, *, command: str) -> None:
+    """Write the network in half precision, with its settings in the header.
+
+    Args:
+        path: A ``.safetensors`` file; its folder is made.
+        weights: What to write; the state of callbacks is left out.
+        command: The command that trained them.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tensors = {name: tensor.half().contiguous() for name, tensor in weights.network.items()}
+    header = {
+        "recipe": json.dumps(weights.recipe),
+        "data": json.dumps(weights.data),
+        "command": command,
+    }
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    save_file(tensors, unfinished, metadata=header)
+    unfinished.replace(path)
+
+
+def put_into(model: Transducer, weights: TrainedWeights) -> None:
+    """Copy ``weights`` into ``model``.
+
+    Raises:
+        ValueError: If a weight's name or shape is another in ``model``.
+    """
+    try:
+        model.load_state_dict(weights.network)
+    except RuntimeError as error:
+        raise ValueError(
+            f"these weights are of another network, set model.network as in their recipe: {error}"
+        ) from error
+
+
+def _load_safetensors(path: Path) -> TrainedWeights:
+    with safe_open(path, framework="pt") as file:
+        header = file.metadata() or {}
+        if not {"recipe", "data"} <= header.keys():
+            raise ValueError(f"{path} was not written by this recipe: its header names none")
+        network = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
+    return TrainedWeights(network, json.loads(header["recipe"]), json.loads(header["data"]))
