@@ -18,7 +18,7 @@ from sybil.parsers.markdown import PythonCodeBlockParser
 os.environ.setdefault("WANDB_MODE", "offline")
 
 # From here on, every annotated shape in these packages is checked at every call.
-install_import_hook(["lightning_nna", "recipes"], "tests.typechecker.check")
+install_import_hook(["lightning_nna", "recipes"], "tests.check_shapes")
 
 
 def _enter_folder_of_page(namespace: dict[str, Any]) -> None:
