@@ -1,3 +1,16 @@
 """Lightning callbacks that train a network in the arithmetic of the chip that will run it."""
 
+from lightning_nna.emulator import (
+    Coverage,
+    Emulator,
+    NNASpec,
+    bake,
+    calibrate,
+    coverage,
+    emulate,
+    strip,
+)
+
 __version__ = "0.1.0"
+
+__all__ = ["Coverage", "Emulator", "NNASpec", "bake", "calibrate", "coverage", "emulate", "strip"]

@@ -1,0 +1,113 @@
+"""Which operators of a forward run on the chip, and what the others cost."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from lightning_nna.emulator.attachment import attach, attached, strip
+from lightning_nna.emulator.spec import NNASpec
+
+
+@dataclass(frozen=True)
+class CoverageRow:
+    """One call site.
+
+    Args:
+        site: ``path/operator#ordinal``.
+        on_chip: Whether the chip runs it.
+        calls: How often it ran.
+        crossing_bytes: Bytes of 8-bit activations that go from the chip to the CPU and back, all
+            calls together; 0 on the chip.
+    """
+
+    site: str
+    on_chip: bool
+    calls: int
+    crossing_bytes: int
+
+    @property
+    def operator(self) -> str:
+        """The operator's name, or the torch function's where the chip has none."""
+        return self.site.rsplit("/", 1)[1].split("#")[0]
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """All call sites of one forward, in the order in which they first ran."""
+
+    rows: tuple[CoverageRow, ...]
+    scripted: tuple[str, ...] = ()
+
+    @property
+    def fallbacks(self) -> tuple[CoverageRow, ...]:
+        """Sites that run on the CPU."""
+        return tuple(row for row in self.rows if not row.on_chip)
+
+    def __str__(self) -> str:
+        width = max([len(row.site) for row in self.rows], default=4)
+        lines = [f"{'site':{width}}  where  calls  crossing bytes"]
+        for row in self.rows:
+            where = "chip" if row.on_chip else "CPU"
+            lines.append(f"{row.site:{width}}  {where:5}  {row.calls:5}  {row.crossing_bytes:14}")
+        lines.extend(f"{name}: scripted, its operators cannot be seen" for name in self.scripted)
+        return "\n".join(lines)
+
+
+def coverage(
+    module: nn.Module,
+    *example: Any,
+    spec: str | NNASpec | Mapping[str, Any] = "litert-int8",
+    **keywords: Any,
+) -> Coverage:
+    """Run a module once, in float, and report where each of its operators would run.
+
+    Args:
+        module: Any module; it is left as it was.
+        *example: Arguments of its forward.
+        spec: The chip.
+        **keywords: Keyword arguments of its forward.
+
+    Returns:
+        A table that prints; ``fallbacks`` has what the chip does not do.
+
+    Raises:
+        ValueError: If the module is on a chip already; call ``strip`` first.
+
+    Example:
+        >>> print(coverage(nn.Sequential(nn.Linear(4, 2), nn.Softmax(-1)), torch.zeros(1, 4)))
+        site                 where  calls  crossing bytes
+        0/fully_connected#0  chip       1               0
+        1/softmax#0          CPU        1               4
+    """
+    if attached(module) is not None:
+        raise ValueError("the module is on a chip already; call strip(module) first")
+    emulator = attach(module, spec)
+    found: dict[str, list[int]] = {}
+    places: dict[str, bool] = {}
+
+    def listen(key: str, on_chip: bool, operands: Any, result: Any) -> None:
+        row = found.setdefault(key, [0, 0])
+        row[0] += 1
+        row[1] += 0 if on_chip else _elements(operands, emulator) + _elements(result)
+        places[key] = on_chip
+
+    emulator.listener = listen
+    try:
+        with torch.no_grad(), emulator.observing():
+            module(*example, **keywords)
+    finally:
+        strip(module)
+    rows = tuple(CoverageRow(key, places[key], *counts) for key, counts in found.items())
+    return Coverage(rows, tuple(emulator.scripted))
+
+
+def _elements(values: Any, emulator: Any = None) -> int:
+    """Float elements, one byte each; of operands only those that come from the chip."""
+    floats = [x for x in tree_leaves(values) if isinstance(x, Tensor) and x.is_floating_point()]
+    return sum(x.numel() for x in floats if emulator is None or emulator.tag_of(x) is not None)

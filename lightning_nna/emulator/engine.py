@@ -1,0 +1,351 @@
+"""``Emulator``: a module on the chip.
+
+An emulator is attached to a module once. It observes ranges while the network runs in float,
+freezes them, and from then on every operator in scope computes what the chip computes. It touches
+nothing of the module but hooks, which ``strip`` takes away.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakTensorKeyDictionary
+from torchmetrics import Metric
+
+from lightning_nna.emulator.interception import ROOT, Interception, SiteTable
+from lightning_nna.emulator.operators.call import Call
+from lightning_nna.emulator.operators.registry import Operator
+from lightning_nna.emulator.ranges import QParams, RangeTable
+from lightning_nna.emulator.selection import select
+from lightning_nna.emulator.spec import NNASpec, resolve_spec
+from lightning_nna.emulator.weights import QuantizedWeight, quantize_weight
+
+Fidelity = Literal["exact", "fast"]
+Phase = Literal["float", "observe", "emulate"]
+
+log = logging.getLogger(__name__)
+
+
+class Emulator:
+    """A module on the chip.
+
+    Args:
+        module: Any module; a LightningModule's own ``*_step`` methods stay in float.
+        spec: The chip: a preset's name, an ``NNASpec``, its keys, or a YAML file.
+        targets: Globs or ``re:…`` on module names; a selected module counts with all it contains.
+        fidelity: ``"exact"``, or ``"fast"`` for float rounding in the requantisation.
+
+    Raises:
+        ValueError: If a target selects nothing, a parameter is not float32, the module is
+            compiled, or ``fidelity`` is unknown.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        spec: str | NNASpec | Mapping[str, Any] = "litert-int8",
+        *,
+        targets: Sequence[str] = ("*",),
+        fidelity: Fidelity = "exact",
+    ) -> None:
+        _refuse(module, fidelity)
+        self.spec = resolve_spec(spec)
+        self.targets, self.fidelity = tuple(targets), fidelity
+        self.phase: Phase = "float"
+        self.calibrated = False
+        self.ranges = RangeTable()
+        self.sites = SiteTable()
+        #: Calls of ``(key, operator or "", func's arguments, result)`` while coverage listens.
+        self.listener: Callable[[str, bool, Any, Any], None] | None = None
+        #: Names and groups of the weights that operators of the chip have used.
+        self.used_weights: dict[int, int] = {}
+        self._tags = WeakTensorKeyDictionary()
+        self._weights: dict[tuple[int, int], tuple[Tensor, int, QuantizedWeight]] = {}
+        self._handles: list[Any] = []
+        self._warned: set[str] = set()
+        self._attach(module)
+
+    def _attach(self, module: nn.Module) -> None:
+        """Choose the modules in scope and hook their forward."""
+        named = {name or ROOT: child for name, child in module.named_modules()}
+        lightning = isinstance(module, lightning_classes())
+        allowed = _allowed(named, self.targets)
+        self.scripted = [n for n, m in named.items() if isinstance(m, torch.jit.ScriptModule)]
+        if self.scripted:
+            log.warning(
+                "scripted modules run in float, their operators cannot be seen: %s",
+                ", ".join(self.scripted),
+            )
+        self._constants = {id(p) for p in [*module.parameters(), *module.buffers()]}
+        self.interception = Interception(
+            {id(child): name for name, child in named.items()},
+            allowed,
+            root_in_scope=not lightning,
+            sites=self.sites,
+            run=self._run,
+            move=self._move,
+            fallback=self._fall_back,
+        )
+        for name, child in named.items():
+            if isinstance(child, torch.jit.ScriptModule):
+                continue
+            hooks = _ForwardHooks(self, name)
+            self._handles.append(child.register_forward_pre_hook(hooks.before))
+            self._handles.append(child.register_forward_hook(hooks.after, always_call=True))
+        log.info("emulating %d modules: %s", len(allowed), ", ".join(sorted(allowed)))
+
+    def detach(self) -> None:
+        """Take every hook off the module."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    # --- phases -------------------------------------------------------------------------------
+
+    def enter_scope(self) -> None:
+        """Start intercepting; weights are transformed anew for each outermost scope."""
+        if self.interception.scope.entered == 0:
+            self._weights.clear()
+        self.interception.enter()
+
+    def leave_scope(self) -> None:
+        """Undo one :meth:`enter_scope`."""
+        self.interception.leave()
+
+    def abandon_scope(self) -> None:
+        """Stop intercepting whatever was entered, as after an exception; run in float."""
+        scope = self.interception.scope
+        scope.stack.clear()
+        while scope.entered:
+            self.interception.leave()
+        self.phase = "float"
+
+    @contextmanager
+    def observing(self) -> Iterator[Emulator]:
+        """Run forwards in float and note ranges; freeze them at the end."""
+        self.phase = "observe"
+        self.enter_scope()
+        try:
+            yield self
+        except BaseException:
+            self.phase = "emulate" if self.calibrated else "float"
+            raise
+        finally:
+            self.leave_scope()
+        self.freeze()
+
+    def reduce_ranges(self) -> None:
+        """Widen every range to what any rank of a distributed run has seen."""
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            tables: list[Any] = [None] * torch.distributed.get_world_size()
+            torch.distributed.all_gather_object(tables, self.ranges)
+            for table in tables:
+                self.ranges.merge(table)
+
+    def freeze(self) -> None:
+        """Fix the ranges, reduced over the ranks of a distributed run, and run on the chip.
+
+        Raises:
+            RuntimeError: If no forward was observed.
+        """
+        self.reduce_ranges()
+        if not self.ranges.ranges:
+            raise RuntimeError("no forward was observed: run at least one batch before freezing")
+        self.calibrated = True
+        self.phase = "emulate"
+
+    def state_dict(self) -> dict[str, Any]:
+        """Ranges and call sites as plain values."""
+        return {
+            "calibrated": self.calibrated,
+            "spec": self.spec.name,
+            "ranges": self.ranges.state_dict(),
+            "locations": {key: list(value) for key, value in self.sites.locations.items()},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what :meth:`state_dict` gave; a calibrated state is never calibrated again."""
+        self.ranges.load_state_dict(state["ranges"])
+        self.sites.locations = {key: list(value) for key, value in state["locations"].items()}
+        self.interception.forget_keys()
+        self.calibrated = bool(state["calibrated"])
+        self.phase = "emulate" if self.calibrated else "float"
+
+    # --- what operators ask for (``Host``) -----------------------------------------------------
+
+    def tag_of(self, x: Tensor) -> QParams | None:
+        """Quantisation parameters that travel with a tensor."""
+        return self._tags.get(x)
+
+    def set_tag(self, x: Tensor, qparams: QParams) -> None:
+        """Let parameters travel with a tensor."""
+        self._tags[x] = qparams
+
+    def is_constant(self, x: Tensor) -> bool:
+        """Whether a tensor is a parameter or buffer of the module."""
+        return id(x) in self._constants
+
+    def weight(self, weight: Tensor, rows_per_scale: int) -> QuantizedWeight:
+        """A weight after the weight pipeline, computed once per outermost scope."""
+        key = (id(weight), rows_per_scale)
+        held = self._weights.get(key)
+        if held is None or held[1] != weight._version:
+            quantized = quantize_weight(
+                weight, rows_per_scale=rows_per_scale, maximum=self.spec.weight_max
+            )
+            held = (weight, weight._version, quantized)
+            self._weights[key] = held
+            self.used_weights[id(weight)] = rows_per_scale
+        return held[2]
+
+    def first_run_after_freeze(self, key: str) -> None:
+        """Warn, once, of a site that ran only after the ranges were frozen."""
+        if key not in self._warned:
+            self._warned.add(key)
+            log.warning(
+                "%s first ran after the ranges were frozen: its range is that of its first call; "
+                "calibrate with batches that take this path",
+                key,
+            )
+
+    # --- what the interception calls -----------------------------------------------------------
+
+    def _run(
+        self,
+        operator: Operator,
+        key: str,
+        func: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """An operator of the chip, if this spec has it in this form."""
+        if self.phase == "float":
+            return func(*args, **kwargs)
+        known = not operator.name or operator.name in self.spec.operators
+        if not known or not operator.supports(*args, **kwargs):
+            return self._fall_back(key, func, args, kwargs)
+        call = Call(self, key, self.phase == "observe", self.fidelity == "exact")
+        result = operator.emulate(call, *args, **kwargs)
+        if _is_in_place(func, args, kwargs):
+            result = self._store_in_place(args[0], result)
+        if self.listener is not None and operator.name:
+            self.listener(key, True, (args, kwargs), result)
+        return result
+
+    def _store_in_place(self, target: Tensor, result: Tensor) -> Tensor:
+        """Give an in-place function's result to the tensor it was called on."""
+        tag = self.tag_of(result)
+        target.copy_(result)
+        if tag is not None:
+            self.set_tag(target, tag)
+        return target
+
+    def _move(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A movement: parameters of the first tensor go to every float result."""
+        result = func(*args, **kwargs)
+        source = next((leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)), None)
+        tag = None if source is None else self.tag_of(source)
+        if tag is not None:
+            for leaf in tree_leaves(result):
+                if isinstance(leaf, Tensor) and leaf.is_floating_point():
+                    self.set_tag(leaf, tag)
+        return result
+
+    def _fall_back(
+        self, key: str, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Whatever the chip does not have, in float; what it writes in place leaves the grid."""
+        result = func(*args, **kwargs)
+        name = getattr(func, "__name__", "")
+        if name == "__setitem__" or (name.endswith("_") and not name.endswith("__")):
+            self._tags.pop(args[0], None)
+        if self.listener is not None:
+            self.listener(key, False, (args, kwargs), result)
+        return result
+
+
+class _ForwardHooks:
+    """Tell the interception which module's forward is running.
+
+    Copies and pickles of a module are on their own: they carry hooks that do nothing.
+    """
+
+    def __init__(self, emulator: Emulator | None, path: str) -> None:
+        self.emulator, self.path = emulator, path
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _ForwardHooks:
+        return _ForwardHooks(None, self.path)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _ForwardHooks, (None, self.path)
+
+    def before(self, module: nn.Module, args: Any) -> None:
+        """Forward begins."""
+        if self.emulator is not None:
+            self.emulator.enter_scope()
+            self.emulator.interception.scope.stack.append(self.path)
+
+    def after(self, module: nn.Module, args: Any, result: Any) -> None:
+        """Forward ends, or raised."""
+        stack = None if self.emulator is None else self.emulator.interception.scope.stack
+        if self.emulator is not None and stack:
+            stack.pop()
+            self.emulator.leave_scope()
+
+
+def lightning_classes() -> tuple[type, ...]:
+    """LightningModule of ``lightning.pytorch`` and of ``pytorch_lightning``, as far as imported."""
+    names = ("lightning.pytorch", "pytorch_lightning")
+    return tuple(sys.modules[name].LightningModule for name in names if name in sys.modules)
+
+
+def _allowed(named: Mapping[str, nn.Module], targets: Sequence[str]) -> set[str]:
+    """Paths in scope: what targets select and all below it, without losses and metrics."""
+    outside = [name for name, child in named.items() if _is_loss_or_metric(child)]
+    candidates = [name for name in named if not _is_below(name, outside)]
+    chosen = select(targets, candidates, what="module")
+    return {name for name in candidates if ROOT in chosen or _is_below(name, chosen)}
+
+
+def _is_below(name: str, ancestors: Sequence[str]) -> bool:
+    return any(name == above or name.startswith(above + ".") for above in ancestors)
+
+
+def _is_loss_or_metric(module: nn.Module) -> bool:
+    """By class, or by the name ``…Loss`` that every library gives its losses."""
+    return isinstance(module, Metric) or type(module).__name__.endswith("Loss")
+
+
+def _is_in_place(
+    func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> bool:
+    name = getattr(func, "__name__", "")
+    if name in ("relu", "dropout", "feature_dropout"):
+        position = 1 if name == "relu" else 3
+        return bool(kwargs.get("inplace", len(args) > position and args[position]))
+    return name.endswith("_") and not name.endswith("__")
+
+
+def _refuse(module: nn.Module, fidelity: str) -> None:
+    """Raise for what cannot be emulated."""
+    if fidelity not in ("exact", "fast"):
+        raise ValueError(f"fidelity must be 'exact' or 'fast', got {fidelity!r}")
+    for name, child in module.named_modules():
+        if isinstance(child, torch._dynamo.eval_frame.OptimizedModule):
+            raise ValueError(
+                f"{name or 'the module'} is compiled: its operators cannot be emulated; "
+                f"attach to the module that was given to torch.compile"
+            )
+    for name, parameter in module.named_parameters():
+        if parameter.is_floating_point() and parameter.dtype != torch.float32:
+            raise ValueError(
+                f"parameter {name} is {parameter.dtype}: the chip is emulated on float32 "
+                f"parameters; use precision '32-true' or 'bf16-mixed'"
+            )

@@ -1,0 +1,223 @@
+"""The one door: every torch function that a forward calls passes here.
+
+``Interception`` is a ``TorchFunctionMode``. For each function it finds the call site (module path,
+operator, ordinal of the code location), and runs the chip's operator, a movement, or, in float,
+whatever the chip does not have. Which module a function belongs to is known from forward hooks,
+and outside of any forward (a decoder's ``transcribe``, ``predict``, ``join``) from the frames of
+the call stack.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import CodeType, FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+
+from lightning_nna.emulator.operators.movement import MOVEMENTS, VIEW_PROPERTIES, is_zero_padding
+from lightning_nna.emulator.operators.registry import TABLE
+
+#: Path of the module that the emulator is attached to.
+ROOT = "."
+
+_TORCH_FOLDER = str(Path(torch.__file__).parent)
+_MODULE_CALL = nn.Module.__call__.__code__.co_filename
+# Functions that give numbers, masks, shapes or fresh tensors: no value of an activation changes.
+_IGNORED = frozenset(
+    """
+    __len__ __get__ __set__ size dim numel stride is_contiguous storage_offset data_ptr item
+    tolist numpy __bool__ __repr__ __format__ __hash__ __array__ is_floating_point is_complex
+    zeros ones empty full arange tensor zeros_like ones_like empty_like full_like new_zeros
+    new_ones new_empty new_full new_tensor rand randn rand_like randn_like randint linspace eye
+    eq ne lt le gt ge __eq__ __ne__ __lt__ __le__ __gt__ __ge__ isnan isinf isfinite any all
+    argmax argmin nonzero equal allclose is_same_size register_hook backward retain_grad
+    record_stream is_tensor is_autocast_enabled get_device type element_size nelement
+    """.split()
+)
+
+
+@dataclass
+class SiteTable:
+    """Call sites by key, and the code locations that their ordinals stand for.
+
+    The key of a site is ``path/operator#ordinal``. Ordinals are given in the order in which
+    locations first run and are saved, so that a resumed run keeps them whatever it runs first.
+    """
+
+    locations: dict[str, list[str]] = field(default_factory=dict)
+
+    def key(self, path: str, operator: str, location: str) -> str:
+        """Key of the site at a location, with a new ordinal if the location is new."""
+        known = self.locations.setdefault(f"{path}/{operator}", [])
+        if location not in known:
+            known.append(location)
+        return f"{path}/{operator}#{known.index(location)}"
+
+
+class Scope(threading.local):
+    """Modules whose forward is running in this thread, outermost first.
+
+    A thread of its own, because activation checkpointing calls forward from the thread that runs
+    the backward.
+    """
+
+    def __init__(self) -> None:
+        self.stack: list[str] = []
+        self.entered = 0
+
+
+class Interception(TorchFunctionMode):
+    """Runs torch functions in the modules of interest as the chip does.
+
+    Args:
+        paths: Path of every module by ``id``.
+        allowed: Paths that are emulated; not among them: losses, metrics, what no target selects.
+        root_in_scope: Whether methods of the root other than ``forward`` count; they do unless
+            it is a LightningModule, whose steps compute losses.
+        run: Called with ``(operator, key, func, args, kwargs)`` for an operator in scope.
+        move: Called with ``(func, args, kwargs)`` for a movement.
+        fallback: Called with ``(key, func, args, kwargs)`` for anything else in scope.
+    """
+
+    def __init__(
+        self,
+        paths: Mapping[int, str],
+        allowed: set[str],
+        root_in_scope: bool,
+        *,
+        sites: SiteTable,
+        run: Callable[..., Any],
+        move: Callable[..., Any],
+        fallback: Callable[..., Any],
+    ) -> None:
+        super().__init__()
+        self.paths, self.allowed, self.root_in_scope = paths, allowed, root_in_scope
+        self.sites, self.run, self.move, self.fallback = sites, run, move, fallback
+        self.scope = Scope()
+        self._keys: dict[tuple[object, ...], str] = {}
+        self._code: list[CodeType] = []
+
+    def enter(self) -> None:
+        """Start intercepting in this thread; calls nest."""
+        if self.scope.entered == 0:
+            self.__enter__()
+        self.scope.entered += 1
+
+    def leave(self) -> None:
+        """Undo one :meth:`enter`."""
+        self.scope.entered -= 1
+        if self.scope.entered == 0:
+            self.__exit__(None, None, None)
+
+    def forget_keys(self) -> None:
+        """Look sites up anew: their table has been replaced."""
+        self._keys.clear()
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: tuple[type, ...],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Sort a function into operator, movement, ignored, or fallback."""
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        if name in MOVEMENTS or _is_view_property(func, name) or _is_padding(name, args, kwargs):
+            return self.move(func, args, kwargs)
+        if name in _IGNORED:
+            return func(*args, **kwargs)
+        operator = TABLE.get(name)
+        if not _has_float(args, kwargs):
+            return func(*args, **kwargs)
+        path, location = self._locate()
+        if path is None:
+            return func(*args, **kwargs)
+        if operator is None:
+            return self.fallback(self._key(path, name.strip("_"), location), func, args, kwargs)
+        label = operator.name or name
+        return self.run(operator, self._key(path, label, location), func, args, kwargs)
+
+    def _key(self, path: str, operator: str, location: tuple[tuple[CodeType, int], ...]) -> str:
+        """Key of a call site; code locations are turned into text once."""
+        identity = (path, operator, *((id(code), at) for code, at in location))
+        if identity not in self._keys:
+            self._code.extend(code for code, _ in location)  # An id must not be used again.
+            text = ">".join(_describe(code, at) for code, at in reversed(location))
+            self._keys[identity] = self.sites.key(path, operator, text)
+        return self._keys[identity]
+
+    def _locate(self) -> tuple[str | None, tuple[tuple[CodeType, int], ...]]:
+        """Module path of the running code, and its location inside the module's own code.
+
+        Frames of torch itself do not count for the location: one ``nn.LSTM`` is one site, however
+        its forward reaches the operator.
+        """
+        location: list[tuple[CodeType, int]] = []
+        inside = bool(self.scope.stack)
+        for frame in _callers():
+            code = frame.f_code
+            if code.co_filename == _MODULE_CALL and inside:
+                break
+            if not code.co_filename.startswith(_TORCH_FOLDER):
+                location.append((code, frame.f_lasti))
+            if not inside and code.co_varnames[:1] == ("self",):
+                found = self._module_of(frame)
+                if found is not None:
+                    return (None, ()) if found == "/" else (found, tuple(location))
+        if not inside:
+            return None, ()
+        path = self.scope.stack[-1]
+        return (path if path in self.allowed else None), tuple(location)
+
+    def _module_of(self, frame: FrameType) -> str | None:
+        """Path of the module whose method a frame runs; '/' where looking further is in vain."""
+        owner = frame.f_locals.get("self")
+        if isinstance(owner, torch.optim.Optimizer):
+            return "/"
+        path = self.paths.get(id(owner))
+        if path is None:
+            return None
+        outside = path not in self.allowed or (path == ROOT and not self.root_in_scope)
+        return "/" if outside else path
+
+
+def _callers() -> Iterator[FrameType]:
+    """Frames of the code that called the torch function, innermost first."""
+    frame: FrameType | None = sys._getframe(3)
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
+
+
+def _describe(code: CodeType, instruction: int) -> str:
+    """Where in a function an instruction stands: stable under edits elsewhere in the file."""
+    line, _, column, _ = list(code.co_positions())[instruction // 2]
+    offset = (line or code.co_firstlineno) - code.co_firstlineno
+    return f"{code.co_qualname}:{offset}:{column}"
+
+
+def _is_view_property(func: Callable[..., Any], name: str) -> bool:
+    if name != "__get__":
+        return False
+    return getattr(getattr(func, "__self__", None), "__name__", "") in VIEW_PROPERTIES
+
+
+def _is_padding(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    if name == "masked_fill":
+        return not isinstance(args[-1], Tensor) and args[-1] == 0
+    return name == "pad" and is_zero_padding(*args[1:], **kwargs)
+
+
+def _has_float(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a float tensor is among the arguments: otherwise there is nothing to emulate."""
+    leaves = tree_leaves((args, kwargs))
+    return any(isinstance(leaf, Tensor) and leaf.is_floating_point() for leaf in leaves)

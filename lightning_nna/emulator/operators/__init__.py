@@ -1,0 +1,1 @@
+"""The chip's instructions, one file a family: integer-exact forward, straight-through backward."""

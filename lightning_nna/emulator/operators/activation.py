@@ -1,0 +1,110 @@
+r"""Sigmoid, tanh, ReLU and dropout.
+
+Sigmoid and tanh of 8-bit activations are tables of 256 entries: the float function at every
+dequantised input, on the output grid that the reference fixes (1/256 from -128, and 1/128).
+The backward is the function's own derivative, from the tabulated output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lightning_nna.emulator.operators.call import Activation, Call, float32_arithmetic
+from lightning_nna.emulator.ranges import PENDING, SIGMOID_OUTPUT, TANH_OUTPUT, QParams
+from lightning_nna.functional.fixed_point import round_half_away
+
+_FUNCTIONS: dict[str, tuple[Callable[[Tensor], Tensor], QParams]] = {
+    "sigmoid": (torch.sigmoid, SIGMOID_OUTPUT),
+    "tanh": (torch.tanh, TANH_OUTPUT),
+}
+
+
+def sigmoid(call: Call, input: Tensor) -> Tensor:
+    """``torch.sigmoid`` as a table."""
+    return _tabulated(call, input, "sigmoid")
+
+
+def tanh(call: Call, input: Tensor) -> Tensor:
+    """``torch.tanh`` as a table."""
+    return _tabulated(call, input, "tanh")
+
+
+def relu(call: Call, input: Tensor, inplace: bool = False) -> Tensor:
+    """``relu`` on the input's own grid: the integers below the zero point become the zero point.
+
+    With equal scales the reference's rescaling is by one, so nothing is rounded.
+    """
+    x = call.operand(input, "input")
+    return call.unchanged(torch.relu(x.value), x)
+
+
+def dropout(call: Call, input: Tensor, p: float = 0.5, training: bool = True, *_: Any) -> Tensor:
+    """Dropout as a change of grid: the integers stay, the scale grows by 1 / (1 - p).
+
+    An activation that no operator has quantised yet stays so.
+    """
+    result = F.dropout(input, p, training)
+    tag = call.host.tag_of(input)
+    if tag is None or not training or p == 0:
+        return result if tag is None else call.tagged(result, tag)
+    grown = QParams(tag.scale / (1 - p), tag.zero_point, tag.low, tag.high) if p < 1 else tag
+    return call.tagged(result, PENDING if tag == PENDING else grown)
+
+
+def _tabulated(call: Call, input: Tensor, name: str) -> Tensor:
+    x = call.operand(input, "input")
+    function, y = _FUNCTIONS[name]
+    if call.observing:
+        return call.unchanged(function(x.value), Activation(x.value, PENDING))
+    with float32_arithmetic(input):
+        result = _Table.apply(x.value, name, x, call.exact)
+    return call.tagged(result, y)
+
+
+@lru_cache(maxsize=256)
+def activation_table(name: str, x: QParams) -> Tensor:
+    """Integers of the output less its zero point, for inputs -128 … 127, float32.
+
+    Computed in float32 and multiplied by the inverse of the output's scale, as the reference does.
+    """
+    function, y = _FUNCTIONS[name]
+    inputs = torch.arange(x.low, x.high + 1, dtype=torch.float32)
+    outputs = function((inputs - x.zero_point) * x.scale) * (1 / y.scale)
+    low, high = y.bounds
+    return round_half_away(outputs).clamp_(low, high)
+
+
+class _Table(torch.autograd.Function):
+    """A table forward, the derivative at its output backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, name: str, activation: Activation, exact: bool) -> Tensor:
+        function, y = _FUNCTIONS[name]
+        low, high = y.bounds
+        if exact:
+            table = activation_table(name, activation.qparams).to(x.device)
+            first = activation.qparams.bounds[0]
+            centred = table[(activation.integers() - first).long()]
+        else:
+            # The same values but where the function falls on a tie: no gather, half the time.
+            centred = function(x.detach()).mul_(1 / y.scale).round_().clamp_(low, high)
+        result = centred.mul_(y.scale)
+        ctx.name = name
+        ctx.save_for_backward(result)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (y,) = ctx.saved_tensors
+        with float32_arithmetic(grad):
+            if ctx.name == "tanh":
+                slope = torch.ops.aten.tanh_backward(grad, y)
+            else:
+                slope = torch.ops.aten.sigmoid_backward(grad, y)
+        return slope, None, None, None

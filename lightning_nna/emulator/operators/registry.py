@@ -1,0 +1,66 @@
+"""Which torch function becomes which operator of the chip."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from lightning_nna.emulator.operators import activation, elementwise, linear, recurrent
+
+
+@dataclass(frozen=True)
+class Operator:
+    """An entry of the table.
+
+    Args:
+        name: Name in :data:`lightning_nna.emulator.spec.OPERATORS` and in call sites; the empty
+            name is for functions that are no instruction, as dropout.
+        emulate: Takes a ``Call`` and the torch function's own arguments.
+        supports: Whether the chip has this form of it; receives the function's arguments.
+    """
+
+    name: str
+    emulate: Callable[..., Any]
+    supports: Callable[..., bool] = lambda *args, **kwargs: True
+
+
+_ADD = Operator("add", elementwise.add)
+_CONCATENATION = Operator("concatenation", elementwise.concatenate)
+_MUL = Operator("mul", elementwise.mul)
+_RELU = Operator("relu", activation.relu)
+_SIGMOID = Operator("sigmoid", activation.sigmoid)
+_SUB = Operator("sub", elementwise.sub)
+_RSUB = Operator("sub", elementwise.reversed_sub)
+_TANH = Operator("tanh", activation.tanh)
+_DROPOUT = Operator("", activation.dropout)
+
+#: By the name of the torch function or method; a trailing underscore is the in-place form.
+TABLE: dict[str, Operator] = {
+    "add": _ADD,
+    "add_": _ADD,
+    "cat": _CONCATENATION,
+    "concat": _CONCATENATION,
+    "concatenate": _CONCATENATION,
+    "dropout": _DROPOUT,
+    "embedding": Operator("embedding", linear.embedding),
+    "feature_dropout": _DROPOUT,
+    "linear": Operator("fully_connected", linear.linear),
+    "lstm": Operator("lstm", recurrent.lstm, recurrent.supports_lstm),
+    "mul": _MUL,
+    "mul_": _MUL,
+    "multiply": _MUL,
+    "multiply_": _MUL,
+    "relu": _RELU,
+    "relu_": _RELU,
+    "rsub": _RSUB,
+    "__rsub__": _RSUB,
+    "sigmoid": _SIGMOID,
+    "sigmoid_": _SIGMOID,
+    "sub": _SUB,
+    "sub_": _SUB,
+    "subtract": _SUB,
+    "subtract_": _SUB,
+    "tanh": _TANH,
+    "tanh_": _TANH,
+}

@@ -1,0 +1,86 @@
+r"""Weights on their way into an operator.
+
+The last stage of the weight pipeline is the chip's grid: symmetric integers without a zero point,
+
+.. math:: q_w = \mathrm{round}(w / s), \qquad s = \max |w| / q_{max}
+
+with one scale for a group of rows (one output channel, one LSTM gate, or all rows). The scale
+follows the weights in training, so nothing is ever clipped and the gradient passes unchanged.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+# Below this a channel counts as all zeros; its scale then only sets the step of its bias.
+_SMALLEST_SCALE = 2.0**-24
+
+
+@dataclass(frozen=True)
+class QuantizedWeight:
+    """A weight as the chip holds it.
+
+    Args:
+        integers: Whole numbers in float32, in the shape of the weight.
+        scales: One positive scale per row (first axis), float32.
+    """
+
+    integers: Float[Tensor, "rows *rest"]
+    scales: Float[Tensor, " rows"]
+
+    @property
+    def values(self) -> Float[Tensor, "rows *rest"]:
+        """The weight that the integers stand for; exact in float32."""
+        return self.integers * _per_row(self.scales, self.integers)
+
+    def largest_sum(self) -> float:
+        """Largest sum of absolute integers over a row: bounds every accumulator."""
+        return float(self.integers.abs().flatten(1).sum(1).max())
+
+
+def quantize_weight(
+    weight: Float[Tensor, "rows *rest"], *, rows_per_scale: int, maximum: int
+) -> QuantizedWeight:
+    """Put a weight on the chip's grid.
+
+    Args:
+        weight: Any float weight; the output channel is the first axis.
+        rows_per_scale: Rows that share a scale: 1 per channel, ``rows / 4`` for LSTM gates,
+            ``rows`` per tensor. Must divide ``rows``.
+        maximum: Largest integer, 127 for 8 bits.
+
+    Raises:
+        FloatingPointError: If a weight is not finite.
+
+    Example:
+        >>> quantize_weight(torch.tensor([[127.0, -63.6]]), rows_per_scale=1, maximum=127).integers
+        tensor([[127., -64.]])
+    """
+    weight = weight.detach().float()
+    rows = weight.shape[0]
+    magnitude = weight.reshape(rows // rows_per_scale, -1).abs().amax(1)
+    if not bool(torch.isfinite(magnitude).all()):
+        raise FloatingPointError("a weight is not finite; it cannot be put on the chip's grid")
+    scale = _round_significands(magnitude.double() / maximum).clamp_min(_SMALLEST_SCALE).float()
+    scales = scale.repeat_interleave(rows_per_scale)
+    integers = (weight / _per_row(scales, weight)).round_().clamp_(-maximum, maximum)
+    return QuantizedWeight(integers, scales)
+
+
+def _per_row(scales: Tensor, weight: Tensor) -> Tensor:
+    """One number a row, shaped to broadcast over the row."""
+    return scales.reshape(-1, *([1] * (weight.ndim - 1)))
+
+
+def _round_significands(scale: Tensor) -> Tensor:
+    """Round to 16-bit significands: scale * integer is exact, and quantising twice changes nothing.
+
+    To nearest here and not up: the largest integer may then fall 2^-17 outside, which rounding
+    absorbs.
+    """
+    mantissa, exponent = torch.frexp(scale)
+    return torch.ldexp((mantissa * 2**16).round(), exponent - 16)

@@ -1,0 +1,112 @@
+"""Tiny modules that exercise what users' modules do."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+
+class SmallNet(nn.Module):
+    """Two linear layers with a functional tanh between, a residual and a product.
+
+    Example:
+        >>> SmallNet()(torch.zeros(2, 4)).shape
+        torch.Size([2, 3])
+    """
+
+    def __init__(self, inputs: int = 4, hidden: int = 8, outputs: int = 3) -> None:
+        super().__init__()
+        self.first = nn.Linear(inputs, hidden)
+        self.second = nn.Linear(hidden, hidden)
+        self.third = nn.Linear(hidden, outputs)
+
+    def forward(self, x: Float[Tensor, "batch inputs"]) -> Float[Tensor, "batch outputs"]:
+        """Scores."""
+        hidden = torch.tanh(self.first(x))
+        gate = self.second(hidden).sigmoid()
+        return self.third(hidden * gate + hidden)
+
+
+class RandomSequences(Dataset):
+    """Sequences whose class is the sign of a fixed projection of their sum: learnable, seeded."""
+
+    def __init__(self, size: int = 64, steps: int = 6, inputs: int = 4, seed: int = 0) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        self.x = torch.randn(size, steps, inputs, generator=generator)
+        direction = torch.randn(inputs, generator=torch.Generator().manual_seed(7))
+        self.y = (self.x.sum(1) @ direction > 0).long()
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        return self.x[index], self.y[index]
+
+
+class SmallRecurrentModule(pl.LightningModule):
+    """Embedding-free LSTM classifier; automatic or manual optimisation.
+
+    Args:
+        manual: Step the optimiser in ``training_step``.
+        dropout: Between the two LSTM layers.
+        learning_rate: Of AdamW.
+    """
+
+    def __init__(
+        self, *, manual: bool = False, dropout: float = 0.0, learning_rate: float = 0.02
+    ) -> None:
+        super().__init__()
+        self.automatic_optimization = not manual
+        self.learning_rate = learning_rate
+        self.lstm = nn.LSTM(4, 8, 2, batch_first=True, dropout=dropout)
+        self.head = SmallNet(8, 8, 2)
+        self.loss = nn.CrossEntropyLoss()
+
+    def forward(self, x: Float[Tensor, "batch steps 4"]) -> Float[Tensor, "batch 2"]:
+        """Logits."""
+        states, _ = self.lstm(x)
+        return self.head(states[:, -1])
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> Tensor:
+        """Cross-entropy."""
+        x, y = batch
+        loss = self.loss(self(x), y)
+        self.log("train/loss", loss)
+        if not self.automatic_optimization:
+            optimizer: Any = self.optimizers()
+            optimizer.zero_grad()
+            self.manual_backward(loss)
+            optimizer.step()
+        return loss
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> None:
+        """Cross-entropy on held-out sequences."""
+        x, y = batch
+        self.log("val/loss", F.cross_entropy(self(x), y))
+
+    def test_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> None:
+        """As validation."""
+        x, y = batch
+        self.log("test/loss", F.cross_entropy(self(x), y))
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """AdamW over all parameters."""
+        return torch.optim.AdamW(self.parameters(), lr=self.learning_rate)
+
+    def train_dataloader(self) -> DataLoader:
+        """Shuffled by Lightning's seed."""
+        return DataLoader(RandomSequences(), batch_size=8, shuffle=False)
+
+    def val_dataloader(self) -> DataLoader:
+        """Other sequences."""
+        return DataLoader(RandomSequences(seed=1), batch_size=16)
+
+    def test_dataloader(self) -> DataLoader:
+        """Others again."""
+        return DataLoader(RandomSequences(seed=2), batch_size=16)
