@@ -17,10 +17,11 @@ from lhotse import CutSet, MonoCut
 
 from recipes.asr.batches import Batch, BatchLoader, BatchPlan, Item, seed_of
 from recipes.asr.corpora import AN4, BadFiles, Corpus, LibriSpeech, Splits
+from recipes.asr.digits import Digits
 from recipes.asr.features import FeatureStore, LogMel, Normalisation, SpecAugment
 from recipes.asr.vocabulary import UnitKind, Vocabulary
 
-__all__ = ["Batch", "SpeechDataModule", "an4", "librispeech"]
+__all__ = ["Batch", "SpeechDataModule", "an4", "digits", "librispeech"]
 
 
 class SpeechDataModule(pl.LightningDataModule):
@@ -197,6 +198,29 @@ class _Part:
             for example in self.store.examples
             for cut in [self.cuts[example.utterance]]
         ]
+
+
+def digits(
+    *,
+    train_size: int = 3000,
+    validation_size: int = 200,
+    test_size: int = 400,
+    max_digits: int = 7,
+    snr_db: Sequence[float] = (10.0, 30.0),
+    corpus_seed: int = 0,
+    **settings: Any,
+) -> SpeechDataModule:
+    """Spoken digits; see `recipes.asr.digits.Digits` and `SpeechDataModule` for the settings."""
+    lowest, highest = snr_db
+    corpus = Digits(
+        train_size=train_size,
+        validation_size=validation_size,
+        test_size=test_size,
+        max_digits=max_digits,
+        snr_db=(float(lowest), float(highest)),
+        corpus_seed=corpus_seed,
+    )
+    return SpeechDataModule(corpus=corpus, **settings)
 
 
 def an4(

@@ -1,0 +1,248 @@
+"""Connected digits, spoken by espeak-ng: the corpus that needs no download.
+
+Every utterance is a string of one to seven digits in one of many voices (an accent of English
+and a variant of the vocal tract), at its own rate, pitch, liveliness and level, in noise of its
+own colour. Training, validation and test have voices of their own. It is made once, as FLAC files
+with Lhotse manifests, and the same seed makes the same bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import soundfile
+import torch
+import torchaudio
+from lhotse import CutSet, MonoCut
+from tqdm import tqdm
+
+from recipes.asr.atomic import folder_made_whole
+from recipes.asr.corpora import Splits, Utterance, make_cut
+from recipes.asr.espeak import Speech, synthesise
+
+DIGITS = ("ZERO", "ONE", "TWO", "THREE", "FOUR", "FIVE", "SIX", "SEVEN", "EIGHT", "NINE")
+
+ACCENTS = (
+    "en-us",
+    "en-us-nyc",
+    "en",
+    "en-gb-scotland",
+    "en-gb-x-rp",
+    "en-gb-x-gbclan",
+    "en-gb-x-gbcwmd",
+    "en-029",
+)
+"""Shared by all parts; what tells the parts apart is the variant."""
+
+# Variants that differ in a detail (Gene and Gene2, belinda and linda) are in the same part.
+VARIANTS = {
+    "train": (
+        *("m1", "m3", "m4", "m6", "m8", "f1", "f3", "f4", "Alex", "Andrea", "Annie", "Denis"),
+        *("Diogo", "Henrique", "Hugo", "Jacky", "Marco", "Mario", "Michael", "Mike", "Reed"),
+        *("Nguyen", "adam", "anika", "antonio", "aunty", "benjamin", "boris", "david", "ed"),
+        *("edward", "edward2", "grandpa", "gustave", "ian", "iven", "iven2", "iven3", "john"),
+        *("klatt", "klatt2", "klatt3", "klatt4", "klatt5", "klatt6", "marcelo", "michel"),
+        *("miguel", "mike2", "norbert", "pablo", "paul", "pedro", "rob", "robert", "steph"),
+        *("steph2", "steph3", "victor", "zac"),
+    ),
+    "validation": ("m5", "f2", "Gene", "Gene2", "max", "Storm", "shelby"),
+    "test": (
+        *("m2", "m7", "f5", "Andy", "AnxiousAndy", "Lee", "Alicia", "belinda", "linda"),
+        *("grandma", "quincy", "travis"),
+    ),
+}
+
+# Raised when the way utterances are made changes, so that an old cache is not taken for a new.
+_FORMAT = 1
+
+
+class Take(NamedTuple):
+    """All that is drawn for one utterance."""
+
+    id: str
+    digits: tuple[str, ...]
+    speech: Speech
+    level_db: float
+    """Root mean square of the speech, relative to full scale."""
+    snr_db: float
+    noise_slope: float
+    """The noise's power falls with frequency to this power: 0 is white, 1 is pink."""
+    pauses_s: tuple[float, float]
+    """Before and after the speech."""
+    noise_seed: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Digits:
+    """The corpus of connected digits.
+
+    Args:
+        train_size: Number of training utterances.
+        validation_size: Number of validation utterances.
+        test_size: Number of test utterances.
+        max_digits: Longest string of digits.
+        snr_db: Lowest and highest signal-to-noise ratio in dB.
+        corpus_seed: Seed of everything that is drawn.
+    """
+
+    train_size: int = 3000
+    validation_size: int = 200
+    test_size: int = 400
+    max_digits: int = 7
+    snr_db: tuple[float, float] = (10.0, 30.0)
+    corpus_seed: int = 0
+
+    def __post_init__(self) -> None:
+        if min(self.train_size, self.validation_size, self.test_size, self.max_digits) < 1:
+            raise ValueError(f"sizes and max_digits have to be at least 1, got {self}")
+        if self.snr_db[0] > self.snr_db[1]:
+            raise ValueError(f"data.snr_db is (lowest, highest), got {self.snr_db}")
+
+    def load(self, *, cache_dir: Path, sample_rate_hz: int, max_bad_share: float) -> Splits:
+        """Manifests of the three parts, spoken first if need be; see `Corpus.load`."""
+        folder = cache_dir / "digits" / self._hash(sample_rate_hz)
+        if not folder.is_dir():
+            with folder_made_whole(folder) as temporary:
+                self.make(temporary, sample_rate_hz=sample_rate_hz)
+        manifests = (CutSet.from_file(folder / f"{part}.jsonl") for part in Splits._fields)
+        return Splits(*(cuts.with_recording_path_prefix(folder) for cuts in manifests))
+
+    def make(self, folder: Path, *, sample_rate_hz: int) -> None:
+        """Speak the corpus into ``folder``: FLAC files and one manifest per part.
+
+        Each part comes out of its own process of espeak-ng, so that it does not depend on the
+        sizes of the others.
+        """
+        total = self.train_size + self.validation_size + self.test_size
+        with tqdm(total=total, desc="speaking digits", delay=2, mininterval=1) as progress:
+            for part in Splits._fields:
+                takes = self.takes(part)
+                with CutSet.open_writer(folder / f"{part}.jsonl", overwrite=True) as manifest:
+                    for cut in self._record(takes, folder, part, sample_rate_hz):
+                        manifest.write(cut)
+                        progress.update()
+
+    def takes(self, part: str) -> list[Take]:
+        """What is said in a part, by whom and how; ``"train"``, ``"validation"`` or ``"test"``.
+
+        Example:
+            >>> takes = Digits(train_size=2, corpus_seed=1).takes("train")
+            >>> takes == Digits(train_size=5, corpus_seed=1).takes("train")[:2]
+            True
+        """
+        place = Splits._fields.index(part)
+        size = getattr(self, f"{part}_size")
+        return [
+            self._draw(f"{part}-{i:05d}", part, np.random.default_rng([self.corpus_seed, place, i]))
+            for i in range(size)
+        ]
+
+    def _draw(self, name: str, part: str, random: np.random.Generator) -> Take:
+        digits = tuple(random.choice(DIGITS, size=random.integers(1, self.max_digits + 1)).tolist())
+        return Take(
+            id=name,
+            digits=digits,
+            speech=Speech(
+                text=_punctuate(digits, random),
+                voice=f"{random.choice(ACCENTS)}+{random.choice(VARIANTS[part])}",
+                rate=int(random.integers(120, 241)),
+                pitch=int(random.integers(25, 76)),
+                pitch_range=int(random.integers(20, 81)),
+            ),
+            level_db=float(random.uniform(-36, -18)),
+            snr_db=float(random.uniform(*self.snr_db)),
+            noise_slope=float(random.uniform(0, 1.5)),
+            pauses_s=(float(random.uniform(0.05, 0.3)), float(random.uniform(0.1, 0.4))),
+            noise_seed=int(random.integers(2**31)),
+        )
+
+    def _record(
+        self, takes: list[Take], folder: Path, part: str, sample_rate_hz: int
+    ) -> Iterator[MonoCut]:
+        spoken = synthesise([take.speech for take in takes], seed=self.corpus_seed + 1)
+        for take, (rate_hz, samples) in zip(takes, spoken, strict=True):
+            speaker = take.speech.voice
+            path = folder / part / speaker / f"{take.id}.flac"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            audio = mix(take, resample(samples, rate_hz, sample_rate_hz), sample_rate_hz)
+            # By way of memory: soundfile waits for the disk at every file that it closes.
+            flac = io.BytesIO()
+            soundfile.write(flac, audio, sample_rate_hz, format="FLAC", subtype="PCM_16")
+            path.write_bytes(flac.getvalue())
+            utterance = Utterance(take.id, speaker, " ".join(take.digits), path)
+            cut = make_cut(utterance, sample_rate_hz=sample_rate_hz)
+            # Relative, so that the manifest does not depend on where the cache lies.
+            cut.recording.sources[0].source = str(path.relative_to(folder))
+            yield cut
+
+    def _hash(self, sample_rate_hz: int) -> str:
+        settings = {**asdict(self), "sample_rate_hz": sample_rate_hz, "format": _FORMAT}
+        settings["espeak"] = version("espeakng-loader")
+        text = json.dumps(settings, sort_keys=True)
+        return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+def resample(samples: np.ndarray, from_hz: int, to_hz: int) -> np.ndarray:
+    """16-bit samples at another rate, as floats in [-1, 1], without the silence around them."""
+    audio = _resampler(from_hz, to_hz)(torch.from_numpy(samples / np.float32(2**15))).numpy()
+    (loud,) = np.nonzero(np.abs(audio) > 0.01 * np.abs(audio).max())
+    return audio[loud[0] : loud[-1] + 1]
+
+
+def mix(take: Take, speech: np.ndarray, sample_rate_hz: int) -> np.ndarray:
+    """Bring speech to its level, put pauses around it, and add noise.
+
+    Args:
+        take: Level, pauses and noise.
+        speech: Samples without silence around them.
+        sample_rate_hz: Their rate.
+
+    Returns:
+        Samples in [-1, 1].
+    """
+    level = 10 ** (take.level_db / 20)
+    before, after = (round(pause * sample_rate_hz) for pause in take.pauses_s)
+    scaled = speech * (level / np.sqrt(np.mean(np.square(speech))))
+    audio = np.pad(scaled, (before, after))
+    audio += coloured_noise(len(audio), take.noise_slope, take.noise_seed) * (
+        level * 10 ** (-take.snr_db / 20)
+    )
+    return audio / max(1.0, np.abs(audio).max())
+
+
+def coloured_noise(num_samples: int, slope: float, seed: int) -> np.ndarray:
+    """Noise of unit power whose spectrum falls with frequency to the power ``slope``.
+
+    Example:
+        >>> noise = coloured_noise(16000, slope=1.0, seed=0)
+        >>> bool(abs((noise**2).mean() - 1) < 1e-6)
+        True
+    """
+    # A power of two: a transform of prime length would take longer than the speech.
+    size = 1 << (num_samples - 1).bit_length()
+    spectrum = np.fft.rfft(np.random.default_rng(seed).standard_normal(size))
+    # Below about 50 Hz it would only be a slow drift.
+    frequencies = np.maximum(np.arange(len(spectrum)), size / 320)
+    noise = np.fft.irfft(spectrum * frequencies ** (-slope / 2), size)[:num_samples]
+    return noise / np.sqrt(np.mean(np.square(noise)))
+
+
+@cache
+def _resampler(from_hz: int, to_hz: int) -> torch.nn.Module:
+    return torchaudio.transforms.Resample(from_hz, to_hz)
+
+
+def _punctuate(digits: tuple[str, ...], random: np.random.Generator) -> str:
+    """The digits as a sentence; a comma makes espeak-ng pause."""
+    pauses = random.random(len(digits)) < 0.15
+    words = (f"{digit.lower()}{',' if p else ''}" for digit, p in zip(digits, pauses, strict=True))
+    return " ".join(words).rstrip(",")

@@ -1,0 +1,161 @@
+"""espeak-ng as a process that turns jobs into samples.
+
+espeak-ng keeps state from one utterance to the next: breath noise from a random generator, the
+phase of the flutter, the pitch it ended on. The same text is therefore never the same audio
+twice in one process. A fresh process, a fixed seed and a fixed order are. So this file is also a
+programme: it reads jobs as JSON from its standard input and writes samples to its standard
+output. It imports nothing of the recipes, so it starts at once.
+
+`synthesise` runs it and yields the samples as they come.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import struct
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import IO, NamedTuple
+
+import espeakng_loader
+import numpy as np
+
+# espeak-ng cuts the name of its data folder at 160 characters.
+LONGEST_PATH = 120
+
+# From espeak-ng's speak_lib.h.
+# Returns when the samples are there; the asynchronous mode waits 20 ms for every utterance.
+_AUDIO_OUTPUT_SYNCHRONOUS = 2
+_CHARS_UTF8 = 1
+_RATE, _VOLUME, _PITCH, _RANGE = 1, 2, 3, 4
+_SYNTH_CALLBACK = ctypes.CFUNCTYPE(
+    ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p
+)
+
+
+class Speech(NamedTuple):
+    """One utterance to speak."""
+
+    text: str
+    voice: str
+    """A language and a voice variant, such as ``en-us+f2``."""
+    rate: int = 175
+    """Words per minute, 80 to 450."""
+    pitch: int = 50
+    """0 to 100."""
+    pitch_range: int = 50
+    """0 (monotonous) to 100."""
+
+
+def synthesise(jobs: Sequence[Speech], *, seed: int) -> Iterator[tuple[int, np.ndarray]]:
+    """Speak jobs in their order, in a process of their own.
+
+    Args:
+        jobs: What to speak.
+        seed: Seed of espeak-ng's own noise, from 1 to 2**31 - 1.
+
+    Yields:
+        For each job the sample rate in Hz and the samples as 16-bit integers. The same jobs and
+        seed give the same samples.
+
+    Raises:
+        RuntimeError: If espeak-ng fails, for instance because it has no such voice; the message
+            has its own words.
+
+    Example:
+        >>> [(rate, samples)] = synthesise([Speech("one two", "en-us+m3")], seed=1)
+        >>> rate, samples.dtype, len(samples) > rate // 2
+        (22050, dtype('int16'), True)
+    """
+    order = json.dumps({"seed": seed, "jobs": jobs}).encode()
+    with (
+        tempfile.TemporaryFile() as complaints,
+        subprocess.Popen(
+            [sys.executable, "-P", str(Path(__file__))],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=complaints,
+        ) as process,
+    ):
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdin.write(order)
+        process.stdin.close()
+        for job in jobs:
+            spoken = _read_samples(process.stdout)
+            if spoken is None:
+                process.wait()
+                complaints.seek(0)
+                raise RuntimeError(
+                    f"espeak-ng failed at {job}: {complaints.read().decode(errors='replace')}"
+                )
+            yield spoken
+
+
+def _read_samples(stream: IO[bytes]) -> tuple[int, np.ndarray] | None:
+    header = stream.read(8)
+    if len(header) < 8:
+        return None
+    rate, count = struct.unpack("<II", header)
+    samples = stream.read(2 * count)
+    return (rate, np.frombuffer(samples, dtype="<i2")) if len(samples) == 2 * count else None
+
+
+class _Synthesiser:
+    """The library's one voice at a time, called through ctypes."""
+
+    def __init__(self, data_path: Path, *, seed: int) -> None:
+        self._library = ctypes.CDLL(espeakng_loader.get_library_path())
+        self._chunks: list[np.ndarray] = []
+        # The library keeps the pointer: the object has to live as long as it.
+        self._callback = _SYNTH_CALLBACK(self._collect)
+        self.sample_rate_hz = self._library.espeak_Initialize(
+            _AUDIO_OUTPUT_SYNCHRONOUS, 0, str(data_path).encode(), 0
+        )
+        if self.sample_rate_hz <= 0:
+            raise RuntimeError(f"espeak-ng cannot read its data in {data_path}")
+        self._library.espeak_SetSynthCallback(self._callback)
+        self._library.espeak_ng_SetRandSeed(ctypes.c_long(seed))
+
+    def speak(self, job: Speech) -> np.ndarray:
+        self._chunks.clear()
+        if self._library.espeak_SetVoiceByName(job.voice.encode()) != 0:
+            raise RuntimeError(f"espeak-ng has no voice {job.voice!r}")
+        settings = {_RATE: job.rate, _VOLUME: 100, _PITCH: job.pitch, _RANGE: job.pitch_range}
+        for parameter, value in settings.items():
+            self._library.espeak_SetParameter(parameter, value, 0)
+        text = job.text.encode()
+        status = self._library.espeak_Synth(
+            text, ctypes.c_size_t(len(text) + 1), 0, 1, 0, _CHARS_UTF8, None, None
+        )
+        if status != 0 or not self._chunks:
+            raise RuntimeError(f"espeak-ng could not speak {job}")
+        return np.concatenate(self._chunks)
+
+    def _collect(self, samples: ctypes._Pointer[ctypes.c_short], count: int, _: int) -> int:
+        if samples and count > 0:
+            self._chunks.append(np.ctypeslib.as_array(samples, (count,)).copy())
+        return 0
+
+
+def _main() -> None:
+    order = json.load(sys.stdin)
+    data_path = Path(espeakng_loader.get_data_path())
+    with tempfile.TemporaryDirectory() as folder:
+        if len(str(data_path)) > LONGEST_PATH:
+            short = Path(folder) / "espeak-ng-data"
+            short.symlink_to(data_path)
+            data_path = short
+        synthesiser = _Synthesiser(data_path, seed=order["seed"])
+        for fields in order["jobs"]:
+            samples = synthesiser.speak(Speech(*fields))
+            header = struct.pack("<II", synthesiser.sample_rate_hz, len(samples))
+            sys.stdout.buffer.write(header + samples.astype("<i2").tobytes())
+
+
+if __name__ == "__main__":
+    _main()
