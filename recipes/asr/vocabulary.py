@@ -8,7 +8,6 @@ everywhere in the recipes; the units of the vocabulary follow it from 1 on. A un
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 BLANK = 0
@@ -27,9 +26,10 @@ def normalise_text(text: str) -> str:
     return " ".join(text.upper().split())
 
 
-@dataclass(frozen=True)
 class Vocabulary:
-    """The units that a recogniser writes, and their indices.
+    """The units that a recogniser writes, and their indices. It does not change.
+
+    Not a dataclass: Hydra would take one that it is given for a configuration.
 
     Args:
         units: The units without the blank, each once; unit ``i`` has index ``i + 1``.
@@ -48,23 +48,31 @@ class Vocabulary:
         'TWO ONE ONE'
     """
 
-    units: tuple[str, ...]
-    kind: UnitKind = "character"
-    _index: dict[str, int] = field(init=False, repr=False, compare=False)
-
-    def __post_init__(self) -> None:
-        if self.kind not in get_args(UnitKind):
+    def __init__(self, units: Sequence[str], kind: UnitKind = "character") -> None:
+        if kind not in get_args(UnitKind):
             raise ValueError(
-                f"a vocabulary's kind is 'character' or 'word', not {self.kind!r}; set data.units"
+                f"a vocabulary's kind is 'character' or 'word', not {kind!r}; set data.units"
             )
-        for unit in self.units:
-            if not _is_unit(unit, self.kind):
-                raise ValueError(f"{unit!r} is not a {self.kind}: it cannot be a unit")
-        index = {unit: position for position, unit in enumerate(self.units, start=BLANK + 1)}
-        if len(index) != len(self.units):
+        for unit in units:
+            if not _is_unit(unit, kind):
+                raise ValueError(f"{unit!r} is not a {kind}: it cannot be a unit")
+        self.units: tuple[str, ...] = tuple(units)
+        self.kind: UnitKind = kind
+        self._index = {unit: index for index, unit in enumerate(self.units, start=BLANK + 1)}
+        if len(self._index) != len(self.units):
             twice = sorted({unit for unit in self.units if self.units.count(unit) > 1})
             raise ValueError(f"each unit may occur once, these occur again: {twice}")
-        object.__setattr__(self, "_index", index)
+
+    def __repr__(self) -> str:
+        return f"Vocabulary({self.units!r}, {self.kind!r})"
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Vocabulary):
+            return NotImplemented
+        return (self.units, self.kind) == (other.units, other.kind)
+
+    def __hash__(self) -> int:
+        return hash((self.units, self.kind))
 
     def __len__(self) -> int:
         """Number of label indices, the blank among them."""
@@ -118,7 +126,7 @@ class Vocabulary:
             >>> Vocabulary.from_dict(vocabulary.to_dict()) == vocabulary
             True
         """
-        return cls(units=tuple(state["units"]), kind=state["kind"])
+        return cls(state["units"], state["kind"])
 
     @classmethod
     def from_texts(cls, texts: Iterable[str], kind: UnitKind = "character") -> Vocabulary:
@@ -128,8 +136,8 @@ class Vocabulary:
             >>> Vocabulary.from_texts(["go", "no go"]).units
             (' ', 'G', 'N', 'O')
         """
-        splitter = cls(units=(), kind=kind)
-        return cls(tuple(sorted({unit for text in texts for unit in splitter.split(text)})), kind)
+        splitter = cls((), kind)
+        return cls(sorted({unit for text in texts for unit in splitter.split(text)}), kind)
 
 
 def _is_unit(unit: str, kind: UnitKind) -> bool:
