@@ -91,6 +91,7 @@ class Emulator:
             sites=self.sites,
             run=self._run,
             move=self._move,
+            joins=self._share_a_grid,
             fallback=self._fall_back,
         )
         for name, child in named.items():
@@ -250,13 +251,17 @@ class Emulator:
     def _move(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A movement: parameters of the first tensor go to every float result."""
         result = func(*args, **kwargs)
-        source = next((leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)), None)
+        source = next(iter(_floats(args)), None)
         tag = None if source is None else self.tag_of(source)
         if tag is not None:
-            for leaf in tree_leaves(result):
-                if isinstance(leaf, Tensor) and leaf.is_floating_point():
-                    self.set_tag(leaf, tag)
+            for leaf in _floats(result):
+                self.set_tag(leaf, tag)
         return result
+
+    def _share_a_grid(self, args: tuple[Any, ...]) -> bool:
+        """Whether every float tensor among arguments carries the same parameters."""
+        tags = [self.tag_of(leaf) for leaf in _floats(args)]
+        return bool(tags) and tags[0] is not None and all(tag == tags[0] for tag in tags)
 
     def _fall_back(
         self, key: str, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -312,6 +317,12 @@ def _allowed(named: Mapping[str, nn.Module], targets: Sequence[str]) -> set[str]
     candidates = [name for name in named if not _is_below(name, outside)]
     chosen = select(targets, candidates, what="module")
     return {name for name in candidates if ROOT in chosen or _is_below(name, chosen)}
+
+
+def _floats(values: Any) -> list[Tensor]:
+    """Float tensors among nested values."""
+    leaves = tree_leaves(values)
+    return [x for x in leaves if isinstance(x, Tensor) and x.is_floating_point()]
 
 
 def _is_below(name: str, ancestors: Sequence[str]) -> bool:

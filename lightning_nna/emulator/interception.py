@@ -22,7 +22,12 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from lightning_nna.emulator.operators.movement import MOVEMENTS, VIEW_PROPERTIES, is_zero_padding
+from lightning_nna.emulator.operators.movement import (
+    JOINS,
+    MOVEMENTS,
+    VIEW_PROPERTIES,
+    is_zero_padding,
+)
 from lightning_nna.emulator.operators.registry import TABLE
 
 #: Path of the module that the emulator is attached to.
@@ -84,6 +89,7 @@ class Interception(TorchFunctionMode):
             it is a LightningModule, whose steps compute losses.
         run: Called with ``(operator, key, func, args, kwargs)`` for an operator in scope.
         move: Called with ``(func, args, kwargs)`` for a movement.
+        joins: Whether all float tensors among arguments lie on one grid.
         fallback: Called with ``(key, func, args, kwargs)`` for anything else in scope.
     """
 
@@ -96,11 +102,13 @@ class Interception(TorchFunctionMode):
         sites: SiteTable,
         run: Callable[..., Any],
         move: Callable[..., Any],
+        joins: Callable[..., bool],
         fallback: Callable[..., Any],
     ) -> None:
         super().__init__()
         self.paths, self.allowed, self.root_in_scope = paths, allowed, root_in_scope
-        self.sites, self.run, self.move, self.fallback = sites, run, move, fallback
+        self.sites, self.run, self.fallback = sites, run, fallback
+        self.move, self.joins = move, joins
         self.scope = Scope()
         self._keys: dict[tuple[object, ...], str] = {}
         self._code: list[CodeType] = []
@@ -132,6 +140,8 @@ class Interception(TorchFunctionMode):
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
         if name in MOVEMENTS or _is_view_property(func, name) or _is_padding(name, args, kwargs):
+            return self.move(func, args, kwargs)
+        if name in JOINS and self.joins(args):
             return self.move(func, args, kwargs)
         if name in _IGNORED:
             return func(*args, **kwargs)

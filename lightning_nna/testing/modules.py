@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import lightning.pytorch as pl
@@ -47,6 +48,51 @@ class RandomSequences(Dataset):
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         return self.x[index], self.y[index]
+
+
+class ResumableLoader:
+    """Batches in a fixed order that know where they stopped; each rank has its own share.
+
+    Args:
+        dataset: Pairs of tensors.
+        batch_size: Examples a batch.
+
+    Example:
+        >>> loader = ResumableLoader(RandomSequences(size=8), batch_size=4)
+        >>> loader.load_state_dict({"next": 1})
+        >>> [len(y) for _, y in loader]
+        [4]
+    """
+
+    def __init__(self, dataset: RandomSequences, *, batch_size: int) -> None:
+        self.dataset, self.batch_size, self.next = dataset, batch_size, 0
+
+    @staticmethod
+    def _share() -> tuple[int, int]:
+        """Rank and number of ranks."""
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            return torch.distributed.get_rank(), torch.distributed.get_world_size()
+        return 0, 1
+
+    def __len__(self) -> int:
+        return len(self.dataset) // self.batch_size // self._share()[1]
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        rank, ranks = self._share()
+        while self.next < len(self):
+            first = (self.next * ranks + rank) * self.batch_size
+            self.next += 1
+            rows = slice(first, first + self.batch_size)
+            yield self.dataset.x[rows], self.dataset.y[rows]
+        self.next = 0
+
+    def state_dict(self) -> dict[str, int]:
+        """Index of the next batch."""
+        return {"next": self.next}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on where the state was taken."""
+        self.next = state["next"]
 
 
 class SmallRecurrentModule(pl.LightningModule):
@@ -99,9 +145,9 @@ class SmallRecurrentModule(pl.LightningModule):
         """AdamW over all parameters."""
         return torch.optim.AdamW(self.parameters(), lr=self.learning_rate)
 
-    def train_dataloader(self) -> DataLoader:
-        """Shuffled by Lightning's seed."""
-        return DataLoader(RandomSequences(), batch_size=8, shuffle=False)
+    def train_dataloader(self) -> ResumableLoader:
+        """Eight batches an epoch; a run that stops in mid-epoch goes on with the next one."""
+        return ResumableLoader(RandomSequences(), batch_size=8)
 
     def val_dataloader(self) -> DataLoader:
         """Other sequences."""

@@ -44,10 +44,12 @@ def relu(call: Call, input: Tensor, inplace: bool = False) -> Tensor:
     return call.unchanged(torch.relu(x.value), x)
 
 
-def dropout(call: Call, input: Tensor, p: float = 0.5, training: bool = True, *_: Any) -> Tensor:
+def dropout(
+    call: Call, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
+) -> Tensor:
     """Dropout as a change of grid: the integers stay, the scale grows by 1 / (1 - p).
 
-    An activation that no operator has quantised yet stays so.
+    An activation that no operator has quantised yet stays so. The emulator writes in-place results.
     """
     result = F.dropout(input, p, training)
     tag = call.host.tag_of(input)

@@ -55,7 +55,12 @@ def mul(call: Call, input: Tensor | float, other: Tensor | float) -> Tensor:
 
 
 def concatenate(call: Call, tensors: list[Tensor], dim: int = 0) -> Tensor:
-    """``torch.cat``: operands on another grid than the output's are requantised to it."""
+    """``torch.cat``: operands on another grid than the output's are requantised to it.
+
+    Float data that no operator has quantised yet are put together before they come to the chip.
+    """
+    if all(call.host.tag_of(x) is None and not call.host.is_constant(x) for x in tensors):
+        return torch.cat(tensors, dim)
     parts = [call.operand(x, f"input{i}") for i, x in enumerate(tensors)]
     if call.observing:
         return call.observed(torch.cat([part.value for part in parts], dim))
@@ -79,7 +84,7 @@ def _sum(call: Call, input: Tensor | float, other: Tensor | float, sign: float) 
 
 
 class _Sum(torch.autograd.Function):
-    """a ± b with broadcasting."""
+    """Sum or difference with broadcasting."""
 
     @staticmethod
     def forward(
@@ -114,7 +119,7 @@ class _Sum(torch.autograd.Function):
 
 
 class _Product(torch.autograd.Function):
-    """a * b with broadcasting."""
+    """Product with broadcasting."""
 
     @staticmethod
     def forward(
@@ -167,7 +172,7 @@ class _Requantize(torch.autograd.Function):
 
 
 def _exact_sum(a: Activation, b: Activation, sign: float, y: QParams) -> Tensor:
-    """a ± b as the reference adds, in units of the output's scale.
+    """The sum or difference as the reference adds, in units of the output's scale.
 
     The subtraction kernel negates the second operand after its rescaling, not before: a doubly
     rounded multiplier is not odd.
@@ -186,7 +191,7 @@ def _exact_sum(a: Activation, b: Activation, sign: float, y: QParams) -> Tensor:
 
 
 def _exact_product(a: Activation, b: Activation, y: QParams) -> Tensor:
-    """a * b as the reference multiplies; the factor is formed in float32 there."""
+    """The product as the reference multiplies; the factor is formed in float32 there."""
     scale_a, scale_b = np.float32(a.qparams.scale), np.float32(b.qparams.scale)
     factor = quantize_multiplier(float(scale_a * scale_b / np.float32(y.scale)))
     product = (a.integers() * b.integers()).long()

@@ -18,6 +18,11 @@ MOVEMENTS = frozenset(
     """.split()
 )
 
+#: Functions whose result holds values of several tensors: a movement where these share a grid.
+JOINS = frozenset(
+    {"column_stack", "dstack", "hstack", "maximum", "minimum", "stack", "vstack", "where"}
+)
+
 #: Properties of a tensor that are views of it.
 VIEW_PROPERTIES = frozenset({"T", "mT", "H", "mH", "data"})
 

@@ -1,0 +1,257 @@
+"""The contract that every callback of the project passes.
+
+Each check takes a factory that makes a fresh callback, and an empty folder; it raises
+``AssertionError`` if a promise is broken. ``CHECKS`` has them all.
+
+    @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+    def test_contract(check, tmp_path):
+        check(lambda: NNAEmulation(calibration_steps=2), tmp_path)
+"""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Callback
+from torch import nn
+from torch.utils._pytree import tree_flatten
+
+from lightning_nna.testing.modules import SmallRecurrentModule
+
+Factory = Callable[[], Callback]
+
+# 64 examples in batches of 8: an epoch has 8 steps, so 5 is in the middle of the first.
+_STOP, _END = 5, 13
+
+
+def trainer(*callbacks: Callback, steps: int = _END, **settings: Any) -> pl.Trainer:
+    """A quiet CPU Trainer for a few optimiser steps."""
+    chosen: dict[str, Any] = {
+        "accelerator": "cpu",
+        "devices": 1,
+        "max_steps": steps,
+        "max_epochs": None,
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "num_sanity_val_steps": 0,
+        "callbacks": list(callbacks),
+    }
+    return pl.Trainer(**(chosen | settings))
+
+
+def module(seed: int = 0, **settings: Any) -> SmallRecurrentModule:
+    """The same module every time, for a seed."""
+    torch.manual_seed(seed)
+    return SmallRecurrentModule(**settings)
+
+
+def assert_same(first: Any, second: Any) -> None:
+    """Nested values are equal, tensors in every bit.
+
+    Raises:
+        AssertionError: If they differ.
+    """
+    left, left_tree = tree_flatten(first)
+    right, right_tree = tree_flatten(second)
+    assert left_tree == right_tree, "the states have different keys"
+    for a, b in zip(left, right, strict=True):
+        same = torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+        assert same, f"{a} differs from {b}"
+
+
+def resume_equals_uninterrupted(factory: Factory, folder: Path) -> None:
+    """A run that stopped in mid-epoch and resumed equals the one that did not, bit for bit."""
+    whole, callback = module(), factory()
+    one = trainer(callback)
+    one.fit(whole)
+    first = trainer(factory(), steps=_STOP)
+    first.fit(module())
+    first.save_checkpoint(folder / "stopped.ckpt")
+    resumed, again = module(seed=1), factory()
+    two = trainer(again)
+    two.fit(resumed, ckpt_path=folder / "stopped.ckpt")
+    assert_same(whole.state_dict(), resumed.state_dict())
+    assert_same(one.optimizers[0].state_dict(), two.optimizers[0].state_dict())
+    assert_same(callback.state_dict(), again.state_dict())
+
+
+def resume_within_calibration(factory: Factory, folder: Path) -> None:
+    """The same for a run that stopped after its first step."""
+    whole, callback = module(), factory()
+    trainer(callback, steps=4).fit(whole)
+    first = trainer(factory(), steps=1)
+    first.fit(module())
+    first.save_checkpoint(folder / "stopped.ckpt")
+    resumed, again = module(seed=1), factory()
+    trainer(again, steps=4).fit(resumed, ckpt_path=folder / "stopped.ckpt")
+    assert_same(whole.state_dict(), resumed.state_dict())
+    assert_same(callback.state_dict(), again.state_dict())
+
+
+def model_keys_are_its_own(factory: Factory, folder: Path) -> None:
+    """Keys and shapes of the module's ``state_dict`` are those without the callback."""
+    plain, with_callback = module(), module()
+    trainer(factory(), steps=_STOP).fit(with_callback)
+    assert list(plain.state_dict()) == list(with_callback.state_dict())
+    saved = torch.load(_checkpoint(factory, folder), weights_only=True)["state_dict"]
+    assert list(saved) == list(plain.state_dict())
+
+
+def float_checkpoint_loads_with_callback(factory: Factory, folder: Path) -> None:
+    """A checkpoint of a run without the callback resumes with it."""
+    first = trainer(steps=_STOP)
+    first.fit(module())
+    first.save_checkpoint(folder / "float.ckpt")
+    resumed = trainer(factory())
+    resumed.fit(module(seed=1), ckpt_path=folder / "float.ckpt")
+    assert resumed.global_step == _END
+
+
+def callback_checkpoint_loads_without(factory: Factory, folder: Path) -> None:
+    """A checkpoint of a run with the callback loads into a float module and tests there."""
+    path = _checkpoint(factory, folder)
+    loaded = SmallRecurrentModule.load_from_checkpoint(path, map_location="cpu")
+    saved = torch.load(path, weights_only=True)["state_dict"]
+    assert_same(dict(loaded.state_dict()), dict(saved))
+    trainer().test(loaded, verbose=False)
+
+
+def checkpoint_carries_the_callback_to_test(factory: Factory, folder: Path) -> None:
+    """``test`` with a checkpoint of the run needs nothing else, and repeats to the bit."""
+    path = _checkpoint(factory, folder)
+    results = [
+        trainer(factory()).test(module(seed=seed), ckpt_path=path, verbose=False)
+        for seed in (1, 2)
+    ]
+    assert results[0] == results[1]
+
+
+def untrained_tensors_are_untouched(factory: Factory, folder: Path) -> None:
+    """With a learning rate of 0 and in evaluation every tensor stays byte-identical."""
+    still = module(learning_rate=0.0)
+    before = copy.deepcopy(still.state_dict())
+    run = trainer(factory())
+    run.fit(still)
+    run.validate(still, verbose=False)
+    assert_same(dict(before), dict(still.state_dict()))
+
+
+def pickles_before_and_after(factory: Factory, folder: Path) -> None:
+    """Callback and module can be pickled and copied, before and after a run."""
+    callback, fitted = factory(), module()
+    pickle.loads(pickle.dumps(callback))
+    trainer(callback, steps=_STOP).fit(fitted)
+    assert_same(pickle.loads(pickle.dumps(callback)).state_dict(), callback.state_dict())
+    fitted.trainer = None  # A Trainer holds loaders, loggers and processes; Lightning drops it too.
+    twin = copy.deepcopy(fitted)
+    assert_same(dict(twin.state_dict()), dict(fitted.state_dict()))
+    assert_same(dict(pickle.loads(pickle.dumps(twin)).state_dict()), dict(fitted.state_dict()))
+
+
+def accumulation_counts_optimiser_steps(factory: Factory, folder: Path) -> None:
+    """With accumulated gradients the run has half the optimiser steps, and resumes as well."""
+    whole, callback = module(), factory()
+    trainer(callback, steps=6, accumulate_grad_batches=2).fit(whole)
+    first = trainer(factory(), steps=3, accumulate_grad_batches=2)
+    first.fit(module())
+    first.save_checkpoint(folder / "stopped.ckpt")
+    resumed, again = module(seed=1), factory()
+    two = trainer(again, steps=6, accumulate_grad_batches=2)
+    two.fit(resumed, ckpt_path=folder / "stopped.ckpt")
+    assert_same(whole.state_dict(), resumed.state_dict())
+    assert_same(callback.state_dict(), again.state_dict())
+
+
+def manual_optimisation_equals_automatic(factory: Factory, folder: Path) -> None:
+    """Who calls the optimiser's step makes no difference."""
+    automatic, manual = module(), module(manual=True)
+    first, second = factory(), factory()
+    trainer(first).fit(automatic)
+    trainer(second).fit(manual)
+    assert_same(dict(automatic.state_dict()), dict(manual.state_dict()))
+    assert_same(first.state_dict(), second.state_dict())
+
+
+def runs_under_bf16_mixed(factory: Factory, folder: Path) -> None:
+    """Mixed precision trains; parameters stay float32 and finite."""
+    mixed = module()
+    before = copy.deepcopy(mixed.state_dict())
+    trainer(factory(), precision="bf16-mixed").fit(mixed)
+    for name, value in mixed.state_dict().items():
+        assert value.dtype == torch.float32, f"{name} became {value.dtype}"
+        assert bool(torch.isfinite(value).all()), f"{name} is not finite"
+        assert not torch.equal(value, before[name]), f"{name} was not trained"
+
+
+def logs_under_its_own_names(factory: Factory, folder: Path) -> None:
+    """What the callback logs begins with ``nna/`` or ``drift/``."""
+    plain, run = trainer(steps=16), trainer(factory(), steps=16)
+    plain.fit(module())
+    run.fit(module())
+    own = set(run.logged_metrics) - set(plain.logged_metrics)
+    assert own, "the callback logs nothing"
+    assert all(key.startswith(("nna/", "drift/")) for key in own), f"names of others: {sorted(own)}"
+
+
+def two_processes_agree(factory: Factory, folder: Path) -> None:
+    """Two ranks on different data end with equal weights and equal callback state."""
+    run = trainer(
+        factory(), _SaveState(str(folder)), steps=3, devices=2, strategy="ddp_spawn"
+    )
+    run.fit(module())
+    states = [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
+    assert_same(states[0], states[1])
+
+
+class _SaveState(Callback):
+    """Write what a rank ends with."""
+
+    def __init__(self, folder: str) -> None:
+        self.folder = folder
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Weights and the state of the other callbacks."""
+        states = [c.state_dict() for c in trainer.callbacks if c is not self]  # type: ignore[attr-defined]
+        weights = {k: v.clone() for k, v in pl_module.state_dict().items()}
+        torch.save(
+            {"weights": weights, "callbacks": states}, f"{self.folder}/rank{trainer.global_rank}.pt"
+        )
+
+
+def _checkpoint(factory: Factory, folder: Path) -> Path:
+    """A checkpoint of a short run with the callback."""
+    run = trainer(factory(), steps=_STOP)
+    run.fit(module())
+    path = folder / "with_callback.ckpt"
+    run.save_checkpoint(path)
+    return path
+
+
+def is_unhooked(module: nn.Module) -> bool:
+    """Whether no forward hook is left on a module or anything in it."""
+    return not any(m._forward_hooks or m._forward_pre_hooks for m in module.modules())
+
+
+CHECKS: tuple[Callable[[Factory, Path], None], ...] = (
+    resume_equals_uninterrupted,
+    resume_within_calibration,
+    model_keys_are_its_own,
+    float_checkpoint_loads_with_callback,
+    callback_checkpoint_loads_without,
+    checkpoint_carries_the_callback_to_test,
+    untrained_tensors_are_untouched,
+    pickles_before_and_after,
+    accumulation_counts_optimiser_steps,
+    manual_optimisation_equals_automatic,
+    runs_under_bf16_mixed,
+    logs_under_its_own_names,
+    two_processes_agree,
+)
