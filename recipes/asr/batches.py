@@ -164,6 +164,9 @@ class BatchLoader:
             is enough for features that are read from a memory map.
     """
 
+    batch_sampler = None
+    """Lightning reads it of whatever has a ``sampler``."""
+
     def __init__(
         self, plan: BatchPlan, item: Callable[[int, int], Item], *, num_workers: int = 0
     ) -> None:
