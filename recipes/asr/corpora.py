@@ -121,8 +121,10 @@ def read_audio(path: str | Path) -> np.ndarray:
     """Decode a mono recording to float32 samples in [-1, 1].
 
     Raises:
-        CorpusError: If the file is unreadable or truncated; the message names it.
+        CorpusError: If the file is missing, unreadable or truncated; the message names it.
     """
+    if not Path(path).is_file():
+        raise CorpusError(f"{path} is missing")
     try:
         samples, _ = soundfile.read(path, dtype="float32")
     except (soundfile.LibsndfileError, OSError) as error:

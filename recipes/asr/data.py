@@ -18,7 +18,7 @@ from lhotse import CutSet, MonoCut
 from recipes.asr.batches import Batch, BatchLoader, BatchPlan, Item, seed_of
 from recipes.asr.corpora import AN4, BadFiles, Corpus, LibriSpeech, Splits
 from recipes.asr.digits import Digits
-from recipes.asr.features import FeatureStore, LogMel, Normalisation, SpecAugment
+from recipes.asr.features import FeatureStore, LogMel, Normalisation, SpecAugment, check_speeds
 from recipes.asr.vocabulary import UnitKind, Vocabulary
 
 __all__ = ["Batch", "SpeechDataModule", "an4", "digits", "librispeech"]
@@ -75,8 +75,7 @@ class SpeechDataModule(pl.LightningDataModule):
         num_workers: int = 0,
     ) -> None:
         super().__init__()
-        if not speeds:
-            raise ValueError("data.speeds is empty; [1.0] leaves the speed as it is")
+        check_speeds(speeds)
         if alphabet is not None and units != "character":
             raise ValueError(f"data.alphabet goes with units=character, not with units={units}")
         self.corpus, self.units, self.alphabet = corpus, units, alphabet

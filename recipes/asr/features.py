@@ -246,6 +246,7 @@ class FeatureStore:
                 than one spectrum.
             OSError: If the disk has no room for the store.
         """
+        check_speeds(speeds)
         paths = _audio_paths(cuts)
         if not paths:
             raise CorpusError(f"{name} holds no utterances")
@@ -323,9 +324,20 @@ class _Writer:
         return Normalisation(torch.tensor(mean).float(), torch.tensor(deviation).float())
 
 
+def check_speeds(speeds: Sequence[float]) -> None:
+    """Refuse speeds that nobody speaks at.
+
+    Raises:
+        ValueError: If there is none, if one occurs twice, or if one is not from 0.1 to 10.
+    """
+    if not speeds or len(set(speeds)) < len(speeds) or not all(0.1 <= s <= 10 for s in speeds):
+        raise ValueError(
+            f"data.speeds are different factors from 0.1 to 10, got {list(speeds)}; [1.0] leaves "
+            "the speed as it is"
+        )
+
+
 def _resampler(speed: float) -> torch.nn.Module:
-    if not 0.1 <= speed <= 10:
-        raise ValueError(f"data.speeds are factors from 0.1 to 10, got {speed}")
     # Through a fraction: 1.15 x 16000 in floating point is not 18400, and a ratio without common
     # factors would need an enormous filter bank.
     ratio = Fraction(speed).limit_denominator(100)
@@ -341,8 +353,10 @@ def _audio_paths(cuts: CutSet) -> dict[str, str]:
 def _hash(settings: dict[str, Any], paths: dict[str, str]) -> str:
     stamps = []
     for utterance, path in paths.items():
-        status = os.stat(path)
-        stamps.append([utterance, path, status.st_size, status.st_mtime_ns])
+        # A missing file is told of where it would be decoded.
+        status = os.stat(path) if os.path.exists(path) else None
+        stamp = [status.st_size, status.st_mtime_ns] if status else []
+        stamps.append([utterance, path, *stamp])
     text = json.dumps([settings, stamps], sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
