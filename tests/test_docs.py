@@ -22,13 +22,22 @@ def page_id(page: Path) -> str:
     return str(page.relative_to(ROOT))
 
 
-@pytest.mark.parametrize("page", PAGES, ids=page_id)
+@pytest.mark.parametrize("page", [ROOT / "Makefile", *PAGES], ids=page_id)
 def test_commands_exist(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     assert set(re.findall(r"^(?:\$ )?make ([a-z]+)", text, re.MULTILINE)) <= targets
     modules = set(re.findall(r"python -m (recipes[.\w]*)", text))
     assert [name for name in modules if importlib.util.find_spec(name) is None] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
+def test_configurations_exist(page: Path) -> None:
+    commands = re.findall(r"^.*-m recipes[.]\w+ (.*)$", page.read_text("utf-8"), re.MULTILINE)
+    choices = re.findall(r"\b([a-z_]+)=([\w-]+)(?=\s|`|$)", " ".join(commands))
+    groups = {path.name for path in (ROOT / "conf").iterdir() if path.is_dir()}
+    files = [ROOT / "conf" / group / f"{option}.yaml" for group, option in choices]
+    assert [path for path in files if path.parent.name in groups and not path.exists()] == []
 
 
 @pytest.mark.parametrize("page", PAGES, ids=page_id)
