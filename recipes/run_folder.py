@@ -1,7 +1,7 @@
 """What a run leaves behind: its settings, its summary, and its weights in a small file.
 
-A run folder holds ``config.yaml`` (every setting, resolved), ``metrics.csv``, ``checkpoints/`` and
-``summary.json``.
+A run folder holds ``config.yaml`` (every setting, resolved), ``metrics/`` (CSV),
+``checkpoints/`` and ``summary.json``.
 """
 
 from __future__ import annotations

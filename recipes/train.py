@@ -3,7 +3,7 @@
     python -m recipes.train experiment=an4_rnnt compression=nna8 seed=2
 
 The run folder (``runs/<experiment>/<time>`` or ``hydra.run.dir=...``) gets ``config.yaml``,
-``metrics.csv``, ``checkpoints/`` and ``summary.json``. The same command with the folder of a run
+``metrics/``, ``checkpoints/`` and ``summary.json``. The same command with the folder of a run
 that was stopped goes on where it stopped.
 """
 
@@ -50,8 +50,9 @@ def train(config: DictConfig) -> dict[str, Any]:
     Raises:
         ValueError: If the run folder holds a run with other settings.
     """
-    run_dir = Path(config.run_dir)
-    record_config(run_dir, config)
+    record_config(Path(config.run_dir), config)
+    # Now: by the end of training the checkout may have moved on.
+    origin = provenance(config.seed)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     seed_everything(config.seed, verbose=False)
@@ -65,7 +66,19 @@ def train(config: DictConfig) -> dict[str, Any]:
     # Of the clocks only the timer's counts what a resumed run took before.
     timer = callbacks.get("timer")
     seconds = timer.time_elapsed() if isinstance(timer, Timer) else time.monotonic() - began
-    return _summarise(config, trainer, recogniser, datamodule, seconds)
+    summary: dict[str, Any] = {
+        "experiment": config.name,
+        "method": config.method,
+        **origin,
+        **size_of(recogniser.model),
+        "epochs": trainer.current_epoch,
+        "train_seconds": round(seconds, 1),
+        "threads": torch.get_num_threads(),
+    }
+    if config.test:
+        summary |= score_test(trainer, recogniser, datamodule)
+    write_summary(Path(config.run_dir), summary)
+    return summary
 
 
 def build_recogniser(
@@ -113,28 +126,6 @@ def _last_checkpoint(config: DictConfig) -> str | None:
     """The newest checkpoint of an unfinished run in this folder."""
     path = Path(config.run_dir) / "checkpoints" / "last.ckpt"
     return str(path) if config.resume and path.is_file() else None
-
-
-def _summarise(
-    config: DictConfig,
-    trainer: Trainer,
-    recogniser: TransducerRecogniser,
-    datamodule: SpeechDataModule,
-    seconds: float,
-) -> dict[str, Any]:
-    summary: dict[str, Any] = {
-        "experiment": config.name,
-        "method": config.method,
-        **provenance(config.seed),
-        **size_of(recogniser.model),
-        "epochs": trainer.current_epoch,
-        "train_seconds": round(seconds, 1),
-        "threads": torch.get_num_threads(),
-    }
-    if config.test:
-        summary |= score_test(trainer, recogniser, datamodule)
-    write_summary(Path(config.run_dir), summary)
-    return summary
 
 
 def score_test(

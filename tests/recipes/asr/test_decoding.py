@@ -109,6 +109,7 @@ def _log_likelihood(
     return values
 
 
+@torch.no_grad()
 def test_beam_search_streams(model: Transducer, features: torch.Tensor) -> None:
     from torchaudio.models import RNNTBeamSearch
 

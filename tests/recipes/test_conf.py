@@ -1,0 +1,116 @@
+"""Every file of conf/ composes, and names only what the code it builds takes."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig, OmegaConf
+
+CONF = Path(__file__).resolve().parents[2] / "conf"
+GROUPS = ("callbacks", "data", "model", "trainer", "nna", "compression", "logger", "sweep")
+EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
+CHOICES = sorted(
+    f"{group}={path.stem}" for group in GROUPS for path in (CONF / group).glob("*.yaml")
+)
+# What train.py adds to the arguments in the configuration.
+ADDED = {
+    "recipes.asr.recogniser.TransducerRecogniser": ("vocabulary", "num_mels"),
+    "lightning.pytorch.Trainer": ("callbacks", "logger"),
+}
+
+
+def _composed(*overrides: str, name: str = "train") -> dict[str, Any]:
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        config = compose(name, overrides=["run_dir=somewhere", *overrides])
+    container = OmegaConf.to_container(config, resolve=True)
+    assert isinstance(container, dict)
+    return container  # type: ignore[return-value]
+
+
+def _targets(node: Any) -> Iterator[dict[str, Any]]:
+    """Every mapping with a ``_target_`` in ``node``."""
+    if isinstance(node, Mapping):
+        if "_target_" in node:
+            yield dict(node)
+        for value in node.values():
+            yield from _targets(value)
+
+
+def _bind(node: dict[str, Any]) -> None:
+    """Bind the keys of ``node`` to the signature of its target, as a call would."""
+    path = node["_target_"]
+    module, _, name = path.rpartition(".")
+    target = getattr(importlib.import_module(module), name)
+    settings = {key: value for key, value in node.items() if not key.startswith("_")}
+    settings |= dict.fromkeys(ADDED.get(path, ()))
+    signature = inspect.signature(target)
+    bound = signature.bind_partial if node.get("_partial_") else signature.bind
+    bound(**settings)
+    for keyword in _forwarded(path):
+        assert settings.keys() <= signature.parameters.keys() | keyword.parameters.keys()
+
+
+def _forwarded(path: str) -> list[inspect.Signature]:
+    """The signature behind the ``**settings`` of the corpora's functions."""
+    if not path.startswith("recipes.asr.data."):
+        return []
+    return [inspect.signature(importlib.import_module("recipes.asr.data").SpeechDataModule)]
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_every_key_of_a_choice_is_taken_by_its_target(choice: str) -> None:
+    nodes = list(_targets(_composed(choice)))
+    assert {node["_target_"] for node in nodes} >= set(ADDED)
+    for node in nodes:
+        _bind(node)
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_every_key_of_an_experiment_is_taken_by_its_target(experiment: str) -> None:
+    config = _composed(f"experiment={experiment}")
+    assert config["name"] == experiment
+    for node in _targets(config):
+        _bind(node)
+
+
+def test_a_misspelt_key_is_noticed() -> None:
+    config = _composed("+model.network.encoder_sise=3")
+    with pytest.raises(TypeError, match="encoder_sise"):
+        _bind(config["model"]["network"])
+
+
+@pytest.mark.parametrize("compression", ["none", "nna8"])
+def test_evaluation_composes(compression: str) -> None:
+    config = _composed("ckpt=a.ckpt", f"compression={compression}", name="evaluate")
+    assert ("nna" in config["callbacks"]) == (compression == "nna8")
+
+
+def test_callbacks_are_keyed_so_that_groups_merge() -> None:
+    config = _composed("compression=nna8", "callbacks.average=null")
+    assert config["method"] == "nna8"
+    assert config["callbacks"]["average"] is None
+    assert config["callbacks"].keys() >= {"checkpoint", "nna"}
+
+
+def test_every_logger_keeps_the_csv() -> None:
+    files = sorted(path.stem for path in (CONF / "logger").glob("*.yaml"))
+    assert files == ["csv", "tensorboard", "wandb"]
+    for name in files:
+        assert "csv" in _composed(f"logger={name}")["logger"]
+
+
+def test_every_file_is_plain_yaml() -> None:
+    for path in CONF.rglob("*.yaml"):
+        assert yaml.safe_load(path.read_text()) is None or path.stat().st_size
+
+
+def test_seed_reaches_data_and_model(compose_config: Callable[..., DictConfig]) -> None:
+    config = compose_config("train", "experiment=an4_rnnt", "seed=7")
+    assert (config.data.seed, config.model.seed) == (7, 7)

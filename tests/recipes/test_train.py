@@ -1,0 +1,159 @@
+"""Training, resuming, fine-tuning and scoring on a corpus that is made in a moment."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from omegaconf import DictConfig
+
+from recipes.evaluate import evaluate
+from recipes.train import train
+from recipes.weights import load_weights, save_weights
+from tests.recipes.conftest import SMALL_NETWORK
+from tests.recipes.test_conf import EXPERIMENTS
+
+Compose = Callable[..., DictConfig]
+
+SUMMARY = {
+    *("experiment", "method", "command", "commit", "seed", "versions", "parameters", "size_bytes"),
+    *("epochs", "train_seconds", "threads", "wer", "wer_low", "wer_high", "errors", "words"),
+    "loss_per_token",
+}
+
+
+@pytest.fixture
+def overrides(small_an4: Path, tmp_path: Path) -> list[str]:
+    """Settings that make any experiment run on the small corpus within a second or two."""
+    return [
+        *SMALL_NETWORK,
+        "data=an4",
+        f"data.root={small_an4}",
+        f"data.cache_dir={tmp_path / 'cache'}",
+        "data.num_mels=8",
+        "data.speeds=[1.0]",
+        "data.validation_share=0.2",
+        "data.spec_augment.frequency_width=2",
+        "data.batch_seconds=2",
+        "data.num_buckets=2",
+        "trainer.max_epochs=2",
+        "trainer.check_val_every_n_epoch=1",
+        "trainer.accelerator=cpu",
+        "trainer.log_every_n_steps=1",
+        "callbacks.progress=null",
+        "+trainer.enable_progress_bar=false",
+    ]
+
+
+def _weights_of(folder: Path) -> dict[str, torch.Tensor]:
+    return load_weights(folder / "checkpoints" / "last.ckpt").network
+
+
+def test_a_run_leaves_config_metrics_checkpoints_and_summary(
+    compose_config: Compose, overrides: list[str], tmp_path: Path
+) -> None:
+    config = compose_config("train", "experiment=an4_rnnt", *overrides)
+    summary = train(config)
+    run = tmp_path / "run"
+    assert json.loads((run / "summary.json").read_text()) == summary
+    assert summary.keys() == SUMMARY
+    assert summary["wer_low"] <= summary["wer"] <= summary["wer_high"]
+    assert (summary["epochs"], summary["method"], summary["words"]) == (2, "float", 8)
+    assert summary["size_bytes"] == 4 * summary["parameters"]
+    with (run / "metrics" / "version_0" / "metrics.csv").open() as file:
+        columns = set(next(csv.reader(file)))
+    assert columns >= {"train/loss", "val/loss_per_token", "val/wer", "test/wer"}
+    assert (run / "config.yaml").is_file()
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory")
+def test_a_stopped_run_goes_on_to_the_same_weights(
+    compose_config: Compose, overrides: list[str], tmp_path: Path
+) -> None:
+    common = ["experiment=an4_rnnt", *overrides, "model.schedule=null", "test=false"]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    train(compose_config("train", *common, f"run_dir={whole}"))
+    train(compose_config("train", *common, f"run_dir={parts}", "trainer.max_epochs=1"))
+    (parts / "config.yaml").unlink()  # the shorter run's; a stopped run has the longer one's
+    train(compose_config("train", *common, f"run_dir={parts}"))
+    expected = _weights_of(whole)
+    resumed = _weights_of(parts)
+    assert expected.keys() == resumed.keys()
+    for name, weight in expected.items():
+        torch.testing.assert_close(resumed[name], weight, rtol=0, atol=0)
+
+
+def test_the_folder_of_another_run_is_refused(
+    compose_config: Compose, overrides: list[str]
+) -> None:
+    settings = ["experiment=an4_rnnt", *overrides, "test=false", "trainer.max_epochs=1"]
+    train(compose_config("train", *settings))
+    with pytest.raises(ValueError, match="other settings of seed; resume it"):
+        train(compose_config("train", *settings, "seed=5", "data.seed=1", "model.seed=1"))
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_every_experiment_runs(
+    experiment: str, compose_config: Compose, overrides: list[str], small_weights: Path
+) -> None:
+    start = [f"init_from={small_weights}"] if "finetune" in experiment else []
+    fast = ["+trainer.fast_dev_run=2", "data.alphabet=' ABEGINOPSTY'", "data.units=character"]
+    config = compose_config("train", f"experiment={experiment}", *overrides, *fast, *start)
+    summary = train(config)
+    assert summary["wer"] >= 0
+    assert summary["experiment"] == experiment
+
+
+@pytest.mark.parametrize("logger", ["tensorboard", "wandb"])
+def test_loggers_work_offline(
+    logger: str, compose_config: Compose, overrides: list[str], tmp_path: Path
+) -> None:
+    settings = [*overrides, "test=false", "trainer.max_epochs=1", f"logger={logger}"]
+    train(compose_config("train", "experiment=an4_rnnt", *settings))
+    assert (tmp_path / "run" / "metrics" / "version_0" / "metrics.csv").is_file()
+    assert (tmp_path / "run" / logger).is_dir()
+
+
+@pytest.fixture
+def small_weights(compose_config: Compose, overrides: list[str], tmp_path: Path) -> Path:
+    """A ``.safetensors`` file of a network trained for one epoch."""
+    run = tmp_path / "first"
+    settings = [*overrides, "trainer.max_epochs=1", "test=false", f"run_dir={run}"]
+    train(compose_config("train", "experiment=an4_rnnt", *settings))
+    path = tmp_path / "small.safetensors"
+    save_weights(path, load_weights(run / "checkpoints" / "last.ckpt"), command="a test")
+    return path
+
+
+def test_a_checkpoint_scores_as_its_run_did(
+    compose_config: Compose, overrides: list[str], tmp_path: Path
+) -> None:
+    trained = train(compose_config("train", "experiment=an4_rnnt", *overrides))
+    ckpt = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    config = compose_config("evaluate", f"ckpt='{ckpt}'", f"run_dir={tmp_path / 'evaluation'}")
+    scored = evaluate(config)
+    assert scored["wer"] == trained["wer"]
+    assert scored["loss_per_token"] == pytest.approx(trained["loss_per_token"], rel=1e-6)
+    assert (tmp_path / "evaluation" / "summary.json").is_file()
+
+
+def test_half_precision_weights_score_about_the_same(
+    compose_config: Compose, small_weights: Path, tmp_path: Path
+) -> None:
+    ckpt = tmp_path / "first" / "checkpoints" / "last.ckpt"
+    scores = [_loss(compose_config, path) for path in (ckpt, small_weights)]
+    assert scores[0] == pytest.approx(scores[1], rel=1e-2)
+
+
+def _loss(compose_config: Compose, path: Path) -> Any:
+    return evaluate(compose_config("evaluate", f"ckpt='{path}'"))["loss_per_token"]
+
+
+def test_beam_search_is_a_setting(compose_config: Compose, small_weights: Path) -> None:
+    config = compose_config("evaluate", f"ckpt={small_weights}", "beam_width=3")
+    assert evaluate(config)["words"] == 8
