@@ -35,6 +35,7 @@ ROOT = "."
 
 _TORCH_FOLDER = str(Path(torch.__file__).parent)
 _MODULE_CALL = nn.Module.__call__.__code__.co_filename
+_BACKWARD = frozenset({"backward", "grad"})
 # Functions that give numbers, masks, shapes or fresh tensors: no value of an activation changes.
 _IGNORED = frozenset(
     """
@@ -43,7 +44,7 @@ _IGNORED = frozenset(
     zeros ones empty full arange tensor zeros_like ones_like empty_like full_like new_zeros
     new_ones new_empty new_full new_tensor rand randn rand_like randn_like randint linspace eye
     eq ne lt le gt ge __eq__ __ne__ __lt__ __le__ __gt__ __ge__ isnan isinf isfinite any all
-    argmax argmin nonzero equal allclose is_same_size register_hook backward retain_grad
+    argmax argmin nonzero equal allclose is_same_size register_hook retain_grad
     record_stream is_tensor is_autocast_enabled get_device type element_size nelement
     """.split()
 )
@@ -139,6 +140,8 @@ class Interception(TorchFunctionMode):
         """Sort a function into operator, movement, ignored, or fallback."""
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
+        if name in _BACKWARD:
+            return self._outside(func, args, kwargs)
         if name in MOVEMENTS or _is_view_property(func, name) or _is_padding(name, args, kwargs):
             return self.move(func, args, kwargs)
         if name in JOINS and self.joins(args):
@@ -155,6 +158,20 @@ class Interception(TorchFunctionMode):
             return self.fallback(self._key(path, name.strip("_"), location), func, args, kwargs)
         label = operator.name or name
         return self.run(operator, self._key(path, label, location), func, args, kwargs)
+
+    def _outside(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Run a function that may call forwards itself, as a backward does under checkpointing.
+
+        PyTorch takes the mode off while it handles a function; the forwards put it on again.
+        """
+        entered, stack = self.scope.entered, self.scope.stack
+        self.scope.entered, self.scope.stack = 0, []
+        try:
+            return func(*args, **kwargs)
+        finally:
+            self.scope.entered, self.scope.stack = entered, stack
 
     def _key(self, path: str, operator: str, location: tuple[tuple[CodeType, int], ...]) -> str:
         """Key of a call site; code locations are turned into text once."""

@@ -3,18 +3,238 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-import lightning.pytorch as pl
 import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_nna import bake, calibrate, coverage, emulate, strip
+from lightning_nna import calibrate, strip
 from lightning_nna.callbacks import NNAEmulation
 from lightning_nna.testing import SmallRecurrentModule
-from lightning_nna.testing.contract import CHECKS, assert_same, is_unhooked, module, trainer
+from lightning_nna.testing.contract import (
+    CHECKS,
+    assert_same,
+    is_unhooked,
+    module,
+    resume_equals_uninterrupted,
+    trainer,
+)
 
 
-@pytest.mark.parametrize("fidelity", ["exact", "fast"])
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
-def test_contract(check: Callable[..., None], fidelity: str, tmp_path: Path) -> None:
-    check(lambda: NNAEmulation(calibration_steps=2, fidelity=fidelity), tmp_path)
+def test_contract(check: Callable[..., None], tmp_path: Path) -> None:
+    check(lambda: NNAEmulation(calibration_steps=2), tmp_path)
+
+
+def test_contract_of_fast_fidelity(tmp_path: Path) -> None:
+    resume_equals_uninterrupted(
+        lambda: NNAEmulation(calibration_steps=2, fidelity="fast"), tmp_path
+    )
+
+
+def test_the_contract_notices_a_callback_that_loses_its_state(tmp_path: Path) -> None:
+    class Forgetful(NNAEmulation):
+        def load_state_dict(self, state_dict: dict[str, object]) -> None:
+            """Lose everything."""
+
+    with pytest.raises(AssertionError):
+        resume_equals_uninterrupted(lambda: Forgetful(calibration_steps=2), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"calibration_steps": -1}, "calibration_steps must be at least 0, got -1"),
+        ({"fidelity": "rough"}, "fidelity must be 'exact' or 'fast', got 'rough'"),
+        ({"spec": "int7"}, "'int7' is neither a preset"),
+    ],
+)
+def test_wrong_arguments_are_named(settings: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        NNAEmulation(**settings)
+
+
+def test_a_target_that_matches_nothing_raises() -> None:
+    with pytest.raises(ValueError, match="pattern 'decoder' matches no module"):
+        trainer(NNAEmulation(targets=["decoder"])).fit(module())
+
+
+@pytest.mark.parametrize("stage", ["validate", "test", "predict"])
+def test_evaluation_without_ranges_says_what_to_do(stage: str) -> None:
+    run = trainer(NNAEmulation())
+    recogniser = module()
+    with pytest.raises(RuntimeError, match=r"on the chip needs ranges.*calibrate\(module"):
+        getattr(run, stage)(recogniser, recogniser.test_dataloader())
+
+
+def test_no_calibration_steps_and_no_ranges() -> None:
+    with pytest.raises(RuntimeError, match="calibration_steps=0, and no ranges"):
+        trainer(NNAEmulation(calibration_steps=0)).fit(module())
+
+
+def test_calibrated_beforehand_it_evaluates_on_the_chip() -> None:
+    recogniser = module()
+    (plain,) = trainer().test(recogniser, verbose=False)
+    calibrate(recogniser, recogniser.train_dataloader(), lambda net, batch: net(batch[0]))
+    (chip,) = trainer(NNAEmulation()).test(recogniser, verbose=False)
+    assert chip["test/loss"] != plain["test/loss"]
+    assert chip["test/loss"] == pytest.approx(plain["test/loss"], rel=0.05)
+    trainer(NNAEmulation(calibration_steps=0)).fit(recogniser)
+
+
+def test_selected_modules_alone_are_emulated() -> None:
+    recogniser = module()
+    chip = NNAEmulation(targets=["head"], calibration_steps=1)
+    trainer(chip, steps=3).fit(recogniser)
+    assert {key.split("/")[0] for key in chip.emulator.ranges.ranges} == {
+        "head",
+        "head.first",
+        "head.second",
+        "head.third",
+    }
+
+
+def test_ranges_are_frozen_after_the_calibration_steps_and_training_goes_on() -> None:
+    recogniser, chip = module(), NNAEmulation(calibration_steps=3)
+    trainer(chip, steps=4).fit(recogniser)
+    frozen = chip.emulator.ranges.state_dict()
+    weights = recogniser.head.first.weight.detach().clone()
+    trainer(chip, steps=8).fit(recogniser)
+    assert chip.emulator.ranges.state_dict() == frozen
+    assert not torch.equal(weights, recogniser.head.first.weight)
+
+
+def test_training_on_the_chip_learns() -> None:
+    """A trained float module goes on learning on the chip, at a small learning rate."""
+    recogniser = module()
+    trainer(steps=40).fit(recogniser)
+    chip = NNAEmulation(calibration_steps=8, fidelity="fast")
+    recogniser.learning_rate = 0.001
+    trainer(chip, steps=9).fit(recogniser)
+    (before,) = trainer(chip).test(recogniser, verbose=False)
+    trainer(chip, steps=40).fit(recogniser)
+    (after,) = trainer(chip).test(recogniser, verbose=False)
+    assert after["test/loss"] < 0.95 * before["test/loss"]
+
+
+class OptimiserFromTheStart(SmallRecurrentModule):
+    """Builds its optimiser in ``__init__``, and layers in ``configure_model``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.extra: nn.Module | None = None
+        self.optimizer = torch.optim.SGD(self.parameters(), lr=0.1)
+
+    def configure_model(self) -> None:
+        if self.extra is None:
+            self.extra = nn.Linear(2, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert self.extra is not None
+        return self.extra(super().forward(x))
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return self.optimizer
+
+
+def test_layers_of_configure_model_and_an_early_optimiser_are_seen() -> None:
+    chip = NNAEmulation(calibration_steps=1)
+    trainer(chip, steps=3).fit(OptimiserFromTheStart())
+    assert "extra/fully_connected#0/output" in chip.emulator.ranges
+    assert chip.steps == 3
+
+
+class TwoOptimisers(SmallRecurrentModule):
+    """Steps the second optimiser every other batch, by hand."""
+
+    def __init__(self) -> None:
+        super().__init__(manual=True)
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> None:
+        first, second = self.optimizers()
+        loss = self.loss(self(batch[0]), batch[1])
+        self.manual_backward(loss)
+        first.step()
+        if batch_index % 2:
+            second.step()
+        self.zero_grad()
+
+    def configure_optimizers(self) -> list[torch.optim.Optimizer]:
+        return [torch.optim.SGD(part.parameters(), lr=0.1) for part in (self.lstm, self.head)]
+
+
+def test_several_optimisers_count_as_the_one_that_steps_most() -> None:
+    chip = NNAEmulation(calibration_steps=4)
+    trainer(chip, max_steps=-1, max_epochs=1).fit(TwoOptimisers())
+    assert chip.steps == 8
+    assert chip.emulator.calibrated
+
+
+class Failing(SmallRecurrentModule):
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> Tensor:
+        loss = super().training_step(batch, batch_index)
+        if batch_index == 4:
+            raise KeyError("a bug of the user's")
+        return loss
+
+
+def test_after_an_exception_the_module_is_a_float_module_again() -> None:
+    failing, chip = Failing(), NNAEmulation(calibration_steps=1)
+    x = torch.randn(3, 6, 4)
+    with pytest.raises(KeyError):
+        trainer(chip).fit(failing)
+    on_leaving = failing(x)
+    assert torch.equal(on_leaving, strip(failing)(x))
+    assert is_unhooked(failing)
+
+
+def test_a_compiled_module_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"given to torch\.compile.*pass the module itself"):
+        trainer(NNAEmulation()).fit(torch.compile(module(), backend="eager"))
+
+
+def test_the_emulator_before_a_run() -> None:
+    with pytest.raises(RuntimeError, match="has no module yet"):
+        _ = NNAEmulation().emulator
+
+
+def test_it_works_in_a_trainer_of_pytorch_lightning() -> None:
+    other = pytest.importorskip("pytorch_lightning")
+
+    class Module(other.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1))
+
+        def training_step(self, batch: list[Tensor], batch_index: int) -> Tensor:
+            return torch.sigmoid(self.net(batch[0])).mean()
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    chip = NNAEmulation(calibration_steps=2)
+    data = torch.utils.data.TensorDataset(torch.randn(32, 4))
+    run = other.Trainer(
+        max_steps=4,
+        callbacks=[chip],
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    run.fit(Module(), torch.utils.data.DataLoader(data, batch_size=8))
+    assert sorted(chip.emulator.sites.locations) == [
+        "net.0/fully_connected",
+        "net.1/tanh",
+        "net.2/fully_connected",
+    ]
+
+
+def test_two_fits_with_one_seed_are_equal() -> None:
+    results = []
+    for _ in range(2):
+        recogniser = module(dropout=0.3)
+        torch.manual_seed(3)
+        trainer(NNAEmulation(calibration_steps=2)).fit(recogniser)
+        results.append(dict(recogniser.state_dict()))
+    assert_same(*results)

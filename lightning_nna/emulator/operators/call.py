@@ -188,8 +188,10 @@ class _Quantize(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        # Outside of the block: with activation checkpointing, asking for what was saved runs the
+        # forward again.
+        (mask,) = ctx.saved_tensors
         with float32_arithmetic(grad):
-            (mask,) = ctx.saved_tensors
             return grad * mask, None
 
 

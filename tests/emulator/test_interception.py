@@ -1,0 +1,213 @@
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+
+import lightning.pytorch as pl
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import _get_current_function_mode
+from torch.utils.checkpoint import checkpoint
+from torchmetrics.classification import MulticlassAccuracy
+
+from lightning_nna import coverage, emulate
+from lightning_nna.testing import SmallNet
+
+
+class Function(nn.Module):
+    """A module of one expression."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x)
+
+
+def sites(module: nn.Module, *inputs: Tensor) -> dict[str, bool]:
+    return {row.site: row.on_chip for row in coverage(module, *inputs).rows}
+
+
+def loop(x: Tensor) -> Tensor:
+    for _ in range(3):
+        x = torch.tanh(x)
+    return x
+
+
+def helper(x: Tensor) -> Tensor:
+    return torch.sigmoid(x)
+
+
+@pytest.mark.parametrize(
+    ("function", "expected"),
+    [
+        (loop, ["./tanh#0"]),
+        (lambda x: torch.sigmoid(torch.sigmoid(x)), ["./sigmoid#0", "./sigmoid#1"]),
+        (lambda x: helper(x) + helper(2 * x), ["sigmoid#0", "mul#0", "sigmoid#1", "add#0"]),
+        (lambda x: x.relu().tanh_() - 1, ["relu#0", "tanh#0", "sub#0"]),
+        (lambda x: 1 - torch.relu(x), ["relu#0", "sub#0"]),
+        (lambda x: F.relu(x).view(-1)[1:].exp(), ["relu#0", "exp#0"]),
+    ],
+)
+def test_a_site_is_a_code_location(
+    function: Callable[[Tensor], Tensor], expected: list[str]
+) -> None:
+    found = [site.removeprefix("./") for site in sites(Function(function), torch.randn(3, 4))]
+    assert found == [site.removeprefix("./") for site in expected]
+
+
+def test_ordinals_survive_in_the_state() -> None:
+    module = Function(lambda x: torch.sigmoid(x) + torch.sigmoid(2 * x))
+    x = torch.randn(4)
+    with emulate(module) as chip, chip.observing():
+        module(x)
+    again = Function(module.function)
+    with emulate(again) as other:
+        other.load_state_dict(chip.state_dict())
+        assert torch.equal(again(x), _on_chip(module, x))
+        assert other.ranges.state_dict() == chip.ranges.state_dict()
+
+
+def _on_chip(module: nn.Module, *x: Tensor) -> Tensor:
+    with emulate(module):
+        return module(*x)
+
+
+class Recogniser(nn.Module):
+    """Methods beside forward, as decoders call them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def transcribe(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.layer(x))
+
+
+class Holder(pl.LightningModule):
+    """Losses, metrics and steps around a recogniser."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = Recogniser()
+        self.my_loss = nn.MSELoss()
+        self.accuracy = MulticlassAccuracy(4)
+
+    def step(self, x: Tensor) -> Tensor:
+        y = self.model.transcribe(x)
+        self.accuracy(y, torch.zeros(len(y), dtype=torch.long))
+        return self.my_loss(torch.tanh(y), x) + torch.sigmoid(y).sum()
+
+
+def test_methods_of_children_count_and_steps_losses_and_metrics_do_not() -> None:
+    holder, x = Holder(), torch.randn(8, 4)
+    seen: list[str] = []
+    with emulate(holder) as chip:
+        chip.listener = lambda key, on_chip, operands, result: seen.append(key)
+        with chip.observing():
+            holder.step(x)
+    assert seen == ["model.layer/fully_connected#0", "model/tanh#0"]
+
+
+def test_an_exception_leaves_no_mode_behind() -> None:
+    module = Function(lambda x: torch.tanh(x) @ torch.zeros(7))
+    with emulate(module) as chip:
+        with pytest.raises(RuntimeError), chip.observing():
+            module(torch.randn(3, 4))
+        assert chip.interception.scope.stack == []
+    assert _get_current_function_mode() is None
+
+
+def test_copies_and_pickles_are_not_emulated() -> None:
+    net, x = SmallNet(), torch.randn(16, 4)
+    plain = net(x)
+    with emulate(net) as chip:
+        with chip.observing():
+            net(x)
+        copied, pickled = copy.deepcopy(net), pickle.loads(pickle.dumps(net))
+        assert not torch.equal(net(x), plain)
+    assert torch.equal(copied(x), plain)
+    assert torch.equal(pickled(x), plain)
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, reentrant: bool | None) -> None:
+        super().__init__()
+        self.net, self.reentrant = SmallNet(), reentrant
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.reentrant is None:
+            return self.net(x)
+        return checkpoint(self.net, x, use_reentrant=self.reentrant)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_activation_checkpointing_recomputes_on_the_chip(reentrant: bool) -> None:
+    torch.manual_seed(0)
+    plain = Checkpointed(None)
+    other = Checkpointed(reentrant)
+    other.load_state_dict(plain.state_dict())
+    x = torch.randn(16, 4, requires_grad=True)
+    gradients = []
+    for module in (plain, other):
+        with emulate(module) as chip:
+            with chip.observing():
+                module(x)
+            module(x).square().sum().backward()
+        gradients.append([p.grad for p in module.parameters()])
+    for first, second in zip(*gradients, strict=True):
+        assert torch.equal(first, second)
+
+
+def test_packed_and_padded_movements_keep_the_grid() -> None:
+    def function(x: Tensor) -> Tensor:
+        y = torch.tanh(x).transpose(0, 1).reshape(2, -1).unsqueeze(0)
+        return torch.relu(F.pad(y, (1, 1)).squeeze(0).chunk(2, -1)[0].contiguous())
+
+    found = coverage(Function(function), torch.randn(4, 6))
+    assert [row.site for row in found.rows] == ["./tanh#0", "./relu#0"]
+    module = Function(function)
+    with emulate(module) as chip:
+        with chip.observing():
+            module(torch.randn(4, 6))
+        assert set(chip.ranges.ranges) == {"./tanh#0/input"}
+
+
+@pytest.mark.parametrize("inplace", [True, False])
+def test_in_place_forms_equal_the_others(inplace: bool) -> None:
+    def function(x: Tensor) -> Tensor:
+        y = torch.tanh(x)
+        z = y * 0.5
+        if inplace:
+            z += y
+            return F.relu(z, inplace=True).add(z)
+        z = z + y
+        z = F.relu(z)
+        return z + z
+
+    torch.manual_seed(0)
+    x = torch.randn(50, requires_grad=True)
+    module, plain = Function(function), Function(_two_lines)
+    with emulate(module) as chip:
+        with chip.observing():
+            module(x)
+        result = module(x)
+        result.sum().backward()
+    expected_input = x.detach().clone().requires_grad_()
+    with emulate(plain) as chip:
+        with chip.observing():
+            plain(expected_input)
+        expected = plain(expected_input)
+        expected.sum().backward()
+    assert torch.equal(result, expected)
+    assert torch.equal(x.grad, expected_input.grad)
+
+
+def _two_lines(x: Tensor) -> Tensor:
+    y = torch.tanh(x)
+    z = torch.relu(y * 0.5 + y)
+    return z + z
