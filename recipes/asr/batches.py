@@ -189,7 +189,10 @@ class BatchLoader:
         loader = torch.utils.data.DataLoader(
             _Assembly(batches, self.item, self._epoch),
             batch_size=None,
+            collate_fn=_as_it_is,
             num_workers=self.num_workers,
+            # Else it would draw from torch's global generator, whose state is the training's own.
+            generator=torch.Generator(),
         )
         for batch in loader:
             self._delivered += 1
@@ -237,6 +240,10 @@ class _Assembly(torch.utils.data.Dataset):
 
     def __getitem__(self, index: int) -> Batch:
         return collate([self.item(position, self.epoch) for position in self.batches[index]])
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
 
 
 def seed_of(*parts: object) -> int:

@@ -78,6 +78,9 @@ class SpeechDataModule(pl.LightningDataModule):
         check_speeds(speeds)
         if alphabet is not None and units != "character":
             raise ValueError(f"data.alphabet goes with units=character, not with units={units}")
+        # What is wrong with a setting should be said before hours of reading, not after.
+        Vocabulary((), units)
+        BadFiles(of="corpus", max_share=max_bad_share)
         self.corpus, self.units, self.alphabet = corpus, units, alphabet
         self.num_mels = num_mels
         self.log_mel = LogMel(num_mels=num_mels, sample_rate_hz=sample_rate_hz)

@@ -118,12 +118,16 @@ class _Synthesiser:
         )
         if self.sample_rate_hz <= 0:
             raise RuntimeError(f"espeak-ng cannot read its data in {data_path}")
+        self._variants = {path.name for path in (data_path / "voices" / "!v").iterdir()}
         self._library.espeak_SetSynthCallback(self._callback)
         self._library.espeak_ng_SetRandSeed(ctypes.c_long(seed))
 
     def speak(self, job: Speech) -> np.ndarray:
         self._chunks.clear()
-        if self._library.espeak_SetVoiceByName(job.voice.encode()) != 0:
+        # The library takes a language without its variant when it does not know the variant.
+        _, _, variant = job.voice.partition("+")
+        known = not variant or variant in self._variants
+        if not known or self._library.espeak_SetVoiceByName(job.voice.encode()) != 0:
             raise RuntimeError(f"espeak-ng has no voice {job.voice!r}")
         settings = {_RATE: job.rate, _VOLUME: 100, _PITCH: job.pitch, _RANGE: job.pitch_range}
         for parameter, value in settings.items():
