@@ -135,8 +135,7 @@ def dequantize(x: Stored) -> np.ndarray:
 
 def logistic_single(value: float) -> float:
     """Return the sigmoid in the kernel's steps: expf, then single precision."""
-    with np.errstate(over="ignore"):
-        return float(np.float32(1) / (np.float32(1) + np.float32(_C.expf(-value))))
+    return float(np.float32(1) / (np.float32(1) + np.float32(_C.expf(-value))))
 
 
 def tanh_single(value: float) -> float:
