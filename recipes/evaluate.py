@@ -17,10 +17,14 @@ from typing import Any
 import hydra
 import torch
 from hydra.utils import instantiate
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Trainer
 from omegaconf import DictConfig, OmegaConf
+from torch import nn
 from tqdm import tqdm
 
+from lightning_nna import calibrate
+from lightning_nna.callbacks import NNAEmulation
+from recipes.asr.batches import Batch
 from recipes.asr.data import SpeechDataModule
 from recipes.asr.recogniser import TransducerRecogniser
 from recipes.run_folder import provenance, size_of, write_summary
@@ -58,7 +62,10 @@ def evaluate(config: DictConfig) -> dict[str, Any]:
     datamodule = instantiate(recipe.data)
     recogniser = build_recogniser(recipe, datamodule, weights)
     callbacks = build_callbacks(config)
-    put_on_chip(recogniser, datamodule, callbacks, weights, config)
+    emulation = callbacks.get("nna")
+    if isinstance(emulation, NNAEmulation):
+        batches = config.calibration_batches
+        put_on_chip(recogniser, datamodule, emulation, weights, batches=batches)
     trainer = Trainer(
         accelerator="auto", devices=1, logger=False, callbacks=list(callbacks.values())
     )
@@ -89,35 +96,38 @@ def recipe_of(weights: TrainedWeights, config: DictConfig) -> DictConfig:
 def put_on_chip(
     recogniser: TransducerRecogniser,
     datamodule: SpeechDataModule,
-    callbacks: dict[str, Callback],
+    emulation: NNAEmulation,
     weights: TrainedWeights,
-    config: DictConfig,
+    *,
+    batches: int,
 ) -> None:
-    """Give the emulation among ``callbacks`` its ranges, if it is there."""
-    if "nna" not in callbacks:
-        return
-    emulation = callbacks["nna"]
+    """Give ``emulation`` its ranges: those of the checkpoint, or those of training batches.
+
+    Args:
+        recogniser: The recogniser that will be scored.
+        datamodule: Where the training batches come from.
+        emulation: The callback of the coming test run.
+        weights: The checkpoint.
+        batches: Training batches to observe, if the checkpoint has no ranges.
+    """
     if emulation.state_key in weights.callbacks:
         emulation.load_state_dict(weights.callbacks[emulation.state_key])
         return
-    calibrate_on(recogniser, datamodule, spec=config.nna.spec, batches=config.calibration_batches)
-
-
-def calibrate_on(
-    recogniser: TransducerRecogniser, datamodule: SpeechDataModule, *, spec: Any, batches: int
-) -> None:
-    """Measure the ranges of ``recogniser`` on the first training batches."""
-    # The core works without the recipes' packages and the recipes without the chip.
-    from lightning_nna import calibrate
-
     first = itertools.islice(datamodule.train_dataloader(), batches)
-    recogniser.eval()
     calibrate(
         recogniser,
-        tqdm(first, total=batches, desc="calibrating"),
-        forward=lambda module, batch: module.losses(batch),
-        spec=spec,
+        tqdm(first, total=batches, desc="observing ranges", delay=2),
+        forward=_every_path,
+        spec=emulation.spec,
+        targets=emulation.targets,
     )
+
+
+def _every_path(module: nn.Module, batch: Batch) -> None:
+    """Score and decode: decoding runs predictor and joint label by label, a path of its own."""
+    assert isinstance(module, TransducerRecogniser)
+    module.losses(batch)
+    module.decode(batch)
 
 
 def _method(config: DictConfig, weights: TrainedWeights) -> str:

@@ -20,6 +20,9 @@ from torch import Tensor
 from recipes.asr.data import SpeechDataModule
 from recipes.asr.rnnt import Transducer
 
+# Settings that a small file keeps: what is needed to build the data and the recogniser again.
+# The others say where and how fast a run went, down to folders of that machine.
+_KEPT = ("name", "method", "seed", "data", "model")
 _NETWORK = "model."
 _DATA = SpeechDataModule.__qualname__  # where Lightning keeps the state of the data module
 
@@ -71,7 +74,7 @@ def load_weights(path: str | Path) -> TrainedWeights:
 
 
 def save_weights(path: str | Path, weights: TrainedWeights, *, command: str) -> None:
-    """Write the network in half precision, with its settings in the header.
+    """Write the network in half precision, with the settings of data and model in the header.
 
     Args:
         path: A ``.safetensors`` file; its folder is made.
@@ -82,7 +85,7 @@ def save_weights(path: str | Path, weights: TrainedWeights, *, command: str) -> 
     path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.half().contiguous() for name, tensor in weights.network.items()}
     header = {
-        "recipe": json.dumps(weights.recipe),
+        "recipe": json.dumps({key: weights.recipe[key] for key in _KEPT}),
         "data": json.dumps(weights.data),
         "command": command,
     }

@@ -15,7 +15,10 @@ CONF = Path(__file__).resolve().parents[2] / "conf"
 TEXTS = ("YES", "NO", "GO ON", "STOP", "A B", "NINE")
 
 SMALL_NETWORK = (
+    "model.network.frame_stack=4",
+    "model.network.frame_stride=4",
     "model.network.encoder_size=16",
+    "model.network.embedding_size=8",
     "model.network.predictor_size=16",
     "model.network.joint_size=16",
 )

@@ -157,3 +157,30 @@ def _loss(compose_config: Compose, path: Path) -> Any:
 def test_beam_search_is_a_setting(compose_config: Compose, small_weights: Path) -> None:
     config = compose_config("evaluate", f"ckpt={small_weights}", "beam_width=3")
     assert evaluate(config)["words"] == 8
+
+
+def test_a_float_checkpoint_goes_on_the_chip(
+    compose_config: Compose, small_weights: Path, tmp_path: Path
+) -> None:
+    settings = [f"ckpt={small_weights}", "compression=nna8", "calibration_batches=2"]
+    summary = evaluate(compose_config("evaluate", *settings))
+    assert summary["method"] == "chip"
+    # Eight bits are near float, but not float.
+    float_loss = _loss(compose_config, small_weights)
+    assert summary["loss_per_token"] == pytest.approx(float_loss, rel=0.2)
+    assert summary["loss_per_token"] != float_loss
+
+
+def test_a_chip_aware_run_scores_again_as_it_did(
+    compose_config: Compose, overrides: list[str], small_weights: Path, tmp_path: Path
+) -> None:
+    start = [f"init_from={small_weights}", "callbacks.nna.calibration_steps=2"]
+    settings = ["experiment=an4_rnnt_finetune", *overrides, *start]
+    trained = train(compose_config("train", *settings, "compression=nna8"))
+    ckpt = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    again = compose_config("evaluate", f"ckpt='{ckpt}'", "compression=nna8")
+    again.run_dir = str(tmp_path / "again")
+    scored = evaluate(again)
+    assert (trained["method"], scored["method"]) == ("nna8", "nna8")
+    assert scored["wer"] == trained["wer"]
+    assert scored["loss_per_token"] == trained["loss_per_token"]

@@ -1,0 +1,58 @@
+"""Rows of results: one JSON object per line, appended as each run finishes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from recipes.run_folder import write_whole
+
+Row = Mapping[str, Any]
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of ``path``; none if it does not exist yet.
+
+    Raises:
+        ValueError: If a line is not a JSON object; the message names the line.
+    """
+    if not path.exists():
+        return []
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            rows.append(dict(json.loads(line)))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"line {number} of {path} is not a JSON object: {error}") from error
+    return rows
+
+
+def append_row(path: Path, row: Row) -> None:
+    """Add ``row`` to the file, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = [json.dumps(dict(known)) for known in [*read_rows(path), row]]
+    write_whole(path, "\n".join(lines) + "\n")
+
+
+def has_row(rows: Iterable[Row], **key: Any) -> bool:
+    """Whether a row has these values.
+
+    Example:
+        >>> has_row([{"seed": 1, "method": "float"}], seed=1, method="chip")
+        False
+    """
+    return any(all(row.get(name) == value for name, value in key.items()) for row in rows)
+
+
+def spread(values: Iterable[float]) -> tuple[float, float, float]:
+    """Mean, least and greatest.
+
+    Example:
+        >>> spread([1.0, 3.0])
+        (2.0, 1.0, 3.0)
+    """
+    values = list(values)
+    return mean(values), min(values), max(values)
