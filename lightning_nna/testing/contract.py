@@ -128,8 +128,7 @@ def checkpoint_carries_the_callback_to_test(factory: Factory, folder: Path) -> N
     """``test`` with a checkpoint of the run needs nothing else, and repeats to the bit."""
     path = _checkpoint(factory, folder)
     results = [
-        trainer(factory()).test(module(seed=seed), ckpt_path=path, verbose=False)
-        for seed in (1, 2)
+        trainer(factory()).test(module(seed=seed), ckpt_path=path, verbose=False) for seed in (1, 2)
     ]
     assert results[0] == results[1]
 
@@ -203,9 +202,7 @@ def logs_under_its_own_names(factory: Factory, folder: Path) -> None:
 
 def two_processes_agree(factory: Factory, folder: Path) -> None:
     """Two ranks on different data end with equal weights and equal callback state."""
-    run = trainer(
-        factory(), _SaveState(str(folder)), steps=3, devices=2, strategy="ddp_spawn"
-    )
+    run = trainer(factory(), _SaveState(str(folder)), steps=3, devices=2, strategy="ddp_spawn")
     run.fit(module())
     states = [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
     assert_same(states[0], states[1])

@@ -7,6 +7,8 @@ The backward is the function's own derivative, from the tabulated output.
 
 from __future__ import annotations
 
+import ctypes
+import ctypes.util
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
@@ -71,15 +73,31 @@ def _tabulated(call: Call, input: Tensor, name: str) -> Tensor:
 
 @lru_cache(maxsize=256)
 def activation_table(name: str, x: QParams) -> Tensor:
-    """Integers of the output less its zero point, for inputs -128 … 127, float32.
+    """Integers of the output less its zero point, for the inputs ``x.low`` … ``x.high``, float32.
 
-    Computed in float32 and multiplied by the inverse of the output's scale, as the reference does.
+    Computed in float32 by the C library and multiplied by the inverse of the output's scale, as
+    the reference does. PyTorch's own functions differ in the last bit here and there, which
+    moves an entry of a table in a hundred thousand.
     """
-    function, y = _FUNCTIONS[name]
+    _, y = _FUNCTIONS[name]
     inputs = torch.arange(x.low, x.high + 1, dtype=torch.float32)
-    outputs = function((inputs - x.zero_point) * x.scale) * (1 / y.scale)
+    reals = (inputs - x.zero_point) * x.scale
+    c_function = _c_library().tanhf if name == "tanh" else _c_library().expf
+    if name == "tanh":
+        outputs = torch.tensor([c_function(value) for value in reals.tolist()])
+    else:
+        outputs = 1 / (1 + torch.tensor([c_function(-value) for value in reals.tolist()]))
     low, high = y.bounds
-    return round_half_away(outputs).clamp_(low, high)
+    return round_half_away(outputs * (1 / y.scale)).clamp_(low, high)
+
+
+@lru_cache(maxsize=1)
+def _c_library() -> ctypes.CDLL:
+    """Single-precision functions of the C library that this process runs on."""
+    library = ctypes.CDLL(ctypes.util.find_library("m") or "ucrtbase")
+    for function in (library.tanhf, library.expf):
+        function.argtypes, function.restype = [ctypes.c_float], ctypes.c_float
+    return library
 
 
 class _Table(torch.autograd.Function):
