@@ -8,8 +8,6 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from recipes.run_folder import write_whole
-
 Row = Mapping[str, Any]
 
 
@@ -31,10 +29,10 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def append_row(path: Path, row: Row) -> None:
-    """Add ``row`` to the file, whole or not at all."""
+    """Add ``row`` to the file, in one write: several processes may append."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    lines = [json.dumps(dict(known)) for known in [*read_rows(path), row]]
-    write_whole(path, "\n".join(lines) + "\n")
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(dict(row)) + "\n")
 
 
 def has_row(rows: Iterable[Row], **key: Any) -> bool:

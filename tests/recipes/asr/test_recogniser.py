@@ -1,0 +1,98 @@
+"""The LightningModule: its losses against torchaudio and PyTorch, its texts, its settings."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+import torchaudio
+from torch import Tensor
+
+from recipes.asr.batches import Batch, Item, collate
+from recipes.asr.recogniser import TransducerRecogniser, transducer_loss
+from recipes.asr.rnnt import transducer
+from recipes.asr.vocabulary import Vocabulary
+
+VOCABULARY = Vocabulary((" ", "A", "B", "C"))
+
+
+def _recogniser(**settings: Any) -> TransducerRecogniser:
+    network = partial(
+        transducer, encoder_size=8, predictor_size=8, joint_size=8, encoder_dropout=0.5
+    )
+    defaults = {"optimizer": partial(torch.optim.SGD, lr=0.1), "ctc_weight": 0.5}
+    return TransducerRecogniser(
+        network=network, vocabulary=VOCABULARY, num_mels=4, **{**defaults, **settings}
+    )
+
+
+@pytest.fixture
+def batch() -> Batch:
+    texts = ("A B", "CAB", "B")
+    return collate(
+        [
+            Item(torch.randn(32 - 8 * place, 4), VOCABULARY.encode(text), f"u{place}", text)
+            for place, text in enumerate(texts)
+        ]
+    )
+
+
+def _random_scores() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    logits = torch.randn(3, 7, 5, 6, requires_grad=True)
+    targets = torch.tensor([[1, 2, 3, 4], [5, 5, 0, 0], [2, 0, 0, 0]])
+    return logits, targets, torch.tensor([7, 5, 2]), torch.tensor([4, 2, 1])
+
+
+def test_loss_of_two_scores_is_the_loss_of_all() -> None:
+    logits, targets, steps, lengths = _random_scores()
+    ours = transducer_loss(logits, targets, steps, lengths)
+    lengths_and_steps = (steps.int(), lengths.int())
+    expected = torchaudio.functional.rnnt_loss(
+        logits, targets.int(), *lengths_and_steps, blank=0, reduction="sum"
+    )
+    torch.testing.assert_close(ours, expected)
+    gradients = [torch.autograd.grad(loss, logits)[0] for loss in (ours, expected)]
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
+
+
+def test_ctc_is_that_of_each_utterance_alone(batch: Batch) -> None:
+    recogniser = _recogniser().eval()
+    _, together = recogniser.losses(batch)
+    singles = [
+        collate([Item(features[:frames], labels[:count].tolist(), name, text)])
+        for features, frames, labels, count, name, text in zip(*batch[:1], *batch[1:], strict=True)
+    ]
+    alone = sum(recogniser.losses(single)[1] for single in singles)
+    torch.testing.assert_close(together, alone)
+
+
+def test_an_utterance_with_more_labels_than_steps_leaves_ctc_finite() -> None:
+    item = Item(torch.randn(8, 4), VOCABULARY.encode("ABCABCABC"), "u", "ABCABCABC")
+    transducer_part, ctc = _recogniser().eval().losses(collate([item]))
+    assert torch.equal(ctc, torch.tensor(0.0))
+    assert torch.isfinite(transducer_part)
+
+
+def test_without_weight_there_is_no_ctc_layer(batch: Batch) -> None:
+    recogniser = _recogniser(ctc_weight=0.0)
+    assert recogniser.ctc_output is None
+    assert torch.equal(recogniser.losses(batch)[1], torch.tensor(0.0))
+
+
+def test_texts_are_those_of_the_vocabulary(batch: Batch) -> None:
+    recogniser = _recogniser().eval()
+    for width in (1, 3):
+        texts = recogniser.decode(batch, beam_width=width)
+        assert len(texts) == 3
+        assert set("".join(texts)) <= set(" ABC")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [({"ctc_weight": -1.0}, "ctc_weight .* -1.0"), ({"beam_width": 0}, "beam_width .* 0")],
+)
+def test_settings_out_of_range_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        _recogniser(**settings)
