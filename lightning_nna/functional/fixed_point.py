@@ -86,7 +86,7 @@ def rounding_divide_by_power_of_two(
     r"""Divide by :math:`2^e` and round to nearest, ties away from zero.
 
     Args:
-        x: Integers.
+        x: Integers of 32 bits or less, or int64 with values that fit 32 bits.
         exponent: :math:`e \ge 0`, one number or one that broadcasts with ``x``.
 
     Returns:
@@ -96,12 +96,14 @@ def rounding_divide_by_power_of_two(
         >>> rounding_divide_by_power_of_two(torch.tensor([5, 6, -6, -5]), 2)
         tensor([ 1,  2, -2, -1])
     """
-    one = torch.ones((), dtype=x.dtype, device=x.device)
-    half = (one << exponent) >> 1
-    # A negative tie must round down, so the half is one unit smaller there. With e = 0 there is
-    # no tie, and nothing may be taken away.
-    below = (x < 0).to(x.dtype) * (half > 0).to(x.dtype)
-    return (x + half - below) >> exponent
+    if not isinstance(exponent, Tensor):
+        # The sign bit, spread over all bits, is -1: a negative tie must round down.
+        half = (1 << exponent) >> 1
+        return ((x >> 31).add_(x).add_(half) if half else x) >> exponent
+    halves = (torch.ones_like(exponent) << exponent) >> 1
+    # With e = 0 there is no tie, and nothing may be taken away.
+    below = (x < 0).to(x.dtype) * (halves > 0).to(x.dtype)
+    return (x + halves - below) >> exponent
 
 
 def multiply_by_quantized_multiplier(
@@ -127,10 +129,57 @@ def multiply_by_quantized_multiplier(
         >>> multiply_by_quantized_multiplier(torch.tensor([8, 24, -8]), m, e)
         tensor([ 1,  2, -1])
     """
-    exponent = torch.as_tensor(shift, device=x.device)
-    left, right = exponent.clamp_min(0), (-exponent).clamp_min(0)
-    high = ((x << left) * multiplier + 2**30) >> 31
-    return rounding_divide_by_power_of_two(high, right)
+    if isinstance(shift, Tensor):
+        left, right = shift.clamp_min(0), (-shift).clamp_min(0)
+        high = ((x << left) * multiplier + 2**30) >> 31
+        return rounding_divide_by_power_of_two(high, right)
+    high = ((x << max(shift, 0)) * multiplier + 2**30) >> 31
+    return rounding_divide_by_power_of_two(high, max(-shift, 0))
+
+
+def multiply_in_float(
+    x: Float[Tensor, "*shape"],
+    multiplier: int | Int[Tensor, "..."],
+    shift: int | Int[Tensor, "..."],
+) -> Float[Tensor, "*shape"]:
+    r"""Do what :func:`multiply_by_quantized_multiplier` does, in the float dtype of ``x``.
+
+    Both roundings are kept: with few bits to shift, the second meets a tie that the first has
+    made in every :math:`2^{-e}`-th case, and rounding once would miss half of these. The factor of
+    the second is raised by :math:`2^{-22}`, which turns ties away from zero. float32 differs from
+    the integers only within its rounding error of a tie of the first.
+
+    Args:
+        x: Accumulators; overwritten.
+        multiplier: Mantissa from :func:`quantize_multiplier`; a tensor broadcasts (per channel).
+        shift: Exponent from :func:`quantize_multiplier`.
+
+    Returns:
+        ``x``, now rescaled whole numbers.
+
+    Example:
+        >>> m, e = quantize_multiplier(0.0625)
+        >>> multiply_in_float(torch.tensor([8.0, 24.0, -8.0]), m, e)
+        tensor([ 1.,  2., -1.])
+    """
+    first, second = float_factors(multiplier, shift)
+    return x.mul_(first.to(x.device)).round_().mul_(second.to(x.device)).round_()
+
+
+def float_factors(
+    multiplier: int | Int[Tensor, "..."], shift: int | Int[Tensor, "..."]
+) -> tuple[Float[Tensor, "..."], Float[Tensor, "..."]]:
+    """Two float32 factors of :func:`multiply_in_float`: before the first rounding, and after it.
+
+    Example:
+        >>> float_factors(2**30, -3)
+        (tensor(0.5000), tensor(0.1250))
+    """
+    exponent = torch.as_tensor(shift, dtype=torch.float64)
+    mantissa = torch.as_tensor(multiplier, dtype=torch.float64) * 2.0**-31
+    first = mantissa * torch.exp2(exponent.clamp_min(0))
+    second = torch.exp2(exponent.clamp_max(0)) * (1 + 2.0**-22)
+    return first.float(), second.float()
 
 
 def round_half_away(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:

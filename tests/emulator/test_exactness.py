@@ -185,9 +185,7 @@ def test_quantise_from_float() -> None:
         with chip.observing():
             module(torch.linspace(-4, 4.1, 50), None)
         q = grid(chip, "./relu#0/input")
-        shifted = QParams(q.scale, -128, -128, 127)
         emulated = integers(module(x, None), q)
-    del shifted
     (expected,) = litert.run_model(
         litert.unary_model("QUANTIZE", TensorSpec((len(x),), "float32"), spec((len(x),), q)),
         [x.numpy()],
@@ -200,14 +198,20 @@ def test_concatenation_requantises_each_part() -> None:
     torch.manual_seed(1)
     with emulate(module) as chip:
         with chip.observing():
-            module(torch.randn(100, 60), 0.13 * torch.randn(100, 70) + 0.2)
-        parts = [grid(chip, f"./concatenation#0/input{i}") for i in range(2)]
+            module(2 * torch.randn(100, 60), 0.4 * torch.randn(100, 70) + 0.2)
+        a, b = grid(chip, "./relu#0/input"), grid(chip, "./tanh#0/input")
         y = grid(chip, "./concatenation#0/output")
-        q = [random_integers((100, 60), 1), random_integers((100, 70), 2)]
-        emulated = integers(module(*(real(v, p) for v, p in zip(q, parts, strict=True))), y)
+        q_a, q_b = random_integers((100, 60), 1), random_integers((100, 70), 2)
+        emulated = integers(module(real(q_a, a), real(q_b, b)), y)
+    (tanh,) = litert.run_model(
+        litert.unary_model("TANH", spec(q_b.shape, b), spec(q_b.shape, TANH_OUTPUT)), [q_b]
+    )
+    parts = [(np.maximum(q_a, a.zero_point).astype(np.int8), a), (tanh, TANH_OUTPUT)]
     moved = [
-        litert.run_model(litert.unary_model("QUANTIZE", spec(v.shape, p), spec(v.shape, y)), [v])[0]
-        for v, p in zip(q, parts, strict=True)
+        litert.run_model(litert.unary_model("QUANTIZE", spec(q.shape, old), spec(q.shape, y)), [q])[
+            0
+        ]
+        for q, old in parts
     ]
     np.testing.assert_array_equal(emulated, np.concatenate(moved, -1))
 

@@ -20,6 +20,7 @@ from lightning_nna.emulator.operators.call import Activation, Call, float32_arit
 from lightning_nna.emulator.ranges import QParams
 from lightning_nna.functional.fixed_point import (
     multiply_by_quantized_multiplier,
+    multiply_in_float,
     quantize_multiplier,
 )
 
@@ -131,10 +132,14 @@ class _Product(torch.autograd.Function):
         y: QParams,
         exact: bool,
     ) -> Tensor:
+        factor = _product_factor(left, right, y)
         if exact:
-            scaled = _exact_product(left, right, y)
+            product = (left.integers() * right.integers()).long()
+            scaled = multiply_by_quantized_multiplier(product, *factor).double()
         else:
-            scaled = a.detach() * b.detach() * (1 / y.scale)
+            product = a.detach() * b.detach()
+            product *= 1 / (left.qparams.scale * right.qparams.scale)
+            scaled = multiply_in_float(product, *factor)
         centred, mask = round_clip(scaled, y, exact=exact, keep_mask=any(ctx.needs_input_grad))
         ctx.save_for_backward(a, b, mask)
         return centred.mul_(y.scale)
@@ -154,12 +159,12 @@ class _Requantize(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, activation: Activation, y: QParams, exact: bool) -> Tensor:
+        factor = quantize_multiplier(activation.qparams.scale / y.scale)
+        integers = activation.integers()
         if exact:
-            factor = quantize_multiplier(activation.qparams.scale / y.scale)
-            integers = activation.integers().long()
-            scaled = multiply_by_quantized_multiplier(integers, *factor).double()
+            scaled = multiply_by_quantized_multiplier(integers.long(), *factor).double()
         else:
-            scaled = x.detach() * (1 / y.scale)
+            scaled = multiply_in_float(integers, *factor)
         centred, mask = round_clip(scaled, y, exact=exact, keep_mask=True)
         ctx.save_for_backward(mask)
         return centred.mul_(y.scale)
@@ -190,9 +195,7 @@ def _exact_sum(a: Activation, b: Activation, sign: float, y: QParams) -> Tensor:
     return multiply_by_quantized_multiplier(total, *factor).double()
 
 
-def _exact_product(a: Activation, b: Activation, y: QParams) -> Tensor:
-    """The product as the reference multiplies; the factor is formed in float32 there."""
+def _product_factor(a: Activation, b: Activation, y: QParams) -> tuple[int, int]:
+    """Multiplier and shift of a product; the reference forms their factor in float32."""
     scale_a, scale_b = np.float32(a.qparams.scale), np.float32(b.qparams.scale)
-    factor = quantize_multiplier(float(scale_a * scale_b / np.float32(y.scale)))
-    product = (a.integers() * b.integers()).long()
-    return multiply_by_quantized_multiplier(product, *factor).double()
+    return quantize_multiplier(float(scale_a * scale_b / np.float32(y.scale)))

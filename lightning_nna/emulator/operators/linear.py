@@ -126,6 +126,9 @@ def _fast_output(
     x: Activation, weight: QuantizedWeight, values: Tensor, bias: Tensor | None, y: QParams
 ) -> Tensor:
     """The same in float32: equal but for results that lie within rounding error of a tie."""
+    if bias is not None:
+        scales = x.qparams.scale * weight.scales.double()
+        bias = integer_bias(bias, scales).mul_(scales).float()
     product = F.linear(x.value.detach().reshape(-1, values.shape[1]), values, bias)
     return product.mul_(1 / y.scale)
 

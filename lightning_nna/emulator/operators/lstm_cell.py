@@ -1,8 +1,7 @@
 r"""One step of an LSTM in three arithmetics: float, the chip's, and the chip's with float rounding.
 
-A cell holds state in its own units (integers for the chip), so that the loop over time and the
-backward are the same for all three. ``unit_h`` and ``unit_c`` turn state into real values; gate
-outputs and tanh of the cell are real.
+A cell counts in its own units (integers for the chip), so that the loop over time and the backward
+are the same for all three; ``unit_h``, ``unit_c`` and ``unit_gate`` turn them into real values.
 """
 
 from __future__ import annotations
@@ -21,9 +20,11 @@ from lightning_nna.emulator.weights import QuantizedWeight
 from lightning_nna.functional.fixed_point import (
     INT16_MAX,
     INT16_MIN,
+    float_factors,
     lstm_sigmoid_table,
     lstm_tanh_table,
     multiply_by_quantized_multiplier,
+    multiply_in_float,
     quantize_multiplier,
     quantize_multipliers,
     rounding_divide_by_power_of_two,
@@ -44,7 +45,7 @@ class Grids:
 
 @dataclass(frozen=True)
 class Step:
-    """What one step leaves behind; gate outputs stand in the order i, f, g, o."""
+    """What one step leaves behind, in the cell's units; gates stand in the order i, f, g, o."""
 
     gates: Tensor
     c: Tensor
@@ -57,6 +58,8 @@ class Cell(ABC):
 
     unit_h: float = 1.0
     unit_c: float = 1.0
+    #: Of gate outputs, and of tanh of the cell.
+    unit_gate: float = 1.0
     #: Bounds of gate inputs, cell and hidden state in the cell's units; at a bound it is clipped.
     gate_bounds: tuple[float, float] = (-float("inf"), float("inf"))
     cell_bounds: tuple[float, float] = (-float("inf"), float("inf"))
@@ -76,11 +79,7 @@ class Cell(ABC):
         first, last = self.cell_bounds
         hidden = (h.detach().float() / self.unit_h).clamp_(low, high)
         cell = (c.detach().float() / self.unit_c).clamp_(first, last)
-        return self.rounded(hidden), self.rounded(cell)
-
-    def rounded(self, x: Tensor) -> Tensor:
-        """Integers, where the cell counts in integers."""
-        return x.round_()
+        return hidden, cell
 
 
 class FloatCell(Cell):
@@ -88,10 +87,6 @@ class FloatCell(Cell):
 
     def __init__(self, w_ih: Tensor, w_hh: Tensor) -> None:
         self.w_ih, self.recurrent = w_ih.detach(), w_hh.detach().T
-
-    def rounded(self, x: Tensor) -> Tensor:
-        """Nothing is rounded here."""
-        return x
 
     def project_input(self, x: Activation, bias: Tensor | None) -> Tensor:
         """W x + b."""
@@ -114,41 +109,63 @@ class FastCell(Cell):
 
     gate_bounds = (float(INT16_MIN), float(INT16_MAX))
     cell_bounds = (float(INT16_MIN), float(INT16_MAX))
+    unit_gate = GATE_OUTPUT_SCALE
 
     def __init__(self, w_ih: QuantizedWeight, w_hh: QuantizedWeight, grids: Grids) -> None:
         self.grids, self.w_ih, self.w_hh = grids, w_ih, w_hh
         self.unit_h, self.unit_c = grids.h.scale, 2.0**grids.cell_exponent
         self.hidden_bounds = (float(grids.h.bounds[0]), float(grids.h.bounds[1]))
         device = w_ih.integers.device
-        tables = torch.cat([lstm_sigmoid_table(), lstm_tanh_table(3)]).to(device)
-        self.gate_table = tables.float().mul_(GATE_OUTPUT_SCALE)
-        cell_tanh = lstm_tanh_table(15 + grids.cell_exponent).to(device)
-        self.cell_table = cell_tanh.float().mul_(GATE_OUTPUT_SCALE)
+        self.gate_table = torch.cat([lstm_sigmoid_table(), lstm_tanh_table(3)]).to(device)
+        self.cell_table = lstm_tanh_table(15 + grids.cell_exponent).to(device)
         size = w_hh.integers.shape[1]
         # Where each gate's table stands, and that integers start at -32768.
         self.offsets = torch.full((4 * size,), 2.0**15, device=device)
         self.offsets[2 * size : 3 * size] += 2.0**16
-        self.recurrent = (w_hh.values * (grids.h.scale / GATE_SCALE)).T
+        # The kernel forms its factors in float32; 2^-12 divides exactly.
+        self.input_factors = _factors(w_ih.scales, grids.x.scale)
+        self.recurrent_factors = _factors(w_hh.scales, grids.h.scale)
+        self.first, self.second = float_factors(*self.recurrent_factors)
+        self.recurrent = w_hh.integers.T
 
     def project_input(self, x: Activation, bias: Tensor | None) -> Tensor:
         """W x + b in Q3.12, rounded and saturated."""
-        projected = torch.nn.functional.linear(x.value.detach(), self.w_ih.values, bias)
-        return projected.mul_(1 / GATE_SCALE).round_().clamp_(*self.gate_bounds)
+        integers = x.integers()
+        if bias is not None:
+            scales = self.w_ih.scales.double() * x.qparams.scale
+            bias = integer_bias(bias, scales).float()
+        projected = torch.nn.functional.linear(integers, self.w_ih.integers, bias)
+        return multiply_in_float(projected, *self.input_factors).clamp_(*self.gate_bounds)
+
+    def start(self, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+        """Integers: float32 for the hidden state, which enters a product, 32 bits for the cell."""
+        hidden, cell = super().start(h, c)
+        return hidden.round_(), cell.round_().int()
 
     def step(self, projected: Tensor, h: Tensor, c: Tensor) -> Step:
-        """Integers held in float32; every sum and product that matters is below 2^24 or rounded."""
-        projected.add_((h @ self.recurrent).round_()).clamp_(*self.gate_bounds)
-        gates = self._look_up(self.gate_table, projected + self.offsets)
+        """16-bit gates and cell in integers; what is requantised, in float32."""
+        accumulator = h @ self.recurrent
+        recurrent = accumulator.mul_(self.first).round_().mul_(self.second).round_()
+        gates = self._gates(projected.add_(recurrent).clamp_(*self.gate_bounds))
         i, f, g, o = gates.chunk(4, 1)
-        c = (f * c).round_().add_((i * g).mul_(1 / self.unit_c).round_())
-        c.clamp_(*self.cell_bounds)
-        tanh_c = self._look_up(self.cell_table, c + 2.0**15)
-        h = (o * tanh_c).mul_(1 / self.unit_h).round_().clamp_(*self.hidden_bounds)
-        return Step(gates, c, tanh_c, h)
+        c = self._cell(i, f, g, c)
+        tanh_c = self._look_up(self.cell_table, c + 2**15)
+        # 30 bits: float32 would round some to the other side, and the error would be fed back.
+        scaled = (o * tanh_c).double().mul_(GATE_OUTPUT_SCALE**2 / self.unit_h)
+        return Step(gates, c, tanh_c, scaled.round_().clamp_(*self.hidden_bounds).float())
+
+    def _gates(self, pre: Tensor) -> Tensor:
+        return self._look_up(self.gate_table, (pre + self.offsets).int())
+
+    def _cell(self, i: Tensor, f: Tensor, g: Tensor, c: Tensor) -> Tensor:
+        """Next cell, exact: two products, each rounded with ties away from zero."""
+        kept = rounding_divide_by_power_of_two(f * c, 15)
+        new = rounding_divide_by_power_of_two(i * g, 30 + self.grids.cell_exponent)
+        return kept.add_(new).clamp_(INT16_MIN, INT16_MAX)
 
     @staticmethod
     def _look_up(table: Tensor, index: Tensor) -> Tensor:
-        return table.index_select(0, index.int().flatten()).view(index.shape)
+        return table.index_select(0, index.flatten()).view(index.shape)
 
 
 class ExactCell(FastCell):
@@ -156,9 +173,6 @@ class ExactCell(FastCell):
 
     def __init__(self, w_ih: QuantizedWeight, w_hh: QuantizedWeight, grids: Grids) -> None:
         super().__init__(w_ih, w_hh, grids)
-        # The kernel forms its factors in float32; 2^-12 divides exactly.
-        self.input_factors = _factors(w_ih.scales, grids.x.scale)
-        self.recurrent_factors = _factors(w_hh.scales, grids.h.scale)
         scale_h = np.float32(grids.h.scale)
         output_factor = np.float32(GATE_OUTPUT_SCALE) / scale_h * np.float32(GATE_OUTPUT_SCALE)
         self.output_factor = quantize_multiplier(float(output_factor))
@@ -180,15 +194,11 @@ class ExactCell(FastCell):
         """Gate sums in 16 bits, products in 32, factors in 64."""
         accumulator = (h.to(self.recurrent.dtype) @ self.recurrent).long()
         recurrent = multiply_by_quantized_multiplier(accumulator, *self.recurrent_factors)
-        projected.add_(recurrent).clamp_(*self.gate_bounds)
-        gates = self._look_up(self.gate_table, projected + self.offsets)
-        i, f, g, o = (gates / GATE_OUTPUT_SCALE).int().chunk(4, 1)
-        kept = rounding_divide_by_power_of_two(f * c.int(), 15)
-        new = rounding_divide_by_power_of_two(i * g, 30 + self.grids.cell_exponent)
-        c = (kept + new).clamp_(INT16_MIN, INT16_MAX).float()
-        tanh_c = self._look_up(self.cell_table, c + 2.0**15)
-        product = o.long() * (tanh_c / GATE_OUTPUT_SCALE).long()
-        h = multiply_by_quantized_multiplier(product, *self.output_factor).float()
+        gates = self._gates(projected.add_(recurrent).clamp_(*self.gate_bounds))
+        i, f, g, o = gates.chunk(4, 1)
+        c = self._cell(i, f, g, c)
+        tanh_c = self._look_up(self.cell_table, c + 2**15)
+        h = multiply_by_quantized_multiplier(o.long() * tanh_c, *self.output_factor).float()
         return Step(gates, c, tanh_c, h.clamp_(*self.hidden_bounds))
 
 

@@ -211,13 +211,15 @@ class _LSTM(torch.autograd.Function):
         gates = torch.empty_like(pre)
         c_all, tanh_all, h_all = (pre.new_empty(rows, size) for _ in range(3))
         h, c = cell.start(h_0, c_0)
-        first_h, first_c = h.clone(), c.clone()
+        first_h, first_c = h.clone(), c.clone().float()
         for first, count in layout.steps():
             here = slice(first, first + count)
             step = cell.step(pre[here], h[:count], c[:count])
             gates[here], c_all[here], tanh_all[here] = step.gates, step.c, step.tanh_c
             h_all[here] = step.h
             h[:count], c[:count] = step.h, step.c
+        gates.mul_(cell.unit_gate)
+        tanh_all.mul_(cell.unit_gate)
         ctx.cell, ctx.layout = cell, layout
         ctx.unclipped = not bool(clipped_input.any())
         if any(ctx.needs_input_grad):
