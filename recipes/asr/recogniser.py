@@ -157,7 +157,6 @@ class TransducerRecogniser(LightningModule):
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["recipe"] = self.recipe
-        checkpoint["vocabulary"] = self.vocabulary.to_dict()
 
     def _ctc(self, encodings: Tensor, steps: Tensor, batch: Batch) -> Tensor:
         if self.ctc_output is None:
