@@ -24,6 +24,9 @@ from typing import IO, NamedTuple
 import espeakng_loader
 import numpy as np
 
+SAMPLE_RATE_HZ = 22050
+"""Of all that espeak-ng speaks."""
+
 # espeak-ng cuts the name of its data folder at 160 characters.
 LONGEST_PATH = 120
 
@@ -51,7 +54,7 @@ class Speech(NamedTuple):
     """0 (monotonous) to 100."""
 
 
-def synthesise(jobs: Sequence[Speech], *, seed: int) -> Iterator[tuple[int, np.ndarray]]:
+def synthesise(jobs: Sequence[Speech], *, seed: int) -> Iterator[np.ndarray]:
     """Speak jobs in their order, in a process of their own.
 
     Args:
@@ -59,17 +62,17 @@ def synthesise(jobs: Sequence[Speech], *, seed: int) -> Iterator[tuple[int, np.n
         seed: Seed of espeak-ng's own noise, from 1 to 2**31 - 1.
 
     Yields:
-        For each job the sample rate in Hz and the samples as 16-bit integers. The same jobs and
-        seed give the same samples.
+        For each job its samples as 16-bit integers at `SAMPLE_RATE_HZ`. The same jobs and seed
+        give the same samples.
 
     Raises:
         RuntimeError: If espeak-ng fails, for instance because it has no such voice; the message
             has its own words.
 
     Example:
-        >>> [(rate, samples)] = synthesise([Speech("one two", "en-us+m3")], seed=1)
-        >>> rate, samples.dtype, len(samples) > rate // 2
-        (22050, dtype('int16'), True)
+        >>> [samples] = synthesise([Speech("one two", "en-us+m3")], seed=1)
+        >>> samples.dtype, len(samples) > SAMPLE_RATE_HZ // 2
+        (dtype('int16'), True)
     """
     order = json.dumps({"seed": seed, "jobs": jobs}).encode()
     with (
@@ -96,13 +99,13 @@ def synthesise(jobs: Sequence[Speech], *, seed: int) -> Iterator[tuple[int, np.n
             yield spoken
 
 
-def _read_samples(stream: IO[bytes]) -> tuple[int, np.ndarray] | None:
-    header = stream.read(8)
-    if len(header) < 8:
+def _read_samples(stream: IO[bytes]) -> np.ndarray | None:
+    header = stream.read(4)
+    if len(header) < 4:
         return None
-    rate, count = struct.unpack("<II", header)
+    (count,) = struct.unpack("<I", header)
     samples = stream.read(2 * count)
-    return (rate, np.frombuffer(samples, dtype="<i2")) if len(samples) == 2 * count else None
+    return np.frombuffer(samples, dtype="<i2") if len(samples) == 2 * count else None
 
 
 class _Synthesiser:
@@ -113,11 +116,14 @@ class _Synthesiser:
         self._chunks: list[np.ndarray] = []
         # The library keeps the pointer: the object has to live as long as it.
         self._callback = _SYNTH_CALLBACK(self._collect)
-        self.sample_rate_hz = self._library.espeak_Initialize(
+        sample_rate_hz = self._library.espeak_Initialize(
             _AUDIO_OUTPUT_SYNCHRONOUS, 0, str(data_path).encode(), 0
         )
-        if self.sample_rate_hz <= 0:
-            raise RuntimeError(f"espeak-ng cannot read its data in {data_path}")
+        if sample_rate_hz != SAMPLE_RATE_HZ:
+            raise RuntimeError(
+                f"espeak-ng speaks at {sample_rate_hz} Hz, not {SAMPLE_RATE_HZ} Hz; its data is "
+                f"read from {data_path}"
+            )
         self._variants = {path.name for path in (data_path / "voices" / "!v").iterdir()}
         self._library.espeak_SetSynthCallback(self._callback)
         self._library.espeak_ng_SetRandSeed(ctypes.c_long(seed))
@@ -157,7 +163,7 @@ def _main() -> None:
         synthesiser = _Synthesiser(data_path, seed=order["seed"])
         for fields in order["jobs"]:
             samples = synthesiser.speak(Speech(*fields))
-            header = struct.pack("<II", synthesiser.sample_rate_hz, len(samples))
+            header = struct.pack("<I", len(samples))
             sys.stdout.buffer.write(header + samples.astype("<i2").tobytes())
 
 
