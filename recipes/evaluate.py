@@ -89,7 +89,7 @@ def recipe_of(weights: TrainedWeights, config: DictConfig) -> DictConfig:
     assert isinstance(recipe, DictConfig)
     recipe.data = OmegaConf.merge(recipe.data, config.data)
     if config.beam_width is not None:
-        recipe.model.beam_width = config.beam_width
+        recipe.beam_width = config.beam_width
     return recipe
 
 

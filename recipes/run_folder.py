@@ -21,7 +21,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from torch import nn
 
 # Settings that do not change what is learned; a resumed run may have others.
-_MAY_CHANGE = frozenset({"run_dir", "threads", "resume", "logger", "test"})
+_MAY_CHANGE = frozenset({"run_dir", "threads", "resume", "logger", "test", "beam_width"})
 
 
 def record_config(run_dir: Path, config: DictConfig) -> None:

@@ -99,7 +99,10 @@ def build_recogniser(
     if weights is not None:
         datamodule.load_state_dict(weights.data)
     recogniser: TransducerRecogniser = instantiate(
-        config.model, vocabulary=datamodule.vocabulary, num_mels=datamodule.num_mels
+        config.model,
+        vocabulary=datamodule.vocabulary,
+        num_mels=datamodule.num_mels,
+        beam_width=config.beam_width,
     )
     recogniser.recipe = settings_of(config)
     if weights is not None:
@@ -134,7 +137,8 @@ def score_test(
     """Score ``recogniser`` as it is on the test set.
 
     Returns:
-        ``wer``, ``wer_low``, ``wer_high`` (fractions), ``errors``, ``words``, ``loss_per_token``.
+        ``wer``, ``wer_low``, ``wer_high`` (fractions), ``errors``, ``words``, ``beam_width``,
+        ``wer_greedy`` (of the greedy search) and ``loss_per_token``.
     """
     figures = trainer.test(recogniser, datamodule, verbose=False)[0]
     score = recogniser.score
@@ -146,6 +150,8 @@ def score_test(
         "wer_high": counts["high"],
         "errors": counts["errors"],
         "words": counts["words"],
+        "beam_width": recogniser.beam_width,
+        "wer_greedy": figures["test/wer_greedy"],
         "loss_per_token": figures["test/loss_per_token"],
     }
 

@@ -22,7 +22,7 @@ from recipes.asr.rnnt import Transducer
 
 # Settings that a small file keeps: what is needed to build the data and the recogniser again.
 # The others say where and how fast a run went, down to folders of that machine.
-_KEPT = ("name", "method", "seed", "data", "model")
+_KEPT = ("name", "method", "seed", "beam_width", "data", "model")
 _NETWORK = "model."
 _DATA = SpeechDataModule.__qualname__  # where Lightning keeps the state of the data module
 

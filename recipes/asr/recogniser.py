@@ -30,7 +30,7 @@ class TransducerRecogniser(LightningModule):
 
     Logs ``train/loss`` (nats per label, with the CTC part), ``val/loss`` and ``val/loss_per_token``
     (the transducer's negative log-likelihood in nats over the number of labels), ``val/wer``,
-    ``test/loss_per_token`` and ``test/wer`` (a fraction).
+    ``test/loss_per_token``, ``test/wer`` (a fraction), and ``test/wer_greedy`` beside it.
 
     Args:
         network: Builds the transducer; called with ``num_mels`` and ``num_labels``.
@@ -82,6 +82,7 @@ class TransducerRecogniser(LightningModule):
         self.ctc_output = nn.Linear(size, len(vocabulary)) if ctc_weight else None
         self.val_wer = WordErrorRate()
         self.test_wer = WordErrorRate()
+        self.test_wer_greedy = WordErrorRate()
         self.score: WordErrors | None = None
         self.hypotheses: dict[str, str] = {}
         self._references: dict[str, str] = {}
@@ -128,7 +129,10 @@ class TransducerRecogniser(LightningModule):
     @override
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         self._log_loss("test", batch)
-        texts = self.decode(batch, beam_width=self.beam_width)
+        greedy = self.decode(batch)
+        texts = greedy if self.beam_width == 1 else self.decode(batch, beam_width=self.beam_width)
+        self.test_wer_greedy.update(greedy, list(batch.texts))
+        self.log("test/wer_greedy", self.test_wer_greedy, batch_size=len(batch.texts))
         self.test_wer.update(texts, list(batch.texts))
         self.hypotheses.update(zip(batch.ids, texts, strict=True))
         self._references.update(zip(batch.ids, batch.texts, strict=True))
