@@ -255,7 +255,8 @@ class Emulator:
         tag = None if source is None else self.tag_of(source)
         if tag is not None:
             for leaf in _floats(result):
-                self.set_tag(leaf, tag)
+                if leaf.dtype == torch.float32:  # Other types cannot hold every integer.
+                    self.set_tag(leaf, tag)
         return result
 
     def _share_a_grid(self, args: tuple[Any, ...]) -> bool:

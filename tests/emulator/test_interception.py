@@ -177,6 +177,17 @@ def test_packed_and_padded_movements_keep_the_grid() -> None:
         assert set(chip.ranges.ranges) == {"./tanh#0/input"}
 
 
+def test_another_dtype_leaves_the_grid() -> None:
+    def function(x: Tensor) -> Tensor:
+        return torch.tanh(torch.tanh(x).to(torch.bfloat16).float())
+
+    module = Function(function)
+    with emulate(module) as chip:
+        with chip.observing():
+            module(torch.randn(50))
+        assert set(chip.ranges.ranges) == {"./tanh#0/input", "./tanh#1/input"}
+
+
 @pytest.mark.parametrize("inplace", [True, False])
 def test_in_place_forms_equal_the_others(inplace: bool) -> None:
     def function(x: Tensor) -> Tensor:
