@@ -15,54 +15,21 @@ import torch
 from torch import Tensor, nn
 
 from lightning_nna import emulate
-from lightning_nna.emulator.engine import Emulator
-from lightning_nna.emulator.operators.linear import integer_bias
-from lightning_nna.emulator.ranges import (
-    SIGMOID_OUTPUT,
-    TANH_OUTPUT,
-    QParams,
-    affine_qparams,
-    cell_state_exponent,
-)
+from lightning_nna.emulator.ranges import SIGMOID_OUTPUT, TANH_OUTPUT, QParams
 from tests import litert
+from tests.emulator.oracle import (
+    check,
+    fully_connected_program,
+    grid,
+    integers,
+    lstm_program,
+    random_integers,
+    real,
+    spec,
+)
 from tests.litert import TensorSpec
 
 pytestmark = pytest.mark.exactness
-
-
-def grid(chip: Emulator, key: str) -> QParams:
-    """Frozen parameters of a site's operand or output."""
-    observed = chip.ranges[key]
-    return affine_qparams(observed.minimum, observed.maximum)
-
-
-def spec(shape: tuple[int, ...], q: QParams) -> TensorSpec:
-    return TensorSpec(shape, "int8", q.scale, q.zero_point)
-
-
-def random_integers(shape: tuple[int, ...], seed: int) -> np.ndarray:
-    """int8 values, a third of them extremes."""
-    generator = np.random.default_rng(seed)
-    values = generator.integers(-128, 128, shape)
-    extremes = generator.choice([-128, 127], shape)
-    return np.where(generator.random(shape) < 1 / 3, extremes, values).astype(np.int8)
-
-
-def real(integers: np.ndarray, q: QParams) -> Tensor:
-    centred = torch.from_numpy(integers.astype(np.float32)) - q.zero_point
-    return centred * q.scale
-
-
-def integers(values: Tensor, q: QParams) -> np.ndarray:
-    scaled = values.detach().double() / q.scale
-    rounded = scaled.round()
-    assert torch.equal(rounded * q.scale, values.detach().double())  # exactly on the grid
-    return (rounded + q.zero_point).numpy().astype(np.int64)
-
-
-def check(model: bytes, inputs: list[np.ndarray], emulated: np.ndarray) -> None:
-    (expected,) = litert.run_model(model, inputs)
-    np.testing.assert_array_equal(emulated, expected.astype(np.int64))
 
 
 @pytest.mark.parametrize("per_channel", [True, False])
@@ -77,18 +44,7 @@ def test_fully_connected(inputs: int, outputs: int, bias: bool, per_channel: boo
         x, y = grid(chip, "./fully_connected#0/input"), grid(chip, "./fully_connected#0/output")
         q_x = random_integers((2000, inputs), 1)
         emulated = integers(layer(real(q_x, x)), y)
-        weight = chip.weight(layer.weight, 1 if per_channel else outputs)
-    scales = weight.scales.numpy() if per_channel else float(weight.scales[0])
-    bias_spec = None
-    if bias:
-        accumulator_scales = weight.scales.double() * x.scale
-        q_b = integer_bias(layer.bias, accumulator_scales).numpy().astype(np.int32)
-        accumulator = accumulator_scales.numpy() if per_channel else float(accumulator_scales[0])
-        bias_spec = TensorSpec.constant(q_b, accumulator)
-    w = TensorSpec.constant(weight.integers.numpy().astype(np.int8), scales)
-    program = litert.fully_connected_model(
-        spec(q_x.shape, x), w, bias_spec, spec(emulated.shape, y)
-    )
+        program = fully_connected_program(chip, layer, q_x.shape, x, y)
     check(program, [q_x], emulated)
 
 
@@ -108,9 +64,7 @@ def test_fully_connected_accumulates_exactly_at_the_worst_case() -> None:
         q_x[0], q_x[1] = 127, -128
         y = grid(chip, "./fully_connected#0/output")
         emulated = integers(layer(real(q_x, x)), y)
-        weight = chip.weight(layer.weight, 1)
-    w = TensorSpec.constant(weight.integers.numpy().astype(np.int8), weight.scales.numpy())
-    program = litert.fully_connected_model(spec(q_x.shape, x), w, None, spec(emulated.shape, y))
+        program = fully_connected_program(chip, layer, q_x.shape, x, y)
     check(program, [q_x], emulated)
 
 
@@ -245,39 +199,7 @@ def test_lstm(seed: int) -> None:
         with chip.observing():
             layer((1 + seed % 2) * torch.randn(batch, steps, inputs))
         x, y = grid(chip, "./lstm#0/layer0/input"), grid(chip, "./lstm#0/layer0")
-        exponent = cell_state_exponent(chip.ranges["./lstm#0/layer0/cell"].magnitude)
         q_x = random_integers((batch, steps, inputs), seed)
         emulated = integers(layer(real(q_x, x))[0], y)
-        program = lstm_program(chip, layer, (batch, steps, inputs), x, y, exponent)
+        program = lstm_program(chip, layer, (batch, steps, inputs), x, "./lstm#0")
     check(program, [q_x], emulated)
-
-
-def lstm_program(
-    chip: Emulator,
-    layer: nn.LSTM,
-    shape: tuple[int, int, int],
-    x: QParams,
-    y: QParams,
-    exponent: int,
-) -> bytes:
-    """The layer as LiteRT has it: a weight, a scale and a bias for each of the four gates."""
-    hidden = layer.hidden_size
-    w_ih, w_hh = (chip.weight(w, hidden) for w in (layer.weight_ih_l0, layer.weight_hh_l0))
-    scales = w_ih.scales.double() * x.scale
-    q_b = integer_bias(layer.bias_ih_l0 + layer.bias_hh_l0, scales).numpy().astype(np.int32)
-
-    def gates(weight: object) -> list[TensorSpec]:
-        whole = weight.integers.numpy().astype(np.int8)  # type: ignore[attr-defined]
-        each = weight.scales.numpy()  # type: ignore[attr-defined]
-        return [
-            TensorSpec.constant(whole[k * hidden : (k + 1) * hidden], float(each[k * hidden]))
-            for k in range(4)
-        ]
-
-    biases = [
-        TensorSpec.constant(q_b[k * hidden : (k + 1) * hidden], float(scales[k * hidden]))
-        for k in range(4)
-    ]
-    state = TensorSpec((shape[0], hidden), "int8", y.scale, y.zero_point, is_variable=True)
-    cell = TensorSpec((shape[0], hidden), "int16", 2.0**exponent, is_variable=True)
-    return litert.lstm_model(spec(shape, x), gates(w_ih), gates(w_hh), biases, state, cell)
