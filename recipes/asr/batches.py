@@ -83,6 +83,8 @@ class BatchPlan:
             utterance longer than that is a batch by itself.
         num_buckets: Number of groups by duration.
         shuffle: Whether the order depends on the epoch.
+        curriculum_epochs: In this many epochs, the first ones, short utterances come before long
+            ones: a transducer that has not learned to align finds the labels there sooner.
         seed: Seed of the order.
         rank: Which of the processes this is.
         world_size: Number of processes; each gets its share of the batches, and as many as the
@@ -104,6 +106,7 @@ class BatchPlan:
         batch_seconds: float,
         num_buckets: int = 10,
         shuffle: bool = False,
+        curriculum_epochs: int = 0,
         seed: int = 0,
         rank: int = 0,
         world_size: int = 1,
@@ -113,7 +116,8 @@ class BatchPlan:
                 f"data.batch_seconds ({batch_seconds}) and data.num_buckets ({num_buckets}) "
                 "have to be positive"
             )
-        self.shuffle, self.seed = shuffle, seed
+        self.shuffle, self.seed, self.curriculum_epochs = shuffle, seed, curriculum_epochs
+        self._durations = [cut.duration for cut in cuts]
         self._positions = {cut.supervisions[0].id: i for i, cut in enumerate(cuts)}
         bounds = _bucket_bounds(cuts, num_buckets)
         self._sampler = DynamicBucketingSampler(
@@ -149,6 +153,8 @@ class BatchPlan:
             # Lhotse visits the buckets in the same order in every epoch, small batches last. All
             # processes draw the same order, so that they still step through equal lengths.
             random.Random(seed_of(self.seed, epoch)).shuffle(batches)
+        if epoch < self.curriculum_epochs:
+            batches.sort(key=lambda batch: max(self._durations[i] for i in batch))
         return batches
 
 

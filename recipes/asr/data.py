@@ -38,10 +38,13 @@ class SpeechDataModule(pl.LightningDataModule):
         num_mels: Number of mel bands.
         sample_rate_hz: Sample rate that all recordings must have.
         speeds: Each training utterance is heard once per epoch at each of these speeds.
-        tail_padding_ms: Silence after each utterance; a streaming model needs time to finish.
+        tail_padding_ms: Digital silence after each utterance, where recordings end too early for
+            a streaming model. It also tells the model that all is said: a transducer may then
+            learn to wait for it, so leave it out where recordings end in a pause of their own.
         spec_augment: Masks for the training features, or none.
         batch_seconds: Upper bound of the audio in a batch, in seconds, padding included.
         num_buckets: Number of groups by duration.
+        curriculum_epochs: In this many epochs, the first ones, short utterances come first.
         seed: Seed of the order and of the masks.
         cache_dir: Folder of features, and of corpora that are made rather than read.
         max_bad_share: Largest share of unusable files that is only warned of.
@@ -69,6 +72,7 @@ class SpeechDataModule(pl.LightningDataModule):
         spec_augment: SpecAugment | None = None,
         batch_seconds: float = 200.0,
         num_buckets: int = 10,
+        curriculum_epochs: int = 0,
         seed: int = 0,
         cache_dir: str | Path = ".cache/lightning-nna",
         max_bad_share: float = 0.01,
@@ -88,6 +92,7 @@ class SpeechDataModule(pl.LightningDataModule):
         self.tail_padding_ms = tail_padding_ms
         self.spec_augment = spec_augment
         self.batch_seconds, self.num_buckets, self.seed = batch_seconds, num_buckets, seed
+        self.curriculum_epochs = curriculum_epochs
         self.cache_dir = Path(cache_dir)
         self.max_bad_share, self.num_workers = max_bad_share, num_workers
         self._parts: dict[str, _Part] = {}
@@ -168,6 +173,7 @@ class SpeechDataModule(pl.LightningDataModule):
             batch_seconds=self.batch_seconds,
             num_buckets=self.num_buckets,
             shuffle=shuffle,
+            curriculum_epochs=self.curriculum_epochs if shuffle else 0,
             seed=self.seed,
             rank=self.trainer.global_rank if self.trainer else 0,
             world_size=self.trainer.world_size if self.trainer else 1,

@@ -83,6 +83,15 @@ class TestPlan:
         plan = BatchPlan(cuts_of(DURATIONS), batch_seconds=40)
         assert plan.epoch(0) == plan.epoch(5)
 
+    def test_a_curriculum_begins_with_short_utterances(self) -> None:
+        settings = {"batch_seconds": 40, "shuffle": True}
+        plain = BatchPlan(cuts_of(DURATIONS), **settings)
+        plan = BatchPlan(cuts_of(DURATIONS), curriculum_epochs=1, **settings)
+        longest = [max(DURATIONS[i] for i in batch) for batch in plan.epoch(0)]
+        assert longest == sorted(longest)
+        assert sorted(map(sorted, plan.epoch(0))) == sorted(map(sorted, plain.epoch(0)))
+        assert plan.epoch(1) == plain.epoch(1)
+
     @pytest.mark.parametrize("world_size", [2, 3])
     def test_processes_share_the_examples_evenly(self, world_size: int) -> None:
         plans = [
