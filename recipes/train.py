@@ -62,10 +62,16 @@ def train(config: DictConfig) -> dict[str, Any]:
     callbacks = build_callbacks(config)
     trainer = build_trainer(config, callbacks)
     began = time.monotonic()
-    trainer.fit(recogniser, datamodule, ckpt_path=_last_checkpoint(config))
+    trainer.fit(
+        recogniser, datamodule, ckpt_path=_last_checkpoint(config) if config.resume else None
+    )
     # Of the clocks only the timer's counts what a resumed run took before.
     timer = callbacks.get("timer")
     seconds = timer.time_elapsed() if isinstance(timer, Timer) else time.monotonic() - began
+    # Score what the checkpoint holds: a run that was finished before leaves the average of the
+    # weights to its checkpoint alone.
+    if (last := _last_checkpoint(config)) is not None:
+        put_into(recogniser.model, load_weights(last))
     summary: dict[str, Any] = {
         "experiment": config.name,
         "method": config.method,
@@ -126,9 +132,9 @@ def build_trainer(config: DictConfig, callbacks: Mapping[str, Callback]) -> Trai
 
 
 def _last_checkpoint(config: DictConfig) -> str | None:
-    """The newest checkpoint of an unfinished run in this folder."""
+    """The newest checkpoint in the run folder."""
     path = Path(config.run_dir) / "checkpoints" / "last.ckpt"
-    return str(path) if config.resume and path.is_file() else None
+    return str(path) if path.is_file() else None
 
 
 def score_test(

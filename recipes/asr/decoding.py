@@ -1,7 +1,8 @@
 """From transducer scores to labels: batched greedy search, and torchaudio's beam search.
 
 Both see the model through its four methods only (``transcribe``, ``predict``, ``join`` and the
-streaming form of the first), so what decodes the float model decodes it on the chip.
+streaming form of the first), so what decodes the float model decodes it on the chip. For a beam
+search over a whole batch see :mod:`recipes.asr.beam`.
 
 Reference:
     Graves, "Sequence transduction with recurrent neural networks", arXiv 1211.3711, 2012.
@@ -77,7 +78,7 @@ def _select(which: Tensor, after: State, before: State) -> State:
 
 
 @torch.no_grad()
-def beam_decode(
+def torchaudio_decode(
     model: Transducer,
     features: Float[Tensor, "batch frames mels"],
     lengths: Int[Tensor, " batch"],

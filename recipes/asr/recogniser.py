@@ -19,7 +19,8 @@ from torchmetrics.text import WordErrorRate
 from typing_extensions import override
 
 from recipes.asr.batches import Batch, seed_of
-from recipes.asr.decoding import beam_decode, greedy_decode
+from recipes.asr.beam import beam_decode
+from recipes.asr.decoding import greedy_decode
 from recipes.asr.rnnt import Transducer
 from recipes.asr.scoring import WordErrors, word_errors
 from recipes.asr.vocabulary import BLANK, Vocabulary

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from recipes.asr.decoding import BlankLast, beam_decode, greedy_decode
+from recipes.asr.beam import beam_decode
+from recipes.asr.decoding import BlankLast, greedy_decode, torchaudio_decode
 from recipes.asr.rnnt import Transducer, transducer
 
 
@@ -125,10 +126,21 @@ def test_beam_search_streams(model: Transducer, features: torch.Tensor) -> None:
     assert hypotheses[0][0] == whole
 
 
-@pytest.mark.parametrize("decode", [greedy_decode, beam_decode])
+@pytest.mark.parametrize("beam_width", [1, 2, 4])
+@pytest.mark.parametrize("limit", [1, 2, 10])
+def test_the_batched_beam_finds_what_torchaudio_finds(
+    model: Transducer, features: torch.Tensor, beam_width: int, limit: int
+) -> None:
+    settings = {"beam_width": beam_width, "max_labels_per_step": limit}
+    expected = torchaudio_decode(model, features, LENGTHS, **settings)
+    assert beam_decode(model, features, LENGTHS, **settings) == expected
+    assert any(expected)
+
+
+@pytest.mark.parametrize("decode", [greedy_decode, beam_decode, torchaudio_decode])
 def test_limits_below_one_are_refused(
     decode: object, model: Transducer, features: torch.Tensor
 ) -> None:
-    name = {greedy_decode: "max_labels_per_step", beam_decode: "beam_width"}[decode]  # type: ignore[index]
+    name = "max_labels_per_step" if decode is greedy_decode else "beam_width"
     with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
         decode(model, features, LENGTHS, **{name: 0})  # type: ignore[operator]

@@ -25,6 +25,8 @@ def _summary(wer: float = 0.2) -> dict[str, Any]:
         "wer": wer,
         "wer_low": wer - 0.02,
         "wer_high": wer + 0.03,
+        "wer_greedy": wer + 0.01,
+        "beam_width": 5,
         "loss_per_token": 0.25,
         "parameters": 1000,
         "train_seconds": 120.0,
@@ -64,8 +66,8 @@ def test_the_page_has_means_ranges_and_commands(tmp_path: Path) -> None:
         append_row(path, row_of(Cell("float", seed), _summary(wer)))
     write_page(path)
     text = (tmp_path / "an4.md").read_text()
-    assert "| float | 2 | 16.0 % | 15.0 % to 17.0 % | 0.250 |" in text
-    assert "| 2 | float | 17.0 % | 15.0 % to 20.0 % | 0.250 | 2 min, 1 thread(s) |" in text
+    assert "| float | 2 | 16.0 % | 15.0 % to 17.0 % | 17.0 % | 0.250 |" in text
+    assert "| 2 | float | 17.0 % | 15.0 % to 20.0 % | 18.0 % | 0.250 | 2 min, 1 thread(s) |" in text
     assert text.count("python -m recipes.train seed=1") == 2
     assert (tmp_path / "an4.png").stat().st_size > 1000
 

@@ -1,0 +1,190 @@
+"""Beam search over many utterances at once.
+
+The search is that of ``torchaudio.models.RNNTBeamSearch``, and finds what that one finds. There,
+every list of hypotheses of every utterance calls the network by itself; here, all utterances take
+each step of the sound together, so that one call of the joint network and one of the predictor
+serve them all.
+
+Reference:
+    Graves, "Sequence transduction with recurrent neural networks", arXiv 1211.3711, 2012.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from recipes.asr.rnnt import State, Transducer
+from recipes.asr.vocabulary import BLANK
+
+
+@dataclass(frozen=True)
+class Hypothesis:
+    """A label sequence and where the predictor stands after it.
+
+    Attributes:
+        labels: Labels without blanks.
+        score: Log-probability of the alignments found so far.
+        prediction: Output of the predictor after the labels.
+        state: State of the predictor after the labels.
+    """
+
+    labels: tuple[int, ...]
+    score: float
+    prediction: Float[Tensor, "labels dim"]
+    state: list[list[Float[Tensor, " hidden"]]]
+
+    @property
+    def rank(self) -> float:
+        """Score per label; a longer sequence is not worse for being longer."""
+        return self.score / (len(self.labels) + 2)
+
+
+class _Beam:
+    """The hypotheses of one utterance during one step of the sound."""
+
+    def __init__(self, hypotheses: list[Hypothesis], width: int) -> None:
+        self.open = hypotheses
+        self.width = width
+        self.closed: dict[tuple[int, ...], Hypothesis] = {}
+
+    def close(self, blank: Sequence[float]) -> None:
+        """Let every open hypothesis move on to the next step; equal label sequences add up."""
+        for hypothesis, logarithm in zip(self.open, blank, strict=True):
+            score = hypothesis.score + logarithm
+            known = self.closed.get(hypothesis.labels)
+            if known is not None:
+                score = _add_logarithms(known.score, score)
+            self.closed[hypothesis.labels] = _with_score(hypothesis, score)
+
+    def expansions(
+        self, labels: Float[Tensor, "hypotheses labels"]
+    ) -> list[tuple[int, int, float]]:
+        """The best (open hypothesis, label, score) that may still enter the closed ones."""
+        scores = labels + torch.tensor([hypothesis.score for hypothesis in self.open])[:, None]
+        best, places = scores.flatten().topk(min(self.width, scores.numel()))
+        closed = sorted((hypothesis.score for hypothesis in self.closed.values()), reverse=True)
+        worst = closed[self.width - 1] if len(closed) >= self.width else -math.inf
+        return [
+            (place // labels.shape[1], place % labels.shape[1] + 1, score)
+            for score, place in zip(best.tolist(), places.tolist(), strict=True)
+            if score > worst
+        ]
+
+    def finish(self) -> list[Hypothesis]:
+        """The best hypotheses at the end of the step."""
+        ranked = sorted(self.closed.values(), key=lambda found: found.rank, reverse=True)
+        return ranked[: self.width]
+
+
+@torch.no_grad()
+def beam_decode(
+    model: Transducer,
+    features: Float[Tensor, "batch frames mels"],
+    lengths: Int[Tensor, " batch"],
+    *,
+    beam_width: int,
+    max_labels_per_step: int = 10,
+) -> list[list[int]]:
+    """Search for the most likely labels of every utterance.
+
+    Args:
+        model: A transducer.
+        features: Zero-padded features.
+        lengths: Valid frames of each utterance.
+        beam_width: Hypotheses kept per utterance and step.
+        max_labels_per_step: Most labels between two steps of the sound.
+
+    Returns:
+        For each utterance the labels of its best hypothesis, without blanks.
+
+    Raises:
+        ValueError: If ``beam_width`` is not positive.
+    """
+    if beam_width < 1:
+        raise ValueError(f"beam_width must be at least 1, got {beam_width}")
+    encodings, steps = model.transcribe(features, lengths)
+    found = [[start] for start in _start(model, len(steps), steps)]
+    for step in range(int(steps.max())):
+        running = [index for index, count in enumerate(steps.tolist()) if step < count]
+        beams = {index: _Beam(found[index], beam_width) for index in running}
+        for labels_so_far in range(max_labels_per_step + 1):
+            open_beams = {index: beam for index, beam in beams.items() if beam.open}
+            if not open_beams:
+                break
+            scores = _score(model, encodings[:, step], open_beams)
+            for beam, table in zip(open_beams.values(), scores, strict=True):
+                beam.close(table[:, BLANK].tolist())
+            _expand(model, open_beams, scores, last=labels_so_far == max_labels_per_step)
+        for index, beam in beams.items():
+            found[index] = beam.finish()
+    return [list(hypotheses[0].labels) for hypotheses in found]
+
+
+def _start(model: Transducer, count: int, like: Tensor) -> list[Hypothesis]:
+    """The empty hypothesis, once per utterance."""
+    label = torch.full((1, 1), BLANK, dtype=torch.long, device=like.device)
+    prediction, _, state = model.predict(label, torch.ones_like(label[0]), None)
+    return [Hypothesis((), 0.0, prediction[0], _row(state, 0))] * count
+
+
+def _score(
+    model: Transducer, encodings: Float[Tensor, "batch dim"], beams: dict[int, _Beam]
+) -> list[Tensor]:
+    """Log-probabilities of the next label, one table per beam; a row per open hypothesis."""
+    counts = [len(beam.open) for beam in beams.values()]
+    rows = torch.tensor([i for i, n in zip(beams, counts, strict=True) for _ in range(n)])
+    predictions = torch.stack([h.prediction for beam in beams.values() for h in beam.open])
+    ones = torch.ones_like(rows)
+    now = encodings[rows.to(encodings.device)].unsqueeze(1)
+    logits, _, _ = model.join(now, ones, predictions, ones)
+    # The bookkeeping is scalar work: it runs on the CPU whatever the network runs on.
+    return list(logits[:, 0, 0].log_softmax(dim=-1).cpu().split(counts))
+
+
+def _expand(
+    model: Transducer, beams: dict[int, _Beam], scores: list[Tensor], *, last: bool
+) -> None:
+    """Replace the open hypotheses by their best extensions; by none after the ``last`` round."""
+    chosen: list[tuple[_Beam, Hypothesis, int, float]] = []
+    for beam, table in zip(beams.values(), scores, strict=True):
+        if not last:
+            extensions = beam.expansions(table[:, BLANK + 1 :])
+            chosen += [(beam, beam.open[place], label, s) for place, label, s in extensions]
+        beam.open = []
+    if not chosen:
+        return
+    parents = [parent for _, parent, _, _ in chosen]
+    device = parents[0].prediction.device
+    labels = torch.tensor([[label] for _, _, label, _ in chosen], device=device)
+    after = _stack([parent.state for parent in parents])
+    predictions, _, states = model.predict(labels, torch.ones_like(labels[:, 0]), after)
+    for place, (beam, parent, label, score) in enumerate(chosen):
+        extended = (*parent.labels, label)
+        beam.open.append(Hypothesis(extended, score, predictions[place], _row(states, place)))
+
+
+def _stack(states: list[State]) -> State:
+    return [
+        [torch.stack(rows) for rows in zip(*layers, strict=True)]
+        for layers in zip(*states, strict=True)
+    ]
+
+
+def _row(state: State, place: int) -> State:
+    return [[tensor[place] for tensor in layer] for layer in state]
+
+
+def _with_score(hypothesis: Hypothesis, score: float) -> Hypothesis:
+    return Hypothesis(hypothesis.labels, score, hypothesis.prediction, hypothesis.state)
+
+
+def _add_logarithms(first: float, second: float) -> float:
+    """The logarithm of the sum of the two numbers whose logarithms these are."""
+    high, low = max(first, second), min(first, second)
+    return high + math.log1p(math.exp(low - high))
