@@ -153,9 +153,10 @@ def summary_line(rows: Sequence[Row], method: str) -> str:
     rate, least, greatest = spread(row["wer"] for row in of_method)
     greedy, _, _ = spread(row["wer_greedy"] for row in of_method)
     loss, _, _ = spread(row["loss_per_token"] for row in of_method)
+    size = of_method[0]["packed_bytes"] / 1e6
     return (
         f"| {TITLES[method]} | {len(of_method)} | {percent(rate)} | {percent(least)} to "
-        f"{percent(greatest)} | {percent(greedy)} | {loss:.3f} | {of_method[0]['packed_bytes'] / 1e6:.2f} MB |"
+        f"{percent(greatest)} | {percent(greedy)} | {loss:.3f} | {size:.2f} MB |"
     )
 
 
