@@ -210,22 +210,23 @@ class _Part:
 
 def digits(
     *,
-    train_size: int = 3000,
+    train_size: int = 6000,
     validation_size: int = 200,
     test_size: int = 400,
     max_digits: int = 7,
+    level_db: Sequence[float] = (-28.0, -20.0),
     snr_db: Sequence[float] = (10.0, 30.0),
     corpus_seed: int = 0,
     **settings: Any,
 ) -> SpeechDataModule:
     """Spoken digits; see `recipes.asr.digits.Digits` and `SpeechDataModule` for the settings."""
-    lowest, highest = snr_db
     corpus = Digits(
         train_size=train_size,
         validation_size=validation_size,
         test_size=test_size,
         max_digits=max_digits,
-        snr_db=(float(lowest), float(highest)),
+        level_db=_range(level_db),
+        snr_db=_range(snr_db),
         corpus_seed=corpus_seed,
     )
     return SpeechDataModule(corpus=corpus, **settings)
@@ -254,6 +255,11 @@ def librispeech(
     """LibriSpeech; see `recipes.asr.corpora.LibriSpeech` and `SpeechDataModule`."""
     corpus = LibriSpeech(root=root, train=train, validation=validation, test=test)
     return SpeechDataModule(corpus=corpus, **settings)
+
+
+def _range(bounds: Sequence[float]) -> tuple[float, float]:
+    lowest, highest = bounds
+    return float(lowest), float(highest)
 
 
 def _text(cut: MonoCut) -> str:

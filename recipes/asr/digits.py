@@ -47,9 +47,7 @@ VARIANTS = {
         *("steph2", "steph3", "victor", "zac"),
     ),
     "validation": ("m5", "f2", "Gene", "Gene2", "max", "Storm", "shelby"),
-    "test": (
-        *("m2", "m7", "f5", "Andy", "belinda", "linda", "quincy"),
-    ),
+    "test": (*("m2", "m7", "f5", "Andy", "belinda", "linda", "quincy"),),
 }
 
 # Raised when the way utterances are made changes, so that an old cache is not taken for a new.
@@ -88,7 +86,7 @@ class Digits:
         corpus_seed: Seed of everything that is drawn.
     """
 
-    train_size: int = 3000
+    train_size: int = 6000
     validation_size: int = 200
     test_size: int = 400
     max_digits: int = 7
