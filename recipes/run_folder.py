@@ -37,11 +37,12 @@ def record_config(run_dir: Path, config: DictConfig) -> None:
     path = run_dir / "config.yaml"
     settings = settings_of(config)
     if path.exists():
-        before = settings_of(OmegaConf.load(path))
+        before = _without_place(settings_of(OmegaConf.load(path)))
+        now = _without_place(settings)
         differing = sorted(
             key
-            for key in (before.keys() | settings.keys()) - _MAY_CHANGE
-            if before.get(key) != settings.get(key)
+            for key in (before.keys() | now.keys()) - _MAY_CHANGE
+            if before.get(key) != now.get(key)
         )
         if differing:
             raise ValueError(
@@ -50,6 +51,20 @@ def record_config(run_dir: Path, config: DictConfig) -> None:
             )
     run_dir.mkdir(parents=True, exist_ok=True)
     write_whole(path, OmegaConf.to_yaml(OmegaConf.create(settings)))
+
+
+def _without_place(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings that do not tell where the run folder lies: it may be moved."""
+    place = str(settings.get("run_dir"))
+
+    def moved(node: Any) -> Any:
+        if isinstance(node, dict):
+            return {key: moved(value) for key, value in node.items()}
+        if isinstance(node, str) and (node == place or node.startswith(f"{place}/")):
+            return f"<run_dir>{node.removeprefix(place)}"
+        return node
+
+    return {key: moved(value) for key, value in settings.items()}
 
 
 def settings_of(config: DictConfig | ListConfig) -> dict[str, Any]:

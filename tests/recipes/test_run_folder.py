@@ -28,6 +28,13 @@ def test_settings_that_do_not_change_the_result_may_differ(tmp_path: Path) -> No
         record_config(tmp_path, OmegaConf.merge(settings, {"seed": 2}))
 
 
+def test_a_run_folder_may_be_moved(tmp_path: Path) -> None:
+    for place in ("here", "there/deeper"):
+        settings = {"run_dir": place, "logger": {}, "callbacks": {"dirpath": "${run_dir}/ckpt"}}
+        record_config(tmp_path, OmegaConf.create(settings))
+    assert OmegaConf.load(tmp_path / "config.yaml").callbacks.dirpath == "there/deeper/ckpt"
+
+
 def test_a_summary_is_json_and_nothing_else_is_left(tmp_path: Path) -> None:
     path = write_summary(tmp_path, {"wer": 0.25, "versions": {"torch": torch.__version__}})
     assert json.loads(path.read_text())["wer"] == 0.25
