@@ -84,7 +84,7 @@ class BatchPlan:
         num_buckets: Number of groups by duration.
         shuffle: Whether the order depends on the epoch.
         curriculum_epochs: In this many epochs, the first ones, short utterances come before long
-            ones: a transducer that has not learned to align finds the labels there sooner.
+            ones.
         seed: Seed of the order.
         rank: Which of the processes this is.
         world_size: Number of processes; each gets its share of the batches, and as many as the

@@ -81,7 +81,8 @@ class Digits:
         validation_size: Number of validation utterances.
         test_size: Number of test utterances.
         max_digits: Longest string of digits.
-        level_db: Lowest and highest root mean square of the speech, relative to full scale.
+        level_db: Lowest and highest root mean square of the speech, relative to full scale. A wide
+            range costs a small model most of its training: the features keep the level.
         snr_db: Lowest and highest signal-to-noise ratio in dB.
         corpus_seed: Seed of everything that is drawn.
     """
