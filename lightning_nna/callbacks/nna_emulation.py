@@ -229,7 +229,12 @@ class NNAEmulation(Callback):
         return self._emulator
 
     def _require_ranges(self, stage: str) -> None:
-        if not self.emulator.calibrated:
+        emulator = self.emulator
+        if not emulator.calibrated and emulator.ranges.ranges:
+            # A fit that was shorter than its calibration: evaluation needs what it has seen.
+            emulator.freeze()
+            rank_zero_info(f"NNAEmulation: ranges frozen for {stage} after {self.steps} steps")
+        if not emulator.calibrated:
             raise RuntimeError(
                 f"{stage} on the chip needs ranges, and none were observed: pass ckpt_path of a "
                 f"run with NNAEmulation, or call lightning_nna.calibrate(module, batches) first"

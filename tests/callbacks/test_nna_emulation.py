@@ -66,6 +66,14 @@ def test_evaluation_without_ranges_says_what_to_do(stage: str) -> None:
         getattr(run, stage)(recogniser, recogniser.test_dataloader())
 
 
+def test_a_fit_shorter_than_its_calibration_is_evaluated_with_what_it_saw() -> None:
+    recogniser, chip = module(), NNAEmulation(calibration_steps=100)
+    trainer(chip, steps=3).fit(recogniser)
+    assert not chip.emulator.calibrated
+    trainer(chip).test(recogniser, verbose=False)
+    assert chip.emulator.calibrated
+
+
 def test_no_calibration_steps_and_no_ranges() -> None:
     with pytest.raises(RuntimeError, match="calibration_steps=0, and no ranges"):
         trainer(NNAEmulation(calibration_steps=0)).fit(module())
