@@ -62,9 +62,9 @@ class Emulator:
         self.calibrated = False
         self.ranges = RangeTable()
         self.sites = SiteTable()
-        #: Calls of ``(key, operator or "", func's arguments, result)`` while coverage listens.
+        #: Called with ``(key, on chip, operands, result)`` for every site, while coverage listens.
         self.listener: Callable[[str, bool, Any, Any], None] | None = None
-        #: Names and groups of the weights that operators of the chip have used.
+        #: Rows per scale of the weights that operators of the chip have used, by ``id``.
         self.used_weights: dict[int, int] = {}
         self._tags = WeakTensorKeyDictionary()
         self._weights: dict[tuple[int, int], tuple[Tensor, int, QuantizedWeight]] = {}
@@ -161,6 +161,8 @@ class Emulator:
             raise RuntimeError("no forward was observed: run at least one batch before freezing")
         self.calibrated = True
         self.phase = "emulate"
+        # An activation kept from an observed forward has no grid yet, whatever its mark says.
+        self._tags = WeakTensorKeyDictionary()
 
     def state_dict(self) -> dict[str, Any]:
         """Ranges and call sites as plain values."""

@@ -177,6 +177,17 @@ def test_packed_and_padded_movements_keep_the_grid() -> None:
         assert set(chip.ranges.ranges) == {"./tanh#0/input"}
 
 
+def test_an_activation_kept_from_calibration_is_quantised_anew() -> None:
+    first, second = Function(torch.tanh), Function(lambda x: torch.relu(x))
+    module = nn.ModuleList([first, second])
+    with emulate(module) as chip:
+        with chip.observing():
+            kept = first(torch.linspace(-2, 2, 9))
+            second(kept.clone().exp())
+        result = second(kept)
+    assert float((result - torch.relu(kept)).abs().max()) < 0.02
+
+
 def test_another_dtype_leaves_the_grid() -> None:
     def function(x: Tensor) -> Tensor:
         return torch.tanh(torch.tanh(x).to(torch.bfloat16).float())

@@ -55,10 +55,11 @@ def dropout(
     """
     result = F.dropout(input, p, training)
     tag = call.host.tag_of(input)
-    if tag is None or not training or p == 0:
-        return result if tag is None else call.tagged(result, tag)
-    grown = QParams(tag.scale / (1 - p), tag.zero_point, tag.low, tag.high) if p < 1 else tag
-    return call.tagged(result, PENDING if tag == PENDING else grown)
+    if tag is None:
+        return result
+    if training and 0 < p < 1 and tag != PENDING:
+        tag = QParams(tag.scale / (1 - p), tag.zero_point, tag.low, tag.high)
+    return call.tagged(result, tag)
 
 
 def _tabulated(call: Call, input: Tensor, name: str) -> Tensor:

@@ -24,12 +24,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_nna.emulator.operators.activation import dropout as dropped
 from lightning_nna.emulator.operators.call import Activation, Call, float32_arithmetic, quantize
 from lightning_nna.emulator.operators.lstm_cell import Cell, ExactCell, FastCell, FloatCell, Grids
-from lightning_nna.emulator.ranges import PENDING, QParams, cell_state_exponent
+from lightning_nna.emulator.ranges import cell_state_exponent
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ def _stack(
         h_last.append(h_n)
         c_last.append(c_n)
         if dropout and train and layer < layers - 1:
-            rows = _dropped(call, rows, dropout)
+            rows = dropped(call, rows, dropout)
     h_n, c_n = torch.stack(h_last), torch.stack(c_last)
     if hx[0].dim() == 2:
         h_n, c_n = h_n.squeeze(1), c_n.squeeze(1)
@@ -122,16 +122,6 @@ def _stack(
 def _batched(hx: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
     """States with a batch axis, which a single sequence leaves out."""
     return tuple(state.unsqueeze(1) if state.dim() == 2 else state for state in hx)
-
-
-def _dropped(call: Call, rows: Tensor, p: float) -> Tensor:
-    """Dropout between layers: the same integers on a grid coarser by 1 / (1 - p)."""
-    tag = call.host.tag_of(rows)
-    result = F.dropout(rows, p)
-    if tag is not None:
-        grown = QParams(tag.scale / (1 - p), tag.zero_point, tag.low, tag.high)
-        call.host.set_tag(result, PENDING if tag == PENDING else grown)
-    return result
 
 
 def _layer(
