@@ -20,8 +20,10 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from torchmetrics import Metric
 
 from lightning_nna.emulator.interception import ROOT, Interception, SiteTable
+from lightning_nna.emulator.observers import Observer
 from lightning_nna.emulator.operators.call import Call
 from lightning_nna.emulator.operators.registry import Operator
+from lightning_nna.emulator.program import Instruction
 from lightning_nna.emulator.ranges import QParams, RangeTable
 from lightning_nna.emulator.selection import select
 from lightning_nna.emulator.spec import NNASpec, resolve_spec
@@ -41,6 +43,8 @@ class Emulator:
         spec: The chip: a preset's name, an ``NNASpec``, its keys, or a YAML file.
         targets: Globs or ``re:…`` on module names; a selected module counts with all it contains.
         fidelity: ``"exact"``, or ``"fast"`` for float rounding in the requantisation.
+        observer: How ranges follow from what is observed: ``"min_max"``, ``"moving_average"``,
+            ``"percentile"`` or ``"mse"``.
 
     Raises:
         ValueError: If a target selects nothing, a parameter is not float32, the module is
@@ -54,16 +58,21 @@ class Emulator:
         *,
         targets: Sequence[str] = ("*",),
         fidelity: Fidelity = "exact",
+        observer: Observer = "min_max",
     ) -> None:
         _refuse(module, fidelity)
         self.spec = resolve_spec(spec)
         self.targets, self.fidelity = tuple(targets), fidelity
         self.phase: Phase = "float"
         self.calibrated = False
-        self.ranges = RangeTable()
+        self.ranges = RangeTable(observer)
         self.sites = SiteTable()
         #: Called with ``(key, on chip, operands, result)`` for every site, while coverage listens.
         self.listener: Callable[[str, bool, Any, Any], None] | None = None
+        #: Called with every instruction that runs in exact fidelity, while somebody listens.
+        self.recorder: Callable[[Instruction], None] | None = None
+        #: By site: sums that left the accumulator's range, and sums looked at.
+        self.overflows: dict[str, list[int]] = {}
         #: Rows per scale of the weights that operators of the chip have used, by ``id``.
         self.used_weights: dict[int, int] = {}
         self._tags = WeakTensorKeyDictionary()
@@ -143,12 +152,8 @@ class Emulator:
         self.freeze()
 
     def reduce_ranges(self) -> None:
-        """Widen every range to what any rank of a distributed run has seen."""
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            tables: list[Any] = [None] * torch.distributed.get_world_size()
-            torch.distributed.all_gather_object(tables, self.ranges)
-            for table in tables:
-                self.ranges.merge(table)
+        """Let every range cover what any rank of a distributed run has seen."""
+        self.ranges.share()
 
     def freeze(self) -> None:
         """Fix the ranges, reduced over the ranks of a distributed run, and run on the chip.
@@ -169,12 +174,14 @@ class Emulator:
         return {
             "calibrated": self.calibrated,
             "spec": self.spec.name,
+            "observer": self.ranges.observer,
             "ranges": self.ranges.state_dict(),
             "locations": {key: list(value) for key, value in self.sites.locations.items()},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what :meth:`state_dict` gave; a calibrated state is never calibrated again."""
+        self.ranges = RangeTable(state["observer"])
         self.ranges.load_state_dict(state["ranges"])
         self.sites.locations = {key: list(value) for key, value in state["locations"].items()}
         self.interception.forget_keys()
@@ -201,7 +208,10 @@ class Emulator:
         held = self._weights.get(key)
         if held is None or held[1] != weight._version:
             quantized = quantize_weight(
-                weight, rows_per_scale=rows_per_scale, maximum=self.spec.weight_max
+                weight,
+                rows_per_scale=rows_per_scale,
+                maximum=self.spec.weight_max,
+                power_of_two=self.spec.power_of_two_scales,
             )
             held = (weight, weight._version, quantized)
             self._weights[key] = held
@@ -217,6 +227,13 @@ class Emulator:
                 "calibrate with batches that take this path",
                 key,
             )
+
+    def count_overflow(self, site: str, accumulator: Tensor, limit: float) -> None:
+        """Note the share of sums that left the accumulator's range."""
+        outside = (accumulator >= limit) | (accumulator < -limit)
+        counts = self.overflows.setdefault(site, [0, 0])
+        counts[0] += int(outside.sum())
+        counts[1] += outside.numel()
 
     # --- what the interception calls -----------------------------------------------------------
 
@@ -234,7 +251,13 @@ class Emulator:
         known = not operator.name or operator.name in self.spec.operators
         if not known or not operator.supports(*args, **kwargs):
             return self._fall_back(key, func, args, kwargs)
-        call = Call(self, key, self.phase == "observe", self.fidelity == "exact")
+        call = Call(
+            self,
+            key,
+            self.phase == "observe",
+            self.fidelity == "exact",
+            self.spec.activation_bits,
+        )
         result = operator.emulate(call, *args, **kwargs)
         if _is_in_place(func, args, kwargs):
             result = self._store_in_place(args[0], result)

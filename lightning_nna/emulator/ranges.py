@@ -4,9 +4,9 @@ A call site's range is observed while the network runs in float, then frozen:
 
 .. math:: q = \mathrm{clip}(\mathrm{round}(x / s) + o,\ q_{lo},\ q_{hi}), \qquad x \approx s (q - o)
 
-Scales have 16-bit significands, so that every :math:`s (q - o)` of an 8-bit activation is exact
-in float32: an activation travels as the float tensor it stands for and its integers are recovered
-without loss.
+Scales have 16-bit significands (those of 16-bit activations 8-bit ones), so that every
+:math:`s (q - o)` is exact in float32: an activation travels as the float tensor it stands for and
+its integers are recovered without loss.
 """
 
 from __future__ import annotations
@@ -18,7 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_SIGNIFICAND_BITS = 16
+from lightning_nna.emulator.observers import OBSERVERS, Observer, Range, new_range, restore
+from lightning_nna.functional.fixed_point import INT16_MAX, INT16_MIN
+
+#: float32 has 24 bits: what the integer does not take is the scale's.
+_SIGNIFICAND_BITS = {8: 16, 16: 8}
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,26 @@ class QParams:
         """Smallest and largest integer after the zero point is taken off."""
         return self.low - self.zero_point, self.high - self.zero_point
 
+    @property
+    def bits(self) -> int:
+        """Width of the integers, 8 or 16."""
+        return 8 if self.high < 2**8 else 16
+
+    @property
+    def largest(self) -> int:
+        """Largest absolute value of the integers less the zero point."""
+        low, high = self.bounds
+        return max(-low, high)
+
+    def widened(self) -> QParams:
+        """The 16-bit grid that holds every value of an 8-bit one: 128 steps for each of its own.
+
+        Example:
+            >>> QParams(0.5, 3).widened()
+            QParams(scale=0.00390625, zero_point=0, low=-32768, high=32767)
+        """
+        return self if self.bits == 16 else QParams(self.scale / 128, 0, INT16_MIN, INT16_MAX)
+
 
 #: Stands in the place of parameters while ranges are being observed.
 PENDING = QParams(1.0, 0)
@@ -55,23 +79,28 @@ SIGMOID_OUTPUT = QParams(1 / 256, -128)
 TANH_OUTPUT = QParams(1 / 128, 0)
 
 
-def round_significand(scale: float) -> float:
-    """Round a positive number up to a 16-bit significand.
+def round_significand(scale: float, bits: int = 8) -> float:
+    """Round a positive scale up to the significand that activations of a width leave to it.
 
     Example:
         >>> round_significand(0.1) * 255 == float(torch.tensor(round_significand(0.1)) * 255)
         True
     """
+    significand = _SIGNIFICAND_BITS[bits]
     mantissa, exponent = math.frexp(scale)
-    return math.ldexp(math.ceil(mantissa * 2**_SIGNIFICAND_BITS), exponent - _SIGNIFICAND_BITS)
+    return math.ldexp(math.ceil(mantissa * 2**significand), exponent - significand)
 
 
-def affine_qparams(minimum: float, maximum: float) -> QParams:
-    """Scale and zero point of an int8 activation that covers a range and 0.
+def affine_qparams(
+    minimum: float, maximum: float, *, bits: int = 8, power_of_two: bool = False
+) -> QParams:
+    """Scale and zero point of an activation that covers a range and 0.
 
     Args:
         minimum: Smallest value, in the activation's unit.
         maximum: Largest value.
+        bits: 8, with a zero point, or 16, symmetric.
+        power_of_two: Round the scale up to a power of two.
 
     Raises:
         ValueError: If the range is not finite or upside down.
@@ -79,27 +108,37 @@ def affine_qparams(minimum: float, maximum: float) -> QParams:
     Example:
         >>> affine_qparams(0.0, 255.0)
         QParams(scale=1.0, zero_point=-128, low=-128, high=127)
+        >>> affine_qparams(-1.0, 0.5, bits=16, power_of_two=True).scale == 2**-14
+        True
     """
     if not (math.isfinite(minimum) and math.isfinite(maximum)) or minimum > maximum:
         raise ValueError(f"a range needs finite minimum <= maximum, got {minimum} and {maximum}")
+    if bits == 16:
+        return symmetric_qparams(max(-minimum, maximum), bits=16, power_of_two=power_of_two)
     low, high = min(minimum, 0.0), max(maximum, 0.0)
     width = high - low
     if width < 1e-30:  # Nothing but zeros: any scale will do.
         return QParams(1.0, 0)
-    scale = round_significand(width / 255)
+    scale = _rounded(width / 255, 8, power_of_two)
     zero_point = max(-128, min(127, round(-128 - low / scale)))
     return QParams(scale, zero_point)
 
 
-def symmetric_qparams(magnitude: float) -> QParams:
-    """Scale of an int8 constant in ±magnitude with zero point 0.
+def symmetric_qparams(magnitude: float, *, bits: int = 8, power_of_two: bool = False) -> QParams:
+    """Scale of a constant or a 16-bit activation in ±magnitude with zero point 0.
 
     Example:
         >>> symmetric_qparams(127.0)
         QParams(scale=1.0, zero_point=0, low=-127, high=127)
     """
-    scale = round_significand(magnitude / 127) if magnitude > 1e-30 else 1.0
-    return QParams(scale, 0, -127, 127)
+    limit = 127 if bits == 8 else INT16_MAX
+    scale = _rounded(magnitude / limit, bits, power_of_two) if magnitude > 1e-30 else 1.0
+    return QParams(scale, 0, -127 if bits == 8 else INT16_MIN, limit)
+
+
+def _rounded(scale: float, bits: int, power_of_two: bool) -> float:
+    """A scale that the chip has, not below the given one."""
+    return 2.0 ** math.ceil(math.log2(scale)) if power_of_two else round_significand(scale, bits)
 
 
 def cell_state_exponent(magnitude: float) -> int:
@@ -114,26 +153,14 @@ def cell_state_exponent(magnitude: float) -> int:
 
 
 @dataclass
-class Range:
-    """Smallest and largest value that a site has shown."""
-
-    minimum: float = math.inf
-    maximum: float = -math.inf
-
-    def update(self, minimum: float, maximum: float) -> None:
-        """Widen the range to hold both values."""
-        self.minimum = min(self.minimum, minimum)
-        self.maximum = max(self.maximum, maximum)
-
-    @property
-    def magnitude(self) -> float:
-        """Largest absolute value."""
-        return max(abs(self.minimum), abs(self.maximum))
-
-
-@dataclass
 class RangeTable:
     """Ranges by key (``site`` or ``site/input``), observed, frozen, saved.
+
+    Args:
+        observer: How a range follows from what was seen, see :mod:`.observers`.
+
+    Raises:
+        ValueError: If the observer is unknown.
 
     Example:
         >>> table = RangeTable()
@@ -142,7 +169,15 @@ class RangeTable:
         2.549999952316284
     """
 
+    observer: Observer = "min_max"
     ranges: dict[str, Range] = field(default_factory=dict)
+    #: What this rank has seen since the ranks last shared: counts must not be added twice.
+    _fresh: dict[str, Range] = field(default_factory=dict)
+    _shared: dict[str, list[Any]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.observer not in OBSERVERS:
+            raise ValueError(f"observer must be one of {list(OBSERVERS)}, got {self.observer!r}")
 
     def __contains__(self, key: str) -> bool:
         return key in self.ranges
@@ -151,7 +186,7 @@ class RangeTable:
         return self.ranges[key]
 
     def observe(self, key: str, x: Tensor) -> None:
-        """Widen the range of ``key`` to the values of ``x``.
+        """Take the values of ``x`` into the range of ``key``.
 
         Args:
             key: Name of the site, and of the operand where it has several.
@@ -164,21 +199,49 @@ class RangeTable:
             return
         low, high = (float(bound) for bound in torch.aminmax(x.detach().float()))
         if not (math.isfinite(low) and math.isfinite(high)):
-            raise FloatingPointError(
-                f"{key} produced a value that is not finite (minimum {low}, maximum {high}); "
-                f"lower the learning rate, or look for a division or logarithm before it"
-            )
-        self.ranges.setdefault(key, Range()).update(low, high)
+            raise FloatingPointError(not_finite(key, low, high))
+        tables = [self.ranges, self._fresh] if _is_distributed() else [self.ranges]
+        for table in tables:
+            table.setdefault(key, new_range(self.observer)).update(x, low, high)
 
-    def merge(self, other: RangeTable) -> None:
-        """Widen every range by another table's, as ranks do when ranges freeze."""
-        for key, observed in other.ranges.items():
-            self.ranges.setdefault(key, Range()).update(observed.minimum, observed.maximum)
+    def share(self) -> None:
+        """Let every rank of a distributed run have what any of them has seen."""
+        if not _is_distributed():
+            return
+        mine = {key: seen.state() for key, seen in self._fresh.items()}
+        tables: list[Any] = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(tables, mine)
+        self.ranges = {key: restore(state) for key, state in self._shared.items()}
+        for table in tables:
+            self.absorb(table)
+        self._fresh, self._shared = {}, self.state_dict()
 
-    def state_dict(self) -> dict[str, list[float]]:
-        """Plain numbers by key."""
-        return {key: [r.minimum, r.maximum] for key, r in sorted(self.ranges.items())}
+    def absorb(self, state: dict[str, list[Any]]) -> None:
+        """Let the ranges cover what another table has seen, given its :meth:`state_dict`."""
+        for key, saved in state.items():
+            seen = restore(saved)
+            if key in self.ranges:
+                self.ranges[key].merge(seen)
+            else:
+                self.ranges[key] = seen
+
+    def state_dict(self) -> dict[str, list[Any]]:
+        """Plain values by key."""
+        return {key: seen.state() for key, seen in sorted(self.ranges.items())}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Replace every range by the saved ones."""
-        self.ranges = {key: Range(float(low), float(high)) for key, (low, high) in state.items()}
+        self.ranges = {key: restore(saved) for key, saved in state.items()}
+        self._fresh, self._shared = {}, dict(state)
+
+
+def not_finite(key: str, low: float, high: float) -> str:
+    """The message of an activation that is not finite."""
+    return (
+        f"{key} produced a value that is not finite (minimum {low}, maximum {high}); "
+        f"lower the learning rate, or look for a division or logarithm before it"
+    )
+
+
+def _is_distributed() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()

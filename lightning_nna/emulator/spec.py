@@ -16,18 +16,34 @@ import yaml
 #: The operators that the emulator has, by the name that coverage and call sites use.
 OPERATORS = (
     "add",
+    "batch_norm",
     "concatenation",
     "embedding",
     "fully_connected",
+    "layer_norm",
     "lstm",
     "mul",
     "relu",
+    "rms_norm",
     "sigmoid",
     "sub",
     "tanh",
 )
 
 Granularity = Literal["per_channel", "per_tensor"]
+Rounding = Literal["reference", "double", "single", "shift"]
+Overflow = Literal["saturate", "wrap"]
+
+_CHOICES: dict[str, tuple[Any, ...]] = {
+    "activation_bits": (8, 16),
+    "weight_bits": (2, 3, 4, 5, 6, 7, 8),
+    "bias_bits": (8, 16, 20, 24, 32),
+    "accumulator_bits": (16, 20, 24, 32, 40, 48, 64),
+    "accumulator_overflow": ("saturate", "wrap"),
+    "weight_granularity": ("per_channel", "per_tensor"),
+    "rounding": ("reference", "double", "single", "shift"),
+    "table_entries": (0, *(2**k for k in range(4, 17))),
+}
 
 
 @dataclass(frozen=True)
@@ -36,10 +52,22 @@ class NNASpec:
 
     Args:
         name: What reports call it.
-        activation_bits: Width of activations between operators; 8.
+        activation_bits: Width of activations between operators: 8 (with zero points) or 16
+            (symmetric).
         weight_bits: Width of weights, 2 to 8; values are symmetric, in ±(2^(b-1) - 1).
-        weight_granularity: One scale per output channel of a fully connected layer, or one per
-            tensor. LSTM gates and embeddings always have one per tensor, as their kernels do.
+        bias_bits: Width of biases, which have the scale of the accumulator; they saturate.
+        accumulator_bits: Width of the sum of a fully connected layer, a convolution or a matrix
+            product, 16 to 64.
+        accumulator_overflow: What a sum beyond that width does: ``"saturate"`` or ``"wrap"``.
+        weight_granularity: One scale per output channel of a layer, or one per tensor. LSTM
+            gates and embeddings always have one per tensor, as their kernels do.
+        rounding: Of the requantisation: ``"reference"``, what LiteRT's reference kernel of each
+            operator does; ``"double"``, a fixed-point multiplier rounded twice, everywhere;
+            ``"single"``, the same rounded once; ``"shift"``, a shift alone: then every scale
+            is a power of two.
+        table_entries: Entries of the tables of 16-bit non-linearities, interpolated linearly: a
+            power of two, or 0 for the reference's own functions. 8-bit ones have an entry per
+            input.
         operators: Which of :data:`OPERATORS` run on the chip; the others run in float and are
             reported as CPU fallbacks.
 
@@ -57,17 +85,17 @@ class NNASpec:
     name: str = "litert-int8"
     activation_bits: int = 8
     weight_bits: int = 8
+    bias_bits: int = 32
+    accumulator_bits: int = 32
+    accumulator_overflow: Overflow = "saturate"
     weight_granularity: Granularity = "per_channel"
+    rounding: Rounding = "reference"
+    table_entries: int = 0
     operators: tuple[str, ...] = OPERATORS
 
     def __post_init__(self) -> None:
-        _require_integer("activation_bits", self.activation_bits, 8, 8)
-        _require_integer("weight_bits", self.weight_bits, 2, 8)
-        if self.weight_granularity not in ("per_channel", "per_tensor"):
-            raise ValueError(
-                f"weight_granularity must be 'per_channel' or 'per_tensor', "
-                f"got {self.weight_granularity!r}"
-            )
+        for field, allowed in _CHOICES.items():
+            _require_choice(field, getattr(self, field), allowed)
         unknown = sorted(set(self.operators) - set(OPERATORS))
         if unknown:
             raise ValueError(f"operators has unknown names {unknown}; known: {list(OPERATORS)}")
@@ -78,12 +106,22 @@ class NNASpec:
         """Largest integer a weight can take; the smallest is its negative."""
         return int(2 ** (self.weight_bits - 1) - 1)
 
+    @property
+    def power_of_two_scales(self) -> bool:
+        """Whether every scale is a power of two."""
+        return self.rounding == "shift"
+
+    def rounding_of(self, reference: Rounding | Literal["real"]) -> Rounding | Literal["real"]:
+        """The rounding of an operator whose reference kernel does as ``reference`` says."""
+        return reference if self.rounding == "reference" else self.rounding
+
     @classmethod
     def from_mapping(cls, settings: Mapping[str, Any]) -> NNASpec:
         """Build a spec from plain keys, as a YAML file has them.
 
         Args:
-            settings: Field names and values; missing fields keep their defaults.
+            settings: Field names and values; missing fields keep their defaults, which are those
+                of the preset that ``preset`` names, if that key is there.
 
         Raises:
             ValueError: If a key is unknown, or a value is not allowed.
@@ -93,13 +131,17 @@ class NNASpec:
             4
         """
         known = {field.name for field in dataclasses.fields(cls)}
-        unknown = sorted(set(settings) - known)
+        unknown = sorted(set(settings) - known - {"preset"})
         if unknown:
-            raise ValueError(f"an NNASpec has no key {unknown}; allowed: {sorted(known)}")
+            allowed = sorted(known | {"preset"})
+            raise ValueError(f"an NNASpec has no key {unknown}; allowed: {allowed}")
         values = dict(settings)
+        base = values.pop("preset", "litert-int8")
+        if base not in PRESETS:
+            raise ValueError(f"preset must be one of {sorted(PRESETS)}, got {base!r}")
         if "operators" in values:
             values["operators"] = tuple(values["operators"])
-        return cls(**values)
+        return dataclasses.replace(PRESETS[base], **values)
 
     @classmethod
     def from_yaml(cls, path: str | Path) -> NNASpec:
@@ -147,11 +189,23 @@ def resolve_spec(spec: str | NNASpec | Mapping[str, Any]) -> NNASpec:
     )
 
 
-def _require_integer(name: str, value: object, low: int, high: int) -> None:
-    """Raise unless ``value`` is a whole number in [low, high]."""
-    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
-        allowed = str(low) if low == high else f"{low} to {high}"
-        raise ValueError(f"{name} must be {allowed}, got {value!r}")
+def _require_choice(name: str, value: object, allowed: tuple[Any, ...]) -> None:
+    """Raise unless ``value`` is one of those allowed; True is no number."""
+    if isinstance(value, bool) or value not in allowed:
+        if name == "table_entries":
+            shown = "0 or a power of two from 16 to 65536"
+        else:
+            shown = ", ".join(repr(choice) for choice in allowed)
+        raise ValueError(f"{name} must be {shown}; got {value!r}")
 
 
-PRESETS: dict[str, NNASpec] = {"litert-int8": NNASpec()}
+#: Chips by name; see the page on the emulation for what each stands for.
+PRESETS: dict[str, NNASpec] = {
+    spec.name: spec
+    for spec in (
+        NNASpec(),
+        NNASpec("litert-int16x8", activation_bits=16, accumulator_bits=64),
+        NNASpec("ethos-u", rounding="double"),
+        NNASpec("shift", rounding="shift", accumulator_bits=24, table_entries=256),
+    )
+}

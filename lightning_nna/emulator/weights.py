@@ -43,7 +43,11 @@ class QuantizedWeight:
 
 
 def quantize_weight(
-    weight: Float[Tensor, "rows *rest"], *, rows_per_scale: int, maximum: int
+    weight: Float[Tensor, "rows *rest"],
+    *,
+    rows_per_scale: int,
+    maximum: int,
+    power_of_two: bool = False,
 ) -> QuantizedWeight:
     """Put a weight on the chip's grid.
 
@@ -52,6 +56,7 @@ def quantize_weight(
         rows_per_scale: Rows that share a scale: 1 per channel, ``rows / 4`` for LSTM gates,
             ``rows`` per tensor. Must divide ``rows``.
         maximum: Largest integer, 127 for 8 bits.
+        power_of_two: Round scales up to powers of two.
 
     Raises:
         FloatingPointError: If a weight is not finite.
@@ -65,7 +70,8 @@ def quantize_weight(
     magnitude = weight.reshape(rows // rows_per_scale, -1).abs().amax(1)
     if not bool(torch.isfinite(magnitude).all()):
         raise FloatingPointError("a weight is not finite; it cannot be put on the chip's grid")
-    scale = _round_significands(magnitude.double() / maximum).clamp_min(_SMALLEST_SCALE).float()
+    rounded = _powers_of_two if power_of_two else _round_significands
+    scale = rounded(magnitude.double() / maximum).clamp_min(_SMALLEST_SCALE).float()
     scales = scale.repeat_interleave(rows_per_scale)
     integers = (weight / _per_row(scales, weight)).round_().clamp_(-maximum, maximum)
     return QuantizedWeight(integers, scales)
@@ -84,3 +90,9 @@ def _round_significands(scale: Tensor) -> Tensor:
     """
     mantissa, exponent = torch.frexp(scale)
     return torch.ldexp((mantissa * 2**16).round(), exponent - 16)
+
+
+def _powers_of_two(scale: Tensor) -> Tensor:
+    """Round up to powers of two."""
+    mantissa, exponent = torch.frexp(scale)
+    return torch.ldexp(torch.ones_like(scale), exponent - (mantissa == 0.5).to(exponent.dtype))

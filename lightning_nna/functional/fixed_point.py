@@ -75,9 +75,15 @@ def quantize_multipliers(
         >>> quantize_multipliers(torch.tensor([0.75, 1.0], dtype=torch.float64))
         (tensor([1610612736, 1073741824]), tensor([0, 1]))
     """
-    pairs = [quantize_multiplier(float(factor)) for factor in factors.flatten()]
-    table = torch.tensor(pairs, dtype=torch.int64, device=factors.device).reshape(-1, 2)
-    return table[:, 0].reshape(factors.shape), table[:, 1].reshape(factors.shape)
+    if not bool((torch.isfinite(factors) & (factors >= 0)).all()):
+        raise ValueError(f"rescaling factors must be finite and at least 0, got {factors}")
+    mantissas, exponents = torch.frexp(factors)
+    fixed = (mantissas * 2**31 + 0.5).floor().long()
+    carried = fixed == 2**31
+    fixed = torch.where(carried, fixed >> 1, fixed)
+    exponents = exponents.long() + carried.long()
+    vanishes = exponents < -31
+    return fixed.masked_fill(vanishes, 0), exponents.masked_fill(vanishes, 0)
 
 
 def rounding_divide_by_power_of_two(

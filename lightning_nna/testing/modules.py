@@ -27,7 +27,7 @@ class SmallNet(nn.Module):
         self.second = nn.Linear(hidden, hidden)
         self.third = nn.Linear(hidden, outputs)
 
-    def forward(self, x: Float[Tensor, "batch inputs"]) -> Float[Tensor, "batch outputs"]:
+    def forward(self, x: Float[Tensor, "*batch inputs"]) -> Float[Tensor, "*batch outputs"]:
         """Scores."""
         hidden = torch.tanh(self.first(x))
         gate = self.second(hidden).sigmoid()

@@ -58,8 +58,8 @@ def test_ranges_merge_and_save() -> None:
     one.observe("a", torch.tensor([-1.0, 2.0]))
     two.observe("a", torch.tensor([-3.0, 1.0]))
     two.observe("b", torch.tensor([5.0]))
-    one.merge(two)
-    assert one.state_dict() == {"a": [-3.0, 2.0], "b": [5.0, 5.0]}
+    one.absorb(two.state_dict())
+    assert one.state_dict() == {"a": ["min_max", -3.0, 2.0], "b": ["min_max", 5.0, 5.0]}
     three = RangeTable()
     three.load_state_dict(one.state_dict())
     assert three.state_dict() == one.state_dict()

@@ -43,7 +43,10 @@ def relu(call: Call, input: Tensor, inplace: bool = False) -> Tensor:
     With equal scales the reference's rescaling is by one, so nothing is rounded.
     """
     x = call.operand(input, "input")
-    return call.unchanged(torch.relu(x.value), x)
+    result = call.unchanged(torch.relu(x.value), x)
+    if call.recording:
+        call.record("RELU", [x.stored()], [Activation(result, x.qparams).stored()])
+    return result
 
 
 def dropout(
@@ -69,6 +72,9 @@ def _tabulated(call: Call, input: Tensor, name: str) -> Tensor:
         return call.unchanged(function(x.value), Activation(x.value, PENDING))
     with float32_arithmetic(input):
         result = _Table.apply(x.value, name, x, call.exact)
+    if call.recording:
+        kernel = {"sigmoid": "LOGISTIC", "tanh": "TANH"}[name]
+        call.record(kernel, [x.stored()], [Activation(result, y).stored()])
     return call.tagged(result, y)
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -10,16 +11,18 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from lightning_nna.emulator.operators.rescaling import rescale, rescale_fast, round_half_away
+from lightning_nna.emulator.program import Instruction, Stored
 from lightning_nna.emulator.ranges import (
     PENDING,
     QParams,
     RangeTable,
     affine_qparams,
+    not_finite,
     symmetric_qparams,
 )
 from lightning_nna.emulator.spec import NNASpec
 from lightning_nna.emulator.weights import QuantizedWeight
-from lightning_nna.functional.fixed_point import round_half_away
 
 
 class Host(Protocol):
@@ -27,6 +30,8 @@ class Host(Protocol):
 
     spec: NNASpec
     ranges: RangeTable
+    #: Called with every instruction, where somebody listens.
+    recorder: Callable[[Instruction], None] | None
 
     def tag_of(self, x: Tensor) -> QParams | None:
         """Quantisation parameters that travel with an activation, if it has any."""
@@ -43,6 +48,9 @@ class Host(Protocol):
     def first_run_after_freeze(self, key: str) -> None:
         """Report a site that no calibration has seen."""
 
+    def count_overflow(self, site: str, accumulator: Tensor, limit: float) -> None:
+        """Note how many sums left the accumulator's range."""
+
 
 @dataclass(frozen=True)
 class Activation:
@@ -50,10 +58,20 @@ class Activation:
 
     value: Tensor
     qparams: QParams
+    #: Whether it is a parameter, a buffer or a number, and so part of the program.
+    constant: bool = False
 
     def integers(self) -> Tensor:
         """Integers less the zero point, exact, in float32."""
-        return (self.value.detach() / self.qparams.scale).round_()
+        # The quotient is a whole number; a GPU multiplies by the inverse instead of dividing.
+        quotient = self.value.detach() / self.qparams.scale
+        return quotient if quotient.is_cpu else quotient.round_()
+
+    def stored(self) -> Stored:
+        """The integers with the zero point, for an instruction."""
+        integers = self.integers().long() + self.qparams.zero_point
+        dtype = "int8" if self.qparams.bits == 8 else "int16"
+        return Stored(integers, dtype, self.qparams.scale, self.qparams.zero_point, self.constant)
 
 
 @dataclass(frozen=True)
@@ -65,33 +83,45 @@ class Call:
         site: Key of the call site.
         observing: Ranges are being observed and the operator runs in float.
         exact: Every output bit counts; otherwise requantisation may round in float.
+        bits: Width of the activations of this operator.
     """
 
     host: Host
     site: str
     observing: bool
     exact: bool
+    bits: int = 8
+
+    def part(self, name: str, bits: int | None = None) -> Call:
+        """One instruction of a composite, with ranges and perhaps a width of its own."""
+        return dataclasses.replace(self, site=f"{self.site}/{name}", bits=bits or self.bits)
 
     def operand(self, x: Tensor | float, name: str) -> Activation:
         """Bring an operand onto the grid: it is there already, is a constant, or is quantised.
 
         While observing, the value comes back unchanged, and the range of an operand that no
         operator of the chip has produced is noted under ``site/name``.
+
+        Raises:
+            FloatingPointError: If a value that comes from float is not finite.
         """
         if not isinstance(x, Tensor):
-            return _scalar(float(x))
+            return self._scalar(float(x))
         tag = self.host.tag_of(x)
         if tag is not None:
-            return Activation(x, tag)
+            return self._of_width(Activation(x, tag))
         if self.host.is_constant(x):
-            return self._constant(x)
+            return self.constant(x)
         key = f"{self.site}/{name}"
         if self.observing:
             self.host.ranges.observe(key, x)
             return Activation(x, PENDING)
         qparams = self._frozen(key, x)
         with float32_arithmetic(x):
-            return Activation(quantize(x, qparams), qparams)
+            result = Activation(quantize(x, qparams, key), qparams)
+        if self.recording:
+            self._record_quantize(x, result)
+        return result
 
     def observed(self, result: Tensor, name: str = "output") -> Tensor:
         """Note a float result's range while observing, and mark it as the chip's."""
@@ -108,30 +138,92 @@ class Call:
         """Parameters of the result; ``compute`` gives the float result for a site never seen."""
         key = f"{self.site}/{name}"
         if key not in self.host.ranges:
-            self._frozen(key, compute())
-        observed = self.host.ranges[key]
-        return affine_qparams(observed.minimum, observed.maximum)
+            return self._frozen(key, compute())
+        return self._grid(key)
 
     def tagged(self, result: Tensor, qparams: QParams) -> Tensor:
         """Let the result carry its parameters."""
         self.host.set_tag(result, qparams)
         return result
 
-    def _constant(self, x: Tensor) -> Activation:
-        """A parameter used as an operand: on a symmetric grid of its present values."""
+    def constant(self, x: Tensor) -> Activation:
+        """A tensor of the program used as an operand: on a symmetric grid of its values."""
         if self.observing:
-            return Activation(x, PENDING)
-        qparams = symmetric_qparams(float(x.detach().abs().max()))
+            return Activation(x, PENDING, constant=True)
+        qparams = symmetric_qparams(
+            float(x.detach().abs().max()) if x.numel() else 0.0,
+            bits=self.bits,
+            power_of_two=self.host.spec.power_of_two_scales,
+        )
         with float32_arithmetic(x):
-            return Activation(quantize(x, qparams), qparams)
+            return Activation(quantize(x, qparams), qparams, constant=True)
+
+    @property
+    def recording(self) -> bool:
+        """Whether somebody wants to know the instructions of this call."""
+        return self.host.recorder is not None and self.exact and not self.observing
+
+    def record(
+        self,
+        operator: str,
+        inputs: Sequence[Stored | None],
+        outputs: Sequence[Stored],
+        intermediates: Sequence[Stored] = (),
+        **options: Any,
+    ) -> None:
+        """Report an instruction, see :class:`Instruction`."""
+        if self.recording and self.host.recorder is not None:
+            self.host.recorder(
+                Instruction(
+                    operator,
+                    self.site,
+                    tuple(inputs),
+                    tuple(outputs),
+                    options,
+                    tuple(intermediates),
+                )
+            )
+
+    def _of_width(self, x: Activation) -> Activation:
+        """An activation of another width than this operator's: widened without loss, or narrowed.
+
+        Narrowing has no range of its own: the 8-bit grid covers what the 16-bit one does. Where
+        more is known of the range, requantise explicitly.
+        """
+        if x.qparams == PENDING or x.qparams.bits == self.bits:
+            return x
+        if self.bits == 16:
+            widened = Activation(x.value, x.qparams.widened(), x.constant)
+            if self.recording:
+                self.record("QUANTIZE", [x.stored()], [widened.stored()])
+            return widened
+        low, high = (bound * x.qparams.scale for bound in x.qparams.bounds)
+        grid = affine_qparams(low, high, power_of_two=self.host.spec.power_of_two_scales)
+        return Activation(requantize(self, x, grid), grid, x.constant)
 
     def _frozen(self, key: str, x: Tensor) -> QParams:
         """Parameters of a frozen range; a site that calibration never met takes this tensor's."""
         if key not in self.host.ranges:
             self.host.first_run_after_freeze(key)
             self.host.ranges.observe(key, x)
+        return self._grid(key)
+
+    def _grid(self, key: str) -> QParams:
         observed = self.host.ranges[key]
-        return affine_qparams(observed.minimum, observed.maximum)
+        return affine_qparams(
+            observed.minimum,
+            observed.maximum,
+            bits=self.bits,
+            power_of_two=self.host.spec.power_of_two_scales,
+        )
+
+    def _scalar(self, x: float) -> Activation:
+        """A Python number as a constant of one element."""
+        return self.constant(torch.tensor(x, dtype=torch.float32))
+
+    def _record_quantize(self, x: Tensor, result: Activation) -> None:
+        source = Stored(x.detach().float(), "float32")
+        self.record("QUANTIZE", [source], [result.stored()])
 
 
 Operator = Callable[..., object]
@@ -149,9 +241,29 @@ def float32_arithmetic(x: Tensor) -> Iterator[None]:
             yield
 
 
-def quantize(x: Tensor, qparams: QParams) -> Tensor:
-    """Round a float tensor onto a grid; the gradient is 1 inside the range and 0 outside."""
-    return _Quantize.apply(x, qparams)
+def quantize(x: Tensor, qparams: QParams, key: str = "a constant") -> Tensor:
+    """Round a float tensor onto a grid; the gradient is 1 inside the range and 0 outside.
+
+    Args:
+        x: Any float tensor.
+        qparams: The grid.
+        key: What an error calls the tensor.
+
+    Raises:
+        FloatingPointError: If a value is not finite.
+    """
+    return _Quantize.apply(x, qparams, key)
+
+
+def requantize(call: Call, x: Activation, y: QParams) -> Tensor:
+    """The same value on another grid, by the chip's own requantisation."""
+    if x.qparams == y:
+        return x.value
+    with float32_arithmetic(x.value):
+        result = _Requantize.apply(x.value, x, y, call)
+    if call.recording:
+        call.record("QUANTIZE", [x.stored()], [Activation(result, y).stored()])
+    return call.tagged(result, y)
 
 
 def round_clip(
@@ -168,35 +280,62 @@ def round_clip(
     Returns:
         Integers less the zero point as float32, and where they were inside the range.
     """
+    return clip(round_half_away(scaled) if exact else scaled.round_(), qparams, keep_mask)
+
+
+def clip(rounded: Tensor, qparams: QParams, keep_mask: bool) -> tuple[Tensor, Tensor | None]:
+    """Clip whole numbers to the grid; see :func:`round_clip`."""
     low, high = qparams.bounds
-    rounded = round_half_away(scaled) if exact else scaled.round_()
-    mask = (rounded >= low) & (rounded <= high) if keep_mask else None
-    return rounded.clamp_(low, high).float(), mask
+    if not keep_mask:
+        return rounded.clamp_(low, high).float(), None
+    clipped = rounded.clamp(low, high)
+    # What the clipping left as it was: one pass instead of three.
+    return clipped.float(), clipped == rounded
 
 
 class _Quantize(torch.autograd.Function):
     """float -> grid, straight through."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, qparams: QParams) -> Tensor:
+    def forward(ctx: Any, x: Tensor, qparams: QParams, key: str) -> Tensor:
         # LiteRT's quantise divides in float32 and rounds ties away from zero.
-        centred, mask = round_clip(
-            x.detach().float() / qparams.scale, qparams, exact=True, keep_mask=True
-        )
+        scaled = x.detach().float() / qparams.scale
+        if scaled.numel():
+            low, high = torch.aminmax(scaled)
+            if not bool(torch.isfinite(high - low)):
+                raise FloatingPointError(not_finite(key, float(low), float(high)))
+        centred, mask = round_clip(scaled, qparams, exact=True, keep_mask=True)
         ctx.save_for_backward(mask)
         return centred.mul_(qparams.scale)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         # Outside of the block: with activation checkpointing, asking for what was saved runs the
         # forward again.
         (mask,) = ctx.saved_tensors
         with float32_arithmetic(grad):
-            return grad * mask, None
+            return grad * mask, None, None
 
 
-def _scalar(x: float) -> Activation:
-    """A Python number as a constant of one element."""
-    qparams = symmetric_qparams(abs(x))
-    integer = round(x / qparams.scale)
-    return Activation(torch.tensor(integer * qparams.scale, dtype=torch.float32), qparams)
+class _Requantize(torch.autograd.Function):
+    """The same value on another grid."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, activation: Activation, y: QParams, call: Call) -> Tensor:
+        factor = activation.qparams.scale / y.scale
+        rounding = call.host.spec.rounding_of("double")
+        integers = activation.integers()
+        if call.exact:
+            largest = float(activation.qparams.largest)
+            rounded = rescale(integers, factor, rounding=rounding, largest=largest)
+        else:
+            rounded = rescale_fast(integers, factor, rounding=rounding)
+        centred, mask = clip(rounded, y, keep_mask=True)
+        ctx.save_for_backward(mask)
+        return centred.mul_(y.scale)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (mask,) = ctx.saved_tensors
+        with float32_arithmetic(grad):
+            return grad * mask, None, None, None

@@ -1,37 +1,48 @@
 r"""Addition, subtraction, multiplication and concatenation of activations on different grids.
 
-Addition rescales both operands to a common grid 2^20 finer than twice the coarser one, adds, and
-rescales to the output; each of the three factors is a doubly rounded fixed-point multiplier.
+Addition rescales both operands to a common grid :math:`2^{20}` finer than twice the coarser one
+(:math:`2^{15}` for 16 bits), adds, and rescales to the output; each of the three factors is a
+fixed-point multiplier.
 
 .. math:: y = M(M(q_a 2^{20}) + M(q_b 2^{20}))
 
 Multiplication rescales the product of the integers once, by :math:`s_a s_b / s_y`.
+
+Two 8-bit operands have 65536 pairs of values: in exact fidelity their result is looked up in a
+table that this arithmetic has filled.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from functools import lru_cache
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_nna.emulator.operators.call import Activation, Call, float32_arithmetic, round_clip
-from lightning_nna.emulator.ranges import QParams
-from lightning_nna.functional.fixed_point import (
-    multiply_by_quantized_multiplier,
-    multiply_in_float,
-    quantize_multiplier,
+from lightning_nna.emulator.operators.call import (
+    Activation,
+    Call,
+    clip,
+    float32_arithmetic,
+    requantize,
 )
+from lightning_nna.emulator.operators.rescaling import RoundingKind, rescale, rescale_fast
+from lightning_nna.emulator.ranges import QParams
+from lightning_nna.functional.fixed_point import INT32_MAX
 
-_LEFT_SHIFT = 20
+Kind = Literal["ADD", "SUB", "MUL"]
+
+# Left shift of the operands of a sum, by the width of the output.
+_LEFT_SHIFT = {8: 20, 16: 15}
 
 
 def add(call: Call, input: Tensor | float, other: Tensor | float, *, alpha: float = 1) -> Tensor:
     """``input + alpha * other`` on the chip; ``alpha`` other than ±1 is folded into the operand."""
     if abs(alpha) != 1:
-        other = mul(call, other, abs(alpha))
-    return _sum(call, input, other, 1.0 if alpha > 0 else -1.0)
+        other = mul(call.part("alpha"), other, abs(alpha))
+    return _binary(call, "ADD" if alpha > 0 else "SUB", input, other)
 
 
 def sub(call: Call, input: Tensor | float, other: Tensor | float, *, alpha: float = 1) -> Tensor:
@@ -46,13 +57,24 @@ def reversed_sub(call: Call, input: Tensor, other: Tensor | float) -> Tensor:
 
 def mul(call: Call, input: Tensor | float, other: Tensor | float) -> Tensor:
     """``input * other`` on the chip."""
-    a, b = call.operand(input, "input"), call.operand(other, "other")
-    if call.observing:
-        return call.observed(a.value * b.value)
-    y = call.output(lambda: a.value * b.value)
-    with float32_arithmetic(a.value):
-        result = _Product.apply(a.value, b.value, a, b, y, call.exact)
-    return call.tagged(result, y)
+    return _binary(call, "MUL", input, other)
+
+
+def div(call: Call, input: Tensor, other: float, *, rounding_mode: str | None = None) -> Tensor:
+    """``input / other`` for a number: a product with its inverse."""
+    return mul(call, input, 1.0 / other)
+
+
+def supports_div(
+    input: Any, other: Any, *args: Any, rounding_mode: str | None = None, **kwargs: Any
+) -> bool:
+    """Whether a quotient is one that the chip has: by a number, unrounded."""
+    return not isinstance(other, Tensor) and rounding_mode is None and other != 0
+
+
+def neg(call: Call, input: Tensor) -> Tensor:
+    """``-input`` as a product with -1."""
+    return mul(call, input, -1.0)
 
 
 def concatenate(call: Call, tensors: list[Tensor], dim: int = 0) -> Tensor:
@@ -66,136 +88,169 @@ def concatenate(call: Call, tensors: list[Tensor], dim: int = 0) -> Tensor:
     if call.observing:
         return call.observed(torch.cat([part.value for part in parts], dim))
     if len({part.qparams for part in parts}) == 1:
-        return call.unchanged(torch.cat([part.value for part in parts], dim), parts[0])
+        result = call.unchanged(torch.cat([part.value for part in parts], dim), parts[0])
+        _record_concatenation(call, parts, Activation(result, parts[0].qparams), dim)
+        return result
     y = call.output(lambda: torch.cat([part.value for part in parts], dim))
+    moved = [Activation(requantize(call, part, y), y, part.constant) for part in parts]
     with float32_arithmetic(parts[0].value):
-        moved = [_Requantize.apply(part.value, part, y, call.exact) for part in parts]
-        result = torch.cat(moved, dim)
+        result = torch.cat([part.value for part in moved], dim)
+    _record_concatenation(call, moved, Activation(result, y), dim)
     return call.tagged(result, y)
 
 
-def _sum(call: Call, input: Tensor | float, other: Tensor | float, sign: float) -> Tensor:
+def stack(call: Call, tensors: list[Tensor], dim: int = 0) -> Tensor:
+    """``torch.stack``: a concatenation along a new axis."""
+    new = dim if dim >= 0 else dim + tensors[0].dim() + 1
+    expanded = []
+    for x in tensors:
+        view = x.unsqueeze(new)
+        tag = call.host.tag_of(x)
+        expanded.append(view if tag is None else call.tagged(view, tag))
+    return concatenate(call, expanded, new)
+
+
+def _record_concatenation(call: Call, parts: list[Activation], y: Activation, dim: int) -> None:
+    if call.recording:
+        axis = dim if dim >= 0 else dim + y.value.dim()
+        call.record("CONCATENATION", [p.stored() for p in parts], [y.stored()], axis=axis)
+
+
+def _binary(call: Call, kind: Kind, input: Tensor | float, other: Tensor | float) -> Tensor:
+    """One instruction of two operands that broadcast."""
     a, b = call.operand(input, "input"), call.operand(other, "other")
     if call.observing:
-        return call.observed(a.value + sign * b.value)
-    y = call.output(lambda: a.value + sign * b.value)
+        return call.observed(_in_float(kind, a.value, b.value))
+    y = call.output(lambda: _in_float(kind, a.value, b.value))
     with float32_arithmetic(a.value):
-        result = _Sum.apply(a.value, b.value, sign, a, b, y, call.exact)
+        result = _Binary.apply(a.value, b.value, kind, a, b, y, call)
+    if call.recording:
+        call.record(kind, [a.stored(), b.stored()], [Activation(result, y).stored()])
     return call.tagged(result, y)
 
 
-class _Sum(torch.autograd.Function):
-    """Sum or difference with broadcasting."""
+def _in_float(kind: Kind, a: Tensor, b: Tensor) -> Tensor:
+    if kind == "MUL":
+        return a * b
+    return a + b if kind == "ADD" else a - b
+
+
+class _Binary(torch.autograd.Function):
+    """Sum, difference or product with broadcasting."""
 
     @staticmethod
     def forward(
         ctx: Any,
         a: Tensor,
         b: Tensor,
-        sign: float,
+        kind: Kind,
         left: Activation,
         right: Activation,
         y: QParams,
-        exact: bool,
+        call: Call,
     ) -> Tensor:
-        if exact:
-            scaled = _exact_sum(left, right, sign, y)
+        needs_grad = any(ctx.needs_input_grad)
+        rounding: RoundingKind = call.host.spec.rounding_of("double")
+        if not call.exact:
+            rounded = _fast(kind, left, right, y, rounding)
+        elif _has_table(left) and _has_table(right) and y.bits == 8:
+            rounded = _look_up(kind, left, right, y, rounding)
         else:
-            # The operands are small before broadcasting: scale them there.
-            scaled = a.detach() * (1 / y.scale) + b.detach() * (sign / y.scale)
-        centred, mask = round_clip(scaled, y, exact=exact, keep_mask=any(ctx.needs_input_grad))
-        ctx.sign, ctx.shapes = sign, (a.shape, b.shape)
-        ctx.save_for_backward(mask)
+            integers = (left.integers(), right.integers())
+            rounded = _exact(kind, *integers, left.qparams, right.qparams, y, rounding)
+        centred, mask = clip(rounded, y, needs_grad)
+        ctx.kind, ctx.shapes = kind, (a.shape, b.shape)
+        if needs_grad:
+            ctx.save_for_backward(mask, *((a, b) if kind == "MUL" else ()))
         return centred.mul_(y.scale)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (mask,) = ctx.saved_tensors
-        shape_a, shape_b = ctx.shapes
+        mask, *factors = ctx.saved_tensors
         with float32_arithmetic(grad):
             inside = grad * mask
-            grad_a = inside.sum_to_size(shape_a) if ctx.needs_input_grad[0] else None
-            grad_b = inside.sum_to_size(shape_b) * ctx.sign if ctx.needs_input_grad[1] else None
-        return grad_a, grad_b, None, None, None, None, None
+            grads: list[Tensor | None] = []
+            for index, shape in enumerate(ctx.shapes):
+                if not ctx.needs_input_grad[index]:
+                    grads.append(None)
+                    continue
+                own = inside * factors[1 - index] if factors else inside
+                own = own.sum_to_size(shape)
+                grads.append(-own if ctx.kind == "SUB" and index == 1 else own)
+        return *grads, None, None, None, None, None
 
 
-class _Product(torch.autograd.Function):
-    """Product with broadcasting."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        a: Tensor,
-        b: Tensor,
-        left: Activation,
-        right: Activation,
-        y: QParams,
-        exact: bool,
-    ) -> Tensor:
-        factor = _product_factor(left, right, y)
-        if exact:
-            product = (left.integers() * right.integers()).long()
-            scaled = multiply_by_quantized_multiplier(product, *factor).double()
-        else:
-            product = a.detach() * b.detach()
-            product *= 1 / (left.qparams.scale * right.qparams.scale)
-            scaled = multiply_in_float(product, *factor)
-        centred, mask = round_clip(scaled, y, exact=exact, keep_mask=any(ctx.needs_input_grad))
-        ctx.save_for_backward(a, b, mask)
-        return centred.mul_(y.scale)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        a, b, mask = ctx.saved_tensors
-        with float32_arithmetic(grad):
-            inside = grad * mask
-            grad_a = (inside * b).sum_to_size(a.shape) if ctx.needs_input_grad[0] else None
-            grad_b = (inside * a).sum_to_size(b.shape) if ctx.needs_input_grad[1] else None
-        return grad_a, grad_b, None, None, None, None
+def _fast(kind: Kind, a: Activation, b: Activation, y: QParams, rounding: RoundingKind) -> Tensor:
+    """Rounded in float32, in units of the output's scale."""
+    left, right = a.value.detach(), b.value.detach()
+    if kind == "MUL":
+        product = left * right
+        product *= 1 / (a.qparams.scale * b.qparams.scale)
+        return rescale_fast(product, _product_factor(a.qparams, b.qparams, y), rounding=rounding)
+    # The operands are small before broadcasting: scale them there.
+    sign = 1.0 if kind == "ADD" else -1.0
+    return (left * (1 / y.scale) + right * (sign / y.scale)).round_()
 
 
-class _Requantize(torch.autograd.Function):
-    """The same value on another grid."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, activation: Activation, y: QParams, exact: bool) -> Tensor:
-        factor = quantize_multiplier(activation.qparams.scale / y.scale)
-        integers = activation.integers()
-        if exact:
-            scaled = multiply_by_quantized_multiplier(integers.long(), *factor).double()
-        else:
-            scaled = multiply_in_float(integers, *factor)
-        centred, mask = round_clip(scaled, y, exact=exact, keep_mask=True)
-        ctx.save_for_backward(mask)
-        return centred.mul_(y.scale)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (mask,) = ctx.saved_tensors
-        with float32_arithmetic(grad):
-            return grad * mask, None, None, None
+def _look_up(
+    kind: Kind, a: Activation, b: Activation, y: QParams, rounding: RoundingKind
+) -> Tensor:
+    """The result of every pair, from a table of 65536."""
+    table = _table(kind, a.qparams, b.qparams, y, rounding).to(a.value.device)
+    first, second = a.qparams.bounds[0], b.qparams.bounds[0]
+    rows = (a.integers() - first).mul_(256).int()
+    columns = (b.integers() - second).int()
+    index = rows + columns
+    return table.index_select(0, index.flatten()).view(index.shape)
 
 
-def _exact_sum(a: Activation, b: Activation, sign: float, y: QParams) -> Tensor:
-    """The sum or difference as the reference adds, in units of the output's scale.
+def _has_table(x: Activation) -> bool:
+    """Whether a table pays: not for a parameter, whose grid changes with every step."""
+    return x.qparams.bits == 8 and (not x.constant or x.value.numel() == 1)
+
+
+@lru_cache(maxsize=512)
+def _table(kind: Kind, a: QParams, b: QParams, y: QParams, rounding: RoundingKind) -> Tensor:
+    """Unclipped results for all pairs of 8-bit integers, the first operand's most significant."""
+    rows, columns = (torch.arange(256, dtype=torch.float32).add_(q.bounds[0]) for q in (a, b))
+    return _exact(kind, rows[:, None], columns, a, b, y, rounding).float().flatten()
+
+
+def _exact(
+    kind: Kind, a: Tensor, b: Tensor, q_a: QParams, q_b: QParams, y: QParams, rounding: RoundingKind
+) -> Tensor:
+    """Rounded as the chip does, in units of the output's scale, float64."""
+    if kind == "MUL":
+        factor = _product_factor(q_a, q_b, y)
+        largest = float(q_a.largest * q_b.largest)
+        return rescale(a.double() * b.double(), factor, rounding=rounding, largest=largest)
+    return _exact_sum(kind, a, b, q_a, q_b, y, rounding)
+
+
+def _exact_sum(
+    kind: Kind, a: Tensor, b: Tensor, q_a: QParams, q_b: QParams, y: QParams, rounding: RoundingKind
+) -> Tensor:
+    """The sum or difference as the reference adds.
 
     The subtraction kernel negates the second operand after its rescaling, not before: a doubly
     rounded multiplier is not odd.
     """
-    twice_coarser = 2 * max(a.qparams.scale, b.qparams.scale)
+    left_shift = _LEFT_SHIFT[y.bits]
+    twice_coarser = 2 * max(q_a.scale, q_b.scale)
     first, second = (
-        multiply_by_quantized_multiplier(
-            operand.integers().long() << _LEFT_SHIFT,
-            *quantize_multiplier(operand.qparams.scale / twice_coarser),
+        rescale(
+            x.double() * 2.0**left_shift,
+            q.scale / twice_coarser,
+            rounding=rounding,
+            largest=INT32_MAX,
         )
-        for operand in (a, b)
+        for x, q in ((a, q_a), (b, q_b))
     )
-    total = first + second if sign > 0 else first - second
-    factor = quantize_multiplier(twice_coarser / ((1 << _LEFT_SHIFT) * y.scale))
-    return multiply_by_quantized_multiplier(total, *factor).double()
+    total = first + second if kind == "ADD" else first - second
+    factor = twice_coarser / ((1 << left_shift) * y.scale)
+    return rescale(total, factor, rounding=rounding, largest=INT32_MAX)
 
 
-def _product_factor(a: Activation, b: Activation, y: QParams) -> tuple[int, int]:
-    """Multiplier and shift of a product; the reference forms their factor in float32."""
-    scale_a, scale_b = np.float32(a.qparams.scale), np.float32(b.qparams.scale)
-    return quantize_multiplier(float(scale_a * scale_b / np.float32(y.scale)))
+def _product_factor(a: QParams, b: QParams, y: QParams) -> float:
+    """Factor of a product; the reference forms it in float32."""
+    return float(np.float32(a.scale) * np.float32(b.scale) / np.float32(y.scale))

@@ -15,10 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_nna.emulator.operators.call import Activation, Call, float32_arithmetic, round_clip
+from lightning_nna.emulator.operators.call import Activation, Call, clip, float32_arithmetic
+from lightning_nna.emulator.operators.rescaling import rescale
+from lightning_nna.emulator.program import Stored
 from lightning_nna.emulator.ranges import QParams
+from lightning_nna.emulator.spec import NNASpec
 from lightning_nna.emulator.weights import QuantizedWeight
-from lightning_nna.functional.fixed_point import INT32_MAX, INT32_MIN
 
 # float32 holds every integer up to here, and so every partial sum of a matrix product.
 FLOAT32_INTEGERS = 2**24
@@ -32,13 +34,39 @@ def linear(call: Call, input: Tensor, weight: Tensor, bias: Tensor | None = None
     rows_per_scale = 1 if call.host.spec.weight_granularity == "per_channel" else weight.shape[0]
     quantized = call.host.weight(weight, rows_per_scale)
     y = call.output(lambda: F.linear(input, weight, bias))
-    with float32_arithmetic(input):
-        result = _FullyConnected.apply(x.value, weight, bias, x, quantized, y, call.exact)
+    return fully_connected(call, x, weight, bias, quantized, y)
+
+
+def fully_connected(
+    call: Call,
+    x: Activation,
+    weight: Tensor,
+    bias: Tensor | None,
+    quantized: QuantizedWeight,
+    y: QParams,
+) -> Tensor:
+    """One FULLY_CONNECTED instruction over the last axis.
+
+    Args:
+        call: The call.
+        x: Input, shape ``(*, in)``.
+        weight: What the gradient goes to, shape ``(out, in)``.
+        bias: Shape ``(out,)``, or None.
+        quantized: The weight on the chip.
+        y: Grid of the output.
+
+    Returns:
+        Tensor of shape ``(*, out)`` on ``y``.
+    """
+    with float32_arithmetic(x.value):
+        result = _FullyConnected.apply(x.value, weight, bias, x, quantized, y, call)
+    if call.recording:
+        _record(call, x, bias, quantized, Activation(result, y))
     return call.tagged(result, y)
 
 
 def embedding(call: Call, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """``F.embedding``: a look-up in an int8 table; the result has the table's scale."""
+    """``F.embedding``: a look-up in an 8-bit table; the result has the table's scale."""
     if call.observing:
         return call.observed(F.embedding(input, weight, *args, **kwargs), "table")
     quantized = call.host.weight(weight, weight.shape[0])
@@ -46,7 +74,15 @@ def embedding(call: Call, input: Tensor, weight: Tensor, *args: Any, **kwargs: A
         table = _StraightThrough.apply(weight, quantized.values)
         result = F.embedding(input, table, *args, **kwargs)
     limit = call.host.spec.weight_max
-    return call.tagged(result, QParams(float(quantized.scales[0]), 0, -limit, limit))
+    y = QParams(float(quantized.scales[0]), 0, -limit, limit)
+    if call.recording:
+        call.record(
+            "GATHER",
+            [stored_weight(quantized), Stored(input.long(), "int32")],
+            [Activation(result, y).stored()],
+            axis=0,
+        )
+    return call.tagged(result, y)
 
 
 def integer_matmul(x: Tensor, weight: QuantizedWeight, largest_input: int) -> Tensor:
@@ -65,14 +101,50 @@ def integer_matmul(x: Tensor, weight: QuantizedWeight, largest_input: int) -> Te
     return x.double() @ weight.integers.double().T
 
 
-def integer_bias(bias: Tensor, scales: Tensor) -> Tensor:
-    """Bias in units of the accumulator, 32 bits, as float64.
+def integer_bias(bias: Tensor, scales: Tensor, bits: int = 32) -> Tensor:
+    """Bias in units of the accumulator, saturated to its width, as float64.
 
     Args:
         bias: Shape ``(out,)``.
         scales: Scale of the accumulator per output, float64.
+        bits: Width.
     """
-    return (bias.detach().double() / scales).round_().clamp_(INT32_MIN, INT32_MAX)
+    limit = 2.0 ** (bits - 1)
+    return (bias.detach().double() / scales).round_().clamp_(-limit, limit - 1)
+
+
+def overflowed(call: Call, accumulator: Tensor, largest: float) -> Tensor:
+    """An accumulator of the width that the spec has: saturated or wrapped beyond it.
+
+    Args:
+        call: The call, whose site overflows are counted for.
+        accumulator: Whole numbers, float32 or float64.
+        largest: Bound on their absolute value: below the width nothing needs a look.
+    """
+    limit = 2.0 ** (call.host.spec.accumulator_bits - 1)
+    if largest < limit:
+        return accumulator
+    call.host.count_overflow(call.site, accumulator, limit)
+    if call.host.spec.accumulator_overflow == "saturate":
+        return accumulator.clamp_(-limit, limit - 1)
+    wide = accumulator.double()
+    return wide - torch.floor((wide + limit) / (2 * limit)) * (2 * limit)
+
+
+def stored_weight(weight: QuantizedWeight) -> Stored:
+    """A weight for an instruction: one scale, or one per output channel where they differ."""
+    scales = weight.scales
+    shared = bool((scales == scales[0]).all())
+    integers = weight.integers.long()
+    return Stored(integers, "int8", float(scales[0]) if shared else scales, constant=True)
+
+
+def stored_bias(bias: Tensor, scales: Tensor, spec: NNASpec, bits: int) -> Stored:
+    """A bias for an instruction: 32 bits, beside 16-bit activations 64."""
+    integers = integer_bias(bias, scales, spec.bias_bits).long()
+    shared = bool((scales == scales[0]).all())
+    scale = float(scales[0]) if shared else scales
+    return Stored(integers, "int64" if bits == 16 else "int32", scale, constant=True)
 
 
 class _FullyConnected(torch.autograd.Function):
@@ -87,13 +159,12 @@ class _FullyConnected(torch.autograd.Function):
         activation: Activation,
         quantized: QuantizedWeight,
         y: QParams,
-        exact: bool,
+        call: Call,
     ) -> Tensor:
-        compute = _exact_output if exact else _fast_output
         values = quantized.values
-        scaled = compute(activation, quantized, values, bias, y)
         needs_grad = any(ctx.needs_input_grad)
-        centred, mask = round_clip(scaled, y, exact=exact, keep_mask=needs_grad)
+        compute = _exact_output if needs_exact(call, activation, quantized) else _fast_output
+        centred, mask = clip(compute(call, activation, quantized, bias, y), y, needs_grad)
         if needs_grad:
             ctx.save_for_backward(x, values, mask)
         return centred.mul_(y.scale).reshape(*x.shape[:-1], weight.shape[0])
@@ -109,28 +180,59 @@ class _FullyConnected(torch.autograd.Function):
         return grad_x, grad_w, grad_b, None, None, None, None
 
 
+def needs_exact(call: Call, x: Activation, weight: QuantizedWeight) -> bool:
+    """Whether a product must be formed in integers: always if exact, else where it may overflow."""
+    limit = 2.0 ** (call.host.spec.accumulator_bits - 1)
+    return call.exact or weight.largest_sum() * x.qparams.largest >= limit
+
+
 def _exact_output(
-    x: Activation, weight: QuantizedWeight, values: Tensor, bias: Tensor | None, y: QParams
+    call: Call, x: Activation, weight: QuantizedWeight, bias: Tensor | None, y: QParams
 ) -> Tensor:
-    """The output in units of its scale, float64: every step as the reference kernel's."""
-    integers = x.integers().reshape(-1, values.shape[1])
-    largest = max(abs(bound) for bound in x.qparams.bounds)
-    accumulator = integer_matmul(integers, weight, largest).double()
+    """The rounded output in units of its scale, float64: as the reference kernel computes it."""
+    spec = call.host.spec
+    integers = x.integers().reshape(-1, weight.integers.shape[1])
+    largest = weight.largest_sum() * x.qparams.largest
+    accumulator = integer_matmul(integers, weight, x.qparams.largest).double()
     scales = x.qparams.scale * weight.scales.double()
     if bias is not None:
-        accumulator += integer_bias(bias, scales)
-    return accumulator.mul_(scales / y.scale)
+        biases = integer_bias(bias, scales, spec.bias_bits)
+        accumulator += biases
+        largest += float(biases.abs().max())
+    accumulator = overflowed(call, accumulator, largest)
+    rounding = spec.rounding_of("real")
+    return rescale(accumulator, scales / y.scale, rounding=rounding, largest=largest)
 
 
 def _fast_output(
-    x: Activation, weight: QuantizedWeight, values: Tensor, bias: Tensor | None, y: QParams
+    call: Call, x: Activation, weight: QuantizedWeight, bias: Tensor | None, y: QParams
 ) -> Tensor:
     """The same in float32: equal but for results that lie within rounding error of a tie."""
     if bias is not None:
         scales = x.qparams.scale * weight.scales.double()
-        bias = integer_bias(bias, scales).mul_(scales).float()
+        bias = integer_bias(bias, scales, call.host.spec.bias_bits).mul_(scales).float()
+    values = weight.values
     product = F.linear(x.value.detach().reshape(-1, values.shape[1]), values, bias)
-    return product.mul_(1 / y.scale)
+    return product.mul_(1 / y.scale).round_()
+
+
+def _record(
+    call: Call,
+    x: Activation,
+    bias: Tensor | None,
+    quantized: QuantizedWeight,
+    y: Activation,
+) -> None:
+    scales = x.qparams.scale * quantized.scales.double()
+    biases = None
+    if bias is not None:
+        biases = stored_bias(bias, scales, call.host.spec, x.qparams.bits)
+    call.record(
+        "FULLY_CONNECTED",
+        [x.stored(), stored_weight(quantized), biases],
+        [y.stored()],
+        keepNumDims=x.value.dim() > 2,
+    )
 
 
 class _StraightThrough(torch.autograd.Function):

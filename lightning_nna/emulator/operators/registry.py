@@ -27,6 +27,7 @@ class Operator:
 
 _ADD = Operator("add", elementwise.add)
 _CONCATENATION = Operator("concatenation", elementwise.concatenate)
+_DIV = Operator("mul", elementwise.div, elementwise.supports_div)
 _MUL = Operator("mul", elementwise.mul)
 _RELU = Operator("relu", activation.relu)
 _SIGMOID = Operator("sigmoid", activation.sigmoid)
@@ -40,6 +41,14 @@ TABLE: dict[str, Operator] = {
     "add": _ADD,
     "add_": _ADD,
     "cat": _CONCATENATION,
+    "stack": Operator("concatenation", elementwise.stack),
+    "div": _DIV,
+    "div_": _DIV,
+    "divide": _DIV,
+    "divide_": _DIV,
+    "true_divide": _DIV,
+    "neg": Operator("mul", elementwise.neg),
+    "negative": Operator("mul", elementwise.neg),
     "concat": _CONCATENATION,
     "concatenate": _CONCATENATION,
     "dropout": _DROPOUT,

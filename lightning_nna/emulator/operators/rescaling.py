@@ -1,0 +1,129 @@
+r"""Requantisation: from an accumulator's scale to the output's.
+
+A chip multiplies the accumulator by :math:`s_x s_w / s_y` with a fixed-point multiplier rounded
+twice (``"double"``), rounded once (``"single"``), by a shift (``"shift"``), or, as LiteRT's fully
+connected kernel, in double precision (``"real"``). The integer arithmetic of
+:mod:`lightning_nna.functional.fixed_point` is done here in float64, which holds every integer to
+:math:`2^{53}`: on a CPU a 64-bit integer product takes many times as long.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lightning_nna.functional.fixed_point import float_factors, quantize_multipliers
+
+RoundingKind = Literal["real", "reference", "double", "single", "shift"]
+
+# An accumulator below this times a 31-bit mantissa is exact in float64.
+_ONE_PRODUCT = 2.0**22
+# The largest number below one half: adding it and truncating rounds ties away from zero and
+# nothing else up.
+_BELOW_HALF = {torch.float64: math.nextafter(0.5, 0.0), torch.float32: 0.5 - 2.0**-25}
+# Raises a tie above itself and moves no other quotient across one.
+_TIES_AWAY = 1 + 2.0**-40
+
+
+def rescale(
+    accumulator: Tensor, factors: float | Tensor, *, rounding: RoundingKind, largest: float
+) -> Tensor:
+    r"""Multiply integers by positive factors and round as the chip does, exactly.
+
+    Args:
+        accumulator: Whole numbers, float32, float64 or int; may be overwritten if it is float64.
+        factors: One factor, or float64 factors that broadcast against the accumulator.
+        rounding: ``"double"``, ``"single"``, ``"shift"`` (the factor is a power of two) or
+            ``"real"``.
+        largest: Bound on the absolute value of the accumulator, at most :math:`2^{31}`.
+
+    Returns:
+        Whole numbers, float64.
+
+    Example:
+        >>> rescale(torch.tensor([8.0, 24.0, -8.0]), 0.0625, rounding="double", largest=24)
+        tensor([ 1.,  2., -1.], dtype=torch.float64)
+    """
+    x = accumulator.double()
+    if rounding in ("real", "reference"):
+        return round_half_away(x * factors)
+    if rounding == "shift":
+        # A product with a power of two is exact: one rounding, ties away from zero.
+        return round_half_away(x * factors)
+    return _KINDS[rounding](x, torch.as_tensor(factors, dtype=torch.float64), largest)
+
+
+def rescale_fast(accumulator: Tensor, factors: float | Tensor, *, rounding: RoundingKind) -> Tensor:
+    """The same in the accumulator's own float type: equal but near a tie.
+
+    Args:
+        accumulator: Whole numbers, float; overwritten.
+        factors: See :func:`rescale`.
+        rounding: See :func:`rescale`.
+
+    Returns:
+        ``accumulator``, rescaled and rounded.
+    """
+    if rounding != "double":
+        factor = factors.to(accumulator.dtype) if isinstance(factors, Tensor) else factors
+        return accumulator.mul_(factor).round_()
+    exact = torch.as_tensor(factors, dtype=torch.float64)
+    first, second = float_factors(*quantize_multipliers(exact.cpu()))
+    accumulator.mul_(first.to(accumulator.device)).round_()
+    return accumulator.mul_(second.to(accumulator.device)).round_()
+
+
+def round_half_away(x: Tensor) -> Tensor:
+    """Round float32 or float64 to nearest, ties away from zero.
+
+    Example:
+        >>> round_half_away(torch.tensor([0.5, -2.5, 0.49999999999999994]).double())
+        tensor([1., -3., 0.], dtype=torch.float64)
+    """
+    half = torch.full((), _BELOW_HALF[x.dtype], dtype=x.dtype, device=x.device).copysign(x)
+    return half.add_(x).trunc_()
+
+
+def _double(x: Tensor, factors: Tensor, largest: float) -> Tensor:
+    """The doubling high multiplication (ties up), then the division by 2^r (ties away)."""
+    mantissas, shifts = quantize_multipliers(factors.cpu())
+    left = shifts.clamp_min(0)
+    high = _high(x, mantissas, left, largest, x.device)
+    if bool((shifts >= 0).all()):
+        return high
+    right = torch.exp2(shifts.clamp_max(0).double()).mul_(_TIES_AWAY)
+    return high.mul_(right.to(x.device)).round_()
+
+
+def _high(x: Tensor, mantissas: Tensor, left: Tensor, largest: float, device: object) -> Tensor:
+    """floor(x 2^left m / 2^31 + 1/2)."""
+    scaled = torch.ldexp(mantissas.double(), left - 31)
+    if largest < _ONE_PRODUCT:
+        return (x * scaled.to(x.device)).add_(0.5).floor_()
+    # Two products of half the mantissa each, both exact; the lower is floored at 2^-15, which no
+    # later floor can see.
+    upper, lower = mantissas >> 16, mantissas & 0xFFFF
+    low = x * torch.ldexp(lower.double(), left - 16).to(x.device)
+    low = low.add_(2.0**14).floor_().mul_(2.0**-15)
+    return (x * torch.ldexp(upper.double(), left - 15).to(x.device)).add_(low).floor_()
+
+
+def _single(x: Tensor, factors: Tensor, largest: float) -> Tensor:
+    """floor(x m 2^(e - 31) + 1/2), rounded once."""
+    mantissas, shifts = quantize_multipliers(factors.cpu())
+    if largest < _ONE_PRODUCT:
+        scaled = torch.ldexp(mantissas.double(), shifts - 31)
+        return (x * scaled.to(x.device)).add_(0.5).floor_()
+    product = x.long() * mantissas.to(x.device)
+    right = (31 - shifts).to(x.device)
+    return ((product + (torch.ones_like(right) << (right - 1))) >> right).double()
+
+
+_KINDS: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
+    "double": _double,
+    "single": _single,
+}

@@ -1,0 +1,75 @@
+"""What the chip runs: instructions with their integers, as a recorder of a forward receives them.
+
+Every operator reports the instruction that it has just emulated in the vocabulary of the
+TensorFlow Lite schema, with its operands in that schema's layout. Whoever listens (an export, a
+test that runs the same instruction on LiteRT) needs to know nothing of torch functions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from lightning_nna.emulator.ranges import QParams
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor as the chip holds it: real value = scale (integer - zero point).
+
+    Args:
+        integers: Stored values, int64, or float32 where ``dtype`` says so.
+        dtype: ``"int8"``, ``"int16"``, ``"int32"``, ``"int64"``, ``"bool"`` or ``"float32"``.
+        scale: One number, one for each index of ``channel_axis``, or 0 for none.
+        zero_point: The integer that stands for 0.
+        constant: Whether it belongs to the program and not to the data.
+        channel_axis: Axis along which several scales go.
+    """
+
+    integers: Tensor
+    dtype: str
+    scale: float | Tensor = 0.0
+    zero_point: int = 0
+    constant: bool = False
+    channel_axis: int = 0
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """One instruction of the chip and the integers of one run of it.
+
+    Args:
+        operator: Its name among the schema's builtin operators, as ``"FULLY_CONNECTED"``.
+        site: Key of the call site.
+        inputs: Operands; None for an absent one.
+        outputs: Results.
+        options: Fields of the operator's options, by the schema's own names.
+        intermediates: Tensors that carry scales alone (the LSTM's).
+    """
+
+    operator: str
+    site: str
+    inputs: tuple[Stored | None, ...]
+    outputs: tuple[Stored, ...]
+    options: Mapping[str, Any] = field(default_factory=dict)
+    intermediates: tuple[Stored, ...] = ()
+
+
+def activation(value: Tensor, qparams: QParams, *, constant: bool = False) -> Stored:
+    """The stored form of a float tensor that lies on a grid.
+
+    Args:
+        value: Float32 values on the grid.
+        qparams: The grid.
+        constant: See :class:`Stored`.
+
+    Example:
+        >>> activation(torch.tensor([0.0, 1.5]), QParams(0.5, -128)).integers
+        tensor([-128, -125])
+    """
+    integers = (value.detach().double() / qparams.scale).round().long() + qparams.zero_point
+    dtype = "int8" if qparams.bits == 8 else "int16"
+    return Stored(integers, dtype, qparams.scale, qparams.zero_point, constant)
