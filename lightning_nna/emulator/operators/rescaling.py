@@ -81,8 +81,8 @@ def round_half_away(x: Tensor) -> Tensor:
     """Round float32 or float64 to nearest, ties away from zero.
 
     Example:
-        >>> round_half_away(torch.tensor([0.5, -2.5, 0.49999999999999994]).double())
-        tensor([1., -3., 0.], dtype=torch.float64)
+        >>> round_half_away(torch.tensor([0.5, -2.5, 0.49999999999999994], dtype=torch.float64))
+        tensor([ 1., -3.,  0.], dtype=torch.float64)
     """
     half = torch.full((), _BELOW_HALF[x.dtype], dtype=x.dtype, device=x.device).copysign(x)
     return half.add_(x).trunc_()
