@@ -1,0 +1,211 @@
+r"""Layer and RMS normalisation as the sequence of instructions that they become.
+
+In 16 bits between two requantisations, with :math:`\epsilon` a constant of the program:
+
+.. math:: d = x - \mathrm{mean}(x), \quad v = \mathrm{mean}(d \cdot d) + \epsilon, \quad
+          y = (d \cdot v^{-1/2}) \cdot \gamma + \beta
+
+The inverse square root is an interpolated table over the range of :math:`v`; below 1/128 of the
+largest variance a table cannot follow it, so the output's grid ends there. Where calibration has
+seen smaller ones (quiet frames beside loud ones), the result is normalised once more: its variance
+is then 1 but for those, and theirs is 128 times nearer. Forward, each step is the chip's;
+backward, the whole is the float function's at the quantised input.
+
+Reference:
+    Ba, Kiros and Hinton, "Layer normalization", arXiv 1607.06450, 2016; Zhang and Sennrich, "Root
+    mean square layer normalization", NeurIPS 2019.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lightning_nna.emulator.operators import elementwise, reduction
+from lightning_nna.emulator.operators.call import (
+    Activation,
+    Call,
+    float32_arithmetic,
+    requantize,
+)
+from lightning_nna.emulator.ranges import PENDING, QParams, symmetric_qparams
+from lightning_nna.functional.interpolated_tables import (
+    interpolate,
+    interpolation_table,
+    inverse_square_root,
+)
+
+#: Steps of the variance's grid that a straight line of the table cannot follow: two segments.
+_BLIND_STEPS = 256
+
+
+def layer_norm(
+    call: Call,
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    """``F.layer_norm`` on the chip."""
+
+    def in_float(x: Tensor, *parameters: Tensor | None) -> Tensor:
+        return F.layer_norm(x, normalized_shape, *parameters, eps)
+
+    axes = tuple(range(-len(normalized_shape), 0))
+    return _normalise(call, input, weight, bias, axes, eps, in_float, centred=True)
+
+
+def rms_norm(
+    call: Call,
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    eps: float | None = None,
+) -> Tensor:
+    """``F.rms_norm`` on the chip."""
+
+    def in_float(x: Tensor, gain: Tensor | None, _: Tensor | None) -> Tensor:
+        return F.rms_norm(x, normalized_shape, gain, eps)
+
+    axes = tuple(range(-len(normalized_shape), 0))
+    smallest = torch.finfo(torch.float32).eps if eps is None else eps
+    return _normalise(call, input, weight, None, axes, smallest, in_float, centred=False)
+
+
+def _normalise(
+    call: Call,
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    axes: tuple[int, ...],
+    eps: float,
+    in_float: Callable[..., Tensor],
+    *,
+    centred: bool,
+) -> Tensor:
+    x = call.operand(input, "input")
+
+    def steps() -> tuple[Tensor, QParams]:
+        with torch.no_grad():
+            return _steps(call, x, weight, bias, axes, eps, centred)
+
+    if call.observing:
+        steps()
+        return call.observed(in_float(x.value, weight, bias))
+    with float32_arithmetic(x.value):
+        result, y = _Normalise.apply(x.value, weight, bias, steps, in_float)
+    return call.tagged(result, y)
+
+
+def _steps(
+    call: Call,
+    x: Activation,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    axes: tuple[int, ...],
+    eps: float,
+    centred: bool,
+) -> tuple[Tensor, QParams]:
+    """The instructions, one after the other; in float while observing."""
+    wide = call.part("wide", bits=16)
+    entered = wide.operand(_carrier(call, x), "input")
+    deviation = _carrier(call, entered)
+    if centred:
+        mean = reduction.mean(wide.part("mean"), deviation, axes, keepdim=True)
+        deviation = elementwise.sub(wide.part("deviation"), deviation, mean)
+    result = _scaled(wide, deviation, axes, eps)
+    if call.observing or _varies_widely(wide):
+        result = _scaled(wide.part("again"), result, axes, 0.0)
+    if weight is not None:
+        result = elementwise.mul(wide.part("gain"), result, weight)
+    if bias is not None:
+        result = elementwise.add(wide.part("shift"), result, bias)
+    if call.observing:
+        return result, PENDING
+    y = call.output(lambda: result)
+    tag = call.host.tag_of(result)
+    assert tag is not None, "an operator's result has a grid"
+    return requantize(call, Activation(result, tag), y), y
+
+
+def _carrier(call: Call, x: Activation) -> Tensor:
+    """A view of the operand that carries its grid; the operand itself may not be the chip's."""
+    return call.tagged(x.value.view_as(x.value), x.qparams)
+
+
+def _scaled(call: Call, x: Tensor, axes: tuple[int, ...], eps: float) -> Tensor:
+    """x / sqrt(mean(x x) + eps)."""
+    square = elementwise.mul(call.part("square"), x, x)
+    variance = reduction.mean(call.part("variance"), square, axes, keepdim=True)
+    if eps:
+        variance = elementwise.add(call.part("epsilon"), variance, eps)
+    factor = _inverse_square_root(call.part("inverse"), variance)
+    return elementwise.mul(call.part("normalised"), x, factor)
+
+
+def _varies_widely(call: Call) -> bool:
+    """Whether calibration has seen variances that the table cannot follow."""
+    seen = call.host.ranges[f"{call.site}/variance/output"]
+    return seen.minimum < seen.maximum * _BLIND_STEPS / 2**15
+
+
+def _inverse_square_root(call: Call, variance: Tensor) -> Tensor:
+    """RSQRT of a 16-bit tensor that is not negative."""
+    v = call.operand(variance, "input")
+    if call.observing:
+        return call.tagged(v.value.rsqrt(), PENDING)
+    power_of_two = call.host.spec.power_of_two_scales
+    largest = 1 / math.sqrt(_BLIND_STEPS * v.qparams.scale)
+    y = symmetric_qparams(largest, bits=16, power_of_two=power_of_two)
+    segments = call.host.spec.table_entries or 512
+    table = _inverse_table(v.qparams.scale, y.scale, segments)
+    result = interpolate(table, v.integers().long()).float().mul_(y.scale)
+    if call.recording:
+        call.record("RSQRT", [v.stored()], [Activation(result, y).stored()])
+    return call.tagged(result, y)
+
+
+@lru_cache(maxsize=256)
+def _inverse_table(input_scale: float, output_scale: float, segments: int) -> Tensor:
+    return interpolation_table(inverse_square_root, input_scale, output_scale, segments=segments)
+
+
+class _Normalise(torch.autograd.Function):
+    """The chip's steps forward, the float function's derivative backward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        steps: Callable[[], tuple[Tensor, QParams]],
+        in_float: Callable[..., Tensor],
+    ) -> tuple[Tensor, QParams]:
+        result, y = steps()
+        ctx.in_float, ctx.has = in_float, (weight is not None, bias is not None)
+        low, high = (bound * y.scale for bound in y.bounds)
+        ctx.bounds = (low, high)
+        ctx.save_for_backward(x, result, *(p for p in (weight, bias) if p is not None))
+        return result.detach(), y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+        x, result, *parameters = ctx.saved_tensors
+        given = iter(parameters)
+        operands = [x, *(next(given) if has else None for has in ctx.has)]
+        low, high = ctx.bounds
+        with float32_arithmetic(grad), torch.enable_grad():
+            leaves = [None if p is None else p.detach().requires_grad_() for p in operands]
+            again = ctx.in_float(*leaves)
+            inside = (result > low) & (result < high)
+            wanted = [p for p in leaves if p is not None]
+            grads = iter(torch.autograd.grad(again, wanted, grad * inside))
+        return *(None if p is None else next(grads) for p in leaves), None, None
