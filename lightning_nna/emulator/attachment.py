@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from lightning_nna.emulator.engine import Emulator, Fidelity
+from lightning_nna.emulator.observers import Observer
 from lightning_nna.emulator.spec import NNASpec, resolve_spec
 
 _ATTACHED: WeakKeyDictionary[nn.Module, Emulator] = WeakKeyDictionary()
@@ -31,6 +32,7 @@ def attach(
     *,
     targets: Sequence[str] = ("*",),
     fidelity: Fidelity = "exact",
+    observer: Observer = "min_max",
 ) -> Emulator:
     """Put a module on the chip, or return the emulator that it has.
 
@@ -39,13 +41,14 @@ def attach(
         spec: The chip, see :class:`Emulator`.
         targets: Modules that count, see :class:`Emulator`.
         fidelity: See :class:`Emulator`; set anew where an emulator is there already.
+        observer: See :class:`Emulator`; ranges that are there already stay as they are.
 
     Raises:
         ValueError: If the module has an emulator for another chip or other targets.
     """
     held = _ATTACHED.get(module)
     if held is None:
-        held = Emulator(module, spec, targets=targets, fidelity=fidelity)
+        held = Emulator(module, spec, targets=targets, fidelity=fidelity, observer=observer)
         _ATTACHED[module] = held
     if held.spec != resolve_spec(spec) or held.targets != tuple(targets):
         raise ValueError(
@@ -104,6 +107,7 @@ def calibrate(
     spec: str | NNASpec | Mapping[str, Any] = "litert-int8",
     *,
     targets: Sequence[str] = ("*",),
+    observer: Observer = "min_max",
 ) -> Emulator:
     """Find ranges from float forwards, without training.
 
@@ -113,11 +117,12 @@ def calibrate(
         forward: How a batch runs through the module, on every path that will be used.
         spec: The chip, see :class:`Emulator`.
         targets: Modules that count, see :class:`Emulator`.
+        observer: How ranges follow from what is observed, see :class:`Emulator`.
 
     Returns:
         The emulator, attached and calibrated: ``emulate(module)`` and ``NNAEmulation`` use it.
     """
-    emulator = attach(module, spec, targets=targets)
+    emulator = attach(module, spec, targets=targets, observer=observer)
     training = module.training
     module.eval()
     with torch.no_grad(), emulator.observing():

@@ -8,7 +8,6 @@ nothing of the module but hooks, which ``strip`` takes away.
 from __future__ import annotations
 
 import logging
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -17,7 +16,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
-from torchmetrics import Metric
 
 from lightning_nna.emulator.interception import ROOT, Interception, SiteTable
 from lightning_nna.emulator.observers import Observer
@@ -25,8 +23,9 @@ from lightning_nna.emulator.operators.call import Call
 from lightning_nna.emulator.operators.registry import Operator
 from lightning_nna.emulator.program import Instruction
 from lightning_nna.emulator.ranges import QParams, RangeTable
-from lightning_nna.emulator.selection import select
+from lightning_nna.emulator.scope import lightning_classes, modules_in_scope, refuse
 from lightning_nna.emulator.spec import NNASpec, resolve_spec
+from lightning_nna.emulator.telemetry import Telemetry, in_float
 from lightning_nna.emulator.weights import QuantizedWeight, quantize_weight
 
 Fidelity = Literal["exact", "fast"]
@@ -60,7 +59,9 @@ class Emulator:
         fidelity: Fidelity = "exact",
         observer: Observer = "min_max",
     ) -> None:
-        _refuse(module, fidelity)
+        refuse(module)
+        if fidelity not in ("exact", "fast"):
+            raise ValueError(f"fidelity must be 'exact' or 'fast', got {fidelity!r}")
         self.spec = resolve_spec(spec)
         self.targets, self.fidelity = tuple(targets), fidelity
         self.phase: Phase = "float"
@@ -71,8 +72,8 @@ class Emulator:
         self.listener: Callable[[str, bool, Any, Any], None] | None = None
         #: Called with every instruction that runs in exact fidelity, while somebody listens.
         self.recorder: Callable[[Instruction], None] | None = None
-        #: By site: sums that left the accumulator's range, and sums looked at.
-        self.overflows: dict[str, list[int]] = {}
+        #: Figures of every site, gathered while it is there.
+        self.telemetry: Telemetry | None = None
         #: Rows per scale of the weights that operators of the chip have used, by ``id``.
         self.used_weights: dict[int, int] = {}
         self._tags = WeakTensorKeyDictionary()
@@ -85,7 +86,7 @@ class Emulator:
         """Choose the modules in scope and hook their forward."""
         named = {name or ROOT: child for name, child in module.named_modules()}
         lightning = isinstance(module, lightning_classes())
-        allowed = _allowed(named, self.targets)
+        allowed = modules_in_scope(named, self.targets)
         self.scripted = [n for n, m in named.items() if isinstance(m, torch.jit.ScriptModule)]
         if self.scripted:
             log.warning(
@@ -230,10 +231,9 @@ class Emulator:
 
     def count_overflow(self, site: str, accumulator: Tensor, limit: float) -> None:
         """Note the share of sums that left the accumulator's range."""
-        outside = (accumulator >= limit) | (accumulator < -limit)
-        counts = self.overflows.setdefault(site, [0, 0])
-        counts[0] += int(outside.sum())
-        counts[1] += outside.numel()
+        if self.telemetry is not None:
+            outside = (accumulator >= limit) | (accumulator < -limit)
+            self.telemetry.overflow(site, int(outside.sum()), outside.numel())
 
     # --- what the interception calls -----------------------------------------------------------
 
@@ -258,12 +258,29 @@ class Emulator:
             self.fidelity == "exact",
             self.spec.activation_bits,
         )
+        sampled = self.telemetry is not None and operator.name and self.phase == "emulate"
+        # Before the chip's: what works in place overwrites its operand.
+        exact = self._in_float(operator, func, args, kwargs) if sampled else None
         result = operator.emulate(call, *args, **kwargs)
+        if exact is not None and self.telemetry is not None:
+            first = result if isinstance(result, Tensor) else result[0]
+            self.telemetry.compare(key, exact, first, self.tag_of(first))
         if _is_in_place(func, args, kwargs):
             result = self._store_in_place(args[0], result)
         if self.listener is not None and operator.name:
             self.listener(key, True, (args, kwargs), result)
         return result
+
+    def _in_float(
+        self, operator: Operator, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]
+    ) -> Tensor | None:
+        """What a function gives in float, if it may be called a second time."""
+        if _is_in_place(func, args, kwargs):
+            args = (args[0].clone(), *args[1:])
+        # Batch statistics in training would be counted twice.
+        if operator.name == "batch_norm":
+            return None
+        return in_float(func, args, kwargs)
 
     def _store_in_place(self, target: Tensor, result: Tensor) -> Tensor:
         """Give an in-place function's result to the tensor it was called on."""
@@ -331,33 +348,10 @@ class _ForwardHooks:
             self.emulator.leave_scope()
 
 
-def lightning_classes() -> tuple[type, ...]:
-    """LightningModule of ``lightning.pytorch`` and of ``pytorch_lightning``, as far as imported."""
-    names = ("lightning.pytorch", "pytorch_lightning")
-    return tuple(sys.modules[name].LightningModule for name in names if name in sys.modules)
-
-
-def _allowed(named: Mapping[str, nn.Module], targets: Sequence[str]) -> set[str]:
-    """Paths in scope: what targets select and all below it, without losses and metrics."""
-    outside = [name for name, child in named.items() if _is_loss_or_metric(child)]
-    candidates = [name for name in named if not _is_below(name, outside)]
-    chosen = select(targets, candidates, what="module")
-    return {name for name in candidates if ROOT in chosen or _is_below(name, chosen)}
-
-
 def _floats(values: Any) -> list[Tensor]:
     """Float tensors among nested values."""
     leaves = tree_leaves(values)
     return [x for x in leaves if isinstance(x, Tensor) and x.is_floating_point()]
-
-
-def _is_below(name: str, ancestors: Sequence[str]) -> bool:
-    return any(name == above or name.startswith(above + ".") for above in ancestors)
-
-
-def _is_loss_or_metric(module: nn.Module) -> bool:
-    """By class, or by the name ``…Loss`` that every library gives its losses."""
-    return isinstance(module, Metric) or type(module).__name__.endswith("Loss")
 
 
 def _is_in_place(
@@ -368,21 +362,3 @@ def _is_in_place(
         position = 1 if name == "relu" else 3
         return bool(kwargs.get("inplace", len(args) > position and args[position]))
     return name.endswith("_") and not name.endswith("__")
-
-
-def _refuse(module: nn.Module, fidelity: str) -> None:
-    """Raise for what cannot be emulated."""
-    if fidelity not in ("exact", "fast"):
-        raise ValueError(f"fidelity must be 'exact' or 'fast', got {fidelity!r}")
-    for name, child in module.named_modules():
-        if isinstance(child, torch._dynamo.eval_frame.OptimizedModule):
-            raise ValueError(
-                f"{name or 'the module'} is compiled: its operators cannot be emulated; "
-                f"attach to the module that was given to torch.compile"
-            )
-    for name, parameter in module.named_parameters():
-        if parameter.is_floating_point() and parameter.dtype != torch.float32:
-            raise ValueError(
-                f"parameter {name} is {parameter.dtype}: the chip is emulated on float32 "
-                f"parameters; use precision '32-true' or 'bf16-mixed'"
-            )

@@ -125,7 +125,10 @@ def _binary(call: Call, kind: Kind, input: Tensor | float, other: Tensor | float
     with float32_arithmetic(a.value):
         result = _Binary.apply(a.value, b.value, kind, a, b, y, call)
     if call.recording:
-        call.record(kind, [a.stored(), b.stored()], [Activation(result, y).stored()])
+        # Without this the kernel takes another path where all scales are powers of two.
+        options: dict[str, Any] = {} if kind == "MUL" else {"potScaleInt16": False}
+        stored = Activation(result, y).stored()
+        call.record(kind, [a.stored(), b.stored()], [stored], **options)
     return call.tagged(result, y)
 
 

@@ -55,8 +55,8 @@ def layer_norm(
 ) -> Tensor:
     """``F.layer_norm`` on the chip."""
 
-    def in_float(x: Tensor, *parameters: Tensor | None) -> Tensor:
-        return F.layer_norm(x, normalized_shape, *parameters, eps)
+    def in_float(x: Tensor, gain: Tensor | None, shift: Tensor | None) -> Tensor:
+        return F.layer_norm(x, list(normalized_shape), gain, shift, eps)
 
     axes = tuple(range(-len(normalized_shape), 0))
     return _normalise(call, input, weight, bias, axes, eps, in_float, centred=True)
@@ -72,7 +72,7 @@ def rms_norm(
     """``F.rms_norm`` on the chip."""
 
     def in_float(x: Tensor, gain: Tensor | None, _: Tensor | None) -> Tensor:
-        return F.rms_norm(x, normalized_shape, gain, eps)
+        return F.rms_norm(x, list(normalized_shape), gain, eps)
 
     axes = tuple(range(-len(normalized_shape), 0))
     smallest = torch.finfo(torch.float32).eps if eps is None else eps
@@ -141,7 +141,7 @@ def _carrier(call: Call, x: Activation) -> Tensor:
 
 
 def _scaled(call: Call, x: Tensor, axes: tuple[int, ...], eps: float) -> Tensor:
-    """x / sqrt(mean(x x) + eps)."""
+    """Divide by the root of the mean square and eps."""
     square = elementwise.mul(call.part("square"), x, x)
     variance = reduction.mean(call.part("variance"), square, axes, keepdim=True)
     if eps:

@@ -6,7 +6,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from lightning_nna.emulator.operators import activation, elementwise, linear, recurrent
+from lightning_nna.emulator.operators import (
+    activation,
+    elementwise,
+    linear,
+    normalisation,
+    recurrent,
+)
 
 
 @dataclass(frozen=True)
@@ -54,6 +60,7 @@ TABLE: dict[str, Operator] = {
     "dropout": _DROPOUT,
     "embedding": Operator("embedding", linear.embedding),
     "feature_dropout": _DROPOUT,
+    "layer_norm": Operator("layer_norm", normalisation.layer_norm),
     "linear": Operator("fully_connected", linear.linear),
     "lstm": Operator("lstm", recurrent.lstm, recurrent.supports_lstm),
     "mul": _MUL,
@@ -62,6 +69,7 @@ TABLE: dict[str, Operator] = {
     "multiply_": _MUL,
     "relu": _RELU,
     "relu_": _RELU,
+    "rms_norm": Operator("rms_norm", normalisation.rms_norm),
     "rsub": _RSUB,
     "__rsub__": _RSUB,
     "sigmoid": _SIGMOID,

@@ -1,0 +1,56 @@
+"""Which modules are emulated, and which cannot be."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import nn
+from torchmetrics import Metric
+
+from lightning_nna.emulator.interception import ROOT
+from lightning_nna.emulator.selection import select
+
+
+def lightning_classes() -> tuple[type, ...]:
+    """LightningModule of ``lightning.pytorch`` and of ``pytorch_lightning``, as far as imported."""
+    names = ("lightning.pytorch", "pytorch_lightning")
+    return tuple(sys.modules[name].LightningModule for name in names if name in sys.modules)
+
+
+def modules_in_scope(named: Mapping[str, nn.Module], targets: Sequence[str]) -> set[str]:
+    """Paths in scope: what targets select and all below it, without losses and metrics."""
+    outside = [name for name, child in named.items() if _is_loss_or_metric(child)]
+    candidates = [name for name in named if not _is_below(name, outside)]
+    chosen = select(targets, candidates, what="module")
+    return {name for name in candidates if ROOT in chosen or _is_below(name, chosen)}
+
+
+def _is_below(name: str, ancestors: Sequence[str]) -> bool:
+    return any(name == above or name.startswith(above + ".") for above in ancestors)
+
+
+def _is_loss_or_metric(module: nn.Module) -> bool:
+    """By class, or by the name ``…Loss`` that every library gives its losses."""
+    return isinstance(module, Metric) or type(module).__name__.endswith("Loss")
+
+
+def refuse(module: nn.Module) -> None:
+    """Raise for what cannot be emulated.
+
+    Raises:
+        ValueError: If a module is compiled, or a parameter is not float32; names it.
+    """
+    for name, child in module.named_modules():
+        if isinstance(child, torch._dynamo.eval_frame.OptimizedModule):
+            raise ValueError(
+                f"{name or 'the module'} is compiled: its operators cannot be emulated; "
+                f"attach to the module that was given to torch.compile"
+            )
+    for name, parameter in module.named_parameters():
+        if parameter.is_floating_point() and parameter.dtype != torch.float32:
+            raise ValueError(
+                f"parameter {name} is {parameter.dtype}: the chip is emulated on float32 "
+                f"parameters; use precision '32-true' or 'bf16-mixed'"
+            )
