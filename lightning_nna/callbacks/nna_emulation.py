@@ -10,7 +10,9 @@ Reference:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from statistics import fmean
 from typing import Any
 
 import lightning.pytorch as pl
@@ -21,7 +23,9 @@ from typing_extensions import override
 
 from lightning_nna.emulator.attachment import attach
 from lightning_nna.emulator.engine import Emulator, Fidelity
+from lightning_nna.emulator.observers import OBSERVERS, Observer
 from lightning_nna.emulator.spec import NNASpec, resolve_spec
+from lightning_nna.emulator.telemetry import Telemetry
 
 
 class NNAEmulation(Callback):
@@ -38,6 +42,15 @@ class NNAEmulation(Callback):
             Losses and torchmetrics are never emulated.
         calibration_steps: Optimiser steps that are observed; 0 if ``calibrate`` was called before.
         fidelity: In training: ``"exact"``, or ``"fast"`` for float rounding in requantisation.
+        observer: How ranges follow from what is observed: ``"min_max"``, ``"moving_average"``,
+            ``"percentile"`` or ``"mse"``.
+        telemetry_every_n_steps: Optimiser steps from one sample of the telemetry to the next; 0
+            for none. A sampled step runs every operator in float, too.
+
+    Every sample logs the mean and the worst of all call sites as ``nna/emulation/clip_rate``,
+    ``…/clip_rate_max``, ``…/overflow_rate_max``, ``…/sqnr_db`` and ``…/sqnr_db_min``; each epoch
+    logs every site's own, as ``nna/emulation/sqnr_db/<site>``. The fit ends with the table of all
+    sites, which :attr:`telemetry` keeps.
 
     Raises:
         ValueError: If an argument is out of range, a target selects nothing, or the module cannot
@@ -64,7 +77,15 @@ class NNAEmulation(Callback):
         targets: Sequence[str] = ("*",),
         calibration_steps: int = 32,
         fidelity: Fidelity = "exact",
+        observer: Observer = "min_max",
+        telemetry_every_n_steps: int = 100,
     ) -> None:
+        if telemetry_every_n_steps < 0:
+            raise ValueError(
+                f"telemetry_every_n_steps must be at least 0, got {telemetry_every_n_steps}"
+            )
+        if observer not in OBSERVERS:
+            raise ValueError(f"observer must be one of {list(OBSERVERS)}, got {observer!r}")
         if calibration_steps < 0:
             raise ValueError(f"calibration_steps must be at least 0, got {calibration_steps}")
         if fidelity not in ("exact", "fast"):
@@ -73,7 +94,12 @@ class NNAEmulation(Callback):
         self.targets = [targets] if isinstance(targets, str) else list(targets)
         self.calibration_steps = calibration_steps
         self.fidelity: Fidelity = fidelity
+        self.observer: Observer = observer
+        self.telemetry_every_n_steps = telemetry_every_n_steps
+        #: Figures of every call site, summed over the samples of the whole run.
+        self.telemetry = Telemetry()
         self.steps = 0
+        self._sampled = -1
         self._emulator: Emulator | None = None
         self._saved: dict[str, Any] | None = None
         self._counts: dict[int, int] = {}
@@ -125,6 +151,8 @@ class NNAEmulation(Callback):
     @override
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._release()
+        if self.telemetry.sites:
+            rank_zero_info(f"NNAEmulation: what the chip's arithmetic did\n{self.telemetry}")
 
     @override
     def on_exception(
@@ -147,6 +175,8 @@ class NNAEmulation(Callback):
             )
         emulator.phase = "emulate" if emulator.calibrated else "observe"
         emulator.fidelity = self.fidelity
+        if emulator.calibrated and self._is_due():
+            self._sampled, emulator.telemetry = self.steps, self.telemetry
         emulator.enter_scope()
 
     @override
@@ -159,6 +189,9 @@ class NNAEmulation(Callback):
         batch_idx: int,
     ) -> None:
         self._leave()
+        if self.emulator.telemetry is not None:
+            self.emulator.telemetry = None
+            pl_module.log_dict(_summary(self.telemetry))
         if not self.emulator.calibrated:
             # Every rank then saves the same ranges.
             self.emulator.reduce_ranges()
@@ -167,6 +200,10 @@ class NNAEmulation(Callback):
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         pl_module.log("nna/emulation/calibrated", float(self.emulator.calibrated))
         pl_module.log("nna/emulation/ranges", float(len(self.emulator.ranges.ranges)))
+        for site, figures in self.telemetry.rows().items():
+            pl_module.log_dict(
+                {f"nna/emulation/{name}/{site}": figure for name, figure in figures.items()}
+            )
 
     @override
     def on_validation_batch_start(self, *args: Any, **kwargs: Any) -> None:
@@ -197,11 +234,18 @@ class NNAEmulation(Callback):
     @override
     def state_dict(self) -> dict[str, Any]:
         emulator = self._saved if self._emulator is None else self._emulator.state_dict()
-        return {"emulator": emulator, "steps": self.steps}
+        return {
+            "emulator": emulator,
+            "steps": self.steps,
+            "telemetry": self.telemetry.state_dict(),
+            "sampled": self._sampled,
+        }
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.steps, self._saved = int(state_dict["steps"]), state_dict["emulator"]
+        self.telemetry.load_state_dict(state_dict["telemetry"])
+        self._sampled = int(state_dict["sampled"])
         if self._emulator is not None and self._saved is not None:
             self._emulator.load_state_dict(self._saved)
 
@@ -221,12 +265,19 @@ class NNAEmulation(Callback):
                     "the LightningModule was given to torch.compile, which hides its operators: "
                     "pass the module itself to the Trainer, or leave NNAEmulation out"
                 )
-            self._emulator = attach(pl_module, self.spec, targets=self.targets)
+            self._emulator = attach(
+                pl_module, self.spec, targets=self.targets, observer=self.observer
+            )
             if self._saved is not None:
                 self._emulator.load_state_dict(self._saved)
             modules = ", ".join(sorted(self._emulator.interception.allowed))
             rank_zero_info(f"NNAEmulation: {self.spec.name} under {modules}")
         return self._emulator
+
+    def _is_due(self) -> bool:
+        """Whether this step is to be sampled: once, however many batches it accumulates."""
+        every = self.telemetry_every_n_steps
+        return every > 0 and self.steps % every == 0 and self.steps != self._sampled
 
     def _require_ranges(self, stage: str) -> None:
         emulator = self.emulator
@@ -263,3 +314,16 @@ class NNAEmulation(Callback):
         self._handles.clear()
         if self._emulator is not None:
             self._emulator.abandon_scope()
+
+
+def _summary(telemetry: Telemetry) -> dict[str, float]:
+    """Mean and worst of all sites; a site without any noise has no SQNR to average."""
+    rows = list(telemetry.sites.values())
+    decibels = [row.sqnr_db for row in rows if math.isfinite(row.sqnr_db)] or [math.inf]
+    return {
+        "nna/emulation/clip_rate": fmean(row.clip_rate for row in rows),
+        "nna/emulation/clip_rate_max": max(row.clip_rate for row in rows),
+        "nna/emulation/overflow_rate_max": max(row.overflow_rate for row in rows),
+        "nna/emulation/sqnr_db": fmean(decibels),
+        "nna/emulation/sqnr_db_min": min(decibels),
+    }

@@ -1,9 +1,9 @@
 r"""A streaming Conformer encoder on torchaudio's building blocks.
 
 Every layer is a feed-forward half step, self-attention, a depthwise convolution and another
-feed-forward half step around residual connections (torchaudio's ``ConformerLayer``). Two things make
-it stream. Attention sees the ``left_context`` steps before the chunk that a step lies in, and that
-chunk, but nothing after it. The convolution is causal: it is padded on the left alone.
+feed-forward half step around residual connections (torchaudio's ``ConformerLayer``). Two things
+make it stream. Attention sees the ``left_context`` steps before the chunk that a step lies in,
+and that chunk, but nothing after it. The convolution is causal: it is padded on the left alone.
 
 Encoding chunk after chunk with the state of the chunk before gives what encoding the whole gives.
 
@@ -54,7 +54,7 @@ class StreamingConformerLayer(ConformerLayer):
         )
         modules[2].padding = (0,)
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         steps: Float[Tensor, "time batch size"],
         mask: Bool[Tensor, "..."],

@@ -208,7 +208,7 @@ class Transducer(nn.Module):
     """Encoder, predictor and joint network behind the methods of ``torchaudio.models.RNNT``.
 
     Args:
-        encoder: Encodes the sound.
+        encoder: Encodes the sound; an :class:`Encoder`, or another with its call.
         predictor: Encodes the labels.
         joint: Scores the next label.
 
@@ -220,7 +220,7 @@ class Transducer(nn.Module):
         (torch.Size([2, 3, 8]), tensor([3, 2]))
     """
 
-    def __init__(self, encoder: Encoder, predictor: Predictor, joint: Joint) -> None:
+    def __init__(self, encoder: nn.Module, predictor: Predictor, joint: Joint) -> None:
         super().__init__()
         self.encoder = encoder
         self.predictor = predictor

@@ -16,7 +16,9 @@ from lightning_nna.testing.contract import (
     is_unhooked,
     module,
     resume_equals_uninterrupted,
+    resume_within_calibration,
     trainer,
+    two_processes_agree,
 )
 
 
@@ -246,3 +248,44 @@ def test_two_fits_with_one_seed_are_equal() -> None:
         trainer(NNAEmulation(calibration_steps=2)).fit(recogniser)
         results.append(dict(recogniser.state_dict()))
     assert_same(*results)
+
+
+def test_telemetry_is_logged_and_summed_by_site() -> None:
+    callback = NNAEmulation(calibration_steps=2, telemetry_every_n_steps=4)
+    run = trainer(callback, steps=16, log_every_n_steps=1)
+    run.fit(module())
+    sites = set(callback.telemetry.sites)
+    assert {"lstm/lstm#0", "head.first/fully_connected#0", "head/tanh#0"} <= sites
+    rows = callback.telemetry.rows()
+    assert all(0 <= row["clip_rate"] <= 1 for row in rows.values())
+    assert rows["head.first/fully_connected#0"]["sqnr_db"] > 10
+    assert "nna/emulation/sqnr_db/head/tanh#0" in run.logged_metrics
+    assert 0 <= run.logged_metrics["nna/emulation/clip_rate_max"] <= 1
+    # Steps 4, 8 and 12, eight rows each; two layers' worth of results of eight units.
+    assert callback.telemetry["head/tanh#0"].results == 3 * 8 * 8
+
+
+def test_telemetry_changes_nothing() -> None:
+    with_telemetry, without = module(dropout=0.2), module(dropout=0.2)
+    torch.manual_seed(3)
+    trainer(NNAEmulation(calibration_steps=2, telemetry_every_n_steps=1)).fit(with_telemetry)
+    torch.manual_seed(3)
+    trainer(NNAEmulation(calibration_steps=2, telemetry_every_n_steps=0)).fit(without)
+    assert_same(dict(with_telemetry.state_dict()), dict(without.state_dict()))
+
+
+@pytest.mark.parametrize("observer", ["moving_average", "percentile", "mse"])
+def test_a_run_with_another_observer_resumes_within_its_calibration(
+    observer: str, tmp_path: Path
+) -> None:
+    for check in (resume_within_calibration, two_processes_agree):
+        check(lambda: NNAEmulation(calibration_steps=3, observer=observer), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [({"observer": "median"}, "observer must be one of"), ({"telemetry_every_n_steps": -1}, "-1")],
+)
+def test_a_wrong_setting_is_named(settings: dict[str, object], named: str) -> None:
+    with pytest.raises(ValueError, match=named):
+        NNAEmulation(**settings)
