@@ -71,9 +71,7 @@ def interpolation_table(
     return torch.from_numpy(table.astype(np.int64))
 
 
-def interpolate(
-    table: Int[Tensor, " entries"], x: Int[Tensor, "*shape"]
-) -> Int[Tensor, "*shape"]:
+def interpolate(table: Int[Tensor, " entries"], x: Int[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:
     """Look 16-bit integers up in a table of :func:`interpolation_table`.
 
     Args:
@@ -96,9 +94,7 @@ def interpolate(
     return start + ((rise + ((1 << shift) >> 1)) >> shift)
 
 
-def inverse_square_root(
-    x: NDArray[np.float32], largest: np.float32
-) -> NDArray[np.float32]:
+def inverse_square_root(x: NDArray[np.float32], largest: np.float32) -> NDArray[np.float32]:
     """1 / sqrt(x), and the largest output where x is not positive.
 
     Example:

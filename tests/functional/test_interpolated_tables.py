@@ -23,7 +23,9 @@ def test_the_inverse_square_root_of_every_positive_input(
 ) -> None:
     x = np.arange(0, 2**15).astype(np.int16)
     program = litert.unary_model(
-        "RSQRT", TensorSpec(x.shape, "int16", input_scale), TensorSpec(x.shape, "int16", output_scale)
+        "RSQRT",
+        TensorSpec(x.shape, "int16", input_scale),
+        TensorSpec(x.shape, "int16", output_scale),
     )
     (expected,) = litert.run_model(program, [x])
     table = interpolation_table(inverse_square_root, input_scale, output_scale)

@@ -6,7 +6,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from lightning_nna.emulator.operators import activation, elementwise, linear, recurrent
+from lightning_nna.emulator.operators import (
+    activation,
+    convolution,
+    elementwise,
+    linear,
+    recurrent,
+)
 
 
 @dataclass(frozen=True)
@@ -27,6 +33,7 @@ class Operator:
 
 _ADD = Operator("add", elementwise.add)
 _CONCATENATION = Operator("concatenation", elementwise.concatenate)
+_CONVOLUTION = Operator("convolution", convolution.convolution, convolution.supports_convolution)
 _DIV = Operator("mul", elementwise.div, elementwise.supports_div)
 _MUL = Operator("mul", elementwise.mul)
 _RELU = Operator("relu", activation.relu)
@@ -51,6 +58,8 @@ TABLE: dict[str, Operator] = {
     "negative": Operator("mul", elementwise.neg),
     "concat": _CONCATENATION,
     "concatenate": _CONCATENATION,
+    "conv1d": _CONVOLUTION,
+    "conv2d": _CONVOLUTION,
     "dropout": _DROPOUT,
     "embedding": Operator("embedding", linear.embedding),
     "feature_dropout": _DROPOUT,
