@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from lightning_nna.emulator.folding import Folding
 from lightning_nna.emulator.interception import ROOT, Interception, SiteTable
 from lightning_nna.emulator.observers import Observer
 from lightning_nna.emulator.operators.call import Call
@@ -76,6 +77,7 @@ class Emulator:
         self.telemetry: Telemetry | None = None
         #: Rows per scale of the weights that operators of the chip have used, by ``id``.
         self.used_weights: dict[int, int] = {}
+        self.folding = Folding()
         self._tags = WeakTensorKeyDictionary()
         self._weights: dict[tuple[int, int], tuple[Tensor, int, QuantizedWeight]] = {}
         self._handles: list[Any] = []
@@ -167,6 +169,7 @@ class Emulator:
             raise RuntimeError("no forward was observed: run at least one batch before freezing")
         self.calibrated = True
         self.phase = "emulate"
+        self.folding.freeze()
         # An activation kept from an observed forward has no grid yet, whatever its mark says.
         self._tags = WeakTensorKeyDictionary()
 
@@ -177,6 +180,7 @@ class Emulator:
             "spec": self.spec.name,
             "observer": self.ranges.observer,
             "ranges": self.ranges.state_dict(),
+            "folding": self.folding.state_dict(),
             "locations": {key: list(value) for key, value in self.sites.locations.items()},
         }
 
@@ -184,6 +188,7 @@ class Emulator:
         """Restore what :meth:`state_dict` gave; a calibrated state is never calibrated again."""
         self.ranges = RangeTable(state["observer"])
         self.ranges.load_state_dict(state["ranges"])
+        self.folding.load_state_dict(state["folding"])
         self.sites.locations = {key: list(value) for key, value in state["locations"].items()}
         self.interception.forget_keys()
         self.calibrated = bool(state["calibrated"])
@@ -294,6 +299,8 @@ class Emulator:
         """A movement: parameters of the first tensor go to every float result."""
         result = func(*args, **kwargs)
         source = next(iter(_floats(args)), None)
+        if source is not None:
+            self.folding.reads(source, "a movement")
         tag = None if source is None else self.tag_of(source)
         if tag is not None:
             for leaf in _floats(result):
@@ -310,6 +317,8 @@ class Emulator:
         self, key: str, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """Whatever the chip does not have, in float; what it writes in place leaves the grid."""
+        for operand in _floats(args):
+            self.folding.reads(operand, key)
         result = func(*args, **kwargs)
         name = getattr(func, "__name__", "")
         if name == "__setitem__" or (name.endswith("_") and not name.endswith("__")):

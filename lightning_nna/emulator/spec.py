@@ -18,6 +18,7 @@ OPERATORS = (
     "add",
     "batch_norm",
     "concatenation",
+    "convolution",
     "embedding",
     "fully_connected",
     "layer_norm",
@@ -32,6 +33,8 @@ OPERATORS = (
 
 Granularity = Literal["per_channel", "per_tensor"]
 Rounding = Literal["reference", "double", "single", "shift"]
+#: What reference kernels do, see :mod:`.operators.rescaling`.
+KernelRounding = Rounding | Literal["real", "reduced"]
 Overflow = Literal["saturate", "wrap"]
 
 _CHOICES: dict[str, tuple[Any, ...]] = {
@@ -111,7 +114,7 @@ class NNASpec:
         """Whether every scale is a power of two."""
         return self.rounding == "shift"
 
-    def rounding_of(self, reference: Rounding | Literal["real"]) -> Rounding | Literal["real"]:
+    def rounding_of(self, reference: KernelRounding) -> KernelRounding:
         """The rounding of an operator whose reference kernel does as ``reference`` says."""
         return reference if self.rounding == "reference" else self.rounding
 

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from lightning_nna.emulator.folding import Folding
 from lightning_nna.emulator.operators.rescaling import rescale, rescale_fast, round_half_away
 from lightning_nna.emulator.program import Instruction, Stored
 from lightning_nna.emulator.ranges import (
@@ -22,7 +23,7 @@ from lightning_nna.emulator.ranges import (
     symmetric_qparams,
 )
 from lightning_nna.emulator.spec import NNASpec
-from lightning_nna.emulator.weights import QuantizedWeight
+from lightning_nna.emulator.weights import QuantizedWeight, quantize_weight
 
 
 class Host(Protocol):
@@ -30,6 +31,7 @@ class Host(Protocol):
 
     spec: NNASpec
     ranges: RangeTable
+    folding: Folding
     #: Called with every instruction, where somebody listens.
     recorder: Callable[[Instruction], None] | None
 
@@ -109,6 +111,7 @@ class Call:
             return self._scalar(float(x))
         tag = self.host.tag_of(x)
         if tag is not None:
+            self.host.folding.reads(x, self.site)
             return self._of_width(Activation(x, tag))
         if self.host.is_constant(x):
             return self.constant(x)
@@ -145,6 +148,17 @@ class Call:
         """Let the result carry its parameters."""
         self.host.set_tag(result, qparams)
         return result
+
+    def quantized(self, weight: Tensor) -> QuantizedWeight:
+        """A weight that is no parameter but was computed from some, on the chip's grid."""
+        spec = self.host.spec
+        per_channel = spec.weight_granularity == "per_channel"
+        return quantize_weight(
+            weight,
+            rows_per_scale=1 if per_channel else weight.shape[0],
+            maximum=spec.weight_max,
+            power_of_two=spec.power_of_two_scales,
+        )
 
     def constant(self, x: Tensor) -> Activation:
         """A tensor of the program used as an operand: on a symmetric grid of its values."""

@@ -15,7 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_nna.emulator.operators.call import Activation, Call, clip, float32_arithmetic
+from lightning_nna.emulator.folding import Foldable
+from lightning_nna.emulator.operators.call import (
+    Activation,
+    Call,
+    clip,
+    float32_arithmetic,
+)
 from lightning_nna.emulator.operators.rescaling import rescale
 from lightning_nna.emulator.program import Stored
 from lightning_nna.emulator.ranges import QParams
@@ -30,7 +36,16 @@ def linear(call: Call, input: Tensor, weight: Tensor, bias: Tensor | None = None
     """``F.linear`` on the chip."""
     x = call.operand(input, "input")
     if call.observing:
-        return call.observed(F.linear(input, weight, bias))
+        result = call.observed(F.linear(input, weight, bias))
+        # A batch norm over (batch, channels); elsewhere its channels are not the layer's.
+        return call.host.folding.produced(result, call.site) if input.dim() == 2 else result
+    if call.host.folding.folds(call.site):
+
+        def run(at: Call, w: Tensor, b: Tensor | None, q: QuantizedWeight, y: QParams) -> Tensor:
+            return fully_connected(at, x, w, b, q, y)
+
+        waiting = F.linear(x.value, weight, bias)
+        return call.host.folding.produced(waiting, Foldable(run, weight, bias))
     rows_per_scale = 1 if call.host.spec.weight_granularity == "per_channel" else weight.shape[0]
     quantized = call.host.weight(weight, rows_per_scale)
     y = call.output(lambda: F.linear(input, weight, bias))

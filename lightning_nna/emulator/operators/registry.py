@@ -8,6 +8,8 @@ from typing import Any
 
 from lightning_nna.emulator.operators import (
     activation,
+    batch_norm,
+    convolution,
     elementwise,
     linear,
     normalisation,
@@ -33,6 +35,7 @@ class Operator:
 
 _ADD = Operator("add", elementwise.add)
 _CONCATENATION = Operator("concatenation", elementwise.concatenate)
+_CONVOLUTION = Operator("convolution", convolution.convolution, convolution.supports_convolution)
 _DIV = Operator("mul", elementwise.div, elementwise.supports_div)
 _MUL = Operator("mul", elementwise.mul)
 _RELU = Operator("relu", activation.relu)
@@ -46,6 +49,7 @@ _DROPOUT = Operator("", activation.dropout)
 TABLE: dict[str, Operator] = {
     "add": _ADD,
     "add_": _ADD,
+    "batch_norm": Operator("batch_norm", batch_norm.batch_norm),
     "cat": _CONCATENATION,
     "stack": Operator("concatenation", elementwise.stack),
     "div": _DIV,
@@ -57,6 +61,8 @@ TABLE: dict[str, Operator] = {
     "negative": Operator("mul", elementwise.neg),
     "concat": _CONCATENATION,
     "concatenate": _CONCATENATION,
+    "conv1d": _CONVOLUTION,
+    "conv2d": _CONVOLUTION,
     "dropout": _DROPOUT,
     "embedding": Operator("embedding", linear.embedding),
     "feature_dropout": _DROPOUT,

@@ -2,7 +2,8 @@ r"""Requantisation: from an accumulator's scale to the output's.
 
 A chip multiplies the accumulator by :math:`s_x s_w / s_y` with a fixed-point multiplier rounded
 twice (``"double"``), rounded once (``"single"``), by a shift (``"shift"``), or, as LiteRT's fully
-connected kernel, in double precision (``"real"``). The integer arithmetic of
+connected kernel, in double precision (``"real"``). Where 64 bits have accumulated, as beside 16-bit
+activations, the multiplier keeps 16 bits (``"reduced"``). The integer arithmetic of
 :mod:`lightning_nna.functional.fixed_point` is done here in float64, which holds every integer to
 :math:`2^{53}`: on a CPU a 64-bit integer product takes many times as long.
 """
@@ -18,10 +19,12 @@ from torch import Tensor
 
 from lightning_nna.functional.fixed_point import float_factors, quantize_multipliers
 
-RoundingKind = Literal["real", "reference", "double", "single", "shift"]
+RoundingKind = Literal["real", "reference", "double", "reduced", "single", "shift"]
 
 # An accumulator below this times a 31-bit mantissa is exact in float64.
 _ONE_PRODUCT = 2.0**22
+# The same for a 16-bit mantissa.
+_ONE_REDUCED_PRODUCT = 2.0**37
 # The largest number below one half: adding it and truncating rounds ties away from zero and
 # nothing else up.
 _BELOW_HALF = {torch.float64: math.nextafter(0.5, 0.0), torch.float32: 0.5 - 2.0**-25}
@@ -37,9 +40,10 @@ def rescale(
     Args:
         accumulator: Whole numbers, float32, float64 or int; may be overwritten if it is float64.
         factors: One factor, or float64 factors that broadcast against the accumulator.
-        rounding: ``"double"``, ``"single"``, ``"shift"`` (the factor is a power of two) or
-            ``"real"``.
-        largest: Bound on the absolute value of the accumulator, at most :math:`2^{31}`.
+        rounding: ``"double"``, ``"reduced"``, ``"single"``, ``"shift"`` (the factor is a power of
+            two) or ``"real"``.
+        largest: Bound on the absolute value of the accumulator, at most :math:`2^{31}`;
+            :math:`2^{47}` if ``rounding`` is ``"reduced"``.
 
     Returns:
         Whole numbers, float64.
@@ -68,13 +72,49 @@ def rescale_fast(accumulator: Tensor, factors: float | Tensor, *, rounding: Roun
     Returns:
         ``accumulator``, rescaled and rounded.
     """
-    if rounding != "double":
-        factor = factors.to(accumulator.dtype) if isinstance(factors, Tensor) else factors
-        return accumulator.mul_(factor).round_()
+    first, second = rounding_factors(factors, rounding=rounding)
+    return round_fast(accumulator.mul_(first.to(accumulator.device)), second)
+
+
+def rounding_factors(
+    factors: float | Tensor, *, rounding: RoundingKind
+) -> tuple[Tensor, Tensor | None]:
+    """What to multiply with before the first rounding, and before the second if there are two.
+
+    An operator may put the first into an operand of its product and so save a pass.
+
+    Args:
+        factors: See :func:`rescale`.
+        rounding: See :func:`rescale`.
+
+    Returns:
+        float32 factors; None for the second where the kind rounds once.
+
+    Example:
+        >>> rounding_factors(1 / 16, rounding="real")
+        (tensor(0.0625), None)
+    """
     exact = torch.as_tensor(factors, dtype=torch.float64)
-    first, second = float_factors(*quantize_multipliers(exact.cpu()))
-    accumulator.mul_(first.to(accumulator.device)).round_()
-    return accumulator.mul_(second.to(accumulator.device)).round_()
+    if rounding == "double":
+        return float_factors(*quantize_multipliers(exact.cpu()))
+    if rounding == "reduced":
+        reduced, shifts = _reduced_multipliers(exact)
+        return torch.ldexp(reduced, shifts - 15).float(), None
+    return exact.float(), None
+
+
+def round_fast(scaled: Tensor, second: Tensor | None) -> Tensor:
+    """Round what the first factor has scaled, and again after the second.
+
+    Args:
+        scaled: Float; overwritten.
+        second: See :func:`rounding_factors`.
+
+    Returns:
+        ``scaled``, whole numbers.
+    """
+    scaled.round_()
+    return scaled if second is None else scaled.mul_(second.to(scaled.device)).round_()
 
 
 def round_half_away(x: Tensor) -> Tensor:
@@ -89,8 +129,26 @@ def round_half_away(x: Tensor) -> Tensor:
 
 
 def _double(x: Tensor, factors: Tensor, largest: float) -> Tensor:
-    """The doubling high multiplication (ties up), then the division by 2^r (ties away)."""
-    mantissas, shifts = quantize_multipliers(factors.cpu())
+    return multiply(x, *quantize_multipliers(factors.cpu()), largest=largest)
+
+
+def multiply(x: Tensor, mantissas: Tensor, shifts: Tensor, *, largest: float) -> Tensor:
+    """The doubling high multiplication (ties up), then the division by 2^r (ties away).
+
+    Args:
+        x: Whole numbers, float64.
+        mantissas: 31-bit mantissas, int64.
+        shifts: Exponents, int64, both of a shape that broadcasts against ``x``.
+        largest: Bound on the absolute value of ``x``.
+
+    Returns:
+        Whole numbers, float64.
+
+    Example:
+        >>> factor = torch.tensor(2**30), torch.tensor(-3)  # 1/16
+        >>> multiply(torch.tensor([8.0, 24.0, -8.0]).double(), *factor, largest=24)
+        tensor([ 1.,  2., -1.], dtype=torch.float64)
+    """
     left = shifts.clamp_min(0)
     high = _high(x, mantissas, left, largest, x.device)
     if bool((shifts >= 0).all()):
@@ -123,7 +181,29 @@ def _single(x: Tensor, factors: Tensor, largest: float) -> Tensor:
     return ((product + (torch.ones_like(right) << (right - 1))) >> right).double()
 
 
+def _reduced(x: Tensor, factors: Tensor, largest: float) -> Tensor:
+    """floor(x r 2^(e - 15) + 1/2) with a mantissa r of 16 bits."""
+    reduced, shifts = _reduced_multipliers(factors)
+    factor = torch.ldexp(reduced, shifts - 15).to(x.device)
+    if largest < _ONE_REDUCED_PRODUCT:
+        return (x * factor).add_(0.5).floor_()
+    # Upper bits and the lower 16 apart: what the floor of the lower product drops is below the
+    # half that rounds, but where the factor is so large that the result saturates.
+    upper = (x * 2.0**-16).floor_()
+    reduced = reduced.to(x.device)
+    lower = ((x - upper * 2.0**16) * reduced).mul_(2.0**-16).floor_()
+    product = (upper * reduced).add_(lower)
+    return (product * torch.exp2(shifts + 1.0).to(x.device)).add_(0.5).floor_()
+
+
+def _reduced_multipliers(factors: Tensor) -> tuple[Tensor, Tensor]:
+    """Mantissas of 16 bits as float64, and exponents."""
+    mantissas, shifts = quantize_multipliers(factors.cpu())
+    return ((mantissas + 2**15) >> 16).clamp_max(2**15 - 1).double(), shifts
+
+
 _KINDS: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
     "double": _double,
+    "reduced": _reduced,
     "single": _single,
 }

@@ -1,0 +1,391 @@
+r"""Convolutions over one or two axes, with groups or depthwise.
+
+.. math:: y_o = \mathrm{clip}\Bigl(M_o\Bigl(\sum_{c, k} (q_{x,c,k} - o_x)\, q_{w,o,c,k} + q_{b,o}
+          \Bigr) + o_y\Bigr), \qquad M_o \approx s_x s_{w,o} / s_y
+
+:math:`M_o` rounds twice; beside 16-bit activations, where 64 bits accumulate, it has a 16-bit
+mantissa and rounds once. A convolution over time is one over height and width with height 1. Zeros
+around the input are the reference's ``SAME`` padding where that puts them in the same places, and
+else a ``PAD`` before a convolution without padding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from lightning_nna.emulator.folding import Foldable
+from lightning_nna.emulator.operators.call import (
+    Activation,
+    Call,
+    clip,
+    float32_arithmetic,
+)
+from lightning_nna.emulator.operators.linear import (
+    FLOAT32_INTEGERS,
+    integer_bias,
+    needs_exact,
+    overflowed,
+    stored_bias,
+    stored_weight,
+)
+from lightning_nna.emulator.operators.rescaling import rescale, round_fast, rounding_factors
+from lightning_nna.emulator.program import Stored
+from lightning_nna.emulator.ranges import QParams
+from lightning_nna.emulator.weights import QuantizedWeight
+
+# The schema's numbers for the two kinds of padding.
+_SAME, _VALID = 0, 1
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Where a convolution looks, each with one entry for every axis that it goes along.
+
+    Args:
+        stride: Steps between outputs.
+        padding: Zeros before and after.
+        dilation: Steps between the weight's elements.
+        groups: Groups of channels.
+    """
+
+    stride: tuple[int, ...]
+    padding: tuple[tuple[int, int], ...]
+    dilation: tuple[int, ...]
+    groups: int
+
+    @classmethod
+    def of(
+        cls,
+        weight: Tensor,
+        stride: int | Sequence[int] = 1,
+        padding: str | int | Sequence[int] = 0,
+        dilation: int | Sequence[int] = 1,
+        groups: int = 1,
+    ) -> Geometry:
+        """Take the arguments of ``F.conv1d`` or ``F.conv2d``.
+
+        Example:
+            >>> Geometry.of(torch.zeros(8, 8, 4), padding="same").padding
+            ((1, 2),)
+        """
+        axes = weight.dim() - 2
+        steps = _each(dilation, axes)
+        if padding == "same":
+            # What is odd of them goes to the end.
+            reaches = [d * (k - 1) for d, k in zip(steps, weight.shape[2:], strict=True)]
+            pads = tuple((reach // 2, reach - reach // 2) for reach in reaches)
+        else:
+            sides = _each(0 if isinstance(padding, str) else padding, axes)
+            pads = tuple((side, side) for side in sides)
+        return cls(_each(stride, axes), pads, steps, groups)
+
+    @property
+    def symmetric(self) -> list[int]:
+        """Zeros that both ends of each axis have."""
+        return [min(pair) for pair in self.padding]
+
+    @property
+    def rest(self) -> list[int]:
+        """Zeros beyond these, as ``F.pad`` takes them: the last axis first."""
+        return [side - min(pair) for pair in reversed(self.padding) for side in pair]
+
+
+def convolution(
+    call: Call,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: str | int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+) -> Tensor:
+    """``F.conv1d`` and ``F.conv2d`` on the chip."""
+    geometry = Geometry.of(weight, stride, padding, dilation, groups)
+    x = call.operand(input, "input")
+
+    def in_float() -> Tensor:
+        return convolve_in_float(input, weight, bias, geometry)
+
+    if call.observing:
+        return call.host.folding.produced(call.observed(in_float()), call.site)
+    if call.host.folding.folds(call.site):
+
+        def run(at: Call, w: Tensor, b: Tensor | None, q: QuantizedWeight, y: QParams) -> Tensor:
+            return convolve(at, x, w, b, q, geometry, y)
+
+        waiting = convolve_in_float(x.value, weight, bias, geometry)
+        return call.host.folding.produced(waiting, Foldable(run, weight, bias))
+    rows_per_scale = 1 if call.host.spec.weight_granularity == "per_channel" else weight.shape[0]
+    quantized = call.host.weight(weight, rows_per_scale)
+    return convolve(call, x, weight, bias, quantized, geometry, call.output(in_float))
+
+
+def supports_convolution(input: Any, weight: Tensor, *args: Any, **kwargs: Any) -> bool:
+    """Whether a convolution is over one or two axes."""
+    return weight.dim() in (3, 4)
+
+
+def convolve_in_float(x: Tensor, weight: Tensor, bias: Tensor | None, at: Geometry) -> Tensor:
+    """What ``F.conv1d`` or ``F.conv2d`` computes, with zeros that may differ before and after.
+
+    Args:
+        x: Shape ``(N, C, L)`` or ``(N, C, H, W)``, or without the first axis.
+        weight: Shape ``(out, C / groups, K)`` or ``(out, C / groups, K_H, K_W)``.
+        bias: Shape ``(out,)``, or None.
+        at: Where to look.
+    """
+    padded = F.pad(x, at.rest) if any(at.rest) else x
+    function = F.conv1d if weight.dim() == 3 else F.conv2d
+    return function(padded, weight, bias, at.stride, at.symmetric, at.dilation, at.groups)
+
+
+def convolve(
+    call: Call,
+    x: Activation,
+    weight: Tensor,
+    bias: Tensor | None,
+    quantized: QuantizedWeight,
+    geometry: Geometry,
+    y: QParams,
+) -> Tensor:
+    """One CONV_2D or DEPTHWISE_CONV_2D instruction.
+
+    Args:
+        call: The call.
+        x: Input, shape ``(N, C, L)`` or ``(N, C, H, W)``, or without the first axis.
+        weight: What the gradient goes to, shape ``(out, C / groups, *kernel)``.
+        bias: Shape ``(out,)``, or None.
+        quantized: The weight on the chip.
+        geometry: Where to look.
+        y: Grid of the output.
+
+    Returns:
+        Tensor of the convolution's shape on ``y``.
+    """
+    single = x.value.dim() < weight.dim()
+    batch = replace(x, value=x.value.unsqueeze(0)) if single else x
+    padded = batch
+    with float32_arithmetic(x.value):
+        if any(geometry.rest):
+            padded = replace(batch, value=F.pad(batch.value, geometry.rest))
+        result = _Convolution.apply(
+            padded.value, weight, bias, padded, quantized, geometry, y, call
+        )
+    if call.recording:
+        _record(call, batch, bias, quantized, geometry, Activation(result, y))
+    return call.tagged(result.squeeze(0) if single else result, y)
+
+
+class _Convolution(torch.autograd.Function):
+    """Integer forward, straight-through backward with the weights of the chip."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        activation: Activation,
+        quantized: QuantizedWeight,
+        geometry: Geometry,
+        y: QParams,
+        call: Call,
+    ) -> Tensor:
+        needs_grad = any(ctx.needs_input_grad)
+        compute = _exact_output if needs_exact(call, activation, quantized) else _fast_output
+        rounded = compute(call, activation, quantized, bias, geometry, y)
+        centred, mask = clip(rounded, y, needs_grad)
+        if needs_grad:
+            ctx.geometry = geometry
+            ctx.save_for_backward(x, quantized.values, mask)
+        return centred.mul_(y.scale)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, values, mask = ctx.saved_tensors
+        at: Geometry = ctx.geometry
+        with float32_arithmetic(grad):
+            grads = torch.ops.aten.convolution_backward(
+                grad * mask,
+                x,
+                values,
+                [values.shape[0]],
+                at.stride,
+                at.symmetric,
+                at.dilation,
+                False,
+                [0] * len(at.stride),
+                at.groups,
+                ctx.needs_input_grad[:3],
+            )
+        return *grads, None, None, None, None, None
+
+
+def _exact_output(
+    call: Call,
+    x: Activation,
+    weight: QuantizedWeight,
+    bias: Tensor | None,
+    geometry: Geometry,
+    y: QParams,
+) -> Tensor:
+    """The rounded output in units of its scale, float64: as the reference kernel computes it."""
+    spec = call.host.spec
+    largest = weight.largest_sum() * x.qparams.largest
+    accumulator = _accumulate(x, weight, geometry, largest)
+    scales = x.qparams.scale * weight.scales.double()
+    if bias is not None:
+        biases = integer_bias(bias, scales, spec.bias_bits)
+        accumulator = accumulator.double().add_(_per_channel(biases, accumulator))
+        largest += float(biases.abs().max())
+    accumulator = overflowed(call, accumulator, largest)
+    factors = _per_channel(scales / y.scale, accumulator)
+    return rescale(accumulator, factors, rounding=_rounding(call, x), largest=largest)
+
+
+def _accumulate(
+    x: Activation, weight: QuantizedWeight, geometry: Geometry, largest: float
+) -> Float[Tensor, "batch channels *axes"]:
+    """Sums of products of integers, exact.
+
+    float64 convolutions have no good kernel on a CPU: the bytes of 16-bit inputs are convolved
+    apart, as long as each of the sums stays in float32.
+    """
+    integers = x.integers()
+    # The transforms that cuDNN may choose leave the integers.
+    with torch.backends.cudnn.flags(enabled=False, allow_tf32=False):
+        if largest < FLOAT32_INTEGERS:
+            return _sums(integers, weight.integers, None, geometry)
+        if weight.largest_sum() * 2**8 < FLOAT32_INTEGERS:
+            high = (integers * 2.0**-8).floor_()
+            low = integers - high * 2.0**8
+            upper = _sums(high, weight.integers, None, geometry).double().mul_(2.0**8)
+            return upper.add_(_sums(low, weight.integers, None, geometry))
+        return _sums(integers.double(), weight.integers.double(), None, geometry)
+
+
+def _sums(x: Tensor, weight: Tensor, bias: Tensor | None, at: Geometry) -> Tensor:
+    """A convolution without gradient over whatever axes there are."""
+    nothing = [0] * len(at.stride)
+    return torch.convolution(
+        x, weight, bias, at.stride, at.symmetric, at.dilation, False, nothing, at.groups
+    )
+
+
+def _fast_output(
+    call: Call,
+    x: Activation,
+    weight: QuantizedWeight,
+    bias: Tensor | None,
+    geometry: Geometry,
+    y: QParams,
+) -> Tensor:
+    """The same in float32: equal but for results that lie within rounding error of a tie."""
+    scales = x.qparams.scale * weight.scales.double()
+    first, second = rounding_factors(scales / y.scale, rounding=_rounding(call, x))
+    first = first.to(x.value.device)
+    biases = None
+    if bias is not None:
+        biases = integer_bias(bias, scales, call.host.spec.bias_bits).mul_(first).float()
+    # The small tensor takes the factor.
+    factor = (first / x.qparams.scale).view(-1, *[1] * (weight.integers.dim() - 1))
+    sums = _sums(x.value.detach(), weight.integers * factor, biases, geometry)
+    return round_fast(sums, None if second is None else _per_channel(second, sums))
+
+
+def _rounding(call: Call, x: Activation) -> Any:
+    return call.host.spec.rounding_of("double" if x.qparams.bits == 8 else "reduced")
+
+
+def _per_channel(values: Tensor, like: Tensor) -> Tensor:
+    """One number a channel, shaped to broadcast over a convolution's output."""
+    return values.to(like.device).view(-1, *[1] * (like.dim() - 2))
+
+
+def _each(value: int | Sequence[int], axes: int) -> tuple[int, ...]:
+    """One entry for every axis."""
+    entries = (value,) if isinstance(value, int) else tuple(value)
+    return entries * axes if len(entries) == 1 else entries
+
+
+# Instructions
+
+
+def _record(
+    call: Call,
+    x: Activation,
+    bias: Tensor | None,
+    quantized: QuantizedWeight,
+    geometry: Geometry,
+    y: Activation,
+) -> None:
+    scales = x.qparams.scale * quantized.scales.double()
+    # CONV_2D has no form without a bias.
+    zeros = torch.zeros(len(scales)) if bias is None else bias
+    biases = stored_bias(zeros, scales, call.host.spec, x.qparams.bits)
+    given, result = _channels_last(x.stored()), _channels_last(y.stored())
+    padding = _VALID
+    if any(side for pair in geometry.padding for side in pair):
+        if _is_same(geometry, x.value.shape[2:], quantized.integers.shape[2:], y.value.shape[2:]):
+            padding = _SAME
+        else:
+            given = _record_padding(call, given, geometry)
+    operator, weight, options = _kernel(quantized, geometry, x.value.shape[1])
+    options |= _by_axis("stride{}", geometry.stride)
+    options |= _by_axis("dilation{}Factor", geometry.dilation)
+    call.record(operator, [given, weight, biases], [result], padding=padding, **options)
+
+
+def _kernel(
+    quantized: QuantizedWeight, geometry: Geometry, channels: int
+) -> tuple[str, Stored, dict[str, Any]]:
+    """The instruction, its weight, and options of its own."""
+    stored = stored_weight(quantized)
+    integers = stored.integers
+    if integers.dim() == 3:
+        integers = integers.unsqueeze(2)
+    if geometry.groups == channels > 1:
+        weight = replace(stored, integers=integers.permute(1, 2, 3, 0), channel_axis=3)
+        return "DEPTHWISE_CONV_2D", weight, {"depthMultiplier": integers.shape[0] // channels}
+    return "CONV_2D", replace(stored, integers=integers.permute(0, 2, 3, 1)), {}
+
+
+def _is_same(
+    at: Geometry, inputs: Sequence[int], kernel: Sequence[int], outputs: Sequence[int]
+) -> bool:
+    """Whether the reference's ``SAME``, ceil(inputs / stride) outputs, pads as asked."""
+    axes = zip(inputs, kernel, outputs, at.stride, at.dilation, at.padding, strict=True)
+    for size, taps, result, stride, dilation, (before, _) in axes:
+        total = max((result - 1) * stride + dilation * (taps - 1) + 1 - size, 0)
+        if result != -(-size // stride) or before != total // 2:
+            return False
+    return True
+
+
+def _record_padding(call: Call, x: Stored, geometry: Geometry) -> Stored:
+    """Zeros around the height and width of a tensor, as an instruction."""
+    pairs = [(0, 0)] * (3 - len(geometry.padding)) + [*geometry.padding, (0, 0)]
+    sides = [side for pair in reversed(pairs) for side in pair]
+    padded = replace(x, integers=F.pad(x.integers, sides, value=x.zero_point), constant=False)
+    call.record("PAD", [x, Stored(torch.tensor(pairs), "int32", constant=True)], [padded])
+    return padded
+
+
+def _channels_last(x: Stored) -> Stored:
+    """Batch, height, width, channels: the layout of the schema."""
+    integers = x.integers.unsqueeze(2) if x.integers.dim() == 3 else x.integers
+    return replace(x, integers=integers.permute(0, 2, 3, 1))
+
+
+def _by_axis(name: str, values: Sequence[int]) -> dict[str, Any]:
+    """Options for height and width."""
+    height, width = values if len(values) == 2 else (1, *values)
+    return {name.format("H"): height, name.format("W"): width}
