@@ -64,3 +64,11 @@ def test_sixteen_bits() -> None:
     torch.manual_seed(1)
     compared = replays(Linears(), torch.randn(300, 48), spec="litert-int16x8")
     assert min(compared[name] for name in ("FULLY_CONNECTED", "MUL", "SUB", "ADD")) >= 9_600
+
+
+@pytest.mark.parametrize("spec", ["litert-int8", "litert-int16x8"])
+def test_dropout_leaves_integers(spec: str) -> None:
+    torch.manual_seed(2)
+    net = nn.Sequential(nn.Linear(30, 60), nn.Dropout(0.1), nn.Linear(60, 60), nn.Dropout(0.3))
+    net.append(nn.Linear(60, 20))
+    assert replays(net.train(), torch.randn(200, 30), spec=spec)["FULLY_CONNECTED"] == 28_000

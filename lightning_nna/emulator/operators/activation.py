@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import ctypes.util
 from collections.abc import Callable
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -18,7 +19,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_nna.emulator.operators.call import Activation, Call, float32_arithmetic
-from lightning_nna.emulator.ranges import PENDING, SIGMOID_OUTPUT, TANH_OUTPUT, QParams
+from lightning_nna.emulator.ranges import (
+    PENDING,
+    SIGMOID_OUTPUT,
+    TANH_OUTPUT,
+    QParams,
+    round_significand,
+)
 from lightning_nna.functional.fixed_point import round_half_away
 
 _FUNCTIONS: dict[str, tuple[Callable[[Tensor], Tensor], QParams]] = {
@@ -54,15 +61,20 @@ def dropout(
 ) -> Tensor:
     """Dropout as a change of grid: the integers stay, the scale grows by 1 / (1 - p).
 
-    An activation that no operator has quantised yet stays so. The emulator writes in-place results.
+    The new scale is rounded to the significand that every scale has: the integers stay exact. An
+    activation that no operator has quantised yet stays so. The emulator writes in-place results.
     """
-    result = F.dropout(input, p, training)
     tag = call.host.tag_of(input)
     if tag is None:
-        return result
-    if training and 0 < p < 1 and tag != PENDING:
-        tag = QParams(tag.scale / (1 - p), tag.zero_point, tag.low, tag.high)
-    return call.tagged(result, tag)
+        return F.dropout(input, p, training)
+    if tag == PENDING or not training or not 0 < p < 1:
+        return call.tagged(F.dropout(input, p, training), tag)
+    grown = replace(tag, scale=round_significand(tag.scale / (1 - p), tag.bits))
+    with float32_arithmetic(input):
+        kept = torch.empty_like(input).bernoulli_(1 - p).mul_(grown.scale)
+        # By a tensor: a GPU would multiply by the inverse of a number.
+        result = (input / torch.full((), tag.scale, device=input.device)) * kept
+    return call.tagged(result, grown)
 
 
 def _tabulated(call: Call, input: Tensor, name: str) -> Tensor:

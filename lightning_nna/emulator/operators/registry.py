@@ -12,6 +12,7 @@ from lightning_nna.emulator.operators import (
     convolution,
     elementwise,
     linear,
+    matmul,
     normalisation,
     recurrent,
 )
@@ -37,6 +38,7 @@ _ADD = Operator("add", elementwise.add)
 _CONCATENATION = Operator("concatenation", elementwise.concatenate)
 _CONVOLUTION = Operator("convolution", convolution.convolution, convolution.supports_convolution)
 _DIV = Operator("mul", elementwise.div, elementwise.supports_div)
+_MATMUL = Operator("batch_matmul", matmul.matmul, matmul.supports_matmul)
 _MUL = Operator("mul", elementwise.mul)
 _RELU = Operator("relu", activation.relu)
 _SIGMOID = Operator("sigmoid", activation.sigmoid)
@@ -69,6 +71,11 @@ TABLE: dict[str, Operator] = {
     "layer_norm": Operator("layer_norm", normalisation.layer_norm),
     "linear": Operator("fully_connected", linear.linear),
     "lstm": Operator("lstm", recurrent.lstm, recurrent.supports_lstm),
+    "__matmul__": _MATMUL,
+    "bmm": _MATMUL,
+    "matmul": _MATMUL,
+    "mm": _MATMUL,
+    "mv": _MATMUL,
     "mul": _MUL,
     "mul_": _MUL,
     "multiply": _MUL,
