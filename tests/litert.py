@@ -26,6 +26,7 @@ DTYPES = {
     "int16": schema.TensorType.INT16,
     "int32": schema.TensorType.INT32,
     "int64": schema.TensorType.INT64,
+    "bool": schema.TensorType.BOOL,
 }
 
 
@@ -96,16 +97,26 @@ def build_model(
     return bytes(builder.Output())
 
 
-def run_model(model: bytes, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """Run a program once, from its initial state, on LiteRT's reference kernels."""
-    return run_calls(model, [inputs])[-1]
+def run_model(
+    model: bytes, inputs: Sequence[np.ndarray], *, optimised: bool = False
+) -> list[np.ndarray]:
+    """Run a program once, from its initial state, on LiteRT's reference kernels.
+
+    ``optimised`` takes the other kernels of LiteRT, for operators that have no reference (ELU).
+    """
+    return run_calls(model, [inputs], optimised=optimised)[-1]
 
 
-def run_calls(model: bytes, calls: Sequence[Sequence[np.ndarray]]) -> list[list[np.ndarray]]:
+def run_calls(
+    model: bytes, calls: Sequence[Sequence[np.ndarray]], *, optimised: bool = False
+) -> list[list[np.ndarray]]:
     """Run a program once for each element of ``calls``; variables live on from call to call."""
+    optimised_kernels = OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES
     interpreter = Interpreter(
         model_content=model,
-        experimental_op_resolver_type=OpResolverType.BUILTIN_REF,
+        experimental_op_resolver_type=optimised_kernels
+        if optimised
+        else OpResolverType.BUILTIN_REF,
         num_threads=1,
     )
     interpreter.allocate_tensors()

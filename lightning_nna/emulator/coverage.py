@@ -80,10 +80,10 @@ def coverage(
         ValueError: If the module is on a chip already; call ``strip`` first.
 
     Example:
-        >>> print(coverage(nn.Sequential(nn.Linear(4, 2), nn.Softmax(-1)), torch.zeros(1, 4)))
+        >>> print(coverage(nn.Sequential(nn.Linear(4, 2), nn.Softplus()), torch.zeros(1, 4)))
         site                 where  calls  crossing bytes
         0/fully_connected#0  chip       1               0
-        1/softmax#0          CPU        1               4
+        1/softplus#0         CPU        1               4
     """
     if attached(module) is not None:
         raise ValueError("the module is on a chip already; call strip(module) first")

@@ -34,6 +34,12 @@ Phase = Literal["float", "observe", "emulate"]
 
 log = logging.getLogger(__name__)
 
+#: Place of the argument ``inplace`` of functions that have one.
+_INPLACE_ARGUMENT = {
+    "relu": 1, "relu6": 1, "silu": 1, "hardswish": 1, "hardsigmoid": 1, "leaky_relu": 2, "elu": 2,
+    "hardtanh": 3, "dropout": 3, "feature_dropout": 3,
+}  # fmt: skip
+
 
 class Emulator:
     """A module on the chip.
@@ -254,6 +260,7 @@ class Emulator:
         if self.phase == "float":
             return func(*args, **kwargs)
         known = not operator.name or operator.name in self.spec.operators
+        known = known and self.spec.activation_bits in operator.widths
         if not known or not operator.supports(*args, **kwargs):
             return self._fall_back(key, func, args, kwargs)
         call = Call(
@@ -367,7 +374,7 @@ def _is_in_place(
     func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> bool:
     name = getattr(func, "__name__", "")
-    if name in ("relu", "dropout", "feature_dropout"):
-        position = 1 if name == "relu" else 3
+    position = _INPLACE_ARGUMENT.get(name)
+    if position is not None:
         return bool(kwargs.get("inplace", len(args) > position and args[position]))
     return name.endswith("_") and not name.endswith("__")

@@ -15,6 +15,7 @@ are equal to theirs in every bit.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,22 +25,28 @@ from torch import Tensor
 
 from lightning_nna.functional.fixed_point import INT16_MAX, INT16_MIN
 
-#: A function of float32 arrays; the second argument is the largest value of the output's grid.
-RealFunction = Callable[[NDArray[np.float32], np.float32], NDArray[np.float32]]
-
-_HALF, _TWO = np.float32(0.5), np.float32(2.0)
+#: A function of arrays; the second argument is the largest value of the output's grid.
+RealFunction = Callable[[NDArray[Any], Any], NDArray[Any]]
 
 
 def interpolation_table(
-    function: RealFunction, input_scale: float, output_scale: float, *, segments: int = 512
+    function: RealFunction,
+    input_scale: float,
+    output_scale: float,
+    *,
+    segments: int = 512,
+    zero_point: int = 0,
+    precision: type[np.floating] = np.float32,
 ) -> Int[Tensor, " entries"]:
-    """Tabulate a function of 16-bit numbers with zero point 0 at the ends of segments.
+    """Tabulate a function of 16-bit numbers at the ends of segments.
 
     Args:
-        function: Takes float32 inputs and the largest value that the output can have.
+        function: Takes inputs and the largest value that the output can have.
         input_scale: Scale of the input.
         output_scale: Scale of the output.
         segments: A power of two, at most 65536.
+        zero_point: The input's integer that stands for 0; the output's is 0.
+        precision: In which the table is computed: the reference's softmax has float64.
 
     Returns:
         int64 table of ``segments + 1`` entries.
@@ -54,19 +61,20 @@ def interpolation_table(
     """
     if segments < 2 or segments > 2**16 or segments & (segments - 1):
         raise ValueError(f"segments must be a power of two from 2 to 65536, got {segments}")
-    # Single precision throughout, in the order of the reference.
-    scale_in, scale_out = np.float32(input_scale), np.float32(output_scale)
-    first, last = scale_in * np.float32(INT16_MIN), scale_in * np.float32(INT16_MAX)
-    lowest, largest = scale_out * np.float32(INT16_MIN), scale_out * np.float32(INT16_MAX)
-    step = (last - first) / np.float32(segments)
-    inverse = np.float32(2**16) / (largest - lowest)
-    starts = first + np.arange(segments + 1, dtype=np.float32) * step
-    ends = function(starts, largest).astype(np.float32)
-    middles = function(starts[:-1] + step / _TWO, largest).astype(np.float32) * inverse
+    # One precision throughout, in the order of the reference.
+    scale_in, scale_out = precision(input_scale), precision(output_scale)
+    first = scale_in * precision(INT16_MIN - zero_point)
+    last = scale_in * precision(INT16_MAX - zero_point)
+    lowest, largest = scale_out * precision(INT16_MIN), scale_out * precision(INT16_MAX)
+    step = (last - first) / precision(segments)
+    inverse = precision(2**16) / (largest - lowest)
+    starts = first + np.arange(segments + 1, dtype=precision) * step
+    ends = function(starts, largest).astype(precision)
+    middles = function(starts[:-1] + step / precision(2), largest).astype(precision) * inverse
     values = _round(ends[:-1] * inverse)
-    straight = _round((ends[1:] * inverse + values) / _TWO)
-    bias = _round((straight - _round(middles)) / _TWO)
-    end = _round(function(np.array([last]), largest).astype(np.float32) * inverse)
+    straight = _round((ends[1:] * inverse + values) / precision(2))
+    bias = _round((straight - _round(middles)) / precision(2))
+    end = _round(function(np.array([last]), largest).astype(precision) * inverse)
     table = np.concatenate([values - bias, end]).clip(INT16_MIN, INT16_MAX)
     return torch.from_numpy(table.astype(np.int64))
 
@@ -94,7 +102,7 @@ def interpolate(table: Int[Tensor, " entries"], x: Int[Tensor, "*shape"]) -> Int
     return start + ((rise + ((1 << shift) >> 1)) >> shift)
 
 
-def inverse_square_root(x: NDArray[np.float32], largest: np.float32) -> NDArray[np.float32]:
+def inverse_square_root(x: NDArray[Any], largest: Any) -> NDArray[Any]:
     """1 / sqrt(x), and the largest output where x is not positive.
 
     Example:
@@ -105,6 +113,6 @@ def inverse_square_root(x: NDArray[np.float32], largest: np.float32) -> NDArray[
     return np.where(x > 0, np.float32(1) / np.sqrt(positive), largest).astype(np.float32)
 
 
-def _round(x: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Ties away from zero, in single precision."""
-    return np.copysign(np.floor(np.abs(x) + _HALF), x)
+def _round(x: NDArray[Any]) -> NDArray[Any]:
+    """Ties away from zero, in the precision of ``x``."""
+    return np.copysign(np.floor(np.abs(x) + x.dtype.type(0.5)), x)

@@ -1,4 +1,4 @@
-"""Batch norm on the chip: folded where a layer comes before it, a convolution of its own elsewhere."""
+"""Batch norm on the chip: folded into the layer before it, or a convolution of its own."""
 
 from __future__ import annotations
 
@@ -98,14 +98,11 @@ def test_running_statistics_follow_as_in_float() -> None:
     with emulate(module) as chip:
         with chip.observing(), torch.no_grad():
             module(x)
-        before = (
-            norm.running_mean.clone(),
-            norm.running_var.clone(),
-            norm.num_batches_tracked.clone(),
-        )
+        before = [x.clone() for x in (norm.running_mean, norm.running_var)]
+        count = int(norm.num_batches_tracked)
         module(x + 1)
         after = norm.running_mean.clone(), norm.running_var.clone()
-    assert int(norm.num_batches_tracked) == int(before[2]) + 1
+    assert int(norm.num_batches_tracked) == count + 1
     norm.running_mean.copy_(before[0])
     norm.running_var.copy_(before[1])
     module(x + 1)

@@ -159,8 +159,8 @@ class _Binary(torch.autograd.Function):
         elif _has_table(left) and _has_table(right) and y.bits == 8:
             rounded = _look_up(kind, left, right, y, rounding)
         else:
-            integers = (left.integers(), right.integers())
-            rounded = _exact(kind, *integers, left.qparams, right.qparams, y, rounding)
+            grids = (left.qparams, right.qparams, y)
+            rounded = pairwise(kind, left.integers(), right.integers(), grids, rounding)
         centred, mask = clip(rounded, y, needs_grad)
         ctx.kind, ctx.shapes = kind, (a.shape, b.shape)
         if needs_grad:
@@ -216,13 +216,29 @@ def _has_table(x: Activation) -> bool:
 def _table(kind: Kind, a: QParams, b: QParams, y: QParams, rounding: RoundingKind) -> Tensor:
     """Unclipped results for all pairs of 8-bit integers, the first operand's most significant."""
     rows, columns = (torch.arange(256, dtype=torch.float32).add_(q.bounds[0]) for q in (a, b))
-    return _exact(kind, rows[:, None], columns, a, b, y, rounding).float().flatten()
+    return pairwise(kind, rows[:, None], columns, (a, b, y), rounding).float().flatten()
 
 
-def _exact(
-    kind: Kind, a: Tensor, b: Tensor, q_a: QParams, q_b: QParams, y: QParams, rounding: RoundingKind
+def pairwise(
+    kind: Kind,
+    a: Tensor,
+    b: Tensor,
+    grids: tuple[QParams, QParams, QParams],
+    rounding: RoundingKind,
 ) -> Tensor:
-    """Rounded as the chip does, in units of the output's scale, float64."""
+    """Integers of a sum, difference or product, rounded as the chip does, not clipped.
+
+    Args:
+        kind: What is computed.
+        a: Integers of the first operand less its zero point.
+        b: Those of the second; the two broadcast.
+        grids: Of the operands and the output.
+        rounding: Of the requantisation.
+
+    Returns:
+        Integers of the output less its zero point, float64.
+    """
+    q_a, q_b, y = grids
     if kind == "MUL":
         factor = _product_factor(q_a, q_b, y)
         largest = float(q_a.largest * q_b.largest)

@@ -15,6 +15,7 @@ from lightning_nna.emulator.operators import (
     matmul,
     normalisation,
     recurrent,
+    softmax,
 )
 
 
@@ -27,11 +28,13 @@ class Operator:
             name is for functions that are no instruction, as dropout.
         emulate: Takes a ``Call`` and the torch function's own arguments.
         supports: Whether the chip has this form of it; receives the function's arguments.
+        widths: Widths of activations in which the chip has it.
     """
 
     name: str
     emulate: Callable[..., Any]
     supports: Callable[..., bool] = lambda *args, **kwargs: True
+    widths: tuple[int, ...] = (8, 16)
 
 
 _ADD = Operator("add", elementwise.add)
@@ -46,6 +49,13 @@ _SUB = Operator("sub", elementwise.sub)
 _RSUB = Operator("sub", elementwise.reversed_sub)
 _TANH = Operator("tanh", activation.tanh)
 _DROPOUT = Operator("", activation.dropout)
+_ELU = Operator("elu", activation.elu, activation.supports_elu, widths=(8,))
+_HARD_SIGMOID = Operator("hard_sigmoid", activation.hard_sigmoid)
+_HARD_SWISH = Operator("hard_swish", activation.hard_swish, widths=(8,))
+_HARDTANH = Operator("relu6", activation.hardtanh, activation.supports_hardtanh)
+_LEAKY_RELU = Operator("leaky_relu", activation.leaky_relu)
+_SILU = Operator("silu", activation.silu)
+_SOFTMAX = Operator("softmax", softmax.softmax)
 
 #: By the name of the torch function or method; a trailing underscore is the in-place form.
 TABLE: dict[str, Operator] = {
@@ -67,7 +77,20 @@ TABLE: dict[str, Operator] = {
     "conv2d": _CONVOLUTION,
     "dropout": _DROPOUT,
     "embedding": Operator("embedding", linear.embedding),
-    "feature_dropout": _DROPOUT,
+    "elu": _ELU,
+    "elu_": _ELU,
+    "feature_dropout": Operator("", activation.feature_dropout),
+    "gelu": Operator("gelu", activation.gelu, widths=(8,)),
+    "glu": Operator("glu", activation.glu),
+    "hardsigmoid": _HARD_SIGMOID,
+    "hardswish": _HARD_SWISH,
+    "hardtanh": _HARDTANH,
+    "hardtanh_": _HARDTANH,
+    "leaky_relu": _LEAKY_RELU,
+    "leaky_relu_": _LEAKY_RELU,
+    "relu6": Operator("relu6", activation.relu6),
+    "silu": _SILU,
+    "softmax": _SOFTMAX,
     "layer_norm": Operator("layer_norm", normalisation.layer_norm),
     "linear": Operator("fully_connected", linear.linear),
     "lstm": Operator("lstm", recurrent.lstm, recurrent.supports_lstm),
