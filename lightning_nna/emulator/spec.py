@@ -24,11 +24,15 @@ OPERATORS = (
     "fully_connected",
     "layer_norm",
     "lstm",
+    "mean",
     "mul",
+    "reduce_max",
+    "reduce_min",
     "relu",
     "rms_norm",
     "sigmoid",
     "sub",
+    "sum",
     "tanh",
 )
 
