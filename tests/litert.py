@@ -26,6 +26,7 @@ DTYPES = {
     "int16": schema.TensorType.INT16,
     "int32": schema.TensorType.INT32,
     "int64": schema.TensorType.INT64,
+    "bool": schema.TensorType.BOOL,
 }
 
 
