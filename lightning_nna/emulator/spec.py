@@ -16,6 +16,7 @@ import yaml
 #: The operators that the emulator has, by the name that coverage and call sites use.
 OPERATORS = (
     "add",
+    "attention",
     "batch_matmul",
     "batch_norm",
     "concatenation",
@@ -30,7 +31,10 @@ OPERATORS = (
     "layer_norm",
     "leaky_relu",
     "lstm",
+    "mean",
     "mul",
+    "reduce_max",
+    "reduce_min",
     "relu",
     "relu6",
     "rms_norm",
@@ -38,6 +42,7 @@ OPERATORS = (
     "silu",
     "softmax",
     "sub",
+    "sum",
     "tanh",
 )
 

@@ -58,7 +58,9 @@ def test_the_gradient_is_the_derivative_at_the_quantised_input(name: str) -> Non
     x = torch.randint(-19, 20, (50, 40)) * 0.375 + 0.125
     with emulate(module) as chip:
         with chip.observing():
-            module(torch.linspace(-8, 8, 202)[None] * (255 / 256))  # Nothing is clipped.
+            # Nothing is clipped: all values, in both halves of a row, and their largest products.
+            line = torch.linspace(-8, 8, 202) * (255 / 256)
+            module(torch.stack([line, line.flip(0), torch.cat([line[::2], line[-1:].expand(101)])]))
         leaf = x.clone().requires_grad_()
         on_chip = module(leaf)
         direction = torch.randn_like(on_chip)
