@@ -1,8 +1,8 @@
 """Which layers are folded into the batch norm that follows them.
 
 While ranges are observed, a layer notes its result, and everything that takes it in is noted as a
-reader. A layer folds if a batch norm is its only reader. From then on its result is the float one
-and waits, with the layer's instruction, for that norm.
+reader. A layer folds if a batch norm is its only reader. From then on its result, on no grid yet,
+waits with the layer's sums for that norm.
 """
 
 from __future__ import annotations
@@ -14,27 +14,35 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from lightning_nna.emulator.ranges import QParams
+from lightning_nna.emulator.spec import KernelRounding
 from lightning_nna.emulator.weights import QuantizedWeight
 
 if TYPE_CHECKING:
-    from lightning_nna.emulator.operators.call import Call
+    from lightning_nna.emulator.operators.call import Activation, Call
 
 
 @dataclass(frozen=True)
 class Foldable:
-    """A layer whose float result waits for the batch norm that it folds.
+    """A layer whose result waits for the batch norm that it folds.
 
     Args:
-        run: The layer's instruction, given a call, weight, bias, the weight on the chip, and the
-            grid of the output.
-        weight: The layer's weight; output channels along the first axis.
+        sums: The layer's sums without its bias, whole numbers, channels along the second axis;
+            empty where the result will do.
         bias: The layer's bias, or None.
+        weight: The layer's weight on the chip, with a scale for each channel.
+        x: The layer's input.
+        rounding: Of the layer's kernel.
+        exact: Whether the sums are needed.
+        record: Reports the instruction, given the call, the folded weight and bias and the output.
     """
 
-    run: Callable[[Call, Tensor, Tensor | None, QuantizedWeight, QParams], Tensor]
-    weight: Tensor
+    sums: Tensor
     bias: Tensor | None
+    weight: QuantizedWeight
+    x: Activation
+    rounding: KernelRounding
+    exact: bool
+    record: Callable[[Call, QuantizedWeight, Tensor, Activation], None]
 
 
 class Folding:

@@ -70,7 +70,7 @@ def quantize_weight(
     magnitude = weight.reshape(rows // rows_per_scale, -1).abs().amax(1)
     if not bool(torch.isfinite(magnitude).all()):
         raise FloatingPointError("a weight is not finite; it cannot be put on the chip's grid")
-    rounded = _powers_of_two if power_of_two else _round_significands
+    rounded = _powers_of_two if power_of_two else round_significands
     scale = rounded(magnitude.double() / maximum).clamp_min(_SMALLEST_SCALE).float()
     scales = scale.repeat_interleave(rows_per_scale)
     integers = (weight / _per_row(scales, weight)).round_().clamp_(-maximum, maximum)
@@ -82,7 +82,7 @@ def _per_row(scales: Tensor, weight: Tensor) -> Tensor:
     return scales.reshape(-1, *([1] * (weight.ndim - 1)))
 
 
-def _round_significands(scale: Tensor) -> Tensor:
+def round_significands(scale: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     """Round to 16-bit significands: scale * integer is exact, and quantising twice changes nothing.
 
     To nearest here and not up: the largest integer may then fall 2^-17 outside, which rounding

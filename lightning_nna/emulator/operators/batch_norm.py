@@ -3,31 +3,40 @@ r"""Batch normalisation, folded into the convolution or linear layer before it.
 On the chip there is no batch norm: its factor and shift are part of the weight and bias of the
 layer that it follows, per output channel,
 
-.. math:: w' = w \frac{\gamma}{\sqrt{v + \epsilon}}, \qquad
-          b' = (b - m) \frac{\gamma}{\sqrt{v + \epsilon}} + \beta.
+.. math:: w' = w f, \qquad b' = (b - m) f + \beta, \qquad f = \frac{\gamma}{\sqrt{v + \epsilon}}.
 
-In training, :math:`m` and :math:`v` are those of the batch, as the layer computes it in float from
-the chip's own inputs; the running statistics follow them as ever, and evaluation folds those. So
-the layer runs twice, once in float for the statistics and once on the chip. The gradient passes
-through the folded weight into the weight, the factor, the shift and the batch's statistics.
+A weight with a scale of its own for each channel keeps its integers when its channels are
+multiplied: :math:`|f|` goes into the scales and the sign of :math:`f` to the integers. So the
+layer's sums are formed once; in training :math:`m` and :math:`v` are theirs, in evaluation the
+running statistics, which follow as ever. The backward is batch norm's own.
 
 Which layers fold is seen while ranges are observed: those whose result goes straight into a batch
-norm. Any other batch norm is a depthwise convolution with one tap.
+norm and nowhere else. Any other batch norm, and each on a chip whose weights have one scale a
+tensor or powers of two for scales, is a depthwise convolution with one tap.
 
 Reference:
     Jacob et al., "Quantization and training of neural networks for efficient integer-arithmetic-
     only inference", CVPR 2018, arXiv 1712.05877, section 3.2.
+
+Differs from the paper: there the folded weight is quantised and convolved a second time; the
+statistics are those of the float weight.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_nna.emulator.operators.call import Activation, Call, float32_arithmetic
+from lightning_nna.emulator.folding import Foldable
+from lightning_nna.emulator.operators.call import Activation, Call, clip, float32_arithmetic
 from lightning_nna.emulator.operators.convolution import Geometry, convolve
+from lightning_nna.emulator.operators.linear import integer_bias, overflowed
+from lightning_nna.emulator.operators.rescaling import rescale, round_fast, rounding_factors
 from lightning_nna.emulator.ranges import QParams
+from lightning_nna.emulator.weights import QuantizedWeight, round_significands
 
 
 def batch_norm(
@@ -43,7 +52,9 @@ def batch_norm(
 ) -> Tensor:
     """``F.batch_norm`` on the chip."""
     if call.observing:
-        call.host.folding.normalises(input)
+        spec = call.host.spec
+        if spec.weight_granularity == "per_channel" and not spec.power_of_two_scales:
+            call.host.folding.normalises(input)
         given = call.operand(input, "input").value
         arguments = (running_mean, running_var, weight, bias, training, momentum, eps)
         return call.observed(F.batch_norm(given, *arguments))
@@ -52,20 +63,13 @@ def batch_norm(
     values = input if x is None else x.value
     with float32_arithmetic(values):
         mean, variance = _statistics(values, running_mean, running_var, training, momentum)
-        factor = torch.rsqrt(variance + eps)
-        factor = factor if weight is None else factor * weight
-        y = call.output(lambda: _normalised(values.detach(), mean, factor, bias))
-        if folded is None:
-            shift = -mean * factor if bias is None else bias - mean * factor
-            new = factor
-        else:
-            offset = -mean if folded.bias is None else folded.bias - mean
-            shift = offset * factor if bias is None else offset * factor + bias
-            new = folded.weight * factor.view(-1, *[1] * (folded.weight.dim() - 1))
-    if folded is not None:
-        return folded.run(call, new, shift, call.quantized(new), y)
+        inverse = torch.rsqrt(variance + eps)
+        y = call.output(lambda: _normalised(values.detach(), mean, inverse, weight, bias))
+        if folded is not None:
+            result = _Folded.apply(input, weight, bias, mean, inverse, training, folded, y, call)
+            return call.tagged(result, y)
     assert x is not None, "either the layer before folds, or there is an operand"
-    return _as_convolution(call, x, factor, shift, y)
+    return _as_convolution(call, x, weight, bias, mean, inverse, y)
 
 
 def _statistics(
@@ -90,21 +94,126 @@ def _statistics(
     return mean, variance
 
 
-def _normalised(x: Tensor, mean: Tensor, factor: Tensor, bias: Tensor | None) -> Tensor:
+def _normalised(
+    x: Tensor, mean: Tensor, inverse: Tensor, weight: Tensor | None, bias: Tensor | None
+) -> Tensor:
+    """Batch norm in float with given statistics."""
+    factor = inverse if weight is None else inverse * weight
     shape = (-1, *[1] * (x.dim() - 2))
     result = (x - mean.view(shape)) * factor.view(shape)
     return result if bias is None else result + bias.view(shape)
 
 
-def _as_convolution(call: Call, x: Activation, factor: Tensor, shift: Tensor, y: QParams) -> Tensor:
+class _Folded(torch.autograd.Function):
+    """The layer's sums with the norm's scales and bias forward, batch norm's own backward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        mean: Tensor,
+        inverse: Tensor,
+        training: bool,
+        layer: Foldable,
+        y: QParams,
+        call: Call,
+    ) -> Tensor:
+        factor = inverse.detach() if weight is None else inverse.detach() * weight.detach()
+        offset = -mean.detach() if layer.bias is None else layer.bias.detach() - mean.detach()
+        shift = offset * factor if bias is None else torch.addcmul(bias.detach(), offset, factor)
+        folded, scales = _folded_weight(layer, factor)
+        rounded = _output(call, layer, x.detach(), factor, shift, scales, y)
+        centred, mask = clip(rounded, y, any(ctx.needs_input_grad))
+        result = centred.mul_(y.scale)
+        if call.recording:
+            layer.record(call, folded, shift, Activation(result, y))
+        ctx.training, ctx.has_bias = training, bias is not None
+        ctx.save_for_backward(x, weight, mean.detach(), inverse.detach(), mask)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, mean, inverse, mask = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        with float32_arithmetic(grad):
+            # In evaluation the kernel takes the running statistics; the inverse is that of var + 0.
+            running = (mean, inverse.square().reciprocal())
+            grads = torch.ops.aten.native_batch_norm_backward(
+                grad * mask,
+                x,
+                weight,
+                *running,
+                mean,
+                inverse,
+                ctx.training,
+                0.0,
+                [needs_x, needs_weight, needs_bias],
+            )
+        wanted = zip(grads, (needs_x, needs_weight, needs_bias), strict=True)
+        return *(found if need else None for found, need in wanted), *(None,) * 6
+
+
+def _folded_weight(layer: Foldable, factor: Tensor) -> tuple[QuantizedWeight, Tensor]:
+    """The weight with the norm's factor, and the scales of its sums."""
+    held = layer.weight
+    scales = round_significands(held.scales.double() * factor.double().abs())
+    # A channel that the norm multiplies with nothing: any scale will do.
+    scales = scales.clamp_min(2.0**-30)
+    signs = factor.sign().view(-1, *[1] * (held.integers.dim() - 1))
+    weight = QuantizedWeight(held.integers * signs, scales.float())
+    return weight, layer.x.qparams.scale * scales
+
+
+def _output(
+    call: Call,
+    layer: Foldable,
+    result: Tensor,
+    factor: Tensor,
+    shift: Tensor,
+    scales: Tensor,
+    y: QParams,
+) -> Tensor:
+    """The rounded output in units of its scale, from the layer's sums or its result."""
+    shape = (-1, *[1] * (result.dim() - 2))
+    biases = integer_bias(shift, scales, call.host.spec.bias_bits)
+    signs = factor.sign()
+    if layer.exact:
+        total = layer.sums.double() * signs.double().view(shape) + biases.view(shape)
+        largest = layer.weight.largest_sum() * layer.x.qparams.largest
+        largest += float(biases.abs().max())
+        total = overflowed(call, total, largest)
+        factors = (scales / y.scale).view(shape)
+        return rescale(total, factors, rounding=layer.rounding, largest=largest)
+    first, second = rounding_factors(scales / y.scale, rounding=layer.rounding)
+    first = first.to(result.device)
+    to_units = signs * first / (layer.x.qparams.scale * layer.weight.scales)
+    constant = (biases * first).float()
+    if layer.bias is not None:
+        constant -= layer.bias.detach() * to_units
+    scaled = torch.addcmul(constant.view(shape), result, to_units.view(shape))
+    return round_fast(scaled, None if second is None else second.view(shape))
+
+
+def _as_convolution(
+    call: Call,
+    x: Activation,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    inverse: Tensor,
+    y: QParams,
+) -> Tensor:
     """A factor and a shift per channel: a depthwise convolution with one tap."""
-    flat = x.value.dim() == 2
-    value = x.value.unsqueeze(2) if flat else x.value
-    axes = min(value.dim() - 2, 2)
-    # More than two axes in space are one to this layer.
+    with float32_arithmetic(x.value):
+        factor = inverse if weight is None else inverse * weight
+        shift = -mean * factor if bias is None else bias - mean * factor
+    value = x.value.unsqueeze(2) if x.value.dim() == 2 else x.value
+    # More than two axes in space are two to this layer.
     shaped = value.flatten(3) if value.dim() > 4 else value
-    weight = factor.view(-1, *[1] * (axes + 1))
-    geometry = Geometry.of(weight, groups=len(factor))
+    taps = factor.view(-1, *[1] * (shaped.dim() - 1))
+    geometry = Geometry.of(taps, groups=len(factor))
     operand = Activation(shaped, x.qparams)
-    result = convolve(call, operand, weight, shift, call.quantized(weight), geometry, y)
+    result = convolve(call, operand, taps, shift, call.quantized(taps), geometry, y)
     return call.tagged(result.reshape(x.value.shape), y)

@@ -117,15 +117,32 @@ def convolution(
     if call.observing:
         return call.host.folding.produced(call.observed(in_float()), call.site)
     if call.host.folding.folds(call.site):
-
-        def run(at: Call, w: Tensor, b: Tensor | None, q: QuantizedWeight, y: QParams) -> Tensor:
-            return convolve(at, x, w, b, q, geometry, y)
-
-        waiting = convolve_in_float(x.value, weight, bias, geometry)
-        return call.host.folding.produced(waiting, Foldable(run, weight, bias))
+        return _waiting(call, x, weight, bias, geometry)
     rows_per_scale = 1 if call.host.spec.weight_granularity == "per_channel" else weight.shape[0]
     quantized = call.host.weight(weight, rows_per_scale)
     return convolve(call, x, weight, bias, quantized, geometry, call.output(in_float))
+
+
+def _waiting(
+    call: Call, x: Activation, weight: Tensor, bias: Tensor | None, geometry: Geometry
+) -> Tensor:
+    """The result of a convolution before its rounding, for the batch norm that folds it."""
+    quantized = call.host.weight(weight, 1)
+    with float32_arithmetic(x.value):
+        padded = x
+        if any(geometry.rest):
+            padded = replace(x, value=F.pad(x.value, geometry.rest))
+        arguments = (padded, quantized, geometry, call)
+        result, sums = _Sums.apply(padded.value, weight, bias, *arguments)
+
+    def record(at: Call, folded: QuantizedWeight, shift: Tensor, y: Activation) -> None:
+        _record(at, x, shift, folded, geometry, y)
+
+    rounding = _rounding(call, x)
+    return call.host.folding.produced(
+        result,
+        Foldable(sums, bias, quantized, x, rounding, needs_exact(call, x, quantized), record),
+    )
 
 
 def supports_convolution(input: Any, weight: Tensor, *args: Any, **kwargs: Any) -> bool:
@@ -184,6 +201,43 @@ def convolve(
     return call.tagged(result.squeeze(0) if single else result, y)
 
 
+class _Sums(torch.autograd.Function):
+    """Real values of the sums with the bias, and the sums themselves."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        activation: Activation,
+        quantized: QuantizedWeight,
+        geometry: Geometry,
+        call: Call,
+    ) -> tuple[Tensor, Tensor]:
+        ctx.geometry = geometry
+        ctx.save_for_backward(x, quantized.values)
+        if not needs_exact(call, activation, quantized):
+            result = _sums(x.detach(), quantized.values, bias, geometry)
+            ctx.mark_non_differentiable(sums := result.new_empty(0))
+            return result, sums
+        largest = quantized.largest_sum() * activation.qparams.largest
+        sums = _accumulate(activation, quantized, geometry, largest)
+        scales = _per_channel(activation.qparams.scale * quantized.scales, sums)
+        result = (sums * scales).float()
+        if bias is not None:
+            result += _per_channel(bias.detach(), sums)
+        ctx.mark_non_differentiable(sums)
+        return result, sums
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+        x, values = ctx.saved_tensors
+        with float32_arithmetic(grad):
+            grads = _gradients(grad, x, values, ctx.geometry, ctx.needs_input_grad[:3])
+        return *grads, None, None, None, None
+
+
 class _Convolution(torch.autograd.Function):
     """Integer forward, straight-through backward with the weights of the chip."""
 
@@ -211,22 +265,30 @@ class _Convolution(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, values, mask = ctx.saved_tensors
-        at: Geometry = ctx.geometry
         with float32_arithmetic(grad):
-            grads = torch.ops.aten.convolution_backward(
-                grad * mask,
-                x,
-                values,
-                [values.shape[0]],
-                at.stride,
-                at.symmetric,
-                at.dilation,
-                False,
-                [0] * len(at.stride),
-                at.groups,
-                ctx.needs_input_grad[:3],
-            )
+            needs = ctx.needs_input_grad[:3]
+            grads = _gradients(grad * mask, x, values, ctx.geometry, needs)
         return *grads, None, None, None, None, None
+
+
+def _gradients(
+    grad: Tensor, x: Tensor, weight: Tensor, at: Geometry, needs: Sequence[bool]
+) -> tuple[Tensor | None, ...]:
+    """Of input, weight and bias."""
+    gradients: tuple[Tensor | None, ...] = torch.ops.aten.convolution_backward(
+        grad,
+        x,
+        weight,
+        [weight.shape[0]],
+        at.stride,
+        at.symmetric,
+        at.dilation,
+        False,
+        [0] * len(at.stride),
+        at.groups,
+        needs,
+    )
+    return gradients
 
 
 def _exact_output(

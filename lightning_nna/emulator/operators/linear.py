@@ -40,16 +40,28 @@ def linear(call: Call, input: Tensor, weight: Tensor, bias: Tensor | None = None
         # A batch norm over (batch, channels); elsewhere its channels are not the layer's.
         return call.host.folding.produced(result, call.site) if input.dim() == 2 else result
     if call.host.folding.folds(call.site):
-
-        def run(at: Call, w: Tensor, b: Tensor | None, q: QuantizedWeight, y: QParams) -> Tensor:
-            return fully_connected(at, x, w, b, q, y)
-
-        waiting = F.linear(x.value, weight, bias)
-        return call.host.folding.produced(waiting, Foldable(run, weight, bias))
+        return _waiting(call, x, weight, bias)
     rows_per_scale = 1 if call.host.spec.weight_granularity == "per_channel" else weight.shape[0]
     quantized = call.host.weight(weight, rows_per_scale)
     y = call.output(lambda: F.linear(input, weight, bias))
     return fully_connected(call, x, weight, bias, quantized, y)
+
+
+def _waiting(call: Call, x: Activation, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The result of a layer before its rounding, for the batch norm that folds it."""
+    quantized = call.host.weight(weight, 1)
+    exact = needs_exact(call, x, quantized)
+    with float32_arithmetic(x.value):
+        values = _StraightThrough.apply(weight, quantized.values)
+        result = F.linear(x.value, values, bias)
+        sums = integer_matmul(x.integers(), quantized, x.qparams.largest) if exact else result
+
+    def record(at: Call, folded: QuantizedWeight, shift: Tensor, y: Activation) -> None:
+        _record(at, x, shift, folded, y)
+
+    rounding = call.host.spec.rounding_of("real")
+    waiting = Foldable(sums.detach(), bias, quantized, x, rounding, exact, record)
+    return call.host.folding.produced(result, waiting)
 
 
 def fully_connected(
