@@ -30,7 +30,10 @@ OPERATORS = (
     "layer_norm",
     "leaky_relu",
     "lstm",
+    "mean",
     "mul",
+    "reduce_max",
+    "reduce_min",
     "relu",
     "relu6",
     "rms_norm",
@@ -38,6 +41,7 @@ OPERATORS = (
     "silu",
     "softmax",
     "sub",
+    "sum",
     "tanh",
 )
 

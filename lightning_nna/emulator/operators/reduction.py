@@ -1,69 +1,227 @@
-"""Means over axes (a first form; sums and maxima follow)."""
+r"""Means, sums and extremes over axes.
+
+The reference divides by the number of elements inside the multiplier: with the mantissa :math:`m`
+and exponent :math:`e` of :math:`s_x / s_y`, and as many bits :math:`k` as leave 32,
+
+.. math:: \bar q = M\Bigl(\sum_i (q_i - o_x);\ \lfloor 2^k m / N \rfloor,\ e - k\Bigr) + o_y,
+          \qquad k = \min(\lfloor \log_2 N \rfloor,\ 32,\ 31 + e)
+
+Its ``SUM`` of 8-bit or 16-bit integers wraps around. A sum is therefore a ``MEAN`` onto a grid
+:math:`N` times finer and a ``MUL`` by the integer 1 of scale :math:`N`, which changes no integer.
+Extremes choose among values and need no arithmetic.
+"""
 
 from __future__ import annotations
 
-import math
+from collections.abc import Callable
+from dataclasses import replace
+from functools import wraps
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from lightning_nna.emulator.operators.call import Activation, Call, clip, float32_arithmetic
+from lightning_nna.emulator.operators.linear import FLOAT32_INTEGERS
+from lightning_nna.emulator.operators.rescaling import multiply, rescale
 from lightning_nna.emulator.program import Stored
 from lightning_nna.emulator.ranges import QParams
-from lightning_nna.functional.fixed_point import (
-    multiply_by_quantized_multiplier,
-    quantize_multiplier,
-)
+from lightning_nna.functional.fixed_point import quantize_multiplier
+
+Axes = int | tuple[int, ...] | list[int] | None
 
 
+def _with_numpy_names(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Let ``axis`` and ``keepdims`` stand for ``dim`` and ``keepdim``, as torch does."""
+
+    @wraps(function)
+    def renamed(*args: Any, axis: Axes = None, keepdims: bool | None = None, **kwargs: Any) -> Any:
+        if axis is not None:
+            kwargs["dim"] = axis
+        if keepdims is not None:
+            kwargs["keepdim"] = keepdims
+        return function(*args, **kwargs)
+
+    return renamed
+
+
+@_with_numpy_names
 def mean(
-    call: Call, input: Tensor, dim: Any = None, keepdim: bool = False, **kwargs: Any
+    call: Call, input: Tensor, dim: Axes = None, keepdim: bool = False, *, dtype: Any = None
 ) -> Tensor:
+    """``torch.mean`` on the chip."""
     x = call.operand(input, "input")
-    axes = (dim,) if isinstance(dim, int) else tuple(dim if dim is not None else range(input.dim()))
+
+    def in_float() -> Tensor:
+        return torch.mean(input, dim, keepdim)
+
     if call.observing:
-        return call.observed(x.value.mean(axes, keepdim))
-    y = call.output(lambda: x.value.mean(axes, keepdim))
+        return call.observed(in_float())
+    return mean_onto(call, x, _axes(input, dim), keepdim, call.output(in_float))
+
+
+@_with_numpy_names
+def sum(
+    call: Call, input: Tensor, dim: Axes = None, keepdim: bool = False, *, dtype: Any = None
+) -> Tensor:
+    """``torch.sum``: a mean, and a product with 1 that stands for the number of elements."""
+    x = call.operand(input, "input")
+
+    def in_float() -> Tensor:
+        return torch.sum(input, dim, keepdim)
+
+    if call.observing:
+        return call.observed(in_float())
+    y, axes = call.output(in_float), _axes(input, dim)
+    count = _count(input, axes)
+    finer = replace(y, scale=float(np.float32(y.scale) / np.float32(count)))
     with float32_arithmetic(input):
-        result = _Mean.apply(x.value, axes, keepdim, x, y, call)
+        result = _Mean.apply(x.value, x, axes, keepdim, finer, y.scale, call)
     if call.recording:
-        positive = torch.tensor([a % input.dim() for a in axes])
-        call.record(
-            "MEAN",
-            [x.stored(), Stored(positive, "int32", constant=True)],
-            [Activation(result, y).stored()],
-            keepDims=keepdim,
-        )
+        integers = Activation(result, y).stored()
+        average = replace(integers, scale=finer.scale)
+        _record_reduction(call, "MEAN", x, average, axes, keepdim)
+        one = Stored(torch.ones((), dtype=torch.int64), integers.dtype, count, constant=True)
+        call.record("MUL", [average, one], [integers])
     return call.tagged(result, y)
 
 
+def mean_onto(
+    call: Call, x: Activation, axes: tuple[int, ...], keepdim: bool, y: QParams
+) -> Tensor:
+    """One MEAN instruction.
+
+    Args:
+        call: The call.
+        x: Any shape.
+        axes: Which to average over, from 0.
+        keepdim: Whether they stay, with one element.
+        y: Grid of the output.
+    """
+    with float32_arithmetic(x.value):
+        result = _Mean.apply(x.value, x, axes, keepdim, y, y.scale, call)
+    if call.recording:
+        _record_reduction(call, "MEAN", x, Activation(result, y).stored(), axes, keepdim)
+    return call.tagged(result, y)
+
+
+@_with_numpy_names
+def amax(call: Call, input: Tensor, dim: Axes = (), keepdim: bool = False) -> Tensor:
+    """``torch.amax`` on the chip."""
+    return _extreme(call, "REDUCE_MAX", torch.amax, input, dim, keepdim)
+
+
+@_with_numpy_names
+def amin(call: Call, input: Tensor, dim: Axes = (), keepdim: bool = False) -> Tensor:
+    """``torch.amin`` on the chip."""
+    return _extreme(call, "REDUCE_MIN", torch.amin, input, dim, keepdim)
+
+
+@_with_numpy_names
+def maximum_over(call: Call, input: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """``torch.max`` of one tensor: of all its values, or over one axis with indices."""
+    return _extreme(call, "REDUCE_MAX", torch.max, input, *args, **kwargs)
+
+
+@_with_numpy_names
+def minimum_over(call: Call, input: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """``torch.min`` of one tensor."""
+    return _extreme(call, "REDUCE_MIN", torch.min, input, *args, **kwargs)
+
+
+def supports_average(input: Any, *args: Any, dtype: Any = None, **kwargs: Any) -> bool:
+    """Whether a mean or sum is in float32 and has something to add up."""
+    plain = dtype in (None, torch.float32) and "out" not in kwargs
+    return plain and input.dim() > 0 and input.numel() > 0
+
+
+def supports_extreme(input: Any, *args: Any, **kwargs: Any) -> bool:
+    """Whether an extreme is over axes of one tensor, and not of two tensors."""
+    others = [*args, *kwargs.values()]
+    one = not any(isinstance(x, Tensor) for x in others)
+    return one and input.dim() > 0 and input.numel() > 0
+
+
+def _extreme(
+    call: Call,
+    kind: str,
+    function: Callable[..., Any],
+    input: Tensor,
+    dim: Any = None,
+    keepdim: bool = False,
+) -> Any:
+    """The values lie on the input's own grid."""
+    x = call.operand(input, "input")
+    with float32_arithmetic(input):
+        result = function(x.value) if dim is None else function(x.value, dim, keepdim)
+    values = result if isinstance(result, Tensor) else result.values
+    call.unchanged(values, x)
+    if call.recording:
+        stored = Activation(values, x.qparams).stored()
+        _record_reduction(call, kind, x, stored, _axes(input, dim), keepdim)
+    return result
+
+
 class _Mean(torch.autograd.Function):
+    """A mean, whose integers may stand for another scale than the one they are rounded to."""
+
     @staticmethod
     def forward(
         ctx: Any,
         x: Tensor,
+        activation: Activation,
         axes: tuple[int, ...],
         keepdim: bool,
-        a: Activation,
-        y: QParams,
+        grid: QParams,
+        scale: float,
         call: Call,
     ) -> Tensor:
-        count = math.prod(x.shape[i] for i in axes)
-        m, shift = quantize_multiplier(a.qparams.scale / y.scale)
-        k = min(int(math.log2(count)), 32, 31 + shift)
-        total = a.integers().double().sum(axes, keepdim).long()
-        rounded = multiply_by_quantized_multiplier(total, (m << k) // count, shift - k)
-        centred, mask = clip(rounded.double(), y, True)
+        count = _count(x, axes)
+        largest = float(count * activation.qparams.largest)
+        integers = activation.integers()
+        dtype = torch.float32 if largest < FLOAT32_INTEGERS else torch.float64
+        total = integers.sum(axes, keepdim, dtype=dtype)
+        rounded = _average(call, total, count, activation.qparams.scale / grid.scale, largest)
+        centred, mask = clip(rounded, grid, any(ctx.needs_input_grad))
+        ctx.axes, ctx.shape = () if keepdim else axes, x.shape
+        ctx.slope = scale / (grid.scale * count)
         ctx.save_for_backward(mask)
-        ctx.shape, ctx.axes, ctx.keepdim, ctx.count = x.shape, axes, keepdim, count
-        return centred.mul_(y.scale)
+        return centred.mul_(scale)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (mask,) = ctx.saved_tensors
-        inside = grad * mask / ctx.count
-        if not ctx.keepdim:
-            for a in sorted(i % len(ctx.shape) for i in ctx.axes):
-                inside = inside.unsqueeze(a)
-        return inside.expand(ctx.shape), None, None, None, None, None
+        with float32_arithmetic(grad):
+            inside = (grad * mask).mul_(ctx.slope)
+            for axis in sorted(ctx.axes):
+                inside = inside.unsqueeze(axis)
+            return inside.expand(ctx.shape), None, None, None, None, None, None
+
+
+def _average(call: Call, total: Tensor, count: int, factor: float, largest: float) -> Tensor:
+    """``total * factor / count``, rounded as the chip does."""
+    rounding = call.host.spec.rounding_of("double")
+    if rounding != "double":
+        return rescale(total, factor / count, rounding=rounding, largest=largest)
+    mantissa, shift = quantize_multiplier(factor)
+    bits = min(count.bit_length() - 1, 32, 31 + shift)
+    multiplier = torch.tensor((mantissa << bits) // count)
+    return multiply(total.double(), multiplier, torch.tensor(shift - bits), largest=largest)
+
+
+def _axes(x: Tensor, dim: Axes) -> tuple[int, ...]:
+    """Axes from 0, in order; all of them where none is named."""
+    named = (dim,) if isinstance(dim, int) else tuple(dim or range(x.dim()))
+    return tuple(sorted(axis % x.dim() for axis in named)) if x.dim() else ()
+
+
+def _count(x: Tensor, axes: tuple[int, ...]) -> int:
+    return int(np.prod([x.shape[axis] for axis in axes], dtype=np.int64))
+
+
+def _record_reduction(
+    call: Call, kind: str, x: Activation, y: Stored, axes: tuple[int, ...], keepdim: bool
+) -> None:
+    over = Stored(torch.tensor(axes, dtype=torch.int64), "int32", constant=True)
+    call.record(kind, [x.stored(), over], [y], keepDims=keepdim)

@@ -16,6 +16,7 @@ from lightning_nna.emulator.operators import (
     normalisation,
     recurrent,
     softmax,
+    reduction,
 )
 
 
@@ -42,6 +43,8 @@ _CONCATENATION = Operator("concatenation", elementwise.concatenate)
 _CONVOLUTION = Operator("convolution", convolution.convolution, convolution.supports_convolution)
 _DIV = Operator("mul", elementwise.div, elementwise.supports_div)
 _MATMUL = Operator("batch_matmul", matmul.matmul, matmul.supports_matmul)
+_MAXIMUM = Operator("reduce_max", reduction.maximum_over, reduction.supports_extreme)
+_MINIMUM = Operator("reduce_min", reduction.minimum_over, reduction.supports_extreme)
 _MUL = Operator("mul", elementwise.mul)
 _RELU = Operator("relu", activation.relu)
 _SIGMOID = Operator("sigmoid", activation.sigmoid)
@@ -95,8 +98,13 @@ TABLE: dict[str, Operator] = {
     "linear": Operator("fully_connected", linear.linear),
     "lstm": Operator("lstm", recurrent.lstm, recurrent.supports_lstm),
     "__matmul__": _MATMUL,
+    "amax": Operator("reduce_max", reduction.amax, reduction.supports_extreme),
+    "amin": Operator("reduce_min", reduction.amin, reduction.supports_extreme),
     "bmm": _MATMUL,
     "matmul": _MATMUL,
+    "max": _MAXIMUM,
+    "mean": Operator("mean", reduction.mean, reduction.supports_average),
+    "min": _MINIMUM,
     "mm": _MATMUL,
     "mv": _MATMUL,
     "mul": _MUL,
@@ -114,6 +122,7 @@ TABLE: dict[str, Operator] = {
     "sub_": _SUB,
     "subtract": _SUB,
     "subtract_": _SUB,
+    "sum": Operator("sum", reduction.sum, reduction.supports_average),
     "tanh": _TANH,
     "tanh_": _TANH,
 }
