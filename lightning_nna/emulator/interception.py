@@ -46,6 +46,7 @@ _IGNORED = frozenset(
     eq ne lt le gt ge __eq__ __ne__ __lt__ __le__ __gt__ __ge__ isnan isinf isfinite any all
     argmax argmin nonzero equal allclose is_same_size register_hook retain_grad
     record_stream is_tensor is_autocast_enabled get_device type element_size nelement
+    _nested_tensor_from_mask_left_aligned
     """.split()
 )
 

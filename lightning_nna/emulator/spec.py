@@ -16,6 +16,7 @@ import yaml
 #: The operators that the emulator has, by the name that coverage and call sites use.
 OPERATORS = (
     "add",
+    "attention",
     "batch_matmul",
     "batch_norm",
     "concatenation",

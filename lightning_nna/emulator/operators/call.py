@@ -86,6 +86,7 @@ class Call:
         observing: Ranges are being observed and the operator runs in float.
         exact: Every output bit counts; otherwise requantisation may round in float.
         bits: Width of the activations of this operator.
+        floor: What the output's grid reaches down to, if its range does not.
     """
 
     host: Host
@@ -93,6 +94,7 @@ class Call:
     observing: bool
     exact: bool
     bits: int = 8
+    floor: float = 0.0
 
     def part(self, name: str, bits: int | None = None) -> Call:
         """One instruction of a composite, with ranges and perhaps a width of its own."""
@@ -141,13 +143,18 @@ class Call:
         """Parameters of the result; ``compute`` gives the float result for a site never seen."""
         key = f"{self.site}/{name}"
         if key not in self.host.ranges:
-            return self._frozen(key, compute())
-        return self._grid(key)
+            self._frozen(key, compute())
+        return self._grid(key, self.floor)
 
     def tagged(self, result: Tensor, qparams: QParams) -> Tensor:
         """Let the result carry its parameters."""
         self.host.set_tag(result, qparams)
         return result
+
+    def viewed(self, view: Tensor, of: Tensor) -> Tensor:
+        """Let a view of an activation carry the activation's parameters, if it has any."""
+        tag = self.host.tag_of(of)
+        return view if tag is None else self.tagged(view, tag)
 
     def quantized(self, weight: Tensor) -> QuantizedWeight:
         """A weight that is no parameter but was computed from some, on the chip's grid."""
@@ -222,10 +229,10 @@ class Call:
             self.host.ranges.observe(key, x)
         return self._grid(key)
 
-    def _grid(self, key: str) -> QParams:
+    def _grid(self, key: str, floor: float = 0.0) -> QParams:
         observed = self.host.ranges[key]
         return affine_qparams(
-            observed.minimum,
+            min(observed.minimum, floor),
             observed.maximum,
             bits=self.bits,
             power_of_two=self.host.spec.power_of_two_scales,

@@ -36,8 +36,8 @@ from lightning_nna.emulator.weights import QuantizedWeight
 
 def matmul(call: Call, input: Tensor, other: Tensor) -> Tensor:
     """``torch.matmul``, ``mm``, ``mv``, ``bmm`` and ``@`` on the chip."""
-    rows = _viewed(call, input, input.unsqueeze(0)) if input.dim() == 1 else input
-    columns = _viewed(call, other, other.unsqueeze(1)) if other.dim() == 1 else other
+    rows = call.viewed(input.unsqueeze(0), input) if input.dim() == 1 else input
+    columns = call.viewed(other.unsqueeze(1), other) if other.dim() == 1 else other
     parameter = _transposed_parameter(call, other)
     if parameter is not None:
         result = linear(call, rows, parameter)
@@ -46,7 +46,7 @@ def matmul(call: Call, input: Tensor, other: Tensor) -> Tensor:
     else:
         result = _by_activation(call, rows, columns)
     axes = tuple(axis for axis, x in ((-2, input), (-1, other)) if x.dim() == 1)
-    return _viewed(call, result, result.squeeze(axes)) if axes else result
+    return call.viewed(result.squeeze(axes), result) if axes else result
 
 
 def supports_matmul(input: Any, other: Any, **kwargs: Any) -> bool:
@@ -99,12 +99,6 @@ def _transposed_parameter(call: Call, matrix: Tensor) -> Tensor | None:
         return None
     same = matrix.shape == base.T.shape and matrix.stride() == base.T.stride()
     return base if same else None
-
-
-def _viewed(call: Call, x: Tensor, view: Tensor) -> Tensor:
-    """A view of an activation goes on with its parameters."""
-    tag = call.host.tag_of(x)
-    return view if tag is None else call.tagged(view, tag)
 
 
 class _BatchMatmul(torch.autograd.Function):

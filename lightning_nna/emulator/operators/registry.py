@@ -8,6 +8,7 @@ from typing import Any
 
 from lightning_nna.emulator.operators import (
     activation,
+    attention,
     batch_norm,
     convolution,
     elementwise,
@@ -99,6 +100,14 @@ TABLE: dict[str, Operator] = {
     "lstm": Operator("lstm", recurrent.lstm, recurrent.supports_lstm),
     "__matmul__": _MATMUL,
     "amax": Operator("reduce_max", reduction.amax, reduction.supports_extreme),
+    "multi_head_attention_forward": Operator(
+        "attention", attention.multi_head_attention, attention.supports_multi_head_attention
+    ),
+    "scaled_dot_product_attention": Operator(
+        "attention",
+        attention.scaled_dot_product_attention,
+        attention.supports_scaled_dot_product_attention,
+    ),
     "amin": Operator("reduce_min", reduction.amin, reduction.supports_extreme),
     "bmm": _MATMUL,
     "matmul": _MATMUL,
