@@ -26,6 +26,7 @@ from lightning_nna.emulator.operators.movement import (
     JOINS,
     MOVEMENTS,
     VIEW_PROPERTIES,
+    chooses_a_number,
     is_zero_padding,
 )
 from lightning_nna.emulator.operators.registry import TABLE
@@ -145,9 +146,9 @@ class Interception(TorchFunctionMode):
             return self._outside(func, args, kwargs)
         if name in MOVEMENTS or _is_view_property(func, name) or _is_padding(name, args, kwargs):
             return self.move(func, args, kwargs)
-        if name in JOINS and self.joins(args):
+        if name in JOINS and not chooses_a_number(name, args) and self.joins(args):
             return self.move(func, args, kwargs)
-        if name in _IGNORED or _makes_a_mask(name, args):
+        if name in _IGNORED:
             return func(*args, **kwargs)
         operator = TABLE.get(name)
         if not _has_float(args, kwargs):
@@ -243,11 +244,6 @@ def _is_padding(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> boo
     if name == "masked_fill":
         return not isinstance(args[-1], Tensor) and args[-1] == 0
     return name == "pad" and is_zero_padding(*args[1:], **kwargs)
-
-
-def _makes_a_mask(name: str, args: tuple[Any, ...]) -> bool:
-    """Whether minus infinity is filled in: what comes out is a mask of scores and no activation."""
-    return name in ("masked_fill", "masked_fill_") and args[-1] == float("-inf")
 
 
 def _has_float(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

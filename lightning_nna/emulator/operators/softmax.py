@@ -1,7 +1,5 @@
 r"""Softmax over an axis, in the fixed point of the reference kernels.
 
-Scores that a mask leaves out become the smallest integer of their grid before the softmax, as a
-selection does on the chip; the exponential of a difference that large is 0 or nearly so.
 The output's grid is the reference's: 1/256 from -128. The backward is
 :math:`y \odot (g - \langle g, y \rangle)` at the quantised output.
 """
@@ -31,7 +29,6 @@ def softmax(
     dim: int | None = None,
     dtype: torch.dtype | None = None,
     *,
-    mask: Tensor | None = None,
     beta: float = 1.0,
     **_: Any,
 ) -> Tensor:
@@ -42,17 +39,13 @@ def softmax(
         input: Scores.
         dim: Axis along which the results sum to 1.
         dtype: Ignored: the result is the chip's.
-        mask: True where a score is left out; broadcasts with ``input``.
         beta: Factor of the scores.
     """
     axis = _implicit_axis(input) if dim is None else dim
     x = call.operand(input, "input")
     if call.observing:
-        scores = x.value if mask is None else x.value.masked_fill(mask, -torch.inf)
-        return call.tagged(torch.softmax(beta * scores, axis), PENDING)
+        return call.tagged(torch.softmax(beta * x.value, axis), PENDING)
     y = SIGMOID_OUTPUT if x.qparams.bits == 8 else WIDE_OUTPUT
-    if mask is not None:
-        x = masked(call, x, mask)
     with float32_arithmetic(x.value):
         result = _Softmax.apply(x.value, axis, beta, x, y, call)
     if call.recording:
@@ -60,19 +53,6 @@ def softmax(
         given, found = (_along_last(stored, axis) for stored in last)
         call.record("SOFTMAX", [given], [found], beta=beta)
     return call.tagged(result, y)
-
-
-def masked(call: Call, x: Activation, mask: Tensor) -> Activation:
-    """Scores with those that a mask leaves out at the low end of their grid."""
-    low = x.qparams.bounds[0] * x.qparams.scale
-    with float32_arithmetic(x.value):
-        result = Activation(x.value.masked_fill(mask, low), x.qparams)
-    if call.recording:
-        lowest = Activation(torch.tensor(low, dtype=torch.float32), x.qparams, constant=True)
-        condition = Stored(mask, "bool", constant=True)
-        # The first operand is taken where the condition holds.
-        call.record("SELECT_V2", [condition, lowest.stored(), x.stored()], [result.stored()])
-    return result
 
 
 def _implicit_axis(x: Tensor) -> int:
