@@ -55,6 +55,19 @@ def softmax(
     return call.tagged(result, y)
 
 
+def masked(call: Call, x: Activation, mask: Tensor) -> Activation:
+    """Scores with those that a mask leaves out at the low end of their grid."""
+    low = x.qparams.bounds[0] * x.qparams.scale
+    with float32_arithmetic(x.value):
+        result = Activation(x.value.masked_fill(mask, low), x.qparams)
+    if call.recording:
+        lowest = Activation(torch.tensor(low, dtype=torch.float32), x.qparams, constant=True)
+        condition = Stored(mask, "bool", constant=True)
+        # The first operand is taken where the condition holds.
+        call.record("SELECT_V2", [condition, lowest.stored(), x.stored()], [result.stored()])
+    return result
+
+
 def _implicit_axis(x: Tensor) -> int:
     """The axis that torch takes, with a warning, where none is given."""
     return 0 if x.dim() in (0, 1, 3) else 1
