@@ -1,5 +1,7 @@
 r"""Softmax over an axis, in the fixed point of the reference kernels.
 
+Scores that a mask leaves out become the smallest integer of their grid before the softmax, as a
+selection does on the chip; the exponential of a difference that large is 0 or nearly so.
 The output's grid is the reference's: 1/256 from -128. The backward is
 :math:`y \odot (g - \langle g, y \rangle)` at the quantised output.
 """
@@ -29,6 +31,7 @@ def softmax(
     dim: int | None = None,
     dtype: torch.dtype | None = None,
     *,
+    mask: Tensor | None = None,
     beta: float = 1.0,
     **_: Any,
 ) -> Tensor:
@@ -39,13 +42,17 @@ def softmax(
         input: Scores.
         dim: Axis along which the results sum to 1.
         dtype: Ignored: the result is the chip's.
+        mask: True where a score is left out; broadcasts with ``input``.
         beta: Factor of the scores.
     """
     axis = _implicit_axis(input) if dim is None else dim
     x = call.operand(input, "input")
     if call.observing:
-        return call.tagged(torch.softmax(beta * x.value, axis), PENDING)
+        scores = x.value if mask is None else x.value.masked_fill(mask, -torch.inf)
+        return call.tagged(torch.softmax(beta * scores, axis), PENDING)
     y = SIGMOID_OUTPUT if x.qparams.bits == 8 else WIDE_OUTPUT
+    if mask is not None:
+        x = masked(call, x, mask)
     with float32_arithmetic(x.value):
         result = _Softmax.apply(x.value, axis, beta, x, y, call)
     if call.recording:
@@ -55,14 +62,21 @@ def softmax(
     return call.tagged(result, y)
 
 
-def masked(call: Call, x: Activation, mask: Tensor) -> Activation:
-    """Scores with those that a mask leaves out at the low end of their grid."""
+def masked(call: Call, x: Activation, mask: Tensor, *, constant: bool = True) -> Activation:
+    """Scores with those that a mask leaves out at the low end of their grid.
+
+    Args:
+        call: The call.
+        x: Scores.
+        mask: True where a score is left out; broadcasts with ``x``.
+        constant: Whether the mask belongs to the program and not to the data.
+    """
     low = x.qparams.bounds[0] * x.qparams.scale
     with float32_arithmetic(x.value):
         result = Activation(x.value.masked_fill(mask, low), x.qparams)
     if call.recording:
         lowest = Activation(torch.tensor(low, dtype=torch.float32), x.qparams, constant=True)
-        condition = Stored(mask, "bool", constant=True)
+        condition = Stored(mask, "bool", constant=constant)
         # The first operand is taken where the condition holds.
         call.record("SELECT_V2", [condition, lowest.stored(), x.stored()], [result.stored()])
     return result
