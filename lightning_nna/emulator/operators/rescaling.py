@@ -54,10 +54,10 @@ def rescale(
     """
     x = accumulator.double()
     if rounding in ("real", "reference"):
-        return round_half_away(x * factors)
+        return round_half_away(x.mul_(factors))
     if rounding == "shift":
         # A product with a power of two is exact: one rounding, ties away from zero.
-        return round_half_away(x * factors)
+        return round_half_away(x.mul_(factors))
     return _KINDS[rounding](x, torch.as_tensor(factors, dtype=torch.float64), largest)
 
 
@@ -136,7 +136,7 @@ def multiply(x: Tensor, mantissas: Tensor, shifts: Tensor, *, largest: float) ->
     """The doubling high multiplication (ties up), then the division by 2^r (ties away).
 
     Args:
-        x: Whole numbers, float64.
+        x: Whole numbers, float64; may be overwritten.
         mantissas: 31-bit mantissas, int64.
         shifts: Exponents, int64, both of a shape that broadcasts against ``x``.
         largest: Bound on the absolute value of ``x``.
@@ -161,7 +161,7 @@ def _high(x: Tensor, mantissas: Tensor, left: Tensor, largest: float, device: ob
     """floor(x 2^left m / 2^31 + 1/2)."""
     scaled = torch.ldexp(mantissas.double(), left - 31)
     if largest < _ONE_PRODUCT:
-        return (x * scaled.to(x.device)).add_(0.5).floor_()
+        return x.mul_(scaled.to(x.device)).add_(0.5).floor_()
     # Two products of half the mantissa each, both exact; the lower is floored at 2^-15, which no
     # later floor can see.
     upper, lower = mantissas >> 16, mantissas & 0xFFFF
@@ -186,7 +186,7 @@ def _reduced(x: Tensor, factors: Tensor, largest: float) -> Tensor:
     reduced, shifts = _reduced_multipliers(factors)
     factor = torch.ldexp(reduced, shifts - 15).to(x.device)
     if largest < _ONE_REDUCED_PRODUCT:
-        return (x * factor).add_(0.5).floor_()
+        return x.mul_(factor).add_(0.5).floor_()
     # Upper bits and the lower 16 apart: what the floor of the lower product drops is below the
     # half that rounds, but where the factor is so large that the result saturates.
     upper = (x * 2.0**-16).floor_()
