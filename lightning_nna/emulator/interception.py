@@ -26,6 +26,7 @@ from lightning_nna.emulator.operators.movement import (
     JOINS,
     MOVEMENTS,
     VIEW_PROPERTIES,
+    chooses_a_number,
     is_zero_padding,
 )
 from lightning_nna.emulator.operators.registry import TABLE
@@ -145,7 +146,7 @@ class Interception(TorchFunctionMode):
             return self._outside(func, args, kwargs)
         if name in MOVEMENTS or _is_view_property(func, name) or _is_padding(name, args, kwargs):
             return self.move(func, args, kwargs)
-        if name in JOINS and self.joins(args):
+        if name in JOINS and not chooses_a_number(name, args) and self.joins(args):
             return self.move(func, args, kwargs)
         if name in _IGNORED or _makes_a_mask(name, args):
             return func(*args, **kwargs)

@@ -38,6 +38,7 @@ OPERATORS = (
     "relu",
     "relu6",
     "rms_norm",
+    "select",
     "sigmoid",
     "silu",
     "softmax",

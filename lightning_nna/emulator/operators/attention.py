@@ -3,9 +3,9 @@ r"""Attention as a sequence of the chip's instructions.
 .. math:: \mathrm{softmax}\Bigl(\frac{q k^\top}{\sqrt d} + b\Bigr) v
 
 Projections are fully connected layers, each with a grid of its own; the two products are batch
-matrix products. The factor :math:`1 / \sqrt d` of 8-bit queries loses nothing: a product with the
-integer 1 of that scale, onto a grid with that scale, changes no integer. Masks are those of
-:mod:`.attention_mask`.
+matrix products. The factor :math:`1 / \sqrt d` is the softmax's own, or, where a bias :math:`b`
+comes between, the query's: for 8 bits a product with the integer 1 of that scale, onto a grid with
+that scale, which changes no integer. Masks are those of :mod:`.attention_mask`.
 
 Reference:
     Vaswani et al., "Attention is all you need", NeurIPS 2017, arXiv 1706.03762.
@@ -138,10 +138,11 @@ def _attend(
 ) -> tuple[Tensor, Tensor]:
     """The weighted values, and the weights: ``(*batch, T, d)`` and ``(*batch, T, S)``."""
     query, key, value = operands
-    scaled = _scaled(call.part("scale"), query, factor)
-    keys = call.viewed(key.mT, key)
-    scores = masked_scores(call, scaled, keys, mask)
-    probabilities = softmax(call.part("softmax"), scores, -1)
+    beta = factor
+    if mask.bias is not None:
+        query, beta = _scaled(call.part("scale"), query, factor), 1.0
+    scores = masked_scores(call, query, call.viewed(key.mT, key), mask, beta)
+    probabilities = softmax(call.part("softmax"), scores, -1, beta=beta)
     if dropout_p > 0:
         probabilities = dropout(call, probabilities, dropout_p)
     return matmul(call.part("values"), probabilities, value), probabilities

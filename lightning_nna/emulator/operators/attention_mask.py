@@ -1,11 +1,9 @@
 r"""Which scores of an attention take part, and what is added to them.
 
-A masked score becomes the lowest integer of the scores' grid, and the grid reaches so far down that
-its weight is zero: as far below the smallest of the rows' maxima, seen in calibration, as
-
-.. math:: e^{-8} < \tfrac12 \cdot 2^{-8}
-
-of 8-bit weights asks. Ranges are those of the scores that take part.
+A masked score becomes the lowest integer of the scores' grid. The grid reaches so far below the
+smallest of the rows' maxima, as calibration saw them, that such a score's weight is zero: by 8,
+since :math:`e^{-8} < 2^{-9}`. The 16-bit kernel takes every exponent below -10 for -10 and leaves
+weights of at most one unit of :math:`2^{-15}`. Ranges are those of the scores that take part.
 """
 
 from __future__ import annotations
@@ -17,15 +15,15 @@ import torch
 from torch import Tensor
 
 from lightning_nna.emulator.operators import elementwise
-from lightning_nna.emulator.operators.call import Activation, Call, float32_arithmetic
+from lightning_nna.emulator.operators.call import Call
 from lightning_nna.emulator.operators.matmul import batch_matmul, matmul
-from lightning_nna.emulator.program import Stored
+from lightning_nna.emulator.operators.softmax import masked
 from lightning_nna.emulator.ranges import PENDING
 
 # At or below this, an additive mask does not mean a score but its absence.
-_ABSENT = -1e4
+ABSENT = -1e4
 # How far a masked score lies below the largest of its row, by the width of the weights.
-_DEPTHS = {8: 8.0, 16: 12.0}
+DEPTHS = {8: 8.0, 16: 12.0}
 
 
 @dataclass(frozen=True)
@@ -78,20 +76,21 @@ class Mask:
         keep: Tensor | None = None
         bias: Tensor | None = None
         for mask in given:
-            kept, added = _parts(mask, true_is_masked)
-            keep = kept if keep is None else keep if kept is None else keep & kept
+            where, added = parts_of(mask, true_is_masked)
+            keep = where if keep is None else keep if where is None else keep & where
             bias = added if bias is None else bias if added is None else bias + added
         return cls(keep, bias, all(constant(mask) for mask in given))
 
 
-def masked_scores(call: Call, query: Tensor, keys: Tensor, mask: Mask) -> Tensor:
+def masked_scores(call: Call, query: Tensor, keys: Tensor, mask: Mask, beta: float = 1.0) -> Tensor:
     """``query @ keys + bias``, with masked scores at the bottom of their grid.
 
     Args:
         call: The call.
-        query: Shape ``(*batch, T, d)``, scaled.
+        query: Shape ``(*batch, T, d)``.
         keys: Shape ``(*batch, d, S)``.
         mask: The mask.
+        beta: What the softmax multiplies the scores with.
 
     Returns:
         Scores of shape ``(*batch, T, S)``.
@@ -104,22 +103,24 @@ def masked_scores(call: Call, query: Tensor, keys: Tensor, mask: Mask) -> Tensor
         return (
             scores if mask.bias is None else elementwise.add(call.part("bias"), scores, mask.bias)
         )
-    floor = 0.0 if call.observing else _floor(call, query, keys, mask.bias, keep)
+    floor = 0.0
+    if not call.observing:
+        floor = _lowest_maximum(call, query, keys, mask.bias, keep) - DEPTHS[call.bits] / beta
     if mask.bias is None:
         scores = _product(replace(call.part("masked_scores"), floor=floor), query, keys, keep)
     else:
         scores = _product(call.part("masked_scores"), query, keys, keep)
-        scores = _biased(replace(call.part("masked_bias"), floor=floor), scores, mask.bias, keep)
+        scores = biased(replace(call.part("masked_bias"), floor=floor), scores, mask.bias, keep)
     if call.observing:
-        call.observed(_row_maxima(scores, keep), "row_maxima")
-    return _fill(call.part("mask"), scores, keep, mask.constant)
+        call.observed(row_maxima(scores, keep), "row_maxima")
+    return fill(call.part("mask"), scores, keep, mask.constant)
 
 
-def _parts(mask: Tensor, true_is_masked: bool) -> tuple[Tensor | None, Tensor | None]:
+def parts_of(mask: Tensor, true_is_masked: bool = False) -> tuple[Tensor | None, Tensor | None]:
     """Where scores take part and what is added there; None for everywhere, and for nothing."""
     if mask.dtype == torch.bool:
         return ~mask if true_is_masked else mask, None
-    keep = mask > _ABSENT
+    keep = mask > ABSENT
     everywhere = bool(keep.all())
     bias = mask if everywhere else mask.masked_fill(~keep, 0.0)
     return None if everywhere else keep, bias if bool(bias.any()) else None
@@ -132,15 +133,17 @@ def _only_masked_is_known(call: Call) -> bool:
     return seen and not call.observing and f"{call.site}/scores/output" not in ranges
 
 
-def _floor(call: Call, query: Tensor, keys: Tensor, bias: Tensor | None, keep: Tensor) -> float:
-    """A score whose weight is zero in every row."""
+def _lowest_maximum(
+    call: Call, query: Tensor, keys: Tensor, bias: Tensor | None, keep: Tensor
+) -> float:
+    """The smallest of all rows' largest scores."""
 
     def in_float() -> Tensor:
         scores = torch.matmul(query, keys)
-        return _row_maxima(scores if bias is None else scores + bias, keep)
+        return row_maxima(scores if bias is None else scores + bias, keep)
 
     call.output(in_float, "row_maxima")
-    return call.host.ranges[f"{call.site}/row_maxima"].minimum - _DEPTHS[call.bits]
+    return call.host.ranges[f"{call.site}/row_maxima"].minimum
 
 
 def _product(call: Call, query: Tensor, keys: Tensor, keep: Tensor) -> Tensor:
@@ -148,11 +151,11 @@ def _product(call: Call, query: Tensor, keys: Tensor, keep: Tensor) -> Tensor:
     a, b = call.operand(query, "input"), call.operand(keys, "other")
     if call.observing:
         return _observe(call, torch.matmul(query, keys), keep)
-    y = call.output(lambda: _kept(torch.matmul(query, keys), keep))
+    y = call.output(lambda: kept(torch.matmul(query, keys), keep))
     return batch_matmul(call, a, b, y)
 
 
-def _biased(call: Call, scores: Tensor, bias: Tensor, keep: Tensor) -> Tensor:
+def biased(call: Call, scores: Tensor, bias: Tensor, keep: Tensor) -> Tensor:
     """A sum whose range is that of the entries to keep."""
     if not call.observing:
         return elementwise.add(call, scores, bias)
@@ -161,34 +164,26 @@ def _biased(call: Call, scores: Tensor, bias: Tensor, keep: Tensor) -> Tensor:
 
 
 def _observe(call: Call, scores: Tensor, keep: Tensor) -> Tensor:
-    call.observed(_kept(scores, keep))
+    call.observed(kept(scores, keep))
     return call.tagged(scores, PENDING)
 
 
-def _kept(scores: Tensor, keep: Tensor) -> Tensor:
+def kept(scores: Tensor, keep: Tensor) -> Tensor:
     """The scores that take part; all of them where none does."""
-    kept = scores[keep.expand(scores.shape)]
-    return kept if kept.numel() else scores
+    chosen = scores[keep.expand(scores.shape)]
+    return chosen if chosen.numel() else scores
 
 
-def _row_maxima(scores: Tensor, keep: Tensor) -> Tensor:
+def row_maxima(scores: Tensor, keep: Tensor) -> Tensor:
     """The largest score of every row in which any takes part."""
     maxima = scores.masked_fill(~keep, -torch.inf).amax(-1)
     finite = maxima[maxima > -torch.inf]
     return finite if finite.numel() else scores.new_zeros(1)
 
 
-def _fill(call: Call, scores: Tensor, keep: Tensor, constant: bool) -> Tensor:
+def fill(call: Call, scores: Tensor, keep: Tensor, constant: bool) -> Tensor:
     """Put the lowest of the grid where ``keep`` is False; a row without any score is level."""
-    qparams = call.host.tag_of(scores)
-    assert qparams is not None, "scores come from an operator of the chip"
     if call.observing:
         return call.tagged(scores.masked_fill(~keep, torch.finfo(scores.dtype).min), PENDING)
-    with float32_arithmetic(scores):
-        result = scores.masked_fill(~keep, qparams.bounds[0] * qparams.scale)
-    if call.recording:
-        x, y = (Activation(value, qparams).stored() for value in (scores, result))
-        lowest = replace(x, integers=torch.tensor(qparams.low), constant=True)
-        condition = Stored(keep, "bool", constant=constant)
-        call.record("SELECT_V2", [condition, x, lowest], [y])
-    return call.tagged(result, qparams)
+    x = call.operand(scores, "input")
+    return call.tagged(masked(call, x, ~keep, constant=constant).value, x.qparams)

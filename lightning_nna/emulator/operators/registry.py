@@ -13,6 +13,7 @@ from lightning_nna.emulator.operators import (
     convolution,
     elementwise,
     linear,
+    masking,
     matmul,
     normalisation,
     recurrent,
@@ -39,10 +40,11 @@ class Operator:
     widths: tuple[int, ...] = (8, 16)
 
 
-_ADD = Operator("add", elementwise.add)
+_ADD = Operator("add", masking.add)
 _CONCATENATION = Operator("concatenation", elementwise.concatenate)
 _CONVOLUTION = Operator("convolution", convolution.convolution, convolution.supports_convolution)
 _DIV = Operator("mul", elementwise.div, elementwise.supports_div)
+_MASKED_FILL = Operator("select", masking.masked_fill, masking.supports_masked_fill)
 _MATMUL = Operator("batch_matmul", matmul.matmul, matmul.supports_matmul)
 _MAXIMUM = Operator("reduce_max", reduction.maximum_over, reduction.supports_extreme)
 _MINIMUM = Operator("reduce_min", reduction.minimum_over, reduction.supports_extreme)
@@ -110,6 +112,8 @@ TABLE: dict[str, Operator] = {
     ),
     "amin": Operator("reduce_min", reduction.amin, reduction.supports_extreme),
     "bmm": _MATMUL,
+    "masked_fill": _MASKED_FILL,
+    "masked_fill_": _MASKED_FILL,
     "matmul": _MATMUL,
     "max": _MAXIMUM,
     "mean": Operator("mean", reduction.mean, reduction.supports_average),
@@ -134,4 +138,5 @@ TABLE: dict[str, Operator] = {
     "sum": Operator("sum", reduction.sum, reduction.supports_average),
     "tanh": _TANH,
     "tanh_": _TANH,
+    "where": Operator("select", masking.where, masking.supports_where),
 }

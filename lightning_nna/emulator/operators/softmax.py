@@ -62,14 +62,21 @@ def softmax(
     return call.tagged(result, y)
 
 
-def masked(call: Call, x: Activation, mask: Tensor) -> Activation:
-    """Scores with those that a mask leaves out at the low end of their grid."""
+def masked(call: Call, x: Activation, mask: Tensor, *, constant: bool = True) -> Activation:
+    """Scores with those that a mask leaves out at the low end of their grid.
+
+    Args:
+        call: The call.
+        x: Scores.
+        mask: True where a score is left out; broadcasts with ``x``.
+        constant: Whether the mask belongs to the program and not to the data.
+    """
     low = x.qparams.bounds[0] * x.qparams.scale
     with float32_arithmetic(x.value):
         result = Activation(x.value.masked_fill(mask, low), x.qparams)
     if call.recording:
         lowest = Activation(torch.tensor(low, dtype=torch.float32), x.qparams, constant=True)
-        condition = Stored(mask, "bool", constant=True)
+        condition = Stored(mask, "bool", constant=constant)
         # The first operand is taken where the condition holds.
         call.record("SELECT_V2", [condition, lowest.stored(), x.stored()], [result.stored()])
     return result
