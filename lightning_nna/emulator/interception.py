@@ -148,7 +148,7 @@ class Interception(TorchFunctionMode):
             return self.move(func, args, kwargs)
         if name in JOINS and not chooses_a_number(name, args) and self.joins(args):
             return self.move(func, args, kwargs)
-        if name in _IGNORED or _makes_a_mask(name, args):
+        if name in _IGNORED or (_makes_a_mask(name, args) and not self.joins(args[:1])):
             return func(*args, **kwargs)
         operator = TABLE.get(name)
         if not _has_float(args, kwargs):
@@ -247,7 +247,7 @@ def _is_padding(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> boo
 
 
 def _makes_a_mask(name: str, args: tuple[Any, ...]) -> bool:
-    """Whether minus infinity is filled in: what comes out is a mask of scores and no activation."""
+    """Whether minus infinity is filled in: in no activation, that makes a mask of scores."""
     return name in ("masked_fill", "masked_fill_") and args[-1] == float("-inf")
 
 
