@@ -148,7 +148,7 @@ class Interception(TorchFunctionMode):
             return self.move(func, args, kwargs)
         if name in JOINS and not chooses_a_number(name, args) and self.joins(args):
             return self.move(func, args, kwargs)
-        if name in _IGNORED:
+        if name in _IGNORED or (_makes_a_mask(name, args) and not self.joins(args[:1])):
             return func(*args, **kwargs)
         operator = TABLE.get(name)
         if not _has_float(args, kwargs):
@@ -244,6 +244,11 @@ def _is_padding(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> boo
     if name == "masked_fill":
         return not isinstance(args[-1], Tensor) and args[-1] == 0
     return name == "pad" and is_zero_padding(*args[1:], **kwargs)
+
+
+def _makes_a_mask(name: str, args: tuple[Any, ...]) -> bool:
+    """Whether minus infinity is filled in: in no activation, that makes a mask of scores."""
+    return name in ("masked_fill", "masked_fill_") and args[-1] == float("-inf")
 
 
 def _has_float(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

@@ -253,6 +253,7 @@ class TestMultiHead:
         torch.manual_seed(0)
         layer = nn.TransformerEncoderLayer(32, HEADS, 48, dropout=0.0, batch_first=True)
         encoder, x = nn.TransformerEncoder(layer, 2), torch.randn(3, TIME, 32)
+        assert not coverage(encoder, x, src_key_padding_mask=padding).fallbacks
         with emulate(encoder) as chip:
             with chip.observing():
                 encoder(x, src_key_padding_mask=padding)
