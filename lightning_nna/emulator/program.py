@@ -27,6 +27,7 @@ class Stored:
         zero_point: The integer that stands for 0.
         constant: Whether it belongs to the program and not to the data.
         channel_axis: Axis along which several scales go.
+        variable: Whether it is state that the instruction reads and then overwrites.
     """
 
     integers: Tensor
@@ -35,6 +36,7 @@ class Stored:
     zero_point: int = 0
     constant: bool = False
     channel_axis: int = 0
+    variable: bool = False
 
 
 @dataclass(frozen=True)

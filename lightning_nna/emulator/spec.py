@@ -26,6 +26,7 @@ OPERATORS = (
     "fully_connected",
     "gelu",
     "glu",
+    "gru",
     "hard_sigmoid",
     "hard_swish",
     "layer_norm",

@@ -80,7 +80,7 @@ def lstm_program(
 ) -> bytes:
     """The layer as LiteRT has it: a weight, a scale and a bias for each of the four gates."""
     hidden = layer.hidden_size
-    y = grid(chip, f"{site}/layer0")
+    y = grid(chip, f"{site}/layer0/output")
     exponent = cell_state_exponent(chip.ranges[f"{site}/layer0/cell"].magnitude)
     w_ih, w_hh = (chip.weight(w, hidden) for w in (layer.weight_ih_l0, layer.weight_hh_l0))
     scales = w_ih.scales.double() * x.scale

@@ -122,6 +122,7 @@ def tensor_spec(stored: Stored) -> tuple[TensorSpec, np.ndarray]:
             stored.zero_point,
             data=values if stored.constant else None,
             quantized_dimension=stored.channel_axis,
+            is_variable=stored.variable,
         ),
         values,
     )

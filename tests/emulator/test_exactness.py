@@ -22,7 +22,6 @@ from tests.emulator.oracle import (
     fully_connected_program,
     grid,
     integers,
-    lstm_program,
     random_integers,
     real,
     spec,
@@ -183,23 +182,3 @@ def test_embedding() -> None:
     program = litert.gather_model(stored, TensorSpec((30,), "int32"), y)
     q = QParams(float(weight.scales[0]), 0, -127, 127)
     check(program, [index.numpy().astype(np.int32)], integers(emulated, q))
-
-
-@pytest.mark.parametrize("seed", range(12))
-def test_lstm(seed: int) -> None:
-    generator = np.random.default_rng(seed)
-    batch, steps = int(generator.integers(1, 9)), int(generator.integers(2, 40))
-    inputs, hidden = int(generator.integers(1, 50)), int(generator.integers(1, 48))
-    torch.manual_seed(seed)
-    layer = nn.LSTM(inputs, hidden, batch_first=True)
-    with torch.no_grad():  # Gates that saturate, cells that grow: every third case is rough.
-        for parameter in layer.parameters():
-            parameter.mul_((1.0, 3.0, 8.0)[seed % 3])
-    with emulate(layer) as chip:
-        with chip.observing():
-            layer((1 + seed % 2) * torch.randn(batch, steps, inputs))
-        x, y = grid(chip, "./lstm#0/layer0/input"), grid(chip, "./lstm#0/layer0")
-        q_x = random_integers((batch, steps, inputs), seed)
-        emulated = integers(layer(real(q_x, x))[0], y)
-        program = lstm_program(chip, layer, (batch, steps, inputs), x, "./lstm#0")
-    check(program, [q_x], emulated)

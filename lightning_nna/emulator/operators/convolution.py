@@ -27,8 +27,8 @@ from lightning_nna.emulator.operators.call import (
     clip,
     float32_arithmetic,
 )
+from lightning_nna.emulator.operators.integer_products import FLOAT32_INTEGERS
 from lightning_nna.emulator.operators.linear import (
-    FLOAT32_INTEGERS,
     integer_bias,
     needs_exact,
     overflowed,

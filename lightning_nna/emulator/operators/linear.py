@@ -22,14 +22,12 @@ from lightning_nna.emulator.operators.call import (
     clip,
     float32_arithmetic,
 )
+from lightning_nna.emulator.operators.integer_products import FLOAT32_INTEGERS
 from lightning_nna.emulator.operators.rescaling import rescale
 from lightning_nna.emulator.program import Stored
 from lightning_nna.emulator.ranges import QParams
 from lightning_nna.emulator.spec import NNASpec
 from lightning_nna.emulator.weights import QuantizedWeight
-
-# float32 holds every integer up to here, and so every partial sum of a matrix product.
-FLOAT32_INTEGERS = 2**24
 
 
 def linear(call: Call, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

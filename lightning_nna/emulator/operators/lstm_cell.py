@@ -1,208 +1,335 @@
-r"""One step of an LSTM in three arithmetics: float, the chip's, and the chip's with float rounding.
+r"""The integers of an LSTM layer, step after step, as the reference kernel has them.
 
-A cell counts in its own units (integers for the chip), so that the loop over time and the backward
-are the same for all three; ``unit_h``, ``unit_c`` and ``unit_gate`` turn them into real values.
+Whatever can be is done for all steps at once or before the first. The saturation of the gates'
+inputs lies in their table, which goes on beyond 16 bits with its outermost values: the input part
+comes as indices of that table, to which each step adds the recurrent part.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache, partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from lightning_nna.emulator.operators.call import Activation
-from lightning_nna.emulator.operators.linear import FLOAT32_INTEGERS, integer_bias, integer_matmul
+from lightning_nna.emulator.operators.integer_products import ByteProduct
+from lightning_nna.emulator.operators.linear import integer_bias
+from lightning_nna.emulator.operators.rescaler import Rescaler
+from lightning_nna.emulator.operators.rescaling import TIES_AWAY, RoundingKind
+from lightning_nna.emulator.operators.sequences import Layout
 from lightning_nna.emulator.ranges import QParams
 from lightning_nna.emulator.weights import QuantizedWeight
 from lightning_nna.functional.fixed_point import (
     INT16_MAX,
     INT16_MIN,
-    float_factors,
     lstm_sigmoid_table,
     lstm_tanh_table,
-    multiply_by_quantized_multiplier,
-    multiply_in_float,
-    quantize_multiplier,
-    quantize_multipliers,
-    rounding_divide_by_power_of_two,
 )
 
 GATE_SCALE = 2.0**-12
 GATE_OUTPUT_SCALE = 2.0**-15
 
+# How far the table of a gate goes on beyond 16 bits on either side, and its length.
+_MARGIN = 2**16
+_TABLE = 2**16 + 2 * _MARGIN
+# Index of a gate's input of zero, in the order i, f, g, o.
+_SIGMOID_ZERO = _MARGIN + 2**15
+_ZEROS = (_SIGMOID_ZERO, _SIGMOID_ZERO, _TABLE + _SIGMOID_ZERO, _SIGMOID_ZERO)
+# Accumulators that are requantised at a time, so that they stay in the cache.
+_BLOCK = 2**16
+
 
 @dataclass(frozen=True)
 class Grids:
-    """Grids of one layer: its input, its output (and hidden state), and the cell's scale 2^e."""
+    """Grids of one layer.
+
+    Args:
+        x: Input.
+        h: Output and recurrent state.
+        hidden: The state before a projection; ``h`` without one.
+        cell_exponent: Exponent e of the cell's scale 2^e.
+    """
 
     x: QParams
     h: QParams
+    hidden: QParams
     cell_exponent: int
 
 
-@dataclass(frozen=True)
-class Step:
-    """What one step leaves behind, in the cell's units; gates stand in the order i, f, g, o."""
+@dataclass
+class Record:
+    """What a sequence leaves behind, row by row; states have the initial ones in front.
+
+    Args:
+        gates: Outputs of the gates i, f, g, o in Q0.15: int16, ``(rows, 4 * hidden)``.
+        c: Cells: int16, ``(batch + rows, hidden)``.
+        tanh_c: Their tanh in Q0.15: int16, ``(rows, hidden)``.
+        h: Outputs with their zero point: int8, ``(batch + rows, out)``.
+        hidden: States before a projection with their zero point: int8, ``(rows, hidden)``.
+        inside_input: Where the input part of a gate was not clipped; None if nowhere it was.
+        inside_gates: The same of the gates' whole inputs.
+        inside_c: The same of the cells.
+        inside_hidden: The same of the products of output gate and cell.
+        inside_h: The same of projected outputs.
+    """
 
     gates: Tensor
     c: Tensor
     tanh_c: Tensor
     h: Tensor
+    hidden: Tensor | None = None
+    inside_input: Tensor | None = None
+    inside_gates: Tensor | None = None
+    inside_c: Tensor | None = None
+    inside_hidden: Tensor | None = None
+    inside_h: Tensor | None = None
 
 
-class Cell(ABC):
-    """One arithmetic of the LSTM's step."""
+class LSTMCell:
+    """The arithmetic of one layer.
 
-    unit_h: float = 1.0
-    unit_c: float = 1.0
-    #: Of gate outputs, and of tanh of the cell.
-    unit_gate: float = 1.0
-    #: Bounds of gate inputs, cell and hidden state in the cell's units; at a bound it is clipped.
-    gate_bounds: tuple[float, float] = (-float("inf"), float("inf"))
-    cell_bounds: tuple[float, float] = (-float("inf"), float("inf"))
-    hidden_bounds: tuple[float, float] = (-float("inf"), float("inf"))
+    Args:
+        w_ih: Input weights of the four gates, a scale each.
+        w_hh: Recurrent weights.
+        bias: Sum of both biases, shape ``(4 * hidden,)``, or None.
+        grids: Grids of the layer.
+        projection: Weights of the projection, one scale, or None.
+        rounding: Of every requantisation.
+        bias_bits: Width of a bias.
+        accumulator_limit: What the accumulator holds, 2^(bits - 1).
+        overflowed: Takes accumulators and a bound on them that passes the limit; gives back what
+            the chip has.
+    """
 
-    @abstractmethod
-    def project_input(self, x: Activation, bias: Tensor | None) -> Tensor:
-        """Input part of all gate inputs, ``(steps * batch, 4 * hidden)``."""
-
-    @abstractmethod
-    def step(self, projected: Tensor, h: Tensor, c: Tensor) -> Step:
-        """Advance by one step; ``projected`` becomes the whole gate input in place."""
-
-    def start(self, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
-        """Bring an initial state into the cell's units, clipped."""
-        low, high = self.hidden_bounds
-        first, last = self.cell_bounds
-        hidden = (h.detach().float() / self.unit_h).clamp_(low, high)
-        cell = (c.detach().float() / self.unit_c).clamp_(first, last)
-        return hidden, cell
-
-
-class FloatCell(Cell):
-    """The LSTM of the float network, with the same record of its insides."""
-
-    def __init__(self, w_ih: Tensor, w_hh: Tensor) -> None:
-        self.w_ih, self.recurrent = w_ih.detach(), w_hh.detach().T
-
-    def project_input(self, x: Activation, bias: Tensor | None) -> Tensor:
-        """W x + b."""
-        return torch.nn.functional.linear(x.value.detach().float(), self.w_ih, bias)
-
-    def step(self, projected: Tensor, h: Tensor, c: Tensor) -> Step:
-        """The textbook step."""
-        projected.addmm_(h, self.recurrent)
-        size = h.shape[1]
-        gates = projected.sigmoid()
-        torch.tanh(projected[:, 2 * size : 3 * size], out=gates[:, 2 * size : 3 * size])
-        i, f, g, o = gates.chunk(4, 1)
-        c = torch.addcmul(f * c, i, g)
-        tanh_c = c.tanh()
-        return Step(gates, c, tanh_c, o * tanh_c)
-
-
-class FastCell(Cell):
-    """The chip's grids and tables; only the requantisation rounds in float32."""
-
-    gate_bounds = (float(INT16_MIN), float(INT16_MAX))
-    cell_bounds = (float(INT16_MIN), float(INT16_MAX))
-    unit_gate = GATE_OUTPUT_SCALE
-
-    def __init__(self, w_ih: QuantizedWeight, w_hh: QuantizedWeight, grids: Grids) -> None:
-        self.grids, self.w_ih, self.w_hh = grids, w_ih, w_hh
-        self.unit_h, self.unit_c = grids.h.scale, 2.0**grids.cell_exponent
-        self.hidden_bounds = (float(grids.h.bounds[0]), float(grids.h.bounds[1]))
-        device = w_ih.integers.device
-        self.gate_table = torch.cat([lstm_sigmoid_table(), lstm_tanh_table(3)]).to(device)
-        self.cell_table = lstm_tanh_table(15 + grids.cell_exponent).to(device)
-        size = w_hh.integers.shape[1]
-        # Where each gate's table stands, and that integers start at -32768.
-        self.offsets = torch.full((4 * size,), 2.0**15, device=device)
-        self.offsets[2 * size : 3 * size] += 2.0**16
-        # The kernel forms its factors in float32; 2^-12 divides exactly.
-        self.input_factors = _factors(w_ih.scales, grids.x.scale)
-        self.recurrent_factors = _factors(w_hh.scales, grids.h.scale)
-        self.first, self.second = float_factors(*self.recurrent_factors)
-        self.recurrent = w_hh.integers.T
-
-    def project_input(self, x: Activation, bias: Tensor | None) -> Tensor:
-        """W x + b in Q3.12, rounded and saturated."""
-        integers = x.integers()
+    def __init__(
+        self,
+        w_ih: QuantizedWeight,
+        w_hh: QuantizedWeight,
+        bias: Tensor | None,
+        grids: Grids,
+        *,
+        projection: QuantizedWeight | None,
+        rounding: RoundingKind,
+        bias_bits: int,
+        accumulator_limit: float,
+        overflowed: Callable[[Tensor, float], Tensor],
+    ) -> None:
+        self.w_ih, self.w_hh, self.projection, self.grids = w_ih, w_hh, projection, grids
+        self.size = w_hh.integers.shape[0] // 4
+        self.cell_scale = 2.0**grids.cell_exponent
+        biases = None
         if bias is not None:
-            scales = self.w_ih.scales.double() * x.qparams.scale
-            bias = integer_bias(bias, scales).float()
-        projected = torch.nn.functional.linear(integers, self.w_ih.integers, bias)
-        return multiply_in_float(projected, *self.input_factors).clamp_(*self.gate_bounds)
+            biases = integer_bias(bias, w_ih.scales.double() * grids.x.scale, bias_bits)
+        self.input_product, self.product = ByteProduct(w_ih), ByteProduct(w_hh)
+        form = partial(_rescaler, rounding=rounding, limit=accumulator_limit, overflowed=overflowed)
+        self.of_input = form(w_ih, grids.x, GATE_SCALE, biases)
+        self.of_recurrent = form(w_hh, grids.h, GATE_SCALE, None)
+        # Whether a recurrent part may lead beyond the table; at its end nothing changes any more.
+        largest = float(self.of_recurrent.factors.max()) * self.of_recurrent.largest
+        self.far = largest >= _MARGIN - 1
+        if projection is not None:
+            self.projection_product = ByteProduct(projection)
+            self.of_projection = form(projection, grids.hidden, grids.h.scale, None)
+        scale = np.float32(grids.hidden.scale)
+        factor = np.float32(GATE_OUTPUT_SCALE) / scale * np.float32(GATE_OUTPUT_SCALE)
+        like = w_ih.scales.new_tensor
+        self.of_hidden = Rescaler(
+            like(float(factor), dtype=torch.float64), rounding=rounding, largest=2.0**30
+        )
+        # Products of two gates: i g is in Q0.30, f c has the cell's scale; ties go away from zero.
+        shifts = like([[-30.0 - grids.cell_exponent], [-15.0]], dtype=torch.float64)
+        self.of_products = torch.exp2(shifts) * TIES_AWAY
+        self.zeros = like(_ZEROS, dtype=torch.float64).repeat_interleave(self.size)
 
-    def start(self, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
-        """Integers: float32 for the hidden state, which enters a product, 32 bits for the cell."""
-        hidden, cell = super().start(h, c)
-        return hidden.round_(), cell.round_().int()
+    def start(self, c: Tensor) -> Tensor:
+        """Initial cells in units of their scale, rounded and saturated, float32."""
+        return (c.detach().float() / self.cell_scale).round_().clamp_(INT16_MIN, INT16_MAX)
 
-    def step(self, projected: Tensor, h: Tensor, c: Tensor) -> Step:
-        """16-bit gates and cell in integers; what is requantised, in float32."""
-        accumulator = h @ self.recurrent
-        recurrent = accumulator.mul_(self.first).round_().mul_(self.second).round_()
-        gates = self._gates(projected.add_(recurrent).clamp_(*self.gate_bounds))
-        i, f, g, o = gates.chunk(4, 1)
-        c = self._cell(i, f, g, c)
-        tanh_c = self._look_up(self.cell_table, c + 2**15)
-        # 30 bits: float32 would round some to the other side, and the error would be fed back.
-        scaled = (o * tanh_c).double().mul_(GATE_OUTPUT_SCALE**2 / self.unit_h)
-        return Step(gates, c, tanh_c, scaled.round_().clamp_(*self.hidden_bounds).float())
+    def project(self, x: Activation) -> Tensor:
+        """Input part of the gates' inputs for all steps, saturated, as indices of their table.
 
-    def _gates(self, pre: Tensor) -> Tensor:
-        return self._look_up(self.gate_table, (pre + self.offsets).int())
+        Args:
+            x: Shape ``(rows, in)``.
 
-    def _cell(self, i: Tensor, f: Tensor, g: Tensor, c: Tensor) -> Tensor:
-        """Next cell, exact: two products, each rounded with ties away from zero."""
-        kept = rounding_divide_by_power_of_two(f * c, 15)
-        new = rounding_divide_by_power_of_two(i * g, 30 + self.grids.cell_exponent)
-        return kept.add_(new).clamp_(INT16_MIN, INT16_MAX)
+        Returns:
+            int32, shape ``(rows, 4 * hidden)``.
+        """
+        sums = self.input_product(stored_bytes(x.value, x.qparams))
+        index = sums if sums.dtype == torch.int32 else torch.empty_like(sums, dtype=torch.int32)
+        rows = max(1, _BLOCK // sums.shape[1])
+        for source, target in zip(sums.split(rows), index.split(rows), strict=True):
+            gates = self.of_input(source.double())
+            target.copy_(gates.clamp_(INT16_MIN, INT16_MAX).add_(self.zeros))
+        return index
 
-    @staticmethod
-    def _look_up(table: Tensor, index: Tensor) -> Tensor:
-        return table.index_select(0, index.flatten()).view(index.shape)
+    def run(self, index: Tensor, h_0: Tensor, c_0: Tensor, layout: Layout) -> Record:
+        """All steps.
+
+        Args:
+            index: From :meth:`project`; the recurrent parts are added to it.
+            h_0: Initial hidden states with their zero point, int8, ``(batch, out)``.
+            c_0: Initial cells, whole numbers, ``(batch, hidden)``.
+            layout: Of the rows.
+        """
+        inside_input = self._inside(index, 1)
+        rows, batch = layout.rows, layout.batch
+        size, out = self.size, self.w_hh.integers.shape[1]
+        record = Record(
+            gates=index.new_empty((rows, 4 * size), dtype=torch.int16),
+            c=index.new_empty((batch + rows, size), dtype=torch.int16),
+            tanh_c=index.new_empty((rows, size), dtype=torch.int16),
+            h=index.new_empty((batch + rows, out), dtype=torch.int8),
+            inside_input=inside_input,
+        )
+        record.h[:batch].copy_(h_0)
+        record.c[:batch].copy_(c_0)
+        # Before clipping.
+        hidden = torch.empty_like(record.tanh_c, dtype=torch.int32)
+        projected = None
+        if self.projection is not None:
+            record.hidden = torch.empty_like(record.tanh_c, dtype=torch.int8)
+            projected = torch.empty_like(record.h[batch:], dtype=torch.int32)
+        self._loop(index, record, hidden, projected, layout)
+        record.inside_gates = self._inside(index, 0)
+        record.inside_c = _between(record.c[batch:], INT16_MIN + 1, INT16_MAX - 1)
+        record.inside_hidden = _between(hidden, self.grids.hidden.low, self.grids.hidden.high)
+        if projected is not None:
+            record.inside_h = _between(projected, self.grids.h.low, self.grids.h.high)
+        return record
+
+    def _loop(
+        self,
+        index: Tensor,
+        record: Record,
+        hidden: Tensor,
+        projected: Tensor | None,
+        layout: Layout,
+    ) -> None:
+        gate_table = _gate_table(index.device)
+        cell_table = _cell_table(15 + self.grids.cell_exponent, index.device)
+        grid, sizes = self.grids.hidden, layout.sizes
+        cells, states = (x.split((layout.batch, *sizes)) for x in (record.c, record.h))
+        parts = [x.split(sizes) for x in (index, record.gates, record.tanh_c, hidden)]
+        room = _Room(self, layout.batch)
+        room.cells.copy_(record.c[: layout.batch])
+        for at, (pre, gates, tanh_c, whole) in enumerate(zip(*parts, strict=True)):
+            room = room.for_rows(sizes[at])
+            before = states[at][: sizes[at]]
+            room.sums.copy_(self.product(before, room.accumulator))
+            recurrent = self.of_recurrent(room.sums)
+            if self.far:
+                recurrent.clamp_(-_MARGIN, _MARGIN)
+            pre.add_(room.recurrent.copy_(recurrent))
+            torch.index_select(gate_table, 0, pre.view(-1), out=gates.view(-1))
+            room.gates.copy_(gates)
+            torch.mul(room.i_f, room.g_c, out=room.products)
+            room.products.mul_(self.of_products).round_()
+            torch.add(room.new, room.kept, out=room.cells).clamp_(INT16_MIN, INT16_MAX)
+            cells[at + 1].copy_(room.cells)
+            room.cell_index.copy_(room.cells).add_(2**15)
+            torch.index_select(cell_table, 0, room.flat_cell_index, out=tanh_c.view(-1))
+            room.hidden.copy_(tanh_c).mul_(room.o)
+            self.of_hidden(room.hidden).add_(grid.zero_point)
+            whole.copy_(room.hidden)
+            room.hidden.clamp_(grid.low, grid.high)
+            if record.hidden is None or projected is None:
+                states[at + 1].copy_(room.hidden)
+            else:
+                step = record.hidden.split(sizes)[at].copy_(room.hidden)
+                self._project_hidden(step, projected.split(sizes)[at], states[at + 1])
+
+    def _project_hidden(self, hidden: Tensor, projected: Tensor, out: Tensor) -> None:
+        grid = self.grids.h
+        sums = self.of_projection(self.projection_product(hidden).double())
+        projected.copy_(sums.add_(grid.zero_point))
+        out.copy_(projected.clamp(grid.low, grid.high))
+
+    def _inside(self, index: Tensor, margin: int) -> Tensor | None:
+        """Where gates' inputs are inside their 16 bits by a margin; None if everywhere."""
+        low, high = self.zeros + (INT16_MIN + margin), self.zeros + (INT16_MAX - margin)
+        gates = index.view(-1, 4, self.size)
+        first, last = gates.amin((0, 2)), gates.amax((0, 2))
+        if bool(((first >= low[:: self.size]) & (last <= high[:: self.size])).all()):
+            return None
+        return (index >= low) & (index <= high)
 
 
-class ExactCell(FastCell):
-    """The reference kernel's integers, every bit."""
+class _Room:
+    """Where one step of a number of rows computes; made once, views included."""
 
-    def __init__(self, w_ih: QuantizedWeight, w_hh: QuantizedWeight, grids: Grids) -> None:
-        super().__init__(w_ih, w_hh, grids)
-        scale_h = np.float32(grids.h.scale)
-        output_factor = np.float32(GATE_OUTPUT_SCALE) / scale_h * np.float32(GATE_OUTPUT_SCALE)
-        self.output_factor = quantize_multiplier(float(output_factor))
-        largest = max(abs(bound) for bound in grids.h.bounds)
-        fits = w_hh.largest_sum() * largest < FLOAT32_INTEGERS
-        self.recurrent = w_hh.integers.T if fits else w_hh.integers.double().T
+    def __init__(self, cell: LSTMCell, rows: int) -> None:
+        size, device = cell.size, cell.zeros.device
+        wide = torch.empty(rows, 5, size, dtype=torch.float64, device=device)
+        self.cell, self.rows = cell, rows
+        self.accumulator = cell.product.empty(rows)
+        self.sums = torch.empty(rows, 4 * size, dtype=torch.float64, device=device)
+        self.recurrent = torch.empty(rows, 4 * size, dtype=torch.int32, device=device)
+        # The gates i, f, g, o, and behind them the cell: i and f meet g and c in one product.
+        self.gates, self.cells, self.o = wide.flatten(1)[:, : 4 * size], wide[:, 4], wide[:, 3]
+        self.i_f, self.g_c = wide[:, 0:2], wide[:, 2:5:2]
+        self.products = torch.empty(rows, 2, size, dtype=torch.float64, device=device)
+        self.new, self.kept = self.products.unbind(1)
+        self.cell_index = torch.empty(rows, size, dtype=torch.int32, device=device)
+        self.flat_cell_index = self.cell_index.view(-1)
+        self.hidden = torch.empty(rows, size, dtype=torch.float64, device=device)
 
-    def project_input(self, x: Activation, bias: Tensor | None) -> Tensor:
-        """The accumulator with its bias, requantised to Q3.12 and saturated."""
-        largest = max(abs(bound) for bound in x.qparams.bounds)
-        accumulator = integer_matmul(x.integers(), self.w_ih, largest).long()
-        if bias is not None:
-            scales = self.w_ih.scales.double() * x.qparams.scale
-            accumulator += integer_bias(bias, scales).long()
-        projected = multiply_by_quantized_multiplier(accumulator, *self.input_factors)
-        return projected.clamp_(INT16_MIN, INT16_MAX).float()
-
-    def step(self, projected: Tensor, h: Tensor, c: Tensor) -> Step:
-        """Gate sums in 16 bits, products in 32, factors in 64."""
-        accumulator = (h.to(self.recurrent.dtype) @ self.recurrent).long()
-        recurrent = multiply_by_quantized_multiplier(accumulator, *self.recurrent_factors)
-        gates = self._gates(projected.add_(recurrent).clamp_(*self.gate_bounds))
-        i, f, g, o = gates.chunk(4, 1)
-        c = self._cell(i, f, g, c)
-        tanh_c = self._look_up(self.cell_table, c + 2**15)
-        h = multiply_by_quantized_multiplier(o.long() * tanh_c, *self.output_factor).float()
-        return Step(gates, c, tanh_c, h.clamp_(*self.hidden_bounds))
+    def for_rows(self, rows: int) -> _Room:
+        """The same for the first sequences, where others have ended."""
+        if rows == self.rows:
+            return self
+        room = _Room(self.cell, rows)
+        room.cells.copy_(self.cells[:rows])
+        return room
 
 
-def _factors(weight_scales: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Multiplier and shift of every gate row, from accumulator units to Q3.12."""
-    products = weight_scales.float() * torch.tensor(scale, dtype=torch.float32)
-    return quantize_multipliers((products / GATE_SCALE).double())
+def stored_bytes(value: Tensor, qparams: QParams) -> Tensor:
+    """Integers with their zero point, int8, of values on an 8-bit grid."""
+    integers = (value.detach() / qparams.scale).add_(qparams.zero_point)
+    return (integers if integers.is_cpu else integers.round_()).to(torch.int8)
+
+
+def _rescaler(
+    weight: QuantizedWeight,
+    x: QParams,
+    scale: float,
+    biases: Tensor | None,
+    *,
+    rounding: RoundingKind,
+    limit: float,
+    overflowed: Callable[[Tensor, float], Tensor],
+) -> Rescaler:
+    """From the accumulators of stored bytes to a scale; the kernel forms its factors in float32."""
+    of_x, of_y = (torch.tensor(s, device=weight.scales.device) for s in (x.scale, scale))
+    factors = (weight.scales.float() * of_x.float() / of_y.float()).double()
+    offset = weight.integers.sum(1).double() * -x.zero_point
+    largest = weight.largest_sum() * max(x.largest, 128)
+    if biases is not None:
+        offset += biases
+        largest += float(biases.abs().max())
+    settle = (lambda sums: overflowed(sums, largest)) if largest >= limit else None
+    return Rescaler(factors, rounding=rounding, largest=largest, offset=offset, settle=settle)
+
+
+def _between(x: Tensor, low: int, high: int) -> Tensor | None:
+    """Where values lie in bounds; None if everywhere."""
+    first, last = x.aminmax()
+    if int(first) >= low and int(last) <= high:
+        return None
+    return (x >= low) & (x <= high)
+
+
+@lru_cache(maxsize=4)
+def _gate_table(device: torch.device) -> Tensor:
+    """Sigmoid and, behind it, tanh of gates' inputs in 16 bits and beyond."""
+    tables = (lstm_sigmoid_table(), lstm_tanh_table(3))
+    ends = (torch.cat([t[:1].expand(_MARGIN), t, t[-1:].expand(_MARGIN)]) for t in tables)
+    return torch.cat(list(ends)).to(torch.int16).to(device)
+
+
+@lru_cache(maxsize=16)
+def _cell_table(integer_bits: int, device: torch.device) -> Tensor:
+    return lstm_tanh_table(integer_bits).to(torch.int16).to(device)

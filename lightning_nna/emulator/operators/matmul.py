@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from lightning_nna.emulator.operators.call import Activation, Call, clip, float32_arithmetic
+from lightning_nna.emulator.operators.integer_products import FLOAT32_INTEGERS
 from lightning_nna.emulator.operators.linear import (
-    FLOAT32_INTEGERS,
     fully_connected,
     linear,
     overflowed,

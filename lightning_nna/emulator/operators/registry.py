@@ -99,7 +99,10 @@ TABLE: dict[str, Operator] = {
     "softmax": _SOFTMAX,
     "layer_norm": Operator("layer_norm", normalisation.layer_norm),
     "linear": Operator("fully_connected", linear.linear),
-    "lstm": Operator("lstm", recurrent.lstm, recurrent.supports_lstm),
+    "gru": Operator("gru", recurrent.gru),
+    "gru_cell": Operator("gru", recurrent.gru_cell),
+    "lstm": Operator("lstm", recurrent.lstm),
+    "lstm_cell": Operator("lstm", recurrent.lstm_cell),
     "__matmul__": _MATMUL,
     "amax": Operator("reduce_max", reduction.amax, reduction.supports_extreme),
     "multi_head_attention_forward": Operator(

@@ -28,8 +28,8 @@ _ONE_REDUCED_PRODUCT = 2.0**37
 # The largest number below one half: adding it and truncating rounds ties away from zero and
 # nothing else up.
 _BELOW_HALF = {torch.float64: math.nextafter(0.5, 0.0), torch.float32: 0.5 - 2.0**-25}
-# Raises a tie above itself and moves no other quotient across one.
-_TIES_AWAY = 1 + 2.0**-40
+#: Raises a tie above itself and moves no other quotient across one.
+TIES_AWAY = 1 + 2.0**-40
 
 
 def rescale(
@@ -153,7 +153,7 @@ def multiply(x: Tensor, mantissas: Tensor, shifts: Tensor, *, largest: float) ->
     high = _high(x, mantissas, left, largest, x.device)
     if bool((shifts >= 0).all()):
         return high
-    right = torch.exp2(shifts.clamp_max(0).double()).mul_(_TIES_AWAY)
+    right = torch.exp2(shifts.clamp_max(0).double()).mul_(TIES_AWAY)
     return high.mul_(right.to(x.device)).round_()
 
 

@@ -61,7 +61,7 @@ def deployed(
     for index, layer in enumerate(model.encoder.layers):
         site = f"encoder.layers.{index}/lstm#0"
         (hidden,) = litert.run_model(lstm_program(chip, layer, hidden.shape, x, site), [hidden])
-        x = grid(chip, f"{site}/layer0")
+        x = grid(chip, f"{site}/layer0/output")
     encoded, q_e = projected(chip, model.encoder.projection, "encoder.projection", hidden, x)
 
     table = chip.weight(model.predictor.embedding.weight, 7)
@@ -69,7 +69,7 @@ def deployed(
     embedded = table.integers.numpy().astype(np.int8)[labels]
     program = lstm_program(chip, model.predictor.lstm, embedded.shape, q_t, "predictor.lstm/lstm#0")
     (hidden,) = litert.run_model(program, [embedded])
-    x = grid(chip, "predictor.lstm/lstm#0/layer0")
+    x = grid(chip, "predictor.lstm/lstm#0/layer0/output")
     predicted, q_p = projected(chip, model.predictor.projection, "predictor.projection", hidden, x)
 
     left, right = encoded[:, :, None], predicted[:, None]
