@@ -11,10 +11,13 @@ follows the weights in training, so nothing is ever clipped and the gradient pas
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+from lightning_nna.emulator.integer_products import ByteProduct
 
 # Below this a channel counts as all zeros; its scale then only sets the step of its bias.
 _SMALLEST_SCALE = 2.0**-24
@@ -32,13 +35,36 @@ class QuantizedWeight:
     integers: Float[Tensor, "rows *rest"]
     scales: Float[Tensor, " rows"]
 
-    @property
+    @cached_property
     def values(self) -> Float[Tensor, "rows *rest"]:
         """The weight that the integers stand for; exact in float32."""
         return self.integers * _per_row(self.scales, self.integers)
 
+    @cached_property
+    def row_sums(self) -> Float[Tensor, " rows"]:
+        """Sum of the integers of each row, float64: what an input's zero point counts."""
+        return self.integers.flatten(1).sum(1).double()
+
+    @cached_property
+    def byte_product(self) -> ByteProduct:
+        """Products of bytes with the rows of a matrix."""
+        return ByteProduct(self.integers)
+
+    @property
+    def bound(self) -> float:
+        """Bound on :meth:`largest_sum` from the shape alone."""
+        return 128.0 * self.integers[0].numel()
+
     def largest_sum(self) -> float:
         """Largest sum of absolute integers over a row: bounds every accumulator."""
+        return self._largest_sum
+
+    def exceeds(self, limit: float) -> bool:
+        """Whether the largest sum reaches a limit; most often the shape alone tells that not."""
+        return self.bound >= limit and self._largest_sum >= limit
+
+    @cached_property
+    def _largest_sum(self) -> float:
         return float(self.integers.abs().flatten(1).sum(1).max())
 
 
@@ -67,13 +93,15 @@ def quantize_weight(
     """
     weight = weight.detach().float()
     rows = weight.shape[0]
-    magnitude = weight.reshape(rows // rows_per_scale, -1).abs().amax(1)
+    groups = weight.reshape(rows // rows_per_scale, -1)
+    magnitude = torch.maximum(groups.amax(1), -groups.amin(1))
     if not bool(torch.isfinite(magnitude).all()):
         raise FloatingPointError("a weight is not finite; it cannot be put on the chip's grid")
     rounded = _powers_of_two if power_of_two else round_significands
     scale = rounded(magnitude.double() / maximum).clamp_min(_SMALLEST_SCALE).float()
     scales = scale.repeat_interleave(rows_per_scale)
-    integers = (weight / _per_row(scales, weight)).round_().clamp_(-maximum, maximum)
+    # No scale is so small that rounding could leave the bounds.
+    integers = (weight / _per_row(scales, weight)).round_()
     return QuantizedWeight(integers, scales)
 
 

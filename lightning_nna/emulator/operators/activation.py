@@ -20,7 +20,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_nna.emulator.operators import elementwise
-from lightning_nna.emulator.operators.call import Activation, Call, clip, float32_arithmetic
+from lightning_nna.emulator.operators.call import (
+    Activation,
+    Call,
+    clip,
+    float32_arithmetic,
+    inside,
+    look_up,
+)
 from lightning_nna.emulator.operators.rescaling import RoundingKind
 from lightning_nna.emulator.ranges import (
     PENDING,
@@ -303,15 +310,15 @@ class _Pointwise(torch.autograd.Function):
         elif call.exact or function.fixed is None:
             table = table_of(name, activation.qparams, y, parameters).to(x.device)
             index = (activation.integers() - activation.qparams.bounds[0]).int()
-            rounded = table.index_select(0, index.flatten()).view(x.shape)
+            rounded = look_up(table, index)
         else:
             # The same values but where the function falls on a tie: no gather, half the time.
             rounded = function.in_float(x.detach()).mul_(1 / y.scale).round_()
         needs_mask = function.fixed is None and ctx.needs_input_grad[0]
-        centred, mask = clip(rounded, y, needs_mask)
+        centred, clipped = clip(rounded, y, needs_mask)
         result = centred.mul_(y.scale)
         ctx.name, ctx.parameters = name, parameters
-        ctx.save_for_backward(*((result,) if function.fixed is not None else (x, mask)))
+        ctx.save_for_backward(*((result,) if function.fixed is not None else (x, clipped)))
         return result
 
     @staticmethod
@@ -322,14 +329,14 @@ class _Pointwise(torch.autograd.Function):
                 return torch.ops.aten.tanh_backward(grad, *ctx.saved_tensors), *nothing
             if ctx.name == "sigmoid":
                 return torch.ops.aten.sigmoid_backward(grad, *ctx.saved_tensors), *nothing
-            x, mask = ctx.saved_tensors
+            x, clipped = ctx.saved_tensors
             derivative = FUNCTIONS[ctx.name].derivative
             if derivative is not None:
-                return derivative(grad * mask, x, *ctx.parameters), *nothing
+                return derivative(inside(grad, clipped), x, *ctx.parameters), *nothing
             with torch.enable_grad():
                 leaf = x.detach().requires_grad_()
                 again = FUNCTIONS[ctx.name].in_float(leaf, *ctx.parameters)
-            return torch.autograd.grad(again, leaf, grad * mask)[0], *nothing
+            return torch.autograd.grad(again, leaf, inside(grad, clipped))[0], *nothing
 
 
 @lru_cache(maxsize=256)

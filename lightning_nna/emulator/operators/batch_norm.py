@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_nna.emulator.folding import Foldable
-from lightning_nna.emulator.operators.call import Activation, Call, clip, float32_arithmetic
+from lightning_nna.emulator.operators.call import Activation, Call, clip, float32_arithmetic, inside
 from lightning_nna.emulator.operators.convolution import Geometry, convolve
 from lightning_nna.emulator.operators.linear import integer_bias, overflowed
 from lightning_nna.emulator.operators.rescaling import rescale, round_fast, rounding_factors
@@ -125,23 +125,23 @@ class _Folded(torch.autograd.Function):
         shift = offset * factor if bias is None else torch.addcmul(bias.detach(), offset, factor)
         folded, scales = _folded_weight(layer, factor)
         rounded = _output(call, layer, x.detach(), factor, shift, scales, y)
-        centred, mask = clip(rounded, y, any(ctx.needs_input_grad))
+        centred, clipped = clip(rounded, y, any(ctx.needs_input_grad))
         result = centred.mul_(y.scale)
         if call.recording:
             layer.record(call, folded, shift, Activation(result, y))
         ctx.training, ctx.has_bias = training, bias is not None
-        ctx.save_for_backward(x, weight, mean.detach(), inverse.detach(), mask)
+        ctx.save_for_backward(x, weight, mean.detach(), inverse.detach(), clipped)
         return result
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, mean, inverse, mask = ctx.saved_tensors
+        x, weight, mean, inverse, clipped = ctx.saved_tensors
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         with float32_arithmetic(grad):
             # In evaluation the kernel takes the running statistics; the inverse is that of var + 0.
             running = (mean, inverse.square().reciprocal())
             grads = torch.ops.aten.native_batch_norm_backward(
-                grad * mask,
+                inside(grad, clipped),
                 x,
                 weight,
                 *running,

@@ -12,7 +12,12 @@ import torch
 from torch import Tensor
 
 from lightning_nna.emulator.folding import Folding
-from lightning_nna.emulator.operators.rescaling import rescale, rescale_fast, round_half_away
+from lightning_nna.emulator.operators.rescaling import (
+    Rescaler,
+    rescale,
+    rescale_fast,
+    round_half_away,
+)
 from lightning_nna.emulator.program import Instruction, Stored
 from lightning_nna.emulator.ranges import (
     PENDING,
@@ -52,6 +57,10 @@ class Host(Protocol):
 
     def count_overflow(self, site: str, accumulator: Tensor, limit: float) -> None:
         """Note how many sums left the accumulator's range."""
+
+
+# Accumulators that are requantised at a time, so that they stay in the cache.
+_BLOCK = 2**15
 
 
 @dataclass(frozen=True)
@@ -262,6 +271,12 @@ def float32_arithmetic(x: Tensor) -> Iterator[None]:
             yield
 
 
+def stored_bytes(value: Tensor, qparams: QParams) -> Tensor:
+    """Integers with their zero point, int8, of values on an 8-bit grid."""
+    integers = (value.detach() / qparams.scale).add_(qparams.zero_point)
+    return (integers if integers.is_cpu else integers.round_()).to(torch.int8)
+
+
 def quantize(x: Tensor, qparams: QParams, key: str = "a constant") -> Tensor:
     """Round a float tensor onto a grid; the gradient is 1 inside the range and 0 outside.
 
@@ -287,33 +302,82 @@ def requantize(call: Call, x: Activation, y: QParams) -> Tensor:
     return call.tagged(result, y)
 
 
-def round_clip(
-    scaled: Tensor, qparams: QParams, *, exact: bool, keep_mask: bool
-) -> tuple[Tensor, Tensor | None]:
-    """Round ``value / scale`` and clip it to the grid.
+def look_up(table: Tensor, index: Tensor) -> Tensor:
+    """Entries of a table of one axis at indices of any shape; the result is no view."""
+    result = table.new_empty(index.shape)
+    torch.index_select(table, 0, index.flatten(), out=result.view(-1))
+    return result
+
+
+def clip(rounded: Tensor, qparams: QParams, keep: bool) -> tuple[Tensor, Tensor | None]:
+    """Clip whole numbers to a grid.
 
     Args:
-        scaled: The value in units of the scale; overwritten where it may be.
+        rounded: Integers less the zero point, float; overwritten.
         qparams: The grid.
-        exact: Ties away from zero as the chip; otherwise to even, which is faster.
-        keep_mask: Whether the backward needs to know what was clipped.
+        keep: Whether the backward needs to know what was clipped.
 
     Returns:
-        Integers less the zero point as float32, and where they were inside the range.
+        Integers less the zero point as float32, and what :func:`inside` needs: None where nothing
+        was clipped, else on a CPU the flat indices of the few that were, elsewhere a mask.
     """
-    return clip(round_half_away(scaled) if exact else scaled.round_(), qparams, keep_mask)
-
-
-def clip(rounded: Tensor, qparams: QParams, keep_mask: bool) -> tuple[Tensor, Tensor | None]:
-    """Clip whole numbers to the grid; see :func:`round_clip`."""
     low, high = qparams.bounds
     # Every grid lies where float32 holds all integers, and half the bytes take half the time.
     rounded = rounded.float()
-    if not keep_mask:
+    if not rounded.is_cpu:
+        clipped = rounded.clamp(low, high)
+        return clipped, (clipped == rounded if keep else None)
+    # Comparisons are slow there, and most often nothing is clipped.
+    if not rounded.numel() or _within(rounded, low, high):
+        return rounded, None
+    if not keep:
         return rounded.clamp_(low, high), None
     clipped = rounded.clamp(low, high)
-    # What the clipping left as it was: one pass instead of three.
-    return clipped, clipped == rounded
+    return clipped, rounded.sub_(clipped).flatten().nonzero().squeeze(1)
+
+
+def inside(grad: Tensor, clipped: Tensor | None) -> Tensor:
+    """A gradient where nothing was clipped, zero elsewhere; see :func:`clip`."""
+    if clipped is None:
+        return grad
+    if clipped.dtype == torch.bool:
+        return grad * clipped
+    return grad.flatten().index_fill(0, clipped, 0).view(grad.shape)
+
+
+def rescale_rows(
+    sums: Tensor, rescaler: Rescaler, y: QParams, *, keep: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Requantise accumulators to a grid, block by block.
+
+    Args:
+        sums: Whole numbers, any dtype, shape ``(rows, columns)``.
+        rescaler: With factors and offset of shape ``(columns,)`` or of none.
+        y: The grid.
+        keep: Whether the backward needs to know what was clipped.
+
+    Returns:
+        Values on the grid, float32, and what was clipped, see :func:`clip`.
+    """
+    if not sums.is_cpu:
+        centred, clipped = clip(rescaler(sums.to(rescaler.dtype)), y, keep)
+        return centred.mul_(y.scale), clipped
+    columns = sums.shape[1]
+    step = max(1, _BLOCK // max(columns, 1))
+    room = torch.empty(min(step, len(sums)), columns, dtype=rescaler.dtype)
+    values, found = torch.empty(sums.shape), []
+    for first in range(0, len(sums), step):
+        block = sums[first : first + step]
+        centred, clipped = clip(rescaler(room[: len(block)].copy_(block)), y, keep)
+        torch.mul(centred, y.scale, out=values[first : first + step])
+        if clipped is not None:
+            found.append(clipped + first * columns)
+    return values, torch.cat(found) if found else None
+
+
+def _within(x: Tensor, low: int, high: int) -> bool:
+    least, greatest = torch.aminmax(x)
+    return float(least) >= low and float(greatest) <= high
 
 
 class _Quantize(torch.autograd.Function):
@@ -327,17 +391,17 @@ class _Quantize(torch.autograd.Function):
             low, high = torch.aminmax(scaled)
             if not bool(torch.isfinite(high - low)):
                 raise FloatingPointError(not_finite(key, float(low), float(high)))
-        centred, mask = round_clip(scaled, qparams, exact=True, keep_mask=True)
-        ctx.save_for_backward(mask)
+        centred, clipped = clip(round_half_away(scaled), qparams, keep=True)
+        ctx.save_for_backward(clipped)
         return centred.mul_(qparams.scale)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         # Outside of the block: with activation checkpointing, asking for what was saved runs the
         # forward again.
-        (mask,) = ctx.saved_tensors
+        (clipped,) = ctx.saved_tensors
         with float32_arithmetic(grad):
-            return grad * mask, None, None
+            return inside(grad, clipped), None, None
 
 
 class _Requantize(torch.autograd.Function):
@@ -353,12 +417,12 @@ class _Requantize(torch.autograd.Function):
             rounded = rescale(integers, factor, rounding=rounding, largest=largest)
         else:
             rounded = rescale_fast(integers, factor, rounding=rounding)
-        centred, mask = clip(rounded, y, keep_mask=True)
-        ctx.save_for_backward(mask)
+        centred, clipped = clip(rounded, y, keep=True)
+        ctx.save_for_backward(clipped)
         return centred.mul_(y.scale)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (mask,) = ctx.saved_tensors
+        (clipped,) = ctx.saved_tensors
         with float32_arithmetic(grad):
-            return grad * mask, None, None, None
+            return inside(grad, clipped), None, None, None

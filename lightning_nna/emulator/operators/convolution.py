@@ -21,13 +21,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lightning_nna.emulator.folding import Foldable
+from lightning_nna.emulator.integer_products import FLOAT32_INTEGERS
 from lightning_nna.emulator.operators.call import (
     Activation,
     Call,
     clip,
     float32_arithmetic,
+    inside,
 )
-from lightning_nna.emulator.operators.integer_products import FLOAT32_INTEGERS
 from lightning_nna.emulator.operators.linear import (
     integer_bias,
     needs_exact,
@@ -256,18 +257,18 @@ class _Convolution(torch.autograd.Function):
         needs_grad = any(ctx.needs_input_grad)
         compute = _exact_output if needs_exact(call, activation, quantized) else _fast_output
         rounded = compute(call, activation, quantized, bias, geometry, y)
-        centred, mask = clip(rounded, y, needs_grad)
+        centred, clipped = clip(rounded, y, needs_grad)
         if needs_grad:
             ctx.geometry = geometry
-            ctx.save_for_backward(x, quantized.values, mask)
+            ctx.save_for_backward(x, quantized.values, clipped)
         return centred.mul_(y.scale)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, values, mask = ctx.saved_tensors
+        x, values, clipped = ctx.saved_tensors
         with float32_arithmetic(grad):
             needs = ctx.needs_input_grad[:3]
-            grads = _gradients(grad * mask, x, values, ctx.geometry, needs)
+            grads = _gradients(inside(grad, clipped), x, values, ctx.geometry, needs)
         return *grads, None, None, None, None, None
 
 

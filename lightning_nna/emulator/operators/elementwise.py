@@ -26,6 +26,8 @@ from lightning_nna.emulator.operators.call import (
     Call,
     clip,
     float32_arithmetic,
+    inside,
+    look_up,
     requantize,
 )
 from lightning_nna.emulator.operators.rescaling import RoundingKind, rescale, rescale_fast
@@ -161,23 +163,23 @@ class _Binary(torch.autograd.Function):
         else:
             grids = (left.qparams, right.qparams, y)
             rounded = pairwise(kind, left.integers(), right.integers(), grids, rounding)
-        centred, mask = clip(rounded, y, needs_grad)
+        centred, clipped = clip(rounded, y, needs_grad)
         ctx.kind, ctx.shapes = kind, (a.shape, b.shape)
         if needs_grad:
-            ctx.save_for_backward(mask, *((a, b) if kind == "MUL" else ()))
+            ctx.save_for_backward(clipped, *((a, b) if kind == "MUL" else ()))
         return centred.mul_(y.scale)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        mask, *factors = ctx.saved_tensors
+        clipped, *factors = ctx.saved_tensors
         with float32_arithmetic(grad):
-            inside = grad * mask
+            passed = inside(grad, clipped)
             grads: list[Tensor | None] = []
             for index, shape in enumerate(ctx.shapes):
                 if not ctx.needs_input_grad[index]:
                     grads.append(None)
                     continue
-                own = inside * factors[1 - index] if factors else inside
+                own = passed * factors[1 - index] if factors else passed
                 own = own.sum_to_size(shape)
                 grads.append(-own if ctx.kind == "SUB" and index == 1 else own)
         return *grads, None, None, None, None, None
@@ -201,10 +203,8 @@ def _look_up(
     """The result of every pair, from a table of 65536."""
     table = _table(kind, a.qparams, b.qparams, y, rounding).to(a.value.device)
     first, second = a.qparams.bounds[0], b.qparams.bounds[0]
-    rows = (a.integers() - first).mul_(256).int()
-    columns = (b.integers() - second).int()
-    index = rows + columns
-    return table.index_select(0, index.flatten()).view(index.shape)
+    index = torch.add(b.integers(), a.integers(), alpha=256).sub_(256 * first + second).int()
+    return look_up(table, index)
 
 
 def _has_table(x: Activation) -> bool:

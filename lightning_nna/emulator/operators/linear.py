@@ -9,6 +9,7 @@ double precision and rounds ties away from zero, and so do we; the accumulator i
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,14 +17,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_nna.emulator.folding import Foldable
+from lightning_nna.emulator.integer_products import FLOAT32_INTEGERS, has_byte_products
 from lightning_nna.emulator.operators.call import (
     Activation,
     Call,
     clip,
     float32_arithmetic,
+    inside,
+    rescale_rows,
+    stored_bytes,
 )
-from lightning_nna.emulator.operators.integer_products import FLOAT32_INTEGERS
-from lightning_nna.emulator.operators.rescaling import rescale
+from lightning_nna.emulator.operators.rescaling import Rescaler
 from lightning_nna.emulator.program import Stored
 from lightning_nna.emulator.ranges import QParams
 from lightning_nna.emulator.spec import NNASpec
@@ -186,19 +190,25 @@ class _FullyConnected(torch.autograd.Function):
         y: QParams,
         call: Call,
     ) -> Tensor:
-        values = quantized.values
         needs_grad = any(ctx.needs_input_grad)
-        compute = _exact_output if needs_exact(call, activation, quantized) else _fast_output
-        centred, mask = clip(compute(call, activation, quantized, bias, y), y, needs_grad)
+        exact = needs_exact(call, activation, quantized)
+        if exact or _multiplies_bytes(activation):
+            sums, offset = _integer_sums(activation, quantized)
+            rescaler = _rescaler(call, activation, quantized, bias, offset, y, exact)
+            result, clipped = rescale_rows(sums, rescaler, y, keep=needs_grad)
+        else:
+            rounded = _fast_output(call, activation, quantized, bias, y)
+            centred, clipped = clip(rounded, y, needs_grad)
+            result = centred.mul_(y.scale)
         if needs_grad:
-            ctx.save_for_backward(x, values, mask)
-        return centred.mul_(y.scale).reshape(*x.shape[:-1], weight.shape[0])
+            ctx.save_for_backward(x, quantized.values, clipped)
+        return result.reshape(*x.shape[:-1], weight.shape[0])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, values, mask = ctx.saved_tensors
+        x, values, clipped = ctx.saved_tensors
         with float32_arithmetic(grad):
-            flat = grad.reshape(mask.shape) * mask
+            flat = inside(grad, clipped).reshape(-1, len(values))
             grad_x = (flat @ values).reshape(x.shape) if ctx.needs_input_grad[0] else None
             grad_w = flat.T @ x.reshape(-1, x.shape[-1]) if ctx.needs_input_grad[1] else None
             grad_b = flat.sum(0) if ctx.needs_input_grad[2] else None
@@ -208,25 +218,51 @@ class _FullyConnected(torch.autograd.Function):
 def needs_exact(call: Call, x: Activation, weight: QuantizedWeight) -> bool:
     """Whether a product must be formed in integers: always if exact, else where it may overflow."""
     limit = 2.0 ** (call.host.spec.accumulator_bits - 1)
-    return call.exact or weight.largest_sum() * x.qparams.largest >= limit
+    return call.exact or weight.exceeds(limit / x.qparams.largest)
 
 
-def _exact_output(
-    call: Call, x: Activation, weight: QuantizedWeight, bias: Tensor | None, y: QParams
-) -> Tensor:
-    """The rounded output in units of its scale, float64: as the reference kernel computes it."""
+def _multiplies_bytes(x: Activation) -> bool:
+    return x.qparams.bits == 8 and x.value.is_cpu and has_byte_products()
+
+
+def _integer_sums(x: Activation, weight: QuantizedWeight) -> tuple[Tensor, Tensor | None]:
+    """Sums of products of a layer, and what is still to be added for the input's zero point."""
+    columns = weight.integers.shape[1]
+    if _multiplies_bytes(x):
+        stored = stored_bytes(x.value, x.qparams).reshape(-1, columns)
+        offset = weight.row_sums * -x.qparams.zero_point if x.qparams.zero_point else None
+        return weight.byte_product(stored), offset
+    return integer_matmul(x.integers().reshape(-1, columns), weight, x.qparams.largest), None
+
+
+def _rescaler(
+    call: Call,
+    x: Activation,
+    weight: QuantizedWeight,
+    bias: Tensor | None,
+    offset: Tensor | None,
+    y: QParams,
+    exact: bool,
+) -> Rescaler:
+    """From a layer's sums to its output: as the reference kernel computes it, if exact."""
     spec = call.host.spec
-    integers = x.integers().reshape(-1, weight.integers.shape[1])
-    largest = weight.largest_sum() * x.qparams.largest
-    accumulator = integer_matmul(integers, weight, x.qparams.largest).double()
     scales = x.qparams.scale * weight.scales.double()
+    largest = weight.bound * x.qparams.largest
     if bias is not None:
         biases = integer_bias(bias, scales, spec.bias_bits)
-        accumulator += biases
+        offset = biases if offset is None else offset + biases
         largest += float(biases.abs().max())
-    accumulator = overflowed(call, accumulator, largest)
-    rounding = spec.rounding_of("real")
-    return rescale(accumulator, scales / y.scale, rounding=rounding, largest=largest)
+    settle = None
+    if largest >= 2.0 ** (spec.accumulator_bits - 1):
+        settle = partial(overflowed, call, largest=largest)
+    return Rescaler(
+        scales / y.scale,
+        rounding=spec.rounding_of("real"),
+        largest=largest,
+        offset=offset,
+        exact=exact,
+        settle=settle,
+    )
 
 
 def _fast_output(

@@ -29,14 +29,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_nna.emulator.operators.call import Activation, Call, float32_arithmetic, quantize
+from lightning_nna.emulator.operators.call import (
+    Activation,
+    Call,
+    float32_arithmetic,
+    quantize,
+    stored_bytes,
+)
 from lightning_nna.emulator.operators.linear import overflowed, stored_bias
 from lightning_nna.emulator.operators.lstm_cell import (
     GATE_OUTPUT_SCALE,
     Grids,
     LSTMCell,
     Record,
-    stored_bytes,
 )
 from lightning_nna.emulator.operators.sequences import Layout
 from lightning_nna.emulator.program import Stored

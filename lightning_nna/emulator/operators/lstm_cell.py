@@ -15,11 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_nna.emulator.operators.call import Activation
-from lightning_nna.emulator.operators.integer_products import ByteProduct
+from lightning_nna.emulator.operators.call import Activation, stored_bytes
 from lightning_nna.emulator.operators.linear import integer_bias
-from lightning_nna.emulator.operators.rescaler import Rescaler
-from lightning_nna.emulator.operators.rescaling import TIES_AWAY, RoundingKind
+from lightning_nna.emulator.operators.rescaling import TIES_AWAY, Rescaler, RoundingKind
 from lightning_nna.emulator.operators.sequences import Layout
 from lightning_nna.emulator.ranges import QParams
 from lightning_nna.emulator.weights import QuantizedWeight
@@ -124,7 +122,7 @@ class LSTMCell:
         biases = None
         if bias is not None:
             biases = integer_bias(bias, w_ih.scales.double() * grids.x.scale, bias_bits)
-        self.input_product, self.product = ByteProduct(w_ih), ByteProduct(w_hh)
+        self.input_product, self.product = w_ih.byte_product, w_hh.byte_product
         form = partial(_rescaler, rounding=rounding, limit=accumulator_limit, overflowed=overflowed)
         self.of_input = form(w_ih, grids.x, GATE_SCALE, biases)
         self.of_recurrent = form(w_hh, grids.h, GATE_SCALE, None)
@@ -132,7 +130,7 @@ class LSTMCell:
         largest = float(self.of_recurrent.factors.max()) * self.of_recurrent.largest
         self.far = largest >= _MARGIN - 1
         if projection is not None:
-            self.projection_product = ByteProduct(projection)
+            self.projection_product = projection.byte_product
             self.of_projection = form(projection, grids.hidden, grids.h.scale, None)
         scale = np.float32(grids.hidden.scale)
         factor = np.float32(GATE_OUTPUT_SCALE) / scale * np.float32(GATE_OUTPUT_SCALE)
@@ -286,12 +284,6 @@ class _Room:
         return room
 
 
-def stored_bytes(value: Tensor, qparams: QParams) -> Tensor:
-    """Integers with their zero point, int8, of values on an 8-bit grid."""
-    integers = (value.detach() / qparams.scale).add_(qparams.zero_point)
-    return (integers if integers.is_cpu else integers.round_()).to(torch.int8)
-
-
 def _rescaler(
     weight: QuantizedWeight,
     x: QParams,
@@ -305,7 +297,7 @@ def _rescaler(
     """From the accumulators of stored bytes to a scale; the kernel forms its factors in float32."""
     of_x, of_y = (torch.tensor(s, device=weight.scales.device) for s in (x.scale, scale))
     factors = (weight.scales.float() * of_x.float() / of_y.float()).double()
-    offset = weight.integers.sum(1).double() * -x.zero_point
+    offset = weight.row_sums * -x.zero_point
     largest = weight.largest_sum() * max(x.largest, 128)
     if biases is not None:
         offset += biases

@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_nna.emulator.operators.call import Activation, Call, clip, float32_arithmetic
-from lightning_nna.emulator.operators.integer_products import FLOAT32_INTEGERS
+from lightning_nna.emulator.integer_products import FLOAT32_INTEGERS
+from lightning_nna.emulator.operators.call import Activation, Call, clip, float32_arithmetic, inside
 from lightning_nna.emulator.operators.linear import (
     fully_connected,
     linear,
@@ -123,21 +123,21 @@ class _BatchMatmul(torch.autograd.Function):
             rounded = rescale(sums, factor, rounding=rounding, largest=largest)
         else:
             rounded = _fast(left, right, factor, rounding)
-        centred, mask = clip(rounded, y, needs_grad)
+        centred, clipped = clip(rounded, y, needs_grad)
         if needs_grad:
-            ctx.save_for_backward(a, b, mask)
+            ctx.save_for_backward(a, b, clipped)
         return centred.mul_(y.scale)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        a, b, mask = ctx.saved_tensors
+        a, b, clipped = ctx.saved_tensors
         grad_a = grad_b = None
         with float32_arithmetic(grad):
-            inside = grad * mask
+            passed = inside(grad, clipped)
             if ctx.needs_input_grad[0]:
-                grad_a = torch.matmul(inside, b.mT).sum_to_size(a.shape)
+                grad_a = torch.matmul(passed, b.mT).sum_to_size(a.shape)
             if ctx.needs_input_grad[1]:
-                grad_b = torch.matmul(a.mT, inside).sum_to_size(b.shape)
+                grad_b = torch.matmul(a.mT, passed).sum_to_size(b.shape)
         return grad_a, grad_b, None, None, None, None
 
 

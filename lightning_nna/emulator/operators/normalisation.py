@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -41,6 +42,8 @@ from lightning_nna.functional.interpolated_tables import (
     inverse_square_root,
 )
 
+# Elements at a time: what lies between two instructions then stays in the processor's cache.
+_BLOCK = 2**16
 #: Steps of the variance's grid that a straight line of the table cannot follow: two segments.
 _BLIND_STEPS = 256
 
@@ -92,15 +95,16 @@ def _normalise(
 ) -> Tensor:
     x = call.operand(input, "input")
 
-    def steps() -> tuple[Tensor, QParams]:
+    def steps(value: Tensor) -> tuple[Tensor, QParams]:
         with torch.no_grad():
-            return _steps(call, x, weight, bias, axes, eps, centred)
+            return _steps(call, replace(x, value=value), weight, bias, axes, eps, centred)
 
     if call.observing:
-        steps()
+        steps(x.value)
         return call.observed(in_float(x.value, weight, bias))
     with float32_arithmetic(x.value):
-        result, y = _Normalise.apply(x.value, weight, bias, steps, in_float)
+        block = x.value.numel() if call.recording else _BLOCK
+        result, y = _Normalise.apply(x.value, weight, bias, steps, in_float, len(axes), block)
     return call.tagged(result, y)
 
 
@@ -186,10 +190,15 @@ class _Normalise(torch.autograd.Function):
         x: Tensor,
         weight: Tensor | None,
         bias: Tensor | None,
-        steps: Callable[[], tuple[Tensor, QParams]],
+        steps: Callable[[Tensor], tuple[Tensor, QParams]],
         in_float: Callable[..., Tensor],
+        axes: int,
+        block: int,
     ) -> tuple[Tensor, QParams]:
-        result, y = steps()
+        rows = x.flatten(0, -axes - 1) if x.dim() > axes else x.unsqueeze(0)
+        size = max(1, block // max(rows[0].numel(), 1)) if len(rows) else 1
+        parts, (y, *_) = zip(*(steps(part) for part in rows.split(size)), strict=True)
+        result = torch.cat(parts).view(x.shape)
         ctx.in_float, ctx.has = in_float, (weight is not None, bias is not None)
         low, high = (bound * y.scale for bound in y.bounds)
         ctx.bounds = (low, high)
@@ -208,4 +217,4 @@ class _Normalise(torch.autograd.Function):
             inside = (result > low) & (result < high)
             wanted = [p for p in leaves if p is not None]
             grads = iter(torch.autograd.grad(again, wanted, grad * inside))
-        return *(None if p is None else next(grads) for p in leaves), None, None
+        return *(None if p is None else next(grads) for p in leaves), None, None, None, None

@@ -22,8 +22,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_nna.emulator.operators.call import Activation, Call, clip, float32_arithmetic
-from lightning_nna.emulator.operators.integer_products import FLOAT32_INTEGERS
+from lightning_nna.emulator.integer_products import FLOAT32_INTEGERS
+from lightning_nna.emulator.operators.call import Activation, Call, clip, float32_arithmetic, inside
 from lightning_nna.emulator.operators.rescaling import multiply, rescale
 from lightning_nna.emulator.program import Stored
 from lightning_nna.emulator.ranges import QParams
@@ -183,20 +183,20 @@ class _Mean(torch.autograd.Function):
         dtype = torch.float32 if largest < FLOAT32_INTEGERS else torch.float64
         total = integers.sum(axes, keepdim, dtype=dtype)
         rounded = _average(call, total, count, activation.qparams.scale / grid.scale, largest)
-        centred, mask = clip(rounded, grid, any(ctx.needs_input_grad))
+        centred, clipped = clip(rounded, grid, any(ctx.needs_input_grad))
         ctx.axes, ctx.shape = () if keepdim else axes, x.shape
         ctx.slope = scale / (grid.scale * count)
-        ctx.save_for_backward(mask)
+        ctx.save_for_backward(clipped)
         return centred.mul_(scale)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (mask,) = ctx.saved_tensors
+        (clipped,) = ctx.saved_tensors
         with float32_arithmetic(grad):
-            inside = (grad * mask).mul_(ctx.slope)
+            passed = inside(grad, clipped) * ctx.slope
             for axis in sorted(ctx.axes):
-                inside = inside.unsqueeze(axis)
-            return inside.expand(ctx.shape), None, None, None, None, None, None
+                passed = passed.unsqueeze(axis)
+            return passed.expand(ctx.shape), None, None, None, None, None, None
 
 
 def _average(call: Call, total: Tensor, count: int, factor: float, largest: float) -> Tensor:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Literal
 
 import torch
@@ -21,12 +22,14 @@ from lightning_nna.functional.fixed_point import float_factors, quantize_multipl
 
 RoundingKind = Literal["real", "reference", "double", "reduced", "single", "shift"]
 
+# float64 holds every integer up to here.
+_FLOAT64_INTEGERS = 2.0**53
 # An accumulator below this times a 31-bit mantissa is exact in float64.
 _ONE_PRODUCT = 2.0**22
 # The same for a 16-bit mantissa.
 _ONE_REDUCED_PRODUCT = 2.0**37
-# The largest number below one half: adding it and truncating rounds ties away from zero and
-# nothing else up.
+# The largest number below one half: what it does not lift to the next whole number, one half would
+# not, but for rounding in the sum.
 _BELOW_HALF = {torch.float64: math.nextafter(0.5, 0.0), torch.float32: 0.5 - 2.0**-25}
 #: Raises a tie above itself and moves no other quotient across one.
 TIES_AWAY = 1 + 2.0**-40
@@ -53,12 +56,9 @@ def rescale(
         tensor([ 1.,  2., -1.], dtype=torch.float64)
     """
     x = accumulator.double()
-    if rounding in ("real", "reference"):
-        return round_half_away(x.mul_(factors))
-    if rounding == "shift":
-        # A product with a power of two is exact: one rounding, ties away from zero.
-        return round_half_away(x.mul_(factors))
-    return _KINDS[rounding](x, torch.as_tensor(factors, dtype=torch.float64), largest)
+    if isinstance(factors, float):
+        return _prepared(factors, rounding, largest)(x)
+    return Rescaler(factors, rounding=rounding, largest=largest)(x)
 
 
 def rescale_fast(accumulator: Tensor, factors: float | Tensor, *, rounding: RoundingKind) -> Tensor:
@@ -120,16 +120,20 @@ def round_fast(scaled: Tensor, second: Tensor | None) -> Tensor:
 def round_half_away(x: Tensor) -> Tensor:
     """Round float32 or float64 to nearest, ties away from zero.
 
+    Args:
+        x: Any values; overwritten.
+
+    Returns:
+        ``x``, rounded.
+
     Example:
         >>> round_half_away(torch.tensor([0.5, -2.5, 0.49999999999999994], dtype=torch.float64))
         tensor([ 1., -3.,  0.], dtype=torch.float64)
     """
-    half = torch.full((), _BELOW_HALF[x.dtype], dtype=x.dtype, device=x.device).copysign(x)
-    return half.add_(x).trunc_()
-
-
-def _double(x: Tensor, factors: Tensor, largest: float) -> Tensor:
-    return multiply(x, *quantize_multipliers(factors.cpu()), largest=largest)
+    # Truncation and the copying of signs have no fast kernels on a CPU; these have.
+    half = _BELOW_HALF[x.dtype]
+    above = (x + half).floor_().clamp_min_(0)
+    return x.sub_(half).ceil_().clamp_max_(0).add_(above)
 
 
 def multiply(x: Tensor, mantissas: Tensor, shifts: Tensor, *, largest: float) -> Tensor:
@@ -170,6 +174,111 @@ def _high(x: Tensor, mantissas: Tensor, left: Tensor, largest: float, device: ob
     return (x * torch.ldexp(upper.double(), left - 15).to(x.device)).add_(low).floor_()
 
 
+class Rescaler:
+    """round(factor (x + offset)) as the chip rounds.
+
+    Args:
+        factors: Positive factors, float64, that broadcast against the accumulators.
+        rounding: See :func:`.rescaling.rescale`.
+        largest: Bound on the absolute value of ``x + offset`` and of ``x``.
+        offset: Whole numbers (a bias, the zero point's share of a product), float64, that
+            broadcast like the factors; None for none.
+        exact: Every bit; otherwise in float32, equal but near a tie.
+        settle: What an accumulator too narrow makes of its sums, if it may overflow.
+
+    Attributes:
+        dtype: What accumulators must be given in.
+
+    Example:
+        >>> rescaler = Rescaler(torch.tensor(0.25).double(), rounding="double", largest=100.0)
+        >>> rescaler(torch.tensor([6.0, 5.0, -6.0]).double())
+        tensor([ 2.,  1., -2.], dtype=torch.float64)
+    """
+
+    def __init__(
+        self,
+        factors: Tensor,
+        *,
+        rounding: RoundingKind,
+        largest: float,
+        offset: Tensor | None = None,
+        exact: bool = True,
+        settle: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        self.factors, self.rounding, self.largest = factors, rounding, largest
+        self.offset, self.settle = offset, settle
+        self.dtype = torch.float64 if exact or settle is not None else torch.float32
+        self._compute: Callable[[Tensor], Tensor] = self._generally
+        if self.dtype == torch.float32:
+            self._prepare_fast()
+        elif rounding == "double" and settle is None:
+            self._prepare_double()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Rescale whole numbers of :attr:`dtype`, in place."""
+        return self._compute(x)
+
+    def _generally(self, x: Tensor) -> Tensor:
+        if self.offset is not None:
+            x += self.offset
+        if self.settle is not None:
+            x = self.settle(x)
+        if self.rounding in ("real", "reference", "shift"):
+            return round_half_away(x.mul_(self.factors))
+        return x.copy_(_KINDS[self.rounding](x, self.factors, self.largest))
+
+    def _prepare_fast(self) -> None:
+        first, self.second = rounding_factors(self.factors, rounding=self.rounding)
+        self.first = _to(self.factors, first)
+        self.constant = self.first.new_zeros(())
+        if self.offset is not None:
+            self.constant = (self.offset * self.first).float()
+        self._compute = self._fast
+
+    def _fast(self, x: Tensor) -> Tensor:
+        return round_fast(torch.addcmul(self.constant, x, self.first, out=x), self.second)
+
+    def _prepare_double(self) -> None:
+        factors = self.factors
+        mantissas, shifts = quantize_multipliers(factors.cpu())
+        left = shifts.clamp_min(0)
+        self.twice = bool((shifts < 0).any())
+        self.second = _to(factors, torch.exp2(shifts.clamp_max(0).double()) * TIES_AWAY)
+        offset = torch.zeros_like(factors) if self.offset is None else self.offset
+        # A factor formed in float32 has a short mantissa: one product in float64 is exact.
+        odd = mantissas // (mantissas & -mantissas).clamp_min(1)
+        if 4 * float(odd.max()) * self.largest < _FLOAT64_INTEGERS:
+            self.first = _to(factors, torch.ldexp(mantissas.double(), left - 31))
+            self.constant = offset * self.first + 0.5
+            self._compute = self._short
+            return
+        upper, lower = mantissas >> 16, mantissas & 0xFFFF
+        self.upper = _to(factors, torch.ldexp(upper.double(), left - 15))
+        self.lower = _to(factors, torch.ldexp(lower.double(), left - 16))
+        self.of_upper, self.of_lower = offset * self.upper, offset * self.lower + 2.0**14
+        self._compute = self._long
+
+    def _short(self, x: Tensor) -> Tensor:
+        torch.addcmul(self.constant, x, self.first, out=x).floor_()
+        return x.mul_(self.second).round_() if self.twice and self.second is not None else x
+
+    def _long(self, x: Tensor) -> Tensor:
+        # The lower half of the mantissa is floored where no later floor can see it.
+        low = torch.addcmul(self.of_lower, x, self.lower).floor_().mul_(2.0**-15)
+        torch.addcmul(self.of_upper, x, self.upper, out=x).add_(low).floor_()
+        return x.mul_(self.second).round_() if self.twice and self.second is not None else x
+
+
+@lru_cache(maxsize=1024)
+def _prepared(factor: float, rounding: RoundingKind, largest: float) -> Rescaler:
+    factors = torch.tensor(factor, dtype=torch.float64)
+    return Rescaler(factors, rounding=rounding, largest=largest)
+
+
+def _to(like: Tensor, x: Tensor) -> Tensor:
+    return x.to(like.device)
+
+
 def _single(x: Tensor, factors: Tensor, largest: float) -> Tensor:
     """floor(x m 2^(e - 31) + 1/2), rounded once."""
     mantissas, shifts = quantize_multipliers(factors.cpu())
@@ -203,7 +312,6 @@ def _reduced_multipliers(factors: Tensor) -> tuple[Tensor, Tensor]:
 
 
 _KINDS: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
-    "double": _double,
     "reduced": _reduced,
     "single": _single,
 }

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_nna.emulator.operators.call import Activation, Call, float32_arithmetic
+from lightning_nna.emulator.operators.call import Activation, Call, float32_arithmetic, look_up
 from lightning_nna.emulator.operators.rescaling import multiply
 from lightning_nna.emulator.program import Stored
 from lightning_nna.emulator.ranges import PENDING, SIGMOID_OUTPUT, QParams
@@ -124,10 +124,9 @@ def _exact(scores: Tensor, scale: float) -> Tensor:
     """Probabilities along the last axis from whole scores, on the grid of 1/256."""
     table = exp_table(scale).to(scores.device)
     differences = (scores.amax(-1, keepdim=True) - scores).int()
-    flat = differences.flatten()
-    sums = to_sum(table).double().index_select(0, flat).view(scores.shape).sum(-1, keepdim=True)
+    sums = look_up(to_sum(table).double(), differences).sum(-1, keepdim=True)
     inverse, above_unit = reciprocal(sums.long())
-    exponentials = table.double().index_select(0, flat).view(scores.shape)
+    exponentials = look_up(table.double(), differences)
     shifts = -(above_unit + 31 - 8)
     rounded = multiply(exponentials, inverse, shifts, largest=2.0**31)
     return rounded.clamp_(0, 255).float().mul_(SIGMOID_OUTPUT.scale)

@@ -13,8 +13,6 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from lightning_nna.emulator.weights import QuantizedWeight
-
 # float32 holds every integer up to here, and so every partial sum of a matrix product.
 FLOAT32_INTEGERS = 2**24
 # Largest magnitude of a byte.
@@ -40,22 +38,21 @@ class ByteProduct:
     """A weight made ready for many products with bytes.
 
     Args:
-        weight: Integers of at most 8 bits, shape ``(out, in)``.
+        integers: Whole numbers of at most 8 bits, float32, shape ``(out, in)``.
 
     Example:
-        >>> product = ByteProduct(QuantizedWeight(torch.tensor([[1.0, -2.0]]), torch.ones(1)))
+        >>> product = ByteProduct(torch.tensor([[1.0, -2.0]]))
         >>> product(torch.tensor([[3, 4]], dtype=torch.int8)).tolist()
         [[-5]]
     """
 
-    def __init__(self, weight: QuantizedWeight) -> None:
-        integers = weight.integers
+    def __init__(self, integers: Tensor) -> None:
         # A single column has strides that torch hands to its kernel as they are, and wrongly so.
         if integers.is_cpu and integers.shape[1] > 1 and has_byte_products():
             self.columns = integers.to(torch.int8).T
             self.dtype = torch.int32
             return
-        fits = weight.largest_sum() * _BYTE < FLOAT32_INTEGERS
+        fits = float(integers.abs().sum(1).max()) * _BYTE < FLOAT32_INTEGERS
         self.dtype = torch.float32 if fits else torch.float64
         self.columns = integers.to(self.dtype).T
 
