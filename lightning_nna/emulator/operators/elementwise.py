@@ -36,8 +36,8 @@ from lightning_nna.functional.fixed_point import INT32_MAX
 
 Kind = Literal["ADD", "SUB", "MUL"]
 
-# Left shift of the operands of a sum, by the width of the output.
-_LEFT_SHIFT = {8: 20, 16: 15}
+#: Left shift of the operands of a sum, by the width of the output.
+LEFT_SHIFT = {8: 20, 16: 15}
 
 
 def add(call: Call, input: Tensor | float, other: Tensor | float, *, alpha: float = 1) -> Tensor:
@@ -191,7 +191,7 @@ def _fast(kind: Kind, a: Activation, b: Activation, y: QParams, rounding: Roundi
     if kind == "MUL":
         product = left * right
         product *= 1 / (a.qparams.scale * b.qparams.scale)
-        return rescale_fast(product, _product_factor(a.qparams, b.qparams, y), rounding=rounding)
+        return rescale_fast(product, product_factor(a.qparams, b.qparams, y), rounding=rounding)
     # The operands are small before broadcasting: scale them there.
     sign = 1.0 if kind == "ADD" else -1.0
     return (left * (1 / y.scale) + right * (sign / y.scale)).round_()
@@ -240,7 +240,7 @@ def pairwise(
     """
     q_a, q_b, y = grids
     if kind == "MUL":
-        factor = _product_factor(q_a, q_b, y)
+        factor = product_factor(q_a, q_b, y)
         largest = float(q_a.largest * q_b.largest)
         return rescale(a.double() * b.double(), factor, rounding=rounding, largest=largest)
     return _exact_sum(kind, a, b, q_a, q_b, y, rounding)
@@ -254,7 +254,7 @@ def _exact_sum(
     The subtraction kernel negates the second operand after its rescaling, not before: a doubly
     rounded multiplier is not odd.
     """
-    left_shift = _LEFT_SHIFT[y.bits]
+    left_shift = LEFT_SHIFT[y.bits]
     twice_coarser = 2 * max(q_a.scale, q_b.scale)
     first, second = (
         rescale(
@@ -270,6 +270,6 @@ def _exact_sum(
     return rescale(total, factor, rounding=rounding, largest=INT32_MAX)
 
 
-def _product_factor(a: QParams, b: QParams, y: QParams) -> float:
+def product_factor(a: QParams, b: QParams, y: QParams) -> float:
     """Factor of a product; the reference forms it in float32."""
     return float(np.float32(a.scale) * np.float32(b.scale) / np.float32(y.scale))

@@ -18,10 +18,8 @@ Reference:
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
-from functools import lru_cache
+from functools import partial
 from typing import Any
 
 import torch
@@ -35,17 +33,13 @@ from lightning_nna.emulator.operators.call import (
     float32_arithmetic,
     requantize,
 )
-from lightning_nna.emulator.ranges import PENDING, QParams, symmetric_qparams
-from lightning_nna.functional.interpolated_tables import (
-    interpolate,
-    interpolation_table,
-    inverse_square_root,
+from lightning_nna.emulator.operators.fused_normalisation import (
+    fused,
+    fusible,
+    inverse_root,
+    varies_widely,
 )
-
-# Elements at a time: what lies between two instructions then stays in the processor's cache.
-_BLOCK = 2**16
-#: Steps of the variance's grid that a straight line of the table cannot follow: two segments.
-_BLIND_STEPS = 256
+from lightning_nna.emulator.ranges import PENDING, QParams
 
 
 def layer_norm(
@@ -95,16 +89,19 @@ def _normalise(
 ) -> Tensor:
     x = call.operand(input, "input")
 
-    def steps(value: Tensor) -> tuple[Tensor, QParams]:
+    def steps() -> tuple[Tensor, QParams]:
         with torch.no_grad():
-            return _steps(call, replace(x, value=value), weight, bias, axes, eps, centred)
+            return _steps(call, x, weight, bias, axes, eps, centred)
 
     if call.observing:
-        steps(x.value)
+        steps()
         return call.observed(in_float(x.value, weight, bias))
     with float32_arithmetic(x.value):
-        block = x.value.numel() if call.recording else _BLOCK
-        result, y = _Normalise.apply(x.value, weight, bias, steps, in_float, len(axes), block)
+        if call.recording or not fusible(call, x, weight, bias):
+            compute = steps
+        else:
+            compute = partial(fused, call, x, weight, bias, axes, eps, centred=centred)
+        result, y = _Normalise.apply(x.value, weight, bias, compute, in_float)
     return call.tagged(result, y)
 
 
@@ -125,7 +122,7 @@ def _steps(
         mean = reduction.mean(wide.part("mean"), deviation, axes, keepdim=True)
         deviation = elementwise.sub(wide.part("deviation"), deviation, mean)
     result = _scaled(wide, deviation, axes, eps)
-    if call.observing or _varies_widely(wide):
+    if call.observing or varies_widely(wide):
         result = _scaled(wide.part("again"), result, axes, 0.0)
     if weight is not None:
         result = elementwise.mul(wide.part("gain"), result, weight)
@@ -154,31 +151,16 @@ def _scaled(call: Call, x: Tensor, axes: tuple[int, ...], eps: float) -> Tensor:
     return elementwise.mul(call.part("normalised"), x, factor)
 
 
-def _varies_widely(call: Call) -> bool:
-    """Whether calibration has seen variances that the table cannot follow."""
-    seen = call.host.ranges[f"{call.site}/variance/output"]
-    return seen.minimum < seen.maximum * _BLIND_STEPS / 2**15
-
-
 def _inverse_square_root(call: Call, variance: Tensor) -> Tensor:
     """RSQRT of a 16-bit tensor that is not negative."""
     v = call.operand(variance, "input")
     if call.observing:
         return call.tagged(v.value.rsqrt(), PENDING)
-    power_of_two = call.host.spec.power_of_two_scales
-    largest = 1 / math.sqrt(_BLIND_STEPS * v.qparams.scale)
-    y = symmetric_qparams(largest, bits=16, power_of_two=power_of_two)
-    segments = call.host.spec.table_entries or 512
-    table = _inverse_table(v.qparams.scale, y.scale, segments)
-    result = interpolate(table, v.integers().long()).float().mul_(y.scale)
+    integers, y = inverse_root(call, v.integers(), v.qparams)
+    result = integers.mul_(y.scale)
     if call.recording:
         call.record("RSQRT", [v.stored()], [Activation(result, y).stored()])
     return call.tagged(result, y)
-
-
-@lru_cache(maxsize=256)
-def _inverse_table(input_scale: float, output_scale: float, segments: int) -> Tensor:
-    return interpolation_table(inverse_square_root, input_scale, output_scale, segments=segments)
 
 
 class _Normalise(torch.autograd.Function):
@@ -190,15 +172,10 @@ class _Normalise(torch.autograd.Function):
         x: Tensor,
         weight: Tensor | None,
         bias: Tensor | None,
-        steps: Callable[[Tensor], tuple[Tensor, QParams]],
+        steps: Callable[[], tuple[Tensor, QParams]],
         in_float: Callable[..., Tensor],
-        axes: int,
-        block: int,
     ) -> tuple[Tensor, QParams]:
-        rows = x.flatten(0, -axes - 1) if x.dim() > axes else x.unsqueeze(0)
-        size = max(1, block // max(rows[0].numel(), 1)) if len(rows) else 1
-        parts, (y, *_) = zip(*(steps(part) for part in rows.split(size)), strict=True)
-        result = torch.cat(parts).view(x.shape)
+        result, y = steps()
         ctx.in_float, ctx.has = in_float, (weight is not None, bias is not None)
         low, high = (bound * y.scale for bound in y.bounds)
         ctx.bounds = (low, high)
@@ -217,4 +194,4 @@ class _Normalise(torch.autograd.Function):
             inside = (result > low) & (result < high)
             wanted = [p for p in leaves if p is not None]
             grads = iter(torch.autograd.grad(again, wanted, grad * inside))
-        return *(None if p is None else next(grads) for p in leaves), None, None, None, None
+        return *(None if p is None else next(grads) for p in leaves), None, None

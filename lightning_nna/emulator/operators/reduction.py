@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import wraps
+from functools import lru_cache, wraps
 from typing import Any
 
 import numpy as np
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from lightning_nna.emulator.integer_products import FLOAT32_INTEGERS
 from lightning_nna.emulator.operators.call import Activation, Call, clip, float32_arithmetic, inside
-from lightning_nna.emulator.operators.rescaling import multiply, rescale
+from lightning_nna.emulator.operators.rescaling import Multiplier, rescale
 from lightning_nna.emulator.program import Stored
 from lightning_nna.emulator.ranges import QParams
 from lightning_nna.functional.fixed_point import quantize_multiplier
@@ -182,7 +182,7 @@ class _Mean(torch.autograd.Function):
         integers = activation.integers()
         dtype = torch.float32 if largest < FLOAT32_INTEGERS else torch.float64
         total = integers.sum(axes, keepdim, dtype=dtype)
-        rounded = _average(call, total, count, activation.qparams.scale / grid.scale, largest)
+        rounded = average(call, total, count, activation.qparams.scale / grid.scale, largest)
         centred, clipped = clip(rounded, grid, any(ctx.needs_input_grad))
         ctx.axes, ctx.shape = () if keepdim else axes, x.shape
         ctx.slope = scale / (grid.scale * count)
@@ -199,15 +199,31 @@ class _Mean(torch.autograd.Function):
             return passed.expand(ctx.shape), None, None, None, None, None, None
 
 
-def _average(call: Call, total: Tensor, count: int, factor: float, largest: float) -> Tensor:
-    """``total * factor / count``, rounded as the chip does."""
+def average(call: Call, total: Tensor, count: int, factor: float, largest: float) -> Tensor:
+    """``total * factor / count``, rounded as the chip does.
+
+    Args:
+        call: The call.
+        total: Sums, whole numbers.
+        count: Number of elements in each.
+        factor: Scale of the elements over that of the output.
+        largest: Bound on the absolute value of a sum.
+
+    Returns:
+        Whole numbers, float64.
+    """
     rounding = call.host.spec.rounding_of("double")
     if rounding != "double":
         return rescale(total, factor / count, rounding=rounding, largest=largest)
+    return _divider(factor, count, largest)(total.double())
+
+
+@lru_cache(maxsize=1024)
+def _divider(factor: float, count: int, largest: float) -> Multiplier:
     mantissa, shift = quantize_multiplier(factor)
     bits = min(count.bit_length() - 1, 32, 31 + shift)
     multiplier = torch.tensor((mantissa << bits) // count)
-    return multiply(total.double(), multiplier, torch.tensor(shift - bits), largest=largest)
+    return Multiplier(multiplier, torch.tensor(shift - bits), largest=largest)
 
 
 def _axes(x: Tensor, dim: Axes) -> tuple[int, ...]:

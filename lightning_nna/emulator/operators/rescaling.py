@@ -57,7 +57,7 @@ def rescale(
     """
     x = accumulator.double()
     if isinstance(factors, float):
-        return _prepared(factors, rounding, largest)(x)
+        return prepared(factors, rounding, largest)(x)
     return Rescaler(factors, rounding=rounding, largest=largest)(x)
 
 
@@ -137,41 +137,8 @@ def round_half_away(x: Tensor) -> Tensor:
 
 
 def multiply(x: Tensor, mantissas: Tensor, shifts: Tensor, *, largest: float) -> Tensor:
-    """The doubling high multiplication (ties up), then the division by 2^r (ties away).
-
-    Args:
-        x: Whole numbers, float64; may be overwritten.
-        mantissas: 31-bit mantissas, int64.
-        shifts: Exponents, int64, both of a shape that broadcasts against ``x``.
-        largest: Bound on the absolute value of ``x``.
-
-    Returns:
-        Whole numbers, float64.
-
-    Example:
-        >>> factor = torch.tensor(2**30), torch.tensor(-3)  # 1/16
-        >>> multiply(torch.tensor([8.0, 24.0, -8.0]).double(), *factor, largest=24)
-        tensor([ 1.,  2., -1.], dtype=torch.float64)
-    """
-    left = shifts.clamp_min(0)
-    high = _high(x, mantissas, left, largest, x.device)
-    if bool((shifts >= 0).all()):
-        return high
-    right = torch.exp2(shifts.clamp_max(0).double()).mul_(TIES_AWAY)
-    return high.mul_(right.to(x.device)).round_()
-
-
-def _high(x: Tensor, mantissas: Tensor, left: Tensor, largest: float, device: object) -> Tensor:
-    """floor(x 2^left m / 2^31 + 1/2)."""
-    scaled = torch.ldexp(mantissas.double(), left - 31)
-    if largest < _ONE_PRODUCT:
-        return x.mul_(scaled.to(x.device)).add_(0.5).floor_()
-    # Two products of half the mantissa each, both exact; the lower is floored at 2^-15, which no
-    # later floor can see.
-    upper, lower = mantissas >> 16, mantissas & 0xFFFF
-    low = x * torch.ldexp(lower.double(), left - 16).to(x.device)
-    low = low.add_(2.0**14).floor_().mul_(2.0**-15)
-    return (x * torch.ldexp(upper.double(), left - 15).to(x.device)).add_(low).floor_()
+    """Whole numbers, float64, by a multiplier of their own each; see :class:`Multiplier`."""
+    return Multiplier(mantissas, shifts, largest=largest)(x)
 
 
 class Rescaler:
@@ -212,7 +179,9 @@ class Rescaler:
         if self.dtype == torch.float32:
             self._prepare_fast()
         elif rounding == "double" and settle is None:
-            self._prepare_double()
+            multiplier = quantize_multipliers(factors.cpu())
+            mantissas, shifts = (part.to(factors.device) for part in multiplier)
+            self._compute = Multiplier(mantissas, shifts, largest=largest, offset=offset)
 
     def __call__(self, x: Tensor) -> Tensor:
         """Rescale whole numbers of :attr:`dtype`, in place."""
@@ -238,41 +207,65 @@ class Rescaler:
     def _fast(self, x: Tensor) -> Tensor:
         return round_fast(torch.addcmul(self.constant, x, self.first, out=x), self.second)
 
-    def _prepare_double(self) -> None:
-        factors = self.factors
-        mantissas, shifts = quantize_multipliers(factors.cpu())
+
+class Multiplier:
+    """The doubling high multiplication (ties up), then the division by 2^r (ties away).
+
+    Args:
+        mantissas: 31-bit mantissas, int64.
+        shifts: Exponents, int64, both of a shape that broadcasts against the accumulators.
+        largest: Bound on the absolute value of ``x + offset`` and of ``x``.
+        offset: Whole numbers, float64, of the shape of the mantissas.
+
+    Example:
+        >>> multiplier = Multiplier(torch.tensor(2**30), torch.tensor(-3), largest=24)  # 1/16
+        >>> multiplier(torch.tensor([8.0, 24.0, -8.0]).double())
+        tensor([ 1.,  2., -1.], dtype=torch.float64)
+    """
+
+    def __init__(
+        self,
+        mantissas: Tensor,
+        shifts: Tensor,
+        *,
+        largest: float,
+        offset: Tensor | None = None,
+    ) -> None:
+        like = mantissas if offset is None else offset
+        offset = torch.zeros_like(mantissas, dtype=torch.float64) if offset is None else offset
+        mantissas, shifts = mantissas.to(like.device), shifts.to(like.device)
         left = shifts.clamp_min(0)
         self.twice = bool((shifts < 0).any())
-        self.second = _to(factors, torch.exp2(shifts.clamp_max(0).double()) * TIES_AWAY)
-        offset = torch.zeros_like(factors) if self.offset is None else self.offset
+        self.second = torch.exp2(shifts.clamp_max(0).double()) * TIES_AWAY
         # A factor formed in float32 has a short mantissa: one product in float64 is exact.
         odd = mantissas // (mantissas & -mantissas).clamp_min(1)
-        if 4 * float(odd.max()) * self.largest < _FLOAT64_INTEGERS:
-            self.first = _to(factors, torch.ldexp(mantissas.double(), left - 31))
+        self.short = 4 * float(odd.max()) * largest < _FLOAT64_INTEGERS
+        if self.short:
+            self.first = torch.ldexp(mantissas.double(), left - 31)
             self.constant = offset * self.first + 0.5
-            self._compute = self._short
             return
+        # Two products of half the mantissa each, both exact.
         upper, lower = mantissas >> 16, mantissas & 0xFFFF
-        self.upper = _to(factors, torch.ldexp(upper.double(), left - 15))
-        self.lower = _to(factors, torch.ldexp(lower.double(), left - 16))
+        self.upper = torch.ldexp(upper.double(), left - 15)
+        self.lower = torch.ldexp(lower.double(), left - 16)
         self.of_upper, self.of_lower = offset * self.upper, offset * self.lower + 2.0**14
-        self._compute = self._long
 
-    def _short(self, x: Tensor) -> Tensor:
-        torch.addcmul(self.constant, x, self.first, out=x).floor_()
-        return x.mul_(self.second).round_() if self.twice and self.second is not None else x
-
-    def _long(self, x: Tensor) -> Tensor:
-        # The lower half of the mantissa is floored where no later floor can see it.
-        low = torch.addcmul(self.of_lower, x, self.lower).floor_().mul_(2.0**-15)
-        torch.addcmul(self.of_upper, x, self.upper, out=x).add_(low).floor_()
-        return x.mul_(self.second).round_() if self.twice and self.second is not None else x
+    def __call__(self, x: Tensor) -> Tensor:
+        """Multiply whole numbers, float64, in place."""
+        if self.short:
+            torch.addcmul(self.constant, x, self.first, out=x).floor_()
+        else:
+            # The lower product is floored at 2^-15, which no later floor can see.
+            low = torch.addcmul(self.of_lower, x, self.lower).floor_().mul_(2.0**-15)
+            torch.addcmul(self.of_upper, x, self.upper, out=x).add_(low).floor_()
+        return x.mul_(self.second).round_() if self.twice else x
 
 
 @lru_cache(maxsize=1024)
-def _prepared(factor: float, rounding: RoundingKind, largest: float) -> Rescaler:
+def prepared(factor: float, rounding: RoundingKind, largest: float, exact: bool = True) -> Rescaler:
+    """A :class:`Rescaler` for one factor, made once."""
     factors = torch.tensor(factor, dtype=torch.float64)
-    return Rescaler(factors, rounding=rounding, largest=largest)
+    return Rescaler(factors, rounding=rounding, largest=largest, exact=exact)
 
 
 def _to(like: Tensor, x: Tensor) -> Tensor:
