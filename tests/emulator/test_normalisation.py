@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -17,6 +19,7 @@ def test_the_integers_are_the_same_whether_somebody_listens_or_not(
     module: nn.Module, spec: str
 ) -> None:
     torch.manual_seed(0)
+    module = copy.deepcopy(module)
     for parameter in module.parameters():
         nn.init.normal_(parameter)
     shape = (900, *module.normalized_shape)  # type: ignore[misc]

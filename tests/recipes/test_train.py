@@ -99,9 +99,12 @@ def test_the_folder_of_another_run_is_refused(
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_every_experiment_runs(
-    experiment: str, compose_config: Compose, overrides: list[str], small_weights: Path
+    experiment: str, compose_config: Compose, overrides: list[str], tmp_path: Path
 ) -> None:
-    start = [f"init_from={small_weights}"] if "finetune" in experiment else []
+    start: list[str] = []
+    if "finetune" in experiment:
+        kind = "an4_conformer" if "conformer" in experiment else "an4_rnnt"
+        start = [f"init_from={_small_weights(compose_config, overrides, tmp_path, kind)}"]
     fast = ["+trainer.fast_dev_run=2", "data.alphabet=' ABEGINOPSTY'", "data.units=character"]
     config = compose_config("train", f"experiment={experiment}", *overrides, *fast, *start)
     summary = train(config)
@@ -121,10 +124,16 @@ def test_loggers_work_offline(
 
 @pytest.fixture
 def small_weights(compose_config: Compose, overrides: list[str], tmp_path: Path) -> Path:
-    """A ``.safetensors`` file of a network trained for one epoch."""
+    """A ``.safetensors`` file of an RNN-T trained for one epoch."""
+    return _small_weights(compose_config, overrides, tmp_path, "an4_rnnt")
+
+
+def _small_weights(
+    compose_config: Compose, overrides: list[str], tmp_path: Path, experiment: str
+) -> Path:
     run = tmp_path / "first"
     settings = [*overrides, "trainer.max_epochs=1", "test=false", f"run_dir={run}"]
-    train(compose_config("train", "experiment=an4_rnnt", *settings))
+    train(compose_config("train", f"experiment={experiment}", *settings))
     path = tmp_path / "small.safetensors"
     weights = load_weights(run / "checkpoints" / "last.ckpt")
     # So little trained, it would emit as many labels per step as it may.

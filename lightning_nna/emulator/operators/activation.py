@@ -20,14 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_nna.emulator.operators import elementwise
-from lightning_nna.emulator.operators.call import (
-    Activation,
-    Call,
-    clip,
-    float32_arithmetic,
-    inside,
-    look_up,
-)
+from lightning_nna.emulator.operators.call import Activation, Call, float32_arithmetic, look_up
+from lightning_nna.emulator.operators.clipping import clip, inside
 from lightning_nna.emulator.operators.rescaling import RoundingKind
 from lightning_nna.emulator.ranges import (
     PENDING,

@@ -31,8 +31,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_nna.emulator.folding import Foldable
-from lightning_nna.emulator.operators.call import Activation, Call, clip, float32_arithmetic, inside
-from lightning_nna.emulator.operators.convolution import Geometry, convolve
+from lightning_nna.emulator.operators.call import Activation, Call, float32_arithmetic
+from lightning_nna.emulator.operators.clipping import clip, inside
+from lightning_nna.emulator.operators.convolution import convolve
+from lightning_nna.emulator.operators.convolution_layout import Geometry
 from lightning_nna.emulator.operators.linear import integer_bias, overflowed
 from lightning_nna.emulator.operators.rescaling import rescale, round_fast, rounding_factors
 from lightning_nna.emulator.ranges import QParams

@@ -12,12 +12,8 @@ import torch
 from torch import Tensor
 
 from lightning_nna.emulator.folding import Folding
-from lightning_nna.emulator.operators.rescaling import (
-    Rescaler,
-    rescale,
-    rescale_fast,
-    round_half_away,
-)
+from lightning_nna.emulator.operators.clipping import clip, inside
+from lightning_nna.emulator.operators.rescaling import rescale, rescale_fast, round_half_away
 from lightning_nna.emulator.program import Instruction, Stored
 from lightning_nna.emulator.ranges import (
     PENDING,
@@ -57,10 +53,6 @@ class Host(Protocol):
 
     def count_overflow(self, site: str, accumulator: Tensor, limit: float) -> None:
         """Note how many sums left the accumulator's range."""
-
-
-# Accumulators that are requantised at a time, so that they stay in the cache.
-_BLOCK = 2**15
 
 
 @dataclass(frozen=True)
@@ -307,77 +299,6 @@ def look_up(table: Tensor, index: Tensor) -> Tensor:
     result = table.new_empty(index.shape)
     torch.index_select(table, 0, index.flatten(), out=result.view(-1))
     return result
-
-
-def clip(rounded: Tensor, qparams: QParams, keep: bool) -> tuple[Tensor, Tensor | None]:
-    """Clip whole numbers to a grid.
-
-    Args:
-        rounded: Integers less the zero point, float; overwritten.
-        qparams: The grid.
-        keep: Whether the backward needs to know what was clipped.
-
-    Returns:
-        Integers less the zero point as float32, and what :func:`inside` needs: None where nothing
-        was clipped, else on a CPU the flat indices of the few that were, elsewhere a mask.
-    """
-    low, high = qparams.bounds
-    # Every grid lies where float32 holds all integers, and half the bytes take half the time.
-    rounded = rounded.float()
-    if not rounded.is_cpu:
-        clipped = rounded.clamp(low, high)
-        return clipped, (clipped == rounded if keep else None)
-    # Comparisons are slow there, and most often nothing is clipped.
-    if not rounded.numel() or _within(rounded, low, high):
-        return rounded, None
-    if not keep:
-        return rounded.clamp_(low, high), None
-    clipped = rounded.clamp(low, high)
-    return clipped, rounded.sub_(clipped).flatten().nonzero().squeeze(1)
-
-
-def inside(grad: Tensor, clipped: Tensor | None) -> Tensor:
-    """A gradient where nothing was clipped, zero elsewhere; see :func:`clip`."""
-    if clipped is None:
-        return grad
-    if clipped.dtype == torch.bool:
-        return grad * clipped
-    return grad.flatten().index_fill(0, clipped, 0).view(grad.shape)
-
-
-def rescale_rows(
-    sums: Tensor, rescaler: Rescaler, y: QParams, *, keep: bool
-) -> tuple[Tensor, Tensor | None]:
-    """Requantise accumulators to a grid, block by block.
-
-    Args:
-        sums: Whole numbers, any dtype, shape ``(rows, columns)``.
-        rescaler: With factors and offset of shape ``(columns,)`` or of none.
-        y: The grid.
-        keep: Whether the backward needs to know what was clipped.
-
-    Returns:
-        Values on the grid, float32, and what was clipped, see :func:`clip`.
-    """
-    if not sums.is_cpu:
-        centred, clipped = clip(rescaler(sums.to(rescaler.dtype)), y, keep)
-        return centred.mul_(y.scale), clipped
-    columns = sums.shape[1]
-    step = max(1, _BLOCK // max(columns, 1))
-    room = torch.empty(min(step, len(sums)), columns, dtype=rescaler.dtype)
-    values, found = torch.empty(sums.shape), []
-    for first in range(0, len(sums), step):
-        block = sums[first : first + step]
-        centred, clipped = clip(rescaler(room[: len(block)].copy_(block)), y, keep)
-        torch.mul(centred, y.scale, out=values[first : first + step])
-        if clipped is not None:
-            found.append(clipped + first * columns)
-    return values, torch.cat(found) if found else None
-
-
-def _within(x: Tensor, low: int, high: int) -> bool:
-    least, greatest = torch.aminmax(x)
-    return float(least) >= low and float(greatest) <= high
 
 
 class _Quantize(torch.autograd.Function):

@@ -24,12 +24,11 @@ from torch import Tensor
 from lightning_nna.emulator.operators.call import (
     Activation,
     Call,
-    clip,
     float32_arithmetic,
-    inside,
     look_up,
     requantize,
 )
+from lightning_nna.emulator.operators.clipping import clip, inside
 from lightning_nna.emulator.operators.rescaling import RoundingKind, rescale, rescale_fast
 from lightning_nna.emulator.ranges import QParams
 from lightning_nna.functional.fixed_point import INT32_MAX

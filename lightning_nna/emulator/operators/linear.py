@@ -18,15 +18,8 @@ from torch import Tensor
 
 from lightning_nna.emulator.folding import Foldable
 from lightning_nna.emulator.integer_products import FLOAT32_INTEGERS, has_byte_products
-from lightning_nna.emulator.operators.call import (
-    Activation,
-    Call,
-    clip,
-    float32_arithmetic,
-    inside,
-    rescale_rows,
-    stored_bytes,
-)
+from lightning_nna.emulator.operators.call import Activation, Call, float32_arithmetic, stored_bytes
+from lightning_nna.emulator.operators.clipping import clip, inside, rescale_rows
 from lightning_nna.emulator.operators.rescaling import Rescaler
 from lightning_nna.emulator.program import Stored
 from lightning_nna.emulator.ranges import QParams

@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 
 from lightning_nna.emulator.integer_products import FLOAT32_INTEGERS
-from lightning_nna.emulator.operators.call import Activation, Call, clip, float32_arithmetic, inside
+from lightning_nna.emulator.operators.call import Activation, Call, float32_arithmetic
+from lightning_nna.emulator.operators.clipping import clip, inside
 from lightning_nna.emulator.operators.rescaling import Multiplier, rescale
 from lightning_nna.emulator.program import Stored
 from lightning_nna.emulator.ranges import QParams
