@@ -9,6 +9,7 @@ the call stack.
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -34,7 +35,8 @@ from lightning_nna.emulator.operators.registry import TABLE
 #: Path of the module that the emulator is attached to.
 ROOT = "."
 
-_TORCH_FOLDER = str(Path(torch.__file__).parent)
+# With the separator: torchaudio and its like are no part of torch.
+_TORCH_FOLDER = str(Path(torch.__file__).parent) + os.sep
 _MODULE_CALL = nn.Module.__call__.__code__.co_filename
 _BACKWARD = frozenset({"backward", "grad"})
 # Functions that give numbers, masks, shapes or fresh tensors: no value of an activation changes.

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import _get_current_function_mode
 from torch.utils.checkpoint import checkpoint
+from torchaudio.models.conformer import ConformerLayer
 from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_nna import coverage, emulate
@@ -58,6 +59,12 @@ def test_a_site_is_a_code_location(
 ) -> None:
     found = [site.removeprefix("./") for site in sites(Function(function), torch.randn(3, 4))]
     assert found == [site.removeprefix("./") for site in expected]
+
+
+def test_a_library_whose_name_begins_with_torch_has_sites_of_its_own() -> None:
+    layer = ConformerLayer(8, 16, 2, 3)
+    found = sites(layer, torch.randn(5, 2, 8), None)  # type: ignore[arg-type]
+    assert [site for site in found if "./add" in site] == [f"./add#{index}" for index in range(4)]
 
 
 def test_ordinals_survive_in_the_state() -> None:

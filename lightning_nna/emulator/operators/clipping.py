@@ -48,6 +48,27 @@ def inside(grad: Tensor, clipped: Tensor | None) -> Tensor:
     return grad.flatten().index_fill(0, clipped, 0).view(grad.shape)
 
 
+class Clipped:
+    """What was clipped of a tensor that is computed block by block."""
+
+    def __init__(self) -> None:
+        self._found: list[Tensor] = []
+
+    def clip(self, rounded: Tensor, qparams: QParams, first: int) -> Tensor:
+        """Clip a block whose first element has the flat index ``first``, see :func:`clip`."""
+        centred, clipped = clip(rounded, qparams, keep=True)
+        if clipped is not None:
+            # A mask is that of the only block.
+            self._found.append(clipped if clipped.dtype == torch.bool else clipped + first)
+        return centred
+
+    def joined(self) -> Tensor | None:
+        """What :func:`inside` needs to know of the whole."""
+        if not self._found:
+            return None
+        return self._found[0] if len(self._found) == 1 else torch.cat(self._found)
+
+
 def rescale_rows(
     sums: Tensor, rescaler: Rescaler, y: QParams, *, keep: bool
 ) -> tuple[Tensor, Tensor | None]:
@@ -68,14 +89,12 @@ def rescale_rows(
     columns = sums.shape[1]
     step = max(1, _BLOCK // max(columns, 1))
     room = torch.empty(min(step, len(sums)), columns, dtype=rescaler.dtype)
-    values, found = torch.empty(sums.shape), []
+    values, clipped = torch.empty(sums.shape), Clipped()
     for first in range(0, len(sums), step):
         block = sums[first : first + step]
-        centred, clipped = clip(rescaler(room[: len(block)].copy_(block)), y, keep)
+        centred = clipped.clip(rescaler(room[: len(block)].copy_(block)), y, first * columns)
         torch.mul(centred, y.scale, out=values[first : first + step])
-        if clipped is not None:
-            found.append(clipped + first * columns)
-    return values, torch.cat(found) if found else None
+    return values, clipped.joined()
 
 
 def _within(x: Tensor, low: int, high: int) -> bool:

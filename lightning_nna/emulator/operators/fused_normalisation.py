@@ -1,8 +1,9 @@
 r"""The instructions of a normalisation in one go, where nobody listens to them.
 
-The integers are those of :mod:`.normalisation`'s sequence, bit for bit. Rows go through it in
-blocks that stay in the processor's cache, and what a row has one of (mean, variance, factor) is
-computed for all rows together.
+In exact fidelity the integers are those of :mod:`.normalisation`'s sequence, bit for bit. Rows go
+through it in blocks that stay in the processor's cache, and what a row has one of (mean, variance,
+factor) is computed for all rows together. In fast fidelity every 16-bit instruction rounds once, in
+float32: its second rounding would be a thousand times finer. What a row has one of stays exact.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from lightning_nna.emulator.operators.call import Activation, Call
+from lightning_nna.emulator.operators.clipping import Clipped
 from lightning_nna.emulator.operators.elementwise import LEFT_SHIFT, product_factor
 from lightning_nna.emulator.operators.reduction import average
 from lightning_nna.emulator.operators.rescaling import RoundingKind, prepared
@@ -28,8 +30,9 @@ from lightning_nna.functional.interpolated_tables import (
 
 #: Steps of the variance's grid that a straight line of the table cannot follow: two segments.
 BLIND_STEPS = 256
-# Elements at a time.
+# Elements at a time, and the same where they are float32.
 _BLOCK = 2**15
+_FLOAT32_BLOCK = 2**17
 
 # Integers of some rows less the zero point, and which rows they are.
 Step = Callable[[Tensor, slice], Tensor]
@@ -51,8 +54,8 @@ def fused(
     eps: float,
     *,
     centred: bool,
-) -> tuple[Tensor, QParams]:
-    """The normalised activation and its grid.
+) -> tuple[Tensor, QParams, Tensor | None]:
+    """The normalised activation, its grid, and what was clipped to it (see :func:`.clip`).
 
     Args:
         call: The call.
@@ -63,9 +66,11 @@ def fused(
         eps: Added to the variance.
         centred: Whether the mean is taken off.
     """
+    columns = math.prod(x.value.shape[x.value.dim() - len(axes) :])
+    if not call.exact:
+        return _in_float32(call, x, weight, bias, columns, eps, centred)
     wide = call.part("wide", bits=16)
-    first = x.value.dim() - len(axes)
-    line = _Line(call, x, math.prod(x.value.shape[first:]))
+    line = _Line(call, x, columns)
     if centred:
         line.centre(wide)
     line.normalise(wide, eps)
@@ -76,8 +81,9 @@ def fused(
     if bias is not None:
         line.shift(wide.part("shift"), bias)
     y = grid_of(call)
-    line.onto(y)
-    return line.run().mul_(y.scale).view(x.value.shape), y
+    clipped = line.onto(y)
+    result = line.run().mul_(y.scale).view(x.value.shape)
+    return result, y, clipped.joined()
 
 
 def grid_of(call: Call) -> QParams:
@@ -109,13 +115,125 @@ def _inverse_table(input_scale: float, output_scale: float, segments: int) -> Te
     return interpolation_table(inverse_square_root, input_scale, output_scale, segments=segments)
 
 
+def _in_float32(
+    call: Call,
+    x: Activation,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    columns: int,
+    eps: float,
+    centred: bool,
+) -> tuple[Tensor, QParams, Tensor | None]:
+    """The same with one rounding an instruction, in float32."""
+    wide = call.part("wide", bits=16)
+    program = _Float32(wide, x.qparams.widened(), columns, eps, centred)
+    gain = None if weight is None else wide.part("gain").constant(weight).value.detach().flatten()
+    shift = None if bias is None else wide.part("shift").constant(bias).value.detach().flatten()
+    y = grid_of(call)
+    rows = x.value.detach().reshape(-1, columns)
+    result = torch.empty_like(rows)
+    size = max(1, _FLOAT32_BLOCK // columns) if rows.is_cpu else max(len(rows), 1)
+    clipped, first = Clipped(), 0
+    for source, target in zip(rows.split(size), result.split(size), strict=True):
+        normalised, grid = program(source)
+        if gain is not None:
+            normalised, grid = program.scaled(normalised, grid, gain)
+        if shift is not None:
+            normalised, grid = program.shifted(normalised, grid, shift)
+        rescaler = prepared(
+            grid.scale / y.scale, program.rounding, float(grid.largest), exact=False
+        )
+        moved = normalised if grid == y else rescaler(normalised)
+        torch.mul(clipped.clip(moved, y, first * columns), y.scale, out=target)
+        first += len(source)
+    return result.view(x.value.shape), y, clipped.joined()
+
+
+class _Float32:
+    """A block of rows through the instructions, in float32; integers of 16 bits in between."""
+
+    def __init__(
+        self, wide: Call, entered: QParams, columns: int, eps: float, centred: bool
+    ) -> None:
+        self.call, self.entered, self.columns = wide, entered, columns
+        self.centred = centred
+        self.rounding: RoundingKind = wide.host.spec.rounding_of("double")
+        self.passes = [(wide, eps)]
+        if varies_widely(wide):
+            self.passes.append((wide.part("again"), 0.0))
+
+    def __call__(self, rows: Tensor) -> tuple[Tensor, QParams]:
+        """Centre and normalise rows of values: integers and their grid."""
+        if self.centred:
+            entered, grid = self.entered, grid_of(self.call.part("mean"))
+            y = grid_of(self.call.part("deviation"))
+            total = rows.sum(1, keepdim=True, dtype=torch.float64).div_(entered.scale).round_()
+            mean = _mean(self.call, total, self.columns, entered, grid)
+            taken = mean.mul_(-grid.scale / y.scale).float()
+            integers = torch.add(taken, rows, alpha=1 / y.scale).round_().clamp_(*y.bounds)
+        else:
+            integers, y = rows / self.entered.scale, self.entered
+        for call, eps in self.passes:
+            squares = grid_of(call.part("square"))
+            rounded = torch.mul(integers, integers).mul_(y.scale**2 / squares.scale).round_()
+            total = rounded.clamp_(max=squares.bounds[1]).sum(1, keepdim=True, dtype=torch.float64)
+            factor, grid = _factor(call, total, self.columns, squares, eps)
+            after = grid_of(call.part("normalised"))
+            integers.mul_(factor.mul_(y.scale * grid.scale / after.scale))
+            integers.round_().clamp_(*after.bounds)
+            y = after
+        return integers, y
+
+    def scaled(self, integers: Tensor, grid: QParams, gain: Tensor) -> tuple[Tensor, QParams]:
+        """Multiply by a value for each column."""
+        y = grid_of(self.call.part("gain"))
+        return integers.mul_(gain * (grid.scale / y.scale)).round_().clamp_(*y.bounds), y
+
+    def shifted(self, integers: Tensor, grid: QParams, shift: Tensor) -> tuple[Tensor, QParams]:
+        """Add a value for each column."""
+        y = grid_of(self.call.part("shift"))
+        total = torch.add(shift / y.scale, integers, alpha=grid.scale / y.scale, out=integers)
+        return total.round_().clamp_(*y.bounds), y
+
+
+def _mean(call: Call, total: Tensor, count: int, x: QParams, y: QParams) -> Tensor:
+    """Means of rows from the sums of their integers, float64, exact."""
+    largest = float(count * x.largest)
+    return average(call, total, count, x.scale / y.scale, largest).clamp_(*y.bounds)
+
+
+def _factor(
+    call: Call, total: Tensor, count: int, squares: QParams, eps: float
+) -> tuple[Tensor, QParams]:
+    """The inverse root of rows' mean squares from the squares' sums: integers and their grid."""
+    grid = grid_of(call.part("variance"))
+    variance = _mean(call, total, count, squares, grid)
+    if eps:
+        part = call.part("epsilon")
+        constant, y = part.operand(eps, "other"), grid_of(part)
+        first, second, last = _sum(call, grid, constant.qparams, y)
+        raised = first(variance).add_(second(constant.integers().double()))
+        variance, grid = last(raised).clamp_(*y.bounds), y
+    return inverse_root(call.part("inverse"), variance, grid)
+
+
+def _sum(call: Call, a: QParams, b: QParams, y: QParams) -> list[Callable[[Tensor], Tensor]]:
+    """What rescales the operands of a sum to their common grid, and the sum to its own."""
+    rounding: RoundingKind = call.host.spec.rounding_of("double")
+    shift = 2.0 ** LEFT_SHIFT[16]
+    twice_coarser = 2 * max(a.scale, b.scale)
+    last = prepared(twice_coarser / (shift * y.scale), rounding, INT32_MAX)
+    factors = [prepared(q.scale / twice_coarser, rounding, INT32_MAX) for q in (a, b)]
+    return [*(lambda x, f=f: f(x.mul_(shift)) for f in factors), last]
+
+
 class _Line:
     """Rows on their way through the instructions."""
 
     def __init__(self, call: Call, x: Activation, columns: int) -> None:
         self.call, self.grid = call, x.qparams.widened()
         self.rounding: RoundingKind = call.host.spec.rounding_of("double")
-        self.dtype = torch.float64 if call.exact else torch.float32
+        self.dtype = torch.float64
         self.rows = (x.value.detach() / self.grid.scale).reshape(-1, columns)
         if not self.rows.is_cpu:
             self.rows.round_()
@@ -124,24 +242,18 @@ class _Line:
     def centre(self, wide: Call) -> None:
         """Take the mean off."""
         mean_grid, y = grid_of(wide.part("mean")), grid_of(wide.part("deviation"))
-        mean = self._average(self.rows.sum(1, keepdim=True, dtype=torch.float64), mean_grid)
+        total = self.rows.sum(1, keepdim=True, dtype=torch.float64)
+        mean = _mean(wide, total, self.rows.shape[1], self.grid, mean_grid)
         self._add_sum(mean, mean_grid, y, -1.0)
 
     def normalise(self, call: Call, eps: float) -> None:
         """Divide by the root of the mean square and eps."""
-        rows, square, variance = self.run(), call.part("square"), call.part("variance")
-        y = grid_of(square)
+        rows, y = self.run(), grid_of(call.part("square"))
         squares = self._product(self.grid, self.grid, y)
         sums = rows.new_empty((len(rows), 1), dtype=torch.float64)
         for at, block in self._blocks(rows):
             torch.sum(squares(block.mul_(block)), 1, keepdim=True, dtype=sums.dtype, out=sums[at])
-        scaled, self.grid = self.grid, y
-        v_grid = grid_of(variance)
-        v = self._average(sums, v_grid)
-        self.grid = scaled
-        if eps:
-            v, v_grid = self._with_epsilon(call.part("epsilon"), v, v_grid, eps)
-        factor, factor_grid = inverse_root(call, v, v_grid)
+        factor, factor_grid = _factor(call, sums, rows.shape[1], y, eps)
         factor = factor.to(self.dtype)
         y = grid_of(call.part("normalised"))
         product = self._product(self.grid, factor_grid, y)
@@ -159,11 +271,18 @@ class _Line:
         constant, y = call.constant(bias), grid_of(call)
         self._add_sum(constant.integers().view(1, -1), constant.qparams, y, 1.0)
 
-    def onto(self, y: QParams) -> None:
-        """Requantise."""
+    def onto(self, y: QParams) -> Clipped:
+        """Requantise; gives back what will have been clipped once the steps have run."""
+        columns, clipped = self.rows.shape[1], Clipped()
         rescaler = self._prepared(self.grid.scale / y.scale, float(self.grid.largest))
-        if self.grid != y:
-            self._then(lambda block, _: rescaler(block).clamp_(*y.bounds), y)
+        same = self.grid == y
+        self._then(
+            lambda block, at: clipped.clip(
+                block if same else rescaler(block), y, at.start * columns
+            ),
+            y,
+        )
+        return clipped
 
     def run(self) -> Tensor:
         """Put the rows through the steps so far; integers, float32, shape ``(rows, columns)``."""
@@ -187,7 +306,7 @@ class _Line:
         self.grid = y
 
     def _prepared(self, factor: float, largest: float) -> Callable[[Tensor], Tensor]:
-        return prepared(factor, self.rounding, largest, self.call.exact)
+        return prepared(factor, self.rounding, largest)
 
     def _product(self, a: QParams, b: QParams, y: QParams) -> Callable[[Tensor], Tensor]:
         largest = float(a.largest * b.largest)
@@ -196,7 +315,7 @@ class _Line:
 
     def _add_sum(self, other: Tensor, grid: QParams, y: QParams, sign: float) -> None:
         """Add a column or a row of integers on another grid."""
-        first, second, last = self._sum(self.grid, grid, y)
+        first, second, last = _sum(self.call, self.grid, grid, y)
         moved = second(other.to(self.dtype, copy=True))
         whole = len(other) == 1
 
@@ -205,30 +324,3 @@ class _Line:
             return last(total).clamp_(*y.bounds)
 
         self._then(step, y)
-
-    def _sum(self, a: QParams, b: QParams, y: QParams) -> list[Callable[[Tensor], Tensor]]:
-        """What rescales the operands to their common grid, and the sum to its own."""
-        shift = 2.0 ** LEFT_SHIFT[16]
-        twice_coarser = 2 * max(a.scale, b.scale)
-        last = self._prepared(twice_coarser / (shift * y.scale), INT32_MAX)
-        if not self.call.exact:
-            return [
-                *(lambda x, s=q.scale: x.mul_(s * shift / twice_coarser).round_() for q in (a, b)),
-                last,
-            ]
-        factors = [self._prepared(q.scale / twice_coarser, INT32_MAX) for q in (a, b)]
-        return [*(lambda x, f=f: f(x.mul_(shift)) for f in factors), last]
-
-    def _average(self, total: Tensor, y: QParams) -> Tensor:
-        """Means of the rows from their sums, on a grid of their own; float64."""
-        count = self.rows.shape[1]
-        factor, largest = self.grid.scale / y.scale, float(count * self.grid.largest)
-        return average(self.call, total, count, factor, largest).clamp_(*y.bounds)
-
-    def _with_epsilon(
-        self, call: Call, v: Tensor, grid: QParams, eps: float
-    ) -> tuple[Tensor, QParams]:
-        constant, y = call.operand(eps, "other"), grid_of(call)
-        first, second, last = self._sum(grid, constant.qparams, y)
-        moved = second(constant.integers().to(self.dtype, copy=True))
-        return last(first(v.to(self.dtype)).add_(moved)).clamp_(*y.bounds), y

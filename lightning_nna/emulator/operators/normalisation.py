@@ -33,6 +33,7 @@ from lightning_nna.emulator.operators.call import (
     float32_arithmetic,
     requantize,
 )
+from lightning_nna.emulator.operators.clipping import inside
 from lightning_nna.emulator.operators.fused_normalisation import (
     fused,
     fusible,
@@ -40,6 +41,8 @@ from lightning_nna.emulator.operators.fused_normalisation import (
     varies_widely,
 )
 from lightning_nna.emulator.ranges import PENDING, QParams
+
+Grads = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
 def layer_norm(
@@ -53,10 +56,18 @@ def layer_norm(
     """``F.layer_norm`` on the chip."""
 
     def in_float(x: Tensor, gain: Tensor | None, shift: Tensor | None) -> Tensor:
-        return F.layer_norm(x, list(normalized_shape), gain, shift, eps)
+        return F.layer_norm(x, shape, gain, shift, eps)
 
+    def backward(grad: Tensor, x: Tensor, gain: Tensor | None, shift: Tensor | None) -> Grads:
+        _, mean, inverse = torch.native_layer_norm(x, shape, gain, shift, eps)
+        wanted = [True, gain is not None, shift is not None]
+        return torch.ops.aten.native_layer_norm_backward(
+            grad, x, shape, mean, inverse, gain, shift, wanted
+        )
+
+    shape = list(normalized_shape)
     axes = tuple(range(-len(normalized_shape), 0))
-    return _normalise(call, input, weight, bias, axes, eps, in_float, centred=True)
+    return _normalise(call, input, weight, bias, axes, eps, in_float, backward, centred=True)
 
 
 def rms_norm(
@@ -71,9 +82,16 @@ def rms_norm(
     def in_float(x: Tensor, gain: Tensor | None, _: Tensor | None) -> Tensor:
         return F.rms_norm(x, list(normalized_shape), gain, eps)
 
+    def backward(grad: Tensor, x: Tensor, gain: Tensor | None, _: Tensor | None) -> Grads:
+        with torch.enable_grad():
+            leaves = [p.detach().requires_grad_() for p in (x, gain) if p is not None]
+            result = in_float(leaves[0], None if gain is None else leaves[1], None)
+            found = torch.autograd.grad(result, leaves, grad)
+        return found[0], None if gain is None else found[1], None
+
     axes = tuple(range(-len(normalized_shape), 0))
     smallest = torch.finfo(torch.float32).eps if eps is None else eps
-    return _normalise(call, input, weight, None, axes, smallest, in_float, centred=False)
+    return _normalise(call, input, weight, None, axes, smallest, in_float, backward, centred=False)
 
 
 def _normalise(
@@ -84,25 +102,29 @@ def _normalise(
     axes: tuple[int, ...],
     eps: float,
     in_float: Callable[..., Tensor],
+    backward: Callable[..., Grads],
     *,
     centred: bool,
 ) -> Tensor:
     x = call.operand(input, "input")
-
-    def steps() -> tuple[Tensor, QParams]:
-        with torch.no_grad():
-            return _steps(call, x, weight, bias, axes, eps, centred)
-
+    arguments = (call, x, weight, bias, axes, eps)
     if call.observing:
-        steps()
+        with torch.no_grad():
+            _steps(*arguments, centred=centred)
         return call.observed(in_float(x.value, weight, bias))
     with float32_arithmetic(x.value):
-        if call.recording or not fusible(call, x, weight, bias):
-            compute = steps
-        else:
-            compute = partial(fused, call, x, weight, bias, axes, eps, centred=centred)
-        result, y = _Normalise.apply(x.value, weight, bias, compute, in_float)
+        alone = not call.recording and fusible(call, x, weight, bias)
+        compute = partial(fused if alone else _one_by_one, *arguments, centred=centred)
+        result, y = _Normalise.apply(x.value, weight, bias, compute, backward)
     return call.tagged(result, y)
+
+
+def _one_by_one(*arguments: Any, centred: bool) -> tuple[Tensor, QParams, Tensor | None]:
+    """What :func:`fused` gives; all that lies at an end of the grid counts as clipped."""
+    with torch.no_grad():
+        result, y = _steps(*arguments, centred=centred)
+    low, high = (bound * y.scale for bound in y.bounds)
+    return result, y, (result > low) & (result < high)
 
 
 def _steps(
@@ -112,6 +134,7 @@ def _steps(
     bias: Tensor | None,
     axes: tuple[int, ...],
     eps: float,
+    *,
     centred: bool,
 ) -> tuple[Tensor, QParams]:
     """The instructions, one after the other; in float while observing."""
@@ -172,26 +195,17 @@ class _Normalise(torch.autograd.Function):
         x: Tensor,
         weight: Tensor | None,
         bias: Tensor | None,
-        steps: Callable[[], tuple[Tensor, QParams]],
-        in_float: Callable[..., Tensor],
+        compute: Callable[[], tuple[Tensor, QParams, Tensor | None]],
+        backward: Callable[..., Grads],
     ) -> tuple[Tensor, QParams]:
-        result, y = steps()
-        ctx.in_float, ctx.has = in_float, (weight is not None, bias is not None)
-        low, high = (bound * y.scale for bound in y.bounds)
-        ctx.bounds = (low, high)
-        ctx.save_for_backward(x, result, *(p for p in (weight, bias) if p is not None))
+        result, y, clipped = compute()
+        ctx.backward_of = backward
+        ctx.save_for_backward(x, weight, bias, clipped)
         return result.detach(), y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-        x, result, *parameters = ctx.saved_tensors
-        given = iter(parameters)
-        operands = [x, *(next(given) if has else None for has in ctx.has)]
-        low, high = ctx.bounds
-        with float32_arithmetic(grad), torch.enable_grad():
-            leaves = [None if p is None else p.detach().requires_grad_() for p in operands]
-            again = ctx.in_float(*leaves)
-            inside = (result > low) & (result < high)
-            wanted = [p for p in leaves if p is not None]
-            grads = iter(torch.autograd.grad(again, wanted, grad * inside))
-        return *(None if p is None else next(grads) for p in leaves), None, None
+        x, weight, bias, clipped = ctx.saved_tensors
+        with float32_arithmetic(grad):
+            grads = ctx.backward_of(inside(grad, clipped), x, weight, bias)
+        return *grads, None, None
