@@ -305,7 +305,9 @@ class Emulator:
     def _move(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A movement: parameters of the first tensor go to every float result."""
         result = func(*args, **kwargs)
-        source = next(iter(_floats(args)), None)
+        first = args[0] if args else None
+        found = [first] if isinstance(first, Tensor) else _floats(args)
+        source = next((x for x in found if x.is_floating_point()), None)
         if source is not None:
             self.folding.reads(source, "a movement")
         tag = None if source is None else self.tag_of(source)
@@ -366,7 +368,7 @@ class _ForwardHooks:
 
 def _floats(values: Any) -> list[Tensor]:
     """Float tensors among nested values."""
-    leaves = tree_leaves(values)
+    leaves = [values] if isinstance(values, Tensor) else tree_leaves(values)
     return [x for x in leaves if isinstance(x, Tensor) and x.is_floating_point()]
 
 

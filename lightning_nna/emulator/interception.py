@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import CodeType, FrameType
@@ -21,7 +21,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
 
 from lightning_nna.emulator.operators.movement import (
     JOINS,
@@ -52,6 +51,10 @@ _IGNORED = frozenset(
     _nested_tensor_from_mask_left_aligned
     """.split()
 )
+
+
+#: By function, see :func:`_kind_of`: asked for with every call.
+_KINDS: dict[Callable[..., Any], tuple[str, str]] = {}
 
 
 @dataclass
@@ -143,17 +146,22 @@ class Interception(TorchFunctionMode):
     ) -> Any:
         """Sort a function into operator, movement, ignored, or fallback."""
         kwargs = kwargs or {}
-        name = getattr(func, "__name__", "")
-        if name in _BACKWARD:
+        known = _KINDS.get(func)
+        if known is None:
+            known = _KINDS[func] = _kind_of(func)
+        name, kind = known
+        if kind == "ignored":
+            return func(*args, **kwargs)
+        if kind == "backward":
             return self._outside(func, args, kwargs)
-        if name in MOVEMENTS or _is_view_property(func, name) or _is_padding(name, args, kwargs):
+        if kind == "movement" or _is_padding(name, args, kwargs):
             return self.move(func, args, kwargs)
         if name in JOINS and not chooses_a_number(name, args) and self.joins(args):
             return self.move(func, args, kwargs)
-        if name in _IGNORED or (_makes_a_mask(name, args) and not self.joins(args[:1])):
+        if _makes_a_mask(name, args) and not self.joins(args[:1]):
             return func(*args, **kwargs)
         operator = TABLE.get(name)
-        if not _has_float(args, kwargs):
+        if not _has_float(args) and not _has_float(kwargs.values()):
             return func(*args, **kwargs)
         path, location = self._locate()
         if path is None:
@@ -236,10 +244,17 @@ def _describe(code: CodeType, instruction: int) -> str:
     return f"{code.co_qualname}:{offset}:{column}"
 
 
-def _is_view_property(func: Callable[..., Any], name: str) -> bool:
-    if name != "__get__":
-        return False
-    return getattr(getattr(func, "__self__", None), "__name__", "") in VIEW_PROPERTIES
+def _kind_of(func: Callable[..., Any]) -> tuple[str, str]:
+    """Name of a function, and what it always is: ignored, backward, movement, or none of these."""
+    name = getattr(func, "__name__", "")
+    if name in _BACKWARD:
+        return name, "backward"
+    if name in MOVEMENTS:
+        return name, "movement"
+    if name == "__get__":
+        viewed = getattr(getattr(func, "__self__", None), "__name__", "") in VIEW_PROPERTIES
+        return name, "movement" if viewed else "ignored"
+    return name, "ignored" if name in _IGNORED else ""
 
 
 def _is_padding(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -253,7 +268,15 @@ def _makes_a_mask(name: str, args: tuple[Any, ...]) -> bool:
     return name in ("masked_fill", "masked_fill_") and args[-1] == float("-inf")
 
 
-def _has_float(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether a float tensor is among the arguments: otherwise there is nothing to emulate."""
-    leaves = tree_leaves((args, kwargs))
-    return any(isinstance(leaf, Tensor) and leaf.is_floating_point() for leaf in leaves)
+def _has_float(values: Iterable[Any]) -> bool:
+    """Whether a float tensor is among arguments: otherwise there is nothing to emulate."""
+    for value in values:
+        if isinstance(value, Tensor):
+            if value.is_floating_point():
+                return True
+        elif isinstance(value, (tuple, list)):
+            if _has_float(value):
+                return True
+        elif isinstance(value, dict) and _has_float(value.values()):
+            return True
+    return False

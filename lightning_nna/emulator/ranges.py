@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -91,6 +92,7 @@ def round_significand(scale: float, bits: int = 8) -> float:
     return math.ldexp(math.ceil(mantissa * 2**significand), exponent - significand)
 
 
+@lru_cache(maxsize=4096)
 def affine_qparams(
     minimum: float, maximum: float, *, bits: int = 8, power_of_two: bool = False
 ) -> QParams:
@@ -124,6 +126,7 @@ def affine_qparams(
     return QParams(scale, zero_point)
 
 
+@lru_cache(maxsize=4096)
 def symmetric_qparams(magnitude: float, *, bits: int = 8, power_of_two: bool = False) -> QParams:
     """Scale of a constant or a 16-bit activation in ±magnitude with zero point 0.
 

@@ -10,6 +10,7 @@ follows the weights in training, so nothing is ever clipped and the gradient pas
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -94,12 +95,12 @@ def quantize_weight(
     weight = weight.detach().float()
     rows = weight.shape[0]
     groups = weight.reshape(rows // rows_per_scale, -1)
-    magnitude = torch.maximum(groups.amax(1), -groups.amin(1))
-    if not bool(torch.isfinite(magnitude).all()):
+    magnitude = groups.abs().amax(1).double()
+    if not math.isfinite(float(magnitude.sum())):
         raise FloatingPointError("a weight is not finite; it cannot be put on the chip's grid")
     rounded = _powers_of_two if power_of_two else round_significands
-    scale = rounded(magnitude.double() / maximum).clamp_min(_SMALLEST_SCALE).float()
-    scales = scale.repeat_interleave(rows_per_scale)
+    scale = rounded(magnitude / maximum).clamp_min(_SMALLEST_SCALE).float()
+    scales = scale if rows_per_scale == 1 else scale.repeat_interleave(rows_per_scale)
     # No scale is so small that rounding could leave the bounds.
     integers = (weight / _per_row(scales, weight)).round_()
     return QuantizedWeight(integers, scales)

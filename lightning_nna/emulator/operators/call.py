@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+import math
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Protocol
 
 import torch
@@ -99,7 +100,8 @@ class Call:
 
     def part(self, name: str, bits: int | None = None) -> Call:
         """One instruction of a composite, with ranges and perhaps a width of its own."""
-        return dataclasses.replace(self, site=f"{self.site}/{name}", bits=bits or self.bits)
+        site, width = f"{self.site}/{name}", bits or self.bits
+        return Call(self.host, site, self.observing, self.exact, width, self.floor)
 
     def operand(self, x: Tensor | float, name: str) -> Activation:
         """Bring an operand onto the grid: it is there already, is a constant, or is quantised.
@@ -172,13 +174,7 @@ class Call:
         """A tensor of the program used as an operand: on a symmetric grid of its values."""
         if self.observing:
             return Activation(x, PENDING, constant=True)
-        qparams = symmetric_qparams(
-            float(x.detach().abs().max()) if x.numel() else 0.0,
-            bits=self.bits,
-            power_of_two=self.host.spec.power_of_two_scales,
-        )
-        with float32_arithmetic(x):
-            return Activation(quantize(x, qparams), qparams, constant=True)
+        return _constant(x, self.bits, self.host.spec.power_of_two_scales)
 
     @property
     def recording(self) -> bool:
@@ -241,7 +237,9 @@ class Call:
 
     def _scalar(self, x: float) -> Activation:
         """A Python number as a constant of one element."""
-        return self.constant(torch.tensor(x, dtype=torch.float32))
+        if self.observing:
+            return Activation(torch.tensor(x), PENDING, constant=True)
+        return _number(x, self.bits, self.host.spec.power_of_two_scales)
 
     def _record_quantize(self, x: Tensor, result: Activation) -> None:
         source = Stored(x.detach().float(), "float32")
@@ -251,16 +249,51 @@ class Call:
 Operator = Callable[..., object]
 
 
-@contextmanager
-def float32_arithmetic(x: Tensor) -> Iterator[None]:
+def constant_values(call: Call, x: Tensor) -> Tensor:
+    """Values of a constant for fast arithmetic, without a gradient; see :meth:`Call.constant`."""
+    x = x.detach()
+    power_of_two = call.host.spec.power_of_two_scales
+    scale = symmetric_qparams(float(x.abs().max()), bits=call.bits, power_of_two=power_of_two).scale
+    return (x / scale).round_().mul_(scale)
+
+
+def _constant(x: Tensor, bits: int, power_of_two: bool) -> Activation:
+    magnitude = float(x.detach().abs().max()) if x.numel() else 0.0
+    qparams = symmetric_qparams(magnitude, bits=bits, power_of_two=power_of_two)
+    with float32_arithmetic(x):
+        return Activation(quantize(x, qparams), qparams, constant=True)
+
+
+@lru_cache(maxsize=256)
+def _number(x: float, bits: int, power_of_two: bool) -> Activation:
+    # Kept for training, whoever asks first.
+    with torch.inference_mode(False):
+        return _constant(torch.tensor(x, dtype=torch.float32), bits, power_of_two)
+
+
+def float32_arithmetic(x: Tensor) -> AbstractContextManager[None]:
     """Keep autocast and function modes off the chip's own arithmetic."""
-    kind = x.device.type
-    with torch._C.DisableTorchFunction():
-        if torch.is_autocast_enabled(kind):
-            with torch.autocast(kind, enabled=False):
-                yield
-        else:
-            yield
+    return _Float32Arithmetic(x)
+
+
+class _Float32Arithmetic(AbstractContextManager[None]):
+    """Entered for every instruction: a generator would take twice the time."""
+
+    def __init__(self, x: Tensor) -> None:
+        self.kind = x.device.type
+
+    def __enter__(self) -> None:
+        self.functions = torch._C.DisableTorchFunction()
+        self.functions.__enter__()
+        self.cast = None
+        if torch.is_autocast_enabled(self.kind):
+            self.cast = torch.autocast(self.kind, enabled=False)
+            self.cast.__enter__()
+
+    def __exit__(self, *exception: Any) -> None:
+        if self.cast is not None:
+            self.cast.__exit__(*exception)
+        self.functions.__exit__(*exception)
 
 
 def stored_bytes(value: Tensor, qparams: QParams) -> Tensor:
@@ -308,11 +341,13 @@ class _Quantize(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, qparams: QParams, key: str) -> Tensor:
         # LiteRT's quantise divides in float32 and rounds ties away from zero.
         scaled = x.detach().float() / qparams.scale
-        if scaled.numel():
-            low, high = torch.aminmax(scaled)
-            if not bool(torch.isfinite(high - low)):
-                raise FloatingPointError(not_finite(key, float(low), float(high)))
-        centred, clipped = clip(round_half_away(scaled), qparams, keep=True)
+        low, high = (float(x) for x in torch.aminmax(scaled)) if scaled.numel() else (0.0, 0.0)
+        if not math.isfinite(high - low):
+            raise FloatingPointError(not_finite(key, low, high))
+        centred = round_half_away(scaled)
+        clipped = None
+        if low < qparams.bounds[0] or high > qparams.bounds[1]:
+            centred, clipped = clip(centred, qparams, keep=True)
         ctx.save_for_backward(clipped)
         return centred.mul_(qparams.scale)
 

@@ -89,12 +89,12 @@ def rescale_rows(
     columns = sums.shape[1]
     step = max(1, _BLOCK // max(columns, 1))
     room = torch.empty(min(step, len(sums)), columns, dtype=rescaler.dtype)
-    values, clipped = torch.empty(sums.shape), Clipped()
+    values, blocks = torch.empty(sums.shape), Clipped()
     for first in range(0, len(sums), step):
         block = sums[first : first + step]
-        centred = clipped.clip(rescaler(room[: len(block)].copy_(block)), y, first * columns)
+        centred = blocks.clip(rescaler(room[: len(block)].copy_(block)), y, first * columns)
         torch.mul(centred, y.scale, out=values[first : first + step])
-    return values, clipped.joined()
+    return values, blocks.joined()
 
 
 def _within(x: Tensor, low: int, high: int) -> bool:

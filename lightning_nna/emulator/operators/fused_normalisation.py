@@ -15,7 +15,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from lightning_nna.emulator.operators.call import Activation, Call
+from lightning_nna.emulator.operators.call import Activation, Call, constant_values
 from lightning_nna.emulator.operators.clipping import Clipped
 from lightning_nna.emulator.operators.elementwise import LEFT_SHIFT, product_factor
 from lightning_nna.emulator.operators.reduction import average
@@ -127,8 +127,8 @@ def _in_float32(
     """The same with one rounding an instruction, in float32."""
     wide = call.part("wide", bits=16)
     program = _Float32(wide, x.qparams.widened(), columns, eps, centred)
-    gain = None if weight is None else wide.part("gain").constant(weight).value.detach().flatten()
-    shift = None if bias is None else wide.part("shift").constant(bias).value.detach().flatten()
+    gain = None if weight is None else constant_values(wide, weight).flatten()
+    shift = None if bias is None else constant_values(wide, bias).flatten()
     y = grid_of(call)
     rows = x.value.detach().reshape(-1, columns)
     result = torch.empty_like(rows)

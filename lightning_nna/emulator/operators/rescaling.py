@@ -94,7 +94,19 @@ def rounding_factors(
         >>> rounding_factors(1 / 16, rounding="real")
         (tensor(0.0625), None)
     """
-    exact = torch.as_tensor(factors, dtype=torch.float64)
+    if isinstance(factors, float):
+        return _number_factors(factors, rounding)
+    return _factors(factors, rounding)
+
+
+@lru_cache(maxsize=4096)
+def _number_factors(factor: float, rounding: RoundingKind) -> tuple[Tensor, Tensor | None]:
+    with torch.inference_mode(False):
+        return _factors(torch.tensor(factor, dtype=torch.float64), rounding)
+
+
+def _factors(exact: Tensor, rounding: RoundingKind) -> tuple[Tensor, Tensor | None]:
+    exact = exact.double()
     if rounding == "double":
         return float_factors(*quantize_multipliers(exact.cpu()))
     if rounding == "reduced":
