@@ -1,0 +1,51 @@
+"""Peak memory of a training step."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+_STATUS = Path("/proc/self/status")
+_RESET_PEAK = "5"
+
+
+def peak_bytes(make: Callable[[], Callable[[], None]], device: torch.device) -> int:
+    """Most memory that a step and what it needs take, above what the process had before.
+
+    Args:
+        make: Makes the step: the network, its batch and what else is kept.
+        device: Where it runs: a GPU's allocator is asked, else Linux for the process's memory.
+
+    Returns:
+        Bytes.
+
+    Raises:
+        OSError: If the system is not Linux and the device is a CPU.
+    """
+    gc.collect()
+    if device.type == "cuda":
+        before = torch.cuda.memory_allocated(device)
+        step = make()
+        torch.cuda.reset_peak_memory_stats(device)
+        step()
+        torch.cuda.synchronize(device)
+        return int(torch.cuda.max_memory_allocated(device) - before)
+    before = _kilobytes("VmRSS")
+    step = make()
+    gc.collect()
+    # What making the network has freed goes back to the system and does not hide what a step takes.
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text(_RESET_PEAK)
+    step()
+    return (_kilobytes("VmHWM") - before) * 1024
+
+
+def _kilobytes(name: str) -> int:
+    for line in _STATUS.read_text().splitlines():
+        if line.startswith(f"{name}:"):
+            return int(line.split()[1])
+    raise OSError(f"{_STATUS} has no line {name}")

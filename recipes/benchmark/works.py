@@ -1,0 +1,141 @@
+"""What the speed of training is measured on: small networks with a batch and a loss.
+
+Sizes are those of a layer or two of a recogniser; data are random, so that nothing is needed but
+the packages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+from torchaudio.models.conformer import ConformerLayer
+
+from recipes.asr.recogniser import transducer_loss
+from recipes.asr.rnnt import transducer
+
+
+@dataclass(frozen=True)
+class Work:
+    """A network, what it is given, and what its training step minimises.
+
+    Args:
+        title: Name in tables.
+        module: Makes the network.
+        batch: Makes the arguments of its forward.
+        loss: From the network's result and the batch to the loss.
+    """
+
+    title: str
+    module: Callable[[], nn.Module]
+    batch: Callable[[], tuple[Tensor, ...]]
+    loss: Callable[..., Tensor]
+
+
+def _mlp() -> nn.Module:
+    sizes = (512, 1024, 1024, 512)
+    layers: list[nn.Module] = []
+    for inputs, outputs in pairwise(sizes):
+        layers += [nn.Linear(inputs, outputs), nn.ReLU()]
+    return nn.Sequential(*layers[:-1])
+
+
+def _convolutions() -> nn.Module:
+    layers: list[nn.Module] = []
+    for inputs in (80, 128, 128, 128):
+        layers += [nn.Conv1d(inputs, 128, 5, padding=2), nn.BatchNorm1d(128), nn.ReLU()]
+    return nn.Sequential(*layers)
+
+
+class _Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(256, 256, num_layers=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.lstm(x)[0]
+        return result
+
+
+class _Conformer(nn.Module):
+    """One block; padding is masked."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = ConformerLayer(144, 576, 4, 31)
+
+    def forward(self, x: Tensor, padded: Tensor) -> Tensor:
+        result: Tensor = self.block(x, padded)
+        return result
+
+
+def _conformer_batch() -> tuple[Tensor, ...]:
+    lengths = torch.arange(100, 60, -5)
+    padded = torch.arange(100)[None, :] >= lengths[:, None]
+    return torch.randn(100, 8, 144), padded
+
+
+class _Transducer(nn.Module):
+    """The RNN-T of ``conf/model/an4.yaml``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = transducer(
+            num_mels=64,
+            num_labels=28,
+            frame_stack=6,
+            frame_stride=6,
+            encoder_size=320,
+            encoder_layers=2,
+            embedding_size=64,
+            predictor_size=128,
+            joint_size=160,
+            encoder_dropout=0.25,
+            predictor_dropout=0.25,
+        )
+
+    def forward(self, features: Tensor, lengths: Tensor, labels: Tensor, counts: Tensor) -> Tensor:
+        start = torch.zeros_like(labels[:, :1])
+        logits: Tensor = self.model(
+            features, lengths, torch.cat([start, labels], dim=1), counts + 1
+        )[0]
+        return logits
+
+
+def _transducer_batch() -> tuple[Tensor, ...]:
+    """Eight utterances of three seconds and twenty labels: a batch of AN4."""
+    labels = torch.randint(1, 28, (8, 20))
+    return torch.randn(8, 300, 64), torch.full((8,), 300), labels, torch.full((8,), 20)
+
+
+def _transducer_loss(logits: Tensor, batch: tuple[Tensor, ...]) -> Tensor:
+    _, lengths, labels, counts = batch
+    steps = torch.full_like(lengths, logits.shape[1])
+    return transducer_loss(logits, labels, steps, counts) / counts.sum()
+
+
+def _mean_square(result: Tensor, _: tuple[Tensor, ...]) -> Tensor:
+    return result.square().mean()
+
+
+#: By the name that rows and the command line use.
+WORKS: dict[str, Work] = {
+    "mlp": Work("MLP 512-1024-1024-512", _mlp, lambda: (torch.randn(256, 512),), _mean_square),
+    "conv1d": Work(
+        "Conv1d stack, 4 layers with batch norm",
+        _convolutions,
+        lambda: (torch.randn(16, 80, 200),),
+        _mean_square,
+    ),
+    "lstm": Work(
+        "LSTM 2x256, 100 steps of 16",
+        _Recurrent,
+        lambda: (torch.randn(100, 16, 256),),
+        _mean_square,
+    ),
+    "conformer": Work("Conformer block", _Conformer, _conformer_batch, _mean_square),
+    "rnnt": Work("AN4 RNN-T step", _Transducer, _transducer_batch, _transducer_loss),
+}
