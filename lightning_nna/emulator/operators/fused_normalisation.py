@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lightning_nna.emulator.operators.call import Activation, Call
 from lightning_nna.emulator.operators.elementwise import LEFT_SHIFT, product_factor
-from lightning_nna.emulator.operators.reduction import average
+from lightning_nna.emulator.operators.reduction import average, mean_grid
 from lightning_nna.emulator.operators.rescaling import RoundingKind, prepared
 from lightning_nna.emulator.ranges import QParams, symmetric_qparams
 from lightning_nna.functional.fixed_point import INT32_MAX
@@ -123,9 +123,9 @@ class _Line:
 
     def centre(self, wide: Call) -> None:
         """Take the mean off."""
-        mean_grid, y = grid_of(wide.part("mean")), grid_of(wide.part("deviation"))
-        mean = self._average(self.rows.sum(1, keepdim=True, dtype=torch.float64), mean_grid)
-        self._add_sum(mean, mean_grid, y, -1.0)
+        sums = self.rows.sum(1, keepdim=True, dtype=torch.float64)
+        mean, grid = self._average(sums, grid_of(wide.part("mean")))
+        self._add_sum(mean, grid, grid_of(wide.part("deviation")), -1.0)
 
     def normalise(self, call: Call, eps: float) -> None:
         """Divide by the root of the mean square and eps."""
@@ -136,8 +136,7 @@ class _Line:
         for at, block in self._blocks(rows):
             torch.sum(squares(block.mul_(block)), 1, keepdim=True, dtype=sums.dtype, out=sums[at])
         scaled, self.grid = self.grid, y
-        v_grid = grid_of(variance)
-        v = self._average(sums, v_grid)
+        v, v_grid = self._average(sums, grid_of(variance))
         self.grid = scaled
         if eps:
             v, v_grid = self._with_epsilon(call.part("epsilon"), v, v_grid, eps)
@@ -219,11 +218,12 @@ class _Line:
         factors = [self._prepared(q.scale / twice_coarser, INT32_MAX) for q in (a, b)]
         return [*(lambda x, f=f: f(x.mul_(shift)) for f in factors), last]
 
-    def _average(self, total: Tensor, y: QParams) -> Tensor:
-        """Means of the rows from their sums, on a grid of their own; float64."""
+    def _average(self, total: Tensor, y: QParams) -> tuple[Tensor, QParams]:
+        """Means of the rows from their sums, float64, and their grid: ``y``, if not too fine."""
         count = self.rows.shape[1]
+        y = mean_grid(self.call, self.grid, count, y)
         factor, largest = self.grid.scale / y.scale, float(count * self.grid.largest)
-        return average(self.call, total, count, factor, largest).clamp_(*y.bounds)
+        return average(self.call, total, count, factor, largest).clamp_(*y.bounds), y
 
     def _with_epsilon(
         self, call: Call, v: Tensor, grid: QParams, eps: float
