@@ -96,7 +96,7 @@ def quantize_weight(
     groups = weight.reshape(rows // rows_per_scale, -1)
     magnitude = torch.maximum(groups.amax(1), -groups.amin(1))
     if not bool(torch.isfinite(magnitude).all()):
-        raise FloatingPointError("a weight is not finite; it cannot be put on the chip's grid")
+        raise FloatingPointError("a weight is not finite: it cannot be put on the chip's grid")
     rounded = _powers_of_two if power_of_two else round_significands
     scale = rounded(magnitude.double() / maximum).clamp_min(_SMALLEST_SCALE).float()
     scales = scale.repeat_interleave(rows_per_scale)

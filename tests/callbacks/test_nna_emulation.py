@@ -197,11 +197,6 @@ def test_after_an_exception_the_module_is_a_float_module_again() -> None:
     assert is_unhooked(failing)
 
 
-def test_a_compiled_module_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"given to torch\.compile.*pass the module itself"):
-        trainer(NNAEmulation()).fit(torch.compile(module(), backend="eager"))
-
-
 def test_the_emulator_before_a_run() -> None:
     with pytest.raises(RuntimeError, match="has no module yet"):
         _ = NNAEmulation().emulator
