@@ -180,9 +180,9 @@ class LateModule(SmallRecurrentModule):
 
     def __init__(self) -> None:
         super().__init__()
-        self.head: nn.Module | None = None
+        del self.head
 
     def configure_model(self) -> None:
         """Build the head, once."""
-        if self.head is None:
+        if "head" not in dict(self.named_children()):
             self.head = SmallNet(8, 8, 2)
