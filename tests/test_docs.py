@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from lightning_nna.emulator.operators.registry import TABLE
 from tests.conftest import ROOT
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -45,6 +46,15 @@ def test_relative_links_lead_somewhere(page: Path) -> None:
     links = re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text(encoding="utf-8"))
     local = [link for link in links if "://" not in link]
     assert [link for link in local if not (page.parent / link).exists()] == []
+
+
+def test_the_page_on_emulation_has_every_operator_and_its_widths() -> None:
+    page = (ROOT / "docs/methods/emulation.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| ((?:`\w+`(?:, )?)+) \| ([\d, ]+) \|", page, re.MULTILINE)
+    found = {name: widths for names, widths in rows for name in re.findall(r"\w+", names)}
+    expected = {entry.name: ", ".join(map(str, entry.widths)) for entry in TABLE.values()}
+    expected.pop("")
+    assert found == expected
 
 
 @pytest.mark.slow

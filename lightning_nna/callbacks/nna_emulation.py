@@ -54,7 +54,7 @@ class NNAEmulation(Callback):
 
     Raises:
         ValueError: If an argument is out of range, a target selects nothing, or the module cannot
-            be emulated (compiled, or parameters that are not float32).
+            be emulated (parameters that are not float32).
         RuntimeError: If validation, test or prediction starts and no range was ever observed.
 
     Example:
@@ -260,11 +260,6 @@ class NNAEmulation(Callback):
     def _attach(self, pl_module: pl.LightningModule) -> Emulator:
         """Attach when the run starts: ``setup`` and ``configure_model`` may still add layers."""
         if self._emulator is None:
-            if getattr(pl_module, "_compiler_ctx", None) is not None:
-                raise ValueError(
-                    "the LightningModule was given to torch.compile, which hides its operators: "
-                    "pass the module itself to the Trainer, or leave NNAEmulation out"
-                )
             self._emulator = attach(
                 pl_module, self.spec, targets=self.targets, observer=self.observer
             )

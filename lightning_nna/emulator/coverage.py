@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,6 +63,7 @@ def coverage(
     module: nn.Module,
     *example: Any,
     spec: str | NNASpec | Mapping[str, Any] = "litert-int8",
+    forward: Callable[..., Any] = lambda module, *example, **keywords: module(*example, **keywords),
     **keywords: Any,
 ) -> Coverage:
     """Run a module once, in float, and report where each of its operators would run.
@@ -71,6 +72,8 @@ def coverage(
         module: Any module; it is left as it was.
         *example: Arguments of its forward.
         spec: The chip.
+        forward: How the module runs, called with it and its arguments: for methods beside its
+            forward, as a decoder's.
         **keywords: Keyword arguments of its forward.
 
     Returns:
@@ -103,7 +106,7 @@ def coverage(
     emulator.enter_scope()
     try:
         with torch.no_grad():
-            module(*example, **keywords)
+            forward(module, *example, **keywords)
     finally:
         emulator.leave_scope()
         strip(module)

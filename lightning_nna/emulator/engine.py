@@ -18,13 +18,21 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from lightning_nna.emulator.folding import Folding
+from lightning_nna.emulator.forward_hooks import ForwardHooks
 from lightning_nna.emulator.interception import ROOT, Interception, SiteTable
+from lightning_nna.emulator.non_finite import with_cause
 from lightning_nna.emulator.observers import Observer
 from lightning_nna.emulator.operators.call import Call
 from lightning_nna.emulator.operators.registry import Operator
 from lightning_nna.emulator.program import Instruction
 from lightning_nna.emulator.ranges import QParams, RangeTable
-from lightning_nna.emulator.scope import lightning_classes, modules_in_scope, refuse
+from lightning_nna.emulator.scope import (
+    compiled_modules,
+    lightning_classes,
+    modules_in_scope,
+    named_modules,
+    refuse,
+)
 from lightning_nna.emulator.spec import NNASpec, resolve_spec
 from lightning_nna.emulator.telemetry import Telemetry, in_float
 from lightning_nna.emulator.weights import QuantizedWeight, quantize_weight
@@ -53,8 +61,8 @@ class Emulator:
             ``"percentile"`` or ``"mse"``.
 
     Raises:
-        ValueError: If a target selects nothing, a parameter is not float32, the module is
-            compiled, or ``fidelity`` is unknown.
+        ValueError: If a target selects nothing, a parameter is not float32, or ``fidelity`` is
+            unknown.
     """
 
     def __init__(
@@ -92,7 +100,7 @@ class Emulator:
 
     def _attach(self, module: nn.Module) -> None:
         """Choose the modules in scope and hook their forward."""
-        named = {name or ROOT: child for name, child in module.named_modules()}
+        named = {name or ROOT: child for name, child in named_modules(module)}
         lightning = isinstance(module, lightning_classes())
         allowed = modules_in_scope(named, self.targets)
         self.scripted = [n for n, m in named.items() if isinstance(m, torch.jit.ScriptModule)]
@@ -101,7 +109,10 @@ class Emulator:
                 "scripted modules run in float, their operators cannot be seen: %s",
                 ", ".join(self.scripted),
             )
-        self._constants = {id(p) for p in [*module.parameters(), *module.buffers()]}
+        if compiled := compiled_modules(module):
+            log.warning("torch.compile is set aside while on the chip: %s", ", ".join(compiled))
+        constants = [*module.named_parameters(), *module.named_buffers()]
+        self._constants = {id(tensor): name for name, tensor in constants}
         self.interception = Interception(
             {id(child): name for name, child in named.items()},
             allowed,
@@ -115,7 +126,7 @@ class Emulator:
         for name, child in named.items():
             if isinstance(child, torch.jit.ScriptModule):
                 continue
-            hooks = _ForwardHooks(self, name)
+            hooks = ForwardHooks(self, name)
             self._handles.append(child.register_forward_pre_hook(hooks.before))
             self._handles.append(child.register_forward_hook(hooks.after, always_call=True))
         log.info("emulating %d modules: %s", len(allowed), ", ".join(sorted(allowed)))
@@ -273,7 +284,10 @@ class Emulator:
         sampled = self.telemetry is not None and operator.name and self.phase == "emulate"
         # Before the chip's: what works in place overwrites its operand.
         exact = self._in_float(operator, func, args, kwargs) if sampled else None
-        result = operator.emulate(call, *args, **kwargs)
+        try:
+            result = operator.emulate(call, *args, **kwargs)
+        except FloatingPointError as error:
+            raise with_cause(error, key, (args, kwargs), self._constants) from error
         if exact is not None and self.telemetry is not None:
             first = result if isinstance(result, Tensor) else result[0]
             self.telemetry.compare(key, exact, first, self.tag_of(first))
@@ -335,35 +349,6 @@ class Emulator:
         if self.listener is not None:
             self.listener(key, False, (args, kwargs), result)
         return result
-
-
-class _ForwardHooks:
-    """Tell the interception which module's forward is running.
-
-    Copies and pickles of a module are on their own: they carry hooks that do nothing.
-    """
-
-    def __init__(self, emulator: Emulator | None, path: str) -> None:
-        self.emulator, self.path = emulator, path
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _ForwardHooks:
-        return _ForwardHooks(None, self.path)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _ForwardHooks, (None, self.path)
-
-    def before(self, module: nn.Module, args: Any) -> None:
-        """Forward begins."""
-        if self.emulator is not None:
-            self.emulator.enter_scope()
-            self.emulator.interception.scope.stack.append(self.path)
-
-    def after(self, module: nn.Module, args: Any, result: Any) -> None:
-        """Forward ends, or raised."""
-        stack = None if self.emulator is None else self.emulator.interception.scope.stack
-        if self.emulator is not None and stack:
-            stack.pop()
-            self.emulator.leave_scope()
 
 
 def _floats(values: Any) -> list[Tensor]:

@@ -13,6 +13,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import CodeType, FrameType
@@ -85,6 +86,7 @@ class Scope(threading.local):
     def __init__(self) -> None:
         self.stack: list[str] = []
         self.entered = 0
+        self.stances: list[AbstractContextManager[None]] = []
 
 
 class Interception(TorchFunctionMode):
@@ -122,8 +124,15 @@ class Interception(TorchFunctionMode):
         self._code: list[CodeType] = []
 
     def enter(self) -> None:
-        """Start intercepting in this thread; calls nest."""
+        """Start intercepting in this thread; calls nest.
+
+        Code that was compiled would hide its functions, so it runs as it was written meanwhile.
+
+        Raises:
+            RuntimeError: If compiled code is running already.
+        """
         if self.scope.entered == 0:
+            self.scope.stances.append(_without_compiling())
             self.__enter__()
         self.scope.entered += 1
 
@@ -132,6 +141,7 @@ class Interception(TorchFunctionMode):
         self.scope.entered -= 1
         if self.scope.entered == 0:
             self.__exit__(None, None, None)
+            self.scope.stances.pop().__exit__(None, None, None)
 
     def forget_keys(self) -> None:
         """Look sites up anew: their table has been replaced."""
@@ -227,6 +237,20 @@ class Interception(TorchFunctionMode):
             return None
         outside = path not in self.allowed or (path == ROOT and not self.root_in_scope)
         return "/" if outside else path
+
+
+def _without_compiling() -> AbstractContextManager[None]:
+    """Set ``torch.compile`` aside until the result is exited."""
+    try:
+        # Who traces this may not trace the setting of a stance, and would say no more than that.
+        if torch.compiler.is_compiling():
+            raise RuntimeError("compiled code is being traced")
+        return torch.compiler.set_stance("force_eager")
+    except RuntimeError as error:
+        raise RuntimeError(
+            "compiled code calls a module on the chip, whose operators it would hide: call it "
+            "inside `with emulate(module)`, where torch.compile is set aside, or strip(module)"
+        ) from error
 
 
 def _callers() -> Iterator[FrameType]:

@@ -12,7 +12,7 @@ its integers are recovered without loss.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
@@ -142,6 +142,23 @@ def symmetric_qparams(magnitude: float, *, bits: int = 8, power_of_two: bool = F
 def _rounded(scale: float, bits: int, power_of_two: bool) -> float:
     """A scale that the chip has, not below the given one."""
     return 2.0 ** math.ceil(math.log2(scale)) if power_of_two else round_significand(scale, bits)
+
+
+def no_finer(grid: QParams, step: float, *, power_of_two: bool = False) -> QParams:
+    """A grid, with steps of at least ``step``.
+
+    Args:
+        grid: Any grid.
+        step: Smallest scale.
+        power_of_two: Round the scale up to a power of two.
+
+    Example:
+        >>> no_finer(QParams(1e-9, 3), 0.25)
+        QParams(scale=0.25, zero_point=3, low=-128, high=127)
+    """
+    if grid.scale >= step:
+        return grid
+    return replace(grid, scale=_rounded(step, grid.bits, power_of_two))
 
 
 def cell_state_exponent(magnitude: float) -> int:

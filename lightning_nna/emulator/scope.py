@@ -36,18 +36,45 @@ def _is_loss_or_metric(module: nn.Module) -> bool:
     return isinstance(module, Metric) or type(module).__name__.endswith("Loss")
 
 
+def named_modules(module: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Modules by path, as if nothing were compiled.
+
+    ``torch.compile`` of a child puts a wrapper around it, which is no module of the user's.
+
+    Example:
+        >>> [name for name, _ in named_modules(nn.Sequential(torch.compile(nn.Tanh())))]
+        ['', '0']
+    """
+    return [
+        (".".join(part for part in name.split(".") if part != "_orig_mod"), child)
+        for name, child in module.named_modules()
+        if not _is_compiled_wrapper(child)
+    ]
+
+
+def compiled_modules(module: nn.Module) -> list[str]:
+    """Paths of modules that ``torch.compile`` or ``Module.compile`` was applied to."""
+    found = [name for name, child in module.named_modules() if _is_compiled(child)]
+    return [name.removesuffix("_orig_mod").rstrip(".") or "the module" for name in found]
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    # Lightning takes a compiled LightningModule out of its wrapper and keeps the context.
+    by_lightning = getattr(module, "_compiler_ctx", None) is not None
+    in_place = module._compiled_call_impl is not None
+    return by_lightning or in_place or _is_compiled_wrapper(module)
+
+
+def _is_compiled_wrapper(module: nn.Module) -> bool:
+    return isinstance(module, torch._dynamo.eval_frame.OptimizedModule)
+
+
 def refuse(module: nn.Module) -> None:
     """Raise for what cannot be emulated.
 
     Raises:
-        ValueError: If a module is compiled, or a parameter is not float32; names it.
+        ValueError: If a parameter is not float32; names it.
     """
-    for name, child in module.named_modules():
-        if isinstance(child, torch._dynamo.eval_frame.OptimizedModule):
-            raise ValueError(
-                f"{name or 'the module'} is compiled: its operators cannot be emulated; "
-                f"attach to the module that was given to torch.compile"
-            )
     for name, parameter in module.named_parameters():
         if parameter.is_floating_point() and parameter.dtype != torch.float32:
             raise ValueError(

@@ -97,7 +97,7 @@ def quantize_weight(
     groups = weight.reshape(rows // rows_per_scale, -1)
     magnitude = groups.abs().amax(1).double()
     if not math.isfinite(float(magnitude.sum())):
-        raise FloatingPointError("a weight is not finite; it cannot be put on the chip's grid")
+        raise FloatingPointError("a weight is not finite: it cannot be put on the chip's grid")
     rounded = _powers_of_two if power_of_two else round_significands
     scale = rounded(magnitude / maximum).clamp_min(_SMALLEST_SCALE).float()
     scales = scale if rows_per_scale == 1 else scale.repeat_interleave(rows_per_scale)

@@ -11,18 +11,20 @@ Each check takes a factory that makes a fresh callback, and an empty folder; it 
 from __future__ import annotations
 
 import copy
+import math
 import pickle
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, EMAWeightAveraging
 from torch import nn
 from torch.utils._pytree import tree_flatten
 
-from lightning_nna.testing.modules import SmallRecurrentModule
+from lightning_nna.testing.modules import LateModule, SmallRecurrentModule
 
 Factory = Callable[[], Callback]
 
@@ -169,6 +171,43 @@ def accumulation_counts_optimiser_steps(factory: Factory, folder: Path) -> None:
     assert_same(callback.state_dict(), again.state_dict())
 
 
+def resume_with_dropout(factory: Factory, folder: Path) -> None:
+    """A run with dropout that stopped in mid-epoch equals the one that did not."""
+    _resumes(factory, folder, partial(module, dropout=0.3, dropout_seed=7))
+
+
+def layers_of_configure_model_count(factory: Factory, folder: Path) -> None:
+    """A module whose layers do not exist before ``configure_model`` trains, resumes and tests."""
+    _resumes(factory, folder, LateModule)
+    (result,) = trainer(factory()).test(
+        LateModule(), ckpt_path=folder / "stopped.ckpt", verbose=False
+    )
+    assert math.isfinite(result["test/loss"])
+
+
+def averaged_weights_are_evaluated(factory: Factory, folder: Path) -> None:
+    """Beside an average of the weights, validation sees the average; and the run resumes."""
+    _resumes(factory, folder, module, lambda: EMAWeightAveraging(decay=0.5))
+    average = EMAWeightAveraging(decay=0.5)
+    fitted = module()
+    run = trainer(factory(), average, steps=8)
+    run.fit(fitted)
+    # The fit ends with the average's weights, and its last validation was of them.
+    logged = float(run.logged_metrics["val/loss"])
+    (result,) = run.validate(fitted, verbose=False)
+    assert result["val/loss"] == logged, f"{logged} was logged, the average's is {result}"
+
+
+def checkpointed_activations_change_nothing(factory: Factory, folder: Path) -> None:
+    """What is computed again in the backward is what was computed."""
+    plain = module()
+    trainer(factory(), steps=_STOP).fit(plain)
+    for reentrant in (True, False):
+        other = module(checkpointing=reentrant)
+        trainer(factory(), steps=_STOP).fit(other)
+        assert_same(dict(plain.state_dict()), dict(other.state_dict()))
+
+
 def manual_optimisation_equals_automatic(factory: Factory, folder: Path) -> None:
     """Who calls the optimiser's step makes no difference."""
     automatic, manual = module(), module(manual=True)
@@ -208,6 +247,18 @@ def two_processes_agree(factory: Factory, folder: Path) -> None:
     assert_same(states[0], states[1])
 
 
+class _SaveCheckpoint(Callback):
+    """Write a checkpoint where the run is to stop; without a state, so that nobody misses it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any, **__: Any) -> None:
+        """After every other callback: it is the last."""
+        if trainer.global_step == _STOP:
+            trainer.save_checkpoint(self.path)
+
+
 class _SaveState(Callback):
     """Write what a rank ends with."""
 
@@ -221,6 +272,26 @@ class _SaveState(Callback):
         torch.save(
             {"weights": weights, "callbacks": states}, f"{self.folder}/rank{trainer.global_rank}.pt"
         )
+
+
+def _resumes(
+    factory: Factory,
+    folder: Path,
+    build: Callable[[], pl.LightningModule],
+    beside: Callable[[], Callback] = Callback,
+) -> None:
+    """Compare a whole run with one that stopped in mid-epoch, whatever the module."""
+    path = folder / "stopped.ckpt"
+    torch.manual_seed(0)  # What `configure_model` builds is drawn as the run starts.
+    whole, callback = build(), factory()
+    trainer(callback, beside()).fit(whole)
+    torch.manual_seed(0)
+    # Saved within the run: at its end an average of the weights takes their place.
+    trainer(factory(), beside(), _SaveCheckpoint(path), steps=_STOP).fit(build())
+    resumed, again = build(), factory()
+    trainer(again, beside()).fit(resumed, ckpt_path=path)
+    assert_same(dict(whole.state_dict()), dict(resumed.state_dict()))
+    assert_same(callback.state_dict(), again.state_dict())
 
 
 def _checkpoint(factory: Factory, folder: Path) -> Path:
@@ -251,4 +322,8 @@ CHECKS: tuple[Callable[[Factory, Path], None], ...] = (
     runs_under_bf16_mixed,
     logs_under_its_own_names,
     two_processes_agree,
+    resume_with_dropout,
+    layers_of_configure_model_count,
+    averaged_weights_are_evaluated,
+    checkpointed_activations_change_nothing,
 )

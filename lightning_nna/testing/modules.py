@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset
 
 
@@ -102,14 +103,26 @@ class SmallRecurrentModule(pl.LightningModule):
         manual: Step the optimiser in ``training_step``.
         dropout: Between the two LSTM layers.
         learning_rate: Of AdamW.
+        dropout_seed: With the step, the seed of its dropout: no checkpoint keeps the generator.
+            None leaves the generator alone.
+        checkpointing: Forget what is inside the head and compute it again in the backward, with
+            this value of ``use_reentrant``; None for no activation checkpointing.
     """
 
     def __init__(
-        self, *, manual: bool = False, dropout: float = 0.0, learning_rate: float = 0.02
+        self,
+        *,
+        manual: bool = False,
+        dropout: float = 0.0,
+        learning_rate: float = 0.02,
+        dropout_seed: int | None = None,
+        checkpointing: bool | None = None,
     ) -> None:
         super().__init__()
         self.automatic_optimization = not manual
         self.learning_rate = learning_rate
+        self.dropout_seed = dropout_seed
+        self.checkpointing = checkpointing
         self.lstm = nn.LSTM(4, 8, 2, batch_first=True, dropout=dropout)
         self.head = SmallNet(8, 8, 2)
         self.loss = nn.CrossEntropyLoss()
@@ -117,10 +130,14 @@ class SmallRecurrentModule(pl.LightningModule):
     def forward(self, x: Float[Tensor, "batch steps 4"]) -> Float[Tensor, "batch 2"]:
         """Logits."""
         states, _ = self.lstm(x)
-        return self.head(states[:, -1])
+        if self.checkpointing is None:
+            return self.head(states[:, -1])
+        return checkpoint(self.head, states[:, -1], use_reentrant=self.checkpointing)
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> Tensor:
         """Cross-entropy."""
+        if self.dropout_seed is not None:
+            torch.manual_seed(self.dropout_seed + self.global_step)
         x, y = batch
         loss = self.loss(self(x), y)
         self.log("train/loss", loss)
@@ -156,3 +173,16 @@ class SmallRecurrentModule(pl.LightningModule):
     def test_dataloader(self) -> DataLoader:
         """Others again."""
         return DataLoader(RandomSequences(seed=2), batch_size=16)
+
+
+class LateModule(SmallRecurrentModule):
+    """The same, with a head that only ``configure_model`` builds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        del self.head
+
+    def configure_model(self) -> None:
+        """Build the head, once."""
+        if "head" not in dict(self.named_children()):
+            self.head = SmallNet(8, 8, 2)

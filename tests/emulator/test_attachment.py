@@ -242,12 +242,9 @@ def test_another_chip_or_other_targets_need_strip_first() -> None:
     calibrate(net, [torch.randn(3, 4)], spec={"name": "four", "weight_bits": 4})
 
 
-def test_other_dtypes_and_compiled_children_are_refused() -> None:
+def test_other_dtypes_are_refused() -> None:
     with pytest.raises(ValueError, match=r"first\.weight is torch\.bfloat16.*bf16-mixed"):
         calibrate(SmallNet().bfloat16(), [])
-    compiled = nn.Sequential(torch.compile(nn.Linear(2, 2), backend="eager"))
-    with pytest.raises(ValueError, match="0 is compiled"):
-        calibrate(compiled, [])
 
 
 def test_calibrating_on_nothing_is_an_error() -> None:
@@ -259,7 +256,9 @@ def test_an_activation_that_is_not_finite_names_its_site() -> None:
     net = SmallNet()
     with torch.no_grad():
         net.second.bias[0] = float("inf")
-    with pytest.raises(FloatingPointError, match=r"second/fully_connected#0/output produced a val"):
+    with pytest.raises(
+        FloatingPointError, match=r"second/fully_connected#0: second.bias has a val"
+    ):
         calibrate(net, [torch.randn(3, 4)])
 
 

@@ -1,9 +1,11 @@
 r"""Which scores of an attention take part, and what is added to them.
 
 A masked score becomes the lowest integer of the scores' grid. The grid reaches so far below the
-smallest of the rows' maxima, as calibration saw them, that such a score's weight is zero: by 8,
-since :math:`e^{-8} < 2^{-9}`. The 16-bit kernel takes every exponent below -10 for -10 and leaves
-weights of at most one unit of :math:`2^{-15}`. Ranges are those of the scores that take part.
+smallest of the rows' maxima, as calibration saw them, that such a score adds nothing to the 8-bit
+kernel's sum of exponentials, which has 19 fraction bits: by 14, since :math:`e^{-14} < 2^{-20}`. So
+a key that is masked is a key that is absent, and streaming equals the whole, however many are
+masked. The 16-bit kernel takes every exponent below -10 for -10: there a masked key adds two units
+of :math:`2^{-15}` to the sum, on any grid. Ranges are those of the scores that take part.
 """
 
 from __future__ import annotations
@@ -22,8 +24,8 @@ from lightning_nna.emulator.ranges import PENDING
 
 # At or below this, an additive mask does not mean a score but its absence.
 ABSENT = -1e4
-# How far a masked score lies below the largest of its row, by the width of the weights.
-DEPTHS = {8: 8.0, 16: 12.0}
+# How far a masked score lies below the largest of its row, by the width of the scores.
+DEPTHS = {8: 14.0, 16: 12.0}
 
 
 @dataclass(frozen=True)

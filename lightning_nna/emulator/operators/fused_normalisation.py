@@ -18,7 +18,7 @@ from torch import Tensor
 from lightning_nna.emulator.operators.call import Activation, Call, constant_values
 from lightning_nna.emulator.operators.clipping import Clipped
 from lightning_nna.emulator.operators.elementwise import LEFT_SHIFT, product_factor
-from lightning_nna.emulator.operators.reduction import average
+from lightning_nna.emulator.operators.reduction import average, mean_grid
 from lightning_nna.emulator.operators.rescaling import RoundingKind, prepared
 from lightning_nna.emulator.ranges import QParams, symmetric_qparams
 from lightning_nna.functional.fixed_point import INT32_MAX
@@ -165,10 +165,9 @@ class _Float32:
     def __call__(self, rows: Tensor) -> tuple[Tensor, QParams]:
         """Centre and normalise rows of values: integers and their grid."""
         if self.centred:
-            entered, grid = self.entered, grid_of(self.call.part("mean"))
-            y = grid_of(self.call.part("deviation"))
+            entered, y = self.entered, grid_of(self.call.part("deviation"))
             total = rows.sum(1, keepdim=True, dtype=torch.float64).div_(entered.scale).round_()
-            mean = _mean(self.call, total, self.columns, entered, grid)
+            mean, grid = _mean(self.call.part("mean"), total, self.columns, entered)
             taken = mean.mul_(-grid.scale / y.scale).float()
             integers = torch.add(taken, rows, alpha=1 / y.scale).round_().clamp_(*y.bounds)
         else:
@@ -196,18 +195,18 @@ class _Float32:
         return total.round_().clamp_(*y.bounds), y
 
 
-def _mean(call: Call, total: Tensor, count: int, x: QParams, y: QParams) -> Tensor:
-    """Means of rows from the sums of their integers, float64, exact."""
+def _mean(call: Call, total: Tensor, count: int, x: QParams) -> tuple[Tensor, QParams]:
+    """Means of rows from the sums of their integers, float64, exact, and their grid."""
+    y = mean_grid(call, x, count, grid_of(call))
     largest = float(count * x.largest)
-    return average(call, total, count, x.scale / y.scale, largest).clamp_(*y.bounds)
+    return average(call, total, count, x.scale / y.scale, largest).clamp_(*y.bounds), y
 
 
 def _factor(
     call: Call, total: Tensor, count: int, squares: QParams, eps: float
 ) -> tuple[Tensor, QParams]:
     """The inverse root of rows' mean squares from the squares' sums: integers and their grid."""
-    grid = grid_of(call.part("variance"))
-    variance = _mean(call, total, count, squares, grid)
+    variance, grid = _mean(call.part("variance"), total, count, squares)
     if eps:
         part = call.part("epsilon")
         constant, y = part.operand(eps, "other"), grid_of(part)
@@ -241,10 +240,9 @@ class _Line:
 
     def centre(self, wide: Call) -> None:
         """Take the mean off."""
-        mean_grid, y = grid_of(wide.part("mean")), grid_of(wide.part("deviation"))
         total = self.rows.sum(1, keepdim=True, dtype=torch.float64)
-        mean = _mean(wide, total, self.rows.shape[1], self.grid, mean_grid)
-        self._add_sum(mean, mean_grid, y, -1.0)
+        mean, grid = _mean(wide.part("mean"), total, self.rows.shape[1], self.grid)
+        self._add_sum(mean, grid, grid_of(wide.part("deviation")), -1.0)
 
     def normalise(self, call: Call, eps: float) -> None:
         """Divide by the root of the mean square and eps."""

@@ -130,7 +130,12 @@ def integer_bias(bias: Tensor, scales: Tensor, bits: int = 32) -> Tensor:
         bias: Shape ``(out,)``.
         scales: Scale of the accumulator per output, float64.
         bits: Width.
+
+    Raises:
+        FloatingPointError: If a bias is not finite.
     """
+    if not bool(torch.isfinite(bias).all()):
+        raise FloatingPointError("a bias is not finite: it cannot be put on the chip's grid")
     limit = 2.0 ** (bits - 1)
     return (bias.detach().double() / scales).round_().clamp_(-limit, limit - 1)
 

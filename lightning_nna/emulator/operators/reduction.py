@@ -27,7 +27,7 @@ from lightning_nna.emulator.operators.call import Activation, Call, float32_arit
 from lightning_nna.emulator.operators.clipping import clip, inside
 from lightning_nna.emulator.operators.rescaling import Multiplier, rescale
 from lightning_nna.emulator.program import Stored
-from lightning_nna.emulator.ranges import QParams
+from lightning_nna.emulator.ranges import QParams, no_finer
 from lightning_nna.functional.fixed_point import quantize_multiplier
 
 Axes = int | tuple[int, ...] | list[int] | None
@@ -59,7 +59,9 @@ def mean(
 
     if call.observing:
         return call.observed(in_float())
-    return mean_onto(call, x, _axes(input, dim), keepdim, call.output(in_float))
+    axes = _axes(input, dim)
+    y = mean_grid(call, x.qparams, _count(input, axes), call.output(in_float))
+    return mean_onto(call, x, axes, keepdim, y)
 
 
 @_with_numpy_names
@@ -74,8 +76,9 @@ def sum(
 
     if call.observing:
         return call.observed(in_float())
-    y, axes = call.output(in_float), _axes(input, dim)
+    axes = _axes(input, dim)
     count = _count(input, axes)
+    y = mean_grid(call, x.qparams, 1, call.output(in_float))
     finer = replace(y, scale=float(np.float32(y.scale) / np.float32(count)))
     with float32_arithmetic(input):
         result = _Mean.apply(x.value, x, axes, keepdim, finer, y.scale, call)
@@ -86,6 +89,15 @@ def sum(
         one = Stored(torch.ones((), dtype=torch.int64), integers.dtype, count, constant=True)
         call.record("MUL", [average, one], [integers])
     return call.tagged(result, y)
+
+
+def mean_grid(call: Call, x: QParams, count: int, y: QParams) -> QParams:
+    """Grid of a mean of ``count`` integers: they have no finer part than one in ``count``.
+
+    The mean of what is centred already (a normalised activation) is 0 but for the rounding of the
+    float forward. A grid for that alone would be so fine that the kernel's multiplier overflows.
+    """
+    return no_finer(y, x.scale / count, power_of_two=call.host.spec.power_of_two_scales)
 
 
 def mean_onto(
