@@ -15,7 +15,11 @@ import torch
 from torch import Tensor
 
 from lightning_nna.emulator.operators.call import Activation, Call
-from lightning_nna.emulator.operators.elementwise import LEFT_SHIFT, product_factor
+from lightning_nna.emulator.operators.elementwise import (
+    LEFT_SHIFT,
+    grid_of_sum,
+    product_factor,
+)
 from lightning_nna.emulator.operators.reduction import average
 from lightning_nna.emulator.operators.rescaling import RoundingKind, prepared
 from lightning_nna.emulator.ranges import QParams, symmetric_qparams
@@ -196,6 +200,7 @@ class _Line:
 
     def _add_sum(self, other: Tensor, grid: QParams, y: QParams, sign: float) -> None:
         """Add a column or a row of integers on another grid."""
+        y = grid_of_sum(self.grid, grid, y)
         first, second, last = self._sum(self.grid, grid, y)
         moved = second(other.to(self.dtype, copy=True))
         whole = len(other) == 1
@@ -228,7 +233,8 @@ class _Line:
     def _with_epsilon(
         self, call: Call, v: Tensor, grid: QParams, eps: float
     ) -> tuple[Tensor, QParams]:
-        constant, y = call.operand(eps, "other"), grid_of(call)
+        constant = call.operand(eps, "other")
+        y = grid_of_sum(grid, constant.qparams, grid_of(call))
         first, second, last = self._sum(grid, constant.qparams, y)
         moved = second(constant.integers().to(self.dtype, copy=True))
         return last(first(v.to(self.dtype)).add_(moved)).clamp_(*y.bounds), y
