@@ -31,6 +31,7 @@ OPERATORS = (
     "hard_swish",
     "layer_norm",
     "leaky_relu",
+    "log_softmax",
     "lstm",
     "mean",
     "mul",

@@ -34,8 +34,10 @@ from lightning_nna.functional.fixed_point import (
 )
 from lightning_nna.functional.interpolated_tables import interpolate, interpolation_table
 
-_DIFFERENCE_BITS = 5  # Integer bits of a difference.
-_SUM_BITS = 12  # Integer bits of a sum.
+#: Integer bits of a difference.
+DIFFERENCE_BITS = 5
+#: Integer bits of a sum.
+SUM_BITS = 12
 
 # exp(-2^k) in Q0.31 for k = -2 … 4.
 _EXP_FACTORS = (1672461947, 1302514674, 790015084, 290630308, 39332535, 720401, 242)
@@ -68,7 +70,7 @@ def difference_multiplier(scale: float) -> tuple[int, int]:
         >>> difference_multiplier(2.0**-26)
         (1073741824, 1)
     """
-    return quantize_multiplier(min(scale * 2.0 ** (31 - _DIFFERENCE_BITS), 2.0**31 - 1))
+    return quantize_multiplier(min(scale * 2.0 ** (31 - DIFFERENCE_BITS), 2.0**31 - 1))
 
 
 def smallest_difference(shift: int) -> int:
@@ -78,7 +80,7 @@ def smallest_difference(shift: int) -> int:
         >>> smallest_difference(20)
         -1984
     """
-    radius = ((1 << _DIFFERENCE_BITS) - 1) * 2.0 ** (31 - _DIFFERENCE_BITS) / 2.0**shift
+    radius = ((1 << DIFFERENCE_BITS) - 1) * 2.0 ** (31 - DIFFERENCE_BITS) / 2.0**shift
     return -math.floor(radius)
 
 
@@ -100,7 +102,7 @@ def reciprocal(
     """
     bits = torch.frexp(sums.double()).exponent.long()
     headroom = 32 - bits
-    above_unit = _SUM_BITS - headroom
+    above_unit = SUM_BITS - headroom
     return one_over_one_plus((sums << headroom) - 2**31), above_unit
 
 
@@ -156,11 +158,11 @@ def exp_on_negative(x: Int[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:
     """
     quarter = 1 << 24
     near = (x & (quarter - 1)) - quarter
-    result = _exp_near_zero(near << _DIFFERENCE_BITS)
+    result = _exp_near_zero(near << DIFFERENCE_BITS)
     remainder = near - x
     for k, factor in zip(range(-2, 5), _EXP_FACTORS, strict=True):
         chosen = (remainder >> (26 + k)) & 1
-        result = torch.where(chosen > 0, _high_multiply(result, factor), result)
+        result = torch.where(chosen > 0, high_multiply(result, factor), result)
     return torch.where(x == 0, torch.tensor(INT32_MAX), result)
 
 
@@ -172,10 +174,10 @@ def one_over_one_plus(x: Int[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:
         tensor([1.0000, 0.6667])
     """
     half_denominator = torch.div(x + INT32_MAX + 1, 2, rounding_mode="trunc")
-    estimate = 1515870810 + _high_multiply(half_denominator, -1010580540)
+    estimate = 1515870810 + high_multiply(half_denominator, -1010580540)
     for _ in range(3):
-        error = (1 << 29) - _high_multiply(half_denominator, estimate)
-        correction = _high_multiply(estimate, error) << 2
+        error = (1 << 29) - high_multiply(half_denominator, estimate)
+        correction = high_multiply(estimate, error) << 2
         estimate = estimate + correction.clamp(INT32_MIN, INT32_MAX)
     return (estimate << 1).clamp(INT32_MIN, INT32_MAX)
 
@@ -187,21 +189,26 @@ def to_sum(exponentials: Int[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:
         >>> to_sum(torch.tensor([2**31 - 1, 2**11]))
         tensor([524288,      1])
     """
-    return rounding_divide_by_power_of_two(exponentials, _SUM_BITS)
+    return rounding_divide_by_power_of_two(exponentials, SUM_BITS)
 
 
-def _high_multiply(a: Tensor, b: Tensor | int) -> Tensor:
-    """Rounded high half of twice a product of 32-bit integers."""
+def high_multiply(a: Int[Tensor, "*shape"], b: Tensor | int) -> Int[Tensor, "*shape"]:
+    """Rounded high half of twice a product of 32-bit integers.
+
+    Example:
+        >>> high_multiply(torch.tensor([2**30, -(2**30)]), 2**30)
+        tensor([ 536870912, -536870912])
+    """
     return (a * b + 2**30) >> 31
 
 
 def _exp_near_zero(x: Tensor) -> Tensor:
     """exp(x) in Q0.31 for x in [-1/4, 0): a Taylor polynomial about -1/8."""
     centre = x + (1 << 28)
-    square = _high_multiply(centre, centre)
-    cube = _high_multiply(square, centre)
-    fourth = _high_multiply(square, square)
-    inner = _high_multiply(rounding_divide_by_power_of_two(fourth, 2) + cube, 715827883)
+    square = high_multiply(centre, centre)
+    cube = high_multiply(square, centre)
+    fourth = high_multiply(square, square)
+    inner = high_multiply(rounding_divide_by_power_of_two(fourth, 2) + cube, 715827883)
     tail = rounding_divide_by_power_of_two(inner + square, 1)
     constant = 1895147668
-    return constant + _high_multiply(centre + tail, constant)
+    return constant + high_multiply(centre + tail, constant)

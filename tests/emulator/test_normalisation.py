@@ -1,32 +1,91 @@
-"""Normalisations on the chip."""
+"""Normalisations on the chip: every instruction is LiteRT's, however much variances differ."""
 
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_nna import emulate
+from tests.emulator.replay import replays
+
+SPECS = {8: "litert-int8", 16: "litert-int16x8"}
+LAYERS: dict[str, nn.Module] = {
+    "layer": nn.LayerNorm(31),
+    "layer, one value": nn.LayerNorm(1),
+    "layer, two axes": nn.LayerNorm((3, 9), bias=False),
+    "layer, large eps": nn.LayerNorm(64, eps=0.3),
+    "layer, plain": nn.LayerNorm(256, eps=1e-12, elementwise_affine=False),
+    "rms": nn.RMSNorm(40),
+    "rms, two axes": nn.RMSNorm((5, 7), eps=1e-3),
+    "rms, no eps": nn.RMSNorm(33, eps=0.0, elementwise_affine=False),
+}
+# How rows differ: their deviation is 2^-u, u uniform up to here. From 7 or so on a row is
+# normalised twice.
+SPREADS = [0.0, 3.0, 12.0]
+ROWS = 1000
+
+
+def layer_of(name: str) -> nn.Module:
+    """A layer with a gain and a shift unlike those at the start."""
+    module = copy.deepcopy(LAYERS[name])
+    for parameter in module.parameters():
+        nn.init.normal_(parameter)
+    return module
+
+
+def batch(module: nn.Module, spread: float) -> Tensor:
+    """Rows of many deviations and means, after a few of the worst kind."""
+    shape = module.normalized_shape
+    deviations = torch.exp2(-spread * torch.rand(ROWS, 1))
+    rows = deviations * (torch.randn(ROWS, math.prod(shape)) + torch.randn(ROWS, 1))
+    top = rows.abs().max()
+    rows[:3] = torch.tensor([[0.0], [1.0], [-1.0]]) * top  # No variance at all.
+    rows[3:8] = top * torch.randn(5, rows.shape[1]).sign()  # The largest there is.
+    rows[8:11, 1:] = 0.0  # One value that stands out.
+    rows[11] = 1e-3 * top
+    return rows.view(ROWS, *shape)
+
+
+@pytest.mark.exactness
+@pytest.mark.parametrize("bits", SPECS)
+@pytest.mark.parametrize("spread", SPREADS)
+@pytest.mark.parametrize("name", LAYERS)
+def test_every_instruction_is_the_references(name: str, spread: float, bits: int) -> None:
+    torch.manual_seed(0)
+    module = layer_of(name)
+    x = batch(module, spread)[8:]  # Calibration meets no row without variance: eps may be 0.
+    compared = replays(module, x, inputs=[2 * batch(module, spread)], spec=SPECS[bits])
+    assert {"MUL", "MEAN", "RSQRT"} <= set(compared)
+    assert ("SUB" in compared) == isinstance(module, nn.LayerNorm)
+    assert compared["MUL"] >= 2 * x.numel()
+
+
+@pytest.mark.exactness
+def test_ten_thousand_variances() -> None:
+    """The inverse square root over its whole range, of the largest and smallest variances."""
+    torch.manual_seed(1)
+    module, x = nn.RMSNorm(3, eps=1e-7), torch.randn(12_000, 3)
+    x *= torch.exp2(-14 * torch.rand(12_000, 1))
+    x[:10] = 0.0
+    assert replays(module, x, inputs=[1.1 * x], spec=SPECS[16])["RSQRT"] >= 12_000
 
 
 @pytest.mark.parametrize("spec", ["litert-int8", "litert-int16x8", "ethos-u", "shift"])
-@pytest.mark.parametrize(
-    "module", [nn.LayerNorm(31), nn.LayerNorm((3, 9), bias=False), nn.RMSNorm((5, 7))], ids=str
-)
+@pytest.mark.parametrize("spread", SPREADS)
+@pytest.mark.parametrize("name", LAYERS)
 def test_the_integers_are_the_same_whether_somebody_listens_or_not(
-    module: nn.Module, spec: str
+    name: str, spread: float, spec: str
 ) -> None:
     torch.manual_seed(0)
-    module = copy.deepcopy(module)
-    for parameter in module.parameters():
-        nn.init.normal_(parameter)
-    shape = (900, *module.normalized_shape)  # type: ignore[misc]
-    x = (torch.randn(shape) + 0.3) * torch.rand(900, *[1] * (len(shape) - 1))
+    module = layer_of(name)
+    x = batch(module, spread)
     with emulate(module, spec) as chip, torch.no_grad():
         with chip.observing():
-            module(x)
+            module(x[8:])
         at_once = module(1.3 * x)
         chip.recorder = [].append  # type: ignore[assignment]
         assert torch.equal(module(1.3 * x), at_once)

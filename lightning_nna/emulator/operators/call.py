@@ -249,12 +249,12 @@ class Call:
 Operator = Callable[..., object]
 
 
-def constant_values(call: Call, x: Tensor) -> Tensor:
-    """Values of a constant for fast arithmetic, without a gradient; see :meth:`Call.constant`."""
+def unlearned(call: Call, x: Tensor) -> Activation:
+    """A constant without a gradient, for fast arithmetic; see :meth:`Call.constant`."""
     x = x.detach()
     power_of_two = call.host.spec.power_of_two_scales
-    scale = symmetric_qparams(float(x.abs().max()), bits=call.bits, power_of_two=power_of_two).scale
-    return (x / scale).round_().mul_(scale)
+    grid = symmetric_qparams(float(x.abs().max()), bits=call.bits, power_of_two=power_of_two)
+    return Activation((x / grid.scale).round_().mul_(grid.scale), grid, constant=True)
 
 
 def _constant(x: Tensor, bits: int, power_of_two: bool) -> Activation:

@@ -2,7 +2,7 @@ r"""Addition, subtraction, multiplication and concatenation of activations on di
 
 Addition rescales both operands to a common grid :math:`2^{20}` finer than twice the coarser one
 (:math:`2^{15}` for 16 bits), adds, and rescales to the output; each of the three factors is a
-fixed-point multiplier.
+fixed-point multiplier below 1, so that no output has a grid finer than the common one.
 
 .. math:: y = M(M(q_a 2^{20}) + M(q_b 2^{20}))
 
@@ -14,6 +14,8 @@ table that this arithmetic has filled.
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -123,6 +125,8 @@ def _binary(call: Call, kind: Kind, input: Tensor | float, other: Tensor | float
     if call.observing:
         return call.observed(_in_float(kind, a.value, b.value))
     y = call.output(lambda: _in_float(kind, a.value, b.value))
+    if kind != "MUL":
+        y = grid_of_sum(a.qparams, b.qparams, y)
     with float32_arithmetic(a.value):
         result = _Binary.apply(a.value, b.value, kind, a, b, y, call)
     if call.recording:
@@ -267,6 +271,29 @@ def _exact_sum(
     total = first + second if kind == "ADD" else first - second
     factor = twice_coarser / ((1 << left_shift) * y.scale)
     return rescale(total, factor, rounding=rounding, largest=INT32_MAX)
+
+
+def grid_of_sum(a: QParams, b: QParams, y: QParams) -> QParams:
+    """The grid of a sum or difference, coarser where the kernel would refuse it.
+
+    Its steps must be longer than those in which the operands are added; where these nearly cancel,
+    the range that was observed may ask for shorter ones, which could hold nothing more.
+
+    Args:
+        a: Grid of the first operand.
+        b: Of the second.
+        y: What the observed range asks for.
+
+    Example:
+        >>> grid = QParams(1.0, 0, -32768, 32767)
+        >>> grid_of_sum(grid, grid, QParams(1e-9, 0, -32768, 32767)).scale == 2**-13
+        True
+    """
+    finest = 2 * max(a.scale, b.scale) / 2 ** LEFT_SHIFT[y.bits]
+    if y.scale > finest:
+        return y
+    # A power of two, which every chip has as a scale.
+    return replace(y, scale=2.0 ** (math.floor(math.log2(finest)) + 1))
 
 
 def product_factor(a: QParams, b: QParams, y: QParams) -> float:

@@ -15,9 +15,9 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from lightning_nna.emulator.operators.call import Activation, Call, constant_values
+from lightning_nna.emulator.operators.call import Activation, Call, unlearned
 from lightning_nna.emulator.operators.clipping import Clipped
-from lightning_nna.emulator.operators.elementwise import LEFT_SHIFT, product_factor
+from lightning_nna.emulator.operators.elementwise import LEFT_SHIFT, grid_of_sum, product_factor
 from lightning_nna.emulator.operators.reduction import average, mean_grid
 from lightning_nna.emulator.operators.rescaling import RoundingKind, prepared
 from lightning_nna.emulator.ranges import QParams, symmetric_qparams
@@ -127,8 +127,7 @@ def _in_float32(
     """The same with one rounding an instruction, in float32."""
     wide = call.part("wide", bits=16)
     program = _Float32(wide, x.qparams.widened(), columns, eps, centred)
-    gain = None if weight is None else constant_values(wide, weight).flatten()
-    shift = None if bias is None else constant_values(wide, bias).flatten()
+    gain, shift = (None if p is None else unlearned(wide, p) for p in (weight, bias))
     y = grid_of(call)
     rows = x.value.detach().reshape(-1, columns)
     result = torch.empty_like(rows)
@@ -168,6 +167,7 @@ class _Float32:
             entered, y = self.entered, grid_of(self.call.part("deviation"))
             total = rows.sum(1, keepdim=True, dtype=torch.float64).div_(entered.scale).round_()
             mean, grid = _mean(self.call.part("mean"), total, self.columns, entered)
+            y = grid_of_sum(entered, grid, y)
             taken = mean.mul_(-grid.scale / y.scale).float()
             integers = torch.add(taken, rows, alpha=1 / y.scale).round_().clamp_(*y.bounds)
         else:
@@ -183,15 +183,17 @@ class _Float32:
             y = after
         return integers, y
 
-    def scaled(self, integers: Tensor, grid: QParams, gain: Tensor) -> tuple[Tensor, QParams]:
+    def scaled(self, integers: Tensor, grid: QParams, gain: Activation) -> tuple[Tensor, QParams]:
         """Multiply by a value for each column."""
         y = grid_of(self.call.part("gain"))
-        return integers.mul_(gain * (grid.scale / y.scale)).round_().clamp_(*y.bounds), y
+        factors = gain.value.flatten() * (grid.scale / y.scale)
+        return integers.mul_(factors).round_().clamp_(*y.bounds), y
 
-    def shifted(self, integers: Tensor, grid: QParams, shift: Tensor) -> tuple[Tensor, QParams]:
+    def shifted(self, integers: Tensor, grid: QParams, shift: Activation) -> tuple[Tensor, QParams]:
         """Add a value for each column."""
-        y = grid_of(self.call.part("shift"))
-        total = torch.add(shift / y.scale, integers, alpha=grid.scale / y.scale, out=integers)
+        y = grid_of_sum(grid, shift.qparams, grid_of(self.call.part("shift")))
+        shifts = shift.value.flatten() / y.scale
+        total = torch.add(shifts, integers, alpha=grid.scale / y.scale, out=integers)
         return total.round_().clamp_(*y.bounds), y
 
 
@@ -209,7 +211,8 @@ def _factor(
     variance, grid = _mean(call.part("variance"), total, count, squares)
     if eps:
         part = call.part("epsilon")
-        constant, y = part.operand(eps, "other"), grid_of(part)
+        constant = part.operand(eps, "other")
+        y = grid_of_sum(grid, constant.qparams, grid_of(part))
         first, second, last = _sum(call, grid, constant.qparams, y)
         raised = first(variance).add_(second(constant.integers().double()))
         variance, grid = last(raised).clamp_(*y.bounds), y
@@ -313,6 +316,7 @@ class _Line:
 
     def _add_sum(self, other: Tensor, grid: QParams, y: QParams, sign: float) -> None:
         """Add a column or a row of integers on another grid."""
+        y = grid_of_sum(self.grid, grid, y)
         first, second, last = _sum(self.call, self.grid, grid, y)
         moved = second(other.to(self.dtype, copy=True))
         whole = len(other) == 1

@@ -178,7 +178,8 @@ def _inverse_square_root(call: Call, variance: Tensor) -> Tensor:
     """RSQRT of a 16-bit tensor that is not negative."""
     v = call.operand(variance, "input")
     if call.observing:
-        return call.tagged(v.value.rsqrt(), PENDING)
+        # What has no variance stays 0, whatever the factor: padding must not stop a calibration.
+        return call.tagged(v.value.rsqrt().masked_fill(v.value == 0, 0.0), PENDING)
     integers, y = inverse_root(call, v.integers(), v.qparams)
     result = integers.mul_(y.scale)
     if call.recording:

@@ -13,6 +13,7 @@ from lightning_nna.emulator.operators import (
     convolution,
     elementwise,
     linear,
+    log_softmax,
     masking,
     matmul,
     normalisation,
@@ -60,6 +61,9 @@ _HARD_SIGMOID = Operator("hard_sigmoid", activation.hard_sigmoid)
 _HARD_SWISH = Operator("hard_swish", activation.hard_swish, widths=(8,))
 _HARDTANH = Operator("relu6", activation.hardtanh, activation.supports_hardtanh)
 _LEAKY_RELU = Operator("leaky_relu", activation.leaky_relu)
+_LOG_SOFTMAX = Operator(
+    "log_softmax", log_softmax.log_softmax, log_softmax.supports_log_softmax, widths=(8,)
+)
 _SILU = Operator("silu", activation.silu)
 _SOFTMAX = Operator("softmax", softmax.softmax)
 
@@ -94,6 +98,7 @@ TABLE: dict[str, Operator] = {
     "hardtanh_": _HARDTANH,
     "leaky_relu": _LEAKY_RELU,
     "leaky_relu_": _LEAKY_RELU,
+    "log_softmax": _LOG_SOFTMAX,
     "relu6": Operator("relu6", activation.relu6),
     "silu": _SILU,
     "softmax": _SOFTMAX,

@@ -45,7 +45,7 @@ def softmax(
         mask: True where a score is left out; broadcasts with ``input``.
         beta: Factor of the scores.
     """
-    axis = _implicit_axis(input) if dim is None else dim
+    axis = implicit_axis(input) if dim is None else dim
     x = call.operand(input, "input")
     if call.observing:
         scores = x.value if mask is None else x.value.masked_fill(mask, -torch.inf)
@@ -57,7 +57,7 @@ def softmax(
         result = _Softmax.apply(x.value, axis, beta, x, y, call)
     if call.recording:
         last = (activation.stored() for activation in (x, Activation(result, y)))
-        given, found = (_along_last(stored, axis) for stored in last)
+        given, found = (along_last(stored, axis) for stored in last)
         call.record("SOFTMAX", [given], [found], beta=beta)
     return call.tagged(result, y)
 
@@ -82,12 +82,13 @@ def masked(call: Call, x: Activation, mask: Tensor, *, constant: bool = True) ->
     return result
 
 
-def _implicit_axis(x: Tensor) -> int:
+def implicit_axis(x: Tensor) -> int:
     """The axis that torch takes, with a warning, where none is given."""
     return 0 if x.dim() in (0, 1, 3) else 1
 
 
-def _along_last(stored: Stored, axis: int) -> Stored:
+def along_last(stored: Stored, axis: int) -> Stored:
+    """The same tensor with an axis moved to the end, where the instruction takes it."""
     return Stored(stored.integers.movedim(axis, -1), stored.dtype, stored.scale, stored.zero_point)
 
 
