@@ -38,10 +38,10 @@ class ByteProduct:
     """A weight made ready for many products with bytes.
 
     Args:
-        integers: Whole numbers of at most 8 bits, float32, shape ``(out, in)``.
+        integers: int8, shape ``(out, in)``.
 
     Example:
-        >>> product = ByteProduct(torch.tensor([[1.0, -2.0]]))
+        >>> product = ByteProduct(torch.tensor([[1, -2]], dtype=torch.int8))
         >>> product(torch.tensor([[3, 4]], dtype=torch.int8)).tolist()
         [[-5]]
     """
@@ -49,7 +49,7 @@ class ByteProduct:
     def __init__(self, integers: Tensor) -> None:
         # A single column has strides that torch hands to its kernel as they are, and wrongly so.
         if integers.is_cpu and integers.shape[1] > 1 and has_byte_products():
-            self.columns = integers.to(torch.int8).T
+            self.columns = integers.T
             self.dtype = torch.int32
             return
         fits = float(integers.abs().sum(1).max()) * _BYTE < FLOAT32_INTEGERS

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int8
 from torch import Tensor
 
 from lightning_nna.emulator.integer_products import ByteProduct
@@ -26,35 +26,40 @@ _SMALLEST_SCALE = 2.0**-24
 
 @dataclass(frozen=True)
 class QuantizedWeight:
-    """A weight as the chip holds it.
+    """A weight as the chip holds it, a quarter of the float weight's size.
 
     Args:
-        integers: Whole numbers in float32, in the shape of the weight.
+        stored: Integers, int8, in the shape of the weight.
         scales: One positive scale per row (first axis), float32.
     """
 
-    integers: Float[Tensor, "rows *rest"]
+    stored: Int8[Tensor, "rows *rest"]
     scales: Float[Tensor, " rows"]
 
-    @cached_property
+    @property
+    def integers(self) -> Float[Tensor, "rows *rest"]:
+        """The integers in float32, made anew."""
+        return self.stored.float()
+
+    @property
     def values(self) -> Float[Tensor, "rows *rest"]:
-        """The weight that the integers stand for; exact in float32."""
-        return self.integers * _per_row(self.scales, self.integers)
+        """The weight that the integers stand for; exact in float32, made anew."""
+        return values_of(self.stored, self.scales)
 
     @cached_property
     def row_sums(self) -> Float[Tensor, " rows"]:
         """Sum of the integers of each row, float64: what an input's zero point counts."""
-        return self.integers.flatten(1).sum(1).double()
+        return self.stored.flatten(1).sum(1).double()
 
     @cached_property
     def byte_product(self) -> ByteProduct:
         """Products of bytes with the rows of a matrix."""
-        return ByteProduct(self.integers)
+        return ByteProduct(self.stored)
 
     @property
     def bound(self) -> float:
         """Bound on :meth:`largest_sum` from the shape alone."""
-        return 128.0 * self.integers[0].numel()
+        return 128.0 * self.stored[0].numel()
 
     def largest_sum(self) -> float:
         """Largest sum of absolute integers over a row: bounds every accumulator."""
@@ -66,7 +71,7 @@ class QuantizedWeight:
 
     @cached_property
     def _largest_sum(self) -> float:
-        return float(self.integers.abs().flatten(1).sum(1).max())
+        return float(self.stored.abs().flatten(1).sum(1).max())
 
 
 def quantize_weight(
@@ -103,7 +108,19 @@ def quantize_weight(
     scales = scale if rows_per_scale == 1 else scale.repeat_interleave(rows_per_scale)
     # No scale is so small that rounding could leave the bounds.
     integers = (weight / _per_row(scales, weight)).round_()
-    return QuantizedWeight(integers, scales)
+    return QuantizedWeight(integers.to(torch.int8), scales)
+
+
+def values_of(
+    stored: Int8[Tensor, "rows *rest"], scales: Float[Tensor, " rows"]
+) -> Float[Tensor, "rows *rest"]:
+    """The weight that integers with a scale a row stand for.
+
+    Example:
+        >>> values_of(torch.tensor([[2, -3]], dtype=torch.int8), torch.tensor([0.5]))
+        tensor([[ 1.0000, -1.5000]])
+    """
+    return stored.float().mul_(_per_row(scales, stored))
 
 
 def _per_row(scales: Tensor, weight: Tensor) -> Tensor:

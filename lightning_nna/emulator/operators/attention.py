@@ -207,7 +207,7 @@ def _projection(
         return call.observed(in_float())
     per_channel = call.host.spec.weight_granularity == "per_channel"
     held = call.host.weight(whole, 1 if per_channel else len(weight))
-    quantized = QuantizedWeight(held.integers[rows], held.scales[rows])
+    quantized = QuantizedWeight(held.stored[rows], held.scales[rows])
     return fully_connected(call, x, weight, bias, quantized, call.output(in_float))
 
 

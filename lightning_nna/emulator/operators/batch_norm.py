@@ -163,8 +163,8 @@ def _folded_weight(layer: Foldable, factor: Tensor) -> tuple[QuantizedWeight, Te
     scales = round_significands(held.scales.double() * factor.double().abs())
     # A channel that the norm multiplies with nothing: any scale will do.
     scales = scales.clamp_min(2.0**-30)
-    signs = factor.sign().view(-1, *[1] * (held.integers.dim() - 1))
-    weight = QuantizedWeight(held.integers * signs, scales.float())
+    signs = factor.sign().to(torch.int8).view(-1, *[1] * (held.stored.dim() - 1))
+    weight = QuantizedWeight(held.stored * signs, scales.float())
     return weight, layer.x.qparams.scale * scales
 
 

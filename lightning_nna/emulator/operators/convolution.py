@@ -32,7 +32,7 @@ from lightning_nna.emulator.operators.linear import (
 )
 from lightning_nna.emulator.operators.rescaling import rescale, round_fast, rounding_factors
 from lightning_nna.emulator.ranges import QParams
-from lightning_nna.emulator.weights import QuantizedWeight
+from lightning_nna.emulator.weights import QuantizedWeight, values_of
 
 
 def convolution(
@@ -154,7 +154,7 @@ class _Sums(torch.autograd.Function):
         call: Call,
     ) -> tuple[Tensor, Tensor]:
         ctx.geometry = geometry
-        ctx.save_for_backward(x, quantized.values)
+        ctx.save_for_backward(x, quantized.stored, quantized.scales)
         if not needs_exact(call, activation, quantized):
             result = _sums(x.detach(), quantized.values, bias, geometry)
             ctx.mark_non_differentiable(sums := result.new_empty(0))
@@ -170,9 +170,11 @@ class _Sums(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-        x, values = ctx.saved_tensors
+        x, stored, scales = ctx.saved_tensors
         with float32_arithmetic(grad):
-            grads = _gradients(grad, x, values, ctx.geometry, ctx.needs_input_grad[:3])
+            grads = _gradients(
+                grad, x, values_of(stored, scales), ctx.geometry, ctx.needs_input_grad[:3]
+            )
         return *grads, None, None, None, None
 
 
@@ -197,15 +199,15 @@ class _Convolution(torch.autograd.Function):
         centred, clipped = clip(rounded, y, needs_grad)
         if needs_grad:
             ctx.geometry = geometry
-            ctx.save_for_backward(x, quantized.values, clipped)
+            ctx.save_for_backward(x, quantized.stored, quantized.scales, clipped)
         return centred.mul_(y.scale)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, values, clipped = ctx.saved_tensors
+        x, stored, scales, clipped = ctx.saved_tensors
         with float32_arithmetic(grad):
-            needs = ctx.needs_input_grad[:3]
-            grads = _gradients(inside(grad, clipped), x, values, ctx.geometry, needs)
+            needs, weight = ctx.needs_input_grad[:3], values_of(stored, scales)
+            grads = _gradients(inside(grad, clipped), x, weight, ctx.geometry, needs)
         return *grads, None, None, None, None, None
 
 
@@ -296,8 +298,8 @@ def _fast_output(
     if bias is not None:
         biases = integer_bias(bias, scales, call.host.spec.bias_bits).mul_(first).float()
     # The small tensor takes the factor.
-    factor = (first / x.qparams.scale).view(-1, *[1] * (weight.integers.dim() - 1))
-    sums = _sums(x.value.detach(), weight.integers * factor, biases, geometry)
+    factor = (first / x.qparams.scale).view(-1, *[1] * (weight.stored.dim() - 1))
+    sums = _sums(x.value.detach(), weight.stored * factor, biases, geometry)
     return round_fast(sums, None if second is None else _per_channel(second, sums))
 
 

@@ -97,7 +97,7 @@ def record_convolution(
     given, result = _channels_last(x.stored()), _channels_last(y.stored())
     padding = _VALID
     if any(side for pair in geometry.padding for side in pair):
-        if _is_same(geometry, x.value.shape[2:], quantized.integers.shape[2:], y.value.shape[2:]):
+        if _is_same(geometry, x.value.shape[2:], quantized.stored.shape[2:], y.value.shape[2:]):
             padding = _SAME
         else:
             given = _record_padding(call, given, geometry)

@@ -24,7 +24,7 @@ from lightning_nna.emulator.operators.rescaling import Rescaler
 from lightning_nna.emulator.program import Stored
 from lightning_nna.emulator.ranges import QParams
 from lightning_nna.emulator.spec import NNASpec
-from lightning_nna.emulator.weights import QuantizedWeight
+from lightning_nna.emulator.weights import QuantizedWeight, values_of
 
 
 def linear(call: Call, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -162,7 +162,7 @@ def stored_weight(weight: QuantizedWeight) -> Stored:
     """A weight for an instruction: one scale, or one per output channel where they differ."""
     scales = weight.scales
     shared = bool((scales == scales[0]).all())
-    integers = weight.integers.long()
+    integers = weight.stored.long()
     return Stored(integers, "int8", float(scales[0]) if shared else scales, constant=True)
 
 
@@ -199,15 +199,16 @@ class _FullyConnected(torch.autograd.Function):
             centred, clipped = clip(rounded, y, needs_grad)
             result = centred.mul_(y.scale)
         if needs_grad:
-            ctx.save_for_backward(x, quantized.values, clipped)
+            ctx.save_for_backward(x, quantized.stored, quantized.scales, clipped)
         return result.reshape(*x.shape[:-1], weight.shape[0])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, values, clipped = ctx.saved_tensors
+        x, stored, scales, clipped = ctx.saved_tensors
         with float32_arithmetic(grad):
-            flat = inside(grad, clipped).reshape(-1, len(values))
-            grad_x = (flat @ values).reshape(x.shape) if ctx.needs_input_grad[0] else None
+            flat, grad_x = inside(grad, clipped).reshape(-1, len(stored)), None
+            if ctx.needs_input_grad[0]:
+                grad_x = (flat @ values_of(stored, scales)).reshape(x.shape)
             grad_w = flat.T @ x.reshape(-1, x.shape[-1]) if ctx.needs_input_grad[1] else None
             grad_b = flat.sum(0) if ctx.needs_input_grad[2] else None
         return grad_x, grad_w, grad_b, None, None, None, None
@@ -225,7 +226,7 @@ def _multiplies_bytes(x: Activation) -> bool:
 
 def _integer_sums(x: Activation, weight: QuantizedWeight) -> tuple[Tensor, Tensor | None]:
     """Sums of products of a layer, and what is still to be added for the input's zero point."""
-    columns = weight.integers.shape[1]
+    columns = weight.stored.shape[1]
     if _multiplies_bytes(x):
         stored = stored_bytes(x.value, x.qparams).reshape(-1, columns)
         offset = weight.row_sums * -x.qparams.zero_point if x.qparams.zero_point else None

@@ -326,7 +326,7 @@ def _record(
         if cell.projection is not None:
             weight = cell.projection
             scale = float(weight.scales[0])
-            inputs[16] = Stored(weight.integers.long(), "int8", scale, constant=True)
+            inputs[16] = Stored(weight.stored.long(), "int8", scale, constant=True)
         cell_grid = QParams(cell.cell_scale, 0, INT16_MIN, INT16_MAX)
         inputs[18] = _grid_like(record.h[:batch][chosen], "int8", grids.h, variable=True)
         inputs[19] = _grid_like(record.c[:batch][chosen], "int16", cell_grid, variable=True)
@@ -335,7 +335,7 @@ def _record(
 
 
 def _by_gate(weight: QuantizedWeight) -> list[Stored | None]:
-    parts = zip(weight.integers.long().chunk(4), weight.scales.chunk(4), strict=True)
+    parts = zip(weight.stored.long().chunk(4), weight.scales.chunk(4), strict=True)
     return [Stored(integers, "int8", float(scales[0]), constant=True) for integers, scales in parts]
 
 

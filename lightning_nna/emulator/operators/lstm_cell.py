@@ -117,7 +117,7 @@ class LSTMCell:
         overflowed: Callable[[Tensor, float], Tensor],
     ) -> None:
         self.w_ih, self.w_hh, self.projection, self.grids = w_ih, w_hh, projection, grids
-        self.size = w_hh.integers.shape[0] // 4
+        self.size = w_hh.stored.shape[0] // 4
         self.cell_scale = 2.0**grids.cell_exponent
         biases = None
         if bias is not None:
@@ -175,7 +175,7 @@ class LSTMCell:
         """
         inside_input = self._inside(index, 1)
         rows, batch = layout.rows, layout.batch
-        size, out = self.size, self.w_hh.integers.shape[1]
+        size, out = self.size, self.w_hh.stored.shape[1]
         record = Record(
             gates=index.new_empty((rows, 4 * size), dtype=torch.int16),
             c=index.new_empty((batch + rows, size), dtype=torch.int16),

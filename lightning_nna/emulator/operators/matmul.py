@@ -87,8 +87,8 @@ def _by_parameter(call: Call, input: Tensor, parameter: Tensor, columns: Tensor)
     if call.observing:
         return call.observed(torch.matmul(input, columns))
     held = call.host.weight(parameter, len(parameter))
-    integers = held.integers.reshape(columns.shape).T.contiguous()
-    quantized = QuantizedWeight(integers, held.scales[:1].expand(len(integers)))
+    stored = held.stored.reshape(columns.shape).T.contiguous()
+    quantized = QuantizedWeight(stored, held.scales[:1].expand(len(stored)))
     y = call.output(lambda: torch.matmul(input, columns))
     return fully_connected(call, x, columns.T, None, quantized, y)
 
