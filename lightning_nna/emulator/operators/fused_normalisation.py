@@ -221,7 +221,7 @@ class _Line:
     def _average(self, total: Tensor, y: QParams) -> tuple[Tensor, QParams]:
         """Means of the rows from their sums, float64, and their grid: ``y``, if not too fine."""
         count = self.rows.shape[1]
-        y = mean_grid(self.call, self.grid, count, y)
+        y = mean_grid(self.call, self.grid, y)
         factor, largest = self.grid.scale / y.scale, float(count * self.grid.largest)
         return average(self.call, total, count, factor, largest).clamp_(*y.bounds), y
 
