@@ -42,7 +42,8 @@ def named_modules(module: nn.Module) -> list[tuple[str, nn.Module]]:
     ``torch.compile`` of a child puts a wrapper around it, which is no module of the user's.
 
     Example:
-        >>> [name for name, _ in named_modules(nn.Sequential(torch.compile(nn.Tanh())))]
+        >>> compiled = torch.compile(nn.Tanh(), backend="eager")
+        >>> [name for name, _ in named_modules(nn.Sequential(compiled))]
         ['', '0']
     """
     return [

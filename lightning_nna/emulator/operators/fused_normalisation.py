@@ -199,7 +199,7 @@ class _Float32:
 
 def _mean(call: Call, total: Tensor, count: int, x: QParams) -> tuple[Tensor, QParams]:
     """Means of rows from the sums of their integers, float64, exact, and their grid."""
-    y = mean_grid(call, x, count, grid_of(call))
+    y = mean_grid(call, x, grid_of(call))
     largest = float(count * x.largest)
     return average(call, total, count, x.scale / y.scale, largest).clamp_(*y.bounds), y
 

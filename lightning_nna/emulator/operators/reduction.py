@@ -30,6 +30,9 @@ from lightning_nna.emulator.program import Stored
 from lightning_nna.emulator.ranges import QParams, no_finer
 from lightning_nna.functional.fixed_point import quantize_multiplier
 
+# How many times finer than its input a mean may be: 16 bits then hold 8 steps of the input.
+_FINEST = 2**12
+
 Axes = int | tuple[int, ...] | list[int] | None
 
 
@@ -60,7 +63,7 @@ def mean(
     if call.observing:
         return call.observed(in_float())
     axes = _axes(input, dim)
-    y = mean_grid(call, x.qparams, _count(input, axes), call.output(in_float))
+    y = mean_grid(call, x.qparams, call.output(in_float))
     return mean_onto(call, x, axes, keepdim, y)
 
 
@@ -78,7 +81,7 @@ def sum(
         return call.observed(in_float())
     axes = _axes(input, dim)
     count = _count(input, axes)
-    y = mean_grid(call, x.qparams, 1, call.output(in_float))
+    y = mean_grid(call, x.qparams, call.output(in_float), count)
     finer = replace(y, scale=float(np.float32(y.scale) / np.float32(count)))
     with float32_arithmetic(input):
         result = _Mean.apply(x.value, x, axes, keepdim, finer, y.scale, call)
@@ -91,13 +94,14 @@ def sum(
     return call.tagged(result, y)
 
 
-def mean_grid(call: Call, x: QParams, count: int, y: QParams) -> QParams:
-    """Grid of a mean of ``count`` integers: they have no finer part than one in ``count``.
+def mean_grid(call: Call, x: QParams, y: QParams, count: int = 1) -> QParams:
+    """Grid of a mean, or of a sum of ``count``, that the kernel's multiplier reaches from ``x``.
 
     The mean of what is centred already (a normalised activation) is 0 but for the rounding of the
-    float forward. A grid for that alone would be so fine that the kernel's multiplier overflows.
+    float forward. With a grid for that alone the multiplier would shift the sum out of 32 bits.
     """
-    return no_finer(y, x.scale / count, power_of_two=call.host.spec.power_of_two_scales)
+    step = count * x.scale / _FINEST
+    return no_finer(y, step, power_of_two=call.host.spec.power_of_two_scales)
 
 
 def mean_onto(
