@@ -18,7 +18,9 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from lightning_nna.emulator.folding import Folding
+from lightning_nna.emulator.forward_hooks import ForwardHooks
 from lightning_nna.emulator.interception import ROOT, Interception, SiteTable
+from lightning_nna.emulator.learned_steps import LEARNED, Learned, LearnedSteps, operands_on_chip
 from lightning_nna.emulator.observers import Observer
 from lightning_nna.emulator.operators.call import Call
 from lightning_nna.emulator.operators.registry import Operator
@@ -84,8 +86,9 @@ class Emulator:
         #: Rows per scale of the weights that operators of the chip have used, by ``id``.
         self.used_weights: dict[int, int] = {}
         self.folding = Folding()
+        self.steps = LearnedSteps(module, self.spec)
         self._tags = WeakTensorKeyDictionary()
-        self._weights: dict[tuple[int, int], tuple[Tensor, int, QuantizedWeight]] = {}
+        self._weights: dict[tuple[int, int], tuple[Tensor, tuple[int, int], QuantizedWeight]] = {}
         self._handles: list[Any] = []
         self._warned: set[str] = set()
         self._attach(module)
@@ -115,7 +118,7 @@ class Emulator:
         for name, child in named.items():
             if isinstance(child, torch.jit.ScriptModule):
                 continue
-            hooks = _ForwardHooks(self, name)
+            hooks = ForwardHooks(self, name)
             self._handles.append(child.register_forward_pre_hook(hooks.before))
             self._handles.append(child.register_forward_hook(hooks.after, always_call=True))
         log.info("emulating %d modules: %s", len(allowed), ", ".join(sorted(allowed)))
@@ -176,17 +179,31 @@ class Emulator:
         self.calibrated = True
         self.phase = "emulate"
         self.folding.freeze()
+        self.learn(self.steps.learning)
         # An activation kept from an observed forward has no grid yet, whatever its mark says.
         self._tags = WeakTensorKeyDictionary()
 
+    def learn(self, steps: Learned) -> None:
+        """Learn the steps of weights, or of activations too, once ranges are frozen.
+
+        Raises:
+            ValueError: If ``steps`` is not ``"none"``, ``"weights"`` or ``"all"``.
+        """
+        if steps not in LEARNED:
+            raise ValueError(f"learned_steps must be one of {list(LEARNED)}, got {steps!r}")
+        self.steps.learning = steps
+        if steps == "all" and self.calibrated and not self.steps.activations:
+            self.steps.start(self.ranges)
+
     def state_dict(self) -> dict[str, Any]:
-        """Ranges and call sites as plain values."""
+        """Ranges, call sites and learned steps as plain values."""
         return {
             "calibrated": self.calibrated,
             "spec": self.spec.name,
             "observer": self.ranges.observer,
             "ranges": self.ranges.state_dict(),
             "folding": self.folding.state_dict(),
+            "learned_steps": self.steps.state_dict(),
             "locations": {key: list(value) for key, value in self.sites.locations.items()},
         }
 
@@ -195,6 +212,7 @@ class Emulator:
         self.ranges = RangeTable(state["observer"])
         self.ranges.load_state_dict(state["ranges"])
         self.folding.load_state_dict(state["folding"])
+        self.steps.load_state_dict(state.get("learned_steps", {}))
         self.sites.locations = {key: list(value) for key, value in state["locations"].items()}
         self.interception.forget_keys()
         self.calibrated = bool(state["calibrated"])
@@ -216,19 +234,36 @@ class Emulator:
 
     def weight(self, weight: Tensor, rows_per_scale: int) -> QuantizedWeight:
         """A weight after the weight pipeline, computed once per outermost scope."""
-        key = (id(weight), rows_per_scale)
+        key, step = (id(weight), rows_per_scale), self.steps.of_weight(weight, rows_per_scale)
         held = self._weights.get(key)
-        if held is None or held[1] != weight._version:
-            quantized = quantize_weight(
-                weight,
-                rows_per_scale=rows_per_scale,
-                maximum=self.spec.weight_max,
-                power_of_two=self.spec.power_of_two_scales,
-            )
-            held = (weight, weight._version, quantized)
+        versions = self.steps.versions(weight, step)
+        if held is None or held[1] != versions:
+            if step is not None:
+                quantized = self.steps.quantized(weight, step, rows_per_scale)
+            else:
+                quantized = quantize_weight(
+                    weight,
+                    rows_per_scale=rows_per_scale,
+                    maximum=self.spec.weight_max,
+                    power_of_two=self.spec.power_of_two_scales,
+                )
+            held = (weight, versions, quantized)
             self._weights[key] = held
             self.used_weights[id(weight)] = rows_per_scale
         return held[2]
+
+    def trainable(self, weight: Tensor, rows_per_scale: int) -> Tensor:
+        """What the gradient of a weight goes to."""
+        return self.steps.trainable(weight, rows_per_scale, self.weight)
+
+    def learned_grid(self, key: str, observed: QParams) -> QParams:
+        """The grid of an output."""
+        return self.steps.grid(key, observed)
+
+    @property
+    def moving_grids(self) -> bool:
+        """Whether grids of activations change with every step of an optimiser."""
+        return self.steps.learning == "all"
 
     def first_run_after_freeze(self, key: str) -> None:
         """Warn, once, of a site that ran only after the ranges were frozen."""
@@ -279,6 +314,8 @@ class Emulator:
             self.telemetry.compare(key, exact, first, self.tag_of(first))
         if _is_in_place(func, args, kwargs):
             result = self._store_in_place(args[0], result)
+        elif self.steps.learning == "all" and f"{key}/output" in self.steps.activations:
+            result = self._learn_output(key, result, func, args, kwargs)
         if self.listener is not None and operator.name:
             self.listener(key, True, (args, kwargs), result)
         return result
@@ -293,6 +330,18 @@ class Emulator:
         if operator.name == "batch_norm":
             return None
         return in_float(func, args, kwargs)
+
+    def _learn_output(
+        self, key: str, result: Tensor, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]
+    ) -> Tensor:
+        """Let the gradient reach the step, if the result lies on its grid."""
+        tag = self.tag_of(result)
+        if tag is None or not result.requires_grad or not self.steps.made(f"{key}/output", tag):
+            return result
+        operands = operands_on_chip(self, args, kwargs)
+        learned = self.steps.learn_output(f"{key}/output", result, tag, func, operands)
+        self.set_tag(learned, tag)
+        return learned
 
     def _store_in_place(self, target: Tensor, result: Tensor) -> Tensor:
         """Give an in-place function's result to the tensor it was called on."""
@@ -333,35 +382,6 @@ class Emulator:
         if self.listener is not None:
             self.listener(key, False, (args, kwargs), result)
         return result
-
-
-class _ForwardHooks:
-    """Tell the interception which module's forward is running.
-
-    Copies and pickles of a module are on their own: they carry hooks that do nothing.
-    """
-
-    def __init__(self, emulator: Emulator | None, path: str) -> None:
-        self.emulator, self.path = emulator, path
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _ForwardHooks:
-        return _ForwardHooks(None, self.path)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _ForwardHooks, (None, self.path)
-
-    def before(self, module: nn.Module, args: Any) -> None:
-        """Forward begins."""
-        if self.emulator is not None:
-            self.emulator.enter_scope()
-            self.emulator.interception.scope.stack.append(self.path)
-
-    def after(self, module: nn.Module, args: Any, result: Any) -> None:
-        """Forward ends, or raised."""
-        stack = None if self.emulator is None else self.emulator.interception.scope.stack
-        if self.emulator is not None and stack:
-            stack.pop()
-            self.emulator.leave_scope()
 
 
 def _floats(values: Any) -> list[Tensor]:

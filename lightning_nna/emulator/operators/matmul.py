@@ -90,7 +90,8 @@ def _by_parameter(call: Call, input: Tensor, parameter: Tensor, columns: Tensor)
     integers = held.integers.reshape(columns.shape).T.contiguous()
     quantized = QuantizedWeight(integers, held.scales[:1].expand(len(integers)))
     y = call.output(lambda: torch.matmul(input, columns))
-    return fully_connected(call, x, columns.T, None, quantized, y)
+    trained = call.host.trainable(parameter, len(parameter)).reshape(columns.shape)
+    return fully_connected(call, x, trained.T, None, quantized, y)
 
 
 def _transposed_parameter(call: Call, matrix: Tensor) -> Tensor | None:
