@@ -23,8 +23,10 @@ from typing_extensions import override
 
 from lightning_nna.emulator.attachment import attach
 from lightning_nna.emulator.engine import Emulator, Fidelity
+from lightning_nna.emulator.learned_steps import LEARNED, Learned
 from lightning_nna.emulator.observers import OBSERVERS, Observer
 from lightning_nna.emulator.spec import NNASpec, resolve_spec
+from lightning_nna.emulator.step_optimizer import StepOptimizer
 from lightning_nna.emulator.telemetry import Telemetry
 
 
@@ -46,6 +48,12 @@ class NNAEmulation(Callback):
             ``"percentile"`` or ``"mse"``.
         telemetry_every_n_steps: Optimiser steps from one sample of the telemetry to the next; 0
             for none. A sampled step runs every operator in float, too.
+        learned_steps: Steps of grids that are trained once the ranges are frozen (LSQ): of
+            ``"weights"``, of ``"all"``, or ``"none"``. Of activations, those of sites that are one
+            instruction with an observed output; LSTM, GRU, attention, normalisations, inputs and
+            in-place calls keep their ranges. Evaluation uses what was learned.
+        step_lr: Learning rate of the steps' own Adam: the change of a step's logarithm to base 2
+            in one update.
 
     Every sample logs the mean and the worst of all call sites as ``nna/emulation/clip_rate``,
     ``…/clip_rate_max``, ``…/overflow_rate_max``, ``…/sqnr_db`` and ``…/sqnr_db_min``; each epoch
@@ -67,7 +75,8 @@ class NNAEmulation(Callback):
         True
 
     Differs from the paper: the paper's accelerator is proprietary; the arithmetic here is that of
-    the chosen ``spec``.
+    the chosen ``spec``. How learned steps differ from LSQ says
+    :mod:`lightning_nna.emulator.learned_steps`.
     """
 
     def __init__(
@@ -79,6 +88,8 @@ class NNAEmulation(Callback):
         fidelity: Fidelity = "exact",
         observer: Observer = "min_max",
         telemetry_every_n_steps: int = 100,
+        learned_steps: Learned = "none",
+        step_lr: float = 0.003,
     ) -> None:
         if telemetry_every_n_steps < 0:
             raise ValueError(
@@ -86,6 +97,8 @@ class NNAEmulation(Callback):
             )
         if observer not in OBSERVERS:
             raise ValueError(f"observer must be one of {list(OBSERVERS)}, got {observer!r}")
+        if learned_steps not in LEARNED:
+            raise ValueError(f"learned_steps must be one of {list(LEARNED)}, got {learned_steps!r}")
         if calibration_steps < 0:
             raise ValueError(f"calibration_steps must be at least 0, got {calibration_steps}")
         if fidelity not in ("exact", "fast"):
@@ -96,6 +109,9 @@ class NNAEmulation(Callback):
         self.fidelity: Fidelity = fidelity
         self.observer: Observer = observer
         self.telemetry_every_n_steps = telemetry_every_n_steps
+        self.learned_steps: Learned = learned_steps
+        self._step_optimizer = StepOptimizer(step_lr)
+        self._scaler: Any = None
         #: Figures of every call site, summed over the samples of the whole run.
         self.telemetry = Telemetry()
         self.steps = 0
@@ -128,6 +144,8 @@ class NNAEmulation(Callback):
             )
         # Attached here and not earlier: optimisers exist only now, some are built in __init__.
         self._counts = {}
+        # That of fp16 mixed precision; others have none.
+        self._scaler = getattr(trainer.precision_plugin, "scaler", None)
         for optimizer in trainer.optimizers:
             self._handles.append(optimizer.register_step_post_hook(self._count))
 
@@ -174,10 +192,18 @@ class NNAEmulation(Callback):
                 f"after {self.steps} optimiser steps; on {self.spec.name} from here on"
             )
         emulator.phase = "emulate" if emulator.calibrated else "observe"
+        emulator.learn(self.learned_steps)
         emulator.fidelity = self.fidelity
         if emulator.calibrated and self._is_due():
             self._sampled, emulator.telemetry = self.steps, self.telemetry
         emulator.enter_scope()
+
+    @override
+    def on_before_zero_grad(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
+    ) -> None:
+        # What is left from a step that a gradient scaler skipped.
+        self._step_optimizer.zero_grad(self.emulator.steps)
 
     @override
     def on_train_batch_end(
@@ -239,6 +265,7 @@ class NNAEmulation(Callback):
             "steps": self.steps,
             "telemetry": self.telemetry.state_dict(),
             "sampled": self._sampled,
+            "step_optimizer": self._step_optimizer.state_dict(),
         }
 
     @override
@@ -246,6 +273,7 @@ class NNAEmulation(Callback):
         self.steps, self._saved = int(state_dict["steps"]), state_dict["emulator"]
         self.telemetry.load_state_dict(state_dict["telemetry"])
         self._sampled = int(state_dict["sampled"])
+        self._step_optimizer.load_state_dict(state_dict.get("step_optimizer", {}))
         if self._emulator is not None and self._saved is not None:
             self._emulator.load_state_dict(self._saved)
 
@@ -253,7 +281,7 @@ class NNAEmulation(Callback):
         """A copy or pickle has the ranges, not the module."""
         state = dict(self.__dict__)
         state.update(_emulator=None, _saved=self.state_dict()["emulator"], _handles=[], _counts={})
-        return state
+        return {**state, "_scaler": None}
 
     # --- own ------------------------------------------------------------------------------------
 
@@ -294,10 +322,17 @@ class NNAEmulation(Callback):
 
     def _leave(self) -> None:
         self.emulator.leave_scope()
+        self.emulator.learn("none")
         self.emulator.phase = "float"
 
     def _count(self, optimizer: Optimizer, *_: Any) -> None:
-        """Steps of the optimiser that steps most: with several, a batch is one step."""
+        """Steps of the optimiser that steps most: with several, a batch is one step.
+
+        Learned steps move with every optimiser; the second one of a batch finds no gradient.
+        """
+        if self.learned_steps != "none" and self.emulator.calibrated:
+            divisor = 1.0 if self._scaler is None else self._scaler.get_scale()
+            self._step_optimizer.update(self.emulator.steps, divisor=divisor)
         before = max(self._counts.values(), default=0)
         self._counts[id(optimizer)] = self._counts.get(id(optimizer), 0) + 1
         self.steps += max(self._counts.values()) - before

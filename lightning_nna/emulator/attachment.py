@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from lightning_nna.emulator.engine import Emulator, Fidelity
+from lightning_nna.emulator.learned_steps import Learned
 from lightning_nna.emulator.observers import Observer
 from lightning_nna.emulator.spec import NNASpec, resolve_spec
 
@@ -66,6 +67,7 @@ def emulate(
     *,
     targets: Sequence[str] = ("*",),
     fidelity: Fidelity = "exact",
+    learned_steps: Learned = "none",
 ) -> Iterator[Emulator]:
     """Run a module on the chip inside a ``with`` block, whatever loop drives it.
 
@@ -76,6 +78,9 @@ def emulate(
         spec: The chip, see :class:`Emulator`.
         targets: Modules that count, see :class:`Emulator`.
         fidelity: See :class:`Emulator`.
+        learned_steps: Steps that the block trains: of ``"weights"``, of ``"all"``, or ``"none"``;
+            see :mod:`.learned_steps` and :class:`.StepOptimizer`. Steps that were learned before
+            are used in any case.
 
     Yields:
         The emulator. Observe ranges first: ``with chip.observing(): module(batch)``.
@@ -92,10 +97,12 @@ def emulate(
     """
     emulator = attach(module, spec, targets=targets, fidelity=fidelity)
     emulator.phase = "emulate" if emulator.calibrated else "float"
+    emulator.learn(learned_steps)
     emulator.enter_scope()
     try:
         yield emulator
     finally:
+        emulator.learn("none")
         emulator.leave_scope()
         emulator.phase = "float"
 

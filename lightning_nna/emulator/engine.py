@@ -14,12 +14,13 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from lightning_nna.emulator.arguments import floats, is_in_place
 from lightning_nna.emulator.folding import Folding
 from lightning_nna.emulator.forward_hooks import ForwardHooks
 from lightning_nna.emulator.interception import ROOT, Interception, SiteTable
+from lightning_nna.emulator.learned_steps import LEARNED, Learned, LearnedSteps, operands_on_chip
 from lightning_nna.emulator.non_finite import with_cause
 from lightning_nna.emulator.observers import Observer
 from lightning_nna.emulator.operators.call import Call
@@ -41,12 +42,6 @@ Fidelity = Literal["exact", "fast"]
 Phase = Literal["float", "observe", "emulate"]
 
 log = logging.getLogger(__name__)
-
-#: Place of the argument ``inplace`` of functions that have one.
-_INPLACE_ARGUMENT = {
-    "relu": 1, "relu6": 1, "silu": 1, "hardswish": 1, "hardsigmoid": 1, "leaky_relu": 2, "elu": 2,
-    "hardtanh": 3, "dropout": 3, "feature_dropout": 3,
-}  # fmt: skip
 
 
 class Emulator:
@@ -92,8 +87,9 @@ class Emulator:
         #: Rows per scale of the weights that operators of the chip have used, by ``id``.
         self.used_weights: dict[int, int] = {}
         self.folding = Folding()
+        self.steps = LearnedSteps(module, self.spec)
         self._tags = WeakTensorKeyDictionary()
-        self._weights: dict[tuple[int, int], tuple[Tensor, int, QuantizedWeight]] = {}
+        self._weights: dict[tuple[int, int], tuple[Tensor, tuple[int, int], QuantizedWeight]] = {}
         self._handles: list[Any] = []
         self._warned: set[str] = set()
         self._attach(module)
@@ -187,17 +183,31 @@ class Emulator:
         self.calibrated = True
         self.phase = "emulate"
         self.folding.freeze()
+        self.learn(self.steps.learning)
         # An activation kept from an observed forward has no grid yet, whatever its mark says.
         self._tags = WeakTensorKeyDictionary()
 
+    def learn(self, steps: Learned) -> None:
+        """Learn the steps of weights, or of activations too, once ranges are frozen.
+
+        Raises:
+            ValueError: If ``steps`` is not ``"none"``, ``"weights"`` or ``"all"``.
+        """
+        if steps not in LEARNED:
+            raise ValueError(f"learned_steps must be one of {list(LEARNED)}, got {steps!r}")
+        self.steps.learning = steps
+        if steps == "all" and self.calibrated and not self.steps.activations:
+            self.steps.start(self.ranges)
+
     def state_dict(self) -> dict[str, Any]:
-        """Ranges and call sites as plain values."""
+        """Ranges, call sites and learned steps as plain values."""
         return {
             "calibrated": self.calibrated,
             "spec": self.spec.name,
             "observer": self.ranges.observer,
             "ranges": self.ranges.state_dict(),
             "folding": self.folding.state_dict(),
+            "learned_steps": self.steps.state_dict(),
             "locations": {key: list(value) for key, value in self.sites.locations.items()},
         }
 
@@ -206,6 +216,7 @@ class Emulator:
         self.ranges = RangeTable(state["observer"])
         self.ranges.load_state_dict(state["ranges"])
         self.folding.load_state_dict(state["folding"])
+        self.steps.load_state_dict(state.get("learned_steps", {}))
         self.sites.locations = {key: list(value) for key, value in state["locations"].items()}
         self.interception.forget_keys()
         self.calibrated = bool(state["calibrated"])
@@ -227,19 +238,36 @@ class Emulator:
 
     def weight(self, weight: Tensor, rows_per_scale: int) -> QuantizedWeight:
         """A weight after the weight pipeline, computed once per outermost scope."""
-        key = (id(weight), rows_per_scale)
+        key, step = (id(weight), rows_per_scale), self.steps.of_weight(weight, rows_per_scale)
         held = self._weights.get(key)
-        if held is None or held[1] != weight._version:
-            quantized = quantize_weight(
-                weight,
-                rows_per_scale=rows_per_scale,
-                maximum=self.spec.weight_max,
-                power_of_two=self.spec.power_of_two_scales,
-            )
-            held = (weight, weight._version, quantized)
+        versions = self.steps.versions(weight, step)
+        if held is None or held[1] != versions:
+            if step is not None:
+                quantized = self.steps.quantized(weight, step, rows_per_scale)
+            else:
+                quantized = quantize_weight(
+                    weight,
+                    rows_per_scale=rows_per_scale,
+                    maximum=self.spec.weight_max,
+                    power_of_two=self.spec.power_of_two_scales,
+                )
+            held = (weight, versions, quantized)
             self._weights[key] = held
             self.used_weights[id(weight)] = rows_per_scale
         return held[2]
+
+    def trainable(self, weight: Tensor, rows_per_scale: int) -> Tensor:
+        """What the gradient of a weight goes to."""
+        return self.steps.trainable(weight, rows_per_scale, self.weight)
+
+    def learned_grid(self, key: str, observed: QParams) -> QParams:
+        """The grid of an output."""
+        return self.steps.grid(key, observed)
+
+    @property
+    def moving_grids(self) -> bool:
+        """Whether grids of activations change with every step of an optimiser."""
+        return self.steps.learning == "all"
 
     def first_run_after_freeze(self, key: str) -> None:
         """Warn, once, of a site that ran only after the ranges were frozen."""
@@ -291,8 +319,10 @@ class Emulator:
         if exact is not None and self.telemetry is not None:
             first = result if isinstance(result, Tensor) else result[0]
             self.telemetry.compare(key, exact, first, self.tag_of(first))
-        if _is_in_place(func, args, kwargs):
+        if is_in_place(func, args, kwargs):
             result = self._store_in_place(args[0], result)
+        elif self.steps.learning == "all" and f"{key}/output" in self.steps.activations:
+            result = self._learn_output(key, result, func, args, kwargs)
         if self.listener is not None and operator.name:
             self.listener(key, True, (args, kwargs), result)
         return result
@@ -301,12 +331,24 @@ class Emulator:
         self, operator: Operator, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]
     ) -> Tensor | None:
         """What a function gives in float, if it may be called a second time."""
-        if _is_in_place(func, args, kwargs):
+        if is_in_place(func, args, kwargs):
             args = (args[0].clone(), *args[1:])
         # Batch statistics in training would be counted twice.
         if operator.name == "batch_norm":
             return None
         return in_float(func, args, kwargs)
+
+    def _learn_output(
+        self, key: str, result: Tensor, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]
+    ) -> Tensor:
+        """Let the gradient reach the step, if the result lies on its grid."""
+        tag = self.tag_of(result)
+        if tag is None or not result.requires_grad or not self.steps.made(f"{key}/output", tag):
+            return result
+        operands = operands_on_chip(self, args, kwargs)
+        learned = self.steps.learn_output(f"{key}/output", result, tag, func, operands)
+        self.set_tag(learned, tag)
+        return learned
 
     def _store_in_place(self, target: Tensor, result: Tensor) -> Tensor:
         """Give an in-place function's result to the tensor it was called on."""
@@ -320,27 +362,27 @@ class Emulator:
         """A movement: parameters of the first tensor go to every float result."""
         result = func(*args, **kwargs)
         first = args[0] if args else None
-        found = [first] if isinstance(first, Tensor) else _floats(args)
+        found = [first] if isinstance(first, Tensor) else floats(args)
         source = next((x for x in found if x.is_floating_point()), None)
         if source is not None:
             self.folding.reads(source, "a movement")
         tag = None if source is None else self.tag_of(source)
         if tag is not None:
-            for leaf in _floats(result):
+            for leaf in floats(result):
                 if leaf.dtype == torch.float32:  # Other types cannot hold every integer.
                     self.set_tag(leaf, tag)
         return result
 
     def _share_a_grid(self, args: tuple[Any, ...]) -> bool:
         """Whether every float tensor among arguments carries the same parameters."""
-        tags = [self.tag_of(leaf) for leaf in _floats(args)]
+        tags = [self.tag_of(leaf) for leaf in floats(args)]
         return bool(tags) and tags[0] is not None and all(tag == tags[0] for tag in tags)
 
     def _fall_back(
         self, key: str, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """Whatever the chip does not have, in float; what it writes in place leaves the grid."""
-        for operand in _floats(args):
+        for operand in floats(args):
             self.folding.reads(operand, key)
         result = func(*args, **kwargs)
         name = getattr(func, "__name__", "")
@@ -349,19 +391,3 @@ class Emulator:
         if self.listener is not None:
             self.listener(key, False, (args, kwargs), result)
         return result
-
-
-def _floats(values: Any) -> list[Tensor]:
-    """Float tensors among nested values."""
-    leaves = [values] if isinstance(values, Tensor) else tree_leaves(values)
-    return [x for x in leaves if isinstance(x, Tensor) and x.is_floating_point()]
-
-
-def _is_in_place(
-    func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> bool:
-    name = getattr(func, "__name__", "")
-    position = _INPLACE_ARGUMENT.get(name)
-    if position is not None:
-        return bool(kwargs.get("inplace", len(args) > position and args[position]))
-    return name.endswith("_") and not name.endswith("__")

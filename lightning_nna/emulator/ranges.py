@@ -92,6 +92,18 @@ def round_significand(scale: float, bits: int = 8) -> float:
     return math.ldexp(math.ceil(mantissa * 2**significand), exponent - significand)
 
 
+def round_to_significand(scale: float, bits: int = 8) -> float:
+    """Round a positive scale to the nearest of the scales that :func:`round_significand` gives.
+
+    Example:
+        >>> round_to_significand(1 + 2**-20), round_significand(1 + 2**-20) > 1
+        (1.0, True)
+    """
+    significand = _SIGNIFICAND_BITS[bits]
+    mantissa, exponent = math.frexp(scale)
+    return math.ldexp(round(mantissa * 2**significand), exponent - significand)
+
+
 @lru_cache(maxsize=4096)
 def affine_qparams(
     minimum: float, maximum: float, *, bits: int = 8, power_of_two: bool = False

@@ -5,7 +5,8 @@ The last stage of the weight pipeline is the chip's grid: symmetric integers wit
 .. math:: q_w = \mathrm{round}(w / s), \qquad s = \max |w| / q_{max}
 
 with one scale for a group of rows (one output channel, one LSTM gate, or all rows). The scale
-follows the weights in training, so nothing is ever clipped and the gradient passes unchanged.
+follows the weights in training, so nothing is ever clipped and the gradient passes unchanged; where
+it is learned, :mod:`.learned_steps` has the gradient.
 """
 
 from __future__ import annotations
@@ -98,16 +99,11 @@ def quantize_weight(
         tensor([[127., -64.]])
     """
     weight = weight.detach().float()
-    rows = weight.shape[0]
-    groups = weight.reshape(rows // rows_per_scale, -1)
-    magnitude = groups.abs().amax(1).double()
-    if not math.isfinite(float(magnitude.sum())):
-        raise FloatingPointError("a weight is not finite: it cannot be put on the chip's grid")
-    rounded = _powers_of_two if power_of_two else round_significands
-    scale = rounded(magnitude / maximum).clamp_min(_SMALLEST_SCALE).float()
+    groups = weight.reshape(weight.shape[0] // rows_per_scale, -1)
+    scale = largest_steps(groups, maximum=maximum, power_of_two=power_of_two)
     scales = scale if rows_per_scale == 1 else scale.repeat_interleave(rows_per_scale)
     # No scale is so small that rounding could leave the bounds.
-    integers = (weight / _per_row(scales, weight)).round_()
+    integers = (weight / per_row(scales, weight)).round_()
     return QuantizedWeight(integers.to(torch.int8), scales)
 
 
@@ -120,10 +116,51 @@ def values_of(
         >>> values_of(torch.tensor([[2, -3]], dtype=torch.int8), torch.tensor([0.5]))
         tensor([[ 1.0000, -1.5000]])
     """
-    return stored.float().mul_(_per_row(scales, stored))
+    return stored.float().mul_(per_row(scales, stored))
 
 
-def _per_row(scales: Tensor, weight: Tensor) -> Tensor:
+def quantize_onto(
+    weight: Float[Tensor, "rows *rest"], scales: Float[Tensor, " rows"], *, maximum: int
+) -> QuantizedWeight:
+    """Put a weight on a given grid, and clip what lies outside.
+
+    Args:
+        weight: See :func:`quantize_weight`.
+        scales: One per row, as the chip holds them.
+        maximum: Largest integer.
+
+    Raises:
+        FloatingPointError: If a weight is not finite.
+
+    Example:
+        >>> quantize_onto(torch.tensor([[9.0, -1.6]]), torch.ones(1), maximum=7).integers
+        tensor([[ 7., -2.]])
+    """
+    integers = (weight.detach().float() / per_row(scales, weight)).round_()
+    _require_finite(integers)
+    return QuantizedWeight(integers.clamp_(-maximum, maximum).to(torch.int8), scales)
+
+
+def largest_steps(
+    groups: Float[Tensor, "groups weights"], *, maximum: int, power_of_two: bool = False
+) -> Float[Tensor, " groups"]:
+    """Scales with which the largest weight of each group is the largest integer, float32.
+
+    Raises:
+        FloatingPointError: If a weight is not finite.
+    """
+    magnitude = groups.abs().amax(1).double()
+    _require_finite(magnitude)
+    rounded = _powers_of_two if power_of_two else round_significands
+    return rounded(magnitude / maximum).clamp_min(_SMALLEST_SCALE).float()
+
+
+def _require_finite(values: Tensor) -> None:
+    if not math.isfinite(float(values.sum(dtype=torch.float64))):
+        raise FloatingPointError("a weight is not finite: it cannot be put on the chip's grid")
+
+
+def per_row(scales: Tensor, weight: Tensor) -> Tensor:
     """One number a row, shaped to broadcast over the row."""
     return scales.reshape(-1, *([1] * (weight.ndim - 1)))
 

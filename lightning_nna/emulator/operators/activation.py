@@ -318,12 +318,15 @@ class _Pointwise(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         nothing = (None,) * 5
+        # Outside of the block: with activation checkpointing, asking for what was saved runs the
+        # forward again.
+        saved = ctx.saved_tensors
         with float32_arithmetic(grad):
             if ctx.name == "tanh":
-                return torch.ops.aten.tanh_backward(grad, *ctx.saved_tensors), *nothing
+                return torch.ops.aten.tanh_backward(grad, *saved), *nothing
             if ctx.name == "sigmoid":
-                return torch.ops.aten.sigmoid_backward(grad, *ctx.saved_tensors), *nothing
-            x, clipped = ctx.saved_tensors
+                return torch.ops.aten.sigmoid_backward(grad, *saved), *nothing
+            x, clipped = saved
             derivative = FUNCTIONS[ctx.name].derivative
             if derivative is not None:
                 return derivative(inside(grad, clipped), x, *ctx.parameters), *nothing

@@ -14,6 +14,7 @@ Reference:
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -184,6 +185,7 @@ def _project(
     # One that comes in several roles is quantised once.
     operands = {id(x): call.operand(x, name) for x, name in zip(inputs, names, strict=True)}
     weights = separate if packed is None else packed.chunk(3)
+    trained = _trainable(call, separate, packed)
     biases = (None,) * 3 if bias is None else bias.chunk(3)
     projected = []
     for index, (x, weight, shift) in enumerate(zip(inputs, weights, biases, strict=True)):
@@ -191,14 +193,38 @@ def _project(
         part = call.part(f"{names[index]}_projection")
         whole = weight if packed is None else packed
         rows = slice(index * len(weight), (index + 1) * len(weight)) if packed is not None else _ALL
-        projected.append(_projection(part, operands[id(x)], weight, shift, whole, rows))
+        layer = (weight, trained[index], shift)
+        projected.append(_projection(part, operands[id(x)], layer, whole, rows))
     return projected
 
 
+def _trainable(
+    call: Call, separate: tuple[Tensor | None, ...], packed: Tensor | None
+) -> Sequence[Tensor | None]:
+    """What the gradients of the projections go to; a packed weight is asked for once."""
+    per_channel = call.host.spec.weight_granularity == "per_channel"
+    if call.observing:
+        return separate
+    if packed is not None:
+        return call.host.trainable(packed, 1 if per_channel else len(packed) // 3).chunk(3)
+    return [
+        None if w is None else call.host.trainable(w, 1 if per_channel else len(w))
+        for w in separate
+    ]
+
+
 def _projection(
-    call: Call, x: Activation, weight: Tensor, bias: Tensor | None, whole: Tensor, rows: slice
+    call: Call,
+    x: Activation,
+    layer: tuple[Tensor, Tensor | None, Tensor | None],
+    whole: Tensor,
+    rows: slice,
 ) -> Tensor:
-    """A layer whose weight is some rows of a parameter, with scales of its own."""
+    """A layer whose weight is some rows of a parameter, with scales of its own.
+
+    Its weight, what the weight's gradient goes to, and its bias come together.
+    """
+    weight, trained, bias = layer
 
     def in_float() -> Tensor:
         return F.linear(x.value, weight, bias)
@@ -208,7 +234,8 @@ def _projection(
     per_channel = call.host.spec.weight_granularity == "per_channel"
     held = call.host.weight(whole, 1 if per_channel else len(weight))
     quantized = QuantizedWeight(held.stored[rows], held.scales[rows])
-    return fully_connected(call, x, weight, bias, quantized, call.output(in_float))
+    assert trained is not None, "what is emulated has a place for its gradient"
+    return fully_connected(call, x, trained, bias, quantized, call.output(in_float))
 
 
 def _average(call: Call, probabilities: Tensor) -> Tensor:

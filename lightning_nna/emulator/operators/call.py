@@ -49,6 +49,16 @@ class Host(Protocol):
     def weight(self, weight: Tensor, rows_per_scale: int) -> QuantizedWeight:
         """A weight after the whole weight pipeline."""
 
+    def trainable(self, weight: Tensor, rows_per_scale: int) -> Tensor:
+        """What the gradient of a weight goes to; a tensor of the weight's shape."""
+
+    @property
+    def moving_grids(self) -> bool:
+        """Whether grids of activations change with every step of an optimiser."""
+
+    def learned_grid(self, key: str, observed: QParams) -> QParams:
+        """The grid of an output, given that of the range that was observed."""
+
     def first_run_after_freeze(self, key: str) -> None:
         """Report a site that no calibration has seen."""
 
@@ -228,12 +238,13 @@ class Call:
 
     def _grid(self, key: str, floor: float = 0.0) -> QParams:
         observed = self.host.ranges[key]
-        return affine_qparams(
+        grid = affine_qparams(
             min(observed.minimum, floor),
             observed.maximum,
             bits=self.bits,
             power_of_two=self.host.spec.power_of_two_scales,
         )
+        return grid if floor else self.host.learned_grid(key, grid)
 
     def _scalar(self, x: float) -> Activation:
         """A Python number as a constant of one element."""

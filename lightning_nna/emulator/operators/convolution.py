@@ -58,7 +58,8 @@ def convolution(
         return _waiting(call, x, weight, bias, geometry)
     rows_per_scale = 1 if call.host.spec.weight_granularity == "per_channel" else weight.shape[0]
     quantized = call.host.weight(weight, rows_per_scale)
-    return convolve(call, x, weight, bias, quantized, geometry, call.output(in_float))
+    trained = call.host.trainable(weight, rows_per_scale)
+    return convolve(call, x, trained, bias, quantized, geometry, call.output(in_float))
 
 
 def _waiting(
@@ -71,7 +72,8 @@ def _waiting(
         if any(geometry.rest):
             padded = replace(x, value=F.pad(x.value, geometry.rest))
         arguments = (padded, quantized, geometry, call)
-        result, sums = _Sums.apply(padded.value, weight, bias, *arguments)
+        trained = call.host.trainable(weight, 1)
+        result, sums = _Sums.apply(padded.value, trained, bias, *arguments)
 
     def record(at: Call, folded: QuantizedWeight, shift: Tensor, y: Activation) -> None:
         record_convolution(at, x, shift, folded, geometry, y)

@@ -161,7 +161,7 @@ class _Binary(torch.autograd.Function):
         rounding: RoundingKind = call.host.spec.rounding_of("double")
         if not call.exact:
             rounded = _fast(kind, left, right, y, rounding)
-        elif _has_table(left) and _has_table(right) and y.bits == 8:
+        elif not call.host.moving_grids and all(map(_has_table, (left, right))) and y.bits == 8:
             rounded = _look_up(kind, left, right, y, rounding)
         else:
             grids = (left.qparams, right.qparams, y)

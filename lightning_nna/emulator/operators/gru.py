@@ -81,10 +81,12 @@ class _Step:
     def __init__(self, call: Call, w_hh: Tensor, b_hh: Tensor | None) -> None:
         self.call, self.w_hh, self.b_hh = call, w_hh, b_hh
         self.recurrent, self.next = call.part("recurrent"), call.part("next")
-        self.quantized = None
+        self.quantized, self.trained = None, w_hh
         if not call.observing:
             per_channel = call.host.spec.weight_granularity == "per_channel"
-            self.quantized = call.host.weight(w_hh, 1 if per_channel else w_hh.shape[0])
+            rows_per_scale = 1 if per_channel else w_hh.shape[0]
+            self.quantized = call.host.weight(w_hh, rows_per_scale)
+            self.trained = call.host.trainable(w_hh, rows_per_scale)
 
     def start(self, h_0: Tensor) -> Tensor:
         """The initial state on the grid of the later ones."""
@@ -114,4 +116,4 @@ class _Step:
             return self.recurrent.observed(F.linear(h, self.w_hh, self.b_hh))
         x = self.recurrent.operand(h, "input")
         y = self.recurrent.output(lambda: F.linear(h, self.w_hh, self.b_hh))
-        return fully_connected(self.recurrent, x, self.w_hh, self.b_hh, self.quantized, y)
+        return fully_connected(self.recurrent, x, self.trained, self.b_hh, self.quantized, y)

@@ -39,7 +39,8 @@ def linear(call: Call, input: Tensor, weight: Tensor, bias: Tensor | None = None
     rows_per_scale = 1 if call.host.spec.weight_granularity == "per_channel" else weight.shape[0]
     quantized = call.host.weight(weight, rows_per_scale)
     y = call.output(lambda: F.linear(input, weight, bias))
-    return fully_connected(call, x, weight, bias, quantized, y)
+    trained = call.host.trainable(weight, rows_per_scale)
+    return fully_connected(call, x, trained, bias, quantized, y)
 
 
 def _waiting(call: Call, x: Activation, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -47,7 +48,7 @@ def _waiting(call: Call, x: Activation, weight: Tensor, bias: Tensor | None) -> 
     quantized = call.host.weight(weight, 1)
     exact = needs_exact(call, x, quantized)
     with float32_arithmetic(x.value):
-        values = _StraightThrough.apply(weight, quantized.values)
+        values = _StraightThrough.apply(call.host.trainable(weight, 1), quantized.values)
         result = F.linear(x.value, values, bias)
         sums = integer_matmul(x.integers(), quantized, x.qparams.largest) if exact else result
 
@@ -93,7 +94,8 @@ def embedding(call: Call, input: Tensor, weight: Tensor, *args: Any, **kwargs: A
         return call.observed(F.embedding(input, weight, *args, **kwargs), "table")
     quantized = call.host.weight(weight, weight.shape[0])
     with float32_arithmetic(weight):
-        table = _StraightThrough.apply(weight, quantized.values)
+        trained = call.host.trainable(weight, weight.shape[0])
+        table = _StraightThrough.apply(trained, quantized.values)
         result = F.embedding(input, table, *args, **kwargs)
     limit = call.host.spec.weight_max
     y = QParams(float(quantized.scales[0]), 0, -limit, limit)

@@ -98,7 +98,8 @@ def lstm_layer(
     cell, y = _cell(call, x, layout, h_0, c_0, weights)
     with float32_arithmetic(rows):
         h_0 = quantize(h_0, y, f"{call.site}/initial_h")
-        result, h_n, c_n = _LSTM.apply(x.value, h_0, c_0, *weights, x, cell, layout, call)
+        trained = _trainable(call, weights)
+        result, h_n, c_n = _LSTM.apply(x.value, h_0, c_0, *trained, x, cell, layout, call)
     return call.tagged(result, y), h_n, c_n
 
 
@@ -133,6 +134,15 @@ def _cell(
         overflowed=partial(overflowed, call),
     )
     return cell, y
+
+
+def _trainable(call: Call, weights: Weights) -> Weights:
+    """What the gradients go to."""
+    w_ih, w_hh = (call.host.trainable(w, w.shape[0] // 4) for w in weights[:2])
+    projection = weights.projection
+    if projection is not None:
+        projection = call.host.trainable(projection, projection.shape[0])
+    return Weights(w_ih, w_hh, weights.bias, projection)
 
 
 def _float_layer(

@@ -90,7 +90,8 @@ def _by_parameter(call: Call, input: Tensor, parameter: Tensor, columns: Tensor)
     stored = held.stored.reshape(columns.shape).T.contiguous()
     quantized = QuantizedWeight(stored, held.scales[:1].expand(len(stored)))
     y = call.output(lambda: torch.matmul(input, columns))
-    return fully_connected(call, x, columns.T, None, quantized, y)
+    trained = call.host.trainable(parameter, len(parameter)).reshape(columns.shape)
+    return fully_connected(call, x, trained.T, None, quantized, y)
 
 
 def _transposed_parameter(call: Call, matrix: Tensor) -> Tensor | None:
