@@ -79,8 +79,8 @@ def check_instructions(instructions: Sequence[Instruction]) -> Counter[str]:
     return compared
 
 
-def on_litert(instruction: Instruction) -> list[np.ndarray]:
-    """Outputs of one instruction on the reference kernels."""
+def on_litert(instruction: Instruction, *, states: bool = False) -> list[np.ndarray]:
+    """Outputs of one instruction on the reference kernels, then what it left in its state."""
     tensors: dict[str, TensorSpec] = {}
     names: list[str] = []
     given: dict[str, np.ndarray] = {}
@@ -104,6 +104,8 @@ def on_litert(instruction: Instruction) -> list[np.ndarray]:
         options(instruction),
         tuple(intermediates),
     )
+    if states:
+        outputs += [name for name, spec in tensors.items() if spec.is_variable]
     model = litert.build_model(tensors, [operator], list(given), outputs)
     # ELU has no reference kernel; the other one is the same table.
     optimised = instruction.operator == "ELU"

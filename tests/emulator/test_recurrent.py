@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_nna import emulate
-from tests.emulator.replay import replays
+from tests.emulator.chain import check_chain
+from tests.emulator.replay import check_instructions, replays
 
 LSTM = "UNIDIRECTIONAL_SEQUENCE_LSTM"
 
@@ -88,6 +89,34 @@ def test_cells_in_a_loop(kind: Callable[..., nn.Module]) -> None:
     torch.manual_seed(0)
     compared = replays(Loop(), torch.randn(14, 40, 13))
     assert compared[LSTM if kind is nn.LSTMCell else "LOGISTIC"] >= 14 * 40 * 24
+
+
+@pytest.mark.parametrize("spec", ["litert-int8", "litert-int16x8"])
+@pytest.mark.parametrize("shape", [(7, 40, 13), (7, 13)])
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
+def test_the_last_state_stays_on_the_chip(
+    kind: Callable[..., nn.Module], shape: tuple[int, ...], spec: str
+) -> None:
+    """What reads it takes its integers: nothing comes from float but the sequences themselves."""
+
+    class Final(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.head = kind(13, 24), nn.Linear(24, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            last = self.layer(x)[1]
+            return self.head((last[0] if isinstance(last, tuple) else last).squeeze(0))
+
+    torch.manual_seed(2)
+    module, x, recorded = Final(), torch.randn(shape), []
+    with emulate(module, spec) as chip, torch.no_grad():
+        with chip.observing():
+            module(x)
+        chip.recorder = recorded.append
+        result = module(x)
+    check_instructions(recorded)
+    check_chain(recorded, x, result)
 
 
 @pytest.mark.parametrize("spec", ["litert-int8", "litert-int16x8"])

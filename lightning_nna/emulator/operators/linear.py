@@ -9,6 +9,7 @@ double precision and rounds ties away from zero, and so do we; the accumulator i
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -289,6 +290,8 @@ def _record(
     biases = None
     if bias is not None:
         biases = stored_bias(bias, scales, call.host.spec, x.qparams.bits)
+    if x.value.dim() == 1:  # The kernel's output has two axes at least.
+        x, y = (replace(each, value=each.value.unsqueeze(0)) for each in (x, y))
     call.record(
         "FULLY_CONNECTED",
         [x.stored(), stored_weight(quantized), biases],

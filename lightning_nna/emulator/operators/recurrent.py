@@ -90,7 +90,8 @@ def _run(call: Call, args: tuple[Any, ...], *, kind: str) -> tuple[Tensor, State
     output, last = _stack(call, kind, rows, layout, states, *settings)
     shaped = output.reshape(len(layout.sizes), layout.batch, -1)
     if not batched:
-        shaped, last = shaped.squeeze(1), tuple(state.squeeze(1) for state in last)
+        shaped = shaped.squeeze(1)
+        last = tuple(call.viewed(state.squeeze(1), state) for state in last)
     elif turned:
         shaped = shaped.transpose(0, 1)
     return call.viewed(shaped, output), last
@@ -131,7 +132,13 @@ def _stack(
         rows = concatenate(call.part(f"layer{layer}/join"), ways, 1) if two_ways else ways[0]
         if dropout and layer < layers - 1:
             rows = dropped(call, rows, dropout)
-    return rows, tuple(torch.stack(each) for each in zip(*last, strict=True))
+    return rows, tuple(_together(call, each) for each in zip(*last, strict=True))
+
+
+def _together(call: Call, states: States) -> Tensor:
+    """Last states of all layers; where there are several, each is on a grid of its own."""
+    result = torch.stack(states)
+    return call.viewed(result, states[0]) if len(states) == 1 else result
 
 
 def _layer(
