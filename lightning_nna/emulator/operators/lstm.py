@@ -98,17 +98,9 @@ def lstm_layer(
     cell, y = _cell(call, x, layout, h_0, c_0, weights)
     with float32_arithmetic(rows):
         h_0 = quantize(h_0, y, f"{call.site}/initial_h")
-<<<<<<< HEAD
         trained = _trainable(call, weights)
         result, h_n, c_n = _LSTM.apply(x.value, h_0, c_0, *trained, x, cell, layout, call)
-    return call.tagged(result, y), h_n, c_n
-||||||| 12bc19d
-        result, h_n, c_n = _LSTM.apply(x.value, h_0, c_0, *weights, x, cell, layout, call)
-    return call.tagged(result, y), h_n, c_n
-=======
-        result, h_n, c_n = _LSTM.apply(x.value, h_0, c_0, *weights, x, cell, layout, call)
     return call.tagged(result, y), call.tagged(h_n, y), c_n
->>>>>>> 4e628f592f3ff1097197f7b5bedb62d6f089a128
 
 
 def _cell(
