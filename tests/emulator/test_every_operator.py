@@ -172,7 +172,7 @@ def test_the_worst_case(name: str, index: int, bits: int) -> None:
 @pytest.mark.parametrize("bits", SPECS)
 @pytest.mark.parametrize("call", [torch.sub, lambda a, b: a + (-b)])
 def test_operands_that_nearly_cancel(call: Callable[..., Any], bits: int) -> None:
-    """The observed range asks for a grid so fine that LiteRT's kernel would abort the process."""
+    """The observed range asks for a grid so fine that LiteRT's ADD aborts and its SUB is wrong."""
     torch.manual_seed(2)
     a = torch.randn(ROWS)
     b = a * (1 + 1e-7 * torch.randn(ROWS))
