@@ -274,9 +274,10 @@ def _exact_sum(
 
 
 def grid_of_sum(a: QParams, b: QParams, y: QParams) -> QParams:
-    """The grid of a sum or difference, coarser where the kernel would refuse it.
+    """The grid of a sum or difference, coarser where the kernels could not write it.
 
-    Its steps must be longer than those in which the operands are added; where these nearly cancel,
+    With a last multiplier of 1 or more LiteRT's ADD aborts and its SUB gives other integers. So the
+    steps must be longer than those in which the operands are added; where these nearly cancel,
     the range that was observed may ask for shorter ones, which could hold nothing more.
 
     Args:
