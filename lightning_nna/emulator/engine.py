@@ -183,6 +183,7 @@ class Emulator:
         self.calibrated = True
         self.phase = "emulate"
         self.folding.freeze()
+        self.ranges.clamp(self.folding.rectified)
         self.learn(self.steps.learning)
         # An activation kept from an observed forward has no grid yet, whatever its mark says.
         self._tags = WeakTensorKeyDictionary()
@@ -318,6 +319,7 @@ class Emulator:
             raise with_cause(error, key, (args, kwargs), self._constants) from error
         if exact is not None and self.telemetry is not None:
             first = result if isinstance(result, Tensor) else result[0]
+            exact = self.folding.rectify(key, exact)
             self.telemetry.compare(key, exact, first, self.tag_of(first))
         if is_in_place(func, args, kwargs):
             result = self._store_in_place(args[0], result)
@@ -354,6 +356,7 @@ class Emulator:
         """Give an in-place function's result to the tensor it was called on."""
         tag = self.tag_of(result)
         target.copy_(result)
+        self.folding.forget(target)
         if tag is not None:
             self.set_tag(target, tag)
         return target

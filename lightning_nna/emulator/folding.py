@@ -1,8 +1,12 @@
-"""Which layers are folded into the batch norm that follows them.
+"""Which layers are folded into the batch norm or the ReLU that follows them.
 
 While ranges are observed, a layer notes its result, and everything that takes it in is noted as a
 reader. A layer folds if a batch norm is its only reader. From then on its result, on no grid yet,
 waits with the layer's sums for that norm.
+
+An operator of any kind whose only reader is a ReLU needs no grid for what that ReLU takes away: its
+range ends at 0 (and at 6), so that its own clipping is the ReLU, as the fused activation of a
+reference kernel is, and the grid is twice as fine.
 """
 
 from __future__ import annotations
@@ -53,6 +57,30 @@ class Folding:
         self._candidates: set[str] = set()
         self._readers: dict[str, set[str]] = {}
         self._producers = WeakTensorKeyDictionary()
+        self._outputs = WeakTensorKeyDictionary()
+        #: Largest value that a ReLU leaves of an operator's results, by site.
+        self.rectified: dict[str, float] = {}
+        self._rectifiers: dict[str, float] = {}
+
+    def observed(self, result: Tensor, by: str) -> None:
+        """Note an operator's result by its site."""
+        self._outputs[result] = by
+
+    def forget(self, x: Tensor) -> None:
+        """A result has been overwritten in place: it is another operator's now."""
+        for known in (self._outputs, self._producers):
+            known.pop(x, None)
+
+    def rectifies(self, x: Tensor, upper: float) -> None:
+        """Note that a ReLU, with a largest value, takes a result in."""
+        site = self._outputs.get(x)
+        if site is not None:
+            self._rectifiers[site] = upper
+
+    def rectify(self, site: str, x: Tensor) -> Tensor:
+        """What a site's ReLU leaves of values, if it has one."""
+        upper = self.rectified.get(site)
+        return x if upper is None else x.clamp(0.0, upper)
 
     def produced(self, result: Tensor, by: str | Foldable) -> Tensor:
         """Note a layer's result by its site, or the waiting layer itself; return the result."""
@@ -62,7 +90,9 @@ class Folding:
     def reads(self, x: Tensor, reader: str) -> None:
         """Note who takes a result in."""
         producer = self._producers.get(x)
-        if isinstance(producer, str):
+        if not isinstance(producer, str):
+            producer = self._outputs.get(x)
+        if producer is not None:
             self._readers.setdefault(producer, set()).add(reader)
 
     def normalises(self, x: Tensor) -> None:
@@ -74,6 +104,10 @@ class Folding:
     def freeze(self) -> None:
         """Fold from now on what has been seen to fold."""
         self._sites |= {site for site in self._candidates if len(self._readers[site]) == 1}
+        for site, upper in self._rectifiers.items():
+            if len(self._readers[site]) == 1 and site not in self._sites:
+                self.rectified[site] = upper
+        self._outputs = WeakTensorKeyDictionary()
 
     def folds(self, site: str) -> bool:
         """Whether the layer at a site is folded."""
@@ -89,10 +123,13 @@ class Folding:
         return {
             "sites": sorted(self._sites),
             "candidates": sorted(self._candidates),
+            "rectified": dict(sorted(self.rectified.items())),
+            "rectifiers": dict(sorted(self._rectifiers.items())),
             "readers": {site: sorted(names) for site, names in sorted(self._readers.items())},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where the state was taken."""
         self._sites, self._candidates = set(state["sites"]), set(state["candidates"])
+        self.rectified, self._rectifiers = dict(state["rectified"]), dict(state["rectifiers"])
         self._readers = {site: set(names) for site, names in state["readers"].items()}

@@ -12,6 +12,7 @@ its integers are recovered without loss.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
@@ -19,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_nna.emulator.observers import OBSERVERS, Observer, Range, new_range, restore
+from lightning_nna.emulator.observers import OBSERVERS, MinMax, Observer, Range, new_range, restore
 from lightning_nna.functional.fixed_point import INT16_MAX, INT16_MIN
 
 #: float32 has 24 bits: what the integer does not take is the scale's.
@@ -256,6 +257,23 @@ class RangeTable:
                 self.ranges[key].merge(seen)
             else:
                 self.ranges[key] = seen
+
+    def clamp(self, uppers: Mapping[str, float]) -> None:
+        """Let the outputs of sites begin at 0 and end at a largest value.
+
+        Args:
+            uppers: Largest values by site, infinite for none.
+
+        Example:
+            >>> table = RangeTable()
+            >>> table.observe("relu#0/output", torch.tensor([-9.0, 2.0]))
+            >>> table.clamp({"relu#0": math.inf})
+            >>> table["relu#0/output"]
+            MinMax(minimum=0.0, maximum=2.0)
+        """
+        for site, upper in uppers.items():
+            seen = self.ranges[f"{site}/output"]
+            self.ranges[f"{site}/output"] = MinMax(0.0, min(max(seen.maximum, 0.0), upper))
 
     def state_dict(self) -> dict[str, list[Any]]:
         """Plain values by key."""

@@ -4,12 +4,14 @@ A function of 8 bits is a table of 256 entries, on the output grid that the refe
 (sigmoid 1/256 from -128, tanh 1/128) or that was observed; what the chip has no table for is a
 sequence of instructions, which is one table all the same: silu is a sigmoid and a product, hard
 sigmoid a sum, a clipping and a product. In 16 bits sigmoid and tanh are interpolated tables.
-ReLU and ReLU6 keep the grid of their input. The backward is the function's own derivative at the
+ReLU and ReLU6 keep the grid of their input, which ends at 0 where nothing else reads that input
+(:mod:`lightning_nna.emulator.folding`). The backward is the function's own derivative at the
 quantised input.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -242,6 +244,7 @@ def _clamped(call: Call, input: Tensor, upper: float | None) -> Tensor:
     """ReLU, or ReLU up to a bound, on the grid of its input."""
     x = call.operand(input, "input")
     if call.observing:
+        call.host.folding.rectifies(x.value, math.inf if upper is None else upper)
         result = torch.relu(x.value) if upper is None else x.value.clamp(0, upper)
         return call.unchanged(result, x)
     with float32_arithmetic(x.value):

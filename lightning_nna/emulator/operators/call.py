@@ -145,6 +145,8 @@ class Call:
         """Note a float result's range while observing, and mark it as the chip's."""
         self.host.ranges.observe(f"{self.site}/{name}", result)
         self.host.set_tag(result, PENDING)
+        if name == "output" and self.bits == 8:
+            self.host.folding.observed(result, self.site)
         return result
 
     def unchanged(self, result: Tensor, like: Activation) -> Tensor:
