@@ -5,7 +5,8 @@
 
 A figure is the ratio of two training steps (forward, backward and the optimiser's step) that were
 timed one right after the other, the variant's and the float network's: the median over pairs.
-Memory is the peak of a process of its own, above what it had before the network was made.
+Memory is the peak of a process of its own, above what it had before the network was made a second
+time: what libraries load and compile at their first use does not count.
 """
 
 from __future__ import annotations

@@ -1,4 +1,8 @@
-"""Peak memory of a training step."""
+"""Peak memory of a training step.
+
+What libraries load and compile at their first use is no part of it: the step is made and run once
+before, and let go.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +30,8 @@ def peak_bytes(make: Callable[[], Callable[[], None]], device: torch.device) -> 
     Raises:
         OSError: If the system is not Linux and the device is a CPU.
     """
-    gc.collect()
+    make()()
+    _let_go()
     if device.type == "cuda":
         before = torch.cuda.memory_allocated(device)
         step = make()
@@ -36,12 +41,16 @@ def peak_bytes(make: Callable[[], Callable[[], None]], device: torch.device) -> 
         return int(torch.cuda.max_memory_allocated(device) - before)
     before = _kilobytes("VmRSS")
     step = make()
-    gc.collect()
-    # What making the network has freed goes back to the system and does not hide what a step takes.
-    ctypes.CDLL(None).malloc_trim(0)
+    _let_go()
     Path("/proc/self/clear_refs").write_text(_RESET_PEAK)
     step()
     return (_kilobytes("VmHWM") - before) * 1024
+
+
+def _let_go() -> None:
+    """Give what is free back to the system, so that it does not hide what a step takes."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
 
 
 def _kilobytes(name: str) -> int:
