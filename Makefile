@@ -10,7 +10,7 @@ export MKL_NUM_THREADS ?= 1
 export WANDB_MODE ?= offline
 export NO_MKDOCS_2_WARNING := 1
 
-.PHONY: install demo test check types docs format constraints clean help
+.PHONY: install demo bench test check types docs format constraints clean help
 .DEFAULT_GOAL := help
 
 help:  ## List the targets
@@ -26,6 +26,10 @@ install: .venv/.installed  ## Create .venv and install everything in it
 
 demo: .venv/.installed  ## Train on synthetic speech: float, on the chip, trained for the chip
 	$(BIN)/python -m recipes.demo
+
+bench: .venv/.installed  ## Measure time and memory of training steps, beside other libraries
+	$(BIN)/uv pip install --quiet --python $(BIN)/python -c constraints.txt -e '.[bench]'
+	$(BIN)/python -m recipes.benchmark.emulation
 
 test: .venv/.installed  ## Run the whole suite, doctests and the code blocks of the documentation
 	$(BIN)/python -m pytest -n $(WORKERS)

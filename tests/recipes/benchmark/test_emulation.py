@@ -1,0 +1,103 @@
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from recipes.benchmark import emulation
+from recipes.benchmark.memory import peak_bytes
+from recipes.benchmark.variants import VARIANTS, NotPossibleError, Variant
+from recipes.benchmark.works import WORKS, Work
+
+CPU = torch.device("cpu")
+
+
+def tiny(size: int = 8) -> Work:
+    return Work(
+        "tiny",
+        lambda: nn.Sequential(nn.Linear(size, size), nn.ReLU()),
+        lambda: (torch.randn(4, size),),
+        lambda result, _: result.square().mean(),
+    )
+
+
+@pytest.mark.parametrize("variant", ["float", "exact", "fast"])
+def test_a_step_trains(variant: str) -> None:
+    seen: list[Tensor] = []
+
+    def loss(result: Tensor, _: tuple[Tensor, ...]) -> Tensor:
+        seen.append(result.detach())
+        return result.square().mean() * 1e4  # The learning rate is tiny.
+
+    work = Work("tiny", tiny().module, tiny().batch, loss)
+    VARIANTS[variant].step(work, CPU)()
+    assert not torch.equal(seen[0], seen[-1])
+
+
+@pytest.mark.parametrize("name", WORKS)
+def test_the_loss_of_every_work_reaches_every_parameter(name: str) -> None:
+    torch.manual_seed(0)
+    work = WORKS[name]
+    module, batch = work.module(), work.batch()
+    work.loss(module(*batch), batch).backward()
+    assert all(p.grad is not None and bool(p.grad.any()) for p in module.parameters())
+
+
+def test_what_a_library_cannot_train_is_said() -> None:
+    def refuse(module: nn.Module, batch: tuple[Tensor, ...]) -> nn.Module:
+        raise TypeError("no such layer\nand more")
+
+    with pytest.raises(NotPossibleError, match="TypeError: no such layer$"):
+        Variant("none", refuse).step(tiny(), CPU)
+
+
+def test_ratios_are_to_the_float_step_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = itertools.count()
+    times = {"float": 1.0, "slow": 3.0}
+
+    def seconds(step: Any, repeats: int, device: torch.device) -> float:
+        return times[step()] * (1 + next(clock) // 2)  # A machine that gets slower pair by pair.
+
+    monkeypatch.setattr(emulation, "seconds", seconds)
+    steps = {"slow": lambda: "slow", "float": lambda: "float"}
+    next(clock)  # With the call that finds the number of repeats, pairs begin evenly.
+    ratios, _ = emulation.time_ratios(steps, CPU, pairs=3)  # type: ignore[arg-type]
+    assert ratios == {"slow": [3.0] * 3, "float": [1.0] * 3}
+
+
+def test_peak_memory_is_that_of_the_largest_tensors() -> None:
+    def make() -> Any:
+        kept = torch.ones(4_000_000)
+
+        def step() -> None:
+            (kept + 1).sum()
+
+        return step
+
+    assert peak_bytes(make, CPU) == pytest.approx(32_000_000, rel=0.1)
+
+
+def row(variant: str, time: float | None, **more: Any) -> dict[str, Any]:
+    figures: dict[str, Any] = {"time_ratio": time, "memory_ratio": time}
+    if time is not None:
+        figures |= {"time_ratio_low": time, "time_ratio_high": time, "float_ms": 10.0}
+    common = {"work": "mlp", "device": "CPU", "threads": 1, "command": "python -m x"}
+    return common | {"variant": variant} | figures | more
+
+
+def test_the_page_says_what_is_missed_and_what_could_not_be_done() -> None:
+    rows = [
+        row("float", 1.0),
+        row("exact", 1.9),
+        row("fast", 1.6),
+        row("torchao", None, reason="it cannot"),
+    ]
+    page = emulation.page(rows)
+    assert "| MLP 512-1024-1024-512 | 10.0 | 1.90 (1.90-1.90) | 1.60 (1.60-1.60) | - | - |" in page
+    assert "Time, ours, exact: at most 2.0; met by every work." in page
+    assert "Time, ours, fast: at most 1.5; missed by MLP 512-1024-1024-512 (1.60)." in page
+    assert "Memory: at most 1.5; missed by MLP 512-1024-1024-512, exact (1.90)," in page
+    assert "torchao, MLP 512-1024-1024-512: `it cannot`" in page
