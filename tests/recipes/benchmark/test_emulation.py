@@ -50,7 +50,7 @@ def test_what_a_library_cannot_train_is_said() -> None:
     def refuse(module: nn.Module, batch: tuple[Tensor, ...]) -> nn.Module:
         raise TypeError("no such layer\nand more")
 
-    with pytest.raises(NotPossibleError, match="TypeError: no such layer$"):
+    with pytest.raises(NotPossibleError, match=r"TypeError: no such layer$"):
         Variant("none", refuse).step(tiny(), CPU)
 
 
