@@ -36,6 +36,7 @@ class QParams:
         zero_point: :math:`o`, the integer that stands for 0.
         low: Smallest integer, included.
         high: Largest integer, included.
+        rectified: Whether a ReLU follows, whose backward takes care of what was clipped at 0.
 
     Example:
         >>> QParams(0.5, -128).bounds
@@ -46,6 +47,7 @@ class QParams:
     zero_point: int
     low: int = -128
     high: int = 127
+    rectified: bool = field(default=False, compare=False, repr=False)
 
     @property
     def bounds(self) -> tuple[int, int]:

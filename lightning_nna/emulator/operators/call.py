@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, Protocol
 
@@ -159,7 +159,10 @@ class Call:
         key = f"{self.site}/{name}"
         if key not in self.host.ranges:
             self._frozen(key, compute())
-        return self._grid(key, self.floor)
+        grid = self._grid(key, self.floor)
+        if name == "output" and self.site in self.host.folding.rectified:
+            return replace(grid, rectified=True)
+        return grid
 
     def tagged(self, result: Tensor, qparams: QParams) -> Tensor:
         """Let the result carry its parameters."""

@@ -27,6 +27,8 @@ def clip(rounded: Tensor, qparams: QParams, keep: bool) -> tuple[Tensor, Tensor 
     low, high = qparams.bounds
     # Every grid lies where float32 holds all integers, and half the bytes take half the time.
     rounded = rounded.float()
+    if qparams.rectified:
+        rounded = rounded.clamp_min_(low)
     if not rounded.is_cpu:
         clipped = rounded.clamp(low, high)
         return clipped, (clipped == rounded if keep else None)
