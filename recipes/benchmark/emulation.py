@@ -172,13 +172,15 @@ def page(rows: Sequence[Row]) -> str:
 def _table(rows: Sequence[Row], figure: str) -> list[str]:
     works = [work for work in WORKS if has_row(rows, work=work)]
     others = [variant for variant in VARIANTS if variant != "float"]
-    header = "| work | float, ms | " + " | ".join(VARIANTS[v].title for v in others) + " |"
+    unit = "ms" if figure == "time_ratio" else "MB"
+    header = f"| work | float, {unit} | " + " | ".join(VARIANTS[v].title for v in others) + " |"
     lines = [header, "|---|---|" + "---|" * len(others)]
     for work in works:
         found = {row["variant"]: row for row in rows if row["work"] == work}
         cells = [_cell(found.get(variant), figure) for variant in others]
-        time_ms = f"{found['float']['float_ms']:.1f}"
-        lines.append(f"| {WORKS[work].title} | {time_ms} | " + " | ".join(cells) + " |")
+        base = found["float"]
+        whole = base["float_ms"] if unit == "ms" else base["peak_bytes"] / 1e6
+        lines.append(f"| {WORKS[work].title} | {whole:.1f} | " + " | ".join(cells) + " |")
     return lines
 
 
