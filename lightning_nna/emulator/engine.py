@@ -356,7 +356,7 @@ class Emulator:
         """Give an in-place function's result to the tensor it was called on."""
         tag = self.tag_of(result)
         target.copy_(result)
-        self.folding.forget(target)
+        self.folding.overwritten(target, result)
         if tag is not None:
             self.set_tag(target, tag)
         return target

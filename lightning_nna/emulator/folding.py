@@ -66,10 +66,12 @@ class Folding:
         """Note an operator's result by its site."""
         self._outputs[result] = by
 
-    def forget(self, x: Tensor) -> None:
-        """A result has been overwritten in place: it is another operator's now."""
+    def overwritten(self, x: Tensor, result: Tensor) -> None:
+        """A tensor has taken in another operator's result, in place."""
         for known in (self._outputs, self._producers):
             known.pop(x, None)
+        if result in self._outputs:
+            self._outputs[x] = self._outputs[result]
 
     def rectifies(self, x: Tensor, upper: float) -> None:
         """Note that a ReLU, with a largest value, takes a result in."""

@@ -245,13 +245,15 @@ def _clamped(call: Call, input: Tensor, upper: float | None) -> Tensor:
     x = call.operand(input, "input")
     if call.observing:
         call.host.folding.rectifies(x.value, math.inf if upper is None else upper)
-        result = torch.relu(x.value) if upper is None else x.value.clamp(0, upper)
+        result = torch.relu(x.value) if upper is None else F.hardtanh(x.value, 0.0, upper)
         return call.unchanged(result, x)
     with float32_arithmetic(x.value):
         if upper is None:
             result = torch.relu(x.value)
         else:
-            result = x.value.clamp(0, round(upper / x.qparams.scale) * x.qparams.scale)
+            # What lies at an end has no gradient, nor has what was clipped to it.
+            on_grid = round(upper / x.qparams.scale) * x.qparams.scale
+            result = F.hardtanh(x.value, 0.0, on_grid)
     if call.recording:
         kernel = "RELU" if upper is None else "RELU6"
         call.record(kernel, [x.stored()], [Activation(result, x.qparams).stored()])

@@ -265,14 +265,6 @@ class Call:
 Operator = Callable[..., object]
 
 
-def unlearned(call: Call, x: Tensor) -> Activation:
-    """A constant without a gradient, for fast arithmetic; see :meth:`Call.constant`."""
-    x = x.detach()
-    power_of_two = call.host.spec.power_of_two_scales
-    grid = symmetric_qparams(float(x.abs().max()), bits=call.bits, power_of_two=power_of_two)
-    return Activation((x / grid.scale).round_().mul_(grid.scale), grid, constant=True)
-
-
 def _constant(x: Tensor, bits: int, power_of_two: bool) -> Activation:
     magnitude = float(x.detach().abs().max()) if x.numel() else 0.0
     qparams = symmetric_qparams(magnitude, bits=bits, power_of_two=power_of_two)

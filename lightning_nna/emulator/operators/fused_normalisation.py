@@ -15,12 +15,12 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from lightning_nna.emulator.operators.call import Activation, Call, unlearned
+from lightning_nna.emulator.operators.call import Activation, Call
 from lightning_nna.emulator.operators.clipping import Clipped
 from lightning_nna.emulator.operators.elementwise import LEFT_SHIFT, grid_of_sum, product_factor
 from lightning_nna.emulator.operators.reduction import average, mean_grid
 from lightning_nna.emulator.operators.rescaling import RoundingKind, prepared
-from lightning_nna.emulator.ranges import QParams, symmetric_qparams
+from lightning_nna.emulator.ranges import QParams, not_finite, symmetric_qparams
 from lightning_nna.functional.fixed_point import INT32_MAX
 from lightning_nna.functional.interpolated_tables import (
     interpolate,
@@ -127,7 +127,7 @@ def _in_float32(
     """The same with one rounding an instruction, in float32."""
     wide = call.part("wide", bits=16)
     program = _Float32(wide, x.qparams.widened(), columns, eps, centred)
-    gain, shift = (None if p is None else unlearned(wide, p) for p in (weight, bias))
+    gain, shift = (None if p is None else _constant(wide, p) for p in (weight, bias))
     y = grid_of(call)
     rows = x.value.detach().reshape(-1, columns)
     result = torch.empty_like(rows)
@@ -146,6 +146,16 @@ def _in_float32(
         torch.mul(clipped.clip(moved, y, first * columns), y.scale, out=target)
         first += len(source)
     return result.view(x.value.shape), y, clipped.joined()
+
+
+def _constant(call: Call, x: Tensor) -> Activation:
+    """A constant without a gradient; see :meth:`.Call.constant`."""
+    x = x.detach()
+    power_of_two, largest = call.host.spec.power_of_two_scales, float(x.abs().max())
+    if not math.isfinite(largest):
+        raise FloatingPointError(not_finite("a constant", -largest, largest))
+    grid = symmetric_qparams(largest, bits=call.bits, power_of_two=power_of_two)
+    return Activation((x / grid.scale).round_().mul_(grid.scale), grid, constant=True)
 
 
 class _Float32:
