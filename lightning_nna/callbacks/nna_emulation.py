@@ -43,7 +43,8 @@ class NNAEmulation(Callback):
         targets: Globs or ``re:…`` on module names; a selected module counts with all it contains.
             Losses and torchmetrics are never emulated.
         calibration_steps: Optimiser steps that are observed; 0 if ``calibrate`` was called before.
-        fidelity: In training: ``"exact"``, or ``"fast"`` for float rounding in requantisation.
+        fidelity: In training: ``"exact"``, or ``"fast"`` for float rounding in requantisation to
+            8 bits; a chip of 16-bit activations is exact all the same.
         observer: How ranges follow from what is observed: ``"min_max"``, ``"moving_average"``,
             ``"percentile"`` or ``"mse"``.
         telemetry_every_n_steps: Optimiser steps from one sample of the telemetry to the next; 0

@@ -20,7 +20,7 @@ from lightning_nna.emulator.arguments import floats, is_in_place
 from lightning_nna.emulator.folding import Folding
 from lightning_nna.emulator.forward_hooks import ForwardHooks
 from lightning_nna.emulator.interception import ROOT, Interception, SiteTable
-from lightning_nna.emulator.learned_steps import LEARNED, Learned, LearnedSteps, operands_on_chip
+from lightning_nna.emulator.learned_steps import Learned, LearnedSteps, operands_on_chip
 from lightning_nna.emulator.non_finite import with_cause
 from lightning_nna.emulator.observers import Observer
 from lightning_nna.emulator.operators.call import Call
@@ -51,7 +51,7 @@ class Emulator:
         module: Any module; a LightningModule's own ``*_step`` methods stay in float.
         spec: The chip: a preset's name, an ``NNASpec``, its keys, or a YAML file.
         targets: Globs or ``re:…`` on module names; a selected module counts with all it contains.
-        fidelity: ``"exact"``, or ``"fast"`` for float rounding in the requantisation.
+        fidelity: ``"exact"``, or ``"fast"`` for float rounding in the requantisation to 8 bits.
         observer: How ranges follow from what is observed: ``"min_max"``, ``"moving_average"``,
             ``"percentile"`` or ``"mse"``.
 
@@ -117,6 +117,7 @@ class Emulator:
             run=self._run,
             move=self._move,
             joins=self._share_a_grid,
+            read=self.read,
             fallback=self._fall_back,
         )
         for name, child in named.items():
@@ -194,11 +195,7 @@ class Emulator:
         Raises:
             ValueError: If ``steps`` is not ``"none"``, ``"weights"`` or ``"all"``.
         """
-        if steps not in LEARNED:
-            raise ValueError(f"learned_steps must be one of {list(LEARNED)}, got {steps!r}")
-        self.steps.learning = steps
-        if steps == "all" and self.calibrated and not self.steps.activations:
-            self.steps.start(self.ranges)
+        self.steps.learn(steps, self.ranges if self.calibrated else None)
 
     def state_dict(self) -> dict[str, Any]:
         """Ranges, call sites and learned steps as plain values."""
@@ -307,7 +304,8 @@ class Emulator:
             self,
             key,
             self.phase == "observe",
-            self.fidelity == "exact",
+            # Beside 16 bits float32 has no room for a rounding that is nearly always right.
+            self.fidelity == "exact" or self.spec.activation_bits == 16,
             self.spec.activation_bits,
         )
         sampled = self.telemetry is not None and operator.name and self.phase == "emulate"
@@ -375,6 +373,12 @@ class Emulator:
                 if leaf.dtype == torch.float32:  # Other types cannot hold every integer.
                     self.set_tag(leaf, tag)
         return result
+
+    def read(self, values: Any) -> None:
+        """Note that something that is not on the chip reads activations, nested."""
+        if self.phase == "observe":
+            for x in floats(values):
+                self.folding.reads(x, "something else")
 
     def _share_a_grid(self, args: tuple[Any, ...]) -> bool:
         """Whether every float tensor among arguments carries the same parameters."""

@@ -2,7 +2,8 @@
 
 While ranges are observed, a layer notes its result, and everything that takes it in is noted as a
 reader. A layer folds if a batch norm is its only reader. From then on its result, on no grid yet,
-waits with the layer's sums for that norm.
+waits with the layer's sums for that norm. A function out of scope and whoever gets what the root's
+forward returns are readers, too.
 
 An operator of any kind whose only reader is a ReLU needs no grid for what that ReLU takes away: its
 range ends at 0 (and at 6), so that its own clipping is the ReLU, as the fused activation of a

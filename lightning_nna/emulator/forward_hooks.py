@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from lightning_nna.emulator.interception import ROOT
+
 if TYPE_CHECKING:
     from lightning_nna.emulator.engine import Emulator
 
@@ -42,5 +44,6 @@ class ForwardHooks:
             return
         stack = self.emulator.interception.scope.stack
         if stack:
-            stack.pop()
+            if stack.pop() == ROOT:
+                self.emulator.read(result)
             self.emulator.leave_scope()

@@ -39,15 +39,21 @@ ROOT = "."
 _TORCH_FOLDER = str(Path(torch.__file__).parent) + os.sep
 _MODULE_CALL = nn.Module.__call__.__code__.co_filename
 _BACKWARD = frozenset({"backward", "grad"})
-# Functions that give numbers, masks, shapes or fresh tensors: no value of an activation changes.
+# Functions that give numbers or masks of values: no value changes, but somebody has read it.
+_DECISIONS = frozenset(
+    """
+    item tolist numpy __bool__ __repr__ __format__ __array__ eq ne lt le gt ge __eq__ __ne__ __lt__
+    __le__ __gt__ __ge__ isnan isinf isfinite any all argmax argmin nonzero equal allclose
+    """.split()
+)
+# Functions that give shapes or fresh tensors.
 _IGNORED = frozenset(
     """
-    __len__ __get__ __set__ size dim numel stride is_contiguous storage_offset data_ptr item
-    tolist numpy __bool__ __repr__ __format__ __hash__ __array__ is_floating_point is_complex
+    __len__ __get__ __set__ size dim numel stride is_contiguous storage_offset data_ptr
+    __hash__ is_floating_point is_complex
     zeros ones empty full arange tensor zeros_like ones_like empty_like full_like new_zeros
     new_ones new_empty new_full new_tensor rand randn rand_like randn_like randint linspace eye
-    eq ne lt le gt ge __eq__ __ne__ __lt__ __le__ __gt__ __ge__ isnan isinf isfinite any all
-    argmax argmin nonzero equal allclose is_same_size register_hook retain_grad
+    is_same_size register_hook retain_grad
     record_stream is_tensor is_autocast_enabled get_device type element_size nelement
     _nested_tensor_from_mask_left_aligned
     """.split()
@@ -100,6 +106,7 @@ class Interception(TorchFunctionMode):
         run: Called with ``(operator, key, func, args, kwargs)`` for an operator in scope.
         move: Called with ``(func, args, kwargs)`` for a movement.
         joins: Whether all float tensors among arguments lie on one grid.
+        read: Called with what a function out of scope takes in, or one that decides by values.
         fallback: Called with ``(key, func, args, kwargs)`` for anything else in scope.
     """
 
@@ -113,12 +120,13 @@ class Interception(TorchFunctionMode):
         run: Callable[..., Any],
         move: Callable[..., Any],
         joins: Callable[..., bool],
+        read: Callable[[Any], None],
         fallback: Callable[..., Any],
     ) -> None:
         super().__init__()
         self.paths, self.allowed, self.root_in_scope = paths, allowed, root_in_scope
         self.sites, self.run, self.fallback = sites, run, fallback
-        self.move, self.joins = move, joins
+        self.move, self.joins, self.read = move, joins, read
         self.scope = Scope()
         self._keys: dict[tuple[object, ...], str] = {}
         self._code: list[CodeType] = []
@@ -164,6 +172,9 @@ class Interception(TorchFunctionMode):
             return func(*args, **kwargs)
         if kind == "backward":
             return self._outside(func, args, kwargs)
+        if kind == "decision":
+            self.read((args, kwargs))
+            return func(*args, **kwargs)
         if kind == "movement" or _is_padding(name, args, kwargs):
             return self.move(func, args, kwargs)
         if name in JOINS and not chooses_a_number(name, args) and self.joins(args):
@@ -175,6 +186,7 @@ class Interception(TorchFunctionMode):
             return func(*args, **kwargs)
         path, location = self._locate()
         if path is None:
+            self.read((args, kwargs))
             return func(*args, **kwargs)
         if operator is None:
             return self.fallback(self._key(path, name.strip("_"), location), func, args, kwargs)
@@ -269,7 +281,7 @@ def _describe(code: CodeType, instruction: int) -> str:
 
 
 def _kind_of(func: Callable[..., Any]) -> tuple[str, str]:
-    """Name of a function, and what it always is: ignored, backward, movement, or none of these."""
+    """Name of a function, and what it always is; the empty string if that depends on the call."""
     name = getattr(func, "__name__", "")
     if name in _BACKWARD:
         return name, "backward"
@@ -278,6 +290,8 @@ def _kind_of(func: Callable[..., Any]) -> tuple[str, str]:
     if name == "__get__":
         viewed = getattr(getattr(func, "__self__", None), "__name__", "") in VIEW_PROPERTIES
         return name, "movement" if viewed else "ignored"
+    if name in _DECISIONS:
+        return name, "decision"
     return name, "ignored" if name in _IGNORED else ""
 
 

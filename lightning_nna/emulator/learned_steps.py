@@ -88,7 +88,23 @@ class LearnedSteps:
         """Every step by its key, in an order that is the same on all ranks."""
         return {**dict(sorted(self.weights.items())), **dict(sorted(self.activations.items()))}
 
-    def start(self, ranges: RangeTable) -> None:
+    def learn(self, learning: Learned, ranges: RangeTable | None) -> None:
+        """Choose which steps are learned from now on.
+
+        Args:
+            learning: See :attr:`learning`.
+            ranges: Frozen ones, from which steps of activations start; None before that.
+
+        Raises:
+            ValueError: If ``learning`` is unknown.
+        """
+        if learning not in LEARNED:
+            raise ValueError(f"learned_steps must be one of {list(LEARNED)}, got {learning!r}")
+        self.learning = learning
+        if learning == "all" and ranges is not None and not self.activations:
+            self._start(ranges)
+
+    def _start(self, ranges: RangeTable) -> None:
         """Give a step to every output that can learn one; those of weights follow at first use."""
         bits, power_of_two = self.spec.activation_bits, self.spec.power_of_two_scales
         for key in sorted(ranges.ranges):

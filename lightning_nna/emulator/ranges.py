@@ -235,13 +235,13 @@ class RangeTable:
         low, high = (float(bound) for bound in torch.aminmax(x.detach().float()))
         if not (math.isfinite(low) and math.isfinite(high)):
             raise FloatingPointError(not_finite(key, low, high))
-        tables = [self.ranges, self._fresh] if _is_distributed() else [self.ranges]
+        tables = [self.ranges, self._fresh] if is_distributed() else [self.ranges]
         for table in tables:
             table.setdefault(key, new_range(self.observer)).update(x, low, high)
 
     def share(self) -> None:
         """Let every rank of a distributed run have what any of them has seen."""
-        if not _is_distributed():
+        if not is_distributed():
             return
         mine = {key: seen.state() for key, seen in self._fresh.items()}
         tables: list[Any] = [None] * torch.distributed.get_world_size()
@@ -295,5 +295,6 @@ def not_finite(key: str, low: float, high: float) -> str:
     )
 
 
-def _is_distributed() -> bool:
+def is_distributed() -> bool:
+    """Whether other ranks take part in this run."""
     return torch.distributed.is_available() and torch.distributed.is_initialized()

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_nna.emulator.learned_steps import LearnedSteps
+from lightning_nna.emulator.ranges import is_distributed
 
 
 class StepOptimizer:
@@ -51,7 +52,7 @@ class StepOptimizer:
             divisor: What the loss was multiplied with, as a gradient scaler does.
         """
         with torch._C.DisableTorchFunction(), torch.no_grad():
-            if _is_distributed():
+            if is_distributed():
                 _agree_on_keys(steps)
                 _average(steps.tensors())
             self._hold(steps.tensors())
@@ -135,7 +136,3 @@ def _agree_on_keys(steps: LearnedSteps) -> None:
 
 def _is_finite(grads: list[Tensor]) -> bool:
     return all(bool(torch.isfinite(grad).all()) for grad in grads)
-
-
-def _is_distributed() -> bool:
-    return torch.distributed.is_available() and torch.distributed.is_initialized()

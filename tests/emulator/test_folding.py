@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_padded_sequence
 
 from lightning_nna import emulate
 from lightning_nna.emulator.ranges import QParams, affine_qparams
@@ -57,6 +58,58 @@ def test_the_grid_begins_at_zero(name: str) -> None:
     largest = min(float(net.first(3 * x).detach().max()), upper)
     assert grid.zero_point == -128
     assert grid.scale == pytest.approx(largest / 255, rel=1e-4)
+
+
+class Packed(nn.Module):
+    """A recurrent layer whose packed output meets a ReLU: it is the layer's state, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(20, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        packed = pack_padded_sequence(x, [7, 5, 3])
+        return torch.relu(self.lstm(packed)[0].data)
+
+
+def test_a_recurrent_state_keeps_its_range() -> None:
+    torch.manual_seed(0)
+    net, x = Packed(), torch.randn(7, 3, 20)
+    with emulate(net) as chip, torch.no_grad():
+        with chip.observing():
+            net(x)
+        assert chip.ranges["lstm/lstm#0/layer0/output"].minimum < -0.05
+
+
+class Returning(Layers):
+    """Gives out what a ReLU reads."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        hidden = self.first(3 * x)
+        return hidden, self.second(torch.relu(hidden))
+
+
+READ_OUTSIDE: dict[str, tuple[nn.Module, Callable[..., object]]] = {
+    "returned": (Returning(torch.relu), lambda net, x: net(x)),
+    "decided by": (
+        Layers(lambda x: torch.relu(x) + x.argmax(-1, keepdim=True)),
+        lambda net, x: net(x),
+    ),
+    "in a loss": (
+        Layers(torch.relu),
+        lambda net, x: (net.second(torch.relu(h := net.first(3 * x))), F.mse_loss(h, h)),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", READ_OUTSIDE)
+def test_what_is_read_outside_of_the_chip_keeps_its_range(name: str) -> None:
+    net, run = READ_OUTSIDE[name]
+    x = torch.randn(500, 20)
+    with emulate(net) as chip, torch.no_grad():
+        with chip.observing():
+            run(net, x)
+        assert chip.ranges["first/fully_connected#0/output"].minimum < -1
 
 
 @pytest.mark.parametrize("name", NOT_FOLDED)

@@ -16,17 +16,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_nna import coverage, emulate
 from lightning_nna.testing import SmallNet
-
-
-class Function(nn.Module):
-    """A module of one expression."""
-
-    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.function(x)
+from tests.emulator.modules import Function
 
 
 def sites(module: nn.Module, *inputs: Tensor) -> dict[str, bool]:

@@ -15,20 +15,9 @@ from lightning_nna import emulate
 from lightning_nna.emulator.coverage import coverage
 from lightning_nna.functional.log_softmax import log_softmax_int8
 from tests import litert
+from tests.emulator.modules import Function
 from tests.emulator.replay import replays
 from tests.litert import OperatorSpec, TensorSpec
-
-
-class Calling(nn.Module):
-    """A module of one function."""
-
-    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.function(x)
-
 
 FORMS: dict[str, Callable[[Tensor], Tensor]] = {
     "functional": lambda x: F.log_softmax(x, dim=-1),
@@ -46,7 +35,7 @@ def test_equals_litert(form: str, span: float) -> None:
     x = span * torch.randn(20, 30, 50)
     x[:, :3] = x.amin()  # Rows of equal scores, and rows of extremes.
     x[:, 3:6] = x.amax() * torch.randn(20, 3, 50).sign()
-    assert replays(Calling(FORMS[form]), x)["LOG_SOFTMAX"] == 30_000
+    assert replays(Function(FORMS[form]), x)["LOG_SOFTMAX"] == 30_000
 
 
 @pytest.mark.exactness

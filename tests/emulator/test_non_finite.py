@@ -11,17 +11,7 @@ from torch import Tensor, nn
 
 from lightning_nna import emulate
 from lightning_nna.testing import SmallNet
-
-
-class Function(nn.Module):
-    """A module of one expression."""
-
-    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.function(x)
+from tests.emulator.modules import Function
 
 
 class Attention(nn.Module):

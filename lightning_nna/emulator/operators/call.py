@@ -262,9 +262,6 @@ class Call:
         self.record("QUANTIZE", [source], [result.stored()])
 
 
-Operator = Callable[..., object]
-
-
 def _constant(x: Tensor, bits: int, power_of_two: bool) -> Activation:
     magnitude = float(x.detach().abs().max()) if x.numel() else 0.0
     qparams = symmetric_qparams(magnitude, bits=bits, power_of_two=power_of_two)

@@ -51,14 +51,19 @@ def inside(grad: Tensor, clipped: Tensor | None) -> Tensor:
 
 
 class Clipped:
-    """What was clipped of a tensor that is computed block by block."""
+    """What was clipped of a tensor that is computed block by block.
 
-    def __init__(self) -> None:
+    Args:
+        keep: Whether the backward needs to know.
+    """
+
+    def __init__(self, keep: bool) -> None:
+        self.keep = keep
         self._found: list[Tensor] = []
 
     def clip(self, rounded: Tensor, qparams: QParams, first: int) -> Tensor:
         """Clip a block whose first element has the flat index ``first``, see :func:`clip`."""
-        centred, clipped = clip(rounded, qparams, keep=True)
+        centred, clipped = clip(rounded, qparams, self.keep)
         if clipped is not None:
             # A mask is that of the only block.
             self._found.append(clipped if clipped.dtype == torch.bool else clipped + first)
@@ -91,7 +96,7 @@ def rescale_rows(
     columns = sums.shape[1]
     step = max(1, _BLOCK // max(columns, 1))
     room = torch.empty(min(step, len(sums)), columns, dtype=rescaler.dtype)
-    values, blocks = torch.empty(sums.shape), Clipped()
+    values, blocks = torch.empty(sums.shape), Clipped(keep)
     for first in range(0, len(sums), step):
         block = sums[first : first + step]
         centred = blocks.clip(rescaler(room[: len(block)].copy_(block)), y, first * columns)

@@ -132,7 +132,7 @@ def _in_float32(
     rows = x.value.detach().reshape(-1, columns)
     result = torch.empty_like(rows)
     size = max(1, _FLOAT32_BLOCK // columns) if rows.is_cpu else max(len(rows), 1)
-    clipped, first = Clipped(), 0
+    clipped, first = Clipped(keep=True), 0
     for source, target in zip(rows.split(size), result.split(size), strict=True):
         normalised, grid = program(source)
         if gain is not None:
@@ -284,7 +284,7 @@ class _Line:
 
     def onto(self, y: QParams) -> Clipped:
         """Requantise; gives back what will have been clipped once the steps have run."""
-        columns, clipped = self.rows.shape[1], Clipped()
+        columns, clipped = self.rows.shape[1], Clipped(keep=True)
         rescaler = self._prepared(self.grid.scale / y.scale, float(self.grid.largest))
         same = self.grid == y
         self._then(

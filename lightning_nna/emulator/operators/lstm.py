@@ -94,6 +94,8 @@ def lstm_layer(
             call.host.ranges.observe(f"{call.site}/hidden", hidden)
         if call.observing:
             result = call.observed(outputs)
+            # The layer reads its output itself, as the state of the next step.
+            call.host.folding.reads(result, f"{call.site}/state")
             return result, call.viewed(layout.last(outputs), result), layout.last(cells)
     cell, y = _cell(call, x, layout, h_0, c_0, weights)
     with float32_arithmetic(rows):
