@@ -21,12 +21,13 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_nna.callbacks.step_counter import StepCounter
 from lightning_nna.emulator.attachment import attach
 from lightning_nna.emulator.engine import Emulator, Fidelity
+from lightning_nna.emulator.keyed_adam import KeyedAdam, agree_on_keys
 from lightning_nna.emulator.learned_steps import LEARNED, Learned
 from lightning_nna.emulator.observers import OBSERVERS, Observer
 from lightning_nna.emulator.spec import NNASpec, resolve_spec
-from lightning_nna.emulator.step_optimizer import StepOptimizer
 from lightning_nna.emulator.telemetry import Telemetry
 
 
@@ -111,16 +112,19 @@ class NNAEmulation(Callback):
         self.observer: Observer = observer
         self.telemetry_every_n_steps = telemetry_every_n_steps
         self.learned_steps: Learned = learned_steps
-        self._step_optimizer = StepOptimizer(step_lr)
+        self._step_optimizer = KeyedAdam(step_lr)
         self._scaler: Any = None
         #: Figures of every call site, summed over the samples of the whole run.
         self.telemetry = Telemetry()
-        self.steps = 0
+        self._counter = StepCounter(self._stepped)
         self._sampled = -1
         self._emulator: Emulator | None = None
         self._saved: dict[str, Any] | None = None
-        self._counts: dict[int, int] = {}
-        self._handles: list[Any] = []
+
+    @property
+    def steps(self) -> int:
+        """Optimiser steps so far."""
+        return self._counter.steps
 
     @property
     def emulator(self) -> Emulator:
@@ -143,12 +147,10 @@ class NNAEmulation(Callback):
                 "calibration_steps=0, and no ranges were observed before: call "
                 "lightning_nna.calibrate(module, batches), or set calibration_steps"
             )
-        # Attached here and not earlier: optimisers exist only now, some are built in __init__.
-        self._counts = {}
         # That of fp16 mixed precision; others have none.
         self._scaler = getattr(trainer.precision_plugin, "scaler", None)
-        for optimizer in trainer.optimizers:
-            self._handles.append(optimizer.register_step_post_hook(self._count))
+        # Attached here and not earlier: optimisers exist only now, some are built in __init__.
+        self._counter.attach(trainer.optimizers)
 
     @override
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -204,7 +206,7 @@ class NNAEmulation(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
         # What is left from a step that a gradient scaler skipped.
-        self._step_optimizer.zero_grad(self.emulator.steps)
+        self._step_optimizer.zero_grad(self.emulator.steps.tensors())
 
     @override
     def on_train_batch_end(
@@ -271,7 +273,7 @@ class NNAEmulation(Callback):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.steps, self._saved = int(state_dict["steps"]), state_dict["emulator"]
+        self._counter.steps, self._saved = int(state_dict["steps"]), state_dict["emulator"]
         self.telemetry.load_state_dict(state_dict["telemetry"])
         self._sampled = int(state_dict["sampled"])
         self._step_optimizer.load_state_dict(state_dict.get("step_optimizer", {}))
@@ -281,7 +283,7 @@ class NNAEmulation(Callback):
     def __getstate__(self) -> dict[str, Any]:
         """A copy or pickle has the ranges, not the module."""
         state = dict(self.__dict__)
-        state.update(_emulator=None, _saved=self.state_dict()["emulator"], _handles=[], _counts={})
+        state.update(_emulator=None, _saved=self.state_dict()["emulator"])
         return {**state, "_scaler": None}
 
     # --- own ------------------------------------------------------------------------------------
@@ -326,23 +328,16 @@ class NNAEmulation(Callback):
         self.emulator.learn("none")
         self.emulator.phase = "float"
 
-    def _count(self, optimizer: Optimizer, *_: Any) -> None:
-        """Steps of the optimiser that steps most: with several, a batch is one step.
-
-        Learned steps move with every optimiser; the second one of a batch finds no gradient.
-        """
+    def _stepped(self, advanced: bool) -> None:
+        """Learned steps move with every optimiser; the second of a batch finds no gradient."""
         if self.learned_steps != "none" and self.emulator.calibrated:
             divisor = 1.0 if self._scaler is None else self._scaler.get_scale()
-            self._step_optimizer.update(self.emulator.steps, divisor=divisor)
-        before = max(self._counts.values(), default=0)
-        self._counts[id(optimizer)] = self._counts.get(id(optimizer), 0) + 1
-        self.steps += max(self._counts.values()) - before
+            agree_on_keys(self.emulator.steps)
+            self._step_optimizer.update(self.emulator.steps.tensors(), divisor=divisor)
 
     def _release(self) -> None:
         """Take hooks off the optimisers, and leave the scope that an exception left open."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        self._counter.detach()
         if self._emulator is not None:
             self._emulator.abandon_scope()
 

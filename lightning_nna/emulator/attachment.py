@@ -79,7 +79,7 @@ def emulate(
         targets: Modules that count, see :class:`Emulator`.
         fidelity: See :class:`Emulator`.
         learned_steps: Steps that the block trains: of ``"weights"``, of ``"all"``, or ``"none"``;
-            see :mod:`.learned_steps` and :class:`.StepOptimizer`. Steps that were learned before
+            see :mod:`.learned_steps` and :class:`.KeyedAdam`. Steps that were learned before
             are used in any case.
 
     Yields:

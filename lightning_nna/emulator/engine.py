@@ -36,7 +36,8 @@ from lightning_nna.emulator.scope import (
 )
 from lightning_nna.emulator.spec import NNASpec, resolve_spec
 from lightning_nna.emulator.telemetry import Telemetry, in_float
-from lightning_nna.emulator.weights import QuantizedWeight, quantize_weight
+from lightning_nna.emulator.weight_pipeline import on_grid
+from lightning_nna.emulator.weights import QuantizedWeight
 
 Fidelity = Literal["exact", "fast"]
 Phase = Literal["float", "observe", "emulate"]
@@ -243,12 +244,7 @@ class Emulator:
             if step is not None:
                 quantized = self.steps.quantized(weight, step, rows_per_scale)
             else:
-                quantized = quantize_weight(
-                    weight,
-                    rows_per_scale=rows_per_scale,
-                    maximum=self.spec.weight_max,
-                    power_of_two=self.spec.power_of_two_scales,
-                )
+                quantized = on_grid(self.steps.pipeline, weight, rows_per_scale, self.spec)
             held = (weight, versions, quantized)
             self._weights[key] = held
             self.used_weights[id(weight)] = rows_per_scale

@@ -43,6 +43,7 @@ from lightning_nna.emulator.ranges import (
     round_to_significand,
 )
 from lightning_nna.emulator.spec import NNASpec
+from lightning_nna.emulator.weight_pipeline import pipeline_of
 from lightning_nna.emulator.weights import (
     QuantizedWeight,
     largest_steps,
@@ -78,6 +79,7 @@ class LearnedSteps:
 
     def __init__(self, module: nn.Module, spec: NNASpec) -> None:
         self.spec = spec
+        self.pipeline = pipeline_of(module)
         self.learning: Learned = "none"
         self.weights: dict[str, Tensor] = {}
         self.activations: dict[str, Tensor] = {}
@@ -122,6 +124,8 @@ class LearnedSteps:
     def of_weight(self, weight: Tensor, rows_per_scale: int) -> Tensor | None:
         """The step of a weight; made here if weights learn and this one is trained."""
         if self.learning == "none" and not self.weights:
+            return None
+        if self.pipeline.grid_of(weight) is not None:  # Another method has put it on a grid.
             return None
         name, held = self._names.get(id(weight), ("", None))
         if held is None or held() is not weight:  # Computed from parameters, or a buffer.

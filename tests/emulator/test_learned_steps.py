@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lightning_nna import bake, calibrate, emulate
-from lightning_nna.emulator.step_optimizer import StepOptimizer
+from lightning_nna.emulator.keyed_adam import KeyedAdam
 from lightning_nna.testing import SmallNet
 from lightning_nna.testing.contract import assert_same
 from tests.emulator.replay import replays
@@ -162,7 +162,7 @@ def test_what_follows_in_place_is_allowed() -> None:
     assert chip.steps.activations["0/fully_connected#0/output"].grad is not None
 
 
-def train(net: nn.Module, x: Tensor, optimizer: StepOptimizer, updates: int) -> None:
+def train(net: nn.Module, x: Tensor, optimizer: KeyedAdam, updates: int) -> None:
     """Some updates of the weights and steps of a module that is on the chip."""
     with emulate(net, learned_steps="all") as chip:
         ordinary = torch.optim.SGD(net.parameters(), lr=0.1)
@@ -170,7 +170,7 @@ def train(net: nn.Module, x: Tensor, optimizer: StepOptimizer, updates: int) -> 
             ordinary.zero_grad()
             net(x).square().mean().backward()
             ordinary.step()
-            optimizer.update(chip.steps)
+            optimizer.update(chip.steps.tensors())
 
 
 def trained_for(learned: str) -> float:
@@ -179,13 +179,13 @@ def trained_for(learned: str) -> float:
     net, x, spec = SmallNet(8, 32, 4), torch.randn(256, 8), {"weight_bits": 3}
     y = net(x).detach()
     calibrate(net, [x], spec=spec)
-    ordinary, optimizer = torch.optim.Adam(net.parameters(), 1e-3), StepOptimizer(0.01)
+    ordinary, optimizer = torch.optim.Adam(net.parameters(), 1e-3), KeyedAdam(0.01)
     with emulate(net, spec, fidelity="fast", learned_steps=learned) as chip:  # type: ignore[arg-type]
         for _ in range(100):
             ordinary.zero_grad()
             F.mse_loss(net(x), y).backward()
             ordinary.step()
-            optimizer.update(chip.steps)
+            optimizer.update(chip.steps.tensors())
     with torch.no_grad(), emulate(net, spec):
         return float(F.mse_loss(net(x), y))
 
@@ -202,12 +202,12 @@ def test_what_was_trained_is_what_litert_computes(spec: str) -> None:
 
     def learn(net: nn.Module, chip: object) -> None:
         assert chip is not None
-        optimizer, ordinary = StepOptimizer(0.05), torch.optim.SGD(net.parameters(), lr=0.1)
+        optimizer, ordinary = KeyedAdam(0.05), torch.optim.SGD(net.parameters(), lr=0.1)
         chip.learn("all")  # type: ignore[attr-defined]
         for _ in range(4):
             net(x).square().mean().backward()
             ordinary.step()
-            optimizer.update(chip.steps)  # type: ignore[attr-defined]
+            optimizer.update(chip.steps.tensors())  # type: ignore[attr-defined]
         chip.learn("none")  # type: ignore[attr-defined]
         moved = optimizer.state_dict()
         assert {"first.weight:1", "first/fully_connected#0/output"} <= moved.keys()
@@ -220,7 +220,7 @@ def test_what_is_baked_lies_on_the_learned_grid() -> None:
     torch.manual_seed(0)
     net, x = SmallNet(), torch.randn(32, 4)
     chip = calibrate(net, [x])
-    train(net, x, StepOptimizer(0.05), 3)
+    train(net, x, KeyedAdam(0.05), 3)
     with torch.no_grad(), emulate(net):
         on_chip = net(x)
     state, exponent = chip.state_dict(), chip.steps.weights["first.weight:1"].detach()
@@ -257,11 +257,11 @@ def test_a_scaled_gradient_is_divided_and_one_that_overflowed_dropped() -> None:
     nets[1].load_state_dict(nets[0].state_dict())
     states = []
     for net, scale in zip(nets, (1.0, 1024.0), strict=True):
-        chip, optimizer = calibrate(net, [x]), StepOptimizer(0.05)
+        chip, optimizer = calibrate(net, [x]), KeyedAdam(0.05)
         for factor in (scale, scale * 1e38 * 1e3, scale):
             with emulate(net, learned_steps="all"):
                 (net(x).square().sum() * factor).backward()
-                optimizer.update(chip.steps, divisor=scale)
+                optimizer.update(chip.steps.tensors(), divisor=scale)
         states.append((chip.steps.state_dict(), optimizer.state_dict()))
     assert_same(*states)
     assert float(states[0][1]["first.weight:1"]["step"]) == 2
@@ -271,7 +271,7 @@ def test_the_optimiser_goes_on_where_its_state_was_taken() -> None:
     torch.manual_seed(0)
     net, x = SmallNet(), torch.randn(32, 4)
     chip = calibrate(net, [x])
-    first = StepOptimizer(0.05)
+    first = KeyedAdam(0.05)
     train(net, x, first, 3)
     weights, before, state = net.state_dict(), chip.state_dict(), first.state_dict()
     weights = {name: value.clone() for name, value in weights.items()}
@@ -279,7 +279,7 @@ def test_the_optimiser_goes_on_where_its_state_was_taken() -> None:
     expected = chip.steps.state_dict()
     net.load_state_dict(weights)
     chip.load_state_dict(before)
-    second = StepOptimizer(0.05)
+    second = KeyedAdam(0.05)
     second.load_state_dict(state)
     train(net, x, second, 3)
     assert_same(chip.steps.state_dict(), expected)
@@ -292,7 +292,7 @@ def test_wrong_settings_are_named() -> None:
     with pytest.raises(ValueError, match=r"learned_steps must be one of .*got 'biases'"):
         wrong.__enter__()
     with pytest.raises(ValueError, match="step_lr must be positive, got 0"):
-        StepOptimizer(0.0)
+        KeyedAdam(0.0)
 
 
 class Computed(nn.Module):

@@ -1,4 +1,4 @@
-"""The optimiser of learned steps: Adam, by key, the same on every rank."""
+"""Adam by key, for what methods learn beside the weights; the same on every rank."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ from lightning_nna.emulator.learned_steps import LearnedSteps
 from lightning_nna.emulator.ranges import is_distributed
 
 
-class StepOptimizer:
-    """Adam for the steps of one module, whatever optimisers its parameters have.
+class KeyedAdam:
+    """Adam for learned steps or centroids, whatever optimisers the module's parameters have.
 
-    Steps come when their weight is first used, so state is kept by key and not by position.
+    Some come when their weight is first used, so state is kept by key and not by position.
 
     Args:
-        learning_rate: Change of a step's logarithm to base 2 in one update: 0.01 is 0.7 %.
+        learning_rate: Change of a number in one update; for a step's logarithm to base 2, 0.01 is
+            0.7 %.
 
     Raises:
         ValueError: If ``learning_rate`` is not positive.
@@ -31,43 +32,43 @@ class StepOptimizer:
         >>> with emulate(net, learned_steps="all") as chip:
         ...     net(x).square().mean().backward()
         >>> before = chip.steps.state_dict()
-        >>> StepOptimizer(0.01).update(chip.steps)
+        >>> KeyedAdam(0.01).update(chip.steps.tensors())
         >>> abs(chip.steps.weights["weight:1"] - before["weights"]["weight:1"]).round(decimals=3)
         tensor([0.0100, 0.0100], grad_fn=<RoundBackward1>)
     """
 
     def __init__(self, learning_rate: float) -> None:
         if learning_rate <= 0:
-            raise ValueError(f"step_lr must be positive, got {learning_rate}")
+            raise ValueError(f"a learning rate must be positive, got {learning_rate}")
         self.learning_rate = learning_rate
         self._state: dict[str, dict[str, Tensor]] = {}
         self._held: dict[str, Tensor] = {}
         self._adam: torch.optim.Adam | None = None
 
-    def update(self, steps: LearnedSteps, *, divisor: float = 1.0) -> None:
-        """Move every step that a gradient has reached since the last update, and drop gradients.
+    def update(self, tensors: dict[str, Tensor], *, divisor: float = 1.0) -> None:
+        """Move everything that a gradient has reached since the last update, and drop gradients.
 
         Args:
-            steps: Of the module.
+            tensors: All that is learned, by key; the same keys on every rank.
             divisor: What the loss was multiplied with, as a gradient scaler does.
         """
         with torch._C.DisableTorchFunction(), torch.no_grad():
             if is_distributed():
-                _agree_on_keys(steps)
-                _average(steps.tensors())
-            self._hold(steps.tensors())
+                _average(tensors)
+            self._hold(tensors)
             found = [x.grad for x in self._held.values() if x.grad is not None]
             for grad in found:
                 grad.div_(divisor)
             # After a scaler has skipped an overflowed step its gradient is still there.
             if self._adam is not None and found and _is_finite(found):
                 self._adam.step()
-            self.zero_grad(steps)
+            self.zero_grad(tensors)
 
-    def zero_grad(self, steps: LearnedSteps) -> None:
-        """Drop the gradients of all steps."""
-        for step in steps.tensors().values():
-            step.grad = None
+    @staticmethod
+    def zero_grad(tensors: dict[str, Tensor]) -> None:
+        """Drop the gradients of all."""
+        for tensor in tensors.values():
+            tensor.grad = None
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
         """Adam's state by key."""
@@ -85,11 +86,11 @@ class StepOptimizer:
         self._held, self._adam = {}, None
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy or pickle has the state by key, not the steps themselves."""
+        """A copy or pickle has the state by key, not the tensors themselves."""
         return {**self.__dict__, "_state": self.state_dict(), "_held": {}, "_adam": None}
 
     def _hold(self, tensors: dict[str, Tensor]) -> None:
-        """Take in steps that are new, or have been loaded or moved since."""
+        """Take in tensors that are new, or have been loaded or moved since."""
         same = tensors.keys() == self._held.keys()
         if same and all(tensors[key] is held for key, held in self._held.items()):
             return
@@ -119,8 +120,10 @@ def _average(tensors: dict[str, Tensor]) -> None:
         step.grad = (summed / ranks).view_as(step).to(step.device) if count else None
 
 
-def _agree_on_keys(steps: LearnedSteps) -> None:
+def agree_on_keys(steps: LearnedSteps) -> None:
     """Let every rank have the steps of all: one may have taken a path that others did not."""
+    if not is_distributed():
+        return
     tensors = steps.tensors()
     device = next((x.device for x in tensors.values()), torch.device("cpu"))
     name = zlib.crc32("\n".join(tensors).encode())
