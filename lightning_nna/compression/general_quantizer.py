@@ -1,0 +1,224 @@
+r"""The General Quantizer's hold on one parameter.
+
+.. math::
+    x = \mathrm{clip}(w / s, -1, 1), \quad v = F_\mu(x), \quad
+    \hat w = s\, F_\mu^{-1}\Big(\sum_j A_j(v)\, z_j\Big),
+
+with centroids :math:`z` that are trained, and an assignment :math:`A` that hardens; see
+:mod:`lightning_nna.functional.mu_law`. Centroids are used as the chip will hold them: at the
+nearest whole multiple of :math:`s / n_{max}` (the gradient passes this rounding unchanged).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from lightning_nna.compression.codebook import (
+    Codebook,
+    in_steps,
+    in_units,
+    maximum_of,
+    middles,
+    steps_of,
+)
+from lightning_nna.emulator.weight_pipeline import WeightGrid
+from lightning_nna.emulator.weights import round_significands
+from lightning_nna.functional.lloyd_max import lloyd_max
+from lightning_nna.functional.mu_law import (
+    SoftAssignment,
+    inverse_mu_law,
+    inverse_mu_law_slope,
+    mu_law,
+)
+
+
+class GeneralQuantizerStage:
+    """A stage of the weight pipeline, see the module.
+
+    Args:
+        weight: Where centroids start: its Lloyd-Max points, in the µ-law's domain.
+        bits: 1 to 8.
+        groups: Scales.
+        mu: Of the µ-law.
+        power: Of the distance.
+        train_centroids: Whether centroids get a gradient.
+        learn_scale: Whether scales do.
+        grid_bits: Of the chip's grid; None for none.
+        power_of_two_steps: Whether the grid's steps are powers of two.
+        pin_zero: Whether one centroid is zero and stays there.
+
+    Attributes:
+        centroids: In [-1, 1], shape ``(levels,)``; trained.
+        scale_log2: Logarithms to base 2 of the scales, shape ``(groups,)``.
+        sharpness: Of the assignment.
+        is_hard: Whether weights take their values in training, too.
+        works: Whether weights are transformed in training at all, in this step.
+    """
+
+    method = "GeneralQuantizer"
+    place = 1
+
+    def __init__(
+        self,
+        weight: Float[Tensor, "rows *rest"],
+        bits: int,
+        *,
+        groups: int = 1,
+        mu: float = 15.0,
+        power: int = 2,
+        train_centroids: bool = True,
+        learn_scale: bool = False,
+        grid_bits: int | None = 8,
+        power_of_two_steps: bool = False,
+        pin_zero: bool = False,
+    ) -> None:
+        self.mu, self.power, self.grid_bits = mu, power, grid_bits
+        self.train_centroids, self.learn_scale = train_centroids, learn_scale
+        self.power_of_two_steps, self.pin_zero = power_of_two_steps, pin_zero
+        self.sharpness, self.gradient_sharpness, self.is_hard, self.works = 1.0, 1.0, False, True
+        self.maximum = maximum_of(grid_bits or 8)
+        steps = steps_of(weight, groups, grid_bits=grid_bits, power_of_two=power_of_two_steps)
+        scaled = (in_steps(weight, steps) / self.maximum).clamp_(-1, 1)
+        found = lloyd_max(scaled, 2**bits, pin_zero=pin_zero).centroids.to(weight.device)
+        self.centroids = mu_law(found, mu).clamp_(-1, 1)
+        self.scale_log2 = (steps.double() * self.maximum).log2().float()
+        # Rounding the logarithm would move a scale that nobody learns.
+        self._fixed_steps = steps
+
+    # --- what the weight takes ------------------------------------------------------------------
+
+    @property
+    def steps(self) -> Float[Tensor, " groups"]:
+        """Steps of the grid."""
+        if not self.learn_scale:
+            return self._fixed_steps
+        exponent = self.scale_log2.detach().double()
+        if self.power_of_two_steps:
+            return torch.exp2((exponent - torch.tensor(self.maximum).log2()).round()).float()
+        return round_significands(torch.exp2(exponent) / self.maximum).float()
+
+    @property
+    def grid(self) -> WeightGrid | None:
+        """Where hard weights lie."""
+        return None if self.grid_bits is None else WeightGrid(self.steps, self.maximum)
+
+    @property
+    def codebook(self) -> Codebook:
+        """The values as they are deployed; a weight takes the nearest in the µ-law's domain."""
+        z = self._on_grid()
+        levels = inverse_mu_law(z, self.mu) * self.maximum
+        if self.grid_bits is not None:
+            levels = levels.round()
+        borders = inverse_mu_law(middles(z), self.mu) * self.maximum
+        return Codebook(levels, borders, self.steps, self.grid_bits)
+
+    def _on_grid(self) -> Tensor:
+        """Centroids, ascending, where the grid puts them."""
+        z = self.centroids.detach().sort().values
+        if self.grid_bits is None:
+            return z
+        return mu_law((inverse_mu_law(z, self.mu) * self.maximum).round() / self.maximum, self.mu)
+
+    # --- a stage ----------------------------------------------------------------------------------
+
+    def transform(self, weight: Tensor, *, hard: bool) -> Tensor:
+        """The quantised weight; soft in training until it is to be hard."""
+        if hard or (self.is_hard and self.works):
+            return self.codebook.project(weight)
+        if not self.works:
+            return weight
+        soft = self._soft(self.sharpness)(self._compressed(weight)[0])
+        return in_units(soft, self.steps * self.maximum).to(weight.dtype)
+
+    def pull_back(self, weight: Tensor, grad: Tensor) -> Tensor:
+        """Gradient of the latent weight; those of centroids and scales are left with them."""
+        if not self.works:
+            return grad
+        sharpness = self.sharpness
+        if self.is_hard:
+            sharpness = min(sharpness, self.gradient_sharpness)
+        v, x = self._compressed(weight)
+        soft = self._soft(sharpness)
+        inside = x.abs() <= 1
+        # d(mu_law)/dx is one over the slope of its inverse.
+        slope = soft.slopes()[soft.cell_of(v)[0]] / inverse_mu_law_slope(v, self.mu) * inside
+        scales = self.steps * self.maximum
+        if self.train_centroids:
+            self._centroid_gradient(weight, v, soft, in_units(grad.float(), scales))
+        if self.learn_scale:
+            value = self.transform(weight, hard=False).float()
+            share = grad.float() * (value - in_units(x, scales) * slope)
+            # As LSQ scales it; d/d(log2 s) = s ln(2) d/ds, and the share is s d/ds already.
+            share = share.reshape(len(scales), -1)
+            factor = 0.6931471805599453 / (share.shape[1] * self.maximum) ** 0.5
+            self.scale_log2.grad = share.sum(1) * factor
+        return grad * slope.to(grad.dtype)
+
+    def _compressed(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """The weight in the µ-law's domain, and in units of its scale."""
+        x = in_steps(weight, self.steps * self.maximum)
+        return mu_law(x.clamp(-1, 1), self.mu), x
+
+    def _soft(self, sharpness: float) -> SoftAssignment:
+        return SoftAssignment(
+            self._on_grid(), sharpness=sharpness, mu=self.mu, power=self.power
+        )
+
+    def _centroid_gradient(
+        self, weight: Tensor, v: Tensor, soft: SoftAssignment, grad: Tensor
+    ) -> None:
+        if self.is_hard:
+            z = self._on_grid()
+            found = torch.zeros_like(z)
+            found.index_add_(0, self.codebook.indices(weight).flatten(), grad.flatten())
+            found *= inverse_mu_law_slope(z, self.mu)
+        else:
+            found = soft.centroid_gradient(v, grad)
+        # The gradient is that of the ascending centroids.
+        result = torch.empty_like(found)
+        result[self.centroids.detach().argsort()] = found
+        if self.pin_zero:
+            result[self.centroids == 0] = 0
+        self.centroids.grad = result
+
+    # --- state ------------------------------------------------------------------------------------
+
+    def learned(self) -> dict[str, Tensor]:
+        """What is trained, by name."""
+        found = {"centroids": self.centroids} if self.train_centroids else {}
+        return {**found, "scale": self.scale_log2} if self.learn_scale else found
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Bring centroids back into [-1, 1] after an update."""
+        self.centroids.clamp_(-1, 1)
+
+    @torch.no_grad()
+    def soft_hard_gap(self, weight: Tensor) -> float:
+        """Root of the mean square of soft less hard weights, relative to that of the weights."""
+        weight = weight.detach()
+        soft = in_units(
+            self._soft(self.sharpness)(self._compressed(weight)[0]), self.steps * self.maximum
+        )
+        power = float(weight.float().square().mean())
+        gap = float((soft - self.codebook.project(weight)).square().mean())
+        return (gap / power) ** 0.5 if power > 0 else 0.0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Centroids and scales."""
+        return {
+            "centroids": self.centroids.detach().clone(),
+            "scale_log2": self.scale_log2.detach().clone(),
+            "steps": self._fixed_steps.clone(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Replace centroids and scales by saved ones."""
+        device = self.centroids.device
+        self.centroids = state["centroids"].to(device).clone()
+        self.scale_log2 = state["scale_log2"].to(device).clone()
+        self._fixed_steps = state["steps"].to(device).clone()

@@ -1,0 +1,161 @@
+"""Which parameters a method takes, and how many bits each gets."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torchmetrics import Metric
+
+from lightning_nna.emulator.selection import matches, select
+
+Granularity = Literal["tensor", "channel"]
+
+_LARGEST_BITS = 8
+#: Layers whose operators on the chip have a scale for every row of the weight.
+_ROW_BY_ROW = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+@dataclass(frozen=True)
+class BitWidths:
+    """Bits of the weights that a method takes.
+
+    Args:
+        bits: Of a tensor that no override names, 1 to 8.
+        targets: Globs or ``re:…`` on the names of parameters, or of modules that hold them.
+        overrides: Bits by pattern; of several that match, the last counts. A path names a JSON
+            file with such a mapping, or with an entry ``overrides`` as :class:`.BitAllocation`
+            saves it.
+
+    Raises:
+        ValueError: If a width is not 1 to 8, or a file is not such a mapping.
+
+    Example:
+        >>> widths = BitWidths(5, overrides={"joint.*": 1})
+        >>> widths.of(nn.ModuleDict({"joint": nn.Linear(2, 2), "encoder": nn.Linear(2, 2)}))
+        {'joint.weight': 1, 'encoder.weight': 5}
+    """
+
+    bits: int
+    targets: Sequence[str] = ("*",)
+    overrides: Mapping[str, int] | str | Path = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        targets = [self.targets] if isinstance(self.targets, str) else list(self.targets)
+        object.__setattr__(self, "targets", targets)
+        if isinstance(self.overrides, str | Path):
+            object.__setattr__(self, "overrides", _read(Path(self.overrides)))
+        object.__setattr__(self, "overrides", dict(self.overrides))  # type: ignore[arg-type]
+        _require_bits("bits", self.bits)
+        for pattern, bits in dict(self.overrides).items():  # type: ignore[arg-type]
+            _require_bits(f"overrides[{pattern!r}]", bits)
+
+    def of(self, module: nn.Module) -> dict[str, int]:
+        """Bits by the names of the parameters that are selected, in the module's order.
+
+        Raises:
+            ValueError: If a pattern of ``targets`` or ``overrides`` matches no parameter.
+        """
+        names = list(weights_of(module))
+        chosen = _select(self.targets, names)
+        overrides: Mapping[str, int] = self.overrides  # type: ignore[assignment]
+        for pattern in overrides:
+            _select([pattern], chosen)
+        found = {}
+        for name in chosen:
+            widths = [bits for pattern, bits in overrides.items() if _fits(pattern, name)]
+            found[name] = widths[-1] if widths else self.bits
+        return found
+
+
+def weights_of(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Parameters that can be compressed: float, of two axes or more, not of a loss or a metric.
+
+    What a parametrisation computes a weight from is none.
+
+    Example:
+        >>> list(weights_of(nn.Linear(3, 2)))
+        ['weight']
+    """
+    outside = [name for name, child in module.named_modules() if _is_loss_or_metric(child)]
+    return {
+        name: parameter
+        for name, parameter in module.named_parameters()
+        if parameter.ndim >= 2
+        and parameter.is_floating_point()
+        and "parametrizations." not in name
+        and not name.rsplit(".", 1)[-1].endswith(("weight_g", "weight_v"))
+        and not any(name.startswith(f"{path}.") for path in outside if path)
+    }
+
+
+def groups_of(module: nn.Module, name: str, weight: Tensor, granularity: Granularity) -> int:
+    """Number of scales of a parameter.
+
+    Args:
+        module: That it belongs to.
+        name: Of the parameter.
+        weight: The parameter.
+        granularity: ``"tensor"``: one. ``"channel"``: one a row of a linear layer or convolution,
+            one a gate of an LSTM, one elsewhere: what the chip's operators can have.
+    """
+    if granularity == "tensor":
+        return 1
+    owner = module.get_submodule(name.rpartition(".")[0])
+    if isinstance(owner, _ROW_BY_ROW):
+        return weight.shape[0]
+    if isinstance(owner, nn.LSTM) and ".weight_hr" not in f".{name}":
+        return 4
+    return 1
+
+
+def require_finite(name: str, weight: Tensor) -> None:
+    """Raise unless every weight is finite.
+
+    Raises:
+        FloatingPointError: Names the tensor.
+    """
+    if not bool(torch.isfinite(weight).all()):
+        raise FloatingPointError(
+            f"{name} has weights that are not finite: no centroids can be found for it"
+        )
+
+
+def _select(patterns: Sequence[str], names: Sequence[str]) -> list[str]:
+    """As ``select``, and a pattern that names a module takes all that it holds."""
+    chosen: set[str] = set()
+    for pattern in patterns:
+        below = [name for name in names if _fits(pattern, name)]
+        chosen.update(below or select([pattern], names, what="weight"))
+    return [name for name in names if name in chosen]
+
+
+def _fits(pattern: str, name: str) -> bool:
+    parts = name.split(".")
+    return any(matches(pattern, ".".join(parts[:end])) for end in range(1, len(parts) + 1))
+
+
+def _is_loss_or_metric(module: nn.Module) -> bool:
+    return isinstance(module, Metric) or type(module).__name__.endswith("Loss")
+
+
+def _require_bits(name: str, bits: Any) -> None:
+    if isinstance(bits, bool) or not isinstance(bits, int) or not 1 <= bits <= _LARGEST_BITS:
+        raise ValueError(f"{name} must be an int from 1 to {_LARGEST_BITS}, got {bits!r}")
+
+
+def _read(path: Path) -> dict[str, int]:
+    """Bits by pattern from a JSON file."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not a JSON file: {error}") from error
+    found = content.get("overrides", content) if isinstance(content, dict) else None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} holds no bits by pattern, but {type(content).__name__}")
+    return found
