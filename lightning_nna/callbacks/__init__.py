@@ -1,5 +1,8 @@
 """Lightning callbacks: thin shells that say when, on what, what is logged and what is saved."""
 
+from lightning_nna.callbacks.general_quantizer import GeneralQuantizer
+from lightning_nna.callbacks.hard_compression import HardCompression
+from lightning_nna.callbacks.mracos_regularization import MRACosRegularization
 from lightning_nna.callbacks.nna_emulation import NNAEmulation
 
-__all__ = ["NNAEmulation"]
+__all__ = ["GeneralQuantizer", "HardCompression", "MRACosRegularization", "NNAEmulation"]

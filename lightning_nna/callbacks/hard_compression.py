@@ -1,0 +1,163 @@
+"""``HardCompression``: weights are put onto few values, again and again, until they stay there.
+
+Reference:
+    Zhen et al., "Sub-8-bit quantization aware training for 8-bit neural network accelerator with
+    on-device speech recognition", Interspeech 2022, arXiv 2206.15408.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from lightning_nna.callbacks.s8bqat import S8BQATMethod
+from lightning_nna.compression.fixed_centroids import CentroidSettings
+from lightning_nna.compression.selection import Granularity
+from lightning_nna.emulator.weight_pipeline import Stage
+from lightning_nna.functional.schedule import require_time, step_of
+
+#: Running means of the gradient, by the names that optimisers give them.
+_MOMENTA = ("exp_avg", "momentum_buffer")
+
+
+class HardCompression(S8BQATMethod):
+    """Every so many steps, move each selected weight to its nearest Lloyd-Max centroid.
+
+    Centroids are found when the run starts, from the weights as they are then, and stay. In
+    evaluation weights are at their centroids, whatever the step; when ``fit`` ends they are left
+    there. With ``trainer.test`` alone this rounds a trained model.
+
+    Args:
+        bits: Of every selected tensor, 1 to 8.
+        every_n_steps: Optimiser steps from one compression to the next.
+        start_step: The first one: a step (int) or a share of the run (float).
+        momentum: What becomes of the optimiser's running mean of the gradient when weights have
+            jumped: ``"keep"`` it, since it is still the gradient's, or ``"reset"`` it to zero, so
+            that no weight is carried on from before. Means of squares are kept in any case.
+        granularity: A scale for the ``"tensor"``, or for each ``"channel"`` as far as the chip's
+            operators can have them; values are those of the tensor in any case.
+        grid_bits: Centroids lie on the chip's grid of that many bits; None for anywhere.
+        power_of_two_steps: Scales of the grid are powers of two, as chips without multiplier need.
+        pin_zero: One centroid is zero.
+        refresh_every_n_steps: Find centroids anew every so many optimiser steps; 0 for never.
+        targets: Globs or ``re:…`` on the names of parameters, or of modules that hold them.
+        overrides: Bits by pattern, or the path of a JSON file with them.
+
+    Logs ``nna/hard_compression/distance`` (root of the mean square of what lies between weights
+    and centroids, relative to the weights; mean over tensors), ``…/distance_max`` and
+    ``…/compressions``.
+
+    Raises:
+        ValueError: If an argument is out of range, a pattern matches nothing, or a callback that
+            shares the centroids was given other settings.
+        FloatingPointError: If a weight is not finite.
+
+    Example:
+        >>> import lightning.pytorch as pl
+        >>> from lightning_nna.testing import SmallRecurrentModule
+        >>> module = SmallRecurrentModule()
+        >>> trainer = pl.Trainer(max_steps=4, callbacks=[HardCompression(3, every_n_steps=2)],
+        ...     accelerator="cpu", logger=False, enable_checkpointing=False,
+        ...     enable_progress_bar=False, enable_model_summary=False)
+        >>> trainer.fit(module)
+        >>> len(module.lstm.weight_hh_l0.unique()) <= 8
+        True
+    """
+
+    method = "hard_compression"
+
+    def __init__(
+        self,
+        bits: int,
+        *,
+        every_n_steps: int = 100,
+        start_step: int | float = 0,
+        momentum: Literal["keep", "reset"] = "keep",
+        granularity: Granularity = "tensor",
+        grid_bits: int | None = 8,
+        power_of_two_steps: bool = False,
+        pin_zero: bool = False,
+        refresh_every_n_steps: int = 0,
+        targets: Sequence[str] = ("*",),
+        overrides: Mapping[str, int] | str | Path = {},  # noqa: B006
+    ) -> None:
+        settings = CentroidSettings(
+            granularity, grid_bits, power_of_two_steps, pin_zero, refresh_every_n_steps
+        )
+        super().__init__(bits, settings=settings, targets=targets, overrides=overrides)
+        if every_n_steps < 1:
+            raise ValueError(f"every_n_steps must be at least 1, got {every_n_steps}")
+        require_time("start_step", start_step)
+        if momentum not in ("keep", "reset"):
+            raise ValueError(f"momentum must be 'keep' or 'reset', got {momentum!r}")
+        self.every_n_steps, self.start_step = every_n_steps, start_step
+        self.momentum = momentum
+        self.compressions = 0
+        self._optimizers: list[Optimizer] = []
+
+    @override
+    def stages(self) -> dict[str, Stage]:
+        return dict(self.centroids)
+
+    @override
+    def step_begins(self, optimizer: Optimizer) -> None:
+        if optimizer not in self._optimizers:
+            self._optimizers.append(optimizer)
+
+    @override
+    @torch.no_grad()
+    def stepped(self) -> None:
+        self.refresh()
+        start = round(step_of(self.start_step, self._total_steps))
+        if self.steps < max(start, 1) or (self.steps - start) % self.every_n_steps:
+            return
+        self.compressions += 1
+        for name, parameter in self._parameters.items():
+            parameter.copy_(self.centroids[name].codebook.project(parameter))
+            if self.momentum == "reset":
+                self._forget(parameter)
+
+    @override
+    def figures(self) -> dict[str, float]:
+        distances = [
+            _distance(self._parameters[name].detach(), centroids.codebook.project)
+            for name, centroids in self.centroids.items()
+        ]
+        return {
+            "distance": sum(distances) / len(distances),
+            "distance_max": max(distances),
+            "compressions": float(self.compressions),
+        }
+
+    @override
+    def state_dict(self) -> dict[str, object]:
+        return {**super().state_dict(), "compressions": self.compressions}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, object]) -> None:
+        super().load_state_dict(state_dict)
+        self.compressions = int(str(state_dict["compressions"]))
+
+    def __getstate__(self) -> dict[str, object]:
+        """A copy or pickle has no optimiser."""
+        return {**super().__getstate__(), "_optimizers": []}
+
+    def _forget(self, parameter: Tensor) -> None:
+        for optimizer in self._optimizers:
+            for name in _MOMENTA:
+                mean = optimizer.state.get(parameter, {}).get(name)
+                if mean is not None:
+                    mean.zero_()
+
+
+def _distance(weight: Tensor, project: object) -> float:
+    """Root mean square of what lies between a weight and its centroids, relative to the weight."""
+    power = float(weight.float().square().mean())
+    gap = float((weight - project(weight)).float().square().mean())  # type: ignore[operator]
+    return (gap / power) ** 0.5 if power > 0 else 0.0
