@@ -1,0 +1,270 @@
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_nna import emulate
+from lightning_nna.callbacks import (
+    GeneralQuantizer,
+    HardCompression,
+    MRACosRegularization,
+    NNAEmulation,
+)
+from lightning_nna.callbacks.weight_method import WeightMethod
+from lightning_nna.emulator.weight_pipeline import pipeline_of
+from lightning_nna.functional.mracos import mracos
+from lightning_nna.functional.schedule import Schedule
+from lightning_nna.testing import SmallRecurrentModule
+from lightning_nna.testing.contract import CHECKS, assert_same, module, trainer
+
+
+def gq(**settings: object) -> GeneralQuantizer:
+    # In steps: a run that stops early has another length.
+    rising = Schedule(1.0, 16.0, until=8, shape="geometric")
+    return GeneralQuantizer(**({"bits": 3, "sharpness": rising, "hard_from": 8} | settings))
+
+
+def hard(**settings: object) -> HardCompression:
+    return HardCompression(**({"bits": 3, "every_n_steps": 3} | settings))
+
+
+def pull(**settings: object) -> MRACosRegularization:
+    return MRACosRegularization(**({"bits": 3, "strength": 1e-3} | settings))
+
+
+METHODS = {"gq": gq, "hard": hard, "mracos": pull}
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+@pytest.mark.parametrize("method", METHODS)
+def test_contract(method: str, check: Callable[..., None], tmp_path: Path) -> None:
+    check(METHODS[method], tmp_path)
+
+
+@pytest.mark.parametrize("method", ["gq", "hard"])
+def test_every_weight_ends_with_few_values(method: str) -> None:
+    fitted, callback = module(), METHODS[method](overrides={"head.first": 1})
+    trainer(callback).fit(fitted)
+    assert callback.selected == [n for n, p in fitted.named_parameters() if p.ndim == 2]
+    for name in callback.selected:
+        values = fitted.get_parameter(name).unique()
+        assert len(values) <= (2 if name.startswith("head.first") else 8)
+        steps = values / pipeline_of(fitted).grid_of(fitted.get_parameter(name)).steps
+        assert torch.equal(steps, steps.round())
+
+
+@pytest.mark.parametrize("method", ["gq", "hard"])
+def test_the_chip_holds_the_codebook(method: str) -> None:
+    """One set of values a tensor in int8, whatever the chip's scales; in either order."""
+    results = []
+    for chip_first in (True, False):
+        fitted, callback = module(), METHODS[method]()
+        callbacks = [NNAEmulation(calibration_steps=2), callback]
+        trainer(*(callbacks if chip_first else callbacks[::-1])).fit(fitted)
+        with emulate(fitted) as chip:
+            fitted(torch.randn(2, 6, 4))
+            for name in callback.selected:
+                weight = fitted.get_parameter(name)
+                held = chip.weight(weight, chip.used_weights[id(weight)])
+                assert len(held.stored.unique()) <= 8
+                assert torch.equal(held.values, weight)
+        results.append(copy.deepcopy(dict(fitted.state_dict())))
+    assert_same(*results)
+
+
+class ExplicitTerm(SmallRecurrentModule):
+    """The regulariser as a term of the loss, differentiated by autograd."""
+
+    books: dict[str, Tensor]
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> Tensor:
+        loss = self.loss(self(batch[0]), batch[1])
+        for name, centroids in self.books.items():
+            loss = loss + 1e-2 * mracos(self.get_parameter(name), centroids).sum()
+        return loss
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.05)
+
+
+class WithoutTerm(ExplicitTerm):
+    books = {}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"accumulate_grad_batches": 2}, {"gradient_clip_val": 0.1}, {"precision": "bf16-mixed"}],
+    ids=["plain", "accumulated", "clipped", "bf16-mixed"],
+)
+def test_mracos_equals_autograd_on_an_explicit_term(settings: dict[str, object]) -> None:
+    torch.manual_seed(0)
+    ours, explicit = WithoutTerm(), ExplicitTerm()
+    explicit.load_state_dict(ours.state_dict())
+    callback = pull(strength=1e-2)
+    run = trainer(callback, steps=3, **settings)
+    run.fit(ours)
+    explicit.books = {n: c.codebook.centroids[0] for n, c in callback.centroids.items()}
+    trainer(steps=3, **settings).fit(explicit)
+    for name, parameter in explicit.named_parameters():
+        torch.testing.assert_close(ours.get_parameter(name), parameter, rtol=1e-4, atol=1e-5)
+
+
+def test_both_callbacks_of_s8bqat_share_one_set_of_centroids() -> None:
+    first, second = pull(), hard()
+    trainer(first, second, steps=2).fit(module())
+    assert first.centroids["lstm.weight_hh_l0"] is second.centroids["lstm.weight_hh_l0"]
+    with pytest.raises(ValueError, match=r"lstm.weight_ih_l0 differ in bits \(3 and 4\)"):
+        trainer(pull(), hard(bits=4), steps=2).fit(module())
+
+
+def test_centroids_stay_unless_they_are_to_be_refreshed() -> None:
+    books = {}
+    for every in (0, 4):
+        callback = hard(refresh_every_n_steps=every, start_step=1.0)
+        trainer(callback, steps=1).fit(fitted := module())
+        before = callback.centroids["head.first.weight"].codebook.centroids.clone()
+        trainer(callback, steps=6).fit(fitted)
+        books[every] = torch.equal(
+            callback.centroids["head.first.weight"].codebook.centroids, before
+        )
+    assert books == {0: True, 4: False}
+
+
+@pytest.mark.parametrize("momentum", ["keep", "reset"])
+def test_compression_at_its_steps_and_what_becomes_of_momentum(momentum: str) -> None:
+    fitted, callback = module(), hard(every_n_steps=2, start_step=4, momentum=momentum)
+    run = trainer(callback, steps=8)
+    run.fit(fitted)
+    assert callback.compressions == 3
+    means = run.optimizers[0].state[fitted.head.first.weight]["exp_avg"]
+    assert bool(means.any()) is (momentum == "keep")
+
+
+class Failing(SmallRecurrentModule):
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> Tensor:
+        loss = super().training_step(batch, batch_index)
+        if batch_index == 3:
+            raise KeyError("a bug of the user's")
+        return loss
+
+
+def test_after_an_exception_the_latent_weights_are_back() -> None:
+    torch.manual_seed(0)
+    failing, callback = Failing(), gq(bits=2)
+    with pytest.raises(KeyError):
+        trainer(callback).fit(failing)
+    assert pipeline_of(failing).phase == "latent"
+    assert len(failing.head.first.weight.unique()) > 4
+    assert not any(m._forward_pre_hooks for m in failing.modules())
+
+
+def test_a_tensor_that_two_methods_claim() -> None:
+    with pytest.raises(ValueError, match=r"claimed by GeneralQuantizer and by S8BQAT"):
+        trainer(gq(), hard()).fit(module())
+    trainer(gq(targets=["lstm"]), hard(targets=["head"])).fit(module())
+
+
+def test_two_fits_go_on_from_what_was_trained() -> None:
+    whole, parts = module(), module()
+    trainer(hard(), max_epochs=2, max_steps=-1).fit(whole)
+    callback, run = hard(), trainer(max_epochs=1, max_steps=-1)
+    run.callbacks.append(callback)
+    run.fit(parts)
+    latent = callback._latents["head.first.weight"].clone()
+    callback._resume()
+    assert torch.equal(parts.head.first.weight, latent)
+    assert len(whole.head.first.weight.unique()) <= 8
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"bits": 0}, "bits must be an int from 1 to 8, got 0"),
+        ({"bits": 9}, "bits must be an int from 1 to 8, got 9"),
+        ({"overrides": {"head": 0}}, r"overrides\['head'\] must be an int"),
+        ({"granularity": "row"}, "granularity must be 'tensor' or 'channel', got 'row'"),
+    ],
+)
+def test_wrong_arguments_are_named(method: str, settings: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        METHODS[method](**settings)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_pattern_that_matches_nothing(method: str) -> None:
+    with pytest.raises(ValueError, match="pattern 'decoder' matches no weight"):
+        trainer(METHODS[method](targets=["decoder"])).fit(module())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_weights_that_are_not_finite_or_all_the_same(method: str) -> None:
+    broken = module()
+    nn.init.constant_(broken.head.second.weight, float("nan"))
+    with pytest.raises(FloatingPointError, match="head.second.weight"):
+        trainer(METHODS[method]()).fit(broken)
+    constant = module()
+    nn.init.constant_(constant.head.second.weight, 0.25)
+    trainer(METHODS[method](), steps=2).fit(constant)
+    assert bool(constant.head.second.weight.isfinite().all())
+
+
+class Several(SmallRecurrentModule):
+    """Convolution, GRU, attention, embedding and a plain parameter; tied weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.gru = nn.Conv1d(4, 4, 3, padding=1), nn.GRU(4, 4, batch_first=True)
+        self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+        self.embedding, self.plain = nn.Embedding(6, 4), nn.Parameter(torch.randn(4, 4))
+        self.tied = nn.Linear(4, 6)
+        self.tied.weight = self.embedding.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x.transpose(1, 2)).transpose(1, 2) + self.embedding.weight
+        x = self.gru(x @ self.plain)[0]
+        x = self.attention(x, x, x)[0]
+        return super().forward(x + self.tied(x).softmax(-1) @ self.embedding.weight)
+
+
+@pytest.mark.parametrize("on_chip", [False, True], ids=["float", "chip"])
+@pytest.mark.parametrize("method", ["gq", "hard"])
+@pytest.mark.parametrize("granularity", ["tensor", "channel"])
+def test_every_kind_of_weight(method: str, granularity: str, on_chip: bool) -> None:
+    torch.manual_seed(0)
+    fitted = Several()
+    callback: WeightMethod = METHODS[method](bits=2, granularity=granularity)
+    chip = [NNAEmulation(calibration_steps=2)] if on_chip else []
+    trainer(*chip, callback, steps=9).fit(fitted)
+    grids = pipeline_of(fitted)
+    for name in callback.selected:
+        weight = fitted.get_parameter(name)
+        steps = grids.grid_of(weight).steps
+        integers = weight.reshape(len(steps), -1) / steps[:, None]
+        assert len(integers.unique()) <= 4
+    (result,) = trainer(*chip, callback).test(fitted, verbose=False)
+    assert result["test/loss"] < 2
+
+
+def test_training_beats_rounding_at_two_bits() -> None:
+    fitted = module()
+    trainer(steps=80).fit(fitted)
+    (rounded,) = trainer(hard(bits=2)).test(copy.deepcopy(fitted), verbose=False)
+    fitted.learning_rate = 0.005
+    callback = GeneralQuantizer(2)
+    trainer(callback, steps=80).fit(fitted)
+    (trained,) = trainer(callback).test(fitted, verbose=False)
+    assert trained["test/loss"] < rounded["test/loss"]
+
+
+def test_centroids_need_powers_of_two_on_a_chip_of_shifts() -> None:
+    chip = NNAEmulation("shift", calibration_steps=1)
+    with pytest.raises(ValueError, match="set power_of_two_steps=True"):
+        trainer(chip, gq(), steps=4).fit(module())
+    chip = NNAEmulation("shift", calibration_steps=1)
+    trainer(chip, gq(power_of_two_steps=True), steps=4).fit(module())
