@@ -118,7 +118,7 @@ class GeneralQuantizer(WeightMethod):
 
     @override
     def stages(self) -> dict[str, Stage]:
-        return dict(self._stages)
+        return {**self._stages}
 
     @override
     def prepare(self) -> None:
@@ -154,9 +154,7 @@ class GeneralQuantizer(WeightMethod):
 
     @override
     def figures(self) -> dict[str, float]:
-        gaps = [
-            stage.soft_hard_gap(self._parameters[name]) for name, stage in self._stages.items()
-        ]
+        gaps = [stage.soft_hard_gap(self._parameters[name]) for name, stage in self._stages.items()]
         return {
             "sharpness": self._sharpness(),
             "soft_hard_gap": sum(gaps) / len(gaps),

@@ -103,7 +103,7 @@ class HardCompression(S8BQATMethod):
 
     @override
     def stages(self) -> dict[str, Stage]:
-        return dict(self.centroids)
+        return {**self.centroids}
 
     @override
     def step_begins(self, optimizer: Optimizer) -> None:

@@ -44,9 +44,7 @@ class S8BQATMethod(WeightMethod):
     def prepare(self) -> None:
         assert self._module is not None, "a run has started"
         self.centroids = {
-            name: shared_centroids(
-                self._module, name, parameter, self.bits[name], self.settings
-            )
+            name: shared_centroids(self._module, name, parameter, self.bits[name], self.settings)
             for name, parameter in self._parameters.items()
         }
         self._restore_centroids()

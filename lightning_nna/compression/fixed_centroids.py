@@ -127,8 +127,12 @@ def shared_centroids(
     if name not in held:
         held[name] = FixedCentroids(module, name, weight, bits, settings)
     found = held[name]
-    mine, theirs = ({"bits": b, **asdict(s)} for b, s in ((bits, settings), (found.bits, found.settings)))
-    differing = [f"{key} ({theirs[key]} and {mine[key]})" for key in mine if mine[key] != theirs[key]]
+    mine, theirs = (
+        {"bits": b, **asdict(s)} for b, s in ((bits, settings), (found.bits, found.settings))
+    )
+    differing = [
+        f"{key} ({theirs[key]} and {mine[key]})" for key in mine if mine[key] != theirs[key]
+    ]
     if differing:
         raise ValueError(
             f"callbacks that share the centroids of {name} differ in {', '.join(differing)}: "

@@ -164,9 +164,7 @@ class GeneralQuantizerStage:
         return mu_law(x.clamp(-1, 1), self.mu), x
 
     def _soft(self, sharpness: float) -> SoftAssignment:
-        return SoftAssignment(
-            self._on_grid(), sharpness=sharpness, mu=self.mu, power=self.power
-        )
+        return SoftAssignment(self._on_grid(), sharpness=sharpness, mu=self.mu, power=self.power)
 
     def _centroid_gradient(
         self, weight: Tensor, v: Tensor, soft: SoftAssignment, grad: Tensor

@@ -47,8 +47,10 @@ class Stage(Protocol):
     method: str
     #: Place in the pipeline: masks 0, centroids 1. One stage a place.
     place: int
-    #: Where results lie in phase ``hard``; None for anywhere.
-    grid: WeightGrid | None
+
+    @property
+    def grid(self) -> WeightGrid | None:
+        """Where results lie in phase ``hard``; None for anywhere."""
 
     def transform(self, weight: Tensor, *, hard: bool) -> Tensor:
         """What to use instead of ``weight``; ``weight`` itself if nothing is to be done."""

@@ -12,8 +12,8 @@ greatest sum of :math:`S_1^2 / S_0` over the cells, of mass :math:`S_0` and sum 
 whose centroid is held at zero adds nothing.
 
 Reference:
-    Lloyd, "Least squares quantization in PCM", IEEE Trans. Inf. Theory 28(2), 1982; Max, "Quantizing
-    for minimum distortion", IRE Trans. Inf. Theory 6(1), 1960; Wu, "Optimal quantization by matrix
+    Lloyd, "Least squares quantization in PCM", IEEE Trans. Inf. Theory 28(2), 1982; Max,
+    "Quantizing for minimum distortion", IRE Trans. Inf. Theory 6(1), 1960; Wu, "Optimal quantization by matrix
     searching", J. Algorithms 12(4), 1991.
 """
 

@@ -107,7 +107,7 @@ def mean_spacing(centroids: Float[Tensor, " levels"]) -> float:
 
 
 class SoftAssignment:
-    """Soft assignment to centroids, followed by the expansion, as a broken line.
+    r"""Soft assignment to centroids, followed by the expansion, as a broken line.
 
     Args:
         centroids: In [-1, 1], ascending.
@@ -117,7 +117,7 @@ class SoftAssignment:
 
     Attributes:
         knots: Points in [-1, 1] at equal distances, shape ``(cells + 1,)``.
-        values: :math:`F_\\mu^{-1}(g)` at the knots.
+        values: :math:`F_\mu^{-1}(g)` at the knots.
 
     Raises:
         ValueError: If an argument is out of range.

@@ -226,9 +226,7 @@ def _move(line: Line, cuts: Places, steps: Floats, pinned: int | None) -> Places
         steps = np.maximum(steps / _FINER, 1.0)
 
 
-def _move_once(
-    line: Line, cuts: Places, steps: Floats, pinned: int | None
-) -> tuple[Places, float]:
+def _move_once(line: Line, cuts: Places, steps: Floats, pinned: int | None) -> tuple[Places, float]:
     """The dynamic programme over some places around every cut."""
     n = len(line.values)
     reach = np.arange(-_REACH, _REACH + 1)

@@ -135,5 +135,6 @@ def require_time(name: str, time: int | float) -> None:
         raise ValueError(f"{name} must be at least 0, got {time}")
     if isinstance(time, float) and time > 1:
         raise ValueError(
-            f"{name} is a share of the run if it is a float, at most 1.0, got {time}; steps are ints"
+            f"{name} is a share of the run if it is a float, at most 1.0, got {time}"
+            "; steps are ints"
         )

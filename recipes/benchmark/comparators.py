@@ -43,7 +43,9 @@ class UniformStage:
     place = 1
 
     def __init__(self, weight: Tensor, bits: int) -> None:
-        self.low, self.high = (-0.5, 0.5) if bits == 1 else (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+        self.low, self.high = (
+            (-0.5, 0.5) if bits == 1 else (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+        )
         # So many of the grid's steps lie between two levels: the chip holds each of them exactly.
         self._fine = max(1, int(_MAXIMUM / -self.low))
         self.step_log2 = torch.tensor([math.log2(self._best_step(weight.detach().float()))])
@@ -105,7 +107,7 @@ class UniformQuantization(WeightMethod):
         learned: bool,
         step_lr: float = 0.003,
         targets: Sequence[str] = ("*",),
-        overrides: Mapping[str, int] | str = {},  # noqa: B006
+        overrides: Mapping[str, int] | str = {},
     ) -> None:
         super().__init__(bits, targets=targets, overrides=overrides)
         self.learned = learned
@@ -115,7 +117,7 @@ class UniformQuantization(WeightMethod):
 
     @override
     def stages(self) -> dict[str, Stage]:
-        return dict(self._stages)
+        return {**self._stages}
 
     @override
     def prepare(self) -> None:
@@ -150,7 +152,7 @@ def parq(
     total_steps: int,
     **adamw: Any,
 ) -> torch.optim.Optimizer:
-    """torchao's PARQ around AdamW, for every weight of two axes or more.
+    """PARQ of torchao around AdamW, for every weight of two axes or more.
 
     Args:
         parameters: Of the module.
@@ -175,7 +177,7 @@ def parq(
     parameters = list(parameters)
     wide = [p for p in parameters if p.ndim >= 2]
     others = [p for p in parameters if p.ndim < 2]
-    groups = [{"params": wide, "quant_bits": bits}, {"params": others}]
+    groups: list[dict[str, Any]] = [{"params": wide, "quant_bits": bits}, {"params": others}]
     # As its authors have it: least-squares levels for one and two bits, uniform ones from three.
     quantizer = LSBQuantizer() if bits <= 2 else UnifQuantizer()
     prox = ProxPARQ(anneal_start=0, anneal_end=int(0.8 * total_steps), steepness=10)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -80,7 +81,7 @@ def test_the_chip_holds_the_codebook(method: str) -> None:
 class ExplicitTerm(SmallRecurrentModule):
     """The regulariser as a term of the loss, differentiated by autograd."""
 
-    books: dict[str, Tensor]
+    books: ClassVar[dict[str, Tensor]] = {}
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> Tensor:
         loss = self.loss(self(batch[0]), batch[1])
@@ -93,7 +94,7 @@ class ExplicitTerm(SmallRecurrentModule):
 
 
 class WithoutTerm(ExplicitTerm):
-    books = {}
+    """The same without."""
 
 
 @pytest.mark.parametrize(
@@ -206,7 +207,7 @@ def test_a_pattern_that_matches_nothing(method: str) -> None:
 def test_weights_that_are_not_finite_or_all_the_same(method: str) -> None:
     broken = module()
     nn.init.constant_(broken.head.second.weight, float("nan"))
-    with pytest.raises(FloatingPointError, match="head.second.weight"):
+    with pytest.raises(FloatingPointError, match=r"head\.second\.weight"):
         trainer(METHODS[method]()).fit(broken)
     constant = module()
     nn.init.constant_(constant.head.second.weight, 0.25)
