@@ -13,8 +13,8 @@ whose centroid is held at zero adds nothing.
 
 Reference:
     Lloyd, "Least squares quantization in PCM", IEEE Trans. Inf. Theory 28(2), 1982; Max,
-    "Quantizing for minimum distortion", IRE Trans. Inf. Theory 6(1), 1960; Wu, "Optimal quantization by matrix
-    searching", J. Algorithms 12(4), 1991.
+    "Quantizing for minimum distortion", IRE Trans. Inf. Theory 6(1), 1960; Wu, "Optimal
+    quantization by matrix searching", J. Algorithms 12(4), 1991.
 """
 
 from __future__ import annotations

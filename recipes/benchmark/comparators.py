@@ -43,9 +43,9 @@ class UniformStage:
     place = 1
 
     def __init__(self, weight: Tensor, bits: int) -> None:
-        self.low, self.high = (
-            (-0.5, 0.5) if bits == 1 else (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
-        )
+        half = float(2 ** (bits - 1))
+        self.low: float = -half if bits > 1 else -0.5
+        self.high: float = half - 1 if bits > 1 else 0.5
         # So many of the grid's steps lie between two levels: the chip holds each of them exactly.
         self._fine = max(1, int(_MAXIMUM / -self.low))
         self.step_log2 = torch.tensor([math.log2(self._best_step(weight.detach().float()))])
