@@ -11,6 +11,8 @@ nearest whole multiple of :math:`s / n_{max}` (the gradient passes this rounding
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -30,10 +32,21 @@ from lightning_nna.emulator.weights import round_significands
 from lightning_nna.functional.lloyd_max import lloyd_max
 from lightning_nna.functional.mu_law import (
     SoftAssignment,
+    cell_middles,
+    cell_of,
+    cells_for,
     inverse_mu_law,
     inverse_mu_law_slope,
     mu_law,
 )
+
+
+@dataclass(frozen=True)
+class _HardAssignment:
+    """By cell: the value in steps, and which of the ascending centroids it is."""
+
+    values: Tensor
+    nearest: Tensor
 
 
 class GeneralQuantizerStage:
@@ -86,6 +99,9 @@ class GeneralQuantizerStage:
         found = lloyd_max(scaled, 2**bits, pin_zero=pin_zero).centroids.to(weight.device)
         self.centroids = mu_law(found, mu).clamp_(-1, 1)
         self.scale_log2 = (steps.double() * self.maximum).log2().float()
+        self._kept: tuple[tuple[float, int, int], SoftAssignment] | None = None
+        # Of the weight that is substituted; so many bytes again as the weight has.
+        self._cells: Tensor | None = None
         # Rounding the logarithm would move a scale that nobody learns.
         self._fixed_steps = steps
 
@@ -108,7 +124,7 @@ class GeneralQuantizerStage:
 
     @property
     def codebook(self) -> Codebook:
-        """The values as they are deployed; a weight takes the nearest in the µ-law's domain."""
+        """The values as they are deployed; its borders are those of the µ-law's domain."""
         z = self._on_grid()
         levels = inverse_mu_law(z, self.mu) * self.maximum
         if self.grid_bits is not None:
@@ -123,65 +139,96 @@ class GeneralQuantizerStage:
             return z
         return mu_law((inverse_mu_law(z, self.mu) * self.maximum).round() / self.maximum, self.mu)
 
-    # --- a stage ----------------------------------------------------------------------------------
+    # --- a stage --------------------------------------------------------------------------------
 
+    @torch.no_grad()
     def transform(self, weight: Tensor, *, hard: bool) -> Tensor:
         """The quantised weight; soft in training until it is to be hard."""
-        if hard or (self.is_hard and self.works):
-            return self.codebook.project(weight)
-        if not self.works:
+        if not hard and not self.works:
             return weight
-        soft = self._soft(self.sharpness)(self._compressed(weight)[0])
-        return in_units(soft, self.steps * self.maximum).to(weight.dtype)
+        cells = self._cells_of(weight)
+        if not hard:
+            self._cells = cells
+        if hard or self.is_hard:
+            return self._looked_up(cells, self._hard().values, self.steps).to(weight.dtype)
+        values = self._soft(self.sharpness).values
+        return self._looked_up(cells, values, self.steps * self.maximum).to(weight.dtype)
 
+    @torch.no_grad()
     def pull_back(self, weight: Tensor, grad: Tensor) -> Tensor:
         """Gradient of the latent weight; those of centroids and scales are left with them."""
         if not self.works:
             return grad
+        cells = self._cells_of(weight) if self._cells is None else self._cells
+        self._cells = None
         sharpness = self.sharpness
         if self.is_hard:
             sharpness = min(sharpness, self.gradient_sharpness)
-        v, x = self._compressed(weight)
         soft = self._soft(sharpness)
-        inside = x.abs() <= 1
-        # d(mu_law)/dx is one over the slope of its inverse.
-        slope = soft.slopes()[soft.cell_of(v)[0]] / inverse_mu_law_slope(v, self.mu) * inside
-        scales = self.steps * self.maximum
         if self.train_centroids:
-            self._centroid_gradient(weight, v, soft, in_units(grad.float(), scales))
+            self._leave_centroid_gradient(cells, soft, grad)
+        slopes = soft.slopes.index_select(0, cells.flatten()).view(weight.shape)
         if self.learn_scale:
-            value = self.transform(weight, hard=False).float()
-            share = grad.float() * (value - in_units(x, scales) * slope)
-            # As LSQ scales it; d/d(log2 s) = s ln(2) d/ds, and the share is s d/ds already.
-            share = share.reshape(len(scales), -1)
-            factor = 0.6931471805599453 / (share.shape[1] * self.maximum) ** 0.5
-            self.scale_log2.grad = share.sum(1) * factor
-        return grad * slope.to(grad.dtype)
+            self._leave_scale_gradient(weight, slopes, grad)
+        return slopes.to(grad.dtype).mul_(grad)
 
-    def _compressed(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """The weight in the µ-law's domain, and in units of its scale."""
-        x = in_steps(weight, self.steps * self.maximum)
-        return mu_law(x.clamp(-1, 1), self.mu), x
+    def _cells_of(self, weight: Tensor) -> Tensor:
+        return cell_of(weight.detach(), cells_for(len(self.centroids)), self.steps * self.maximum)
+
+    def _looked_up(self, cells: Tensor, table: Tensor, scales: Tensor) -> Tensor:
+        if len(scales) == 1:
+            return (table * scales).index_select(0, cells.flatten()).view(cells.shape)
+        return in_units(table.index_select(0, cells.flatten()).view(cells.shape), scales)
 
     def _soft(self, sharpness: float) -> SoftAssignment:
-        return SoftAssignment(self._on_grid(), sharpness=sharpness, mu=self.mu, power=self.power)
+        """The soft assignment, kept while neither centroids nor sharpness change."""
+        key = (sharpness, self.centroids._version, id(self.centroids))
+        if self._kept is None or self._kept[0] != key:
+            made = SoftAssignment(
+                self._on_grid(), sharpness=sharpness, mu=self.mu, power=self.power
+            )
+            self._kept = (key, made)
+        return self._kept[1]
 
-    def _centroid_gradient(
-        self, weight: Tensor, v: Tensor, soft: SoftAssignment, grad: Tensor
-    ) -> None:
+    def _hard(self) -> _HardAssignment:
+        """The nearest centroid in the µ-law's domain, from each cell's middle."""
+        z = self._on_grid()
+        levels = inverse_mu_law(z, self.mu) * self.maximum
+        if self.grid_bits is not None:
+            levels = levels.round()
+        points = mu_law(cell_middles(cells_for(len(z)), z.device), self.mu)
+        nearest = torch.bucketize(points, middles(z))
+        return _HardAssignment(levels[nearest], nearest)
+
+    def _leave_centroid_gradient(self, cells: Tensor, soft: SoftAssignment, grad: Tensor) -> None:
+        scales = self.steps * self.maximum
+        scaled = grad.float() if len(scales) == 1 else in_units(grad.float(), scales)
+        count = len(soft.values)
+        sums = torch.bincount(cells.flatten(), weights=scaled.flatten(), minlength=count).float()
+        if len(scales) == 1:
+            sums = sums * scales
         if self.is_hard:
             z = self._on_grid()
-            found = torch.zeros_like(z)
-            found.index_add_(0, self.codebook.indices(weight).flatten(), grad.flatten())
+            found = torch.zeros_like(z).index_add_(0, self._hard().nearest, sums)
             found *= inverse_mu_law_slope(z, self.mu)
         else:
-            found = soft.centroid_gradient(v, grad)
+            found = soft.centroid_gradient(sums)
         # The gradient is that of the ascending centroids.
         result = torch.empty_like(found)
         result[self.centroids.detach().argsort()] = found
         if self.pin_zero:
             result[self.centroids == 0] = 0
         self.centroids.grad = result
+
+    def _leave_scale_gradient(self, weight: Tensor, slopes: Tensor, grad: Tensor) -> None:
+        scales = self.steps * self.maximum
+        x = in_steps(weight, scales)
+        value = in_steps(self.transform(weight, hard=False), scales)
+        share = (grad.float() * in_units(value - x * slopes, scales)).reshape(len(scales), -1)
+        # As LSQ scales it. d/d(log2 s) is s ln(2) d/ds, and the share is s d/ds already.
+        factor = math.log(2) / math.sqrt(share.shape[1] * self.maximum)
+        self.scale_log2.grad = share.sum(1) * factor
+        self._cells = None
 
     # --- state ------------------------------------------------------------------------------------
 
@@ -198,13 +245,11 @@ class GeneralQuantizerStage:
     @torch.no_grad()
     def soft_hard_gap(self, weight: Tensor) -> float:
         """Root of the mean square of soft less hard weights, relative to that of the weights."""
-        weight = weight.detach()
-        soft = in_units(
-            self._soft(self.sharpness)(self._compressed(weight)[0]), self.steps * self.maximum
-        )
-        power = float(weight.float().square().mean())
-        gap = float((soft - self.codebook.project(weight)).square().mean())
-        return (gap / power) ** 0.5 if power > 0 else 0.0
+        cells = self._cells_of(weight)
+        away = self._soft(self.sharpness).values * self.maximum - self._hard().values
+        gap = self._looked_up(cells, away, self.steps).square().mean()
+        power = float(weight.detach().float().square().mean())
+        return (float(gap) / power) ** 0.5 if power > 0 else 0.0
 
     def state_dict(self) -> dict[str, Any]:
         """Centroids and scales."""

@@ -16,15 +16,15 @@ dimensionless sharpness :math:`S = \alpha \Delta^p`, with :math:`\Delta` the mea
 centroids: about 1 is soft, from 32 on nearly hard.
 
 Written for every weight, the softmax takes the memory of ``levels`` copies of the weights. But
-:math:`g` is a function of one variable: :class:`SoftAssignment` has it, exactly, at some thousand
-knots, and between them it is linear. Its gradients are those of this broken line, to the last
-digit, and cost the same for two levels as for 256.
+:math:`g` is a function of one variable: :class:`SoftAssignment` cuts [-1, 1] into some thousand
+cells and has value and gradients in the middle of each, exactly. A weight needs its cell and a
+look-up, for 256 levels as for two.
 
 Reference:
     Zhen et al., "Sub-8-bit quantization for on-device speech recognition: a regularization-free
     approach", SLT 2022, arXiv 2210.09188. ITU-T G.711 for the µ-law.
 
-Differs from the paper: the sharpness without a dimension, and the knots, are ours.
+Differs from the paper: the sharpness without a dimension, and the cells, are ours.
 """
 
 from __future__ import annotations
@@ -107,25 +107,27 @@ def mean_spacing(centroids: Float[Tensor, " levels"]) -> float:
 
 
 class SoftAssignment:
-    r"""Soft assignment to centroids, followed by the expansion, as a broken line.
+    r"""Soft assignment to centroids and the expansion, in cells of equal width.
+
+    Cell 0 takes what lies below -1, the last one what lies above 1 or at it; there slopes are zero.
 
     Args:
-        centroids: In [-1, 1], ascending.
+        centroids: In the µ-law's domain, [-1, 1], ascending.
         sharpness: :math:`S`, positive.
         mu: Of the µ-law.
         power: :math:`p`, 1 or 2.
 
     Attributes:
-        knots: Points in [-1, 1] at equal distances, shape ``(cells + 1,)``.
-        values: :math:`F_\mu^{-1}(g)` at the knots.
+        values: :math:`F_\mu^{-1}(g(F_\mu(x)))` in each cell, shape ``(cells + 2,)``.
+        slopes: Its derivative by :math:`x`.
 
     Raises:
         ValueError: If an argument is out of range.
 
     Example:
         >>> soft = SoftAssignment(torch.tensor([-0.5, 0.5]), sharpness=8.0, mu=0.0)
-        >>> soft(torch.tensor([-1.0, 0.0, 0.4]))
-        tensor([-0.5000,  0.0000,  0.4983])
+        >>> soft.values[cell_of(torch.tensor([-1.0, 0.4]), len(soft.values) - 2)]
+        tensor([-0.5000,  0.4983])
     """
 
     def __init__(
@@ -136,65 +138,87 @@ class SoftAssignment:
             raise ValueError(f"sharpness must be positive, got {sharpness}")
         if power not in (1, 2):
             raise ValueError(f"power must be 1 or 2, got {power}")
-        levels = len(centroids)
-        self.cells = min(max(2048, 128 * levels), 16384)
-        device = centroids.device
-        self.knots = torch.linspace(-1, 1, self.cells + 1, device=device)
-        self._levels, self._mu = levels, mu
-        alpha = sharpness / mean_spacing(centroids) ** power
-        self._assign(centroids.detach().float(), alpha, power, _reach(sharpness, power))
-        self.values = inverse_mu_law(self._means, mu)
-
-    def _assign(self, z: Tensor, alpha: float, power: int, reach: int) -> None:
-        """Softmax over the nearest centroids of each knot."""
+        z = centroids.detach().float()
+        self._levels = len(z)
+        v = mu_law(cell_middles(cells_for(self._levels), z.device), mu)
+        alpha, reach = sharpness / mean_spacing(z) ** power, _reach(sharpness, power)
         width = min(self._levels, 2 * reach)
-        above = torch.searchsorted(z, self.knots)
-        first = (above - width // 2).clamp_(0, self._levels - width)
+        first = (torch.searchsorted(z, v) - width // 2).clamp_(0, self._levels - width)
         self._near = first[:, None] + torch.arange(width, device=z.device)
         near = z[self._near]
-        distance = self.knots[:, None] - near
+        distance = v[:, None] - near
         away = distance.abs() if power == 1 else distance.square()
-        self._shares = torch.softmax(-alpha * away, dim=1)
-        self._means = (self._shares * near).sum(1)
-        # d(-alpha |v - z|^p)/dz
+        shares = torch.softmax(-alpha * away, dim=1)
+        means = (shares * near).sum(1)
+        # How fast a centroid's score grows with the centroid, and falls with the point.
         pull = alpha * torch.sgn(distance) if power == 1 else 2 * alpha * distance
-        self._per_centroid = self._shares * (1 + (near - self._means[:, None]) * pull)
+        spread = shares * (near - means[:, None]) * pull
+        self.values = inverse_mu_law(means, mu)
+        expansion = inverse_mu_law_slope(means, mu)
+        self._per_centroid = (shares + spread) * expansion[:, None]
+        slopes = -spread.sum(1) * expansion / inverse_mu_law_slope(v, mu)
+        slopes[0] = slopes[-1] = 0
+        self.slopes = slopes
 
-    def cell_of(
-        self, v: Float[Tensor, "*shape"]
-    ) -> tuple[Int[Tensor, "*shape"], Float[Tensor, "*shape"]]:
-        """The cell of each point, and the share of the cell that lies before it."""
-        at = (v + 1) * (self.cells / 2)
-        cell = at.long().clamp_(0, self.cells - 1)
-        return cell, at - cell
-
-    def __call__(self, v: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-        """Expanded soft assignment of points in [-1, 1]."""
-        cell, share = self.cell_of(v)
-        steps = self.values.diff()
-        return torch.addcmul(self.values[cell], steps[cell], share)
-
-    def slopes(self) -> Float[Tensor, " cells"]:
-        """Derivative by the point, constant in each cell."""
-        return self.values.diff() * (self.cells / 2)
-
-    def centroid_gradient(self, v: Tensor, grad: Tensor) -> Float[Tensor, " levels"]:
+    def centroid_gradient(self, sums: Float[Tensor, " cells"]) -> Float[Tensor, " levels"]:
         """Gradient of the centroids.
 
         Args:
-            v: Points in [-1, 1].
-            grad: Gradient of what came of each.
+            sums: Sum, over the weights in each cell, of the gradient of what came of them.
         """
-        cell, share = self.cell_of(v.flatten())
-        grad = grad.flatten()
-        at_knots = grad.new_zeros(self.cells + 1)
-        before = grad * (1 - share)
-        at_knots.index_add_(0, cell, before)
-        at_knots.index_add_(0, cell + 1, grad - before)
-        at_knots *= inverse_mu_law_slope(self._means, self._mu)
-        result = grad.new_zeros(self._levels)
-        shares = self._per_centroid * at_knots[:, None]
-        return result.index_add_(0, self._near.flatten(), shares.flatten())
+        shares = self._per_centroid * sums[:, None]
+        found = sums.new_zeros(self._levels)
+        return found.index_add_(0, self._near.flatten(), shares.flatten())
+
+
+def cells_for(levels: int) -> int:
+    """Cells between -1 and 1 in which so many levels are told apart well.
+
+    Example:
+        >>> cells_for(4), cells_for(256)
+        (1024, 16384)
+    """
+    return max(1024, 64 * levels)
+
+
+def cell_middles(cells: int, device: torch.device | None = None) -> Float[Tensor, " cells_and_two"]:
+    """The middle of each cell; -1 and 1 for what lies outside.
+
+    Example:
+        >>> cell_middles(2)
+        tensor([-1.0000, -0.5000,  0.5000,  1.0000])
+    """
+    inner = torch.arange(cells, device=device, dtype=torch.float32)
+    middles = (inner + 0.5) * (2 / cells) - 1
+    return (
+        torch.nn.functional.pad(middles, (1, 1))
+        .index_fill_(0, torch.tensor([0], device=device), -1.0)
+        .index_fill_(0, torch.tensor([cells + 1], device=device), 1.0)
+    )
+
+
+def cell_of(
+    weight: Float[Tensor, "*shape"], cells: int, scales: Float[Tensor, " groups"] | None = None
+) -> Int[Tensor, "*shape"]:
+    """The cell of every weight, int32.
+
+    Args:
+        weight: Any weights.
+        cells: Between -1 and 1.
+        scales: What is 1, for each group of rows; none for 1.
+
+    Example:
+        >>> cell_of(torch.tensor([-1.5, -0.1, 0.1, 1.0]), 2)
+        tensor([0, 1, 2, 3], dtype=torch.int32)
+    """
+    half = cells / 2
+    if scales is None:
+        at = weight * half
+    elif len(scales) == 1:
+        at = weight.float() * (half / scales)
+    else:
+        at = (weight.float().reshape(len(scales), -1) * (half / scales)[:, None]).view(weight.shape)
+    return at.add_(half + 1).clamp_(0, cells + 1).int()
 
 
 def require_mu(mu: float) -> None:
