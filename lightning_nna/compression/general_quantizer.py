@@ -100,6 +100,7 @@ class GeneralQuantizerStage:
         self.centroids = mu_law(found, mu).clamp_(-1, 1)
         self.scale_log2 = (steps.double() * self.maximum).log2().float()
         self._kept: tuple[tuple[float, int, int], SoftAssignment] | None = None
+        self._kept_hard: tuple[tuple[int, int], _HardAssignment] | None = None
         # Of the weight that is substituted; so many bytes again as the weight has.
         self._cells: Tensor | None = None
         # Rounding the logarithm would move a scale that nobody learns.
@@ -182,7 +183,7 @@ class GeneralQuantizerStage:
 
     def _soft(self, sharpness: float) -> SoftAssignment:
         """The soft assignment, kept while neither centroids nor sharpness change."""
-        key = (sharpness, self.centroids._version, id(self.centroids))
+        key = (sharpness, id(self.centroids), self.centroids._version)
         if self._kept is None or self._kept[0] != key:
             made = SoftAssignment(
                 self._on_grid(), sharpness=sharpness, mu=self.mu, power=self.power
@@ -192,13 +193,18 @@ class GeneralQuantizerStage:
 
     def _hard(self) -> _HardAssignment:
         """The nearest centroid in the µ-law's domain, from each cell's middle."""
+        key = (id(self.centroids), self.centroids._version)
+        if self._kept_hard is not None and self._kept_hard[0] == key:
+            return self._kept_hard[1]
         z = self._on_grid()
         levels = inverse_mu_law(z, self.mu) * self.maximum
         if self.grid_bits is not None:
             levels = levels.round()
         points = mu_law(cell_middles(cells_for(len(z)), z.device), self.mu)
         nearest = torch.bucketize(points, middles(z))
-        return _HardAssignment(levels[nearest], nearest)
+        made = _HardAssignment(levels[nearest], nearest)
+        self._kept_hard = (key, made)
+        return made
 
     def _leave_centroid_gradient(self, cells: Tensor, soft: SoftAssignment, grad: Tensor) -> None:
         scales = self.steps * self.maximum
@@ -265,3 +271,4 @@ class GeneralQuantizerStage:
         self.centroids = state["centroids"].to(device).clone()
         self.scale_log2 = state["scale_log2"].to(device).clone()
         self._fixed_steps = state["steps"].to(device).clone()
+        self._kept = self._kept_hard = None

@@ -102,7 +102,7 @@ def mean_spacing(centroids: Float[Tensor, " levels"]) -> float:
     """
     if len(centroids) < 2:
         return 1.0
-    spread = float(centroids.max() - centroids.min())
+    spread = float(centroids.detach().max() - centroids.detach().min())
     return spread / (len(centroids) - 1) if spread > 0 else 1.0
 
 
@@ -138,13 +138,12 @@ class SoftAssignment:
             raise ValueError(f"sharpness must be positive, got {sharpness}")
         if power not in (1, 2):
             raise ValueError(f"power must be 1 or 2, got {power}")
-        z = centroids.detach().float()
+        # In double precision: sharp scores are large, and their differences small.
+        z = centroids.detach().double()
         self._levels = len(z)
-        v = mu_law(cell_middles(cells_for(self._levels), z.device), mu)
-        alpha, reach = sharpness / mean_spacing(z) ** power, _reach(sharpness, power)
-        width = min(self._levels, 2 * reach)
-        first = (torch.searchsorted(z, v) - width // 2).clamp_(0, self._levels - width)
-        self._near = first[:, None] + torch.arange(width, device=z.device)
+        v = mu_law(cell_middles(cells_for(self._levels), z.device).double(), mu)
+        alpha = sharpness / mean_spacing(z) ** power
+        self._near = _near(v, z, alpha, power)
         near = z[self._near]
         distance = v[:, None] - near
         away = distance.abs() if power == 1 else distance.square()
@@ -153,12 +152,12 @@ class SoftAssignment:
         # How fast a centroid's score grows with the centroid, and falls with the point.
         pull = alpha * torch.sgn(distance) if power == 1 else 2 * alpha * distance
         spread = shares * (near - means[:, None]) * pull
-        self.values = inverse_mu_law(means, mu)
+        self.values = inverse_mu_law(means, mu).float()
         expansion = inverse_mu_law_slope(means, mu)
-        self._per_centroid = (shares + spread) * expansion[:, None]
+        self._per_centroid = ((shares + spread) * expansion[:, None]).float()
         slopes = -spread.sum(1) * expansion / inverse_mu_law_slope(v, mu)
         slopes[0] = slopes[-1] = 0
-        self.slopes = slopes
+        self.slopes = slopes.float()
 
     def centroid_gradient(self, sums: Float[Tensor, " cells"]) -> Float[Tensor, " levels"]:
         """Gradient of the centroids.
@@ -176,9 +175,9 @@ def cells_for(levels: int) -> int:
 
     Example:
         >>> cells_for(4), cells_for(256)
-        (1024, 16384)
+        (1024, 8192)
     """
-    return max(1024, 64 * levels)
+    return max(1024, 32 * levels)
 
 
 def cell_middles(cells: int, device: torch.device | None = None) -> Float[Tensor, " cells_and_two"]:
@@ -231,7 +230,12 @@ def require_mu(mu: float) -> None:
         raise ValueError(f"mu must be at least 0 (0 is no compression), got {mu}")
 
 
-def _reach(sharpness: float, power: int) -> int:
-    """Centroids on either side of a point that count."""
-    # Spacings vary: one more than what a regular spacing needs.
-    return math.ceil((_NEGLIGIBLE / sharpness) ** (1 / power)) + 2
+def _near(v: Tensor, z: Tensor, alpha: float, power: int) -> Tensor:
+    """Places of the centroids that count at each point: as many for every point."""
+    above = torch.searchsorted(z, v).clamp_(max=len(z) - 1)
+    nearest = torch.minimum((v - z[above]).abs(), (v - z[(above - 1).clamp_(min=0)]).abs())
+    reach = (nearest**power + _NEGLIGIBLE / alpha) ** (1 / power)
+    first = torch.searchsorted(z, v - reach)
+    width = int((torch.searchsorted(z, v + reach, right=True) - first).max())
+    first = first.clamp_(max=len(z) - width)
+    return first[:, None] + torch.arange(width, device=z.device)
