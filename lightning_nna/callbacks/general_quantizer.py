@@ -33,10 +33,12 @@ class GeneralQuantizer(WeightMethod):
         hard_from: From this step (int) or share of the run (float) on weights take their values in
             training, too; the soft assignment gives their gradient.
         gradient_sharpness: Greatest sharpness of the assignment that gives the gradient once
-            weights are hard: where it is sharp, weights at a value get none.
+            weights are hard: where it is sharp, weights at a value get none. None passes the
+            gradient straight through, as the limit of a soft assignment does.
         power: Of the distance in the softmax, 1 or 2.
         train_centroids: Whether values are trained.
-        centroid_lr: Learning rate of the values' own Adam, in the µ-law's domain of [-1, 1].
+        centroid_lr: Learning rate of the values' own Adam, in the µ-law's domain of [-1, 1]: a
+            number, or a :class:`.Schedule` or its keys.
         learn_scale: Whether the scale is trained; its logarithm to base 2 has ``centroid_lr``.
         granularity: A scale for the ``"tensor"``, or for each ``"channel"`` as far as the chip's
             operators can have them; values are those of the tensor in any case.
@@ -81,10 +83,10 @@ class GeneralQuantizer(WeightMethod):
             1.0, 32.0, until=0.5, shape="geometric"
         ),
         hard_from: int | float = 0.5,
-        gradient_sharpness: float = 2.0,
+        gradient_sharpness: float | None = 2.0,
         power: int = 2,
         train_centroids: bool = True,
-        centroid_lr: float = 1e-3,
+        centroid_lr: Schedule | Mapping[str, Any] | float = 1e-3,
         learn_scale: bool = False,
         granularity: Granularity = "tensor",
         grid_bits: int | None = 8,
@@ -98,7 +100,7 @@ class GeneralQuantizer(WeightMethod):
         require_mu(mu)
         require_time("hard_from", hard_from)
         self.sharpness = Schedule.of(sharpness)
-        if min(self.sharpness.start, self.sharpness.last, gradient_sharpness) <= 0:
+        if min(self.sharpness.start, self.sharpness.last, gradient_sharpness or 1.0) <= 0:
             raise ValueError("sharpness and gradient_sharpness must be positive")
         if power not in (1, 2):
             raise ValueError(f"power must be 1 or 2, got {power}")
@@ -112,7 +114,8 @@ class GeneralQuantizer(WeightMethod):
         self.granularity: Granularity = granularity
         self.grid_bits, self.power_of_two_steps = grid_bits, power_of_two_steps
         self.pin_zero = pin_zero
-        self._adam = KeyedAdam(centroid_lr)
+        self.centroid_lr = Schedule.of(centroid_lr)
+        self._adam = KeyedAdam(self.centroid_lr.start)
         self._stages: dict[str, GeneralQuantizerStage] = {}
         self._saved: dict[str, Any] = {}
 
@@ -147,6 +150,7 @@ class GeneralQuantizer(WeightMethod):
     @override
     def stepped(self) -> None:
         if self._stages:
+            self._adam.learning_rate = self.centroid_lr.at(self.steps, total=self._total_steps)
             self._adam.update(self._learned())
             for stage in self._stages.values():
                 stage.settle()

@@ -92,7 +92,8 @@ class GeneralQuantizerStage:
         self.mu, self.power, self.grid_bits = mu, power, grid_bits
         self.train_centroids, self.learn_scale = train_centroids, learn_scale
         self.power_of_two_steps, self.pin_zero = power_of_two_steps, pin_zero
-        self.sharpness, self.gradient_sharpness, self.is_hard, self.works = 1.0, 1.0, False, True
+        self.sharpness, self.is_hard, self.works = 1.0, False, True
+        self.gradient_sharpness: float | None = 1.0
         self.maximum = maximum_of(grid_bits or 8)
         steps = steps_of(weight, groups, grid_bits=grid_bits, power_of_two=power_of_two_steps)
         scaled = (in_steps(weight, steps) / self.maximum).clamp_(-1, 1)
@@ -162,13 +163,17 @@ class GeneralQuantizerStage:
             return grad
         cells = self._cells_of(weight) if self._cells is None else self._cells
         self._cells = None
+        straight = self.is_hard and self.gradient_sharpness is None
         sharpness = self.sharpness
-        if self.is_hard:
+        if self.is_hard and self.gradient_sharpness is not None:
             sharpness = min(sharpness, self.gradient_sharpness)
         soft = self._soft(sharpness)
         if self.train_centroids:
             self._leave_centroid_gradient(cells, soft, grad)
-        slopes = soft.slopes.index_select(0, cells.flatten()).view(weight.shape)
+        table = torch.ones_like(soft.slopes) if straight else soft.slopes
+        if straight:
+            table[0] = table[-1] = 0
+        slopes = table.index_select(0, cells.flatten()).view(weight.shape)
         if self.learn_scale:
             self._leave_scale_gradient(weight, slopes, grad)
         return slopes.to(grad.dtype).mul_(grad)

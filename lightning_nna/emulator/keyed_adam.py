@@ -61,6 +61,7 @@ class KeyedAdam:
                 grad.div_(divisor)
             # After a scaler has skipped an overflowed step its gradient is still there.
             if self._adam is not None and found and _is_finite(found):
+                self._adam.param_groups[0]["lr"] = self.learning_rate
                 self._adam.step()
             self.zero_grad(tensors)
 
