@@ -88,7 +88,7 @@ def recipe_of(weights: TrainedWeights, config: DictConfig) -> DictConfig:
     recipe = OmegaConf.create(weights.recipe)
     assert isinstance(recipe, DictConfig)
     recipe.data = OmegaConf.merge(recipe.data, config.data)
-    if config.beam_width is not None:
+    if config.get("beam_width") is not None:
         recipe.beam_width = config.beam_width
     return recipe
 

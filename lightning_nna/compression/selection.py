@@ -68,7 +68,7 @@ class BitWidths:
             _select([pattern], chosen)
         found = {}
         for name in chosen:
-            widths = [bits for pattern, bits in overrides.items() if _fits(pattern, name)]
+            widths = [bits for pattern, bits in overrides.items() if matches_path(pattern, name)]
             found[name] = widths[-1] if widths else self.bits
         return found
 
@@ -130,12 +130,18 @@ def _select(patterns: Sequence[str], names: Sequence[str]) -> list[str]:
     """As ``select``, and a pattern that names a module takes all that it holds."""
     chosen: set[str] = set()
     for pattern in patterns:
-        below = [name for name in names if _fits(pattern, name)]
+        below = [name for name in names if matches_path(pattern, name)]
         chosen.update(below or select([pattern], names, what="weight"))
     return [name for name in names if name in chosen]
 
 
-def _fits(pattern: str, name: str) -> bool:
+def matches_path(pattern: str, name: str) -> bool:
+    """Whether a pattern fits a name, or that of a module that holds it.
+
+    Example:
+        >>> matches_path("joint", "joint.output.weight"), matches_path("*.output", "joint.output.w")
+        (True, True)
+    """
     parts = name.split(".")
     return any(matches(pattern, ".".join(parts[:end])) for end in range(1, len(parts) + 1))
 

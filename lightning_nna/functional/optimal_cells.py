@@ -235,7 +235,8 @@ def _move_once(line: Line, cuts: Places, steps: Floats, pinned: int | None) -> t
     places = np.concatenate([np.zeros((1, width), np.intp), inner, np.full((1, width), n)])
     mass, sums = line.mass[places], line.sums[places]
     weight = mass[1:, None, :] - mass[:-1, :, None]
-    gains = (sums[1:, None, :] - sums[:-1, :, None]) ** 2 / np.maximum(weight, _TINY)
+    with np.errstate(over="ignore"):  # Of cells that end before they begin, ruled out below.
+        gains = (sums[1:, None, :] - sums[:-1, :, None]) ** 2 / np.maximum(weight, _TINY)
     if pinned is not None:
         gains[pinned] = 0.0
     gains[places[1:, None, :] < places[:-1, :, None]] = -np.inf

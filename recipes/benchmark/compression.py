@@ -1,0 +1,256 @@
+"""Weights of few bits on AN4: every method from the same float models, with the same budget.
+
+    python -m recipes.benchmark.compression                      # what is missing, then the page
+    python -m recipes.benchmark.compression --seeds 1 --bits 2   # a part of the grid
+    python -m recipes.benchmark.compression --page-only
+
+Every cell is one run of ``recipes.train`` (one epoch from the float weights of its seed, on the
+chip) or of ``recipes.evaluate`` (rounding without training). A cell that is in
+``docs/results/compression.jsonl`` is not run again, and a run that was stopped goes on. The float
+models are those of ``recipes.benchmark.an4``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lightning_nna.compression.selection import matches_path
+from recipes.benchmark.an4 import Cell as FloatCell
+from recipes.benchmark.compression_page import write_page
+from recipes.benchmark.rows import append_row, has_row, read_rows
+from recipes.weights import load_weights
+
+ROWS = Path("docs/results/compression.jsonl")
+RUNS = Path("runs/compression")
+SEEDS = (1, 2, 3)
+BITS = (5, 4, 3, 2)
+#: Mean bits of the mixed allocation, and its place in the grid.
+MIXED, MIXED_BITS = "mixed", 3.0
+STEPS_PER_EPOCH = 840
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to get few bits.
+
+    Args:
+        title: In tables.
+        compression: The configuration group.
+        trains: Whether the weights are trained; else they are rounded.
+        settings: Overrides of the configuration.
+        widths: Bits that it is run at.
+    """
+
+    title: str
+    compression: str
+    trains: bool = True
+    settings: tuple[str, ...] = ()
+    widths: tuple[int | str, ...] = BITS
+
+
+_GQ = "callbacks.gq"
+METHODS: dict[str, Method] = {
+    "float": Method("float", "none", trains=False, widths=(32,)),
+    "nna8": Method("8 bits, chip-aware", "nna8", widths=(8,)),
+    "rtn": Method("rounded, uniform levels", "ste", trains=False),
+    "lloyd": Method("rounded, Lloyd-Max", "s8bqat", trains=False, widths=(*BITS, MIXED)),
+    "ste": Method("straight-through, uniform", "ste"),
+    "lsq": Method("LSQ", "lsq", widths=(*BITS, MIXED)),
+    "parq": Method("PARQ (torchao)", "parq"),
+    "s8bqat": Method("S8BQAT", "s8bqat", widths=(*BITS, MIXED)),
+    "gq": Method("General Quantizer", "gq", widths=(*BITS, MIXED)),
+    "mracos_only": Method(
+        "S8BQAT, compressed at the end only",
+        "s8bqat",
+        settings=("callbacks.hard.start_step=1.0",),
+        widths=(4, 2),
+    ),
+    "hard_only": Method(
+        "S8BQAT without MRACos",
+        "s8bqat",
+        settings=("callbacks.mracos.strength=0.0",),
+        widths=(4, 2),
+    ),
+    "gq_fixed": Method(
+        "GQ, fixed centroids", "gq", settings=(f"+{_GQ}.train_centroids=false",), widths=(4, 2)
+    ),
+    "gq_mu0": Method("GQ, µ = 0", "gq", settings=(f"+{_GQ}.mu=0.0",), widths=(2,)),
+    "gq_mu255": Method("GQ, µ = 255", "gq", settings=(f"+{_GQ}.mu=255.0",), widths=(2,)),
+    "gq_soft": Method(
+        "GQ, soft up to 40 %, then soft gradient",
+        "gq",
+        settings=(f"{_GQ}.hard_from=0.4", f"{_GQ}.gradient_sharpness=2.0"),
+        widths=(4, 2),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of the grid.
+
+    Attributes:
+        method: A key of :data:`METHODS`.
+        bits: Of every weight, or ``"mixed"``.
+        seed: Of the float model, and of the training.
+    """
+
+    method: str
+    bits: int | str
+    seed: int
+
+    @property
+    def folder(self) -> Path:
+        """Where the run goes."""
+        return RUNS / f"{self.method}_{self.bits}" / f"seed{self.seed}"
+
+    @property
+    def start(self) -> Path:
+        """The float weights that it starts from."""
+        return FloatCell("rnnt", "float", self.seed).folder / "checkpoints" / "last.ckpt"
+
+    @property
+    def allocation(self) -> Path:
+        """Bits by tensor of the mixed allocation."""
+        return RUNS / "allocation" / f"seed{self.seed}" / "bits.json"
+
+    @property
+    def command(self) -> list[str]:
+        """Module and overrides that run it."""
+        method = METHODS[self.method]
+        chosen = [f"compression={method.compression}", "beam_width=1", *method.settings]
+        if self.bits == MIXED:
+            chosen += ["bits=8", f"bit_overrides={self.allocation}"]
+        elif method.compression not in ("none", "nna8"):
+            chosen.append(f"bits={self.bits}")
+        chosen.append(f"hydra.run.dir={self.folder}")
+        if not method.trains:
+            return ["recipes.evaluate", f"ckpt={self.start}", *chosen]
+        return [
+            "recipes.train",
+            "experiment=an4_rnnt_finetune",
+            f"seed={self.seed}",
+            f"init_from={self.start}",
+            "trainer.max_epochs=1",
+            "+trainer.limit_val_batches=0",
+            *chosen,
+        ]
+
+
+def cells(
+    *,
+    methods: Sequence[str] = tuple(METHODS),
+    bits: Sequence[str] = (),
+    seeds: Sequence[int] = SEEDS,
+) -> Iterator[Cell]:
+    """The grid, or a part of it, seed by seed."""
+    for seed, method in itertools.product(seeds, methods):
+        for width in METHODS[method].widths:
+            if not bits or str(width) in bits:
+                yield Cell(method, width, seed)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run what is missing and write the page."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--page-only", action="store_true", help="run nothing")
+    parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--bits", nargs="*", default=[], help="2 to 8, or mixed; all if left out")
+    parser.add_argument("--seeds", nargs="*", type=int, default=list(SEEDS))
+    parser.add_argument("--threads", type=int, default=1, help="threads of the CPU for each run")
+    options = parser.parse_args(arguments)
+    if not options.page_only:
+        for cell in cells(methods=options.methods, bits=options.bits, seeds=options.seeds):
+            run_cell(cell, threads=options.threads)
+    write_page(ROWS, {name: method.title for name, method in METHODS.items()})
+
+
+def run_cell(cell: Cell, *, threads: int) -> None:
+    """Run ``cell`` if its row is missing, and append the row.
+
+    Raises:
+        subprocess.CalledProcessError: If the run fails; what it left is resumed next time.
+    """
+    if has_row(read_rows(ROWS), method=cell.method, bits=cell.bits, seed=cell.seed):
+        return
+    if cell.bits == MIXED and not cell.allocation.exists():
+        _run(
+            "recipes.allocate",
+            f"ckpt={cell.start}",
+            f"target_mean_bits={MIXED_BITS}",
+            f"hydra.run.dir={cell.allocation.parent}",
+            f"threads={threads}",
+        )
+    summary = cell.folder / "summary.json"
+    if not summary.exists():
+        module, *overrides = cell.command
+        _run(module, *overrides, f"threads={threads}")
+    append_row(ROWS, row_of(cell, json.loads(summary.read_text())))
+
+
+def _run(module: str, *overrides: str) -> None:
+    subprocess.run([sys.executable, "-m", module, *overrides], check=True)
+
+
+def row_of(cell: Cell, summary: Mapping[str, Any]) -> dict[str, Any]:
+    """The row of a finished run."""
+    shapes = {name: x.shape for name, x in load_weights(cell.start).network.items()}
+    widths = json.loads(cell.allocation.read_text())["overrides"] if cell.bits == MIXED else {}
+    bits = {
+        name: next((b for p, b in widths.items() if matches_path(p, f"model.{name}")), cell.bits)
+        for name, shape in shapes.items()
+        if len(shape) >= 2
+    }
+    counts = {name: shape.numel() for name, shape in shapes.items()}
+    total = sum(counts[name] for name in bits)
+    figures = ("wer", "wer_low", "wer_high", "loss_per_token")
+    return {
+        "command": summary["command"],
+        "commit": summary["commit"],
+        "seed": cell.seed,
+        "corpus": "an4",
+        "model": "rnnt",
+        "method": cell.method,
+        "bits": cell.bits,
+        "mean_bits": sum(int(b) * counts[name] for name, b in bits.items()) / total,
+        "one_bit_tensors": sorted(name for name, b in bits.items() if b == 1),
+        "sparsity": 0.0,
+        **{name: summary[name] for name in figures},
+        "packed_bytes": packed_bytes(counts, bits),
+        "train_seconds": summary.get("train_seconds"),
+        "threads": summary.get("threads"),
+    }
+
+
+def packed_bytes(counts: Mapping[str, int], bits: Mapping[str, int | str]) -> int:
+    """Size of a network: indices, a byte for each level, a scale a tensor, vectors in 32 bits.
+
+    Args:
+        counts: Numbers by tensor.
+        bits: Of the tensors that are no vectors; 8 and more have no levels to be stored.
+
+    Example:
+        >>> packed_bytes({"weight": 100, "bias": 3}, {"weight": 2})
+        45
+    """
+    size = 0
+    for name, count in counts.items():
+        width = int(bits.get(name, 32))
+        size += -(-count * width // 8)
+        if width < 8:
+            size += 2**width
+        if width <= 8:
+            size += 4
+    return size
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,90 @@
+"""The grid of few bits: its cells, its rows, its page."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra import compose, initialize
+
+from recipes.benchmark.compression import METHODS, MIXED, Cell, cells, packed_bytes
+from recipes.benchmark.compression_page import page, verdicts, write_page
+from recipes.benchmark.rows import append_row
+
+TITLES = {name: method.title for name, method in METHODS.items()}
+
+
+def _row(method: str, bits: int | str, loss: float, seed: int = 1, **more: Any) -> dict[str, Any]:
+    return {
+        "command": f"python -m recipes.train compression={method} bits={bits}",
+        "method": method,
+        "bits": bits,
+        "mean_bits": 3.0 if bits == MIXED else float(bits),
+        "one_bit_tensors": [],
+        "seed": seed,
+        "wer": 0.15,
+        "wer_low": 0.13,
+        "wer_high": 0.18,
+        "loss_per_token": loss,
+        "packed_bytes": 700_000,
+        "train_seconds": 180.0,
+    } | more
+
+
+ROWS = [
+    _row("float", 32, 0.17),
+    _row("float", 32, 0.19, seed=2),
+    _row("gq", 5, 0.16),
+    _row("gq", 2, 0.171),
+    _row("lsq", 2, 0.175),
+    _row("ste", 2, 0.1705),
+    _row("s8bqat", 5, 0.2, seed=2),
+    _row("gq", MIXED, 0.17, one_bit_tensors=["encoder"]),
+]
+
+
+def test_every_cell_has_a_folder_and_starts_from_the_float_weights_of_its_seed() -> None:
+    grid = list(cells())
+    assert len({cell.folder for cell in grid}) == len(grid)
+    for cell in grid:
+        assert any(str(cell.start) in word for word in cell.command)
+    assert list(cells(methods=["gq"], bits=["2"], seeds=[3])) == [Cell("gq", 2, 3)]
+
+
+@pytest.mark.parametrize("cell", list(cells(seeds=[1])), ids=lambda c: f"{c.method}-{c.bits}")
+def test_every_command_composes(cell: Cell) -> None:
+    module, *overrides = cell.command
+    name = module.removeprefix("recipes.")
+    kept = [word for word in overrides if not word.startswith("hydra.")]
+    with initialize(version_base="1.3", config_path="../../../conf"):
+        config = compose(config_name=name, overrides=kept)
+    assert config.bits == (8 if cell.bits in (MIXED, 32, 8) else cell.bits)
+
+
+def test_a_target_that_is_missed_is_called_so() -> None:
+    found = "\n".join(verdicts(ROWS))
+    assert "GQ at 5 bits no worse than float in loss: -5.9% over 1 seed(s), met" in found
+    assert "S8BQAT at 5 bits no worse than float in loss: +5.3% over 1 seed(s), missed" in found
+    assert "GQ best or tied at 2 bits: 0.1710 nats per label, the best other (ste) 0.1705" in found
+    assert "half of LSQ's increase of the loss: GQ +0.6%, LSQ +2.9%, met" in found
+    assert "without loss of WER (gq): 3.00 bits, +0.0 points over 1 seed(s), met" in found
+    assert found.count("missed") == 2
+
+
+def test_the_page_has_every_row_and_a_figure(tmp_path: Path) -> None:
+    path = tmp_path / "compression.jsonl"
+    for row in ROWS:
+        append_row(path, row)
+    write_page(path, TITLES)
+    text = path.with_suffix(".md").read_text()
+    assert text == page(ROWS, TITLES)
+    assert all(row["command"] in text for row in ROWS)
+    assert "| General Quantizer | mixed, 3.00 | 1 | 15.0 % |" in text
+    assert path.with_suffix(".png").stat().st_size > 10_000
+
+
+def test_packed_sizes() -> None:
+    counts = {"a": 9, "b": 16, "bias": 2}
+    assert packed_bytes(counts, {"a": 1, "b": 8}) == (2 + 2 + 4) + (16 + 4) + 8
+    assert packed_bytes(counts, {"a": 32, "b": 32}) == 4 * 27
