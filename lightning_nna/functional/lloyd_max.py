@@ -164,7 +164,7 @@ def nearest(
 
     Args:
         values: Any values, on the device of ``centroids``.
-        centroids: Ascending.
+        centroids: Ascending; equal ones are one, and any of their indices may be given.
 
     Returns:
         int64 indices.
