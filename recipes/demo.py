@@ -22,8 +22,8 @@ from hydra import compose, initialize_config_dir
 from matplotlib.figure import Figure
 from omegaconf import DictConfig
 
+from lightning_nna.files import write_whole
 from recipes.evaluate import evaluate
-from recipes.run_folder import write_whole
 from recipes.train import train
 
 CONF = Path(__file__).resolve().parents[1] / "conf"

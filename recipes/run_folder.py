@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import os
 import platform
 import shlex
 import subprocess
@@ -19,6 +18,8 @@ from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from torch import nn
+
+from lightning_nna.files import write_whole
 
 # Settings that do not change what is learned; a resumed run may have others.
 _MAY_CHANGE = frozenset({"run_dir", "threads", "resume", "logger", "test", "beam_width"})
@@ -134,10 +135,3 @@ def write_summary(run_dir: Path, summary: Mapping[str, Any]) -> Path:
     path = run_dir / "summary.json"
     write_whole(path, json.dumps(dict(summary), indent=2) + "\n")
     return path
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write ``text`` so that a reader finds the old file or the new one, never half of one."""
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    unfinished.write_text(text, encoding="utf-8")
-    unfinished.replace(path)

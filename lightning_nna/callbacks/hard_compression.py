@@ -126,7 +126,7 @@ class HardCompression(S8BQATMethod):
     @override
     def figures(self) -> dict[str, float]:
         distances = [
-            _distance(self._parameters[name].detach(), centroids.codebook.project)
+            centroids.soft_hard_gap(self._parameters[name])
             for name, centroids in self.centroids.items()
         ]
         return {
@@ -154,10 +154,3 @@ class HardCompression(S8BQATMethod):
                 mean = optimizer.state.get(parameter, {}).get(name)
                 if mean is not None:
                     mean.zero_()
-
-
-def _distance(weight: Tensor, project: object) -> float:
-    """Root mean square of what lies between a weight and its centroids, relative to the weight."""
-    power = float(weight.float().square().mean())
-    gap = float((weight - project(weight)).float().square().mean())  # type: ignore[operator]
-    return (gap / power) ** 0.5 if power > 0 else 0.0

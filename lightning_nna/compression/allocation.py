@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -31,6 +30,7 @@ from lightning_nna.compression.selection import (
     require_finite,
     weights_of,
 )
+from lightning_nna.files import write_whole
 
 
 @dataclass(frozen=True)
@@ -69,17 +69,13 @@ class BitAllocation:
 
     def save(self, path: str | Path) -> None:
         """Write a JSON file, which ``overrides`` of every weight method takes by its path."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
         content = {
             "overrides": self.bits,
             "packed_bytes": self.packed_bytes,
             "mean_bits": self.mean_bits,
             "measured": asdict(self),
         }
-        unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-        unfinished.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        unfinished.replace(path)
+        write_whole(Path(path), json.dumps(content, indent=1) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> BitAllocation:

@@ -12,12 +12,13 @@ each group of its rows. Where levels are whole numbers, the chip holds them as t
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from lightning_nna.emulator.weight_pipeline import WeightGrid
+from lightning_nna.emulator.weight_pipeline import Stage, WeightGrid
 from lightning_nna.emulator.weights import largest_steps
 from lightning_nna.functional.lloyd_max import lloyd_max, snap_to_grid
 
@@ -94,6 +95,35 @@ class Codebook:
     def packed_bytes(self, weight: Tensor, bits: int) -> int:
         """Size of indices, levels (a byte each) and steps (four bytes each)."""
         return -(-weight.numel() * bits // 8) + 2**bits + 4 * len(self.steps)
+
+
+@runtime_checkable
+class CodebookStage(Stage, Protocol):
+    """A stage whose hard weights are those of a codebook."""
+
+    #: Of an index.
+    bits: int
+
+    @property
+    def codebook(self) -> Codebook:
+        """The values as they are deployed."""
+
+    def soft_hard_gap(self, weight: Tensor) -> float:
+        """What lies between the weight the method trains with and the deployed one.
+
+        Root of its mean square, relative to that of the weight.
+        """
+
+
+def relative_gap(weight: Tensor, away: Tensor) -> float:
+    """Root of the mean square of ``away``, relative to that of a weight; 0 for a weight of zeros.
+
+    Example:
+        >>> relative_gap(torch.tensor([3.0, 4.0]), torch.tensor([0.0, 1.0]))
+        0.2
+    """
+    power = float(weight.detach().float().square().mean())
+    return (float(away.detach().float().square().mean()) / power) ** 0.5 if power > 0 else 0.0
 
 
 def steps_of(

@@ -9,7 +9,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from lightning_nna.compression.codebook import Codebook, middles
+from lightning_nna.compression.codebook import Codebook, middles, relative_gap
 from lightning_nna.compression.selection import Granularity, groups_of, require_finite
 from lightning_nna.emulator.weight_pipeline import WeightGrid
 
@@ -87,6 +87,11 @@ class FixedCentroids:
         every = self.settings.refresh_every_n_steps
         if every and step % every == 0 and step != self._refreshed:
             self.codebook, self._refreshed = self._fit(weight), step
+
+    @torch.no_grad()
+    def soft_hard_gap(self, weight: Tensor) -> float:
+        """Distance of the weights from their centroids, relative to the weights."""
+        return relative_gap(weight, weight - self.codebook.project(weight))
 
     def state_dict(self) -> dict[str, Any]:
         """Levels and steps."""

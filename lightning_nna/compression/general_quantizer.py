@@ -25,6 +25,7 @@ from lightning_nna.compression.codebook import (
     in_units,
     maximum_of,
     middles,
+    relative_gap,
     steps_of,
 )
 from lightning_nna.emulator.weight_pipeline import WeightGrid
@@ -89,7 +90,7 @@ class GeneralQuantizerStage:
         power_of_two_steps: bool = False,
         pin_zero: bool = False,
     ) -> None:
-        self.mu, self.power, self.grid_bits = mu, power, grid_bits
+        self.bits, self.mu, self.power, self.grid_bits = bits, mu, power, grid_bits
         self.train_centroids, self.learn_scale = train_centroids, learn_scale
         self.power_of_two_steps, self.pin_zero = power_of_two_steps, pin_zero
         self.sharpness, self.is_hard, self.works = 1.0, False, True
@@ -258,9 +259,7 @@ class GeneralQuantizerStage:
         """Root of the mean square of soft less hard weights, relative to that of the weights."""
         cells = self._cells_of(weight)
         away = self._soft(self.sharpness).values * self.maximum - self._hard().values
-        gap = self._looked_up(cells, away, self.steps).square().mean()
-        power = float(weight.detach().float().square().mean())
-        return (float(gap) / power) ** 0.5 if power > 0 else 0.0
+        return relative_gap(weight, self._looked_up(cells, away, self.steps))
 
     def state_dict(self) -> dict[str, Any]:
         """Centroids and scales."""

@@ -11,7 +11,7 @@ when the optimiser is about to step: it is linear, so accumulated gradients need
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal, Protocol
 from weakref import WeakKeyDictionary
@@ -113,6 +113,11 @@ class WeightPipeline:
         if name is None or self._parameters[name] is not weight:
             return []
         return self._stages[name]
+
+    def claims(self) -> Iterator[tuple[str, nn.Parameter, list[Stage]]]:
+        """Name, parameter and stages of all that is claimed, in the order of the first claims."""
+        for name, stages in self._stages.items():
+            yield name, self._parameters[name], stages
 
     # --- phases -------------------------------------------------------------------------------
 

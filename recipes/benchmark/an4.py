@@ -22,8 +22,8 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib.figure import Figure
 
+from lightning_nna.files import write_whole
 from recipes.benchmark.rows import Row, append_row, has_row, read_rows, spread
-from recipes.run_folder import write_whole
 from recipes.weights import load_weights, save_weights
 
 ROWS = Path("docs/results/an4.jsonl")

@@ -8,9 +8,9 @@ from pathlib import Path
 import matplotlib as mpl
 from matplotlib.figure import Figure
 
+from lightning_nna.files import write_whole
 from recipes.benchmark.an4 import percent
 from recipes.benchmark.rows import Row, read_rows, spread
-from recipes.run_folder import write_whole
 
 #: Methods that the figure compares.
 _COMPARED = ("rtn", "lloyd", "ste", "lsq", "parq", "s8bqat", "gq")

@@ -24,11 +24,12 @@ from typing import Any
 
 import torch
 
+from lightning_nna.files import write_whole
 from recipes.benchmark.memory import peak_bytes
 from recipes.benchmark.rows import Row, append_row, has_row, read_rows
 from recipes.benchmark.variants import VARIANTS, NotPossibleError
 from recipes.benchmark.works import WORKS
-from recipes.run_folder import command_line, git_commit, write_whole
+from recipes.run_folder import command_line, git_commit
 
 ROWS = Path("docs/results/emulation.jsonl")
 PAIRS = 15

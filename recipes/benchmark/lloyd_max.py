@@ -21,10 +21,11 @@ import torch
 from sklearn.cluster import KMeans
 from torch import Tensor
 
+from lightning_nna.files import write_whole
 from lightning_nna.functional.lloyd_max import lloyd_max, nearest
 from recipes.benchmark.emulation import machine
 from recipes.benchmark.rows import Row, append_row, has_row, read_rows
-from recipes.run_folder import command_line, git_commit, write_whole
+from recipes.run_folder import command_line, git_commit
 
 ROWS = Path("docs/results/lloyd_max.jsonl")
 #: Weights and levels of a case.
