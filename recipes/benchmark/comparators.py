@@ -1,4 +1,4 @@
-r"""What the weight methods are compared with: uniform levels, and PARQ of torchao.
+r"""What the weight methods are compared with: uniform levels, PARQ of torchao, DKM.
 
 Uniform levels of :math:`b` bits are :math:`s\,q` with whole :math:`q` in
 :math:`[-2^{b-1}, 2^{b-1} - 1]` (±1/2 for one bit), one step :math:`s` a tensor, which starts where
@@ -7,6 +7,8 @@ training), or is learned with the gradient of LSQ.
 
 Reference:
     Esser et al., "Learned step size quantization", ICLR 2020, arXiv 1902.08153.
+    Cho et al., "DKM: differentiable k-means clustering layer for neural network compression",
+    ICLR 2022, arXiv 2108.12659.
     Jin et al., "PARQ: piecewise-affine regularized quantization", ICML 2025, arXiv 2503.15748.
 """
 
@@ -85,6 +87,45 @@ class UniformStage:
             q = torch.where(v > 0, 0.5, -0.5) if self.high == 0.5 else v.round()
             errors[step] = float((q.clamp_(self.low, self.high) * step - weight).square().mean())
         return min(errors, key=lambda step: errors[step])
+
+
+class DKMStage:
+    """Attention of every weight to every centroid, as DKM has it, with autograd's gradient.
+
+    Args:
+        weight: Whose quantiles are the first centroids.
+        bits: 1 to 8.
+        iterations: Of k-means in every step; DKM iterates until nothing moves.
+    """
+
+    method = "DKM"
+    place = 1
+    grid = None
+
+    def __init__(self, weight: Tensor, bits: int, iterations: int = 1) -> None:
+        flat = weight.detach().flatten()
+        self.centroids = torch.quantile(flat, (torch.arange(2**bits) + 0.5) / 2**bits)
+        self._temperature = float(flat.var()) / 4**bits
+        self._iterations = iterations
+        self._latent, self._result = weight, weight
+
+    def transform(self, weight: Tensor, *, hard: bool) -> Tensor:
+        """What attention makes of the weights; its graph is kept."""
+        with torch.enable_grad():
+            self._latent = weight.detach().clone().requires_grad_()
+            flat, centroids = self._latent.flatten(), self.centroids
+            for _ in range(self._iterations):
+                distance = (flat[:, None] - centroids).square()
+                attention = torch.softmax(-distance / self._temperature, 1)
+                centroids = (flat @ attention) / attention.sum(0).clamp_min(1e-12)
+            self._result = (attention @ centroids).view_as(weight)
+        self.centroids = centroids.detach()
+        return self._result.detach()
+
+    def pull_back(self, weight: Tensor, grad: Tensor) -> Tensor:
+        """Through the graph."""
+        (found,) = torch.autograd.grad(self._result, self._latent, grad)
+        return found
 
 
 class UniformQuantization(WeightMethod):

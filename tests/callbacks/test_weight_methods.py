@@ -17,6 +17,7 @@ from lightning_nna.callbacks import (
     NNAEmulation,
 )
 from lightning_nna.callbacks.weight_method import WeightMethod
+from lightning_nna.compression.codebook import Codebook
 from lightning_nna.emulator.weight_pipeline import pipeline_of
 from lightning_nna.functional.mracos import mracos
 from lightning_nna.functional.schedule import Schedule
@@ -99,17 +100,25 @@ class WithoutTerm(ExplicitTerm):
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"accumulate_grad_batches": 2}, {"gradient_clip_val": 0.1}, {"precision": "bf16-mixed"}],
-    ids=["plain", "accumulated", "clipped", "bf16-mixed"],
+    [
+        {},
+        {"accumulate_grad_batches": 2},
+        {"gradient_clip_val": 0.1},
+        {"precision": "bf16-mixed"},
+        {"devices": 2, "strategy": "ddp_spawn"},
+    ],
+    ids=["plain", "accumulated", "clipped", "bf16-mixed", "two processes"],
 )
 def test_mracos_equals_autograd_on_an_explicit_term(settings: dict[str, object]) -> None:
     torch.manual_seed(0)
     ours, explicit = WithoutTerm(), ExplicitTerm()
     explicit.load_state_dict(ours.state_dict())
-    callback = pull(strength=1e-2)
-    run = trainer(callback, steps=3, **settings)
-    run.fit(ours)
-    explicit.books = {n: c.codebook.centroids[0] for n, c in callback.centroids.items()}
+    explicit.books = {
+        name: Codebook.fit(parameter.detach(), bits=3).centroids[0]
+        for name, parameter in explicit.named_parameters()
+        if parameter.ndim == 2
+    }
+    trainer(pull(strength=1e-2), steps=3, **settings).fit(ours)
     trainer(steps=3, **settings).fit(explicit)
     for name, parameter in explicit.named_parameters():
         torch.testing.assert_close(ours.get_parameter(name), parameter, rtol=1e-4, atol=1e-5)

@@ -1,0 +1,48 @@
+"""Bits for a trained recogniser, and training with them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from omegaconf import DictConfig
+
+from lightning_nna.compression import BitAllocation
+from recipes.allocate import allocate
+from recipes.train import train
+from recipes.weights import load_weights
+from tests.recipes.test_train import overrides
+
+Compose = Callable[..., DictConfig]
+__all__ = ["overrides"]
+
+
+def test_bits_are_chosen_saved_and_trained_with(
+    compose_config: Compose,
+    overrides: list[str],
+    tmp_path: Path,
+) -> None:
+    common = ["experiment=an4_rnnt", *overrides, "test=false"]
+    train(compose_config("train", *common, f"run_dir={tmp_path / 'float'}"))
+    ckpt = tmp_path / "float" / "checkpoints" / "last.ckpt"
+    chosen = [f"ckpt={ckpt}", "candidates=[1,2,4]", "batches=2", f"run_dir={tmp_path / 'bits'}"]
+    found = allocate(compose_config("allocate", *chosen, "target_mean_bits=2.5"))
+    path = tmp_path / "bits" / "bits.json"
+    assert found.mean_bits <= 2.5
+    assert BitAllocation.load(path) == found
+    assert set(json.loads(path.read_text())["overrides"].values()) <= {1, 2, 4}
+
+    few = ["compression=gq", "bits=8", f"bit_overrides={path}", f"run_dir={tmp_path / 'few'}"]
+    train(compose_config("train", *common, *few, f"init_from={ckpt}", "callbacks.average=null"))
+    trained = load_weights(tmp_path / "few" / "checkpoints" / "last.ckpt").network
+    assert {f"model.{name}" for name in trained} >= found.bits.keys()
+    report = json.loads((tmp_path / "few" / "compression" / "compression.json").read_text())
+    held = {tensor["name"]: tensor["bits"] for tensor in report["snapshots"][-1]["tensors"]}
+    assert held == found.bits
+
+
+def test_without_a_checkpoint(compose_config: Compose) -> None:
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.ckpt"):
+        allocate(compose_config("allocate", "ckpt=nowhere.ckpt", "target_mean_bits=4"))
