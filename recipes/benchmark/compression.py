@@ -34,7 +34,8 @@ SEEDS = (1, 2, 3)
 BITS = (5, 4, 3, 2)
 #: Mean bits of the mixed allocation, and its place in the grid.
 MIXED, MIXED_BITS = "mixed", 3.0
-STEPS_PER_EPOCH = 840
+#: Of methods whose network sees its quantised weights in training, and of S8BQAT, whose does not.
+LEARNING_RATE, LEARNING_RATE_S8BQAT = 1e-3, 1e-4
 
 
 @dataclass(frozen=True)
@@ -79,17 +80,30 @@ METHODS: dict[str, Method] = {
         settings=("callbacks.mracos.strength=0.0",),
         widths=(4, 2),
     ),
-    "gq_fixed": Method(
-        "GQ, fixed centroids", "gq", settings=(f"+{_GQ}.train_centroids=false",), widths=(4, 2)
+    "gq_trained": Method(
+        "GQ, trained centroids",
+        "gq",
+        settings=(
+            f"{_GQ}.train_centroids=true",
+            f"+{_GQ}.centroid_lr={{start: 1.0e-4, end: 0.0}}",
+        ),
+        widths=(4, 2),
+    ),
+    "gq_annealed": Method(
+        "GQ, soft and annealed up to 40 %, soft gradient",
+        "gq",
+        settings=(
+            f"{_GQ}.hard_from=0.4",
+            f"{_GQ}.sharpness={{start: 1.0, end: 16.0, until: 0.4, shape: geometric}}",
+            f"{_GQ}.gradient_sharpness=2.0",
+        ),
+        widths=(4, 2),
+    ),
+    "gq_soft_gradient": Method(
+        "GQ, soft gradient", "gq", settings=(f"{_GQ}.gradient_sharpness=1.0",), widths=(4, 2)
     ),
     "gq_mu0": Method("GQ, µ = 0", "gq", settings=(f"+{_GQ}.mu=0.0",), widths=(2,)),
     "gq_mu255": Method("GQ, µ = 255", "gq", settings=(f"+{_GQ}.mu=255.0",), widths=(2,)),
-    "gq_soft": Method(
-        "GQ, soft up to 40 %, then soft gradient",
-        "gq",
-        settings=(f"{_GQ}.hard_from=0.4", f"{_GQ}.gradient_sharpness=2.0"),
-        widths=(4, 2),
-    ),
 }
 
 
@@ -118,6 +132,12 @@ class Cell:
         return FloatCell("rnnt", "float", self.seed).folder / "checkpoints" / "last.ckpt"
 
     @property
+    def learning_rate(self) -> float:
+        """The greatest of the run."""
+        trains_in_float = METHODS[self.method].compression == "s8bqat"
+        return LEARNING_RATE_S8BQAT if trains_in_float else LEARNING_RATE
+
+    @property
     def allocation(self) -> Path:
         """Bits by tensor of the mixed allocation."""
         return RUNS / "allocation" / f"seed{self.seed}" / "bits.json"
@@ -141,6 +161,7 @@ class Cell:
             f"init_from={self.start}",
             "trainer.max_epochs=1",
             "+trainer.limit_val_batches=0",
+            f"model.optimizer.lr={self.learning_rate}",
             *chosen,
         ]
 
