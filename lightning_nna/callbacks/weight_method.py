@@ -16,7 +16,7 @@ from typing_extensions import override
 
 from lightning_nna.callbacks.step_counter import StepCounter
 from lightning_nna.compression.selection import BitWidths, weights_of
-from lightning_nna.emulator.weight_pipeline import Stage, WeightPipeline, pipeline_of
+from lightning_nna.emulator.weight_pipeline import Stage, WeightPipeline, pipeline_of, unseen
 
 
 class WeightMethod(Callback):
@@ -135,6 +135,7 @@ class WeightMethod(Callback):
         self._substitute()
 
     @override
+    @unseen
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
@@ -254,12 +255,13 @@ class WeightMethod(Callback):
         if self._training and self.pipeline.phase == "latent":
             self.pipeline.substitute("train")
 
+    @unseen
     def _stepped(self, advanced: bool) -> None:
         if advanced:
             self.stepped()
 
     def _log(self, pl_module: pl.LightningModule) -> None:
-        for quantity, figure in self.figures().items():
+        for quantity, figure in unseen(self.figures)().items():
             pl_module.log(f"nna/{self.method}/{quantity}", figure)
 
     @torch.no_grad()

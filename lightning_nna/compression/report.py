@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lightning_nna.compression.codebook import CodebookStage
-from lightning_nna.emulator.weight_pipeline import WeightPipeline
+from lightning_nna.emulator.weight_pipeline import WeightPipeline, unseen
 
 _BINS = 101
 
@@ -94,6 +94,7 @@ class Snapshot:
     tensors: list[TensorReport]
 
     @classmethod
+    @unseen
     def of(cls, step: int, pipeline: WeightPipeline) -> Snapshot:
         """Look at every tensor that has a codebook."""
         return cls(step, [TensorReport.of(*found) for found in codebook_stages(pipeline)])

@@ -11,9 +11,10 @@ when the optimiser is about to step: it is linear, so accumulated gradients need
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import functools
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, ParamSpec, Protocol, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -23,8 +24,26 @@ from torch import Tensor, nn
 from lightning_nna.emulator.spec import NNASpec
 from lightning_nna.emulator.weights import QuantizedWeight, quantize_onto, quantize_weight
 
+P = ParamSpec("P")
+R = TypeVar("R")
+
 #: ``latent``: parameters hold what is trained; ``train`` and ``hard``: what stages make of it.
 PipelinePhase = Literal["latent", "train", "hard"]
+
+
+def unseen(function: Callable[P, R]) -> Callable[P, R]:
+    """Let a function run without gradient, and unseen by the chip's interception.
+
+    Within a batch, the interception would ask of every operation whose it is, and that takes longer
+    than the operation.
+    """
+
+    @functools.wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        with torch._C.DisableTorchFunction(), torch.no_grad():
+            return function(*args, **kwargs)
+
+    return run
 
 
 @dataclass(frozen=True)
@@ -121,7 +140,7 @@ class WeightPipeline:
 
     # --- phases -------------------------------------------------------------------------------
 
-    @torch.no_grad()
+    @unseen
     def substitute(self, phase: Literal["train", "hard"]) -> None:
         """Let the parameters hold what their stages make of them.
 
@@ -147,7 +166,7 @@ class WeightPipeline:
                 if phase == "train":
                     self._pending.add(name)
 
-    @torch.no_grad()
+    @unseen
     def restore(self) -> None:
         """Let the parameters hold the latent weights again."""
         for name, latent in self._latent.items():
@@ -155,7 +174,7 @@ class WeightPipeline:
         self._latent.clear()
         self.phase = "latent"
 
-    @torch.no_grad()
+    @unseen
     def pull_back(self, parameters: Iterable[Tensor]) -> None:
         """Turn gradients of transformed weights into gradients of the latent ones.
 
@@ -182,7 +201,7 @@ class WeightPipeline:
         """The latent weight of a parameter, whatever it holds now."""
         return self._latent.get(name, self._parameters[name].detach())
 
-    @torch.no_grad()
+    @unseen
     def deployed(self, weight: Tensor) -> Tensor:
         """A parameter as an operator is to use it now; any other tensor as it is."""
         stages = self.stages_of(weight)
@@ -190,7 +209,7 @@ class WeightPipeline:
             return weight
         return self.hard(weight)
 
-    @torch.no_grad()
+    @unseen
     def hard(self, weight: Tensor) -> Tensor:
         """What is deployed of a parameter that holds its latent weight."""
         result = weight.detach()

@@ -27,6 +27,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+_LARGEST_INTEGER = 2047
+# A weight outside counts as one that is so far out: there the slope is 1 but for rounding.
+_BEYOND = 2.0**-12
+
 
 def mracos(
     weight: Float[Tensor, "*shape"], centroids: Float[Tensor, " levels"], *, scaled: bool = True
@@ -84,6 +88,8 @@ def mracos_gradient(
     distinct = _distinct(centroids)
     if len(distinct) == 1:
         return torch.sgn(weight - distinct)
+    if _is_on_integers(distinct):
+        return _gradient_on_integers(weight, distinct, scaled)
     lower, width, inside = _region(weight, distinct)
     slope = torch.cos(math.pi * (weight - lower) / width)
     if not scaled:
@@ -98,6 +104,33 @@ def _distinct(centroids: Tensor) -> Tensor:
     if bool((centroids.diff() < 0).any()):
         raise ValueError(f"centroids must be ascending, got {centroids.tolist()}")
     return torch.unique_consecutive(centroids)
+
+
+def _is_on_integers(centroids: Tensor) -> bool:
+    few = float(centroids.abs().max()) <= _LARGEST_INTEGER
+    return few and bool((centroids == centroids.round()).all())
+
+
+def _gradient_on_integers(weight: Tensor, centroids: Tensor, scaled: bool) -> Tensor:
+    """As :func:`mracos_gradient`; the integer below a weight tells its region, by a table."""
+    first, last = int(centroids[0]), int(centroids[-1])
+    # Cells of width 1; the first ends at the first centroid, the last begins at the last one.
+    cells = torch.arange(first - 1, last + 1, device=weight.device, dtype=weight.dtype)
+    below = torch.searchsorted(centroids, cells, right=True) - 1
+    lower = centroids[below.clamp(min=0)]
+    rate = math.pi / (centroids[(below + 1).clamp(max=len(centroids) - 1)] - lower)
+    lower[0], rate[0], rate[-1] = first - 1, math.pi, 0.0
+    w = weight.detach().clamp(first - _BEYOND, last + _BEYOND)
+    cell = w.floor().sub_(first - 1).int().flatten()
+    factor = rate.index_select(0, cell).view_as(w)
+    distance = w.sub_(lower.index_select(0, cell).view_as(w))
+    at_centroid = distance == 0
+    slope = distance.mul_(factor).cos_()
+    if not scaled:
+        # Outside, the slope is 1.
+        factor = rate.index_fill(0, torch.tensor([0, len(rate) - 1], device=rate.device), 1.0)
+        slope.mul_(factor.index_select(0, cell).view_as(w))
+    return slope.masked_fill_(at_centroid, 0.0)
 
 
 def _region(weight: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
