@@ -34,8 +34,7 @@ SEEDS = (1, 2, 3)
 BITS = (5, 4, 3, 2)
 #: Mean bits of the mixed allocation, and its place in the grid.
 MIXED, MIXED_BITS = "mixed", 3.0
-#: Of methods whose network sees its quantised weights in training, and of S8BQAT, whose does not.
-LEARNING_RATE, LEARNING_RATE_S8BQAT = 1e-3, 1e-4
+LEARNING_RATE = 1e-3
 
 
 @dataclass(frozen=True)
@@ -132,12 +131,6 @@ class Cell:
         return FloatCell("rnnt", "float", self.seed).folder / "checkpoints" / "last.ckpt"
 
     @property
-    def learning_rate(self) -> float:
-        """The greatest of the run."""
-        trains_in_float = METHODS[self.method].compression == "s8bqat"
-        return LEARNING_RATE_S8BQAT if trains_in_float else LEARNING_RATE
-
-    @property
     def allocation(self) -> Path:
         """Bits by tensor of the mixed allocation."""
         return RUNS / "allocation" / f"seed{self.seed}" / "bits.json"
@@ -161,7 +154,7 @@ class Cell:
             f"init_from={self.start}",
             "trainer.max_epochs=1",
             "+trainer.limit_val_batches=0",
-            f"model.optimizer.lr={self.learning_rate}",
+            f"model.optimizer.lr={LEARNING_RATE}",
             *chosen,
         ]
 
