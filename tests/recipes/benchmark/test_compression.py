@@ -66,10 +66,22 @@ def test_a_target_that_is_missed_is_called_so() -> None:
     found = "\n".join(verdicts(ROWS))
     assert "GQ at 5 bits no worse than float in loss: -5.9% over 1 seed(s), met" in found
     assert "S8BQAT at 5 bits no worse than float in loss: +5.3% over 1 seed(s), missed" in found
-    assert "GQ best or tied at 2 bits: 0.1710 nats per label, the best other (ste) 0.1705" in found
+    assert "GQ best or tied at 2 bits: +0.0005 ± 0.0000 nats per label against the best " in found
+    assert "other (ste) over 1 seed(s), missed" in found
     assert "half of LSQ's increase of the loss: GQ +0.6%, LSQ +2.9%, met" in found
     assert "without loss of WER (gq): 3.00 bits, +0.0 points over 1 seed(s), met" in found
     assert found.count("missed") == 2
+
+
+def test_within_the_standard_error_over_seeds_is_a_tie() -> None:
+    rows = [
+        *(_row("gq", 3, loss, seed) for seed, loss in enumerate([0.17, 0.18, 0.16])),
+        *(_row("lsq", 3, loss, seed) for seed, loss in enumerate([0.16, 0.185, 0.158])),
+    ]
+    (line,) = verdicts(rows)
+    # The differences are 0.010, -0.005 and 0.002.
+    assert "+0.0023 ± 0.0043 nats per label against the best other (lsq) over 3 seed(s)" in line
+    assert line.endswith("tied.")
 
 
 def test_the_page_has_every_row_and_a_figure(tmp_path: Path) -> None:
