@@ -220,8 +220,8 @@ and coarse weights act as a regulariser, so that some methods of few bits are be
 | method | bits | seeds | WER | range | nats per label | against float | packed |
 |---|---|---|---|---|---|---|---|"""
 
-_VERDICTS = """What the project asked of itself, on the seeds that are in the table. Two methods are *tied*
-where their mean difference by seed is within its standard error.
+_VERDICTS = """What the project asked of itself, on the seeds that are in the table. Two methods are
+*tied* where their mean difference by seed is within its standard error.
 """
 
 _EACH = """
