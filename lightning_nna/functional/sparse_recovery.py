@@ -1,0 +1,398 @@
+r"""Pruning as compressed sensing: the sparse weight that gives a layer's measurement back.
+
+A layer with weight :math:`W` (rows are outputs) is measured on inputs :math:`a`. What a weight
+:math:`X` gets wrong there depends on the inputs' second moment :math:`M = E[a a^T]` alone,
+
+.. math:: \mathrm{nmse}(X) = \frac{\mathrm{tr}\,(X - W) M (X - W)^T}{\mathrm{tr}\, W M W^T},
+
+so that neither activations nor anything of the shape (rows, columns, columns) is kept. The columns
+are scaled to unit norm first, as is usual in sparse recovery: :math:`Y = X D`,
+:math:`D^2 = \mathrm{diag} M`, :math:`V = W D`, :math:`N = D^{-1} M D^{-1}`. With a given sparsity a
+support is found by the alternating direction method of multipliers,
+
+.. math:: Y \leftarrow (V N + \rho (Z - U)) (N + \rho I)^{-1}, \quad
+    Z \leftarrow P_s(Y + U), \quad U \leftarrow U + Y - Z,
+
+with :math:`\rho` growing, so that :math:`Y` and the sparse :math:`Z` meet; or by iterative hard
+thresholding, :math:`Y \leftarrow P_s(Y - (Y - V) N / L)`, :math:`L = \lambda_{max}(N)`. On the
+support the weights are then fitted by least squares. With a penalty, FISTA solves
+:math:`\min_X \tfrac12 \mathrm{tr}(X - W) M (X - W)^T + \lambda \sum |X|`.
+Inputs that are nearly the same tend to keep or lose their weights together: neither solver breaks
+their tie.
+
+Reference:
+    Zhen et al., "Compressed-sensing pruning", ICASSP 2021, arXiv 2102.04932; Blumensath and Davies,
+    "Iterative hard thresholding for compressed sensing", Appl. Comput. Harmon. Anal. 27(3), 2009;
+    Boyd et al., "Distributed optimization and statistical learning via the alternating direction
+    method of multipliers", Found. Trends Mach. Learn. 3(1), 2011, section 9.1; Beck and Teboulle,
+    "A fast iterative shrinkage-thresholding algorithm", SIAM J. Imaging Sci. 2(1), 2009.
+
+Differs from the paper: the measurement by second moments, the solvers and the refit are ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from lightning_nna.functional.sparsity_pattern import SparsityPattern
+
+# Of the mean of the diagonal; keeps what was never measured in order, and Cholesky possible.
+_RIDGE = 1e-6
+# Entries of the batch of Gram matrices that are solved at a time.
+_BATCH = 8_000_000
+_POWER_ITERATIONS = 100
+_SAFE = 1.02
+# Of ADMM: its first weight, how it grows, and after how many iterations without change it ends.
+_FIRST_RHO, _RHO_GROWS, _STAYED = 0.03, 1.1, 10
+
+
+@dataclass(frozen=True)
+class SparseSolution:
+    """A sparse weight.
+
+    Args:
+        weight: With zeros, in the dtype of the dense one.
+        mask: True where weights were kept.
+        nmse: Error of the layer's output over the output's power; 0 for a layer without power.
+        iterations: Of the solver.
+    """
+
+    weight: Float[Tensor, "rows columns"]
+    mask: Bool[Tensor, "rows columns"]
+    nmse: float
+    iterations: int
+
+
+@torch.no_grad()
+def recover_sparse_weight(
+    weight: Float[Tensor, "rows columns"],
+    second_moment: Float[Tensor, "columns columns"] | None = None,
+    *,
+    sparsity: float | None = None,
+    penalty: float | None = None,
+    pattern: str | SparsityPattern = "unstructured",
+    start: Bool[Tensor, "rows columns"] | None = None,
+    refit: bool = True,
+    solver: Literal["admm", "iht"] = "admm",
+    max_iterations: int = 100,
+    tolerance: float = 1e-5,
+) -> SparseSolution:
+    r"""The sparse weight that explains a layer's measurement best, as far as the solver finds it.
+
+    The same input gives the same result; of equal candidates the first is kept.
+
+    Args:
+        weight: Dense, finite.
+        second_moment: :math:`E[a a^T]` of the layer's inputs; None for the identity, where the
+            largest weights are kept. An input that never varied from zero counts almost nothing.
+        sparsity: Share of zeros, in [0, 1); or
+        penalty: :math:`\lambda` of the absolute values; of the norms of blocks, times the root of
+            their size, with a pattern of blocks.
+        pattern: Where zeros may lie.
+        start: A support to start from, for example that of the last call; the result is no worse
+            than the best on it.
+        refit: Fit the weights on the support by least squares.
+        solver: Of a given sparsity: ``"admm"``, or ``"iht"`` for iterative hard thresholding, which
+            is simpler and ends in poorer supports.
+        max_iterations: Most iterations; 0 takes the largest weights, scaled by their inputs.
+        tolerance: FISTA and IHT end when the weight changes by less than this share of itself.
+
+    Raises:
+        ValueError: If not one of ``sparsity`` and ``penalty`` is given, one of them is out of
+            range, shapes do not fit, or the pattern cannot have a penalty.
+        FloatingPointError: If the weight or the moment is not finite.
+
+    Example:
+        >>> inputs = torch.tensor([[1.0, 0.9], [0.0, 0.1]])   # The second follows the first.
+        >>> moment = inputs.T @ inputs / 2
+        >>> recover_sparse_weight(torch.tensor([[1.0, 1.0]]), moment, sparsity=0.5).weight
+        tensor([[1.9000, 0.0000]])
+    """
+    chosen = SparsityPattern.of(pattern)
+    _require_arguments(weight, second_moment, sparsity, penalty, chosen, solver)
+    problem = _Problem.of(weight, second_moment)
+    settings = _Settings(solver, refit, max_iterations, tolerance)
+    if penalty is not None:
+        return problem.penalised(chosen, penalty, settings)
+    assert sparsity is not None, "one of the two was required"
+    return problem.thresholded(chosen, sparsity, start, settings)
+
+
+@torch.no_grad()
+def refit_on_support(
+    weight: Float[Tensor, "rows columns"],
+    second_moment: Float[Tensor, "columns columns"],
+    mask: Bool[Tensor, "rows columns"],
+) -> Float[Tensor, "rows columns"]:
+    """Least squares of every row on its own support, by Cholesky, some rows at a time.
+
+    Args:
+        weight: Dense.
+        second_moment: Of the inputs.
+        mask: True where weights are fitted; elsewhere they are zero.
+
+    Returns:
+        float64.
+
+    Example:
+        >>> moment = torch.tensor([[1.0, 0.5], [0.5, 1.0]])
+        >>> refit_on_support(torch.tensor([[1.0, 1.0]]), moment, torch.tensor([[True, False]]))
+        tensor([[1.5000, 0.0000]], dtype=torch.float64)
+    """
+    moment = second_moment.double()
+    ridge = _RIDGE * 1e-3 * moment.diagonal().mean().clamp_min(1e-300)
+    target = weight.double() @ moment
+    result = torch.zeros_like(target)
+    counts = mask.sum(1)
+    # Rows of like support are solved together; what one has more than another is padded.
+    order = counts.argsort(dim=0, stable=True)
+    done = 0
+    while done < len(order):
+        size = _batch_size(counts, order, done)
+        rows = order[done : done + size]
+        done += size
+        most = int(counts[rows].max())
+        if most == 0:
+            continue
+        columns = (~mask[rows]).to(torch.uint8).argsort(dim=1, stable=True)[:, :most]
+        held = torch.arange(most, device=mask.device) < counts[rows, None]
+        gram = moment[columns[:, :, None], columns[:, None, :]]
+        gram *= held[:, :, None] & held[:, None, :]
+        gram.diagonal(dim1=1, dim2=2).add_(torch.where(held, ridge, 1.0))
+        right = target[rows[:, None], columns] * held
+        factor = torch.linalg.cholesky(gram)
+        found = torch.cholesky_solve(right[:, :, None], factor)[:, :, 0]
+        result[rows[:, None], columns] = found * held
+    return result
+
+
+def measurement_nmse(
+    dense: Float[Tensor, "rows columns"],
+    sparse: Float[Tensor, "rows columns"],
+    second_moment: Float[Tensor, "columns columns"] | None = None,
+) -> float:
+    """Error of a layer's output over the output's power; 0 for a layer without power.
+
+    Example:
+        >>> measurement_nmse(torch.tensor([[3.0, 4.0]]), torch.tensor([[0.0, 4.0]]))
+        0.36
+    """
+    w, away = dense.double(), sparse.double() - dense.double()
+    if second_moment is None:
+        error, power = float(away.square().sum()), float(w.square().sum())
+    else:
+        moment = second_moment.double()
+        error, power = float(((away @ moment) * away).sum()), float(((w @ moment) * w).sum())
+    return max(error, 0.0) / power if power > 0 else 0.0
+
+
+@dataclass(frozen=True)
+class _Settings:
+    solver: str
+    refit: bool
+    max_iterations: int
+    tolerance: float
+
+
+@dataclass(frozen=True)
+class _Problem:
+    """A weight, its measurement, and both with columns of unit norm."""
+
+    weight: Tensor
+    moment: Tensor | None
+    scale: Tensor
+    scaled_weight: Tensor
+    scaled_moment: Tensor | None
+    lipschitz: float
+
+    @classmethod
+    def of(cls, weight: Tensor, moment: Tensor | None) -> _Problem:
+        w = weight.float()
+        if moment is None or not bool(moment.any()):
+            return cls(weight, None, torch.ones_like(w[0]), w, None, 1.0)
+        diagonal = moment.diagonal().double()
+        scale = (diagonal + _RIDGE * diagonal.mean()).sqrt()
+        scaled = (moment.double() / scale / scale[:, None]).float()
+        return cls(weight, moment, scale.float(), w * scale.float(), scaled, _largest(scaled))
+
+    def gradient(self, y: Tensor) -> Tensor:
+        """Of half the squared error, by the scaled weight."""
+        away = y - self.scaled_weight
+        return away if self.scaled_moment is None else away @ self.scaled_moment
+
+    def thresholded(
+        self,
+        pattern: SparsityPattern,
+        sparsity: float,
+        start: Tensor | None,
+        settings: _Settings,
+    ) -> SparseSolution:
+        """The best of the largest weights, the start, and what the solver finds."""
+        shape = self.weight.shape[0], self.weight.shape[1]
+
+        def support(y: Tensor) -> Tensor:
+            return pattern.mask(pattern.energies(y), sparsity, shape)
+
+        candidates = [support(self.scaled_weight)]
+        iterations = 0
+        if start is not None:
+            candidates.append(self._within(pattern, sparsity, start))
+        if self.scaled_moment is not None and settings.max_iterations > 0:
+            solver = self.split if settings.solver == "admm" else self.descend
+            found, iterations = solver(support, candidates[-1], settings)
+            candidates.append(found)
+        solutions = [self.solution(mask, settings.refit, iterations) for mask in candidates]
+        return min(solutions, key=lambda solution: solution.nmse)
+
+    def split(
+        self, support: Callable[[Tensor], Tensor], start: Tensor, settings: _Settings
+    ) -> tuple[Tensor, int]:
+        """ADMM; ends when the support has stayed for some iterations."""
+        assert self.scaled_moment is not None, "without a moment there is nothing to solve"
+        v = self.scaled_weight
+        target = v @ self.scaled_moment
+        values, vectors = torch.linalg.eigh(self.scaled_moment.double())
+        values, vectors = values.float().clamp_min(0), vectors.float()
+        rho = _FIRST_RHO
+        mask, z, u = start, v * start, torch.zeros_like(v)
+        iteration = stayed = 0
+        while iteration < settings.max_iterations and stayed < _STAYED:
+            iteration += 1
+            y = ((target + rho * (z - u)) @ vectors / (values + rho)) @ vectors.T
+            u += y
+            moved = support(u)
+            stayed = stayed + 1 if torch.equal(moved, mask) else 0
+            mask = moved
+            z = u * mask
+            u -= z
+            rho *= _RHO_GROWS
+        return mask, iteration
+
+    def descend(
+        self, support: Callable[[Tensor], Tensor], start: Tensor, settings: _Settings
+    ) -> tuple[Tensor, int]:
+        """Iterative hard thresholding; ends when the weight hardly changes."""
+        y, mask = self.scaled_weight * start, start
+        iteration = 0
+        while iteration < settings.max_iterations:
+            iteration += 1
+            moved = y - self.gradient(y) / self.lipschitz
+            mask = support(moved)
+            moved *= mask
+            change = float((moved - y).norm() / moved.norm().clamp_min(1e-30))
+            y = moved
+            if change < settings.tolerance:
+                break
+        return mask, iteration
+
+    def penalised(
+        self, pattern: SparsityPattern, penalty: float, settings: _Settings
+    ) -> SparseSolution:
+        """FISTA in the unit of the weights: the penalty is on these."""
+        moment = self.moment
+        largest = 1.0 if moment is None else _largest(moment.float())
+        w = self.weight.float()
+        x, ahead, momentum = w.clone(), w, 1.0
+        iterations = 0
+        for _ in range(settings.max_iterations):
+            iterations += 1
+            away = ahead - w
+            gradient = away if moment is None else away @ moment.float()
+            moved = _shrink(ahead - gradient / largest, pattern, penalty / largest)
+            following = (1 + (1 + 4 * momentum**2) ** 0.5) / 2
+            ahead = moved + (momentum - 1) / following * (moved - x)
+            change = float((moved - x).norm() / moved.norm().clamp_min(1e-30))
+            x, momentum = moved, following
+            if change < settings.tolerance:
+                break
+        mask = x != 0
+        if settings.refit:
+            return self.solution(mask, True, iterations)
+        nmse = measurement_nmse(self.weight, x, moment)
+        return SparseSolution(x.to(self.weight.dtype), mask, nmse, iterations)
+
+    def solution(self, mask: Tensor, refit: bool, iterations: int) -> SparseSolution:
+        """The weight on a support."""
+        if refit and self.moment is not None:
+            found = refit_on_support(self.weight, self.moment, mask).to(self.weight.dtype)
+        else:
+            found = self.weight * mask
+        nmse = measurement_nmse(self.weight, found, self.moment)
+        return SparseSolution(found, mask, nmse, iterations)
+
+    def _within(self, pattern: SparsityPattern, sparsity: float, start: Tensor) -> Tensor:
+        """A support of the wanted size that holds the started one, or lies in it."""
+        # Units of the start come first, by their energy; then the others.
+        energies = pattern.energies(self.scaled_weight)
+        inside = pattern.energies(start.to(energies.dtype)) > 0
+        raised = energies + inside * (energies.max() + 1.0)
+        return pattern.mask(raised, sparsity, (start.shape[0], start.shape[1]))
+
+
+def _shrink(x: Tensor, pattern: SparsityPattern, threshold: float) -> Tensor:
+    """Soft thresholding of weights, or of the norms of blocks."""
+    energies = pattern.energies(x)
+    if energies.shape == x.shape:
+        return x.sign() * (x.abs() - threshold).clamp_min_(0)
+    high, wide = x.shape[0] // energies.shape[0], x.shape[1] // energies.shape[1]
+    norms = energies.sqrt()
+    root = (high * wide) ** 0.5
+    factor = (1 - threshold * root / norms.clamp_min(1e-30)).clamp_min_(0)
+    return x * factor.repeat_interleave(high, 0).repeat_interleave(wide, 1)
+
+
+def _largest(moment: Tensor) -> float:
+    """Largest eigenvalue by power iteration, a little above it rather than below."""
+    generator = torch.Generator(moment.device).manual_seed(0)
+    vector = torch.rand(len(moment), generator=generator, device=moment.device) + 0.5
+    value = 0.0
+    for _ in range(_POWER_ITERATIONS):
+        product = moment @ vector
+        before, value = value, float(product.norm() / vector.norm())
+        vector = product / product.norm().clamp_min(1e-30)
+        if abs(value - before) <= 1e-5 * value:
+            break
+    return max(value * _SAFE, 1e-30)
+
+
+def _batch_size(counts: Tensor, order: Tensor, done: int) -> int:
+    """How many of the next rows are solved together."""
+    remaining = order[done:]
+    sizes = counts[remaining].double()
+    entries = torch.arange(1, len(sizes) + 1, device=sizes.device) * sizes.square()
+    return max(1, int((entries <= _BATCH).sum()))
+
+
+def _require_arguments(
+    weight: Tensor,
+    moment: Tensor | None,
+    sparsity: float | None,
+    penalty: float | None,
+    pattern: SparsityPattern,
+    solver: str,
+) -> None:
+    if (sparsity is None) == (penalty is None):
+        raise ValueError(f"give one of sparsity and penalty, got {sparsity} and {penalty}")
+    if sparsity is not None and not 0 <= sparsity < 1:
+        raise ValueError(f"sparsity must be at least 0 and below 1, got {sparsity}")
+    if penalty is not None and not penalty >= 0:
+        raise ValueError(f"penalty must not be negative, got {penalty}")
+    if solver not in ("admm", "iht"):
+        raise ValueError(f"solver must be 'admm' or 'iht', got {solver!r}")
+    if penalty is not None and pattern.group:
+        raise ValueError(f"pattern {pattern.name!r} has no penalty: give its sparsity")
+    pattern.require_fit((weight.shape[0], weight.shape[1]))
+    if moment is not None and moment.shape != (weight.shape[1],) * 2:
+        raise ValueError(
+            f"second_moment has shape {list(moment.shape)}, a weight of {weight.shape[1]} columns "
+            f"needs {[weight.shape[1]] * 2}"
+        )
+    for name, tensor in (("weight", weight), ("second_moment", moment)):
+        if tensor is not None and not bool(torch.isfinite(tensor).all()):
+            raise FloatingPointError(f"{name} is not finite")

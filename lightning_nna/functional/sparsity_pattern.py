@@ -1,0 +1,156 @@
+"""Which zeros a chip can use: single weights, blocks, N of M, whole rows or columns.
+
+A weight is seen as a matrix of output rows and input columns (a convolution's kernel is flattened
+into its row). A pattern divides it into units that are kept or zeroed together.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class SparsityPattern:
+    """How zeros may lie. Use :meth:`of`.
+
+    Args:
+        name: As :meth:`of` takes it.
+        rows: Of a unit; 0 for all rows of the weight.
+        columns: Of a unit; 0 for all columns.
+        kept: With N:M, units kept in each group; 0 for a budget over the whole weight.
+        group: With N:M, neighbouring units of a row in a group; 0 without groups.
+    """
+
+    name: str
+    rows: int = 1
+    columns: int = 1
+    kept: int = 0
+    group: int = 0
+
+    @classmethod
+    def of(cls, pattern: str | SparsityPattern) -> SparsityPattern:
+        """The pattern of a name.
+
+        Args:
+            pattern: ``"unstructured"``, ``"row"``, ``"column"``, blocks of rows and columns such as
+                ``"1x16"``, or N weights kept of M neighbours in a row such as ``"2:4"``.
+
+        Raises:
+            ValueError: If there is no such pattern, or N is not between 1 and M.
+
+        Example:
+            >>> SparsityPattern.of("4x1").rows, SparsityPattern.of("2:4").least_density
+            (4, 0.5)
+        """
+        if isinstance(pattern, SparsityPattern):
+            return pattern
+        if pattern == "unstructured":
+            return cls(pattern)
+        if pattern == "row":
+            return cls(pattern, columns=0)
+        if pattern == "column":
+            return cls(pattern, rows=0)
+        found = re.fullmatch(r"([1-9]\d*)([x:])([1-9]\d*)", pattern)
+        if found is None:
+            raise ValueError(
+                f"unknown pattern {pattern!r}: choose unstructured, row, column, a block such as "
+                f"1x16, or N:M such as 2:4"
+            )
+        first, second = int(found[1]), int(found[3])
+        if found[2] == "x":
+            return cls(pattern, rows=first, columns=second)
+        if first > second:
+            raise ValueError(f"pattern {pattern!r} keeps {first} weights of {second}: N is over M")
+        return cls(pattern, kept=first, group=second)
+
+    @property
+    def least_density(self) -> float:
+        """Share of weights that N:M keeps at least; 0 for other patterns."""
+        return self.kept / self.group if self.group else 0.0
+
+    def require_fit(self, shape: tuple[int, int], name: str = "the weight") -> None:
+        """Raise unless units divide a matrix.
+
+        Args:
+            shape: Rows and columns.
+            name: Of the weight, for the message.
+
+        Raises:
+            ValueError: Names the weight, its shape and the pattern.
+        """
+        rows, columns = shape
+        wide = self.group or self.columns or columns
+        if rows % (self.rows or rows) or columns % wide:
+            raise ValueError(
+                f"{name} has {rows} rows of {columns} weights, which pattern {self.name!r} does "
+                f"not divide: exclude it, or choose another pattern for it"
+            )
+
+    def units(self, shape: tuple[int, int]) -> int:
+        """Number of units in a matrix."""
+        rows, columns = shape
+        return (rows // (self.rows or rows)) * (columns // (self.columns or columns))
+
+    def energies(self, weight: Float[Tensor, "rows columns"]) -> Float[Tensor, "high wide"]:
+        """Sum of squares of each unit.
+
+        Example:
+            >>> SparsityPattern.of("1x2").energies(torch.tensor([[1.0, 2.0, 3.0, 0.0]]))
+            tensor([[5., 9.]])
+        """
+        rows, columns = weight.shape
+        high, wide = self.rows or rows, self.columns or columns
+        squares = weight.square()
+        if (high, wide) == (1, 1):
+            return squares
+        return squares.reshape(rows // high, high, columns // wide, wide).sum((1, 3))
+
+    def mask(
+        self, energies: Float[Tensor, "high wide"], sparsity: float, shape: tuple[int, int]
+    ) -> Bool[Tensor, "rows columns"]:
+        """Keep the units of greatest energy.
+
+        Of two units with the same energy the one that comes first is kept.
+
+        Args:
+            energies: Of the units.
+            sparsity: Share of units that are zeroed, 0 to 1, rounded to whole units; with N:M, each
+                group loses its share, and keeps N at least.
+            shape: Rows and columns of the weight.
+
+        Example:
+            >>> pattern = SparsityPattern.of("2:4")
+            >>> pattern.mask(torch.tensor([[4.0, 1.0, 3.0, 3.0]]), 0.5, (1, 4))
+            tensor([[ True, False,  True, False]])
+        """
+        if self.group:
+            kept = max(self.kept, self.group - int(sparsity * self.group))
+            grouped = energies.reshape(-1, self.group)
+            order = grouped.argsort(dim=1, descending=True, stable=True)[:, :kept]
+            chosen = torch.zeros_like(grouped, dtype=torch.bool).scatter_(1, order, True)
+            return chosen.view(shape)
+        chosen = _greatest(energies, energies.numel() - round(sparsity * energies.numel()))
+        rows, columns = shape
+        high, wide = rows // energies.shape[0], columns // energies.shape[1]
+        if (high, wide) == (1, 1):
+            return chosen
+        return chosen.repeat_interleave(high, 0).repeat_interleave(wide, 1)
+
+
+def _greatest(values: Tensor, count: int) -> Tensor:
+    """Mask of the ``count`` greatest; of equal ones, the first in row-major order."""
+    flat = values.flatten()
+    if count <= 0:
+        return torch.zeros_like(values, dtype=torch.bool)
+    if count >= len(flat):
+        return torch.ones_like(values, dtype=torch.bool)
+    limit = flat.topk(count, sorted=False).values.min()
+    chosen = flat > limit
+    equal = (flat == limit).nonzero().flatten()
+    chosen[equal[: count - int(chosen.sum())]] = True
+    return chosen.view_as(values)
