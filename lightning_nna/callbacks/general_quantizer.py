@@ -15,7 +15,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_nna.callbacks.weight_method import WeightMethod
-from lightning_nna.compression.general_quantizer import GeneralQuantizerStage
+from lightning_nna.compression.general_quantizer import GeneralQuantizerStage, Scale
 from lightning_nna.compression.selection import Granularity, groups_of, require_finite
 from lightning_nna.emulator.keyed_adam import KeyedAdam
 from lightning_nna.emulator.weight_pipeline import Stage
@@ -39,6 +39,8 @@ class GeneralQuantizer(WeightMethod):
         train_centroids: Whether values are trained.
         centroid_lr: Learning rate of the values' own Adam, in the µ-law's domain of [-1, 1]: a
             number, or a :class:`.Schedule` or its keys.
+        scale: Where the scale starts, and stays unless it is learned: at the ``"largest"`` weight,
+            or at the largest of the ``"centroids"``, beyond which weights then get no gradient.
         learn_scale: Whether the scale is trained; its logarithm to base 2 has ``centroid_lr``.
         granularity: A scale for the ``"tensor"``, or for each ``"channel"`` as far as the chip's
             operators can have them; values are those of the tensor in any case.
@@ -87,6 +89,7 @@ class GeneralQuantizer(WeightMethod):
         power: int = 2,
         train_centroids: bool = True,
         centroid_lr: Schedule | Mapping[str, Any] | float = 1e-3,
+        scale: Scale = "largest",
         learn_scale: bool = False,
         granularity: Granularity = "tensor",
         grid_bits: int | None = 8,
@@ -108,6 +111,9 @@ class GeneralQuantizer(WeightMethod):
             raise ValueError(f"every_n_steps must be at least 1, got {every_n_steps}")
         if granularity not in ("tensor", "channel"):
             raise ValueError(f"granularity must be 'tensor' or 'channel', got {granularity!r}")
+        if scale not in ("largest", "centroids"):
+            raise ValueError(f"scale must be 'largest' or 'centroids', got {scale!r}")
+        self.scale: Scale = scale
         self.mu, self.hard_from, self.gradient_sharpness = mu, hard_from, gradient_sharpness
         self.power, self.every_n_steps = power, every_n_steps
         self.train_centroids, self.learn_scale = train_centroids, learn_scale
@@ -136,6 +142,7 @@ class GeneralQuantizer(WeightMethod):
                 mu=self.mu,
                 power=self.power,
                 train_centroids=self.train_centroids,
+                scale=self.scale,
                 learn_scale=self.learn_scale,
                 grid_bits=self.grid_bits,
                 power_of_two_steps=self.power_of_two_steps,

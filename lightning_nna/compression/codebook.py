@@ -19,7 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from lightning_nna.emulator.weight_pipeline import Stage, WeightGrid
-from lightning_nna.emulator.weights import largest_steps
+from lightning_nna.emulator.weights import largest_steps, round_significands
 from lightning_nna.functional.lloyd_max import lloyd_max, snap_to_grid
 
 
@@ -132,6 +132,19 @@ def steps_of(
     """Steps with which the largest weight of each group is the largest integer."""
     flat = weight.detach().float().reshape(groups, -1)
     return largest_steps(flat, maximum=maximum_of(grid_bits or 8), power_of_two=power_of_two)
+
+
+def narrowed(steps: Tensor, share: float, power_of_two: bool) -> Float[Tensor, " groups"]:
+    """Steps with which that share of the range is the largest integer, or a little more.
+
+    Example:
+        >>> narrowed(torch.tensor([1.0]), 0.3, True)
+        tensor([0.5000])
+    """
+    wanted = steps.double() * share
+    if power_of_two:
+        return torch.exp2(wanted.log2().ceil()).float()
+    return round_significands(wanted).float()
 
 
 def in_steps(weight: Tensor, steps: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -25,6 +25,7 @@ from lightning_nna.compression.codebook import (
     in_units,
     maximum_of,
     middles,
+    narrowed,
     relative_gap,
     steps_of,
 )
@@ -40,6 +41,8 @@ from lightning_nna.functional.mu_law import (
     inverse_mu_law_slope,
     mu_law,
 )
+
+Scale = Literal["largest", "centroids"]
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,9 @@ class GeneralQuantizerStage:
         mu: Of the µ-law.
         power: Of the distance.
         train_centroids: Whether centroids get a gradient.
-        learn_scale: Whether scales do.
+        scale: Where scales start, and stay unless they are learned: at the ``"largest"`` weight, or
+            at the largest of the ``"centroids"``, beyond which weights then get no gradient.
+        learn_scale: Whether scales get a gradient.
         grid_bits: Of the chip's grid; None for none.
         power_of_two_steps: Whether the grid's steps are powers of two.
         pin_zero: Whether one centroid is zero and stays there.
@@ -85,6 +90,7 @@ class GeneralQuantizerStage:
         mu: float = 15.0,
         power: int = 2,
         train_centroids: bool = True,
+        scale: Scale = "largest",
         learn_scale: bool = False,
         grid_bits: int | None = 8,
         power_of_two_steps: bool = False,
@@ -99,6 +105,10 @@ class GeneralQuantizerStage:
         steps = steps_of(weight, groups, grid_bits=grid_bits, power_of_two=power_of_two_steps)
         scaled = (in_steps(weight, steps) / self.maximum).clamp_(-1, 1)
         found = lloyd_max(scaled, 2**bits, pin_zero=pin_zero).centroids.to(weight.device)
+        if scale == "centroids" and bool(found.any()):
+            narrower = narrowed(steps, float(found.abs().max()), power_of_two_steps)
+            found *= (steps[0] / narrower[0]).to(found.dtype)
+            steps = narrower
         self.centroids = mu_law(found, mu).clamp_(-1, 1)
         self.scale_log2 = (steps.double() * self.maximum).log2().float()
         self._kept: tuple[tuple[float, int, int], SoftAssignment] | None = None

@@ -181,6 +181,25 @@ def test_the_gap_closes_as_the_assignment_hardens() -> None:
     assert gaps[-1] < 0.02
 
 
+@pytest.mark.parametrize("groups", [1, 4])
+def test_a_scale_at_the_centroids_clips_what_lies_beyond(groups: int) -> None:
+    weight = weights(8, 500)
+    stage = GeneralQuantizerStage(weight, 2, groups=groups, mu=0.0, scale="centroids")
+    stage.is_hard, stage.gradient_sharpness = True, None
+    limits = (stage.steps * stage.maximum).repeat_interleave(8 // groups)[:, None]
+    assert float(stage.centroids.abs().max()) == pytest.approx(1.0, abs=1e-5)
+    assert float(limits.max()) < 0.7 * float(weight.abs().max())
+    hard = stage.transform(weight, hard=True)
+    wide = GeneralQuantizerStage(weight, 2, groups=groups, mu=0.0).transform(weight, hard=True)
+    # The grid is finer now; a weight at a border may go to the other side.
+    assert float(((hard - wide).abs() < 2e-3).float().mean()) > 0.998
+    stage.transform(weight, hard=False)
+    pulled = stage.pull_back(weight, torch.ones_like(weight))
+    cell = 2 * limits / cells_for(4)
+    assert not pulled[weight.abs() > limits + cell].any()
+    assert bool((pulled[weight.abs() < limits - cell] == 1).all())
+
+
 def test_powers_of_two_steps_stay_such_as_scales_are_learned() -> None:
     stage = GeneralQuantizerStage(weights(4, 90), 3, learn_scale=True, power_of_two_steps=True)
     stage.scale_log2.add_(0.37)
