@@ -192,7 +192,7 @@ def test_a_scale_at_the_centroids_clips_what_lies_beyond(groups: int) -> None:
     hard = stage.transform(weight, hard=True)
     wide = GeneralQuantizerStage(weight, 2, groups=groups, mu=0.0).transform(weight, hard=True)
     # The grid is finer now; a weight at a border may go to the other side.
-    assert float(((hard - wide).abs() < 2e-3).float().mean()) > 0.998
+    assert float(((hard - wide).abs() < 2e-3).float().mean()) > 0.99
     stage.transform(weight, hard=False)
     pulled = stage.pull_back(weight, torch.ones_like(weight))
     cell = 2 * limits / cells_for(4)
