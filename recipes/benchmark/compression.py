@@ -4,8 +4,8 @@
     python -m recipes.benchmark.compression --seeds 1 --bits 2   # a part of the grid
     python -m recipes.benchmark.compression --page-only
 
-Every cell is one run of ``recipes.train`` (one epoch from the float weights of its seed, on the
-chip) or of ``recipes.evaluate`` (rounding without training). A cell that is in
+Every cell is one run of ``recipes.train`` (from the float weights of its seed, on the chip, with the
+settings of ``experiment=an4_rnnt_finetune``, for as many steps as fit into four minutes of a core) or of ``recipes.evaluate`` (rounding without training). A cell that is in
 ``docs/results/compression.jsonl`` is not run again, and a run that was stopped goes on. The float
 models are those of ``recipes.benchmark.an4``.
 """
@@ -34,7 +34,8 @@ SEEDS = (1, 2, 3)
 BITS = (5, 4, 3, 2)
 #: Mean bits of the mixed allocation, and its place in the grid.
 MIXED, MIXED_BITS = "mixed", 3.0
-LEARNING_RATE = 1e-3
+#: Two epochs of nine tenths of the batches: about 1440 steps.
+BUDGET = ("trainer.max_epochs=2", "+trainer.limit_train_batches=0.9")
 
 
 @dataclass(frozen=True)
@@ -152,9 +153,8 @@ class Cell:
             "experiment=an4_rnnt_finetune",
             f"seed={self.seed}",
             f"init_from={self.start}",
-            "trainer.max_epochs=1",
+            *BUDGET,
             "+trainer.limit_val_batches=0",
-            f"model.optimizer.lr={LEARNING_RATE}",
             *chosen,
         ]
 
