@@ -4,8 +4,9 @@
     python -m recipes.benchmark.compression --seeds 1 --bits 2   # a part of the grid
     python -m recipes.benchmark.compression --page-only
 
-Every cell is one run of ``recipes.train`` (from the float weights of its seed, on the chip, with the
-settings of ``experiment=an4_rnnt_finetune``, for as many steps as fit into four minutes of a core) or of ``recipes.evaluate`` (rounding without training). A cell that is in
+Every cell is one run of ``recipes.train`` (from the float weights of its seed, on the chip, with
+the settings of ``experiment=an4_rnnt_finetune``, for as many steps as fit into four minutes of a
+core) or of ``recipes.evaluate`` (rounding without training). A cell that is in
 ``docs/results/compression.jsonl`` is not run again, and a run that was stopped goes on. The float
 models are those of ``recipes.benchmark.an4``.
 """
@@ -60,6 +61,7 @@ class Method:
 _GQ = "callbacks.gq"
 METHODS: dict[str, Method] = {
     "float": Method("float", "none", trains=False, widths=(32,)),
+    "float_tuned": Method("float, trained on", "none", widths=(32,)),
     "nna8": Method("8 bits, chip-aware", "nna8", widths=(8,)),
     "rtn": Method("rounded, uniform levels", "ste", trains=False),
     "lloyd": Method("rounded, Lloyd-Max", "s8bqat", trains=False, widths=(*BITS, MIXED)),
