@@ -210,12 +210,12 @@ LSTMs, linear layers and embedding in so many bits; vectors (biases) stay as the
 those of float are on the 8-bit chip. What is trained is trained for 1442 steps, about four minutes
 of a core, in fast fidelity, with the settings of `experiment=an4_rnnt_finetune` and the same data
 in the same order for every method; everything is scored in exact fidelity, greedily. *Rounded* is
-without training. *Against float* compares the mean loss with that of the same seeds before training.
+without training. *Against float* compares the mean loss with that of the same seeds before
+training.
 
 On this corpus the loss says more than damage: the float model is over-confident on new speakers,
-and coarse weights act as a regulariser, so that some methods of few bits are better than float. Two
-runs of one method that differ in nothing but rounding differ by some thousandths of a nat, so
-compare means over seeds.
+and coarse weights act as a regulariser, so that some methods of few bits are better than float. The
+same method differs by several per cent from seed to seed, so compare means over seeds.
 
 ![Loss by bits of a weight](compression.png)
 
