@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_nna.callbacks.weight_method import WeightMethod
+from lightning_nna.callbacks.weight_method import BitsMethod
 from lightning_nna.emulator.keyed_adam import KeyedAdam
 from lightning_nna.emulator.weight_pipeline import Stage, WeightGrid
 from lightning_nna.emulator.weights import round_significands
@@ -128,7 +128,7 @@ class DKMStage:
         return found
 
 
-class UniformQuantization(WeightMethod):
+class UniformQuantization(BitsMethod):
     """Train with uniform levels, straight-through.
 
     Args:
