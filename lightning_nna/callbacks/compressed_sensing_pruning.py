@@ -12,15 +12,15 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
-import torch.distributed as dist
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
+from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_nna.callbacks.pruning_method import PruningMethod, Scope
 from lightning_nna.compression.input_moments import InputMoments
 from lightning_nna.compression.masks import as_matrix
-from lightning_nna.emulator.keyed_adam import is_distributed
+from lightning_nna.emulator.ranges import is_distributed
 from lightning_nna.functional.schedule import Schedule
 from lightning_nna.functional.sparse_recovery import SparseSolution, recover_sparse_weight
 from lightning_nna.functional.sparsity_pattern import SparsityPattern
@@ -162,9 +162,18 @@ class CompressedSensingPruning(PruningMethod):
             self._handles.append(part.register_forward_pre_hook(_Enter(self)))
             self._handles.append(part.register_forward_hook(_Leave(self), always_call=True))
 
+    @override
+    def step_begins(self, optimizer: Optimizer) -> None:
+        if self._moments is not None and self._is_measuring():
+            self._moments.agree(over_ranks=is_distributed())
+
+    def _is_measuring(self) -> bool:
+        return self._steps_to_choice(self.steps) <= self.measure_steps
+
     def _enter(self) -> None:
-        is_soon = self._steps_to_choice(self.steps) <= self.measure_steps
-        if self._entered or (self._training and is_soon):
+        # A forward within a backward repeats one that was seen already.
+        is_repeated = torch._C._current_graph_task_id() != -1
+        if self._entered or (self._training and self._is_measuring() and not is_repeated):
             self._entered += 1
             if self._entered == 1 and self._moments is not None:
                 self._moments.__enter__()
@@ -211,11 +220,8 @@ class CompressedSensingPruning(PruningMethod):
 
     @override
     def _advance(self) -> None:
-        share = self.schedule.at(self.steps, total=self._total_steps)
         if self.steps == 0 and self.measurement == "activations":
             return  # Nothing was measured yet.
-        if share > 0 and self._moments is not None and is_distributed():
-            self._sum_over_ranks(self._moments)
         super()._advance()
         if self._moments is not None:
             self._moments.clear()
@@ -240,16 +246,6 @@ class CompressedSensingPruning(PruningMethod):
         if not bool(torch.isfinite(found).all()):
             raise FloatingPointError(f"the inputs of {name} have a moment that is not finite")
         return found
-
-    def _sum_over_ranks(self, moments: InputMoments) -> None:
-        for name, parameter in self._parameters.items():
-            columns = as_matrix(parameter).shape[1]
-            total = moments.sums.get(name, parameter.new_zeros(columns, columns))
-            count = parameter.new_tensor(float(moments.counts.get(name, 0)))
-            dist.all_reduce(total)
-            dist.all_reduce(count)
-            if int(count):
-                moments.sums[name], moments.counts[name] = total, int(count)
 
     # --- logs and state -----------------------------------------------------------------------
 

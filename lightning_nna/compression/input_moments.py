@@ -11,6 +11,7 @@ from inspect import signature
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -43,21 +44,43 @@ class InputMoments(TorchFunctionMode):
     def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
         super().__init__()
         self._names = {id(parameter): name for name, parameter in parameters.items()}
+        #: Sums and numbers of rows that all ranks agree on; see :meth:`agree`.
         self.sums: dict[str, Float[Tensor, "columns columns"]] = {}
         self.counts: dict[str, int] = {}
+        self._parameters = dict(parameters)
+        self._fresh: dict[str, Tensor] = {}
+        self._fresh_counts: dict[str, int] = {}
         #: Weights that were used, but whose inputs cannot be seen.
         self.unmeasured: set[str] = set()
 
     def moment(self, name: str) -> Float[Tensor, "columns columns"] | None:
         """The mean outer product; None for a weight that nothing has reached."""
+        self.agree()
         if not self.counts.get(name):
             return None
         return self.sums[name] / self.counts[name]
 
+    def agree(self, *, over_ranks: bool = False) -> None:
+        """Take what was seen since the last time into the sums, of all ranks if so told."""
+        for name, parameter in self._parameters.items():
+            total, count = self._fresh.get(name), self._fresh_counts.get(name, 0)
+            if over_ranks:
+                columns = parameter.flatten(1).shape[1]
+                total = parameter.new_zeros(columns, columns) if total is None else total
+                rows = torch.tensor(float(count), dtype=torch.float64, device=parameter.device)
+                dist.all_reduce(total)
+                dist.all_reduce(rows)
+                count = int(rows)
+            if total is not None and count:
+                held = self.sums.get(name)
+                self.sums[name] = total if held is None else held.add_(total)
+                self.counts[name] = self.counts.get(name, 0) + count
+        self._fresh, self._fresh_counts = {}, {}
+
     def clear(self) -> None:
         """Forget what was seen."""
-        self.sums.clear()
-        self.counts.clear()
+        for seen in (self.sums, self.counts, self._fresh, self._fresh_counts):
+            seen.clear()
 
     def __torch_function__(
         self,
@@ -90,8 +113,9 @@ class InputMoments(TorchFunctionMode):
             return
         rows = inputs.detach().flatten(0, -2).float()
         product = rows.T @ rows
-        self.sums[name] = self.sums[name].add_(product) if name in self.sums else product
-        self.counts[name] = self.counts.get(name, 0) + len(rows)
+        held = self._fresh.get(name)
+        self._fresh[name] = product if held is None else held.add_(product)
+        self._fresh_counts[name] = self._fresh_counts.get(name, 0) + len(rows)
 
     def _note(self, weight: Any) -> None:
         name = self._names.get(id(weight))

@@ -106,6 +106,7 @@ def test_packed_sequences(both: bool) -> None:
     torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.filterwarnings("ignore:LSTM with projections")
 def test_attention_and_what_has_no_inputs_to_see() -> None:
     torch.manual_seed(0)
     layer, x = nn.MultiheadAttention(8, 2), torch.randn(5, 3, 8)
