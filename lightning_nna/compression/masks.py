@@ -45,7 +45,7 @@ class MaskStage:
 
     def transform(self, weight: Tensor, *, hard: bool) -> Tensor:
         """The masked weight."""
-        return weight if self._keeps_all else weight * self.mask
+        return weight if self._keeps_all else weight.masked_fill(~self.mask, 0.0)
 
     def pull_back(self, weight: Tensor, grad: Tensor) -> Tensor:
         """The gradient as it is where weights may return, else that of the kept ones."""

@@ -256,7 +256,7 @@ def _transformed(weight: Tensor, stages: Sequence[Stage], *, hard: bool) -> Tens
     for stage in stages:
         result = stage.transform(result, hard=hard)
     if len(stages) > 1 and isinstance(stages[0], Masking) and result is not weight:
-        result = result * stages[0].mask
+        result = result.masked_fill(~stages[0].mask, 0.0)
     return result
 
 

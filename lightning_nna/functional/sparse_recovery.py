@@ -322,7 +322,7 @@ class _Problem:
         if refit and self.moment is not None:
             found = refit_on_support(self.weight, self.moment, mask).to(self.weight.dtype)
         else:
-            found = self.weight * mask
+            found = self.weight.masked_fill(~mask, 0.0)
         nmse = measurement_nmse(self.weight, found, self.moment)
         return SparseSolution(found, mask, nmse, iterations)
 
