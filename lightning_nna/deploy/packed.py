@@ -207,5 +207,7 @@ def _bits_of(name: str, tensor: Tensor) -> Bits:
 
 
 def _tensor_of(bits: Bits, dtype: torch.dtype) -> Tensor:
+    if bits.size == 0:
+        return torch.empty(0, dtype=dtype)
     raw = np.ascontiguousarray(bits).view(np.uint8).copy()
     return torch.from_numpy(raw).view(dtype)
