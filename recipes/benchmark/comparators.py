@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
+from lightning.pytorch.callbacks import ModelPruning
 from torch import Tensor
 from typing_extensions import override
 
@@ -226,3 +227,17 @@ def parq(
         torch.optim.AdamW(groups, **adamw), quantizer, prox, quant_period=10
     )
     return optimizer
+
+
+def model_pruning(amount: float) -> ModelPruning:
+    """Lightning's ``ModelPruning``, applied once, after the first epoch.
+
+    Applied in every epoch it would prune what is left again; of the modules it prunes those whose
+    parameters are named ``weight`` and ``bias``.
+
+    Args:
+        amount: Share of zeros.
+    """
+    return ModelPruning(
+        "l1_unstructured", amount=amount, apply_pruning=lambda epoch: epoch == 0, verbose=1
+    )

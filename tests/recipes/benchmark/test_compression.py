@@ -10,6 +10,7 @@ from hydra import compose, initialize
 
 from recipes.benchmark.compression import METHODS, MIXED, Cell, cells, packed_bytes
 from recipes.benchmark.compression_page import page, verdicts, write_page
+from recipes.benchmark.fine_tuning import start_of
 from recipes.benchmark.rows import append_row
 
 TITLES = {name: method.title for name, method in METHODS.items()}
@@ -48,7 +49,7 @@ def test_every_cell_has_a_folder_and_starts_from_the_float_weights_of_its_seed()
     grid = list(cells())
     assert len({cell.folder for cell in grid}) == len(grid)
     for cell in grid:
-        assert any(str(cell.start) in word for word in cell.command)
+        assert any(str(start_of(cell.seed)) in word for word in cell.command)
     assert list(cells(methods=["gq"], bits=["2"], seeds=[3])) == [Cell("gq", 2, 3)]
 
 
