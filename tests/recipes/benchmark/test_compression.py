@@ -65,8 +65,10 @@ def test_every_command_composes(cell: Cell) -> None:
 
 def test_a_target_that_is_missed_is_called_so() -> None:
     found = "\n".join(verdicts(ROWS))
-    assert "GQ at 5 bits no worse than float in loss: -5.9% over 1 seed(s), met" in found
-    assert "S8BQAT at 5 bits no worse than float in loss: +5.3% over 1 seed(s), missed" in found
+    assert "GQ at 5 bits no worse than float in loss: -5.9% ± 0.0% over 1 seed(s), met" in found
+    assert (
+        "S8BQAT at 5 bits no worse than float in loss: +5.3% ± 0.0% over 1 seed(s), missed" in found
+    )
     assert "GQ best or tied at 2 bits: +0.0005 ± 0.0000 nats per label against the best " in found
     assert "other (ste) over 1 seed(s), missed" in found
     assert "half of LSQ's increase of the loss: GQ +0.6%, LSQ +2.9%, met" in found
