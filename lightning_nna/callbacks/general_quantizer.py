@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_nna.callbacks.weight_method import WeightMethod
+from lightning_nna.callbacks.weight_method import BitsMethod
 from lightning_nna.compression.general_quantizer import GeneralQuantizerStage, Scale
 from lightning_nna.compression.selection import Granularity, groups_of, require_finite
 from lightning_nna.emulator.keyed_adam import KeyedAdam
@@ -23,7 +23,7 @@ from lightning_nna.functional.mu_law import require_mu
 from lightning_nna.functional.schedule import Schedule, require_time, step_of
 
 
-class GeneralQuantizer(WeightMethod):
+class GeneralQuantizer(BitsMethod):
     """Train weights that take :math:`2^b` values, and the values.
 
     Args:

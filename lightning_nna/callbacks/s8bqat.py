@@ -8,7 +8,7 @@ from typing import Any
 
 from typing_extensions import override
 
-from lightning_nna.callbacks.weight_method import WeightMethod
+from lightning_nna.callbacks.weight_method import BitsMethod
 from lightning_nna.compression.fixed_centroids import (
     CentroidSettings,
     FixedCentroids,
@@ -16,14 +16,14 @@ from lightning_nna.compression.fixed_centroids import (
 )
 
 
-class S8BQATMethod(WeightMethod):
+class S8BQATMethod(BitsMethod):
     """A callback that works with a module's Lloyd-Max centroids.
 
     Args:
-        bits: See :class:`.WeightMethod`.
+        bits: See :class:`.BitsMethod`.
         settings: How centroids are found.
-        targets: See :class:`.WeightMethod`.
-        overrides: See :class:`.WeightMethod`.
+        targets: See :class:`.BitsMethod`.
+        overrides: See :class:`.BitsMethod`.
     """
 
     def __init__(

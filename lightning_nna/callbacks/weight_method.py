@@ -15,7 +15,7 @@ from torch.optim import LBFGS, Optimizer
 from typing_extensions import override
 
 from lightning_nna.callbacks.step_counter import StepCounter
-from lightning_nna.compression.selection import BitWidths, weights_of
+from lightning_nna.compression.selection import BitWidths, ByTensor, weights_of
 from lightning_nna.emulator.weight_pipeline import Stage, WeightPipeline, pipeline_of, unseen
 
 
@@ -28,24 +28,18 @@ class WeightMethod(Callback):
     objects or from a checkpoint, it goes on from the latent weights.
 
     Args:
-        bits: Of every selected tensor, 1 to 8.
-        targets: Globs or ``re:…`` on the names of parameters, or of modules that hold them.
-        overrides: Bits by pattern, or the path of a JSON file with them.
+        selection: Which parameters, and a number for each.
     """
 
     #: Of the method, in log keys and messages.
     method: ClassVar[str]
+    #: In the weight pipeline: masks 0, centroids 1. What methods do after a step goes by it, too.
+    place: ClassVar[int] = 1
 
-    def __init__(
-        self,
-        bits: int,
-        *,
-        targets: Sequence[str],
-        overrides: Mapping[str, int] | str | Path,
-    ) -> None:
-        self.widths = BitWidths(bits, targets, overrides)
-        #: Bits by the names of the selected parameters, once a run has started.
-        self.bits: dict[str, int] = {}
+    def __init__(self, selection: ByTensor[Any]) -> None:
+        self.selection = selection
+        #: The number of each selected parameter, by its name, once a run has started.
+        self.numbers: dict[str, Any] = {}
         self._counter = StepCounter(self._stepped)
         self._module: pl.LightningModule | None = None
         self._pipeline: WeightPipeline | None = None
@@ -63,7 +57,7 @@ class WeightMethod(Callback):
     @property
     def selected(self) -> list[str]:
         """Names of the parameters that the method has taken, once a run has started."""
-        return list(self.bits)
+        return list(self.numbers)
 
     # --- what a method says -------------------------------------------------------------------
 
@@ -97,6 +91,7 @@ class WeightMethod(Callback):
         self._total_steps = trainer.estimated_stepping_batches
         self._attach(pl_module)
         self._resume()
+        self.pipeline.attend(self.place, self.stepped)
         self._counter.attach(trainer.optimizers)
         # With several optimisers, a forward follows a step within one batch.
         for child in pl_module.children():
@@ -236,15 +231,18 @@ class WeightMethod(Callback):
         if self._module is pl_module:
             return
         self._detach()
-        self.bits = self.widths.of(pl_module)
+        self.numbers = self.selection.of(pl_module)
         held = weights_of(pl_module)
-        self._parameters = {name: held[name] for name in self.bits}
+        self._parameters = {name: held[name] for name in self.numbers}
         self._module, self._pipeline = pl_module, pipeline_of(pl_module)
         self.prepare()
         for name, stage in self.stages().items():
             self._pipeline.claim(name, self._parameters[name], stage)
-        shown = ", ".join(f"{name} ({bits})" for name, bits in self.bits.items())
-        rank_zero_info(f"{type(self).__name__}: bits of {len(self.bits)} tensors: {shown}")
+        shown = ", ".join(f"{name} ({number})" for name, number in self.numbers.items())
+        rank_zero_info(
+            f"{type(self).__name__}: {self.selection.quantity} of {len(self.numbers)} tensors: "
+            f"{shown}"
+        )
 
     def _detach(self) -> None:
         if self._pipeline is not None:
@@ -258,7 +256,7 @@ class WeightMethod(Callback):
     @unseen
     def _stepped(self, advanced: bool) -> None:
         if advanced:
-            self.stepped()
+            self.pipeline.has_stepped(self.stepped)
 
     def _log(self, pl_module: pl.LightningModule) -> None:
         for quantity, figure in unseen(self.figures)().items():
@@ -293,7 +291,32 @@ class WeightMethod(Callback):
             handle.remove()
         self._handles.clear()
         if self._pipeline is not None:
+            self._pipeline.leave(self.stepped)
             self._pipeline.restore()
+
+
+class BitsMethod(WeightMethod):
+    """A weight method with a width for each tensor.
+
+    Args:
+        bits: Of every selected tensor, 1 to 8.
+        targets: Globs or ``re:…`` on the names of parameters, or of modules that hold them.
+        overrides: Bits by pattern, or the path of a JSON file with them.
+    """
+
+    def __init__(
+        self,
+        bits: int,
+        *,
+        targets: Sequence[str],
+        overrides: Mapping[str, int] | str | Path,
+    ) -> None:
+        super().__init__(BitWidths(bits, targets, overrides))
+
+    @property
+    def bits(self) -> dict[str, int]:
+        """Bits by the names of the selected parameters, once a run has started."""
+        return self.numbers
 
 
 class _Substitution:

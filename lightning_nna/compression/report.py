@@ -153,14 +153,10 @@ def codebook_stages(
     pipeline: WeightPipeline,
 ) -> Iterator[tuple[str, Tensor, Tensor, CodebookStage]]:
     """Name, trained weight, deployed weight and stage of every tensor with a codebook."""
-    for name, parameter, stages in pipeline.claims():
+    for name, _, stages in pipeline.claims():
         stage = stages[-1]
         if isinstance(stage, CodebookStage):
-            latent = pipeline.latent(name)
-            hard = latent
-            for one in stages:
-                hard = one.transform(hard, hard=True)
-            yield name, latent.to(parameter.dtype), hard, stage
+            yield name, pipeline.latent(name), pipeline.hard_latent(name), stage
 
 
 def as_json(snapshots: Sequence[Snapshot]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Which parameters a method takes, and how many bits each gets."""
+"""Which parameters a method takes, and a number for each: bits, or a share of zeros."""
 
 from __future__ import annotations
 
@@ -6,14 +6,16 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Generic, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
+from typing_extensions import override
 
 from lightning_nna.emulator.selection import matches, select
 
+V = TypeVar("V")
 Granularity = Literal["tensor", "channel"]
 
 _LARGEST_BITS = 8
@@ -22,18 +24,70 @@ _ROW_BY_ROW = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 @dataclass(frozen=True)
-class BitWidths:
-    """Bits of the weights that a method takes.
+class ByTensor(Generic[V]):
+    """A number for each of the weights that a method takes.
 
     Args:
-        bits: Of a tensor that no override names, 1 to 8.
+        default: Of a tensor that no override names.
         targets: Globs or ``re:…`` on the names of parameters, or of modules that hold them.
-        overrides: Bits by pattern; of several that match, the last counts. A path names a JSON
+        overrides: Numbers by pattern; of several that match, the last counts. A path names a JSON
             file with such a mapping, or with an entry ``overrides`` as :class:`.BitAllocation`
             saves it.
+        exclude: Patterns of weights that are left alone, whatever ``targets`` says.
 
     Raises:
-        ValueError: If a width is not 1 to 8, or a file is not such a mapping.
+        ValueError: If a number is out of range, or a file is not such a mapping.
+    """
+
+    default: V
+    targets: Sequence[str] = ("*",)
+    overrides: Mapping[str, V] | str | Path = field(default_factory=dict)
+    exclude: Sequence[str] = ()
+    #: What the numbers are, in messages.
+    quantity: ClassVar[str]
+
+    def __post_init__(self) -> None:
+        for patterns in ("targets", "exclude"):
+            given = getattr(self, patterns)
+            one = [given] if isinstance(given, str) else list(given)
+            object.__setattr__(self, patterns, one)
+        if isinstance(self.overrides, str | Path):
+            object.__setattr__(self, "overrides", _read(Path(self.overrides)))
+        object.__setattr__(self, "overrides", dict(self.overrides))  # type: ignore[arg-type]
+        self.require(self.quantity, self.default)
+        for pattern, number in dict(self.overrides).items():  # type: ignore[arg-type]
+            self.require(f"overrides[{pattern!r}]", number)
+
+    def require(self, name: str, number: Any) -> None:
+        """Raise unless a number is in range.
+
+        Raises:
+            ValueError: Shows the name and the number.
+        """
+        raise NotImplementedError
+
+    def of(self, module: nn.Module) -> dict[str, V]:
+        """Numbers by the names of the parameters that are selected, in the module's order.
+
+        Raises:
+            ValueError: If a pattern matches no parameter.
+        """
+        names = list(weights_of(module))
+        chosen = _select(self.targets, names)
+        left_out = set(_select(self.exclude, names))
+        chosen = [name for name in chosen if name not in left_out]
+        overrides: Mapping[str, V] = self.overrides  # type: ignore[assignment]
+        for pattern in overrides:
+            _select([pattern], chosen)
+        found = {}
+        for name in chosen:
+            numbers = [number for p, number in overrides.items() if matches_path(p, name)]
+            found[name] = numbers[-1] if numbers else self.default
+        return found
+
+
+class BitWidths(ByTensor[int]):
+    """Bits of the weights that a method takes, 1 to 8.
 
     Example:
         >>> widths = BitWidths(5, overrides={"joint.*": 1})
@@ -41,36 +95,34 @@ class BitWidths:
         {'joint.weight': 1, 'encoder.weight': 5}
     """
 
-    bits: int
-    targets: Sequence[str] = ("*",)
-    overrides: Mapping[str, int] | str | Path = field(default_factory=dict)
+    quantity = "bits"
 
-    def __post_init__(self) -> None:
-        targets = [self.targets] if isinstance(self.targets, str) else list(self.targets)
-        object.__setattr__(self, "targets", targets)
-        if isinstance(self.overrides, str | Path):
-            object.__setattr__(self, "overrides", _read(Path(self.overrides)))
-        object.__setattr__(self, "overrides", dict(self.overrides))  # type: ignore[arg-type]
-        _require_bits("bits", self.bits)
-        for pattern, bits in dict(self.overrides).items():  # type: ignore[arg-type]
-            _require_bits(f"overrides[{pattern!r}]", bits)
+    @override
+    def require(self, name: str, number: Any) -> None:
+        if (
+            isinstance(number, bool)
+            or not isinstance(number, int)
+            or not 1 <= number <= _LARGEST_BITS
+        ):
+            raise ValueError(f"{name} must be an int from 1 to {_LARGEST_BITS}, got {number!r}")
 
-    def of(self, module: nn.Module) -> dict[str, int]:
-        """Bits by the names of the parameters that are selected, in the module's order.
 
-        Raises:
-            ValueError: If a pattern of ``targets`` or ``overrides`` matches no parameter.
-        """
-        names = list(weights_of(module))
-        chosen = _select(self.targets, names)
-        overrides: Mapping[str, int] = self.overrides  # type: ignore[assignment]
-        for pattern in overrides:
-            _select([pattern], chosen)
-        found = {}
-        for name in chosen:
-            widths = [bits for pattern, bits in overrides.items() if matches_path(pattern, name)]
-            found[name] = widths[-1] if widths else self.bits
-        return found
+class Sparsities(ByTensor[float]):
+    """Shares of zeros in the weights that a method takes, at least 0 and below 1.
+
+    Example:
+        >>> network = nn.ModuleDict({"joint": nn.Linear(2, 2), "encoder": nn.Linear(2, 2)})
+        >>> Sparsities(0.8, exclude=["joint"]).of(network)
+        {'encoder.weight': 0.8}
+    """
+
+    quantity = "sparsity"
+
+    @override
+    def require(self, name: str, number: Any) -> None:
+        is_number = isinstance(number, int | float) and not isinstance(number, bool)
+        if not is_number or not 0 <= number < 1:
+            raise ValueError(f"{name} must be at least 0 and below 1, got {number!r}")
 
 
 def weights_of(module: nn.Module) -> dict[str, nn.Parameter]:
@@ -150,18 +202,13 @@ def _is_loss_or_metric(module: nn.Module) -> bool:
     return isinstance(module, Metric) or type(module).__name__.endswith("Loss")
 
 
-def _require_bits(name: str, bits: Any) -> None:
-    if isinstance(bits, bool) or not isinstance(bits, int) or not 1 <= bits <= _LARGEST_BITS:
-        raise ValueError(f"{name} must be an int from 1 to {_LARGEST_BITS}, got {bits!r}")
-
-
-def _read(path: Path) -> dict[str, int]:
-    """Bits by pattern from a JSON file."""
+def _read(path: Path) -> dict[str, Any]:
+    """Numbers by pattern from a JSON file."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is not a JSON file: {error}") from error
     found = content.get("overrides", content) if isinstance(content, dict) else None
     if not isinstance(found, dict):
-        raise ValueError(f"{path} holds no bits by pattern, but {type(content).__name__}")
+        raise ValueError(f"{path} holds no numbers by pattern, but {type(content).__name__}")
     return found

@@ -37,6 +37,8 @@ ROOT = "."
 
 # With the separator: torchaudio and its like are no part of torch.
 _TORCH_FOLDER = str(Path(torch.__file__).parent) + os.sep
+#: Files of other function modes, which may stand between a call and the interception.
+TRANSPARENT_FILES: set[str] = set()
 _MODULE_CALL = nn.Module.__call__.__code__.co_filename
 _BACKWARD = frozenset({"backward", "grad"})
 # Functions that give numbers or masks of values: no value changes, but somebody has read it.
@@ -228,7 +230,9 @@ class Interception(TorchFunctionMode):
             code = frame.f_code
             if code.co_filename == _MODULE_CALL and inside:
                 break
-            if not code.co_filename.startswith(_TORCH_FOLDER):
+            if not (
+                code.co_filename.startswith(_TORCH_FOLDER) or code.co_filename in TRANSPARENT_FILES
+            ):
                 location.append((code, frame.f_lasti))
             if not inside and code.co_varnames[:1] == ("self",):
                 found = self._module_of(frame)

@@ -12,9 +12,9 @@ when the optimiser is about to step: it is linear, so accumulated gradients need
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, ParamSpec, Protocol, TypeVar
+from typing import Literal, ParamSpec, Protocol, TypeVar, runtime_checkable
 from weakref import WeakKeyDictionary
 
 import torch
@@ -78,6 +78,15 @@ class Stage(Protocol):
         """Gradient of ``weight``, given that of what it was transformed to in training."""
 
 
+@runtime_checkable
+class Masking(Protocol):
+    """A stage of place 0: what it zeroes stays zero, whatever comes after it."""
+
+    @property
+    def mask(self) -> Tensor:
+        """True where weights are kept, in the shape of the parameter."""
+
+
 class WeightPipeline:
     """The stages of one module's parameters. Use :func:`pipeline_of`.
 
@@ -93,6 +102,8 @@ class WeightPipeline:
         self._latent: dict[str, Tensor] = {}
         # Parameters whose gradient is that of a transformed weight.
         self._pending: set[str] = set()
+        self._steppers: list[tuple[int, Callable[[], None]]] = []
+        self._stepped: list[Callable[[], None]] = []
 
     # --- claims -------------------------------------------------------------------------------
 
@@ -138,6 +149,26 @@ class WeightPipeline:
         for name, stages in self._stages.items():
             yield name, self._parameters[name], stages
 
+    # --- steps --------------------------------------------------------------------------------
+
+    def attend(self, place: int, stepped: Callable[[], None]) -> None:
+        """Let a method say what it does after an optimiser step; masks do it first."""
+        self._steppers.append((place, stepped))
+        self._steppers.sort(key=lambda one: one[0])
+
+    def leave(self, stepped: Callable[[], None]) -> None:
+        """Undo :meth:`attend`."""
+        self._steppers = [one for one in self._steppers if one[1] != stepped]
+        self._stepped = []
+
+    def has_stepped(self, stepped: Callable[[], None]) -> None:
+        """A method has seen the optimiser step; when all have, they act in their order."""
+        self._stepped.append(stepped)
+        if len(self._stepped) == len(self._steppers):
+            self._stepped = []
+            for _, act in self._steppers:
+                act()
+
     # --- phases -------------------------------------------------------------------------------
 
     @unseen
@@ -157,9 +188,7 @@ class WeightPipeline:
         for name, stages in self._stages.items():
             parameter = self._parameters[name]
             weight = parameter.detach()
-            result = weight
-            for stage in stages:
-                result = stage.transform(result, hard=phase == "hard")
+            result = _transformed(weight, stages, hard=phase == "hard")
             if result is not weight:
                 self._latent[name] = weight.clone()
                 parameter.copy_(result)
@@ -188,11 +217,7 @@ class WeightPipeline:
             self._pending.discard(name)
             sparse = parameter.grad if parameter.grad.is_sparse else None
             grad = parameter.grad if sparse is None else sparse.to_dense()
-            inputs = [parameter.detach()]
-            for stage in self._stages[name][:-1]:
-                inputs.append(stage.transform(inputs[-1], hard=False))
-            for stage, weight in reversed(list(zip(self._stages[name], inputs, strict=True))):
-                grad = stage.pull_back(weight, grad)
+            grad = _pulled_back(parameter.detach(), self._stages[name], grad)
             parameter.grad = grad if sparse is None else grad.sparse_mask(sparse.coalesce())
 
     # --- what others ask ----------------------------------------------------------------------
@@ -212,15 +237,41 @@ class WeightPipeline:
     @unseen
     def hard(self, weight: Tensor) -> Tensor:
         """What is deployed of a parameter that holds its latent weight."""
-        result = weight.detach()
-        for stage in self.stages_of(weight):
-            result = stage.transform(result, hard=True)
-        return result
+        return _transformed(weight.detach(), self.stages_of(weight), hard=True)
+
+    @unseen
+    def hard_latent(self, name: str) -> Tensor:
+        """What is deployed of a parameter, whatever it holds now."""
+        return _transformed(self.latent(name), self._stages[name], hard=True)
 
     def grid_of(self, weight: Tensor) -> WeightGrid | None:
         """The grid on which the last stage leaves a parameter, if it is on one."""
         stages = self.stages_of(weight)
         return stages[-1].grid if stages else None
+
+
+def _transformed(weight: Tensor, stages: Sequence[Stage], *, hard: bool) -> Tensor:
+    """What all stages make of a weight; a mask has the last word, too."""
+    result = weight
+    for stage in stages:
+        result = stage.transform(result, hard=hard)
+    if len(stages) > 1 and isinstance(stages[0], Masking) and result is not weight:
+        result = result.masked_fill(~stages[0].mask, 0.0)
+    return result
+
+
+def _pulled_back(weight: Tensor, stages: Sequence[Stage], grad: Tensor) -> Tensor:
+    """Gradient of a weight through its stages; what a mask has zeroed goes by the mask alone."""
+    inputs = [weight]
+    for stage in stages[:-1]:
+        inputs.append(stage.transform(inputs[-1], hard=False))
+    mask = stages[0].mask if isinstance(stages[0], Masking) else None
+    for stage, before in reversed(list(zip(stages, inputs, strict=True))):
+        if mask is not None and stage is not stages[0]:
+            grad = torch.where(mask, stage.pull_back(before, grad * mask), grad)
+        else:
+            grad = stage.pull_back(before, grad)
+    return grad
 
 
 _PIPELINES: WeakKeyDictionary[nn.Module, WeightPipeline] = WeakKeyDictionary()

@@ -6,7 +6,13 @@ Between two times it goes from ``start`` to ``end``; before and after it is cons
 .. math::
     \text{linear: } a + (b - a)\,t, \qquad
     \text{cosine: } a + (b - a)\,\tfrac{1 - \cos \pi t}{2}, \qquad
-    \text{geometric: } a\,(b / a)^t.
+    \text{geometric: } a\,(b / a)^t, \qquad
+    \text{cubic: } b + (a - b)(1 - t)^3,
+
+and ``"step"`` jumps to ``end`` at ``until``.
+
+Reference:
+    The cubic shape is that of Zhu and Gupta, "To prune, or not to prune", 2017, arXiv 1710.01878.
 """
 
 from __future__ import annotations
@@ -16,8 +22,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-Shape = Literal["linear", "cosine", "geometric"]
-_SHAPES: tuple[Shape, ...] = ("linear", "cosine", "geometric")
+Shape = Literal["linear", "cosine", "geometric", "cubic", "step"]
+_SHAPES: tuple[Shape, ...] = ("linear", "cosine", "geometric", "cubic", "step")
 
 
 @dataclass(frozen=True)
@@ -32,11 +38,12 @@ class Schedule:
         end: Value from ``until`` on; None for that of ``start``.
         begin: When the change begins.
         until: When it ends.
-        shape: ``"linear"``, ``"cosine"`` or ``"geometric"`` (equal factors in equal times).
+        shape: ``"linear"``, ``"cosine"``, ``"geometric"`` (equal factors in equal times),
+            ``"cubic"`` (fast at first) or ``"step"``.
 
     Raises:
-        ValueError: If a share is not in [0, 1], a step is negative, a geometric schedule has a
-            value that is not positive, or ``shape`` is unknown.
+        ValueError: If a share is not in [0, 1], a step is negative, it ends before it begins, a
+            geometric schedule has a value that is not positive, or ``shape`` is unknown.
 
     Example:
         >>> ramp = Schedule(1.0, 16.0, until=0.5, shape="geometric")
@@ -55,6 +62,10 @@ class Schedule:
             raise ValueError(f"shape must be one of {list(_SHAPES)}, got {self.shape!r}")
         for name in ("begin", "until"):
             require_time(name, getattr(self, name))
+        if type(self.begin) is type(self.until) and self.begin > self.until:
+            raise ValueError(
+                f"a schedule ends before it begins: begin is {self.begin}, until is {self.until}"
+            )
         if self.shape == "geometric" and min(self.start, self.last) <= 0:
             raise ValueError(
                 f"a geometric schedule needs positive values, got {self.start} to {self.last}"
@@ -96,6 +107,10 @@ class Schedule:
         share = (step - begin) / (until - begin)
         if self.shape == "geometric":
             return self.start * (self.last / self.start) ** share
+        if self.shape == "step":
+            return self.start
+        if self.shape == "cubic":
+            share = 1 - (1 - share) ** 3
         if self.shape == "cosine":
             share = (1 - math.cos(math.pi * share)) / 2
         return self.start + (self.last - self.start) * share

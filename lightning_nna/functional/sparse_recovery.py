@@ -43,7 +43,7 @@ from torch import Tensor
 from lightning_nna.functional.sparsity_pattern import SparsityPattern
 
 # Of the mean of the diagonal; keeps what was never measured in order, and Cholesky possible.
-_RIDGE = 1e-6
+_RIDGE, _LEAST_RIDGE = 1e-6, 1e-9
 # Entries of the batch of Gram matrices that are solved at a time.
 _BATCH = 8_000_000
 _POWER_ITERATIONS = 100
@@ -146,7 +146,7 @@ def refit_on_support(
         tensor([[1.5000, 0.0000]], dtype=torch.float64)
     """
     moment = second_moment.double()
-    ridge = _RIDGE * 1e-3 * moment.diagonal().mean().clamp_min(1e-300)
+    ridge = float(_LEAST_RIDGE * moment.diagonal().mean().clamp_min(1e-300))
     target = weight.double() @ moment
     result = torch.zeros_like(target)
     counts = mask.sum(1)
@@ -164,9 +164,9 @@ def refit_on_support(
         held = torch.arange(most, device=mask.device) < counts[rows, None]
         gram = moment[columns[:, :, None], columns[:, None, :]]
         gram *= held[:, :, None] & held[:, None, :]
-        gram.diagonal(dim1=1, dim2=2).add_(torch.where(held, ridge, 1.0))
+        gram.diagonal(dim1=1, dim2=2).add_(torch.where(held, 0.0, 1.0))
         right = target[rows[:, None], columns] * held
-        factor = torch.linalg.cholesky(gram)
+        factor = _cholesky(gram, ridge)
         found = torch.cholesky_solve(right[:, :, None], factor)[:, :, 0]
         result[rows[:, None], columns] = found * held
     return result
@@ -322,7 +322,7 @@ class _Problem:
         if refit and self.moment is not None:
             found = refit_on_support(self.weight, self.moment, mask).to(self.weight.dtype)
         else:
-            found = self.weight * mask
+            found = self.weight.masked_fill(~mask, 0.0)
         nmse = measurement_nmse(self.weight, found, self.moment)
         return SparseSolution(found, mask, nmse, iterations)
 
@@ -345,6 +345,17 @@ def _shrink(x: Tensor, pattern: SparsityPattern, threshold: float) -> Tensor:
     root = (high * wide) ** 0.5
     factor = (1 - threshold * root / norms.clamp_min(1e-30)).clamp_min_(0)
     return x * factor.repeat_interleave(high, 0).repeat_interleave(wide, 1)
+
+
+def _cholesky(gram: Tensor, ridge: float) -> Tensor:
+    """Factors of Gram matrices, with as little of a ridge as makes all of them positive."""
+    gram.diagonal(dim1=1, dim2=2).add_(ridge)
+    factor, failed = torch.linalg.cholesky_ex(gram)
+    while bool(failed.any()):
+        gram.diagonal(dim1=1, dim2=2).add_(9 * ridge)
+        ridge *= 10
+        factor, failed = torch.linalg.cholesky_ex(gram)
+    return factor
 
 
 def _largest(moment: Tensor) -> float:

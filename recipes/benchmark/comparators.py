@@ -19,10 +19,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
+from lightning.pytorch.callbacks import ModelPruning
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_nna.callbacks.weight_method import WeightMethod
+from lightning_nna.callbacks.weight_method import BitsMethod
 from lightning_nna.emulator.keyed_adam import KeyedAdam
 from lightning_nna.emulator.weight_pipeline import Stage, WeightGrid
 from lightning_nna.emulator.weights import round_significands
@@ -128,7 +129,7 @@ class DKMStage:
         return found
 
 
-class UniformQuantization(WeightMethod):
+class UniformQuantization(BitsMethod):
     """Train with uniform levels, straight-through.
 
     Args:
@@ -226,3 +227,17 @@ def parq(
         torch.optim.AdamW(groups, **adamw), quantizer, prox, quant_period=10
     )
     return optimizer
+
+
+def model_pruning(amount: float) -> ModelPruning:
+    """Lightning's ``ModelPruning``, applied once, after the first epoch.
+
+    Applied in every epoch it would prune what is left again; of the modules it prunes those whose
+    parameters are named ``weight`` and ``bias``.
+
+    Args:
+        amount: Share of zeros.
+    """
+    return ModelPruning(
+        "l1_unstructured", amount=amount, apply_pruning=lambda epoch: epoch == 0, verbose=1
+    )

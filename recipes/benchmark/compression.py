@@ -16,27 +16,30 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import subprocess
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lightning_nna.compression.selection import matches_path
-from recipes.benchmark.an4 import Cell as FloatCell
 from recipes.benchmark.compression_page import write_page
+from recipes.benchmark.fine_tuning import (
+    SEEDS,
+    evaluation,
+    figures_of,
+    run,
+    start_of,
+    summary_of,
+    training,
+)
 from recipes.benchmark.rows import append_row, has_row, read_rows
 from recipes.weights import load_weights
 
 ROWS = Path("docs/results/compression.jsonl")
 RUNS = Path("runs/compression")
-SEEDS = (1, 2, 3)
 BITS = (5, 4, 3, 2)
 #: Mean bits of the mixed allocation, and its place in the grid.
 MIXED, MIXED_BITS = "mixed", 3.0
-#: Two epochs of nine tenths of the batches: about 1440 steps.
-BUDGET = ("trainer.max_epochs=2", "+trainer.limit_train_batches=0.9")
 
 
 @dataclass(frozen=True)
@@ -129,11 +132,6 @@ class Cell:
         return RUNS / f"{self.method}_{self.bits}" / f"seed{self.seed}"
 
     @property
-    def start(self) -> Path:
-        """The float weights that it starts from."""
-        return FloatCell("rnnt", "float", self.seed).folder / "checkpoints" / "last.ckpt"
-
-    @property
     def allocation(self) -> Path:
         """Bits by tensor of the mixed allocation."""
         return RUNS / "allocation" / f"seed{self.seed}" / "bits.json"
@@ -142,23 +140,14 @@ class Cell:
     def command(self) -> list[str]:
         """Module and overrides that run it."""
         method = METHODS[self.method]
-        chosen = [f"compression={method.compression}", "beam_width=1", *method.settings]
+        chosen = [f"compression={method.compression}", *method.settings]
         if self.bits == MIXED:
             chosen += ["bits=8", f"bit_overrides={self.allocation}"]
         elif method.compression not in ("none", "nna8"):
             chosen.append(f"bits={self.bits}")
-        chosen.append(f"hydra.run.dir={self.folder}")
         if not method.trains:
-            return ["recipes.evaluate", f"ckpt={self.start}", *chosen]
-        return [
-            "recipes.train",
-            "experiment=an4_rnnt_finetune",
-            f"seed={self.seed}",
-            f"init_from={self.start}",
-            *BUDGET,
-            "+trainer.limit_val_batches=0",
-            *chosen,
-        ]
+            return evaluation(self.seed, self.folder, *chosen)
+        return training(self.seed, self.folder, *chosen)
 
 
 def cells(
@@ -198,27 +187,19 @@ def run_cell(cell: Cell, *, threads: int) -> None:
     if has_row(read_rows(ROWS), method=cell.method, bits=cell.bits, seed=cell.seed):
         return
     if cell.bits == MIXED and not cell.allocation.exists():
-        _run(
+        run(
             "recipes.allocate",
-            f"ckpt={cell.start}",
+            f"ckpt={start_of(cell.seed)}",
             f"target_mean_bits={MIXED_BITS}",
             f"hydra.run.dir={cell.allocation.parent}",
             f"threads={threads}",
         )
-    summary = cell.folder / "summary.json"
-    if not summary.exists():
-        module, *overrides = cell.command
-        _run(module, *overrides, f"threads={threads}")
-    append_row(ROWS, row_of(cell, json.loads(summary.read_text())))
-
-
-def _run(module: str, *overrides: str) -> None:
-    subprocess.run([sys.executable, "-m", module, *overrides], check=True)
+    append_row(ROWS, row_of(cell, summary_of(cell.folder, cell.command, threads=threads)))
 
 
 def row_of(cell: Cell, summary: Mapping[str, Any]) -> dict[str, Any]:
     """The row of a finished run."""
-    shapes = {name: x.shape for name, x in load_weights(cell.start).network.items()}
+    shapes = {name: x.shape for name, x in load_weights(start_of(cell.seed)).network.items()}
     widths = json.loads(cell.allocation.read_text())["overrides"] if cell.bits == MIXED else {}
     bits = {
         name: next((b for p, b in widths.items() if matches_path(p, f"model.{name}")), cell.bits)
@@ -227,10 +208,7 @@ def row_of(cell: Cell, summary: Mapping[str, Any]) -> dict[str, Any]:
     }
     counts = {name: shape.numel() for name, shape in shapes.items()}
     total = sum(counts[name] for name in bits)
-    figures = ("wer", "wer_low", "wer_high", "loss_per_token")
     return {
-        "command": summary["command"],
-        "commit": summary["commit"],
         "seed": cell.seed,
         "corpus": "an4",
         "model": "rnnt",
@@ -239,10 +217,8 @@ def row_of(cell: Cell, summary: Mapping[str, Any]) -> dict[str, Any]:
         "mean_bits": sum(int(b) * counts[name] for name, b in bits.items()) / total,
         "one_bit_tensors": sorted(name for name, b in bits.items() if b == 1),
         "sparsity": 0.0,
-        **{name: summary[name] for name in figures},
+        **figures_of(summary),
         "packed_bytes": packed_bytes(counts, bits),
-        "train_seconds": summary.get("train_seconds"),
-        "threads": summary.get("threads"),
     }
 
 

@@ -48,10 +48,11 @@ def verdicts(rows: Sequence[Row]) -> list[str]:
     for method, name in (("s8bqat", "S8BQAT"), ("gq", "GQ")):
         pairs = _paired(rows, (method, 5), ("float", 32))
         if pairs:
-            change = _relative(pairs)
+            difference, error = _difference(pairs)
+            mean = fmean(theirs for _, theirs in pairs)
             lines.append(
-                f"- {name} at 5 bits no worse than float in loss: {change:+.1%} over "
-                f"{len(pairs)} seed(s), {_word(change <= 0)}."
+                f"- {name} at 5 bits no worse than float in loss: {difference / mean:+.1%} ± "
+                f"{error / mean:.1%} over {len(pairs)} seed(s), {_verdict(difference, error)}."
             )
     for bits in (4, 3, 2):
         others = {
@@ -64,10 +65,10 @@ def verdicts(rows: Sequence[Row]) -> list[str]:
         # The other that is hardest to beat, on the seeds that both have.
         rival = max(others, key=lambda method: _difference(others[method])[0])
         difference, error = _difference(others[rival])
-        word = "met" if difference <= 0 else "tied" if difference <= error else "missed"
         lines.append(
             f"- GQ best or tied at {bits} bits: {difference:+.4f} ± {error:.4f} nats per label "
-            f"against the best other ({rival}) over {len(others[rival])} seed(s), {word}."
+            f"against the best other ({rival}) over {len(others[rival])} seed(s), "
+            f"{_verdict(difference, error)}."
         )
     if pairs := _paired(rows, ("gq", 2), ("float", 32)):
         against = _paired(rows, ("lsq", 2), ("float", 32))
@@ -153,6 +154,10 @@ def _difference(pairs: Sequence[tuple[float, float]]) -> tuple[float, float]:
 
 def _relative(pairs: Sequence[tuple[float, float]]) -> float:
     return sum(mine for mine, _ in pairs) / sum(theirs for _, theirs in pairs) - 1
+
+
+def _verdict(difference: float, error: float) -> str:
+    return "met" if difference <= 0 else "tied" if difference <= error else "missed"
 
 
 def _word(is_met: bool) -> str:

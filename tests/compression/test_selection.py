@@ -56,7 +56,7 @@ def test_overrides_from_a_file(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("{", "not a JSON file"), ("[1]", "holds no bits by pattern, but list")],
+    [("{", "not a JSON file"), ("[1]", "holds no numbers by pattern, but list")],
 )
 def test_a_file_that_is_none(content: str, message: str, tmp_path: Path) -> None:
     path = tmp_path / "bits.json"

@@ -10,6 +10,7 @@ from hydra import compose, initialize
 
 from recipes.benchmark.compression import METHODS, MIXED, Cell, cells, packed_bytes
 from recipes.benchmark.compression_page import page, verdicts, write_page
+from recipes.benchmark.fine_tuning import start_of
 from recipes.benchmark.rows import append_row
 
 TITLES = {name: method.title for name, method in METHODS.items()}
@@ -48,7 +49,7 @@ def test_every_cell_has_a_folder_and_starts_from_the_float_weights_of_its_seed()
     grid = list(cells())
     assert len({cell.folder for cell in grid}) == len(grid)
     for cell in grid:
-        assert any(str(cell.start) in word for word in cell.command)
+        assert any(str(start_of(cell.seed)) in word for word in cell.command)
     assert list(cells(methods=["gq"], bits=["2"], seeds=[3])) == [Cell("gq", 2, 3)]
 
 
@@ -64,8 +65,10 @@ def test_every_command_composes(cell: Cell) -> None:
 
 def test_a_target_that_is_missed_is_called_so() -> None:
     found = "\n".join(verdicts(ROWS))
-    assert "GQ at 5 bits no worse than float in loss: -5.9% over 1 seed(s), met" in found
-    assert "S8BQAT at 5 bits no worse than float in loss: +5.3% over 1 seed(s), missed" in found
+    assert "GQ at 5 bits no worse than float in loss: -5.9% ± 0.0% over 1 seed(s), met" in found
+    assert (
+        "S8BQAT at 5 bits no worse than float in loss: +5.3% ± 0.0% over 1 seed(s), missed" in found
+    )
     assert "GQ best or tied at 2 bits: +0.0005 ± 0.0000 nats per label against the best " in found
     assert "other (ste) over 1 seed(s), missed" in found
     assert "half of LSQ's increase of the loss: GQ +0.6%, LSQ +2.9%, met" in found

@@ -1,0 +1,328 @@
+r"""``CompressedSensingPruning``: which weights go, and when, by sparse recovery of each layer.
+
+Reference:
+    Zhen et al., "Compressed-sensing pruning", ICASSP 2021, arXiv 2102.04932.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from lightning_nna.callbacks.pruning_method import PruningMethod, Scope
+from lightning_nna.compression.input_moments import InputMoments
+from lightning_nna.compression.masks import as_matrix
+from lightning_nna.emulator.ranges import is_distributed
+from lightning_nna.functional.schedule import Schedule
+from lightning_nna.functional.sparse_recovery import SparseSolution, recover_sparse_weight
+from lightning_nna.functional.sparsity_pattern import SparsityPattern
+
+Measurement = Literal["activations", "identity", "random"]
+
+
+class CompressedSensingPruning(PruningMethod):
+    r"""Prune each layer to the sparse weight that gives its measurement back best.
+
+    Every ``every_n_steps`` each selected weight is measured on the inputs that reached it in the
+    last ``measure_steps`` steps; the sparsest weight that explains the measurement is recovered
+    (:func:`.recover_sparse_weight`), with what survives fitted by least squares to make up for what
+    goes. Zeroed weights start from zero again and may return while training goes on; from
+    ``freeze_step`` on masks stay. A layer waits at the sparsity it has while the error of its
+    recovery would be over ``most_nmse``.
+
+    Args:
+        sparsity: See :class:`.PruningMethod`.
+        measurement: ``"activations"``: the inputs' second moments; ``"identity"``: the weights
+            themselves; ``"random"``: as many random projections as a weight has columns.
+        measure_steps: Optimiser steps before each recovery whose inputs count.
+        most_nmse: Most error of the layer's output over the output's power; None for no bound.
+        refit: Whether what survives is fitted.
+        most_columns: A weight with more columns is refused, since its moment would be that large.
+        schedule: See :class:`.PruningMethod`.
+        every_n_steps: See :class:`.PruningMethod`.
+        freeze_step: See :class:`.PruningMethod`.
+        pattern: See :class:`.PruningMethod`.
+        scope: See :class:`.PruningMethod`.
+        revives: See :class:`.PruningMethod`.
+        targets: See :class:`.PruningMethod`.
+        overrides: See :class:`.PruningMethod`.
+        exclude: See :class:`.PruningMethod`.
+
+    Logs ``nna/csp/sparsity``, ``…/nmse`` (mean over layers, of the last recovery), ``…/nmse_max``
+    and ``…/support_kept`` (share of the kept weights that were kept before).
+
+    Raises:
+        ValueError: If an argument is out of range, a pattern matches nothing or does not divide a
+            weight, or no input reached a weight that is measured by activations.
+        FloatingPointError: If a weight or a moment is not finite.
+
+    Example:
+        >>> import lightning.pytorch as pl
+        >>> from lightning_nna.testing import SmallRecurrentModule
+        >>> module = SmallRecurrentModule()
+        >>> prune = CompressedSensingPruning(0.75, every_n_steps=2)
+        >>> trainer = pl.Trainer(max_steps=8, callbacks=[prune], accelerator="cpu", logger=False,
+        ...     enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
+        >>> trainer.fit(module)
+        >>> round(float((module.lstm.weight_hh_l0 == 0).float().mean()), 2)
+        0.75
+
+    Differs from the paper: the measurement by second moments, the solver, the fit of the survivors
+    and the bound are ours.
+    """
+
+    method = "csp"
+
+    def __init__(
+        self,
+        sparsity: float,
+        *,
+        measurement: Measurement = "activations",
+        measure_steps: int = 8,
+        most_nmse: float | None = None,
+        refit: bool = True,
+        most_columns: int = 4096,
+        schedule: Schedule | Mapping[str, Any] | float = Schedule(  # noqa: B008
+            0.0, 1.0, until=0.5, shape="cubic"
+        ),
+        every_n_steps: int = 50,
+        freeze_step: int | float = 0.75,
+        pattern: str | SparsityPattern = "unstructured",
+        scope: Scope = "layer",
+        revives: bool = True,
+        targets: Sequence[str] = ("*",),
+        overrides: Mapping[str, float] | str | Path = {},  # noqa: B006
+        exclude: Sequence[str] = (),
+    ) -> None:
+        super().__init__(
+            sparsity,
+            schedule=schedule,
+            every_n_steps=every_n_steps,
+            freeze_step=freeze_step,
+            pattern=pattern,
+            scope=scope,
+            revives=revives,
+            targets=targets,
+            overrides=overrides,
+            exclude=exclude,
+        )
+        if measurement not in ("activations", "identity", "random"):
+            raise ValueError(
+                f"measurement must be 'activations', 'identity' or 'random', got {measurement!r}"
+            )
+        if measure_steps < 1 or most_columns < 1:
+            raise ValueError(
+                f"measure_steps and most_columns must be at least 1, got {measure_steps} and "
+                f"{most_columns}"
+            )
+        if most_nmse is not None and not most_nmse > 0:
+            raise ValueError(f"most_nmse must be positive, got {most_nmse}")
+        self.measurement, self.measure_steps = measurement, measure_steps
+        self.most_nmse, self.refit, self.most_columns = most_nmse, refit, most_columns
+        #: Error of the last recovery, by the names of the parameters.
+        self.nmse: dict[str, float] = {}
+        self._kept: dict[str, float] = {}
+        self._moments: InputMoments | None = None
+        self._held: tuple[dict[str, Tensor], dict[str, int]] = {}, {}
+        self._entered = 0
+
+    # --- measuring ----------------------------------------------------------------------------
+
+    @override
+    def prepare(self) -> None:
+        super().prepare()
+        if self.measurement != "activations":
+            return
+        for name, parameter in self._parameters.items():
+            columns = as_matrix(parameter).shape[1]
+            if columns > self.most_columns:
+                raise ValueError(
+                    f"{name} has {columns} columns, more than most_columns={self.most_columns}: "
+                    f"raise it, exclude the weight, or set measurement='identity'"
+                )
+        self._moments = InputMoments(self._parameters)
+        self._moments.sums, self._moments.counts = self._held
+        self._held = {}, {}
+
+    @override
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_fit_start(trainer, pl_module)
+        if self._moments is None:
+            return
+        # Inside of what others enter for a whole batch, so that it sees functions first.
+        for part in (pl_module, *pl_module.children()):
+            self._handles.append(part.register_forward_pre_hook(_Enter(self)))
+            self._handles.append(part.register_forward_hook(_Leave(self), always_call=True))
+
+    @override
+    def step_begins(self, optimizer: Optimizer) -> None:
+        if self._moments is not None and self._is_measuring():
+            self._moments.agree(over_ranks=is_distributed())
+
+    def _is_measuring(self) -> bool:
+        return self._steps_to_choice(self.steps) <= self.measure_steps
+
+    def _enter(self) -> None:
+        # A forward within a backward repeats one that was seen already.
+        is_repeated = torch._C._current_graph_task_id() != -1
+        if self._entered or (self._training and self._is_measuring() and not is_repeated):
+            self._entered += 1
+            if self._entered == 1 and self._moments is not None:
+                self._moments.__enter__()
+
+    def _leave(self) -> None:
+        if self._entered:
+            self._entered -= 1
+            if self._entered == 0 and self._moments is not None:
+                self._moments.__exit__(None, None, None)
+
+    # --- recovery -----------------------------------------------------------------------------
+
+    @override
+    def energies(self, name: str, weight: Tensor) -> Tensor:
+        moment = self._moment(name, weight)
+        scale = torch.ones_like(weight[0]) if moment is None else moment.diagonal().sqrt()
+        return self.pattern.energies(weight * scale)
+
+    @override
+    def choose(self, name: str, weight: Tensor, sparsity: float) -> Tensor:
+        before = as_matrix(self.masks[name].mask)
+        found = self.recover(name, weight, sparsity)
+        self.nmse[name] = found.nmse
+        if self.most_nmse is not None and found.nmse > self.most_nmse:
+            return before
+        self._kept[name] = float((found.mask & before).sum() / found.mask.sum().clamp_min(1))
+        parameter = self._parameters[name]
+        # What went starts from zero again: what it did is in the fitted weights now.
+        parameter.copy_(found.weight.view_as(parameter))
+        return found.mask
+
+    def recover(self, name: str, weight: Tensor, sparsity: float) -> SparseSolution:
+        """The sparse weight of a layer at a sparsity."""
+        mask = as_matrix(self.masks[name].mask)
+        start = None if bool(mask.all()) else mask
+        return recover_sparse_weight(
+            weight,
+            self._moment(name, weight),
+            sparsity=sparsity,
+            pattern=self.pattern,
+            start=start,
+            refit=self.refit,
+        )
+
+    @override
+    def _advance(self) -> None:
+        if self.steps == 0 and self.measurement == "activations":
+            return  # Nothing was measured yet.
+        super()._advance()
+        if self._moments is not None:
+            self._moments.clear()
+
+    def _moment(self, name: str, weight: Tensor) -> Tensor | None:
+        if self.measurement == "identity":
+            return None
+        columns = weight.shape[1]
+        if self.measurement == "random":
+            generator = torch.Generator().manual_seed(columns)
+            projection = torch.randn(columns, columns, generator=generator).to(weight.device)
+            return projection.T @ projection / columns
+        assert self._moments is not None, "prepared for this measurement"
+        found = self._moments.moment(name)
+        if found is None and name in self._moments.unmeasured:
+            return None
+        if found is None:
+            raise ValueError(
+                f"no input reached {name} in the last {self.measure_steps} steps: exclude it, or "
+                f"set measurement='identity'"
+            )
+        if not bool(torch.isfinite(found).all()):
+            raise FloatingPointError(f"the inputs of {name} have a moment that is not finite")
+        return found
+
+    # --- logs and state -----------------------------------------------------------------------
+
+    @override
+    def figures(self) -> dict[str, float]:
+        found = {"sparsity": self.sparsity}
+        if self.nmse:
+            found["nmse"] = sum(self.nmse.values()) / len(self.nmse)
+            found["nmse_max"] = max(self.nmse.values())
+        if self._kept:
+            found["support_kept"] = sum(self._kept.values()) / len(self._kept)
+        return found
+
+    @override
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_fit_end(trainer, pl_module)
+        width = max(len(name) for name in self.masks)
+        lines = [f"{'tensor':{width}}  zeros   nmse"]
+        for name, stage in self.masks.items():
+            error = f"{self.nmse[name]:.4f}" if name in self.nmse else "-"
+            lines.append(f"{name:{width}}  {stage.sparsity:5.1%}  {error}")
+        rank_zero_info("CompressedSensingPruning:\n" + "\n".join(lines))
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        moments = self._moments
+        sums, counts = self._held if moments is None else (moments.sums, moments.counts)
+        return {
+            **super().state_dict(),
+            "nmse": dict(self.nmse),
+            "kept": dict(self._kept),
+            "sums": {name: total.clone() for name, total in sums.items()},
+            "counts": dict(counts),
+        }
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self.nmse, self._kept = dict(state_dict["nmse"]), dict(state_dict["kept"])
+        held = dict(state_dict["sums"]), dict(state_dict["counts"])
+        if self._moments is None:
+            self._held = held
+        else:
+            self._moments.sums, self._moments.counts = held
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy or pickle has what was seen, and looks at no module."""
+        state = self.state_dict()
+        return {
+            **super().__getstate__(),
+            "_held": (state["sums"], state["counts"]),
+            "_moments": None,
+            "_entered": 0,
+        }
+
+
+class _Enter:
+    """A forward pre-hook; copies and pickles of a module carry one that does nothing."""
+
+    def __init__(self, callback: CompressedSensingPruning | None) -> None:
+        self.callback = callback
+
+    def __call__(self, *_: Any) -> None:
+        if self.callback is not None:
+            self.callback._enter()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Enter:
+        return type(self)(None)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (None,)
+
+
+class _Leave(_Enter):
+    """A forward hook."""
+
+    @override
+    def __call__(self, *_: Any) -> None:
+        if self.callback is not None:
+            self.callback._leave()

@@ -1,0 +1,81 @@
+"""``LotteryTicketPruning``: after each choice of masks, weights go back to what they once were.
+
+Reference:
+    Frankle and Carbin, "The lottery ticket hypothesis", ICLR 2019, arXiv 1803.03635; Frankle et
+    al., "Linear mode connectivity and the lottery ticket hypothesis", ICML 2020, arXiv 1912.05671.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from lightning_nna.callbacks.magnitude_pruning import MagnitudePruning
+
+
+class LotteryTicketPruning(MagnitudePruning):
+    """Magnitude pruning in rounds, with all parameters rewound after each of them.
+
+    Args:
+        sparsity: See :class:`.MagnitudePruning`.
+        rewind_step: Optimiser step whose parameters are kept and returned to.
+        settings: The other arguments of :class:`.MagnitudePruning`; ``every_n_steps`` is the length
+            of a round.
+
+    The optimiser's state is forgotten with each rewinding; its learning rate goes on.
+    Logs ``nna/lottery_ticket/sparsity``.
+
+    Raises:
+        ValueError: As :class:`.MagnitudePruning`, or if ``rewind_step`` is negative.
+
+    Example:
+        >>> LotteryTicketPruning(0.8, every_n_steps=200).rewind_step
+        0
+    """
+
+    method = "lottery_ticket"
+
+    def __init__(self, sparsity: float, *, rewind_step: int = 0, **settings: Any) -> None:
+        super().__init__(sparsity, **settings)
+        if rewind_step < 0:
+            raise ValueError(f"rewind_step must be at least 0, got {rewind_step}")
+        self.rewind_step = rewind_step
+        self._rewound: dict[str, Tensor] = {}
+        self._optimizers: list[Optimizer] = []
+
+    @override
+    def step_begins(self, optimizer: Optimizer) -> None:
+        if optimizer not in self._optimizers:
+            self._optimizers.append(optimizer)
+        if self.steps == self.rewind_step and not self._rewound:
+            self._rewound = {n: p.detach().clone() for n, p in self._all().items()}
+
+    @override
+    def _advance(self) -> None:
+        super()._advance()
+        if not self._rewound:
+            return
+        for name, parameter in self._all().items():
+            parameter.copy_(self._rewound[name])
+        for optimizer in self._optimizers:
+            optimizer.state.clear()
+
+    def _all(self) -> dict[str, Tensor]:
+        assert self._module is not None, "a run has started"
+        return dict(self._module.named_parameters())
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "rewound": dict(self._rewound)}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self._rewound = dict(state_dict["rewound"])
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy or pickle has no optimiser."""
+        return {**super().__getstate__(), "_optimizers": []}

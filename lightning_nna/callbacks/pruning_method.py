@@ -1,0 +1,191 @@
+"""What every pruning callback shares: ``PruningMethod``."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_nna.callbacks.weight_method import WeightMethod
+from lightning_nna.compression.masks import MaskStage, as_matrix, global_sparsities
+from lightning_nna.compression.selection import Sparsities, require_finite
+from lightning_nna.emulator.weight_pipeline import Stage, unseen
+from lightning_nna.functional.schedule import Schedule, require_time, step_of
+from lightning_nna.functional.sparsity_pattern import SparsityPattern
+
+Scope = Literal["layer", "global"]
+
+
+class PruningMethod(WeightMethod):
+    """Zeroes more and more of each selected weight, as a schedule says, until masks freeze.
+
+    Sparsity is absolute: the share of all weights of a tensor that are zero. Every
+    ``every_n_steps`` masks are chosen anew from the dense weights, which live on under them; from
+    ``freeze_step`` on they stay. In evaluation and after ``fit`` zeros are exact.
+
+    Args:
+        sparsity: At the end, of every selected tensor, at least 0 and below 1.
+        schedule: Of the share of ``sparsity`` that is reached: a :class:`.Schedule` or its keys.
+        every_n_steps: Optimiser steps from one choice of masks to the next.
+        freeze_step: From then on masks stay: a step (int) or a share of the run (float).
+        pattern: Where zeros may lie: see :meth:`.SparsityPattern.of`.
+        scope: Whether each ``"layer"`` loses its share, or the ``"global"`` least weights go.
+        revives: Whether zeroed weights are trained on and may return until masks freeze.
+        targets: Globs or ``re:…`` on the names of parameters, or of modules that hold them.
+        overrides: Sparsities by pattern, or the path of a JSON file with them.
+        exclude: Patterns of weights that are left alone.
+    """
+
+    place = 0
+
+    def __init__(
+        self,
+        sparsity: float,
+        *,
+        schedule: Schedule | Mapping[str, Any] | float,
+        every_n_steps: int,
+        freeze_step: int | float,
+        pattern: str | SparsityPattern,
+        scope: Scope,
+        revives: bool,
+        targets: Sequence[str],
+        overrides: Mapping[str, float] | str | Path,
+        exclude: Sequence[str],
+    ) -> None:
+        super().__init__(Sparsities(sparsity, targets, overrides, exclude))
+        self.schedule = Schedule.of(schedule)
+        if not 0 <= self.schedule.start <= self.schedule.last <= 1:
+            raise ValueError(
+                f"schedule must rise from 0 or more to 1 or less, got {self.schedule.start} to "
+                f"{self.schedule.last}"
+            )
+        if every_n_steps < 1:
+            raise ValueError(f"every_n_steps must be at least 1, got {every_n_steps}")
+        require_time("freeze_step", freeze_step)
+        if scope not in ("layer", "global"):
+            raise ValueError(f"scope must be 'layer' or 'global', got {scope!r}")
+        self.every_n_steps, self.freeze_step = every_n_steps, freeze_step
+        self.pattern = SparsityPattern.of(pattern)
+        self.scope, self.revives = scope, revives
+        self.masks: dict[str, MaskStage] = {}
+        self._saved: dict[str, Any] = {}
+
+    # --- what a method says -------------------------------------------------------------------
+
+    @abstractmethod
+    def energies(self, name: str, weight: Tensor) -> Tensor:
+        """What each unit of a weight is worth, for the budget and for the choice.
+
+        Args:
+            name: Of the parameter.
+            weight: As a matrix, float32.
+        """
+
+    def choose(self, name: str, weight: Tensor, sparsity: float) -> Tensor:
+        """The mask of a weight at a sparsity: the units of greatest energy.
+
+        Args:
+            name: Of the parameter.
+            weight: As a matrix, float32.
+            sparsity: Share of zeros.
+        """
+        shape = weight.shape[0], weight.shape[1]
+        return self.pattern.mask(self.energies(name, weight), sparsity, shape)
+
+    # --- own ----------------------------------------------------------------------------------
+
+    @property
+    def sparsity(self) -> float:
+        """Share of zeros in all selected weights now; 0 before a run has started."""
+        if not self.masks:
+            return 0.0
+        kept = sum(int(stage.mask.sum()) for stage in self.masks.values())
+        return 1 - kept / sum(stage.mask.numel() for stage in self.masks.values())
+
+    @override
+    def stages(self) -> dict[str, Stage]:
+        return {**self.masks}
+
+    @override
+    def prepare(self) -> None:
+        for name, parameter in self._parameters.items():
+            require_finite(name, parameter)
+            rows, columns = as_matrix(parameter).shape
+            self.pattern.require_fit((rows, columns), name)
+        self.masks = {
+            name: MaskStage(self.method, parameter, revives=self.revives)
+            for name, parameter in self._parameters.items()
+        }
+        for name, state in self._saved.items():
+            self.masks[name].load_state_dict(state)
+        self._saved = {}
+        self._settle()
+
+    @override
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_fit_start(trainer, pl_module)
+        self._settle()
+        if self.steps == 0:
+            unseen(self._advance)()
+
+    @override
+    def stepped(self) -> None:
+        if self._steps_to_choice(self.steps - 1) == 1:
+            self._advance()
+        self._settle()
+
+    @override
+    def figures(self) -> dict[str, float]:
+        return {"sparsity": self.sparsity}
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        masks = {name: stage.state_dict() for name, stage in self.masks.items()}
+        return {**super().state_dict(), "masks": masks or self._saved}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self._saved = dict(state_dict["masks"])
+        if self.masks:
+            for name, state in self._saved.items():
+                self.masks[name].load_state_dict(state)
+            self._saved = {}
+
+    def _is_frozen(self) -> bool:
+        return self.steps >= step_of(self.freeze_step, self._total_steps)
+
+    def _steps_to_choice(self, step: int) -> float:
+        """Optimiser steps from ``step`` to the next choice of masks; the last is at freezing."""
+        freezes = step_of(self.freeze_step, self._total_steps)
+        freezes = math.ceil(freezes - 1e-9) if math.isfinite(freezes) else freezes
+        if step >= freezes:
+            return math.inf
+        regular = self.every_n_steps - step % self.every_n_steps
+        return min(regular, freezes - step)
+
+    def _settle(self) -> None:
+        """Frozen masks let nothing return."""
+        for stage in self.masks.values():
+            stage.revives = self.revives and not self._is_frozen()
+
+    def _advance(self) -> None:
+        share = self.schedule.at(self.steps, total=self._total_steps)
+        wanted = {name: sparsity * share for name, sparsity in self.numbers.items()}
+        if not any(wanted.values()):
+            return
+        weights = {name: as_matrix(p).float() for name, p in self._parameters.items()}
+        if self.scope == "global":
+            energies = {name: self.energies(name, weight) for name, weight in weights.items()}
+            shapes = {name: (w.shape[0], w.shape[1]) for name, w in weights.items()}
+            wanted = global_sparsities(energies, wanted, self.pattern, shapes)
+        for name, weight in weights.items():
+            self.masks[name].set_mask(self.choose(name, weight, wanted[name]))
+        rank_zero_info(f"{type(self).__name__}: {self.sparsity:.1%} of the weights are zero")

@@ -1,0 +1,102 @@
+"""Masks: the stage of the weight pipeline that prunes, and how a budget is shared by layers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Shaped
+from torch import Tensor
+
+from lightning_nna.functional.sparsity_pattern import SparsityPattern
+
+
+class MaskStage:
+    """Zeroes a parameter where its mask is False; the dense weight lives on under it.
+
+    Args:
+        method: Name of the method, for messages.
+        weight: The parameter; the mask keeps all of it at first.
+
+    Attributes:
+        mask: True where weights are kept.
+        revives: Whether zeroed weights are trained on, with the gradient that reached their zero,
+            so that they may return; else they get none.
+    """
+
+    place = 0
+    grid = None
+
+    def __init__(self, method: str, weight: Tensor, *, revives: bool) -> None:
+        self.method, self.revives = method, revives
+        self.mask: Bool[Tensor, "*shape"] = torch.ones_like(weight, dtype=torch.bool)
+        self._keeps_all = True
+
+    @property
+    def sparsity(self) -> float:
+        """Share of zeros."""
+        return 1 - float(self.mask.float().mean())
+
+    def set_mask(self, mask: Bool[Tensor, "*shape"]) -> None:
+        """Replace the mask."""
+        self.mask = mask.reshape(self.mask.shape).to(self.mask.device)
+        self._keeps_all = bool(mask.all())
+
+    def transform(self, weight: Tensor, *, hard: bool) -> Tensor:
+        """The masked weight."""
+        return weight if self._keeps_all else weight.masked_fill(~self.mask, 0.0)
+
+    def pull_back(self, weight: Tensor, grad: Tensor) -> Tensor:
+        """The gradient as it is where weights may return, else that of the kept ones."""
+        return grad if self.revives or self._keeps_all else grad * self.mask
+
+    def state_dict(self) -> dict[str, Any]:
+        """The mask."""
+        return {"mask": self.mask.clone()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Replace the mask by a saved one."""
+        self.set_mask(state["mask"])
+
+
+def as_matrix(weight: Shaped[Tensor, "rows *rest"]) -> Shaped[Tensor, "rows columns"]:
+    """A weight as rows of outputs; a kernel is flattened into its row."""
+    return weight.detach().flatten(1)
+
+
+def global_sparsities(
+    energies: Mapping[str, Tensor],
+    sparsities: Mapping[str, float],
+    pattern: SparsityPattern,
+    shapes: Mapping[str, tuple[int, int]],
+) -> dict[str, float]:
+    """Share of zeros for each layer under one budget: the least energies of all layers go.
+
+    Energies are taken relative to their layer's sum, so that each layer is worth the same.
+
+    Args:
+        energies: Of the units of each layer.
+        sparsities: What each layer would lose by itself; their mean over weights is the budget.
+        pattern: Of the units.
+        shapes: Rows and columns of the layers.
+
+    Returns:
+        At most 0.99 for each.
+    """
+    weights = {name: rows * columns for name, (rows, columns) in shapes.items()}
+    budget = sum(sparsities[name] * weights[name] for name in energies)
+    relative, sizes, owners = [], [], []
+    for place, (name, energy) in enumerate(energies.items()):
+        flat = (energy.double() / energy.double().sum().clamp_min(1e-300)).flatten()
+        size = weights[name] / pattern.units(shapes[name])
+        relative.append(flat / size)
+        sizes.append(torch.full_like(flat, size))
+        owners.append(torch.full_like(flat, place))
+    order = torch.cat(relative).argsort(stable=True)
+    gone = order[torch.cat(sizes)[order].cumsum(0) <= budget + 1e-9]
+    counts = torch.bincount(torch.cat(owners)[gone].long(), minlength=len(energies))
+    return {
+        name: min(int(count) / energies[name].numel(), 0.99)
+        for name, count in zip(energies, counts, strict=True)
+    }

@@ -1,0 +1,269 @@
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelPruning
+from torch import Tensor, nn
+
+from lightning_nna.callbacks import (
+    CompressedSensingPruning,
+    CompressionReport,
+    GeneralQuantizer,
+    HardCompression,
+    L1Pruning,
+    LotteryTicketPruning,
+    MagnitudePruning,
+    NNAEmulation,
+    RandomPruning,
+)
+from lightning_nna.callbacks.pruning_method import PruningMethod
+from lightning_nna.emulator.weight_pipeline import on_grid, pipeline_of
+from lightning_nna.functional.schedule import Schedule
+from lightning_nna.testing import SmallRecurrentModule
+from lightning_nna.testing.contract import CHECKS, assert_same, module, trainer
+
+#: In steps: a run that stops early has another length.
+RAMP: dict[str, Any] = {
+    "schedule": Schedule(0.0, 1.0, until=8, shape="cubic"),
+    "every_n_steps": 2,
+    "freeze_step": 10,
+}
+METHODS: dict[str, Callable[..., PruningMethod]] = {
+    "csp": CompressedSensingPruning,
+    "magnitude": MagnitudePruning,
+    "random": RandomPruning,
+    "l1": L1Pruning,
+    "lottery": LotteryTicketPruning,
+}
+
+
+def made(method: str, sparsity: float = 0.75, **settings: Any) -> PruningMethod:
+    return METHODS[method](sparsity, **(RAMP | settings))
+
+
+def zeros(parameter: Tensor) -> float:
+    return float((parameter == 0).float().mean())
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+@pytest.mark.parametrize("method", METHODS)
+def test_contract(method: str, check: Callable[..., None], tmp_path: Path) -> None:
+    check(lambda: made(method), tmp_path)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_sparsity_is_absolute_and_exact(method: str) -> None:
+    fitted = module()
+    callback = made(method, overrides={"head.first": 0.5}, exclude=["head.second"])
+    trainer(callback).fit(fitted)
+    for name in callback.selected:
+        wanted = 0.5 if name.startswith("head.first") else 0.75
+        assert zeros(fitted.get_parameter(name)) == wanted
+    assert zeros(fitted.head.second.weight) == 0
+    assert "head.second.weight" not in callback.selected
+
+
+def test_the_share_follows_the_schedule() -> None:
+    seen = []
+
+    class Watch(pl.Callback):
+        def on_train_batch_end(self, *_: Any) -> None:
+            seen.append(round(callback.sparsity, 4))
+
+    callback = made("magnitude", schedule={"start": 0.0, "end": 1.0, "until": 8})
+    trainer(Watch(), callback).fit(module())
+    assert seen[1::2][:4] == pytest.approx([0.1875, 0.375, 0.5625, 0.75], abs=0.01)
+    assert seen[8:] == [0.75] * len(seen[8:])
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "1x4", "row"])
+def test_patterns(pattern: str) -> None:
+    fitted, callback = module(), made("csp", 0.5, pattern=pattern, targets=["lstm"])
+    trainer(callback).fit(fitted)
+    weight = fitted.lstm.weight_hh_l0.detach()
+    groups = (weight != 0).view(-1, weight.shape[1] if pattern == "row" else 4).sum(1)
+    full = weight.shape[1] if pattern == "row" else 4
+    expected = {2} if pattern == "2:4" else {0, full}
+    assert set(groups.tolist()) == expected
+    assert zeros(weight) == 0.5
+
+
+def test_a_global_budget_takes_from_layers_that_can_spare() -> None:
+    fitted = module()
+    with torch.no_grad():
+        fitted.head.first.weight[: fitted.head.first.weight.shape[0] // 2] *= 1e-3
+    callback = made("magnitude", 0.5, scope="global", schedule=1.0, every_n_steps=1)
+    trainer(callback, steps=11).fit(fitted)
+    assert callback.sparsity == pytest.approx(0.5, abs=0.01)
+    shares = {name: stage.sparsity for name, stage in callback.masks.items()}
+    assert shares["head.first.weight"] == max(shares.values()) > 0.5
+
+
+def test_zeroed_weights_may_return_until_masks_freeze() -> None:
+    masks = []
+
+    class Watch(pl.Callback):
+        def on_train_batch_end(self, *_: Any) -> None:
+            masks.append({n: stage.mask.clone() for n, stage in callback.masks.items()})
+
+    callback = made("csp", 0.5, schedule=1.0, freeze_step=20)
+    trainer(callback, Watch(), steps=30).fit(SmallRecurrentModule(learning_rate=0.05))
+    returned = [
+        any(bool((after[n] & ~before[n]).any()) for n in after)
+        for before, after in itertools.pairwise(masks)
+    ]
+    assert any(returned[3:19])
+    assert not any(returned[20:])
+
+
+def test_a_layer_waits_while_its_error_would_be_too_large() -> None:
+    strict = made("csp", 0.9, most_nmse=1e-3)
+    trainer(strict).fit(module())
+    free = made("csp", 0.9)
+    trainer(free).fit(module())
+    assert strict.sparsity < 0.6 < free.sparsity
+    assert max(strict.figures()["nmse_max"], 1e-3) > 1e-3
+
+
+def test_the_fit_of_survivors_makes_up_for_what_goes() -> None:
+    torch.manual_seed(0)
+    data = torch.randn(256, 16) @ torch.randn(16, 16)
+    errors = {}
+    for method, settings in (("csp", {}), ("csp_plain", {"refit": False}), ("magnitude", {})):
+        layer = Still(data)
+        kind = METHODS[method.split("_")[0]]
+        callback = kind(0.5, schedule=1.0, every_n_steps=4, freeze_step=4, **settings)
+        trainer(callback, steps=4).fit(layer)
+        with torch.no_grad():
+            errors[method] = float((layer.layer(data) - layer.target).square().mean())
+    assert errors["csp"] < 0.5 * errors["csp_plain"]
+    assert errors["csp_plain"] < errors["magnitude"]
+
+
+class Still(pl.LightningModule):
+    """One layer that does not learn."""
+
+    def __init__(self, data: Tensor) -> None:
+        super().__init__()
+        self.layer = nn.Linear(16, 16, bias=False)
+        self.data, self.target = data, self.layer(data).detach()
+
+    def training_step(self, batch: Tensor, index: int) -> Tensor:
+        return (self.layer(batch) * 0).sum()
+
+    def train_dataloader(self) -> Any:
+        return torch.utils.data.DataLoader(self.data, batch_size=64)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+@pytest.mark.parametrize("quantizer", ["gq", "s8bqat"])
+def test_it_composes_with_few_bits_and_the_chip_in_any_order(quantizer: str) -> None:
+    def callbacks() -> list[pl.Callback]:
+        few = (
+            GeneralQuantizer(2, hard_from=0, sharpness=8.0)
+            if quantizer == "gq"
+            else HardCompression(2, every_n_steps=3)
+        )
+        return [NNAEmulation(calibration_steps=2), made("csp"), few]
+
+    states = []
+    for order in ((0, 1, 2), (2, 1, 0), (1, 2, 0)):
+        fitted, held = module(), callbacks()
+        trainer(*(held[place] for place in order)).fit(fitted)
+        states.append(fitted.state_dict())
+    assert_same(states[0], states[1])
+    assert_same(states[0], states[2])
+    weight = states[0]["lstm.weight_hh_l0"]
+    assert zeros(weight) >= 0.75
+    assert len(weight[weight != 0].unique()) <= 4
+
+
+def test_masks_are_on_the_chip() -> None:
+    fitted, chip = module(), NNAEmulation(calibration_steps=2)
+    trainer(made("csp"), chip).fit(fitted)
+    held = on_grid(pipeline_of(fitted), fitted.head.first.weight, 1, chip.emulator.spec)
+    assert zeros(held.stored) == zeros(fitted.lstm.weight_ih_l0) == 0.75
+
+
+def test_lightnings_own_pruning_loses_what_ours_keeps(tmp_path: Path) -> None:
+    """Of `ModelPruning(amount=0.5)`: LSTM weights stay dense, and amounts compound."""
+    theirs = module()
+    trainer(ModelPruning("l1_unstructured", amount=0.5), steps=8).fit(theirs)
+    assert zeros(theirs.lstm.weight_hh_l0) == 0
+    compounded = module()
+    trainer(
+        ModelPruning("l1_unstructured", amount=0.5, use_lottery_ticket_hypothesis=False), steps=24
+    ).fit(compounded)
+    assert zeros(compounded.head.first.weight) > 0.8
+    ours = module()
+    trainer(MagnitudePruning(0.5, **RAMP), steps=24).fit(ours)
+    assert zeros(ours.lstm.weight_hh_l0) == zeros(ours.head.first.weight) == 0.5
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"sparsity": 1.0}, "sparsity must be at least 0 and below 1, got 1.0"),
+        ({"overrides": {"lstm": -0.5}}, r"overrides\['lstm'\] must be at least 0"),
+        ({"pattern": "3:2"}, "N is over M"),
+        ({"every_n_steps": 0}, "every_n_steps must be at least 1"),
+        ({"freeze_step": 1.5}, "freeze_step is a share"),
+        ({"scope": "all"}, "scope must be 'layer' or 'global'"),
+        ({"schedule": {"start": 1.0, "end": 0.0}}, "schedule must rise"),
+        ({"schedule": {"start": 0.0, "end": 1.0, "begin": 9, "until": 3}}, "ends before it begins"),
+        ({"measurement": "guess"}, "got 'guess'"),
+        ({"measure_steps": 0}, "measure_steps and most_columns must be at least 1"),
+        ({"most_nmse": 0.0}, "most_nmse must be positive"),
+    ],
+)
+def test_wrong_arguments_are_named(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        CompressedSensingPruning(**({"sparsity": 0.5} | settings))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"pattern": "1x5"}, r"lstm\.weight_ih_l0 has 32 rows of 4 weights, which pattern '1x5'"),
+        ({"targets": ["decoder"]}, "decoder"),
+        ({"exclude": ["decoder"]}, "decoder"),
+        ({"most_columns": 2}, "more than most_columns=2"),
+    ],
+)
+def test_what_does_not_fit_the_module(settings: dict[str, Any], message: str) -> None:
+    fitted = module()
+    before = {name: x.clone() for name, x in fitted.state_dict().items()}
+    with pytest.raises(ValueError, match=message):
+        trainer(CompressedSensingPruning(0.5, **settings), steps=2).fit(fitted)
+    assert_same(dict(fitted.state_dict()), before)
+
+
+def test_a_layer_that_nothing_reached() -> None:
+    fitted = module()
+    fitted.idle = nn.Linear(4, 4)
+    with pytest.raises(ValueError, match=r"no input reached idle\.weight in the last 8 steps"):
+        trainer(made("csp")).fit(fitted)
+
+
+def test_weights_that_are_not_finite() -> None:
+    fitted = module()
+    with torch.no_grad():
+        fitted.head.first.weight[0, 0] = torch.nan
+    with pytest.raises(FloatingPointError, match=r"head\.first\.weight"):
+        trainer(made("magnitude"), steps=2).fit(fitted)
+
+
+def test_the_report_knows_of_masks(tmp_path: Path) -> None:
+    watch = CompressionReport(tmp_path, figures=False)
+    fitted = module()
+    trainer(made("csp"), GeneralQuantizer(3, hard_from=0, sharpness=8.0), watch).fit(fitted)
+    for tensor in watch.snapshots[-1].tensors:
+        assert tensor.values == len(fitted.get_parameter(tensor.name).unique())

@@ -1,0 +1,99 @@
+"""The grid of zeros: its cells, its rows, its page."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hydra import compose, initialize
+from hydra.utils import instantiate
+from torch import nn
+
+from recipes.benchmark.pruning import METHODS, Cell, cells, kept_by_tensor, packed_bytes
+from recipes.benchmark.pruning_page import page, verdicts, write_page
+from recipes.benchmark.rows import append_row
+
+TITLES = {name: method.title for name, method in METHODS.items()}
+
+
+def _row(method: str, sparsity: float, loss: float, seed: int = 1) -> dict[str, Any]:
+    return {
+        "command": f"python -m recipes.train compression={method} sparsity={sparsity}",
+        "method": method,
+        "sparsity": sparsity,
+        "zeros": sparsity,
+        "seed": seed,
+        "wer": 0.15,
+        "wer_low": 0.13,
+        "wer_high": 0.18,
+        "loss_per_token": loss,
+        "packed_bytes": 700_000,
+    }
+
+
+ROWS = [
+    _row("float", 0.0, 0.17),
+    _row("csp", 0.7, 0.168),
+    _row("csp", 0.9, 0.19),
+    _row("gmp", 0.7, 0.172),
+    _row("gmp", 0.9, 0.185),
+    _row("random", 0.9, 0.4),
+]
+
+
+def test_every_cell_has_a_folder_of_its_own() -> None:
+    grid = list(cells())
+    assert len({cell.folder for cell in grid}) == len(grid)
+    assert list(cells(methods=["csp"], sparsities=[0.9], seeds=[2])) == [Cell("csp", 0.9, 2)]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_command_composes_and_its_callback_can_be_made(method: str) -> None:
+    cell = next(cells(methods=[method]))
+    module, *overrides = cell.command
+    kept = [word for word in overrides if not word.startswith("hydra.")]
+    with initialize(version_base="1.3", config_path="../../../conf"):
+        config = compose(config_name=module.removeprefix("recipes."), overrides=kept)
+    prune = instantiate(config.callbacks.get("prune"))
+    numbers = getattr(getattr(prune, "selection", None), "default", cell.sparsity)
+    assert numbers == cell.sparsity
+
+
+def test_targets_are_judged() -> None:
+    found = verdicts(ROWS, TITLES)
+    assert (
+        "-0.0040 ± 0.0000 nats per label against the best of them (gradual magnitude)" in found[0]
+    )
+    assert found[0].endswith("met.")
+    assert found[1].endswith("missed.")
+    assert "70 % of zeros without loss of accuracy: -1.2% of the float loss" in found[2]
+
+
+def test_the_page_has_every_row_and_a_figure(tmp_path: Path) -> None:
+    path = tmp_path / "pruning.jsonl"
+    for row in ROWS:
+        append_row(path, row)
+    write_page(path, TITLES)
+    text = path.with_suffix(".md").read_text()
+    assert text == page(ROWS, TITLES)
+    assert all(row["command"] in text for row in ROWS)
+    assert "| CSP, activations | 70% | 70.0% | 1 | 15.0 % |" in text
+    assert path.with_suffix(".png").stat().st_size > 10_000
+
+
+def test_masks_are_found_in_a_checkpoint() -> None:
+    mask = torch.tensor([[True, False, False]])
+    ours = {"state_dict": {}, "callbacks": {"a": {"masks": {"x": {"mask": mask}}}, "b": 3}}
+    theirs = {"state_dict": {"layer.weight_mask": mask.float()}, "callbacks": {}}
+    assert kept_by_tensor(ours) == {"x": (1, 3)}
+    assert kept_by_tensor(theirs) == {"layer.weight": (1, 3)}
+    assert kept_by_tensor({"state_dict": nn.Linear(2, 2).state_dict(), "callbacks": {}}) == {}
+
+
+def test_packed_sizes() -> None:
+    assert packed_bytes({}, bits=8, parameters=100) == 100
+    assert packed_bytes({"a": (10, 80)}, bits=8, parameters=100) == 20 + 10 + 10 + 4
+    assert packed_bytes({"a": (80, 80)}, bits=8, parameters=80) == 80 + 4
+    assert packed_bytes({"a": (16, 80)}, bits=5, parameters=80) == 10 + 10 + 32 + 4
