@@ -38,8 +38,9 @@ from recipes.weights import load_weights
 ROWS = Path("docs/results/compression.jsonl")
 RUNS = Path("runs/compression")
 BITS = (5, 4, 3, 2)
-#: Mean bits of the mixed allocation, and its place in the grid.
-MIXED, MIXED_BITS = "mixed", 3.0
+#: The place of the mixed allocation in the grid, its greatest mean bits, and the seed whose float
+#: weights it is measured on: all seeds take the same.
+MIXED, MIXED_BITS, MIXED_SEED = "mixed", 4.0, 1
 
 
 @dataclass(frozen=True)
@@ -134,7 +135,7 @@ class Cell:
     @property
     def allocation(self) -> Path:
         """Bits by tensor of the mixed allocation."""
-        return RUNS / "allocation" / f"seed{self.seed}" / "bits.json"
+        return RUNS / "allocation" / f"{MIXED_BITS:g}_bits" / "bits.json"
 
     @property
     def command(self) -> list[str]:
@@ -189,7 +190,7 @@ def run_cell(cell: Cell, *, threads: int) -> None:
     if cell.bits == MIXED and not cell.allocation.exists():
         run(
             "recipes.allocate",
-            f"ckpt={start_of(cell.seed)}",
+            f"ckpt={start_of(MIXED_SEED)}",
             f"target_mean_bits={MIXED_BITS}",
             f"hydra.run.dir={cell.allocation.parent}",
             f"threads={threads}",
