@@ -223,8 +223,8 @@ and coarse weights act as a regulariser, so that some methods of few bits are be
 same method differs by several per cent from seed to seed, so compare means over seeds.
 
 `compression_short.jsonl` has an earlier grid with one epoch at a learning rate of 1e-3, chosen on
-the validation speakers, whose loss turned out to say little there (runs that differ in nothing but
-a centroid's last digits differed by a tenth), and a mixed allocation of 3 bits chosen for each seed
+the validation speakers, whose loss turned out to say little there (two runs of GQ whose centroids
+differed from the third decimal on were a tenth apart), and a mixed allocation of 3 bits chosen for each seed
 by itself: 17.0 % of words wrong, float 16.8 %.
 
 ![Loss by bits of a weight](compression.png)
