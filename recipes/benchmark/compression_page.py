@@ -224,8 +224,8 @@ same method differs by several per cent from seed to seed, so compare means over
 
 `compression_short.jsonl` has an earlier grid with one epoch at a learning rate of 1e-3, chosen on
 the validation speakers, whose loss turned out to say little there (two runs of GQ whose centroids
-differed from the third decimal on were a tenth apart), and a mixed allocation of 3 bits chosen for each seed
-by itself: 17.0 % of words wrong, float 16.8 %.
+differed from the third decimal on were a tenth apart), and a mixed allocation of 3 bits chosen for
+each seed by itself: 17.0 % of words wrong, float 16.8 %.
 
 ![Loss by bits of a weight](compression.png)
 
