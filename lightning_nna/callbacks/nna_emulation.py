@@ -112,6 +112,8 @@ class NNAEmulation(Callback):
         self.observer: Observer = observer
         self.telemetry_every_n_steps = telemetry_every_n_steps
         self.learned_steps: Learned = learned_steps
+        if step_lr <= 0:
+            raise ValueError(f"step_lr must be positive, got {step_lr}")
         self._step_optimizer = KeyedAdam(step_lr)
         self._scaler: Any = None
         #: Figures of every call site, summed over the samples of the whole run.

@@ -235,7 +235,8 @@ class WeightMethod(Callback):
         held = weights_of(pl_module)
         self._parameters = {name: held[name] for name in self.numbers}
         self._module, self._pipeline = pl_module, pipeline_of(pl_module)
-        self.prepare()
+        with torch.inference_mode(False):  # What is made for a test may be trained later.
+            self.prepare()
         for name, stage in self.stages().items():
             self._pipeline.claim(name, self._parameters[name], stage)
         shown = ", ".join(f"{name} ({number})" for name, number in self.numbers.items())

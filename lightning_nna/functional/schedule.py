@@ -47,8 +47,8 @@ class Schedule:
 
     Example:
         >>> ramp = Schedule(1.0, 16.0, until=0.5, shape="geometric")
-        >>> [ramp.at(step, total=100) for step in (0, 25, 50, 100)]
-        [1.0, 4.0, 16.0, 16.0]
+        >>> ramp.at(0, total=100), ramp.at(25, total=100), ramp.at(100, total=100)
+        (1.0, 4.0, 16.0)
     """
 
     start: float

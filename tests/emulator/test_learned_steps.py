@@ -291,7 +291,7 @@ def test_wrong_settings_are_named() -> None:
     wrong = emulate(net, learned_steps="biases")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"learned_steps must be one of .*got 'biases'"):
         wrong.__enter__()
-    with pytest.raises(ValueError, match="step_lr must be positive, got 0"):
+    with pytest.raises(ValueError, match=r"a learning rate must be positive, got 0\.0"):
         KeyedAdam(0.0)
 
 

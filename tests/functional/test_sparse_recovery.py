@@ -10,12 +10,8 @@ import torch
 from sklearn.linear_model import Lasso, orthogonal_mp_gram
 from torch import Tensor
 
-from lightning_nna.functional.sparse_recovery import (
-    SparseSolution,
-    measurement_nmse,
-    recover_sparse_weight,
-    refit_on_support,
-)
+from lightning_nna.functional.sparse_recovery import SparseSolution, recover_sparse_weight
+from lightning_nna.functional.support_fit import measurement_nmse, refit_on_support
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -221,7 +217,7 @@ def test_many_rows_are_solved_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     a, w = inputs(300, 12), normal(40, 12)
     mask = torch.rand(40, 12, generator=torch.Generator().manual_seed(0)) < 0.6
     whole = refit_on_support(w, moment_of(a), mask)
-    monkeypatch.setattr("lightning_nna.functional.sparse_recovery._BATCH", 100)
+    monkeypatch.setattr("lightning_nna.functional.support_fit._BATCH", 100)
     torch.testing.assert_close(refit_on_support(w, moment_of(a), mask), whole)
 
 
