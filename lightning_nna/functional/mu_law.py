@@ -143,8 +143,8 @@ class SoftAssignment:
         self._levels = len(z)
         v = mu_law(cell_middles(cells_for(self._levels), z.device).double(), mu)
         alpha = sharpness / mean_spacing(z) ** power
-        self._near = _near(v, z, alpha, power)
-        near = z[self._near]
+        self._first, self._width = _near(v, z, alpha, power)
+        near = z[self._places]
         distance = v[:, None] - near
         away = distance.abs() if power == 1 else distance.square()
         shares = torch.softmax(-alpha * away, dim=1)
@@ -167,7 +167,13 @@ class SoftAssignment:
         """
         shares = self._per_centroid * sums[:, None]
         found = sums.new_zeros(self._levels)
-        return found.index_add_(0, self._near.flatten(), shares.flatten())
+        return found.index_add_(0, self._places.flatten(), shares.flatten())
+
+    @property
+    def _places(self) -> Tensor:
+        """Centroids that count in each cell; made anew, since it is the largest table of all."""
+        reach = torch.arange(self._width, device=self._first.device)
+        return self._first[:, None] + reach
 
 
 def cells_for(levels: int) -> int:
@@ -230,12 +236,12 @@ def require_mu(mu: float) -> None:
         raise ValueError(f"mu must be at least 0 (0 is no compression), got {mu}")
 
 
-def _near(v: Tensor, z: Tensor, alpha: float, power: int) -> Tensor:
-    """Places of the centroids that count at each point: as many for every point."""
+def _near(v: Tensor, z: Tensor, alpha: float, power: int) -> tuple[Tensor, int]:
+    """First of the centroids that count at each point, and how many: as many for every point."""
     above = torch.searchsorted(z, v).clamp_(max=len(z) - 1)
     nearest = torch.minimum((v - z[above]).abs(), (v - z[(above - 1).clamp_(min=0)]).abs())
     reach = (nearest**power + _NEGLIGIBLE / alpha) ** (1 / power)
     first = torch.searchsorted(z, v - reach)
     width = int((torch.searchsorted(z, v + reach, right=True) - first).max())
     first = first.clamp_(max=len(z) - width)
-    return first[:, None] + torch.arange(width, device=z.device)
+    return first, width
