@@ -30,6 +30,8 @@ demo: .venv/.installed  ## Train on synthetic speech: float, on the chip, traine
 bench: .venv/.installed  ## Measure time and memory of training steps, beside other libraries
 	$(BIN)/uv pip install --quiet --python $(BIN)/python -c constraints.txt -e '.[bench]'
 	$(BIN)/python -m recipes.benchmark.emulation
+	$(BIN)/python -m recipes.benchmark.weight_methods
+	$(BIN)/python -m recipes.benchmark.lloyd_max
 
 test: .venv/.installed  ## Run the whole suite, doctests and the code blocks of the documentation
 	$(BIN)/python -m pytest -n $(WORKERS)

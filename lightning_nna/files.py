@@ -3,17 +3,36 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write ``text`` so that a reader finds the old file or the new one, never half of one.
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A name to write to, so that a reader of ``path`` finds the old file or the new one.
 
     Args:
-        path: Its folder is made where it is missing.
-        text: Written in UTF-8.
+        path: Its folder is made where it is missing. If the block fails it is as it was.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     with whole_file(Path(folder) / "a") as unfinished:
+        ...         _ = unfinished.write_text("done")
+        ...     [file.name for file in Path(folder).iterdir()]
+        ['a']
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    unfinished.write_text(text, encoding="utf-8")
-    unfinished.replace(path)
+    try:
+        yield unfinished
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a whole text in UTF-8."""
+    with whole_file(path) as unfinished:
+        unfinished.write_text(text, encoding="utf-8")

@@ -6,8 +6,6 @@ Reference:
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -17,13 +15,12 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_nna.callbacks.pruning_method import PruningMethod, Scope
+from lightning_nna.callbacks.pruning_method import PruningMethod
+from lightning_nna.callbacks.weight_method import ModuleHook
 from lightning_nna.compression.input_moments import InputMoments
 from lightning_nna.compression.masks import as_matrix
 from lightning_nna.emulator.ranges import is_distributed
-from lightning_nna.functional.schedule import Schedule
 from lightning_nna.functional.sparse_recovery import SparseSolution, recover_sparse_weight
-from lightning_nna.functional.sparsity_pattern import SparsityPattern
 
 Measurement = Literal["activations", "identity", "random"]
 
@@ -46,15 +43,8 @@ class CompressedSensingPruning(PruningMethod):
         most_nmse: Most error of the layer's output over the output's power; None for no bound.
         refit: Whether what survives is fitted.
         most_columns: A weight with more columns is refused, since its moment would be that large.
-        schedule: See :class:`.PruningMethod`.
-        every_n_steps: See :class:`.PruningMethod`.
-        freeze_step: See :class:`.PruningMethod`.
-        pattern: See :class:`.PruningMethod`.
-        scope: See :class:`.PruningMethod`.
-        revives: See :class:`.PruningMethod`.
-        targets: See :class:`.PruningMethod`.
-        overrides: See :class:`.PruningMethod`.
-        exclude: See :class:`.PruningMethod`.
+        revives: Whether zeroed weights are trained on and may return until masks freeze.
+        settings: The other arguments of :class:`.PruningMethod`.
 
     Logs ``nna/csp/sparsity``, ``…/nmse`` (mean over layers, of the last recovery), ``…/nmse_max``
     and ``…/support_kept`` (share of the kept weights that were kept before).
@@ -90,30 +80,10 @@ class CompressedSensingPruning(PruningMethod):
         most_nmse: float | None = None,
         refit: bool = True,
         most_columns: int = 4096,
-        schedule: Schedule | Mapping[str, Any] | float = Schedule(  # noqa: B008
-            0.0, 1.0, until=0.5, shape="cubic"
-        ),
-        every_n_steps: int = 50,
-        freeze_step: int | float = 0.75,
-        pattern: str | SparsityPattern = "unstructured",
-        scope: Scope = "layer",
         revives: bool = True,
-        targets: Sequence[str] = ("*",),
-        overrides: Mapping[str, float] | str | Path = {},  # noqa: B006
-        exclude: Sequence[str] = (),
+        **settings: Any,
     ) -> None:
-        super().__init__(
-            sparsity,
-            schedule=schedule,
-            every_n_steps=every_n_steps,
-            freeze_step=freeze_step,
-            pattern=pattern,
-            scope=scope,
-            revives=revives,
-            targets=targets,
-            overrides=overrides,
-            exclude=exclude,
-        )
+        super().__init__(sparsity, revives=revives, **settings)
         if measurement not in ("activations", "identity", "random"):
             raise ValueError(
                 f"measurement must be 'activations', 'identity' or 'random', got {measurement!r}"
@@ -130,9 +100,12 @@ class CompressedSensingPruning(PruningMethod):
         #: Error of the last recovery, by the names of the parameters.
         self.nmse: dict[str, float] = {}
         self._kept: dict[str, float] = {}
+        self._sums: dict[str, Tensor] = {}
+        self._counts: dict[str, int] = {}
         self._moments: InputMoments | None = None
-        self._held: tuple[dict[str, Tensor], dict[str, int]] = {}, {}
         self._entered = 0
+        # The moment of each weight while masks are chosen; None where the identity measures it.
+        self._measured: dict[str, Tensor | None] = {}
 
     # --- measuring ----------------------------------------------------------------------------
 
@@ -148,9 +121,7 @@ class CompressedSensingPruning(PruningMethod):
                     f"{name} has {columns} columns, more than most_columns={self.most_columns}: "
                     f"raise it, exclude the weight, or set measurement='identity'"
                 )
-        self._moments = InputMoments(self._parameters)
-        self._moments.sums, self._moments.counts = self._held
-        self._held = {}, {}
+        self._moments = InputMoments(self._parameters, self._sums, self._counts)
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -159,8 +130,9 @@ class CompressedSensingPruning(PruningMethod):
             return
         # Inside of what others enter for a whole batch, so that it sees functions first.
         for part in (pl_module, *pl_module.children()):
-            self._handles.append(part.register_forward_pre_hook(_Enter(self)))
-            self._handles.append(part.register_forward_hook(_Leave(self), always_call=True))
+            self._handles.append(part.register_forward_pre_hook(ModuleHook(self._enter)))
+            leave = ModuleHook(self._leave)
+            self._handles.append(part.register_forward_hook(leave, always_call=True))
 
     @override
     def step_begins(self, optimizer: Optimizer) -> None:
@@ -188,7 +160,7 @@ class CompressedSensingPruning(PruningMethod):
 
     @override
     def energies(self, name: str, weight: Tensor) -> Tensor:
-        moment = self._moment(name, weight)
+        moment = self._measured[name]
         scale = torch.ones_like(weight[0]) if moment is None else moment.diagonal().sqrt()
         return self.pattern.energies(weight * scale)
 
@@ -211,7 +183,7 @@ class CompressedSensingPruning(PruningMethod):
         start = None if bool(mask.all()) else mask
         return recover_sparse_weight(
             weight,
-            self._moment(name, weight),
+            self._measured[name],
             sparsity=sparsity,
             pattern=self.pattern,
             start=start,
@@ -219,21 +191,28 @@ class CompressedSensingPruning(PruningMethod):
         )
 
     @override
+    def measure(self) -> None:
+        self._measured = {
+            name: self._moment(name, as_matrix(parameter).shape[1])
+            for name, parameter in self._parameters.items()
+        }
+
+    @override
     def _advance(self) -> None:
         if self.steps == 0 and self.measurement == "activations":
             return  # Nothing was measured yet.
         super()._advance()
+        self._measured = {}
         if self._moments is not None:
             self._moments.clear()
 
-    def _moment(self, name: str, weight: Tensor) -> Tensor | None:
+    def _moment(self, name: str, columns: int) -> Tensor | None:
         if self.measurement == "identity":
             return None
-        columns = weight.shape[1]
         if self.measurement == "random":
             generator = torch.Generator().manual_seed(columns)
-            projection = torch.randn(columns, columns, generator=generator).to(weight.device)
-            return projection.T @ projection / columns
+            projection = torch.randn(columns, columns, generator=generator)
+            return (projection.T @ projection / columns).to(self._parameters[name].device)
         assert self._moments is not None, "prepared for this measurement"
         found = self._moments.moment(name)
         if found is None and name in self._moments.unmeasured:
@@ -271,58 +250,23 @@ class CompressedSensingPruning(PruningMethod):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        moments = self._moments
-        sums, counts = self._held if moments is None else (moments.sums, moments.counts)
         return {
             **super().state_dict(),
             "nmse": dict(self.nmse),
             "kept": dict(self._kept),
-            "sums": {name: total.clone() for name, total in sums.items()},
-            "counts": dict(counts),
+            "sums": {name: total.clone() for name, total in self._sums.items()},
+            "counts": dict(self._counts),
         }
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
         self.nmse, self._kept = dict(state_dict["nmse"]), dict(state_dict["kept"])
-        held = dict(state_dict["sums"]), dict(state_dict["counts"])
-        if self._moments is None:
-            self._held = held
-        else:
-            self._moments.sums, self._moments.counts = held
+        self._sums.clear()
+        self._counts.clear()
+        self._sums.update(state_dict["sums"])
+        self._counts.update(state_dict["counts"])
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy or pickle has what was seen, and looks at no module."""
-        state = self.state_dict()
-        return {
-            **super().__getstate__(),
-            "_held": (state["sums"], state["counts"]),
-            "_moments": None,
-            "_entered": 0,
-        }
-
-
-class _Enter:
-    """A forward pre-hook; copies and pickles of a module carry one that does nothing."""
-
-    def __init__(self, callback: CompressedSensingPruning | None) -> None:
-        self.callback = callback
-
-    def __call__(self, *_: Any) -> None:
-        if self.callback is not None:
-            self.callback._enter()
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Enter:
-        return type(self)(None)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (None,)
-
-
-class _Leave(_Enter):
-    """A forward hook."""
-
-    @override
-    def __call__(self, *_: Any) -> None:
-        if self.callback is not None:
-            self.callback._leave()
+        return {**super().__getstate__(), "_moments": None, "_entered": 0}

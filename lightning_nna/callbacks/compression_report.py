@@ -14,7 +14,7 @@ from typing_extensions import override
 
 from lightning_nna.compression.report import Snapshot, as_json, codebook_stages
 from lightning_nna.emulator.weight_pipeline import pipeline_of
-from lightning_nna.files import write_whole
+from lightning_nna.files import whole_file, write_whole
 
 
 class CompressionReport(Callback):
@@ -148,9 +148,8 @@ class CompressionReport(Callback):
 
         for name, figure in draw(self.snapshots, most_tensors=self.most_tensors).items():
             path = folder / f"{name}.png"
-            unfinished = folder / f".{name}.png"
-            figure.savefig(unfinished, dpi=150, format="png", metadata={"Software": None})
-            unfinished.replace(path)
+            with whole_file(path) as unfinished:
+                figure.savefig(unfinished, dpi=150, format="png", metadata={"Software": None})
             for logger in trainer.loggers:
                 if hasattr(logger, "log_image"):  # W&B
                     logger.log_image(key=f"nna/compression/{name}", images=[str(path)])

@@ -24,9 +24,9 @@ class L1Pruning(MagnitudePruning):
     with the learning rate :math:`\eta` of the weight's own group, until masks freeze.
 
     Args:
-        sparsity: See :class:`.MagnitudePruning`.
+        sparsity: See :class:`.PruningMethod`.
         strength: :math:`\lambda`.
-        settings: The other arguments of :class:`.MagnitudePruning`.
+        settings: The other arguments of :class:`.PruningMethod`.
 
     Logs ``nna/l1/sparsity``.
 

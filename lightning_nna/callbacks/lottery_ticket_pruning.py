@@ -20,9 +20,9 @@ class LotteryTicketPruning(MagnitudePruning):
     """Magnitude pruning in rounds, with all parameters rewound after each of them.
 
     Args:
-        sparsity: See :class:`.MagnitudePruning`.
+        sparsity: See :class:`.PruningMethod`.
         rewind_step: Optimiser step whose parameters are kept and returned to.
-        settings: The other arguments of :class:`.MagnitudePruning`; ``every_n_steps`` is the length
+        settings: The other arguments of :class:`.PruningMethod`; ``every_n_steps`` is the length
             of a round.
 
     The optimiser's state is forgotten with each rewinding; its learning rate goes on.

@@ -7,33 +7,19 @@ Reference:
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
-
 import torch
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_nna.callbacks.pruning_method import PruningMethod, Scope
-from lightning_nna.functional.schedule import Schedule
-from lightning_nna.functional.sparsity_pattern import SparsityPattern
+from lightning_nna.callbacks.pruning_method import PruningMethod
 
 
 class MagnitudePruning(PruningMethod):
     """Gradual magnitude pruning: at each choice the least weights are zeroed.
 
     Args:
-        sparsity: See :class:`.PruningMethod`.
-        schedule: See :class:`.PruningMethod`.
-        every_n_steps: See :class:`.PruningMethod`.
-        freeze_step: See :class:`.PruningMethod`.
-        pattern: See :class:`.PruningMethod`.
-        scope: See :class:`.PruningMethod`.
-        revives: Whether zeroed weights are trained on; in the paper they are not.
-        targets: See :class:`.PruningMethod`.
-        overrides: See :class:`.PruningMethod`.
-        exclude: See :class:`.PruningMethod`.
+        sparsity: See :class:`.PruningMethod`, whose other arguments it takes as well. In the paper
+            zeroed weights do not return, and so it is here unless ``revives`` is set.
 
     Logs ``nna/magnitude/sparsity``.
 
@@ -56,35 +42,6 @@ class MagnitudePruning(PruningMethod):
 
     method = "magnitude"
 
-    def __init__(
-        self,
-        sparsity: float,
-        *,
-        schedule: Schedule | Mapping[str, Any] | float = Schedule(  # noqa: B008
-            0.0, 1.0, until=0.5, shape="cubic"
-        ),
-        every_n_steps: int = 50,
-        freeze_step: int | float = 0.75,
-        pattern: str | SparsityPattern = "unstructured",
-        scope: Scope = "layer",
-        revives: bool = False,
-        targets: Sequence[str] = ("*",),
-        overrides: Mapping[str, float] | str | Path = {},  # noqa: B006
-        exclude: Sequence[str] = (),
-    ) -> None:
-        super().__init__(
-            sparsity,
-            schedule=schedule,
-            every_n_steps=every_n_steps,
-            freeze_step=freeze_step,
-            pattern=pattern,
-            scope=scope,
-            revives=revives,
-            targets=targets,
-            overrides=overrides,
-            exclude=exclude,
-        )
-
     @override
     def energies(self, name: str, weight: Tensor) -> Tensor:
         return self.pattern.energies(weight)
@@ -93,7 +50,7 @@ class MagnitudePruning(PruningMethod):
 class RandomPruning(MagnitudePruning):
     """Zero weights at random: what any other choice has to beat.
 
-    The arguments are those of :class:`MagnitudePruning`. Which weights go is the same in every run.
+    The arguments are those of :class:`.PruningMethod`. Which weights go is the same in every run.
 
     Example:
         >>> RandomPruning(0.9).pattern.name

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -23,7 +23,7 @@ from lightning_nna.functional.sparsity_pattern import SparsityPattern
 Scope = Literal["layer", "global"]
 
 
-class PruningMethod(WeightMethod):
+class PruningMethod(WeightMethod, ABC):
     """Zeroes more and more of each selected weight, as a schedule says, until masks freeze.
 
     Sparsity is absolute: the share of all weights of a tensor that are zero. Every
@@ -49,15 +49,17 @@ class PruningMethod(WeightMethod):
         self,
         sparsity: float,
         *,
-        schedule: Schedule | Mapping[str, Any] | float,
-        every_n_steps: int,
-        freeze_step: int | float,
-        pattern: str | SparsityPattern,
-        scope: Scope,
-        revives: bool,
-        targets: Sequence[str],
-        overrides: Mapping[str, float] | str | Path,
-        exclude: Sequence[str],
+        schedule: Schedule | Mapping[str, Any] | float = Schedule(  # noqa: B008
+            0.0, 1.0, until=0.5, shape="cubic"
+        ),
+        every_n_steps: int = 50,
+        freeze_step: int | float = 0.75,
+        pattern: str | SparsityPattern = "unstructured",
+        scope: Scope = "layer",
+        revives: bool = False,
+        targets: Sequence[str] = ("*",),
+        overrides: Mapping[str, float] | str | Path = {},  # noqa: B006
+        exclude: Sequence[str] = (),
     ) -> None:
         super().__init__(Sparsities(sparsity, targets, overrides, exclude))
         self.schedule = Schedule.of(schedule)
@@ -87,6 +89,9 @@ class PruningMethod(WeightMethod):
             name: Of the parameter.
             weight: As a matrix, float32.
         """
+
+    def measure(self) -> None:
+        """Look at what the choice of masks needs; nothing has changed yet, and errors are early."""
 
     def choose(self, name: str, weight: Tensor, sparsity: float) -> Tensor:
         """The mask of a weight at a sparsity: the units of greatest energy.
@@ -181,6 +186,9 @@ class PruningMethod(WeightMethod):
         wanted = {name: sparsity * share for name, sparsity in self.numbers.items()}
         if not any(wanted.values()):
             return
+        for name, parameter in self._parameters.items():
+            require_finite(name, parameter)
+        self.measure()
         weights = {name: as_matrix(p).float() for name, p in self._parameters.items()}
         if self.scope == "global":
             energies = {name: self.energies(name, weight) for name, weight in weights.items()}

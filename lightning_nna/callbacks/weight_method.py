@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -95,7 +95,7 @@ class WeightMethod(Callback):
         self._counter.attach(trainer.optimizers)
         # With several optimisers, a forward follows a step within one batch.
         for child in pl_module.children():
-            self._handles.append(child.register_forward_pre_hook(_Substitution(self)))
+            self._handles.append(child.register_forward_pre_hook(ModuleHook(self._substitute)))
 
     @override
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -320,18 +320,23 @@ class BitsMethod(WeightMethod):
         return self.numbers
 
 
-class _Substitution:
-    """A forward pre-hook; copies and pickles of a module carry one that does nothing."""
+class ModuleHook:
+    """A hook on a module; copies and pickles of the module carry one that does nothing.
 
-    def __init__(self, callback: WeightMethod | None) -> None:
-        self.callback = callback
+    Args:
+        act: Called without arguments; None for nothing.
+    """
 
-    def __call__(self, module: nn.Module, args: Any) -> None:
-        if self.callback is not None:
-            self.callback._substitute()
+    def __init__(self, act: Callable[[], None] | None) -> None:
+        self.act = act
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Substitution:
-        return _Substitution(None)
+    def __call__(self, *_: Any) -> None:
+        """As the module calls it."""
+        if self.act is not None:
+            self.act()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ModuleHook:
+        return ModuleHook(None)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _Substitution, (None,)
+        return ModuleHook, (None,)

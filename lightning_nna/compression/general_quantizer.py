@@ -174,20 +174,24 @@ class GeneralQuantizerStage:
             return grad
         cells = self._cells_of(weight) if self._cells is None else self._cells
         self._cells = None
-        straight = self.is_hard and self.gradient_sharpness is None
-        sharpness = self.sharpness
-        if self.is_hard and self.gradient_sharpness is not None:
-            sharpness = min(sharpness, self.gradient_sharpness)
-        soft = self._soft(sharpness)
+        if self.is_hard and self.gradient_sharpness is None:
+            slopes = ((cells > 0) & (cells <= cells_for(len(self.centroids)))).to(grad.dtype)
+            soft = None
+        else:
+            soft = self._soft(self._slope_sharpness)
+            slopes = soft.slopes.index_select(0, cells.flatten()).view(weight.shape)
         if self.train_centroids:
             self._leave_centroid_gradient(cells, soft, grad)
-        table = torch.ones_like(soft.slopes) if straight else soft.slopes
-        if straight:
-            table[0] = table[-1] = 0
-        slopes = table.index_select(0, cells.flatten()).view(weight.shape)
         if self.learn_scale:
             self._leave_scale_gradient(weight, slopes, grad)
         return slopes.to(grad.dtype).mul_(grad)
+
+    @property
+    def _slope_sharpness(self) -> float:
+        """Sharpness of the assignment that gives the gradient."""
+        if self.is_hard and self.gradient_sharpness is not None:
+            return min(self.sharpness, self.gradient_sharpness)
+        return self.sharpness
 
     def _cells_of(self, weight: Tensor) -> Tensor:
         return cell_of(weight.detach(), cells_for(len(self.centroids)), self.steps * self.maximum)
@@ -222,14 +226,16 @@ class GeneralQuantizerStage:
         self._kept_hard = (key, made)
         return made
 
-    def _leave_centroid_gradient(self, cells: Tensor, soft: SoftAssignment, grad: Tensor) -> None:
+    def _leave_centroid_gradient(
+        self, cells: Tensor, soft: SoftAssignment | None, grad: Tensor
+    ) -> None:
         scales = self.steps * self.maximum
         scaled = grad.float() if len(scales) == 1 else in_units(grad.float(), scales)
-        count = len(soft.values)
+        count = cells_for(len(self.centroids)) + 2
         sums = torch.bincount(cells.flatten(), weights=scaled.flatten(), minlength=count).float()
         if len(scales) == 1:
             sums = sums * scales
-        if self.is_hard:
+        if self.is_hard or soft is None:
             z = self._on_grid()
             found = torch.zeros_like(z).index_add_(0, self._hard().nearest, sums)
             found *= inverse_mu_law_slope(z, self.mu)

@@ -19,12 +19,8 @@ from torch.overrides import TorchFunctionMode
 
 from lightning_nna.emulator.interception import TRANSPARENT_FILES
 
-#: Recurrent functions, and the gates of their weights.
 _RECURRENT = ("lstm", "gru", "rnn_tanh", "rnn_relu")
-_CONVOLUTIONS = ("conv1d", "conv2d")
-_ATTENTION = "multi_head_attention_forward"
 _ATTENTION_ARGUMENTS = tuple(signature(F.multi_head_attention_forward).parameters)
-
 
 TRANSPARENT_FILES.add(__file__)
 
@@ -39,19 +35,33 @@ class InputMoments(TorchFunctionMode):
 
     Args:
         parameters: By name.
+        sums: Where sums go that all ranks agree on, see :meth:`agree`; it may hold earlier ones.
+        counts: Where the numbers of summed rows go.
     """
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
+    def __init__(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        sums: dict[str, Tensor] | None = None,
+        counts: dict[str, int] | None = None,
+    ) -> None:
         super().__init__()
         self._names = {id(parameter): name for name, parameter in parameters.items()}
-        #: Sums and numbers of rows that all ranks agree on; see :meth:`agree`.
-        self.sums: dict[str, Float[Tensor, "columns columns"]] = {}
-        self.counts: dict[str, int] = {}
         self._parameters = dict(parameters)
+        self.sums = {} if sums is None else sums
+        self.counts = {} if counts is None else counts
         self._fresh: dict[str, Tensor] = {}
         self._fresh_counts: dict[str, int] = {}
         #: Weights that were used, but whose inputs cannot be seen.
         self.unmeasured: set[str] = set()
+        self._looks: dict[str, Callable[..., None]] = {
+            "embedding": self._embedding,
+            "linear": self._linear,
+            "conv1d": self._convolution,
+            "conv2d": self._convolution,
+            "multi_head_attention_forward": self._attention,
+            **dict.fromkeys(_RECURRENT, self._recurrent),
+        }
 
     def moment(self, name: str) -> Float[Tensor, "columns columns"] | None:
         """The mean outer product; None for a weight that nothing has reached."""
@@ -92,18 +102,10 @@ class InputMoments(TorchFunctionMode):
         """Look at the inputs of a function that multiplies with a weight."""
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
-        if name == "embedding":
-            self._note(args[1] if len(args) > 1 else kwargs.get("weight"))
-        if name == "linear" or name in (_ATTENTION, *_CONVOLUTIONS, *_RECURRENT):
+        look = self._looks.get(name)
+        if look is not None:
             with torch._C.DisableTorchFunction(), torch.no_grad():
-                if name == "linear":
-                    self._linear(*args, **kwargs)
-                elif name == _ATTENTION:
-                    self._attention(func, args, kwargs)
-                elif name in _RECURRENT:
-                    self._recurrent(func, args)
-                else:
-                    self._convolution(name, *args, **kwargs)
+                look(func, *args, **kwargs)
         return func(*args, **kwargs)
 
     def _add(self, weight: Any, inputs: Tensor) -> None:
@@ -122,12 +124,17 @@ class InputMoments(TorchFunctionMode):
         if name is not None:
             self.unmeasured.add(name)
 
-    def _linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
+    def _embedding(
+        self, func: Callable[..., Any], input: Tensor, weight: Any, *_: Any, **__: Any
+    ) -> None:
+        self._note(weight)
+
+    def _linear(
+        self, func: Callable[..., Any], input: Tensor, weight: Tensor, bias: Tensor | None = None
+    ) -> None:
         self._add(weight, input)
 
-    def _attention(
-        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> None:
+    def _attention(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
         """Inputs of the packed projection, or of three, and what the last one is given."""
         bound = dict(zip(_ATTENTION_ARGUMENTS, args, strict=False)) | kwargs
         inputs = [bound[name] for name in ("query", "key", "value")]
@@ -146,7 +153,7 @@ class InputMoments(TorchFunctionMode):
 
     def _convolution(
         self,
-        name: str,
+        func: Callable[..., Any],
         input: Tensor,
         weight: Tensor,
         bias: Tensor | None = None,
@@ -157,7 +164,7 @@ class InputMoments(TorchFunctionMode):
     ) -> None:
         if id(weight) not in self._names:
             return
-        axes = 1 if name == "conv1d" else 2
+        axes = weight.ndim - 2
         x = input if input.ndim == axes + 2 else input[None]
         stride, dilation = _tuple(stride, axes), _tuple(dilation, axes)
         kernel = tuple(weight.shape[2:])
@@ -176,7 +183,7 @@ class InputMoments(TorchFunctionMode):
         batch, _, places = patches.shape
         self._add(weight, patches.reshape(batch, groups, -1, places).transpose(2, 3))
 
-    def _recurrent(self, func: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    def _recurrent(self, func: Callable[..., Any], *args: Any) -> None:
         # (input, states, weights, …, batch_first), or (data, batch sizes, states, weights, …).
         is_packed = not isinstance(args[3], bool)
         x, sizes = args[0], args[1:2] if is_packed else ()
@@ -184,44 +191,34 @@ class InputMoments(TorchFunctionMode):
         rest = () if is_packed else args[8:9]
         if not any(id(weight) in self._names for weight in weights):
             return
+        is_lstm = isinstance(states, (tuple, list))
         directions = 2 if both else 1
         each = len(weights) // (layers * directions)
-        is_lstm = isinstance(states, (tuple, list))
+
+        def outputs(x: Tensor, place: int) -> Tensor:
+            """Of one layer in one direction."""
+            own = list(weights[place * each : (place + 1) * each])
+            first = [s[place : place + 1] for s in (states if is_lstm else [states])]
+            state = tuple(first) if is_lstm else first[0]
+            found: Tensor = func(x, *sizes, state, own, biases, 1, 0.0, False, False, *rest)[0]
+            return found
+
         for layer in range(layers):
-            outputs = []
+            found = []
             for direction in range(directions):
                 place = layer * directions + direction
-                own = list(weights[place * each : (place + 1) * each])
-                first = [s[place : place + 1] for s in (states if is_lstm else [states])]
-                self._add(own[0], x)
-                output = self._one(func, x, sizes, first, own, biases, rest, direction, is_lstm)
-                self._add(own[1], output)
-                for weight in own[2:]:
+                inner, outer, *others = weights[place * each : (place + 1) * each]
+                self._add(inner, x)
+                if direction:  # The second direction is that of time reversed.
+                    result = _reversed(outputs(_reversed(x, sizes, rest), place), sizes, rest)
+                else:
+                    result = outputs(x, place)
+                self._add(outer, result)
+                for weight in others:
                     if weight.ndim == 2:
                         self._note(weight)  # Of a projection.
-                outputs.append(output)
-            x = torch.cat(outputs, -1)
-
-    @staticmethod
-    def _one(
-        func: Callable[..., Any],
-        x: Tensor,
-        sizes: tuple[Any, ...],
-        first: list[Tensor],
-        own: list[Tensor],
-        biases: bool,
-        rest: tuple[Any, ...],
-        direction: int,
-        is_lstm: bool,
-    ) -> Tensor:
-        """Outputs of one layer in one direction."""
-        if direction:
-            # Of two directions the second is that of time reversed.
-            x = _reversed(x, sizes, rest)
-        states = tuple(first) if is_lstm else first[0]
-        result = func(x, *sizes, states, own, biases, 1, 0.0, False, False, *rest)
-        output: Tensor = result[0]
-        return _reversed(output, sizes, rest) if direction else output
+                found.append(result)
+            x = torch.cat(found, -1)
 
 
 def _reversed(x: Tensor, sizes: tuple[Any, ...], rest: tuple[Any, ...]) -> Tensor:

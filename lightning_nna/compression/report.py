@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from lightning_nna.compression.codebook import CodebookStage
+from lightning_nna.emulator.telemetry import SiteTelemetry
 from lightning_nna.emulator.weight_pipeline import WeightPipeline, unseen
 
 _BINS = 101
@@ -175,6 +176,5 @@ def as_json(snapshots: Sequence[Snapshot]) -> dict[str, Any]:
 
 
 def _sqnr_db(weight: Tensor, hard: Tensor) -> float:
-    noise = float((weight.double() - hard.double()).square().sum())
-    signal = float(weight.double().square().sum())
-    return math.inf if noise == 0 else 10 * math.log10(max(signal, 1e-300) / noise)
+    noise = (weight.double() - hard.double()).square().sum()
+    return SiteTelemetry(signal=float(weight.double().square().sum()), noise=float(noise)).sqnr_db

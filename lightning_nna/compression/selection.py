@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +25,7 @@ _ROW_BY_ROW = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 @dataclass(frozen=True)
-class ByTensor(Generic[V]):
+class ByTensor(ABC, Generic[V]):
     """A number for each of the weights that a method takes.
 
     Args:
@@ -58,13 +59,13 @@ class ByTensor(Generic[V]):
         for pattern, number in dict(self.overrides).items():  # type: ignore[arg-type]
             self.require(f"overrides[{pattern!r}]", number)
 
+    @abstractmethod
     def require(self, name: str, number: Any) -> None:
         """Raise unless a number is in range.
 
         Raises:
             ValueError: Shows the name and the number.
         """
-        raise NotImplementedError
 
     def of(self, module: nn.Module) -> dict[str, V]:
         """Numbers by the names of the parameters that are selected, in the module's order.

@@ -17,7 +17,6 @@ All of them give every bit back, that of a negative zero included. The file is a
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +28,8 @@ from numpy.typing import NDArray
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from torch import Tensor, nn
+
+from lightning_nna.files import whole_file
 
 _MOST_VALUES = 256
 _FORMAT = "lightning-nna packed 1"
@@ -108,11 +109,8 @@ def save_packed(source: nn.Module | Mapping[str, Tensor], path: str | Path) -> P
         parts |= {f"{name}|{part}": array for part, array in held.items()}
         packed[name] = sum(array.nbytes for array in held.values())
         plain[name] = tensor.numel() * tensor.element_size()
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    save_file(parts, unfinished, metadata={"format": _FORMAT, "tensors": json.dumps(entries)})
-    unfinished.replace(path)
+    with whole_file(Path(path)) as unfinished:
+        save_file(parts, unfinished, metadata={"format": _FORMAT, "tensors": json.dumps(entries)})
     return PackedReport({name: entry["layout"] for name, entry in entries.items()}, packed, plain)
 
 
