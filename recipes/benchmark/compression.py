@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_nna.compression.selection import matches_path
-from recipes.benchmark.compression_page import write_page
+from recipes.benchmark.compression_page import draw, page
 from recipes.benchmark.fine_tuning import (
     SEEDS,
     evaluation,
@@ -32,6 +32,7 @@ from recipes.benchmark.fine_tuning import (
     summary_of,
     training,
 )
+from recipes.benchmark.fine_tuning_page import write_page
 from recipes.benchmark.rows import append_row, has_row, read_rows
 from recipes.weights import load_weights
 
@@ -176,7 +177,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not options.page_only:
         for cell in cells(methods=options.methods, bits=options.bits, seeds=options.seeds):
             run_cell(cell, threads=options.threads)
-    write_page(ROWS, {name: method.title for name, method in METHODS.items()})
+    write_page(ROWS, {name: method.title for name, method in METHODS.items()}, page, draw)
 
 
 def run_cell(cell: Cell, *, threads: int) -> None:

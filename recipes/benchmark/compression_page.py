@@ -2,34 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 
-import matplotlib as mpl
-from matplotlib.figure import Figure
-
-from lightning_nna.files import write_whole
 from recipes.benchmark.an4 import percent
-from recipes.benchmark.rows import Row, read_rows, spread
+from recipes.benchmark.fine_tuning_page import (
+    INTERVALS,
+    VERDICTS,
+    Titles,
+    commands,
+    difference,
+    draw_losses,
+    hardest_rival,
+    mean_loss,
+    paired,
+    relative,
+    verdict,
+)
+from recipes.benchmark.rows import Row, select, spread
 
 #: Methods that the figure compares.
 _COMPARED = ("rtn", "lloyd", "ste", "lsq", "parq", "s8bqat", "gq")
 
 
-def write_page(rows_path: Path, titles: Mapping[str, str]) -> None:
-    """Generate the page and its figure beside the rows.
-
-    Args:
-        rows_path: The rows.
-        titles: What tables call each method, in their order.
-    """
-    rows = read_rows(rows_path)
-    draw(rows, titles, rows_path.with_suffix(".png"))
-    write_whole(rows_path.with_suffix(".md"), page(rows, titles))
-
-
-def page(rows: Sequence[Row], titles: Mapping[str, str]) -> str:
+def page(rows: Sequence[Row], titles: Titles) -> str:
     """The page as Markdown."""
     means = [
         _mean_line(rows, method, bits, title)
@@ -37,148 +34,98 @@ def page(rows: Sequence[Row], titles: Mapping[str, str]) -> str:
         for bits in _widths(rows, method)
     ]
     each = [_line(row, titles) for row in sorted(rows, key=_order(titles))]
-    commands = [row["command"] for row in rows]
-    lines = [_HEAD, *means, "", _VERDICTS, *verdicts(rows), _EACH, *each, _FOOT, *commands]
-    return "\n".join([*lines, "```", ""])
+    lines = [_HEAD, *means, "", VERDICTS, *verdicts(rows), "", INTERVALS, _EACH, *each]
+    return "\n".join([*lines, *commands(rows)])
 
 
 def verdicts(rows: Sequence[Row]) -> list[str]:
     """Each target, and whether it is met on the seeds that are there."""
+    floats = select(rows, method="float")
     lines = []
     for method, name in (("s8bqat", "S8BQAT"), ("gq", "GQ")):
-        pairs = _paired(rows, (method, 5), ("float", 32))
-        if pairs:
-            difference, error = _difference(pairs)
+        if pairs := paired(select(rows, method=method, bits=5), floats):
+            change, error = difference(pairs)
             mean = fmean(theirs for _, theirs in pairs)
             lines.append(
-                f"- {name} at 5 bits no worse than float in loss: {difference / mean:+.1%} ± "
-                f"{error / mean:.1%} over {len(pairs)} seed(s), {_verdict(difference, error)}."
+                f"- {name} at 5 bits no worse than float in loss: {change / mean:+.1%} ± "
+                f"{error / mean:.1%} over {len(pairs)} seed(s), {verdict(change, error)}."
             )
     for bits in (4, 3, 2):
+        mine = select(rows, method="gq", bits=bits)
         others = {
-            method: _paired(rows, ("gq", bits), (method, bits))
+            method: pairs
             for method in _COMPARED
-            if method != "gq" and _paired(rows, ("gq", bits), (method, bits))
+            if method != "gq" and (pairs := paired(mine, select(rows, method=method, bits=bits)))
         }
-        if not others:
-            continue
-        # The other that is hardest to beat, on the seeds that both have.
-        rival = max(others, key=lambda method: _difference(others[method])[0])
-        difference, error = _difference(others[rival])
-        lines.append(
-            f"- GQ best or tied at {bits} bits: {difference:+.4f} ± {error:.4f} nats per label "
-            f"against the best other ({rival}) over {len(others[rival])} seed(s), "
-            f"{_verdict(difference, error)}."
-        )
-    if pairs := _paired(rows, ("gq", 2), ("float", 32)):
-        against = _paired(rows, ("lsq", 2), ("float", 32))
-        mine, theirs = _relative(pairs), _relative(against) if against else float("nan")
+        if others:
+            rival = hardest_rival(others)
+            change, error = difference(others[rival])
+            lines.append(
+                f"- GQ best or tied at {bits} bits: {change:+.4f} ± {error:.4f} nats per label "
+                f"against the best other ({rival}) over {len(others[rival])} seed(s), "
+                f"{verdict(change, error)}."
+            )
+    ours, lsq = (paired(select(rows, method=m, bits=2), floats) for m in ("gq", "lsq"))
+    if ours and lsq:
         # Where LSQ loses nothing, GQ must lose nothing either, and be no worse.
-        met = mine <= 0.5 * theirs if theirs > 0 else mine <= theirs
+        bound = relative(lsq) * (0.5 if relative(lsq) > 0 else 1.0)
         lines.append(
-            f"- At 2 bits at most half of LSQ's increase of the loss: GQ {mine:+.1%}, LSQ "
-            f"{theirs:+.1%}, {_word(met)}."
+            f"- At 2 bits at most half of LSQ's increase of the loss: GQ {relative(ours):+.1%}, "
+            f"LSQ {relative(lsq):+.1%}, {verdict(relative(ours) - bound)}."
         )
+    rates = {row["seed"]: row["wer"] for row in floats}
     for method in ("gq", "s8bqat"):
-        mixed = [row for row in _of(rows, method, "mixed") if row["one_bit_tensors"]]
-        floats = {row["seed"]: row["wer"] for row in _of(rows, "float", 32)}
-        mixed = [row for row in mixed if row["seed"] in floats]
+        mixed = [
+            row
+            for row in select(rows, method=method, bits="mixed")
+            if row["one_bit_tensors"] and row["seed"] in rates
+        ]
         if mixed:
-            change = sum(row["wer"] - floats[row["seed"]] for row in mixed) / len(mixed)
+            change = fmean(row["wer"] - rates[row["seed"]] for row in mixed)
             width = max(row["mean_bits"] for row in mixed)
             lines.append(
                 f"- A mixed allocation with 1-bit tensors, mean at most 4 bits, without loss of "
                 f"WER ({method}): {width:.2f} bits, {100 * change:+.1f} points over {len(mixed)} "
-                f"seed(s), {_word(change <= 0 and width <= 4)}."
+                f"seed(s), {verdict(max(change, width - 4))}."
             )
     return lines
 
 
-def draw(rows: Sequence[Row], titles: Mapping[str, str], path: Path) -> None:
-    """Plot the loss over the width: lines are means over seeds, dots the seeds."""
-    with mpl.rc_context({"axes.spines.top": False, "axes.spines.right": False}):
-        figure = Figure(figsize=(6.4, 4.0), layout="constrained")
-        axes = figure.subplots()
-        for method in _COMPARED:
-            widths = sorted(bits for bits in _widths(rows, method) if isinstance(bits, int))
-            if not widths:
-                continue
-            losses = [_loss(rows, method, bits) for bits in widths]
-            (line,) = axes.plot(widths, losses, marker="o", ms=4, label=titles[method])
-            dots = [(b, row["loss_per_token"]) for b in widths for row in _of(rows, method, b)]
-            places, heights = zip(*dots, strict=True)
-            axes.scatter(places, heights, color=line.get_color(), s=6, alpha=0.5)
-        for method, style in (("float", "-"), ("nna8", "--")):
-            for bits in _widths(rows, method)[:1]:
-                level = _loss(rows, method, bits)
-                axes.axhline(level, color="black", lw=1, ls=style, label=titles[method])
-        axes.set_xlabel("bits of a weight")
-        axes.set_ylabel("nats per label on AN4 test")
-        axes.set_yscale("log")
-        axes.set_xticks([2, 3, 4, 5])
-        axes.legend(frameon=False, fontsize=8, ncols=2)
-        figure.savefig(path, dpi=150, metadata={"Software": None})
-
-
-def _of(rows: Sequence[Row], method: str, bits: int | str) -> list[Row]:
-    return [row for row in rows if (row["method"], row["bits"]) == (method, bits)]
+def draw(rows: Sequence[Row], titles: Titles, path: Path) -> None:
+    """Plot the loss over the width."""
+    lines = {
+        titles[method]: points
+        for method in _COMPARED
+        if (points := [(r["bits"], r) for r in select(rows, method=method) if r["bits"] != "mixed"])
+    }
+    levels = {
+        titles[method]: found
+        for method in ("float", "float_tuned", "nna8")
+        if (found := select(rows, method=method))
+    }
+    draw_losses(
+        path,
+        lines=lines,
+        levels=levels,
+        label="bits of a weight",
+        places=(2, 3, 4, 5),
+    )
 
 
 def _widths(rows: Sequence[Row], method: str) -> list[int | str]:
-    found = {row["bits"] for row in rows if row["method"] == method}
+    found = {row["bits"] for row in select(rows, method=method)}
     return sorted(found, key=lambda bits: -bits if isinstance(bits, int) else 0)
 
 
-def _loss(rows: Sequence[Row], method: str, bits: int | str) -> float:
-    return spread(row["loss_per_token"] for row in _of(rows, method, bits))[0]
-
-
-def _paired(
-    rows: Sequence[Row], mine: tuple[str, int], theirs: tuple[str, int]
-) -> list[tuple[float, float]]:
-    """Losses of two methods on the seeds that both have."""
-    reference = {row["seed"]: row["loss_per_token"] for row in _of(rows, *theirs)}
-    return [
-        (row["loss_per_token"], reference[row["seed"]])
-        for row in _of(rows, *mine)
-        if row["seed"] in reference
-    ]
-
-
-def _difference(pairs: Sequence[tuple[float, float]]) -> tuple[float, float]:
-    """Mean of the differences by seed, and its standard error; 0 for a single seed."""
-    differences = [mine - theirs for mine, theirs in pairs]
-    error = stdev(differences) / len(pairs) ** 0.5 if len(pairs) > 1 else 0.0
-    return fmean(differences), error
-
-
-def _relative(pairs: Sequence[tuple[float, float]]) -> float:
-    return sum(mine for mine, _ in pairs) / sum(theirs for _, theirs in pairs) - 1
-
-
-def _verdict(difference: float, error: float) -> str:
-    return "met" if difference <= 0 else "tied" if difference <= error else "missed"
-
-
-def _word(is_met: bool) -> str:
-    return "met" if is_met else "missed"
-
-
 def _mean_line(rows: Sequence[Row], method: str, bits: int | str, title: str) -> str:
-    here = _of(rows, method, bits)
+    here = select(rows, method=method, bits=bits)
     rate, least, greatest = spread(row["wer"] for row in here)
     size = spread(row["packed_bytes"] for row in here)[0]
-    pairs = [
-        (row["loss_per_token"], reference["loss_per_token"])
-        for row in here
-        for reference in _of(rows, "float", 32)
-        if reference["seed"] == row["seed"]
-    ]
-    against = f"{_relative(pairs):+.1%}" if pairs and method != "float" else "-"
+    pairs = paired(here, select(rows, method="float"))
+    against = f"{relative(pairs):+.1%}" if pairs and method != "float" else "-"
     return (
         f"| {title} | {_bits(here[0])} | {len(here)} | {percent(rate)} | {percent(least)} to "
-        f"{percent(greatest)} | {_loss(rows, method, bits):.4f} | {against} | "
-        f"{size / 1e6:.3f} MB |"
+        f"{percent(greatest)} | {mean_loss(here):.4f} | {against} | {size / 1e6:.3f} MB |"
     )
 
 
@@ -186,7 +133,7 @@ def _bits(row: Row) -> str:
     return f"mixed, {row['mean_bits']:.2f}" if row["bits"] == "mixed" else str(row["bits"])
 
 
-def _line(row: Row, titles: Mapping[str, str]) -> str:
+def _line(row: Row, titles: Titles) -> str:
     minutes = "-" if row["train_seconds"] is None else f"{row['train_seconds'] / 60:.1f} min"
     return (
         f"| {titles[row['method']]} | {_bits(row)} | {row['seed']} | {percent(row['wer'])} | "
@@ -195,7 +142,7 @@ def _line(row: Row, titles: Mapping[str, str]) -> str:
     )
 
 
-def _order(titles: Mapping[str, str]) -> Callable[[Row], tuple[int, float, int]]:
+def _order(titles: Titles) -> Callable[[Row], tuple[int, float, int]]:
     """The order of the tables: by method, width and seed."""
     places = {method: at for at, method in enumerate(titles)}
 
@@ -232,17 +179,6 @@ each seed by itself: 17.0 % of words wrong, float 16.8 %.
 | method | bits | seeds | WER | range | nats per label | against float | packed |
 |---|---|---|---|---|---|---|---|"""
 
-_VERDICTS = """What the project asked of itself, on the seeds that are in the table. Two methods are
-*tied* where their mean difference by seed is within its standard error.
-"""
-
 _EACH = """
-The interval of each run is the 95 % bootstrap over utterances.
-
 | method | bits | seed | WER | interval | nats per label | training |
 |---|---|---|---|---|---|---|"""
-
-_FOOT = """
-The commands, in the order in which they finished:
-
-```bash"""

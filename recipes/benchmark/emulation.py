@@ -12,10 +12,7 @@ time: what libraries load and compile at their first use does not count.
 from __future__ import annotations
 
 import argparse
-import os
 import platform
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -25,7 +22,7 @@ from typing import Any
 import torch
 
 from lightning_nna.files import write_whole
-from recipes.benchmark.memory import peak_bytes
+from recipes.benchmark.memory import peak_bytes, peak_in_process
 from recipes.benchmark.rows import Row, append_row, has_row, read_rows
 from recipes.benchmark.variants import VARIANTS, NotPossibleError
 from recipes.benchmark.works import WORKS
@@ -132,12 +129,8 @@ def seconds(step: Step, repeats: int, device: torch.device) -> float:
 
 def memory_of(work: str, variant: str, device: torch.device, threads: int) -> int:
     """Peak memory of a step, in bytes, measured in a process of its own."""
-    command = [sys.executable, "-m", "recipes.benchmark.emulation", "--memory-of", work, variant]
-    command += ["--device", device.type, "--threads", str(threads)]
-    # Freed blocks go back to the system at once, so that the peak is of what is in use.
-    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
-    done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
-    return int(done.stdout.split()[-1])
+    place = ["--device", device.type, "--threads", str(threads)]
+    return peak_in_process("recipes.benchmark.emulation", "--memory-of", work, variant, *place)
 
 
 def machine(device: torch.device) -> str:

@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -45,6 +48,20 @@ def peak_bytes(make: Callable[[], Callable[[], None]], device: torch.device) -> 
     Path("/proc/self/clear_refs").write_text(_RESET_PEAK)
     step()
     return (_kilobytes("VmHWM") - before) * 1024
+
+
+def peak_in_process(module: str, *arguments: str) -> int:
+    """What a module prints last, run as a program: the peak of :func:`peak_bytes`, alone.
+
+    Freed blocks go back to the system at once there, so that the peak is of what is in use.
+
+    Raises:
+        subprocess.CalledProcessError: If the program fails.
+    """
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
+    command = [sys.executable, "-m", module, *arguments]
+    done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
+    return int(done.stdout.split()[-1])
 
 
 def _let_go() -> None:

@@ -20,7 +20,8 @@ from typing import Any
 import torch
 
 from recipes.benchmark.fine_tuning import SEEDS, evaluation, figures_of, summary_of, training
-from recipes.benchmark.pruning_page import write_page
+from recipes.benchmark.fine_tuning_page import write_page
+from recipes.benchmark.pruning_page import draw, page
 from recipes.benchmark.rows import append_row, has_row, read_rows
 
 ROWS = Path("docs/results/pruning.jsonl")
@@ -121,7 +122,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         chosen = cells(methods=options.methods, sparsities=options.sparsities, seeds=options.seeds)
         for cell in chosen:
             run_cell(cell, threads=options.threads)
-    write_page(ROWS, {name: method.title for name, method in METHODS.items()})
+    write_page(ROWS, {name: method.title for name, method in METHODS.items()}, page, draw)
 
 
 def run_cell(cell: Cell, *, threads: int) -> None:

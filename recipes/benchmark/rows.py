@@ -35,6 +35,16 @@ def append_row(path: Path, row: Row) -> None:
         file.write(json.dumps(dict(row)) + "\n")
 
 
+def select(rows: Iterable[Row], **key: Any) -> list[Row]:
+    """The rows that have these values.
+
+    Example:
+        >>> select([{"seed": 1, "method": "float"}, {"seed": 2, "method": "chip"}], seed=2)
+        [{'seed': 2, 'method': 'chip'}]
+    """
+    return [row for row in rows if all(row.get(name) == value for name, value in key.items())]
+
+
 def has_row(rows: Iterable[Row], **key: Any) -> bool:
     """Whether a row has these values.
 
@@ -42,7 +52,7 @@ def has_row(rows: Iterable[Row], **key: Any) -> bool:
         >>> has_row([{"seed": 1, "method": "float"}], seed=1, method="chip")
         False
     """
-    return any(all(row.get(name) == value for name, value in key.items()) for row in rows)
+    return bool(select(rows, **key))
 
 
 def spread(values: Iterable[float]) -> tuple[float, float, float]:

@@ -10,9 +10,6 @@ Times are ratios of steps that were timed one right after the other, as in
 from __future__ import annotations
 
 import argparse
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +27,7 @@ from lightning_nna.files import write_whole
 from lightning_nna.functional.mracos import mracos_gradient
 from recipes.benchmark.comparators import DKMStage, UniformStage
 from recipes.benchmark.emulation import machine, time_ratios
-from recipes.benchmark.memory import peak_bytes
+from recipes.benchmark.memory import peak_bytes, peak_in_process
 from recipes.benchmark.rows import Row, append_row, has_row, read_rows
 from recipes.benchmark.works import WORKS, Work
 from recipes.run_folder import command_line, git_commit
@@ -192,12 +189,8 @@ def measure(work: str, bits: int, *, threads: int, pairs: int) -> None:
 
 
 def _memory_of(work: str, name: str, bits: int, threads: int) -> int:
-    command = [sys.executable, "-m", "recipes.benchmark.weight_methods"]
-    command += ["--memory-of", work, name, str(bits), "--threads", str(threads)]
-    # Freed blocks go back to the system at once, so that the peak is of what is in use.
-    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
-    done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
-    return int(done.stdout.split()[-1])
+    asked = ["--memory-of", work, name, str(bits), "--threads", str(threads)]
+    return peak_in_process("recipes.benchmark.weight_methods", *asked)
 
 
 def page(rows: Sequence[Row]) -> str:

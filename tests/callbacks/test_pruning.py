@@ -249,8 +249,10 @@ def test_what_does_not_fit_the_module(settings: dict[str, Any], message: str) ->
 def test_a_layer_that_nothing_reached() -> None:
     fitted = module()
     fitted.idle = nn.Linear(4, 4)
+    callback = made("csp")
     with pytest.raises(ValueError, match=r"no input reached idle\.weight in the last 8 steps"):
-        trainer(made("csp")).fit(fitted)
+        trainer(callback).fit(fitted)
+    assert callback.sparsity == 0  # No layer was pruned before the error.
 
 
 def test_weights_that_are_not_finite() -> None:

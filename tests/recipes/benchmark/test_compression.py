@@ -9,8 +9,9 @@ import pytest
 from hydra import compose, initialize
 
 from recipes.benchmark.compression import METHODS, MIXED, Cell, cells, packed_bytes
-from recipes.benchmark.compression_page import page, verdicts, write_page
+from recipes.benchmark.compression_page import draw, page, verdicts
 from recipes.benchmark.fine_tuning import start_of
+from recipes.benchmark.fine_tuning_page import write_page
 from recipes.benchmark.rows import append_row
 
 TITLES = {name: method.title for name, method in METHODS.items()}
@@ -91,7 +92,7 @@ def test_the_page_has_every_row_and_a_figure(tmp_path: Path) -> None:
     path = tmp_path / "compression.jsonl"
     for row in ROWS:
         append_row(path, row)
-    write_page(path, TITLES)
+    write_page(path, TITLES, page, draw)
     text = path.with_suffix(".md").read_text()
     assert text == page(ROWS, TITLES)
     assert all(row["command"] in text for row in ROWS)

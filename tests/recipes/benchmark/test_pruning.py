@@ -11,8 +11,9 @@ from hydra import compose, initialize
 from hydra.utils import instantiate
 from torch import nn
 
+from recipes.benchmark.fine_tuning_page import write_page
 from recipes.benchmark.pruning import METHODS, Cell, cells, kept_by_tensor, packed_bytes
-from recipes.benchmark.pruning_page import page, verdicts, write_page
+from recipes.benchmark.pruning_page import draw, page, verdicts
 from recipes.benchmark.rows import append_row
 
 TITLES = {name: method.title for name, method in METHODS.items()}
@@ -75,7 +76,7 @@ def test_the_page_has_every_row_and_a_figure(tmp_path: Path) -> None:
     path = tmp_path / "pruning.jsonl"
     for row in ROWS:
         append_row(path, row)
-    write_page(path, TITLES)
+    write_page(path, TITLES, page, draw)
     text = path.with_suffix(".md").read_text()
     assert text == page(ROWS, TITLES)
     assert all(row["command"] in text for row in ROWS)
