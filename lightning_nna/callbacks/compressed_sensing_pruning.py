@@ -47,7 +47,8 @@ class CompressedSensingPruning(PruningMethod):
         settings: The other arguments of :class:`.PruningMethod`.
 
     Logs ``nna/csp/sparsity``, ``…/nmse`` (mean over layers, of the last recovery), ``…/nmse_max``
-    and ``…/support_kept`` (share of the kept weights that were kept before).
+    and ``…/support_kept`` (share of the kept weights that were kept before), and for each layer
+    ``…/nmse/<parameter>`` and ``…/support_kept/<parameter>``.
 
     Raises:
         ValueError: If an argument is out of range, a pattern matches nothing or does not divide a
@@ -234,8 +235,10 @@ class CompressedSensingPruning(PruningMethod):
         if self.nmse:
             found["nmse"] = sum(self.nmse.values()) / len(self.nmse)
             found["nmse_max"] = max(self.nmse.values())
+            found |= {f"nmse/{name}": error for name, error in self.nmse.items()}
         if self._kept:
             found["support_kept"] = sum(self._kept.values()) / len(self._kept)
+            found |= {f"support_kept/{name}": share for name, share in self._kept.items()}
         return found
 
     @override

@@ -13,7 +13,6 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_nna.callbacks.s8bqat import S8BQATMethod
@@ -99,16 +98,10 @@ class HardCompression(S8BQATMethod):
         self.every_n_steps, self.start_step = every_n_steps, start_step
         self.momentum = momentum
         self.compressions = 0
-        self._optimizers: list[Optimizer] = []
 
     @override
     def stages(self) -> dict[str, Stage]:
         return {**self.centroids}
-
-    @override
-    def step_begins(self, optimizer: Optimizer) -> None:
-        if optimizer not in self._optimizers:
-            self._optimizers.append(optimizer)
 
     @override
     @torch.no_grad()
@@ -143,10 +136,6 @@ class HardCompression(S8BQATMethod):
     def load_state_dict(self, state_dict: dict[str, object]) -> None:
         super().load_state_dict(state_dict)
         self.compressions = int(str(state_dict["compressions"]))
-
-    def __getstate__(self) -> dict[str, object]:
-        """A copy or pickle has no optimiser."""
-        return {**super().__getstate__(), "_optimizers": []}
 
     def _forget(self, parameter: Tensor) -> None:
         for optimizer in self._optimizers:

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-from torch import Tensor
-from torch.optim import Optimizer
+from torch.nn.functional import softshrink
 from typing_extensions import override
 
 from lightning_nna.callbacks.magnitude_pruning import MagnitudePruning
@@ -45,22 +43,14 @@ class L1Pruning(MagnitudePruning):
         if strength < 0:
             raise ValueError(f"strength must not be negative, got {strength}")
         self.strength = strength
-        self._thresholds: dict[int, float] = {}
-
-    @override
-    def step_begins(self, optimizer: Optimizer) -> None:
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                self._thresholds[id(parameter)] = float(group["lr"]) * self.strength
 
     @override
     def stepped(self) -> None:
         if not self._is_frozen():
+            # Schedulers step later: this is the rate that the step was taken with.
+            groups = [group for one in self._optimizers for group in one.param_groups]
+            rates = {id(p): float(group["lr"]) for group in groups for p in group["params"]}
             for parameter in self._parameters.values():
-                _shrink(parameter, self._thresholds.get(id(parameter), 0.0))
+                threshold = rates.get(id(parameter), 0.0) * self.strength
+                parameter.copy_(softshrink(parameter, threshold))
         super().stepped()
-
-
-@torch.no_grad()
-def _shrink(weight: Tensor, threshold: float) -> None:
-    weight.copy_(weight.sign() * (weight.abs() - threshold).clamp_min_(0))

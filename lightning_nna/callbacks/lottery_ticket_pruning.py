@@ -44,12 +44,9 @@ class LotteryTicketPruning(MagnitudePruning):
             raise ValueError(f"rewind_step must be at least 0, got {rewind_step}")
         self.rewind_step = rewind_step
         self._rewound: dict[str, Tensor] = {}
-        self._optimizers: list[Optimizer] = []
 
     @override
     def step_begins(self, optimizer: Optimizer) -> None:
-        if optimizer not in self._optimizers:
-            self._optimizers.append(optimizer)
         if self.steps == self.rewind_step and not self._rewound:
             self._rewound = {n: p.detach().clone() for n, p in self._all().items()}
 
@@ -75,7 +72,3 @@ class LotteryTicketPruning(MagnitudePruning):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
         self._rewound = dict(state_dict["rewound"])
-
-    def __getstate__(self) -> dict[str, Any]:
-        """A copy or pickle has no optimiser."""
-        return {**super().__getstate__(), "_optimizers": []}

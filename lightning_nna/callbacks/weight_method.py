@@ -45,6 +45,7 @@ class WeightMethod(Callback):
         self._pipeline: WeightPipeline | None = None
         self._parameters: dict[str, nn.Parameter] = {}
         self._handles: list[Any] = []
+        self._optimizers: list[Optimizer] = []
         self._total_steps = float("inf")
         # What was trained, while the parameters hold what is deployed after a fit.
         self._latents: dict[str, Tensor] = {}
@@ -88,6 +89,7 @@ class WeightMethod(Callback):
                     f"{type(self).__name__} needs an optimiser that takes one gradient a step; "
                     f"LBFGS takes several"
                 )
+        self._optimizers = list(trainer.optimizers)
         self._total_steps = trainer.estimated_stepping_batches
         self._attach(pl_module)
         self._resume()
@@ -206,7 +208,7 @@ class WeightMethod(Callback):
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy or pickle has the state, not the module."""
-        state = {**self.__dict__, "_handles": [], "_parameters": {}}
+        state = {**self.__dict__, "_handles": [], "_parameters": {}, "_optimizers": []}
         return {**state, "_module": None, "_pipeline": None}
 
     # --- own ----------------------------------------------------------------------------------

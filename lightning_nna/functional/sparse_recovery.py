@@ -39,6 +39,7 @@ from typing import Literal
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+from torch.nn.functional import softshrink
 
 from lightning_nna.functional.sparsity_pattern import SparsityPattern
 from lightning_nna.functional.support_fit import measurement_nmse, refit_on_support
@@ -270,7 +271,7 @@ def _shrink(x: Tensor, pattern: SparsityPattern, threshold: float) -> Tensor:
     """Soft thresholding of weights, or of the norms of blocks."""
     energies = pattern.energies(x)
     if energies.shape == x.shape:
-        return x.sign() * (x.abs() - threshold).clamp_min_(0)
+        return softshrink(x, threshold)
     high, wide = x.shape[0] // energies.shape[0], x.shape[1] // energies.shape[1]
     norms = energies.sqrt()
     root = (high * wide) ** 0.5

@@ -193,7 +193,7 @@ def test_masks_are_on_the_chip() -> None:
     assert zeros(held.stored) == zeros(fitted.lstm.weight_ih_l0) == 0.75
 
 
-def test_lightnings_own_pruning_loses_what_ours_keeps(tmp_path: Path) -> None:
+def test_lightnings_own_pruning_compounds_and_skips_what_ours_prunes() -> None:
     """Of `ModelPruning(amount=0.5)`: LSTM weights stay dense, and amounts compound."""
     theirs = module()
     trainer(ModelPruning("l1_unstructured", amount=0.5), steps=8).fit(theirs)
@@ -206,6 +206,22 @@ def test_lightnings_own_pruning_loses_what_ours_keeps(tmp_path: Path) -> None:
     ours = module()
     trainer(MagnitudePruning(0.5, **RAMP), steps=24).fit(ours)
     assert zeros(ours.lstm.weight_hh_l0) == zeros(ours.head.first.weight) == 0.5
+
+
+def test_lightnings_own_pruning_is_gone_after_a_resume_and_ours_is_not(tmp_path: Path) -> None:
+    once = {"amount": 0.5, "apply_pruning": lambda epoch: epoch == 0}
+    ended = {}
+    for name, make in {
+        "theirs": lambda: ModelPruning("l1_unstructured", **once),
+        "ours": lambda: MagnitudePruning(0.5, schedule=1.0, every_n_steps=8, freeze_step=8),
+    }.items():
+        stopped = trainer(make(), steps=8)
+        stopped.fit(module())
+        stopped.save_checkpoint(tmp_path / f"{name}.ckpt")
+        ended[name] = module()
+        trainer(make(), steps=24).fit(ended[name], ckpt_path=tmp_path / f"{name}.ckpt")
+    assert zeros(ended["theirs"].head.first.weight) == 0
+    assert zeros(ended["ours"].head.first.weight) == 0.5
 
 
 @pytest.mark.parametrize(
