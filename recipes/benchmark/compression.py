@@ -1,14 +1,13 @@
-"""Weights of few bits on AN4: every method from the same float models, with the same budget.
+"""Weights of few bits on AN4: every method from the same float weights, with the same budget.
 
-    python -m recipes.benchmark.compression                      # what is missing, then the page
+    python -m recipes.benchmark.compression --workers 2          # what is missing, then the page
     python -m recipes.benchmark.compression --seeds 1 --bits 2   # a part of the grid
     python -m recipes.benchmark.compression --page-only
 
-Every cell is one run of ``recipes.train`` (from the float weights of its seed, on the chip, with
-the settings of ``experiment=an4_rnnt_finetune``, for as many steps as fit into four minutes of a
-core) or of ``recipes.evaluate`` (rounding without training). A cell that is in
-``docs/results/compression.jsonl`` is not run again, and a run that was stopped goes on. The float
-models are those of ``recipes.benchmark.an4``.
+Every cell is one run of ``recipes.train`` (from ``recipes/pretrained/an4_rnnt.safetensors``, on the
+chip, with the settings of ``experiment=an4_rnnt_finetune``) or of ``recipes.evaluate`` (rounding
+without training). A cell that is in ``docs/results/compression.jsonl`` is not run again, and a run
+that was stopped goes on. PARQ needs the extra ``bench``.
 """
 
 from __future__ import annotations
@@ -17,7 +16,8 @@ import argparse
 import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +25,11 @@ from lightning_nna.compression.selection import matches_path
 from recipes.benchmark.compression_page import draw, page
 from recipes.benchmark.fine_tuning import (
     SEEDS,
+    START,
     evaluation,
     figures_of,
     run,
-    start_of,
+    run_cells,
     summary_of,
     training,
 )
@@ -39,9 +40,9 @@ from recipes.weights import load_weights
 ROWS = Path("docs/results/compression.jsonl")
 RUNS = Path("runs/compression")
 BITS = (5, 4, 3, 2)
-#: The place of the mixed allocation in the grid, its greatest mean bits, and the seed whose float
-#: weights it is measured on: all seeds take the same.
-MIXED, MIXED_BITS, MIXED_SEED = "mixed", 4.0, 1
+#: The place of the mixed allocation in the grid, and its greatest mean bits.
+MIXED, MIXED_BITS = "mixed", 4.0
+ALLOCATION = RUNS / "allocation" / f"{MIXED_BITS:g}_bits" / "bits.json"
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,7 @@ class Cell:
     Attributes:
         method: A key of :data:`METHODS`.
         bits: Of every weight, or ``"mixed"``.
-        seed: Of the float model, and of the training.
+        seed: Of the training.
     """
 
     method: str
@@ -134,21 +135,16 @@ class Cell:
         return RUNS / f"{self.method}_{self.bits}" / f"seed{self.seed}"
 
     @property
-    def allocation(self) -> Path:
-        """Bits by tensor of the mixed allocation."""
-        return RUNS / "allocation" / f"{MIXED_BITS:g}_bits" / "bits.json"
-
-    @property
     def command(self) -> list[str]:
         """Module and overrides that run it."""
         method = METHODS[self.method]
         chosen = [f"compression={method.compression}", *method.settings]
         if self.bits == MIXED:
-            chosen += ["bits=8", f"bit_overrides={self.allocation}"]
+            chosen += ["bits=8", f"bit_overrides={ALLOCATION}"]
         elif method.compression not in ("none", "nna8"):
             chosen.append(f"bits={self.bits}")
         if not method.trains:
-            return evaluation(self.seed, self.folder, *chosen)
+            return evaluation(self.folder, *chosen)
         return training(self.seed, self.folder, *chosen)
 
 
@@ -173,36 +169,36 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--bits", nargs="*", default=[], help="2 to 8, or mixed; all if left out")
     parser.add_argument("--seeds", nargs="*", type=int, default=list(SEEDS))
     parser.add_argument("--threads", type=int, default=1, help="threads of the CPU for each run")
+    parser.add_argument("--workers", type=int, default=1, help="runs at a time")
     options = parser.parse_args(arguments)
     if not options.page_only:
-        for cell in cells(methods=options.methods, bits=options.bits, seeds=options.seeds):
-            run_cell(cell, threads=options.threads)
+        chosen = [
+            cell
+            for cell in cells(methods=options.methods, bits=options.bits, seeds=options.seeds)
+            if not has_row(read_rows(ROWS), **asdict(cell))
+        ]
+        if any(cell.bits == MIXED for cell in chosen) and not ALLOCATION.exists():
+            run(
+                "recipes.allocate",
+                f"ckpt={START}",
+                f"target_mean_bits={MIXED_BITS}",
+                f"hydra.run.dir={ALLOCATION.parent}",
+                f"threads={options.threads}",
+                log=ALLOCATION.parent / "run.log",
+            )
+        run_cells(chosen, partial(run_cell, threads=options.threads), workers=options.workers)
     write_page(ROWS, {name: method.title for name, method in METHODS.items()}, page, draw)
 
 
 def run_cell(cell: Cell, *, threads: int) -> None:
-    """Run ``cell`` if its row is missing, and append the row.
-
-    Raises:
-        subprocess.CalledProcessError: If the run fails; what it left is resumed next time.
-    """
-    if has_row(read_rows(ROWS), method=cell.method, bits=cell.bits, seed=cell.seed):
-        return
-    if cell.bits == MIXED and not cell.allocation.exists():
-        run(
-            "recipes.allocate",
-            f"ckpt={start_of(MIXED_SEED)}",
-            f"target_mean_bits={MIXED_BITS}",
-            f"hydra.run.dir={cell.allocation.parent}",
-            f"threads={threads}",
-        )
+    """Run ``cell`` and append its row."""
     append_row(ROWS, row_of(cell, summary_of(cell.folder, cell.command, threads=threads)))
 
 
 def row_of(cell: Cell, summary: Mapping[str, Any]) -> dict[str, Any]:
     """The row of a finished run."""
-    shapes = {name: x.shape for name, x in load_weights(start_of(cell.seed)).network.items()}
-    widths = json.loads(cell.allocation.read_text())["overrides"] if cell.bits == MIXED else {}
+    shapes = {name: x.shape for name, x in load_weights(START).network.items()}
+    widths = json.loads(ALLOCATION.read_text())["overrides"] if cell.bits == MIXED else {}
     bits = {
         name: next((b for p, b in widths.items() if matches_path(p, f"model.{name}")), cell.bits)
         for name, shape in shapes.items()

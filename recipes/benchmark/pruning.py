@@ -1,6 +1,6 @@
-"""Zero weights on AN4: every method from the same float models, with the same budget.
+"""Zero weights on AN4: every method from the same float weights, with the same budget.
 
-    python -m recipes.benchmark.pruning                             # what is missing, then the page
+    python -m recipes.benchmark.pruning --workers 2                 # what is missing, then the page
     python -m recipes.benchmark.pruning --seeds 1 --sparsities 0.8  # a part of the grid
     python -m recipes.benchmark.pruning --page-only
 
@@ -13,13 +13,21 @@ from __future__ import annotations
 import argparse
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from recipes.benchmark.fine_tuning import SEEDS, evaluation, figures_of, summary_of, training
+from recipes.benchmark.fine_tuning import (
+    SEEDS,
+    evaluation,
+    figures_of,
+    run_cells,
+    summary_of,
+    training,
+)
 from recipes.benchmark.fine_tuning_page import write_page
 from recipes.benchmark.pruning_page import draw, page
 from recipes.benchmark.rows import append_row, has_row, read_rows
@@ -55,7 +63,9 @@ METHODS: dict[str, Method] = {
     "csp_random": Method("CSP, random projections", "csp", (f"{_PRUNE}.measurement=random",)),
     "gmp": Method("gradual magnitude", "gmp"),
     "l1": Method("L1, proximal", "l1"),
-    "lottery": Method("lottery ticket", "lottery", (f"{_PRUNE}.every_n_steps=400",)),
+    "lottery": Method(
+        "lottery ticket", "lottery", (f"{_PRUNE}.every_n_steps=120", f"{_PRUNE}.freeze_step=0.5")
+    ),
     "random": Method("random", "random_pruning"),
     "model_pruning": Method("Lightning's ModelPruning", "model_pruning"),
     "csp_2:4": Method("CSP, 2:4", "csp", ("pattern='2:4'",), (0.5,)),
@@ -73,7 +83,7 @@ class Cell:
     Attributes:
         method: A key of :data:`METHODS`.
         sparsity: Share of zeros.
-        seed: Of the float model, and of the training.
+        seed: Of the training.
     """
 
     method: str
@@ -92,7 +102,7 @@ class Cell:
         method = METHODS[self.method]
         chosen = [f"compression={method.compression}", *method.settings]
         if self.method == "float":
-            return evaluation(self.seed, self.folder, *chosen)
+            return evaluation(self.folder, *chosen)
         return training(self.seed, self.folder, *chosen, f"sparsity={self.sparsity}")
 
 
@@ -117,23 +127,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--sparsities", nargs="*", type=float, default=[])
     parser.add_argument("--seeds", nargs="*", type=int, default=list(SEEDS))
     parser.add_argument("--threads", type=int, default=1, help="threads of the CPU for each run")
+    parser.add_argument("--workers", type=int, default=1, help="runs at a time")
     options = parser.parse_args(arguments)
     if not options.page_only:
-        chosen = cells(methods=options.methods, sparsities=options.sparsities, seeds=options.seeds)
-        for cell in chosen:
-            run_cell(cell, threads=options.threads)
+        grid = cells(methods=options.methods, sparsities=options.sparsities, seeds=options.seeds)
+        chosen = [cell for cell in grid if not has_row(read_rows(ROWS), **asdict(cell))]
+        run_cells(chosen, partial(run_cell, threads=options.threads), workers=options.workers)
     write_page(ROWS, {name: method.title for name, method in METHODS.items()}, page, draw)
 
 
 def run_cell(cell: Cell, *, threads: int) -> None:
-    """Run ``cell`` if its row is missing, and append the row.
-
-    Raises:
-        subprocess.CalledProcessError: If the run fails; what it left is resumed next time.
-    """
-    key = {"method": cell.method, "sparsity": cell.sparsity, "seed": cell.seed}
-    if has_row(read_rows(ROWS), **key):
-        return
+    """Run ``cell`` and append its row."""
     summary = summary_of(cell.folder, cell.command, threads=threads)
     checkpoint = cell.folder / "checkpoints" / "last.ckpt"
     kept = kept_by_tensor(torch.load(checkpoint, weights_only=False)) if checkpoint.exists() else {}
@@ -141,7 +145,7 @@ def run_cell(cell: Cell, *, threads: int) -> None:
     row = {
         "corpus": "an4",
         "model": "rnnt",
-        **key,
+        **asdict(cell),
         "bits": 5 if cell.method == "csp_5bits" else 8,
         "zeros": 1 - sum(k for k, _ in kept.values()) / max(sum(counts.values()), 1),
         **figures_of(summary),
