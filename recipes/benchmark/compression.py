@@ -154,8 +154,10 @@ def cells(
     bits: Sequence[str] = (),
     seeds: Sequence[int] = SEEDS,
 ) -> Iterator[Cell]:
-    """The grid, or a part of it, seed by seed."""
+    """The grid, or a part of it, seed by seed; what is not trained has one."""
     for seed, method in itertools.product(seeds, methods):
+        if not METHODS[method].trains and seed != SEEDS[0]:
+            continue
         for width in METHODS[method].widths:
             if not bits or str(width) in bits:
                 yield Cell(method, width, seed)
