@@ -57,17 +57,23 @@ def mean_loss(rows: Sequence[Row]) -> float:
 
 
 def paired(mine: Sequence[Row], theirs: Sequence[Row]) -> list[tuple[float, float]]:
-    """Losses on the seeds that both have.
+    """Losses by seed; what was not trained stands beside every seed.
 
     Example:
         >>> paired([{"seed": 1, "loss_per_token": 2.0}, {"seed": 2, "loss_per_token": 3.0}],
-        ...     [{"seed": 1, "loss_per_token": 4.0}])
+        ...     [{"seed": 1, "loss_per_token": 4.0, "train_seconds": 60.0}])
         [(2.0, 4.0)]
     """
-    reference = {row["seed"]: row["loss_per_token"] for row in theirs}
-    return [
-        (row["loss_per_token"], reference[row["seed"]]) for row in mine if row["seed"] in reference
-    ]
+    pairs = same_seed(mine, theirs)
+    return [(row["loss_per_token"], other["loss_per_token"]) for row, other in pairs]
+
+
+def same_seed(mine: Sequence[Row], theirs: Sequence[Row]) -> list[tuple[Row, Row]]:
+    """Rows of the same seed; what was not trained is of every seed."""
+    untrained = next((row for row in theirs if row["train_seconds"] is None), None)
+    reference = {row["seed"]: row for row in theirs}
+    found = [(row, reference.get(row["seed"], untrained)) for row in mine]
+    return [(row, other) for row, other in found if other is not None]
 
 
 def difference(pairs: Pairs) -> tuple[float, float]:
@@ -92,9 +98,18 @@ def relative(pairs: Pairs) -> float:
     return sum(mine for mine, _ in pairs) / sum(theirs for _, theirs in pairs) - 1
 
 
+def against(mine: Sequence[Row], theirs: Sequence[Row]) -> str:
+    """The relative difference of the losses in a table, or a dash."""
+    if mine == theirs or not (pairs := paired(mine, theirs)):
+        return "-"
+    return f"{relative(pairs):+.1%}"
+
+
 def hardest_rival(others: Mapping[str, Pairs]) -> str:
-    """Whom it is hardest to beat, on the seeds that both have."""
-    return max(others, key=lambda method: difference(others[method])[0])
+    """Whom it is hardest to beat, of those with the most seeds."""
+    seeds = max(len(pairs) for pairs in others.values())
+    of_all = [method for method, pairs in others.items() if len(pairs) == seeds]
+    return max(of_all, key=lambda method: difference(others[method])[0])
 
 
 def verdict(change: float, error: float = 0.0) -> str:

@@ -19,7 +19,9 @@ from recipes.benchmark.rows import append_row
 TITLES = {name: method.title for name, method in METHODS.items()}
 
 
-def _row(method: str, sparsity: float, loss: float, seed: int = 1) -> dict[str, Any]:
+def _row(
+    method: str, sparsity: float, loss: float, seed: int = 1, seconds: float | None = 100.0
+) -> dict[str, Any]:
     return {
         "command": f"python -m recipes.train compression={method} sparsity={sparsity}",
         "method": method,
@@ -31,11 +33,12 @@ def _row(method: str, sparsity: float, loss: float, seed: int = 1) -> dict[str, 
         "wer_high": 0.18,
         "loss_per_token": loss,
         "packed_bytes": 700_000,
+        "train_seconds": seconds,
     }
 
 
 ROWS = [
-    _row("float", 0.0, 0.17),
+    _row("float", 0.0, 0.17, seconds=None),
     _row("csp", 0.7, 0.168),
     _row("csp", 0.9, 0.19),
     _row("gmp", 0.7, 0.172),
@@ -64,12 +67,27 @@ def test_every_command_composes_and_its_callback_can_be_made(method: str) -> Non
 
 def test_targets_are_judged() -> None:
     found = verdicts(ROWS, TITLES)
-    assert (
-        "-0.0040 ± 0.0000 nats per label against the best of them (gradual magnitude)" in found[0]
-    )
+    assert found[0].startswith("- CSP no worse than every baseline at 70%: -0.0040 ± 0.0000 nats")
+    assert "against the best of them (gradual magnitude)" in found[0]
     assert found[0].endswith("met.")
+    assert found[1].startswith("- CSP clearly better than every baseline at 90%: +0.0050 ± 0.0000")
     assert found[1].endswith("missed.")
-    assert "70 % of zeros without loss of accuracy: -1.2% of the float loss" in found[2]
+    assert "70 % of zeros without loss of accuracy against float: -1.2% of the loss" in found[2]
+
+
+def test_clearly_better_is_by_more_than_the_standard_error() -> None:
+    rows = [
+        *(_row("csp", 0.8, loss, seed) for seed, loss in enumerate([0.17, 0.18, 0.17])),
+        *(_row("gmp", 0.8, loss, seed) for seed, loss in enumerate([0.18, 0.175, 0.178])),
+        *(_row("csp", 0.9, loss, seed) for seed, loss in enumerate([0.17, 0.18, 0.17])),
+        *(_row("gmp", 0.9, loss, seed) for seed, loss in enumerate([0.18, 0.185, 0.178])),
+    ]
+    at_80, at_90 = verdicts(rows, TITLES)
+    # The differences are -0.010, 0.005 and -0.008; and -0.010, -0.005 and -0.008.
+    assert "-0.0043 ± 0.0047" in at_80
+    assert at_80.endswith("tied.")
+    assert "-0.0077 ± 0.0015" in at_90
+    assert at_90.endswith("met.")
 
 
 def test_the_page_has_every_row_and_a_figure(tmp_path: Path) -> None:
