@@ -68,6 +68,7 @@ _GQ = "callbacks.gq"
 METHODS: dict[str, Method] = {
     "float": Method("float", "none", trains=False, widths=(32,)),
     "float_tuned": Method("float, trained on", "none", widths=(32,)),
+    "chip": Method("8 bits, untrained", "nna8", trains=False, widths=(8,)),
     "nna8": Method("8 bits, chip-aware", "nna8", widths=(8,)),
     "rtn": Method("rounded, uniform levels", "ste", trains=False),
     "lloyd": Method("rounded, Lloyd-Max", "s8bqat", trains=False, widths=(*BITS, MIXED)),

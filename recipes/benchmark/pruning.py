@@ -63,7 +63,7 @@ METHODS: dict[str, Method] = {
     "csp_random": Method("CSP, random projections", "csp", (f"{_PRUNE}.measurement=random",)),
     "gmp": Method("gradual magnitude", "gmp"),
     "l1": Method("L1, proximal", "l1"),
-    "lottery": Method(
+    "lth": Method(
         "lottery ticket", "lottery", (f"{_PRUNE}.every_n_steps=120", f"{_PRUNE}.freeze_step=0.5")
     ),
     "random": Method("random", "random_pruning"),

@@ -25,7 +25,7 @@ from recipes.benchmark.rows import Row, select, spread
 #: From this sparsity on CSP is to be clearly better, below it no worse.
 CLEAR_FROM = 0.8
 #: What CSP is compared with.
-BASELINES = ("csp_identity", "csp_random", "gmp", "l1", "lottery", "random", "model_pruning")
+BASELINES = ("csp_identity", "csp_random", "gmp", "l1", "lth", "random", "model_pruning")
 
 
 def page(rows: Sequence[Row], titles: Titles) -> str:
