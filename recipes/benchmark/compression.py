@@ -75,19 +75,19 @@ METHODS: dict[str, Method] = {
     "ste": Method("straight-through, uniform", "ste"),
     "lsq": Method("LSQ", "lsq", widths=(*BITS, MIXED)),
     "parq": Method("PARQ (torchao)", "parq"),
-    "s8bqat": Method("S8BQAT", "s8bqat", widths=(*BITS, MIXED)),
+    "s8bqat": Method("S8BQAT", "s8bqat"),
     "gq": Method("General Quantizer", "gq", widths=(*BITS, MIXED)),
     "mracos_only": Method(
         "S8BQAT, compressed at the end only",
         "s8bqat",
         settings=("callbacks.hard.start_step=1.0",),
-        widths=(4, 2),
+        widths=(2,),
     ),
     "hard_only": Method(
         "S8BQAT without MRACos",
         "s8bqat",
         settings=("callbacks.mracos.strength=0.0",),
-        widths=(4, 2),
+        widths=(2,),
     ),
     "gq_trained": Method(
         "GQ, trained centroids",
@@ -109,9 +109,9 @@ METHODS: dict[str, Method] = {
         widths=(4, 2),
     ),
     "gq_soft_gradient": Method(
-        "GQ, soft gradient", "gq", settings=(f"{_GQ}.gradient_sharpness=1.0",), widths=(4, 2)
+        "GQ, soft gradient", "gq", settings=(f"{_GQ}.gradient_sharpness=1.0",), widths=(2,)
     ),
-    "gq_mu0": Method("GQ, µ = 0", "gq", settings=(f"+{_GQ}.mu=0.0",), widths=(4, 3, 2)),
+    "gq_mu0": Method("GQ, µ = 0", "gq", settings=(f"+{_GQ}.mu=0.0",), widths=(4, 2)),
     "gq_mu255": Method("GQ, µ = 255", "gq", settings=(f"+{_GQ}.mu=255.0",), widths=(2,)),
 }
 
