@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -20,7 +21,6 @@ from recipes.benchmark.fine_tuning_page import (
     mean_loss,
     paired,
     relative,
-    same_seed,
     verdict,
 )
 from recipes.benchmark.rows import Row, select, spread
@@ -37,11 +37,11 @@ def page(rows: Sequence[Row], titles: Titles) -> str:
         for bits in _widths(rows, method)
     ]
     each = [_line(row, titles) for row in sorted(rows, key=_order(titles))]
-    lines = [_HEAD, *means, "", VERDICTS, *verdicts(rows), "", INTERVALS, _EACH, *each]
+    lines = [_HEAD, *means, "", VERDICTS, *verdicts(rows, titles), "", INTERVALS, _EACH, *each]
     return "\n".join([*lines, *commands(rows)])
 
 
-def verdicts(rows: Sequence[Row]) -> list[str]:
+def verdicts(rows: Sequence[Row], titles: Titles) -> list[str]:
     """Each target, and whether it is met on the seeds that are there."""
     floats = {
         "float, trained on": select(rows, method="float_tuned"),
@@ -57,19 +57,20 @@ def verdicts(rows: Sequence[Row]) -> list[str]:
                     f"- {name} at 5 bits no worse in loss than {title}: {change / mean:+.1%} ± "
                     f"{error / mean:.1%} over {len(pairs)} seed(s), {verdict(change, error)}."
                 )
-    for bits in (4, 3, 2):
+    for bits, figure in itertools.product((4, 3, 2), _FIGURES):
         mine = select(rows, method="gq", bits=bits)
         others = {
             method: pairs
             for method in _COMPARED
-            if method != "gq" and (pairs := paired(mine, select(rows, method=method, bits=bits)))
+            if method != "gq"
+            and (pairs := paired(mine, select(rows, method=method, bits=bits), figure))
         }
         if others:
             rival = hardest_rival(others)
             change, error = difference(others[rival])
             lines.append(
-                f"- GQ best or tied at {bits} bits: {change:+.4f} ± {error:.4f} nats per label "
-                f"against the best other ({rival}) over {len(others[rival])} seed(s), "
+                f"- GQ best or tied at {bits} bits: {_FIGURES[figure](change, error)} against the "
+                f"best other ({titles[rival]}) over {len(others[rival])} seed(s), "
                 f"{verdict(change, error)}."
             )
     start = floats["float before training"]
@@ -83,15 +84,28 @@ def verdicts(rows: Sequence[Row]) -> list[str]:
         )
     mixed = [row for row in select(rows, method="gq", bits="mixed") if row["one_bit_tensors"]]
     for title, reference in floats.items():
-        if pairs := same_seed(mixed, reference):
-            change = fmean(row["wer"] - other["wer"] for row, other in pairs)
+        if pairs := paired(mixed, reference, "wer"):
+            change, error = difference(pairs)
             width = max(row["mean_bits"] for row in mixed)
+            word = verdict(change, error) if width <= 4 else "missed"
             lines.append(
                 f"- A mixed allocation with 1-bit tensors, mean at most 4 bits, without loss of "
-                f"WER against {title}: {width:.2f} bits, {100 * change:+.1f} points over "
-                f"{len(pairs)} seed(s), {verdict(max(change, width - 4))}."
+                f"WER against {title}: {width:.2f} bits, {_points(change, error)} over "
+                f"{len(pairs)} seed(s), {word}."
             )
     return lines
+
+
+def _nats(change: float, error: float) -> str:
+    return f"{change:+.4f} ± {error:.4f} nats per label"
+
+
+def _points(change: float, error: float) -> str:
+    return f"{100 * change:+.1f} ± {100 * error:.1f} points of WER"
+
+
+#: What methods are compared in, and its words.
+_FIGURES = {"loss_per_token": _nats, "wer": _points}
 
 
 def draw(rows: Sequence[Row], titles: Titles, path: Path) -> None:

@@ -56,16 +56,17 @@ def mean_loss(rows: Sequence[Row]) -> float:
     return spread(row["loss_per_token"] for row in rows)[0]
 
 
-def paired(mine: Sequence[Row], theirs: Sequence[Row]) -> list[tuple[float, float]]:
-    """Losses by seed; what was not trained stands beside every seed.
+def paired(
+    mine: Sequence[Row], theirs: Sequence[Row], figure: str = "loss_per_token"
+) -> list[tuple[float, float]]:
+    """A figure of two methods by seed; what was not trained stands beside every seed.
 
     Example:
         >>> paired([{"seed": 1, "loss_per_token": 2.0}, {"seed": 2, "loss_per_token": 3.0}],
         ...     [{"seed": 1, "loss_per_token": 4.0, "train_seconds": 60.0}])
         [(2.0, 4.0)]
     """
-    pairs = same_seed(mine, theirs)
-    return [(row["loss_per_token"], other["loss_per_token"]) for row, other in pairs]
+    return [(row[figure], other[figure]) for row, other in same_seed(mine, theirs)]
 
 
 def same_seed(mine: Sequence[Row], theirs: Sequence[Row]) -> list[tuple[Row, Row]]:

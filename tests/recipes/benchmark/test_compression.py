@@ -67,7 +67,7 @@ def test_every_command_composes(cell: Cell) -> None:
 
 
 def test_a_target_that_is_missed_is_called_so() -> None:
-    found = "\n".join(verdicts(ROWS))
+    found = "\n".join(verdicts(ROWS, TITLES))
     of_one = "over 1 seed(s)"
     tuned, before = "in loss than float, trained on:", "in loss than float before training:"
     assert f"GQ at 5 bits no worse {tuned} -4.8% ± 0.0% {of_one}, met" in found
@@ -76,9 +76,10 @@ def test_a_target_that_is_missed_is_called_so() -> None:
     # What was not trained stands beside every seed.
     assert f"S8BQAT at 5 bits no worse {before} +17.6% ± 0.0% {of_one}, missed" in found
     assert "GQ best or tied at 2 bits: +0.0005 ± 0.0000 nats per label against the best " in found
-    assert f"other (ste) {of_one}, missed" in found
+    assert f"other (straight-through, uniform) {of_one}, missed" in found
+    assert "GQ best or tied at 2 bits: +0.0 ± 0.0 points of WER against the best other" in found
     assert "half of LSQ's increase of the loss: GQ +0.6%, LSQ +2.9%, met" in found
-    assert "WER against float before training: 3.00 bits, +0.0 points over 1 seed(s), met" in found
+    assert "before training: 3.00 bits, +0.0 ± 0.0 points of WER over 1 seed(s), met" in found
     assert found.count("missed") == 3
 
 
@@ -87,10 +88,11 @@ def test_within_the_standard_error_over_seeds_is_a_tie() -> None:
         *(_row("gq", 3, loss, seed) for seed, loss in enumerate([0.17, 0.18, 0.16])),
         *(_row("lsq", 3, loss, seed) for seed, loss in enumerate([0.16, 0.185, 0.158])),
     ]
-    (line,) = verdicts(rows)
+    line, rate = verdicts(rows, TITLES)
     # The differences are 0.010, -0.005 and 0.002.
-    assert "+0.0023 ± 0.0043 nats per label against the best other (lsq) over 3 seed(s)" in line
+    assert "+0.0023 ± 0.0043 nats per label against the best other (LSQ) over 3 seed(s)" in line
     assert line.endswith("tied.")
+    assert rate.endswith("met.")
 
 
 def test_the_page_has_every_row_and_a_figure(tmp_path: Path) -> None:
