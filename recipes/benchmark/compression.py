@@ -111,8 +111,8 @@ METHODS: dict[str, Method] = {
     "gq_soft_gradient": Method(
         "GQ, soft gradient", "gq", settings=(f"{_GQ}.gradient_sharpness=1.0",), widths=(2,)
     ),
-    "gq_mu0": Method("GQ, µ = 0", "gq", settings=(f"+{_GQ}.mu=0.0",), widths=(4, 2)),
-    "gq_mu255": Method("GQ, µ = 255", "gq", settings=(f"+{_GQ}.mu=255.0",), widths=(2,)),
+    "gq_mu15": Method("GQ, µ = 15", "gq", settings=(f"{_GQ}.mu=15.0",), widths=(*BITS, MIXED)),
+    "gq_mu255": Method("GQ, µ = 255", "gq", settings=(f"{_GQ}.mu=255.0",), widths=(2,)),
 }
 
 
