@@ -46,7 +46,8 @@ class GeneralQuantizer(BitsMethod):
             operators can have them; values are those of the tensor in any case.
         grid_bits: Values lie on the chip's grid of that many bits; None for anywhere.
         power_of_two_steps: Scales of the grid are powers of two, as chips without multiplier need.
-        pin_zero: One value is zero and stays there.
+        pin_zero: One value is zero and stays there. Not with 1 bit: zero and one other value cannot
+            stand for weights of both signs.
         every_n_steps: Weights are transformed in every n-th optimiser step, and in evaluation.
         targets: Globs or ``re:…`` on the names of parameters, or of modules that hold them.
         overrides: Bits by pattern, or the path of a JSON file with them.
@@ -146,7 +147,7 @@ class GeneralQuantizer(BitsMethod):
                 learn_scale=self.learn_scale,
                 grid_bits=self.grid_bits,
                 power_of_two_steps=self.power_of_two_steps,
-                pin_zero=self.pin_zero,
+                pin_zero=self.pin_zero and self.bits[name] > 1,
             )
             if name in self._saved:
                 stage.load_state_dict(self._saved[name])

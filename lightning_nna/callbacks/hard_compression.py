@@ -43,7 +43,7 @@ class HardCompression(S8BQATMethod):
             operators can have them; values are those of the tensor in any case.
         grid_bits: Centroids lie on the chip's grid of that many bits; None for anywhere.
         power_of_two_steps: Scales of the grid are powers of two, as chips without multiplier need.
-        pin_zero: One centroid is zero.
+        pin_zero: One centroid is zero; not with 1 bit, which needs one of either sign.
         refresh_every_n_steps: Find centroids anew every so many optimiser steps; 0 for never.
         targets: Globs or ``re:…`` on the names of parameters, or of modules that hold them.
         overrides: Bits by pattern, or the path of a JSON file with them.

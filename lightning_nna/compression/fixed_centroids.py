@@ -111,7 +111,7 @@ class FixedCentroids:
             groups=self._groups,
             grid_bits=self.settings.grid_bits,
             power_of_two_steps=self.settings.power_of_two_steps,
-            pin_zero=self.settings.pin_zero,
+            pin_zero=self.settings.pin_zero and self.bits > 1,
         )
 
 

@@ -111,7 +111,15 @@ METHODS: dict[str, Method] = {
     "gq_soft_gradient": Method(
         "GQ, soft gradient", "gq", settings=(f"{_GQ}.gradient_sharpness=1.0",), widths=(2,)
     ),
-    "gq_mu15": Method("GQ, µ = 15", "gq", settings=(f"{_GQ}.mu=15.0",), widths=(*BITS, MIXED)),
+    "gq_no_zero": Method(
+        "GQ, no value pinned at zero", "gq", settings=(f"{_GQ}.pin_zero=false",), widths=(3, 2)
+    ),
+    "gq_mu15": Method(
+        "GQ, µ = 15, no value pinned at zero",
+        "gq",
+        settings=(f"{_GQ}.mu=15.0", f"{_GQ}.pin_zero=false"),
+        widths=(*BITS, MIXED),
+    ),
     "gq_mu255": Method("GQ, µ = 255", "gq", settings=(f"{_GQ}.mu=255.0",), widths=(2,)),
 }
 
