@@ -284,3 +284,13 @@ def test_centroids_need_powers_of_two_on_a_chip_of_shifts() -> None:
         trainer(chip, gq(), steps=4).fit(module())
     chip = NNAEmulation("shift", calibration_steps=1)
     trainer(chip, gq(power_of_two_steps=True), steps=4).fit(module())
+
+
+@pytest.mark.parametrize("method", ["gq", "hard"])
+def test_one_bit_has_no_pinned_zero(method: str) -> None:
+    fitted = module()
+    trainer(METHODS[method](bits=2, pin_zero=True, overrides={"head.first": 1})).fit(fitted)
+    one = next(p for n, p in fitted.named_parameters() if n == "head.first.weight")
+    assert len(one.unique()) == 2
+    assert float(one.detach().min()) < 0 < float(one.detach().max())
+    assert bool((fitted.get_parameter("lstm.weight_hh_l0") == 0).any())
