@@ -20,6 +20,8 @@ from lightning_nna.functional.estimate import MEDIAN_OF_NORMAL, Estimate, requir
 
 # Bins of the histogram of differences grow by this factor: the median is known to half a per cent.
 _GROWTH = 1.01
+# The bin of equal neighbours.
+_NONE = -(2**31)
 
 
 class StreamingHaar:
@@ -40,7 +42,7 @@ class StreamingHaar:
         >>> for y in (0.0, 0.1, -0.1, 0.0, 1.0, 1.1, 0.9, 1.0):
         ...     estimate = stream.update(y)
         >>> round(estimate.value, 2), stream.n, stream.blocks
-        (0.87, 8, [1.0, 0.9, 2.1, 0.0])
+        (0.91, 8, [1.0, 0.9, 2.1, 0.0])
     """
 
     def __init__(
@@ -52,7 +54,7 @@ class StreamingHaar:
         # By level: the sum of the only or newer block, and of the older one if there are two.
         self._newer: list[float] = []
         self._older: list[float | None] = []
-        self._last = math.nan
+        self._last = 0.0
         self._differences: dict[int, int] = {}
 
     @property
@@ -80,7 +82,7 @@ class StreamingHaar:
             raise ValueError(f"a value must be finite, got {y}; leave it out")
         if self.n and self.sigma is None:
             size = abs(y - self._last)
-            number = math.floor(math.log(size) / math.log(_GROWTH)) if size else -(2**31)
+            number = math.floor(math.log(size) / math.log(_GROWTH)) if size else _NONE
             self._differences[number] = self._differences.get(number, 0) + 1
         self._last = y
         self.n += 1
@@ -99,14 +101,10 @@ class StreamingHaar:
         """The noise as given or measured; infinite after one value."""
         if self.sigma is not None:
             return self.sigma
-        left = sum(self._differences.values()) / 2
-        if not left:
+        count = sum(self._differences.values())
+        if not count:
             return math.inf
-        for number in sorted(self._differences):
-            left -= self._differences[number]
-            if left <= 0:
-                break
-        middle = 0.0 if number == -(2**31) else _GROWTH ** (number + 0.5)
+        middle = (self._difference((count - 1) // 2) + self._difference(count // 2)) / 2
         return middle / (math.sqrt(2) * MEDIAN_OF_NORMAL)
 
     def estimate(self, sigma: float | None = None) -> Estimate:
@@ -142,6 +140,14 @@ class StreamingHaar:
             size *= 2
         radius = quantile * sigma * math.sqrt(variance)
         return Estimate(mean + passed, radius, sigma, 1 / variance, kept)
+
+    def _difference(self, rank: int) -> float:
+        """The difference of a rank, as near as the histogram knows it."""
+        for number in sorted(self._differences):
+            rank -= self._differences[number]
+            if rank < 0:
+                break
+        return 0.0 if number == _NONE else _GROWTH ** (number + 0.5)
 
     def state_dict(self) -> dict[str, Any]:
         """All that it takes to go on; plain numbers."""

@@ -29,7 +29,7 @@ def noise_quantile(n: Float[Tensor, "*any"], delta: float) -> Float[Tensor, "*an
 
 
 def threshold_details(
-    x: Float[Tensor, "*any"], threshold: Float[Tensor, "*any"], rule: Rule
+    x: Float[Tensor, "*any"], threshold: Float[Tensor, "*#any"], rule: Rule
 ) -> Float[Tensor, "*any"]:
     """Shrink every entry toward zero by its threshold, or drop what is not above it.
 
