@@ -20,9 +20,7 @@ def figure_folder(trainer: pl.Trainer, dirpath: Path | None, name: str) -> Path:
     return dirpath or Path(logged or trainer.default_root_dir) / name
 
 
-def save_figure(
-    trainer: pl.Trainer, figure: Figure, path: Path, *, key: str, step: int
-) -> None:
+def save_figure(trainer: pl.Trainer, figure: Figure, path: Path, *, key: str, step: int) -> None:
     """Write a PNG, and hand the figure to TensorBoard and W&B under ``key``."""
     with whole_file(path) as unfinished:
         figure.savefig(unfinished, dpi=150, format="png", metadata={"Software": None})

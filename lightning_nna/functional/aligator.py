@@ -82,7 +82,9 @@ class Aligator(LatestEstimator):
             # At a multiple of 2^k the experts of levels up to k are born.
             born = min((number & -number).bit_length(), alive)
             newest, level = y[..., time, None], noise[..., time, None].clamp_min(1e-12)
-            means = torch.cat([said[..., None].expand(*said.shape, born), _means(sums, counts, born, alive)], -1)
+            means = torch.cat(
+                [said[..., None].expand(*said.shape, born), _means(sums, counts, born, alive)], -1
+            )
             weights = torch.cat([torch.zeros_like(logs[..., :born]), logs[..., born:alive]], -1)
             mass = weights.logsumexp(-1, keepdim=True)
             weights = weights - self.rate * (means - newest).square() / level.square()

@@ -132,8 +132,9 @@ def noise_level(y: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch"]:
 
 def running_noise_level(y: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch n"]:
     """The same for every prefix."""
-    details = y.detach().diff().abs().cpu().double().numpy().reshape(-1, y.shape[-1] - 1)
-    levels = np.full((len(details), y.shape[-1]), math.inf)
+    rows = math.prod(y.shape[:-1])
+    details = y.detach().diff().abs().cpu().double().numpy().reshape(rows, y.shape[-1] - 1)
+    levels = np.full((rows, y.shape[-1]), math.inf)
     for row, level in zip(details, levels, strict=True):
         ordered: list[float] = []
         for count, detail in enumerate(row.tolist(), start=1):
@@ -152,9 +153,7 @@ def require_settings(
         ValueError: If one is out of range; the message says which.
     """
     if sigma is not None and not 0 <= sigma < math.inf:
-        raise ValueError(
-            f"sigma must be finite and at least 0, or None to measure it, got {sigma}"
-        )
+        raise ValueError(f"sigma must be finite and at least 0, or None to measure it, got {sigma}")
     if not 0 < delta < 1:
         raise ValueError(f"delta must lie between 0 and 1, got {delta}")
     if not 0 <= constant < math.inf:
@@ -174,5 +173,5 @@ def _like(y: Series, estimate: Estimate) -> Estimate:
     """The estimate as arrays of the kind that came in."""
     if isinstance(y, Tensor):
         return estimate
-    parts = {field.name: getattr(estimate, field.name).numpy()[()] for field in fields(estimate)}
+    parts = {field.name: getattr(estimate, field.name).numpy() for field in fields(estimate)}
     return Estimate(**parts)

@@ -14,7 +14,6 @@ which makes them :math:`O(n \log n)` together.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 

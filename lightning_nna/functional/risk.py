@@ -81,9 +81,7 @@ class WaveletRisk:
     ) -> None:
         require_settings(sigma=sigma, delta=delta, constant=constant)
         if gradient not in ("narrowing", "window", "exact"):
-            raise ValueError(
-                f"gradient must be 'narrowing', 'window' or 'exact', got {gradient!r}"
-            )
+            raise ValueError(f"gradient must be 'narrowing', 'window' or 'exact', got {gradient!r}")
         if period < 1 or every < 1:
             raise ValueError(f"period and every must be at least 1, got {period} and {every}")
         self.period, self.constant, self.delta, self.sigma = period, constant, delta, sigma
@@ -142,8 +140,10 @@ class WaveletRisk:
         means = losses.flip(0).cumsum(0)[torch.tensor(windows, device=losses.device) - 1] / r
         share = 1 / r[:-1] - 1 / r[1:]
         threshold = self.constant * noise_quantile(r[-1:], self.delta) * self._noise(losses)
-        return windows, means, threshold_details(
-            means[:-1] - means[1:], threshold * share.sqrt(), "soft"
+        return (
+            windows,
+            means,
+            threshold_details(means[:-1] - means[1:], threshold * share.sqrt(), "soft"),
         )
 
     def _noise(self, losses: Tensor) -> Tensor | float:

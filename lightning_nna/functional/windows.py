@@ -259,11 +259,7 @@ def estimate_of_window(
     window: Tensor,
     times: Int[Tensor, " times"],
     sigma: Float[Tensor, "*batch times"],
-    rule: WholeAverage
-    | FixedWindow
-    | ExponentialAverage
-    | AdaptiveRollingWindow
-    | DoublingWindow,
+    rule: WholeAverage | FixedWindow | ExponentialAverage | AdaptiveRollingWindow | DoublingWindow,
 ) -> Estimate:
     """A mean of so many values, with the radius of its noise."""
     window = window.to(value.dtype)
