@@ -33,9 +33,9 @@ OnDrift: TypeAlias = (
 class DriftMonitor(Callback):
     """Watch metrics of validation: denoise them, and flag when one has become worse for good.
 
-    After each validation of a fit it logs, for a metric such as ``val/wer``, ``drift/val/wer/value``
-    (denoised), ``…/radius``, ``…/effective_window`` (validations that count) and ``…/drift`` (0 or
-    1). They are there before ``ModelCheckpoint``, ``EarlyStopping`` and schedulers look for their
+    After each validation of a fit it logs, for a metric such as ``val/wer``,
+    ``drift/val/wer/value`` (denoised), ``…/radius``, ``…/effective_window`` (validations that
+    count) and ``…/drift`` (0 or 1). They are there before ``ModelCheckpoint``, ``EarlyStopping`` and schedulers look for their
     ``monitor``: it puts itself first among the callbacks. Nothing else in the training changes.
 
     A metric drifts when its denoised value is worse than the best that it had, beyond the radii of

@@ -27,17 +27,16 @@ from lightning_nna.functional.estimate import (
     Estimate,
     LatestEstimator,
     require_settings,
-    running_noise_level,
 )
 from lightning_nna.functional.thresholds import noise_quantile
 
 
 @dataclass(frozen=True, kw_only=True)
 class Aligator(LatestEstimator):
-    """The mixture; see the module.
+    r"""The mixture; see the module.
 
     Args:
-        rate: :math:`\\eta`.
+        rate: :math:`\eta`.
         sigma: Standard deviation of the noise; None to measure it.
         delta: Of the radius.
 
@@ -66,10 +65,7 @@ class Aligator(LatestEstimator):
         times: Int[Tensor, " times"],
         sigma: Float[Tensor, "*batch times"],
     ) -> Estimate:
-        if self.sigma is None:
-            noise = running_noise_level(y)
-        else:
-            noise = torch.full_like(y, self.sigma)
+        noise = self.noise_at_every_time(y)
         levels = y.shape[-1].bit_length()
         sums = y.new_zeros((*y.shape[:-1], levels))
         counts = y.new_ones(levels)

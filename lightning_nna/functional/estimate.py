@@ -100,15 +100,19 @@ class LatestEstimator(ABC):
             sigma: The noise as it is known at each time.
         """
 
+    def noise_at_every_time(self, y: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch n"]:
+        """The noise as given, or as every prefix tells it."""
+        if self.sigma is None:
+            return running_noise_level(y)
+        return torch.full_like(y, self.sigma, requires_grad=False)
+
     def _estimate(self, y: Tensor, *, newest_only: bool) -> Estimate:
         n = y.shape[-1]
         times = torch.arange(n - 1 if newest_only else 0, n, device=y.device)
-        if self.sigma is not None:
-            sigma = y.new_full((*y.shape[:-1], len(times)), self.sigma)
-        elif newest_only:
+        if newest_only and self.sigma is None:
             sigma = noise_level(y)[..., None]
         else:
-            sigma = running_noise_level(y)
+            sigma = self.noise_at_every_time(y)[..., times]
         return self.at(y, times, sigma)
 
 

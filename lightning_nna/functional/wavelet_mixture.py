@@ -27,7 +27,6 @@ from lightning_nna.functional.estimate import (
     Estimate,
     LatestEstimator,
     require_settings,
-    running_noise_level,
 )
 from lightning_nna.functional.interval_latest import IntervalWaveletEstimator
 from lightning_nna.functional.thresholds import noise_quantile
@@ -35,16 +34,16 @@ from lightning_nna.functional.thresholds import noise_quantile
 
 @dataclass(frozen=True, kw_only=True)
 class WaveletMixture(LatestEstimator):
-    """Interval wavelets of several orders, soft and hard; see the module.
+    r"""Interval wavelets of several orders, soft and hard; see the module.
 
-    The estimate of one time needs those of all times before it: :math:`O(n \\log n)`.
+    The estimate of one time needs those of all times before it: :math:`O(n \log n)`.
 
     Args:
         orders: Vanishing moments.
         soft: Constants of the estimators with the soft rule.
         hard: Constants of those with the hard rule.
-        rate: :math:`\\eta`; 0 is the plain mean of all.
-        memory: :math:`\\gamma`, how much of an old error is left after one value.
+        rate: :math:`\eta`; 0 is the plain mean of all.
+        memory: :math:`\gamma`, how much of an old error is left after one value.
         sigma: Standard deviation of the noise; None to measure it.
         delta: Of every threshold.
 
@@ -93,10 +92,7 @@ class WaveletMixture(LatestEstimator):
         sigma: Float[Tensor, "*batch times"],
     ) -> Estimate:
         every = torch.arange(y.shape[-1], device=y.device)
-        if self.sigma is None:
-            noise = running_noise_level(y)
-        else:
-            noise = torch.full_like(y, self.sigma)
+        noise = self.noise_at_every_time(y)
         found = [expert.at(y, every, noise) for expert in self.experts]
         values = torch.stack([each.value for each in found], -1)
         errors = (values.detach()[..., :-1, :] - y.detach()[..., 1:, None]).square()

@@ -62,14 +62,13 @@ def _has(table: str, **key: Any) -> bool:
 
 
 def _latest() -> Iterator[Mapping[str, Any]]:
-    methods = [*shift_latest.METHODS, "oracle"]
-    for sigma, known in itertools.product(shift_latest.SIGMAS, (True, False)):
-        for method in methods:
-            key = {"sigma": sigma, "sigma_known": known, "method": method}
-            if not all(_has("latest", case=case, **key) for case in shift_latest.CASES):
-                for row in shift_latest.measure(sigma, sigma_known=known, missing=[method]):
-                    if not _has("latest", case=row["case"], **key):
-                        yield row
+    every = itertools.product(["oracle", *shift_latest.METHODS], shift_latest.SIGMAS, (True, False))
+    for method, sigma, known in every:
+        key = {"sigma": sigma, "sigma_known": known, "method": method}
+        if not all(_has("latest", case=case, **key) for case in shift_latest.CASES):
+            for row in shift_latest.measure(sigma, sigma_known=known, missing=[method]):
+                if not _has("latest", case=row["case"], **key):
+                    yield row
 
 
 def _detection() -> Iterator[Mapping[str, Any]]:

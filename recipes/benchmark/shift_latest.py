@@ -60,16 +60,16 @@ METHODS: dict[str, Method] = {
     "db2": Method("db2 interval", IntervalWaveletEstimator(order=2, constant=0.45), True),
     "db4": Method("db4 interval", IntervalWaveletEstimator(order=4, constant=0.5), True),
     "db8": Method("db8 interval", IntervalWaveletEstimator(order=8, constant=0.5), True),
+    "whole": Method("whole average", WholeAverage()),
+    "window": Method("fixed window", FixedWindow(window=6)),
+    "exponential": Method("exponential average", ExponentialAverage(decay=0.75)),
+    "arw": Method("ARW, M = 0", AdaptiveRollingWindow(constant=0.45)),
+    "arw_bound": Method("ARW, M = 1", AdaptiveRollingWindow(constant=0.2, bound=1.0)),
+    "doubling": Method("Mazzetto-Upfal", DoublingWindow(constant=0.7)),
+    "aligator": Method("Aligator", Aligator(rate=0.3)),
     "db8_symmetric": Method(
         "db8 symmetric", SymmetricWaveletEstimator(wavelet="db8", constant=0.5), True
     ),
-    "whole": Method("whole average", WholeAverage()),
-    "window": Method("fixed window", FixedWindow(window=10)),
-    "exponential": Method("exponential average", ExponentialAverage(decay=0.8)),
-    "arw": Method("ARW, M = 0", AdaptiveRollingWindow(constant=0.4)),
-    "arw_bound": Method("ARW, M = 1", AdaptiveRollingWindow(constant=0.4, bound=1.0)),
-    "doubling": Method("Mazzetto-Upfal", DoublingWindow(constant=0.7)),
-    "aligator": Method("Aligator", Aligator(rate=0.2)),
 }
 
 #: What :func:`tune` tries.
