@@ -35,8 +35,9 @@ class DriftMonitor(Callback):
 
     After each validation of a fit it logs, for a metric such as ``val/wer``,
     ``drift/val/wer/value`` (denoised), ``…/radius``, ``…/effective_window`` (validations that
-    count) and ``…/drift`` (0 or 1). They are there before ``ModelCheckpoint``, ``EarlyStopping`` and schedulers look for their
-    ``monitor``: it puts itself first among the callbacks. Nothing else in the training changes.
+    count) and ``…/drift`` (0 or 1). They are there before ``ModelCheckpoint``, ``EarlyStopping``
+    and schedulers look for their ``monitor``: it puts itself first among the callbacks. Nothing
+    else in the training changes.
 
     A metric drifts when its denoised value is worse than the best that it had, beyond the radii of
     both; a curve that falls as training curves do is no drift. Before a first finite value the
@@ -176,7 +177,7 @@ class DriftMonitor(Callback):
             self.detectors[name].load_state_dict(state["detector"])
             self.steps[name] = list(state["steps"])
             self.readings[name] = [
-                DriftReading(*(math.nan if value is None else value for value in each))
+                DriftReading(*[math.nan if value is None else value for value in each])
                 for each in state["readings"]
             ]
 

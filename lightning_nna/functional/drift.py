@@ -1,7 +1,7 @@
 r"""Drift of a noisy series against the best level that it had: ``DriftDetector``.
 
-After each value the newest level is estimated. With :math:`\hat\theta_t \pm \rho_t` the estimate and
-its radius, where less is better, a series has drifted if
+After each value the newest level is estimated. With :math:`\hat\theta_t \pm \rho_t` the estimate
+and its radius, where less is better, a series has drifted if
 
 .. math:: \hat\theta_t - \rho_t > \min_{s < t} (\hat\theta_s + \rho_s):
 

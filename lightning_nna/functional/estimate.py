@@ -27,8 +27,8 @@ from torch import Tensor
 
 #: A series along the last axis, newest value last. NumPy is computed in float64.
 Series: TypeAlias = Float[Tensor, "*batch n"] | Float[np.ndarray, "*batch n"]
-#: One number for each series, or for each prefix of it.
-Values: TypeAlias = Float[Tensor, "*any"] | Float[np.ndarray, "*any"]
+#: One number for each series, or for each prefix of it; of a stream a plain one.
+Values: TypeAlias = Float[Tensor, "*any"] | Float[np.ndarray, "*any"] | float
 
 #: The median absolute value of a standard normal variable.
 MEDIAN_OF_NORMAL = 0.6745

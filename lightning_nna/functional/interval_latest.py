@@ -5,11 +5,11 @@ edge reach the newest value, so that the estimate is
 
 .. math:: \hat\theta = \sum_j \psi_j \cdot S_\lambda(d_j) + \varphi \cdot S^0_\lambda(a),
 
-with :math:`d_j` the :math:`N` edge details of level :math:`j`, :math:`a` the :math:`N` edge averages
-of the coarsest, and :math:`\psi_j, \varphi` what their wavelets are at the newest value. The
-edge averages span polynomials: they are turned so that the first is the part of a constant, which
-is kept, and :math:`S^0` shrinks the others. All prefixes of a series share their interior averages,
-which makes them :math:`O(n \log n)` together.
+with :math:`d_j` the :math:`N` edge details of level :math:`j`, :math:`a` the :math:`N` edge
+averages of the coarsest, and :math:`\psi_j, \varphi` what their wavelets are at the newest value.
+The edge averages span polynomials: they are turned so that the first is the part of a constant,
+which is kept, and :math:`S^0` shrinks the others. All prefixes of a series share their interior
+averages, which makes them :math:`O(n \log n)` together.
 """
 
 from __future__ import annotations

@@ -2,15 +2,15 @@ r"""Daubechies wavelets on an interval: orthonormal, and polynomials kept up to 
 
 A signal :math:`x_0 \dots x_{m-1}` becomes :math:`m/2` averages and :math:`m/2` details. In the
 interior both are products with the filters of the line; output :math:`k` covers the inputs
-:math:`2k - N + 1 \dots 2k + N`, and :math:`k` runs from :math:`N` to :math:`m/2 - N - 1`. At each edge
-the signals on the first :math:`3N - 1` entries that are orthogonal to all of these have
+:math:`2k - N + 1 \dots 2k + N`, and :math:`k` runs from :math:`N` to :math:`m/2 - N - 1`. At each
+edge the signals on the first :math:`3N - 1` entries that are orthogonal to all of these have
 :math:`2N` dimensions. The part of the polynomials of degree below :math:`N` in there is spanned by
 :math:`N` edge averages; what is left by :math:`N` edge details, which therefore vanish on
 polynomials. The averages of a polynomial are the polynomial of the next level.
 
 Reference:
-    Cohen, Daubechies and Vial, "Wavelets on the interval and fast wavelet transforms", Appl. Comput.
-    Harmon. Anal. 1(1), 1993; with Jawerth, C. R. Acad. Sci. Paris 316, 1993.
+    Cohen, Daubechies and Vial, "Wavelets on the interval and fast wavelet transforms", Appl.
+    Comput. Harmon. Anal. 1(1), 1993; with Jawerth, C. R. Acad. Sci. Paris 316, 1993.
 
 Differs from the paper: the inner product is the sum over samples and not the integral, so that the
 first level needs no preconditioning. The filters of an edge then depend on the level.

@@ -1,8 +1,8 @@
 r"""Learning under drift: the estimate of the newest risk as a loss, ``WaveletRisk``.
 
-Losses :math:`\ell_1 \dots \ell_n` of one model, in the order of time, are a noisy series whose newest
-value is the risk that the model is to have now. One training minimises the Haar estimate of it,
-where choosing a window takes a training for each.
+Losses :math:`\ell_1 \dots \ell_n` of one model, in the order of time, are a noisy series whose
+newest value is the risk that the model is to have now. One training minimises the Haar estimate of
+it, where choosing a window takes a training for each.
 
 The value is the estimate. Its own derivative has two flaws. Where a fine detail was kept and a
 coarser one was not, an old loss has a negative weight, and the model can lower the estimate without
@@ -54,9 +54,9 @@ class WaveletRisk:
             the estimate's own derivative.
         every: With ``"narrowing"``, calls from one look at the window to the next.
 
-    With ``"narrowing"`` it has a state, :attr:`window`, as a share of the losses: make a new one, or
-    :meth:`reset` it, for every training. Small batches are noisy, each look may narrow: take large
-    ones, or ``"window"``.
+    With ``"narrowing"`` it has a state, :attr:`window`, as a share of the losses: make a new one,
+    or :meth:`reset` it, for every training. Small batches are noisy, each look may narrow: take
+    large ones, or ``"window"``.
 
     Raises:
         ValueError: If a setting is out of range.
@@ -108,7 +108,7 @@ class WaveletRisk:
                 "batch or a shorter period"
             )
         losses = losses[len(losses) % self.period :].unflatten(0, (-1, self.period)).mean(1)
-        windows, means, details = self._details(losses)
+        _, means, details = self._details(losses)
         value = means[-1] + details.sum()
         if self.gradient == "exact":
             return value

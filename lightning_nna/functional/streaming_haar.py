@@ -2,8 +2,8 @@ r"""The Haar estimate of a stream, value by value: ``StreamingHaar``.
 
 The stream is cut into dyadic blocks, 1 or 2 of each size :math:`1, 2, 4, \dots`, the newest of size
 1. A new value is a block of its own; three blocks of a size become one and a block of twice the
-size. So a value costs :math:`O(1)` amortised to take in, an estimate :math:`O(\log n)`, and the sums
-of at most :math:`2 \log_2 n` blocks are kept. They are the windows of
+size. So a value costs :math:`O(1)` amortised to take in, an estimate :math:`O(\log n)`, and the
+sums of at most :math:`2 \log_2 n` blocks are kept. They are the windows of
 :func:`~lightning_nna.functional.wavelets.haar_latest`, whatever :math:`n` is.
 
 Reference:

@@ -2,8 +2,8 @@ r"""Denoising of a whole series: ``tv_denoise``, and exact total variation, ``ta
 
 An estimator of the newest value, asked at every time, denoises a series as it comes in. With the
 Haar estimator the squared error summed over a series of bounded variation grows as
-:math:`n^{1/3}`, the best rate there is; no linear filter does better than :math:`n^{1/2}`. Where the
-whole series is known, a second pass from its end helps: with windows :math:`r, r'` of the two
+:math:`n^{1/3}`, the best rate there is; no linear filter does better than :math:`n^{1/2}`. Where
+the whole series is known, a second pass from its end helps: with windows :math:`r, r'` of the two
 estimates that share the value itself,
 
 .. math:: \hat\theta_t = \frac{r \hat\theta_t^{\text{past}} + r' \hat\theta_t^{\text{future}} - y_t}
@@ -20,8 +20,10 @@ Differs from the paper: the two-sided estimate is ours.
 from __future__ import annotations
 
 from collections import deque
+from typing import Any
 
 import numpy as np
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -49,15 +51,16 @@ def tv_denoise(
         tensor([0., 0., 0., 0., 1., 1., 1., 1.])
     """
     estimator = HaarEstimator(constant=0.5) if estimator is None else estimator
-    past = estimator.prefixes(y)
+    if not isinstance(y, Tensor):
+        tensor = torch.from_numpy(np.asarray(y, dtype=np.float64))
+        found = tv_denoise(tensor, estimator, two_sided=two_sided)
+        assert isinstance(found, Tensor), "of a tensor"
+        return found.numpy()
+    past: Any = estimator.prefixes(y)
     if not two_sided:
         return past.value
-    if isinstance(y, Tensor):
-        future = estimator.prefixes(y.flip(-1))
-        value, window = future.value.flip(-1), future.effective_window.flip(-1)
-    else:
-        future = estimator.prefixes(y[..., ::-1].copy())
-        value, window = future.value[..., ::-1], future.effective_window[..., ::-1]
+    future: Any = estimator.prefixes(y.flip(-1))
+    value, window = future.value.flip(-1), future.effective_window.flip(-1)
     together = past.effective_window * past.value + window * value - y
     return together / (past.effective_window + window - 1)
 

@@ -16,6 +16,7 @@ Reference:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -29,7 +30,7 @@ from lightning_nna.functional.estimate import (
     require_settings,
 )
 from lightning_nna.functional.interval_latest import IntervalWaveletEstimator
-from lightning_nna.functional.thresholds import noise_quantile
+from lightning_nna.functional.thresholds import Rule, noise_quantile
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,10 +78,12 @@ class WaveletMixture(LatestEstimator):
     @property
     def experts(self) -> list[IntervalWaveletEstimator]:
         """What is mixed."""
+        rules: tuple[tuple[Rule, tuple[float, ...]], ...]
+        rules = (("soft", self.soft), ("hard", self.hard))
         return [
             IntervalWaveletEstimator(order=order, constant=constant, delta=self.delta, rule=rule)
             for order in self.orders
-            for rule, constants in (("soft", self.soft), ("hard", self.hard))
+            for rule, constants in rules
             for constant in constants
         ]
 
@@ -94,16 +97,16 @@ class WaveletMixture(LatestEstimator):
         every = torch.arange(y.shape[-1], device=y.device)
         noise = self.noise_at_every_time(y)
         found = [expert.at(y, every, noise) for expert in self.experts]
-        values = torch.stack([each.value for each in found], -1)
+        values = _stacked(found, "value")
         errors = (values.detach()[..., :-1, :] - y.detach()[..., 1:, None]).square()
         past = torch.cat([torch.zeros_like(values[..., :1, :]), errors], -2)
         past = _discounted(past.transpose(-1, -2), self.memory).transpose(-1, -2)
         # Without noise the best takes all; before a difference was seen the noise is infinite.
         scaled = past / noise.square().clamp_min(torch.finfo(y.dtype).tiny)[..., None]
         weights = torch.softmax(-self.rate * (scaled - scaled.amin(-1, keepdim=True)), -1)
-        deviation = torch.stack([each.effective_window for each in found], -1).rsqrt()
+        deviation = _stacked(found, "effective_window").rsqrt()
         variance = (weights * deviation).sum(-1).square()[..., times]
-        kept = (weights * torch.stack([each.kept for each in found], -1)).sum(-1)
+        kept = (weights * _stacked(found, "kept")).sum(-1)
         quantile = noise_quantile((times + 1).to(y.dtype), self.delta)
         return Estimate(
             (weights * values).sum(-1)[..., times],
@@ -112,6 +115,10 @@ class WaveletMixture(LatestEstimator):
             1 / variance,
             kept[..., times],
         )
+
+
+def _stacked(found: Sequence[Estimate], name: str) -> Tensor:
+    return torch.stack([getattr(each, name) for each in found], -1)
 
 
 def _discounted(x: Float[Tensor, "*batch n"], memory: float) -> Float[Tensor, "*batch n"]:

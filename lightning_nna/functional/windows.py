@@ -208,7 +208,8 @@ class DoublingWindow(LatestEstimator):
         delta: Of the comparisons.
         sigma: Standard deviation of the noise; None to measure it.
 
-    Differs from the paper: :math:`\sigma` and :math:`c` take the place of the bounds of its theorem.
+    Differs from the paper: :math:`\sigma` and :math:`c` take the place of the bounds of its
+    theorem.
 
     Example:
         >>> y = torch.tensor([0.0, 0.0, 5.0, 5.0, 5.0, 5.0, 5.0, 5.0])

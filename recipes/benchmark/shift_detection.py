@@ -21,6 +21,7 @@ from lightning_nna.functional.drift import DriftDetector
 EPOCHS, ONSET, IN_TIME = 60, 30, 5
 SLOW_ONSET = 20
 NOISE, STEP = 0.02, 0.10
+_TEN_TIMES = ", ten times"
 TRIALS = range(1000)
 TUNING_TRIALS = range(100_000, 100_300)
 #: Where a drift begins; None where there is none.
@@ -29,6 +30,8 @@ ONSETS: dict[str, int | None] = {
     "slow ramp": SLOW_ONSET,
     "flat": None,
     "falling": None,
+    "step, ten times": ONSET,
+    "flat, ten times": None,
 }
 
 #: Takes a value and says whether it raises an alarm now.
@@ -51,18 +54,26 @@ class Method:
 def course(case: str) -> np.ndarray:
     """The true level at each epoch."""
     epoch = np.arange(EPOCHS)
-    return {
-        "step": 0.2 + STEP * (epoch >= ONSET),
-        "slow ramp": 0.2 + 0.15 * np.clip((epoch - SLOW_ONSET) / (EPOCHS - SLOW_ONSET), 0, 1),
-        "flat": np.full(EPOCHS, 0.2),
-        "falling": 0.15 + 0.8 * np.exp(-epoch / 12),
-    }[case]
+    return (
+        scale(case)
+        * {
+            "step": 0.2 + STEP * (epoch >= ONSET),
+            "slow ramp": 0.2 + 0.15 * np.clip((epoch - SLOW_ONSET) / (EPOCHS - SLOW_ONSET), 0, 1),
+            "flat": np.full(EPOCHS, 0.2),
+            "falling": 0.15 + 0.8 * np.exp(-epoch / 12),
+        }[case.removesuffix(_TEN_TIMES)]
+    )
+
+
+def scale(case: str) -> float:
+    """The unit of a course: a detector should not have to be told."""
+    return 10.0 if case.endswith(_TEN_TIMES) else 1.0
 
 
 def runs(case: str, trials: Sequence[int]) -> np.ndarray:
     """Noisy runs, of shape (trials, epochs)."""
     noise = [np.random.default_rng([trial, 3]).standard_normal(EPOCHS) for trial in trials]
-    return course(case) + NOISE * np.array(noise)
+    return course(case) + scale(case) * NOISE * np.array(noise)
 
 
 def ours(wavelet: str = "haar") -> Update:
@@ -91,7 +102,15 @@ def of_river(name: str, **settings: Any) -> Update:
 METHODS: dict[str, Method] = {
     "ours": Method("ours, Haar", ours),
     "adwin": Method("ADWIN, default", partial(of_river, "ADWIN")),
+    "adwin_tuned": Method(
+        "ADWIN, most sensitive",
+        partial(of_river, "ADWIN", delta=0.5, clock=1, min_window_length=2, grace_period=5),
+    ),
     "page_hinkley": Method("Page-Hinkley, default", partial(of_river, "PageHinkley")),
+    "page_hinkley_tuned": Method(
+        "Page-Hinkley, tuned",
+        partial(of_river, "PageHinkley", min_instances=5, delta=0.02, threshold=0.1, mode="up"),
+    ),
     "kswin": Method("KSWIN, default", partial(of_river, "KSWIN", seed=0)),
     "always": Method("always fires", lambda: lambda y: True),
     "never": Method("never fires", lambda: lambda y: False),
@@ -134,7 +153,7 @@ def score(make: Callable[[], Update], case: str, trials: Sequence[int]) -> dict[
     if onset is None:
         return {"detected": None, "delay": None, "false_alarm": float((firsts < EPOCHS).mean())}
     after = (firsts >= onset) & (firsts < EPOCHS)
-    last = onset + IN_TIME if case == "step" else EPOCHS
+    last = EPOCHS if case == "slow ramp" else onset + IN_TIME
     return {
         "detected": float((after & (firsts < last)).mean()),
         "delay": float((firsts[after] - onset).mean()) if after.any() else None,

@@ -147,6 +147,7 @@ def stream(case: str, seed: int) -> tuple[Tensor, Tensor]:
     The rotating stream has 20,000 normal points in six dimensions; the boundary turns once through
     the plane of the first two.
     """
+    y: np.ndarray
     if case == "rotating":
         rng = np.random.default_rng([seed, 4])
         x = rng.standard_normal((20_000, 6))

@@ -31,13 +31,11 @@ def streaming(missing: Sequence[tuple[str, int]]) -> Iterator[dict[str, Any]]:
             stream = StreamingHaar(sigma=1.0)
             for value in y[:n].tolist():
                 stream.push(value)
-            times = [_timed(lambda value=value: stream.update(value)) for value in y[n:].tolist()]
+            times = [_timed(stream.update, value) for value in y[n:].tolist()]
         else:
             recompute = _RECOMPUTED[method]
             repeats = max(3, min(UPDATES, 3_000_000 // n))
-            times = [
-                _timed(lambda end=end: recompute(y[:end])) for end in range(n + 1, n + 1 + repeats)
-            ]
+            times = [_timed(recompute, y[:end]) for end in range(n + 1, n + 1 + repeats)]
         yield {"case": f"n = {n}", "n": n, "method": method, "update_us": float(np.median(times))}
 
 
@@ -116,7 +114,7 @@ def _total_error(method: str, truth: np.ndarray, y: np.ndarray) -> float:
     return error(tv_denoise(y, estimator, two_sided=method == "haar_two_sided"))
 
 
-def _timed(call: Callable[[], Any]) -> float:
+def _timed(call: Callable[[Any], Any], argument: Any) -> float:
     start = time.perf_counter()
-    call()
+    call(argument)
     return (time.perf_counter() - start) * 1e6

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -53,9 +54,7 @@ def test_haar_is_its_closed_form_for_any_length(n: int) -> None:
     windows = nested_windows(n)
     means = [y[-r:].mean() for r in windows]
     sigma, value, variance = 0.5, means[-1], 1 / n
-    for (r, mean), (wider, mean_of_wider) in zip(
-        zip(windows, means, strict=True), list(zip(windows, means, strict=True))[1:], strict=False
-    ):
+    for (r, mean), (wider, mean_of_wider) in pairwise(zip(windows, means, strict=True)):
         share = 1 / r - 1 / wider
         detail = mean - mean_of_wider
         beyond = max(abs(detail) - quantile(n) * sigma * math.sqrt(share), 0.0)
@@ -76,7 +75,7 @@ def test_windows_are_the_one_way_to_write_a_length() -> None:
         powers, counts = np.unique(sizes, return_counts=True)
         assert (powers == 2 ** np.arange(len(powers))).all()
         assert counts.max() <= 2
-        assert max((b / a for a, b in zip(windows, windows[1:], strict=False)), default=1) <= 3
+        assert max((b / a for a, b in pairwise(windows)), default=1) <= 3
     assert nested_windows(1024) == [2**power for power in range(11)]
 
 
