@@ -176,10 +176,11 @@ class DriftMonitor(Callback):
             state = state_dict[name]
             self.detectors[name].load_state_dict(state["detector"])
             self.steps[name] = list(state["steps"])
-            self.readings[name] = [
-                DriftReading(*[math.nan if value is None else value for value in each])
+            restored: list[list[Any]] = [
+                [math.nan if value is None else value for value in each]
                 for each in state["readings"]
             ]
+            self.readings[name] = [DriftReading(*each) for each in restored]
 
     def _read(self, trainer: pl.Trainer, name: str, detector: DriftDetector) -> bool:
         """Take in the metric's value; say whether a drift begins."""

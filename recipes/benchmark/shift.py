@@ -22,7 +22,7 @@ from lightning_nna.files import write_whole
 from recipes.benchmark import shift_detection, shift_latest, shift_learning, shift_streaming
 from recipes.benchmark.rows import append_row, has_row, read_rows
 from recipes.benchmark.shift_page import draw, page
-from recipes.run_folder import provenance
+from recipes.run_folder import command_line, git_commit
 
 ROWS = Path("docs/results/shift.jsonl")
 TABLES = ("latest", "detection", "learning", "streaming", "rate")
@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.set_num_threads(1)
     if not options.page_only:
         # Now: by the end the checkout may have moved on.
-        origin = provenance(None)
+        origin = {"command": command_line(), "commit": git_commit()}
         for table in options.tables:
             for row in measure(table):
                 append_row(ROWS, {"table": table, **origin, **row})
