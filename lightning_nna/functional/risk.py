@@ -9,7 +9,7 @@ coarser one was not, an old loss has a negative weight, and the model can lower 
 end by raising it. And what a model was fitted to has lower losses than the rest, which looks like a
 drift and confirms itself. So by default the gradient is that of the mean over a window,
 :math:`\nabla \hat L = \nabla m_w`, which begins with all losses and narrows while the model is
-trained: whenever the newest part of the window does worse than the window,
+trained: whenever the newest part of the window does worse than it does as a whole,
 
 .. math:: m_{r_{k-1}} - m_{r_k} > \lambda s_k, \quad r_k \le w \quad \Rightarrow \quad w = r_{k-1}
 
@@ -264,7 +264,7 @@ def excess_risk_bound(
     every = torch.arange(1, len(risks) + 1)
     means = risks.flip(0).cumsum(0) / every
     bias = (means - risks[-1]).abs().cummax(0).values
-    oracles = torch.maximum(bias, sigma / every.sqrt())
+    oracles = torch.maximum(bias, sigma / every.double().sqrt())
     r = windows.double()
     unit = float(noise_quantile(r[-1:], delta)) * sigma
     details = (means[windows[:-1] - 1] - means[windows[1:] - 1]).abs()

@@ -110,7 +110,7 @@ def _total_error(method: str, truth: np.ndarray, y: np.ndarray) -> float:
         threshold = _RATE_SIGMA * np.sqrt(2 * np.log(len(y)))
         shrunk = [pywt.threshold(detail, threshold, "soft") for detail in details]
         return error(pywt.waverec([coarse, *shrunk], "haar"))
-    estimator = HaarEstimator(sigma=_RATE_SIGMA, constant=0.5)
+    estimator = HaarEstimator(sigma=_RATE_SIGMA, constant=0.85)
     return error(tv_denoise(y, estimator, two_sided=method == "haar_two_sided"))
 
 
