@@ -4,7 +4,8 @@
     python -m recipes.drift_replay accuracy.csv --mode max --figure accuracy.png
 
 The sequence is a column of a CSV file, or of the metrics in a run folder. Rows that leave it empty
-are passed over. Prints where drifts begin, and writes the figure and, beside it, every reading as JSON.
+are passed over. Prints where drifts begin, and writes the figure and, beside it, every reading as
+JSON.
 """
 
 from __future__ import annotations
@@ -114,8 +115,8 @@ def report(
     for place, reading in zip(places, readings, strict=True):
         if reading.drift and not before:
             lines.append(
-                f"drift at {place}: {reading.value:.4g} ± {reading.radius:.2g}, the best before was "
-                f"{reading.reference:.4g} ± {reading.reference_radius:.2g}"
+                f"drift at {place}: {reading.value:.4g} ± {reading.radius:.2g}, the best before "
+                f"was {reading.reference:.4g} ± {reading.reference_radius:.2g}"
             )
         before = reading.drift
     last = readings[-1]

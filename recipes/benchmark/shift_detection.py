@@ -130,12 +130,6 @@ GRIDS: dict[str, dict[str, Sequence[Any]]] = {
         "alpha": (0.99, 0.9999),
         "mode": ("up",),
     },
-    "KSWIN": {
-        "alpha": (0.0005, 0.001, 0.005, 0.01),
-        "window_size": (12, 20, 30),
-        "stat_size": (4, 5, 8),
-        "seed": (0,),
-    },
 }
 
 
@@ -173,8 +167,6 @@ def tune(names: Sequence[str]) -> None:
         found = []
         for values in itertools.product(*GRIDS[name].values()):
             settings = dict(zip(GRIDS[name], values, strict=True))
-            if settings.get("stat_size", 0) * 2 > settings.get("window_size", EPOCHS):
-                continue
             make = partial(of_river, name, **settings)
             step = score(make, "step", TUNING_TRIALS)["detected"] or 0.0
             alarms = [
