@@ -162,8 +162,8 @@ def require_settings(
         raise ValueError(f"delta must lie between 0 and 1, got {delta}")
     if not 0 <= constant < math.inf:
         raise ValueError(f"constant must be finite and at least 0, got {constant}")
-    if rule not in ("soft", "hard"):
-        raise ValueError(f"rule must be 'soft' or 'hard', got {rule!r}")
+    if rule not in ("soft", "hard", "tree"):
+        raise ValueError(f"rule must be 'soft', 'hard' or 'tree', got {rule!r}")
 
 
 def _as_tensor(y: Series) -> Tensor:

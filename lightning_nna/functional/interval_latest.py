@@ -49,7 +49,8 @@ class IntervalWaveletEstimator(LatestEstimator):
         sigma: Standard deviation of the noise; None to measure it.
         constant: Of the threshold.
         delta: Probability that noise passes the threshold, for a constant of 1.
-        rule: ``"soft"`` or ``"hard"`` thresholding.
+        rule: ``"soft"`` or ``"hard"`` thresholding, or ``"tree"``: a level and all that are coarser
+            are kept whole from the finest on that has a detail above the threshold.
 
     Raises:
         ValueError: If a setting is out of range.
@@ -93,6 +94,8 @@ class IntervalWaveletEstimator(LatestEstimator):
         quantile = noise_quantile((times + 1).to(y.dtype), self.delta)
         threshold = (self.constant * quantile * sigma)[..., None]
         value = variance = kept = torch.zeros_like(sigma)
+        # Whether a finer level kept anything, for the rule of the tree.
+        drifted = torch.zeros_like(sigma, dtype=torch.bool)[..., None]
         averages = y[..., (times[:, None] - torch.arange(order, device=y.device)).clamp_min(0)]
         # What the edge averages are at the newest value, and where in them the polynomials lie.
         at_newest = torch.eye(order, dtype=y.dtype, device=y.device)[0].expand(len(times), -1)
@@ -102,7 +105,7 @@ class IntervalWaveletEstimator(LatestEstimator):
             low, high = _as(filters.low, y), _as(filters.high, y)
             entries = torch.cat([averages, block], -1)
             wavelets = at_newest @ high[:, :order].T
-            details = threshold_details(entries @ high.T, threshold, self.rule)
+            details, drifted = _kept(entries @ high.T, threshold, self.rule, drifted)
             details = details * reached[:, None]
             value = value + (details * wavelets).sum(-1)
             variance = variance + ((details != 0) * wavelets.square()).sum(-1)
@@ -114,13 +117,21 @@ class IntervalWaveletEstimator(LatestEstimator):
         turn = torch.linalg.qr(basis).Q
         turned = torch.einsum("...to,top->...tp", averages, turn)
         at_newest = torch.einsum("to,top->tp", at_newest, turn)
-        bent = threshold_details(turned[..., 1:], threshold, self.rule)
+        bent, _ = _kept(turned[..., 1:], threshold, self.rule, drifted)
         value = value + turned[..., 0] * at_newest[:, 0] + (bent * at_newest[:, 1:]).sum(-1)
         variance = variance + at_newest[:, 0].square()
         variance = variance + ((bent != 0) * at_newest[:, 1:].square()).sum(-1)
         kept = kept + (bent != 0).sum(-1)
         radius = quantile * sigma * variance.sqrt()
         return Estimate(value, radius, sigma, 1 / variance, kept)
+
+
+def _kept(details: Tensor, threshold: Tensor, rule: Rule, drifted: Tensor) -> tuple[Tensor, Tensor]:
+    """Thresholded details of a level, and whether they or finer ones were above the threshold."""
+    if rule != "tree":
+        return threshold_details(details, threshold, rule), drifted
+    drifted = drifted | (details.abs() > threshold).any(-1, keepdim=True)
+    return torch.where(drifted, details, 0.0), drifted
 
 
 def _interior(

@@ -53,6 +53,10 @@ class SymmetricWaveletEstimator(LatestEstimator):
 
     def __post_init__(self) -> None:
         require_settings(sigma=self.sigma, delta=self.delta, constant=self.constant, rule=self.rule)
+        if self.rule == "tree":
+            raise ValueError(
+                "rule 'tree' needs levels that nest: take 'soft', 'hard' or an interval"
+            )
         if self.wavelet not in pywt.wavelist(kind="discrete"):
             raise ValueError(
                 f"PyWavelets has no discrete wavelet {self.wavelet!r}; "

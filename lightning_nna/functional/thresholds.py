@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 #: What becomes of a detail above the threshold.
-Rule: TypeAlias = Literal["soft", "hard"]
+Rule: TypeAlias = Literal["soft", "hard", "tree"]
 
 
 def noise_quantile(n: Float[Tensor, "*any"], delta: float) -> Float[Tensor, "*any"]:
@@ -33,10 +33,12 @@ def threshold_details(
 ) -> Float[Tensor, "*any"]:
     """Shrink every entry toward zero by its threshold, or drop what is not above it.
 
+    The rule of the tree looks at all levels and is their caller's; here it is the hard one.
+
     Example:
         >>> threshold_details(torch.tensor([-3.0, 0.5, 2.0]), torch.ones(3), "soft")
         tensor([-2., 0., 1.])
     """
-    if rule == "hard":
+    if rule != "soft":
         return torch.where(x.abs() > threshold, x, 0.0)
     return torch.where(x.abs() > threshold, x - x.sign() * threshold, 0.0)

@@ -1,6 +1,7 @@
 r"""A mixture of wavelet estimators: ``WaveletMixture``.
 
-No order and no constant is best for every series: Haar with the hard rule fits jumps, higher orders
+No order and no constant is best for every series: Haar with the rule of the tree fits jumps, higher
+orders
 fit slopes and curves. Each estimator :math:`e` foretells every value by its estimate of the one
 before; the mixture weighs them by how well they did,
 
@@ -35,14 +36,14 @@ from lightning_nna.functional.thresholds import Rule, noise_quantile
 
 @dataclass(frozen=True, kw_only=True)
 class WaveletMixture(LatestEstimator):
-    r"""Interval wavelets of several orders, soft and hard; see the module.
+    r"""Interval wavelets of several orders, soft ones and trees; see the module.
 
     The estimate of one time needs those of all times before it: :math:`O(n \log n)`.
 
     Args:
         orders: Vanishing moments.
         soft: Constants of the estimators with the soft rule.
-        hard: Constants of those with the hard rule.
+        tree: Constants of those with the rule of the tree.
         rate: :math:`\eta`; 0 is the plain mean of all.
         memory: :math:`\gamma`, how much of an old error is left after one value.
         sigma: Standard deviation of the noise; None to measure it.
@@ -59,9 +60,9 @@ class WaveletMixture(LatestEstimator):
 
     orders: tuple[int, ...] = (1, 2, 3, 4)
     soft: tuple[float, ...] = (0.4, 0.8)
-    hard: tuple[float, ...] = (1.0,)
-    rate: float = 0.2
-    memory: float = 0.96
+    tree: tuple[float, ...] = (0.9, 1.2)
+    rate: float = 0.1
+    memory: float = 0.97
     sigma: float | None = None
     delta: float = 0.1
 
@@ -79,7 +80,7 @@ class WaveletMixture(LatestEstimator):
     def experts(self) -> list[IntervalWaveletEstimator]:
         """What is mixed."""
         rules: tuple[tuple[Rule, tuple[float, ...]], ...]
-        rules = (("soft", self.soft), ("hard", self.hard))
+        rules = (("soft", self.soft), ("tree", self.tree))
         return [
             IntervalWaveletEstimator(order=order, constant=constant, delta=self.delta, rule=rule)
             for order in self.orders

@@ -24,8 +24,9 @@ Reference:
     arXiv 2505.15803.
 
 Differs from the paper: the windows for an :math:`n` that is not a power of two, the logarithm to
-base 2 (at least 1), the constant :math:`c` (2 in theory, near 1 in practice) and the hard rule,
-which keeps a detail above :math:`\lambda` as it is, are ours.
+base 2 (at least 1), the constant :math:`c` (2 in theory, near 1 in practice) and the other rules
+are ours: ``"hard"`` keeps a detail above :math:`\lambda` as it is, and ``"tree"`` all coarser ones
+with it. For Haar that is the window of Mazzetto and Upfal.
 """
 
 from __future__ import annotations
@@ -55,7 +56,8 @@ class HaarEstimator(LatestEstimator):
         sigma: Standard deviation of the noise; None to measure it.
         constant: Of the threshold.
         delta: Probability that noise passes the threshold, for a constant of 1.
-        rule: Whether details above the threshold are shrunk (``"soft"``) or kept (``"hard"``).
+        rule: Whether details above the threshold are shrunk (``"soft"``) or kept (``"hard"``), or
+            kept with all that are coarser (``"tree"``), which is the mean of one window.
 
     Raises:
         ValueError: If a setting is out of range.
@@ -87,6 +89,7 @@ class HaarEstimator(LatestEstimator):
         threshold = self.constant * quantile * sigma
         total = mean = passed = kept = torch.zeros_like(sigma)
         window, variance = torch.zeros_like(n), (1 / n).expand_as(sigma)
+        drifted = torch.zeros_like(sigma, dtype=torch.bool)
         for block, size, active in newest_blocks(y, times):
             wider = torch.where(active, window + size, window)
             total = torch.where(active, total + block, total)
@@ -94,7 +97,11 @@ class HaarEstimator(LatestEstimator):
             share = torch.where(inner, 1 / window - 1 / wider, 0.0)
             detail = torch.where(inner, mean - total / wider, 0.0)
             bound = torch.where(inner, threshold * share.sqrt(), 0.0)
-            detail = threshold_details(detail, bound, self.rule)
+            drifted = drifted | (detail.abs() > bound)
+            if self.rule == "tree":
+                detail = torch.where(drifted, detail, 0.0)
+            else:
+                detail = threshold_details(detail, bound, self.rule)
             passed, kept = passed + detail, kept + (detail != 0)
             variance = variance + torch.where(detail != 0, share, 0.0)
             window, mean = wider, torch.where(active, total / wider, mean)
@@ -163,7 +170,7 @@ def wavelet_estimator(
         sigma: Standard deviation of the noise; None to measure it.
         constant: Of the threshold.
         delta: Probability that noise passes the threshold, for a constant of 1.
-        rule: ``"soft"`` or ``"hard"`` thresholding.
+        rule: ``"soft"``, ``"hard"`` or, but with symmetric extension, ``"tree"``.
 
     Raises:
         ValueError: If PyWavelets does not have the wavelet, there are no interval wavelets of it,

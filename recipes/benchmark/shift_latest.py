@@ -55,6 +55,7 @@ METHODS: dict[str, Method] = {
     "mixture": Method("mixture of wavelets", WaveletMixture(), True),
     "haar": Method("Haar, soft", HaarEstimator(constant=0.35), True),
     "haar_hard": Method("Haar, hard", HaarEstimator(constant=1.0, rule="hard"), True),
+    "db1_tree": Method("db1 interval, tree", IntervalWaveletEstimator(order=1, rule="tree"), True),
     "db1_hard": Method("db1 interval, hard", IntervalWaveletEstimator(order=1, rule="hard"), True),
     "db2": Method("db2 interval", IntervalWaveletEstimator(order=2, constant=0.45), True),
     "db4": Method("db4 interval", IntervalWaveletEstimator(order=4, constant=0.5), True),
@@ -75,6 +76,10 @@ GRIDS: dict[str, tuple[Callable[[Any], LatestEstimator], Sequence[Any]]] = {
         lambda c: HaarEstimator(constant=c, rule="hard"),
         (0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2),
     ),
+    "db1_tree": (
+        lambda c: IntervalWaveletEstimator(order=1, constant=c, rule="tree"),
+        (0.8, 0.9, 1.0, 1.1, 1.2),
+    ),
     "db1_hard": (
         lambda c: IntervalWaveletEstimator(order=1, constant=c, rule="hard"),
         (0.8, 0.9, 1.0, 1.1, 1.2),
@@ -83,8 +88,13 @@ GRIDS: dict[str, tuple[Callable[[Any], LatestEstimator], Sequence[Any]]] = {
     "db4": (lambda c: IntervalWaveletEstimator(order=4, constant=c), (0.4, 0.5, 0.55, 0.6, 0.7)),
     "db8": (lambda c: IntervalWaveletEstimator(order=8, constant=c), (0.4, 0.5, 0.6, 0.7)),
     "mixture": (
-        lambda x: WaveletMixture(rate=x[0], memory=x[1]),
-        [(rate, memory) for rate in (0.1, 0.2, 0.3) for memory in (0.94, 0.96, 0.98)],
+        lambda x: WaveletMixture(soft=x[0], tree=x[1], rate=x[2]),
+        [
+            (soft, tree, rate)
+            for soft in ((0.35, 0.7), (0.4, 0.8))
+            for tree in ((0.9,), (0.8, 1.0), (0.9, 1.2))
+            for rate in (0.1, 0.15, 0.2)
+        ],
     ),
     "window": (lambda r: FixedWindow(window=r), (3, 4, 5, 6, 8, 10, 12, 16, 24)),
     "exponential": (

@@ -177,11 +177,10 @@ def test_what_is_not_finite_is_left_out_and_warned_of_once() -> None:
 
 
 def test_a_missing_metric_is_warned_of_once() -> None:
-    with pytest.warns(
-        UserWarning, match=r"val/cer was not logged; logged are \['val/wer'\]"
-    ) as all_:
-        callback = monitor("val/cer")
-        run = watched(callback, epochs=5)
+    callback = monitor("val/cer")
+    run = watched(callback, epochs=5)
+    message = r"val/cer was not logged; logged are \['val/wer'\]"
+    with pytest.warns(UserWarning, match=message) as all_:
         run.fit(Told({"val/wer": FLAT}))
     assert sum("DriftMonitor" in str(each.message) for each in all_) == 1
     assert callback.readings["val/cer"] == []

@@ -25,10 +25,12 @@ from lightning_nna.functional.windows import (
 ESTIMATORS: dict[str, LatestEstimator] = {
     "haar": HaarEstimator(),
     "haar hard": HaarEstimator(rule="hard", constant=0.5),
+    "haar tree": HaarEstimator(rule="tree"),
+    "interval tree": IntervalWaveletEstimator(order=2, rule="tree"),
     "interval 1": IntervalWaveletEstimator(order=1),
     "interval 4": IntervalWaveletEstimator(order=4, constant=0.5),
     "symmetric": SymmetricWaveletEstimator(wavelet="db2"),
-    "mixture": WaveletMixture(orders=(1, 3), soft=(0.4,), hard=(1.0,)),
+    "mixture": WaveletMixture(orders=(1, 3), soft=(0.4,), tree=(1.0,)),
     "whole": WholeAverage(),
     "window": FixedWindow(window=7),
     "exponential": ExponentialAverage(decay=0.8),

@@ -140,6 +140,19 @@ def test_effective_window_is_that_of_the_weights(estimator: HaarEstimator) -> No
     assert float(found.kept) > 0
 
 
+@pytest.mark.parametrize("n", [64, 100])
+def test_the_tree_is_one_window(n: int) -> None:
+    y = np.random.default_rng(0).standard_normal((50, n)) + 4.0 * (np.arange(n) >= n - 20)
+    windows = nested_windows(n)
+    means = np.array([y[:, -r:].mean(1) for r in windows])
+    share = np.array([1 / a - 1 / b for a, b in pairwise(windows)])
+    above = np.abs(np.diff(means, axis=0)) > quantile(n) * np.sqrt(share)[:, None]
+    chosen = np.where(above.any(0), above.argmax(0), len(windows) - 1)
+    found = haar_latest(y, sigma=1.0, rule="tree")
+    np.testing.assert_allclose(found.value, means[chosen, np.arange(50)], atol=1e-10)
+    np.testing.assert_allclose(found.effective_window, np.array(windows)[chosen])
+
+
 def test_derivative_of_haar() -> None:
     y = torch.from_numpy(walk(100)).requires_grad_()
     estimator = HaarEstimator(sigma=0.5)
@@ -208,7 +221,8 @@ def test_radius_covers_the_noise() -> None:
         ({"sigma": -1.0}, "sigma must be finite and at least 0"),
         ({"delta": 1.0}, "delta must lie between 0 and 1, got 1.0"),
         ({"constant": math.inf}, "constant must be finite"),
-        ({"rule": "firm"}, "rule must be 'soft' or 'hard', got 'firm'"),
+        ({"rule": "firm"}, "rule must be 'soft', 'hard' or 'tree', got 'firm'"),
+        ({"rule": "tree"}, "rule 'tree' needs levels that nest"),
         ({"wavelet": "db99"}, "no discrete wavelet 'db99'"),
         ({"wavelet": "sym4", "boundary": "interval"}, "interval wavelets are 'db2' to 'db8'"),
         ({"wavelet": "db9", "boundary": "interval"}, "one of 1 to 8, got 9"),
