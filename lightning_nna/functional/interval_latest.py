@@ -105,8 +105,9 @@ class IntervalWaveletEstimator(LatestEstimator):
             low, high = _as(filters.low, y), _as(filters.high, y)
             entries = torch.cat([averages, block], -1)
             wavelets = at_newest @ high[:, :order].T
-            details, drifted = _kept(entries @ high.T, threshold, self.rule, drifted)
-            details = details * reached[:, None]
+            # Where a series is too short for the level there is nothing to keep.
+            details = entries @ high.T * reached[:, None]
+            details, drifted = _kept(details, threshold, self.rule, drifted)
             value = value + (details * wavelets).sum(-1)
             variance = variance + ((details != 0) * wavelets.square()).sum(-1)
             kept = kept + (details != 0).sum(-1)
