@@ -267,7 +267,9 @@ def _draw_latest(axes: Axes, cells: dict[Cell, dict[str, Row]]) -> None:
         axes.plot(ratios, [place] * len(ratios), "|", color=color, alpha=0.6)
         axes.plot(geometric_mean(ratios), place, "o", color=color, markersize=5)
     axes.axvline(1.0, color="0.8", linewidth=0.8, zorder=0)
-    axes.set(xscale="log", xlabel="squared error / best fixed window's (blue: ours; dot: mean)")
+    if names:
+        axes.set_xscale("log")
+    axes.set(xlabel="squared error / best fixed window's (blue: ours; dot: mean)")
     axes.set_yticks(range(len(names)), [shift_latest.METHODS[name].title for name in names])
     axes.invert_yaxis()
 
@@ -277,8 +279,10 @@ def _draw_rate(axes: Axes, rows: Sequence[Row]) -> None:
         found = select(rows, table="rate", method=name)
         axes.plot([row["n"] for row in found], [row["error"] for row in found], "o-", label=title)
         axes.lines[-1].set_markersize(3)
-    axes.set(xscale="log", yscale="log", xlabel="values", ylabel="squared error, summed")
-    axes.legend(frameon=False)
+    axes.set(xlabel="values", ylabel="squared error, summed")
+    if select(rows, table="rate"):  # Matplotlib warns of a scale without data.
+        axes.loglog()
+        axes.legend(frameon=False)
 
 
 def _word(met: bool) -> str:
