@@ -89,13 +89,15 @@ def rolling(history: History, constant: float) -> tuple[nn.Module, int]:
     return models[tournament(periods, estimator=estimator).winner], len(models)
 
 
-def risk(history: History) -> tuple[nn.Module, int]:
+def risk(history: History, constant: float) -> tuple[nn.Module, int]:
     """One training of the estimated newest risk."""
-    return history.fit(slice(None), WaveletRisk(period=history.period)), 1
+    reduction = WaveletRisk(period=history.period, constant=constant)
+    return history.fit(slice(None), reduction), 1
 
 
 LEARNERS: dict[str, tuple[str, Learner]] = {
-    "risk": ("WaveletRisk", risk),
+    "risk": ("WaveletRisk", partial(risk, constant=1.0)),
+    "risk_06": ("WaveletRisk, constant 0.6", partial(risk, constant=0.6)),
     "whole": ("whole history", partial(fixed, periods=None)),
     "window_1": ("1 period", partial(fixed, periods=1)),
     "window_4": ("4 periods", partial(fixed, periods=4)),
