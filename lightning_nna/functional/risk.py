@@ -73,7 +73,7 @@ class WaveletRisk:
         self,
         *,
         period: int = 1,
-        constant: float = 1.0,
+        constant: float = 0.6,
         delta: float = 0.1,
         sigma: float | None = None,
         gradient: Literal["narrowing", "window", "exact"] = "narrowing",

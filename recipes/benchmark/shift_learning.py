@@ -26,7 +26,7 @@ STREAMS_FOLDER = Path("../shared/data/streams")
 #: Examples a period; half-hours, days, and points.
 PERIODS = {"elec": 1000, "weather": 250, "rotating": 250}
 MODELS = ("logistic", "mlp")
-SEEDS = {"rotating": (1,), "weather": (1,), "elec": (1,)}
+SEEDS = {"rotating": (1, 2, 3), "weather": (1, 2, 3), "elec": (1,)}
 _STEPS, _RATE, _DECAY = 60, 0.05, 1e-4
 _HIDDEN = 16
 # One example in so many is kept for choosing among windows.
@@ -89,15 +89,13 @@ def rolling(history: History, constant: float) -> tuple[nn.Module, int]:
     return models[tournament(periods, estimator=estimator).winner], len(models)
 
 
-def risk(history: History, constant: float) -> tuple[nn.Module, int]:
+def risk(history: History) -> tuple[nn.Module, int]:
     """One training of the estimated newest risk."""
-    reduction = WaveletRisk(period=history.period, constant=constant)
-    return history.fit(slice(None), reduction), 1
+    return history.fit(slice(None), WaveletRisk(period=history.period)), 1
 
 
 LEARNERS: dict[str, tuple[str, Learner]] = {
-    "risk": ("WaveletRisk", partial(risk, constant=1.0)),
-    "risk_06": ("WaveletRisk, constant 0.6", partial(risk, constant=0.6)),
+    "risk": ("WaveletRisk", risk),
     "whole": ("whole history", partial(fixed, periods=None)),
     "window_1": ("1 period", partial(fixed, periods=1)),
     "window_4": ("4 periods", partial(fixed, periods=4)),
