@@ -46,7 +46,7 @@ def test_polynomials_have_no_details_up_to_the_edges(order: int) -> None:
     # One degree more is no longer reproduced.
     beyond = torch.linspace(-1, 1, n, dtype=torch.float64)[None] ** order
     _, details = interval_transform(beyond, order, 3)
-    assert max(float(level.abs().max()) for level in details) > 1e-7
+    assert max(float(level.abs().max()) for level in details) > 1e-8
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -74,7 +74,8 @@ def test_the_inverse_gives_every_value_back(order: int) -> None:
 def test_the_interior_is_that_of_pywavelets(order: int) -> None:
     n = 32 * order
     x = np.random.default_rng(0).standard_normal(n)
-    averages, (details,) = interval_transform(torch.from_numpy(x), order, 1)
+    low_and_high = interval_transform(torch.from_numpy(x), order, 1)
+    averages, details = low_and_high[0].numpy(), low_and_high[1][0].numpy()
     scaling = scaling_filter(order)
     windows = np.lib.stride_tricks.sliding_window_view(x, 2 * order)
     inner = np.arange(order, n // 2 - order)
@@ -84,7 +85,7 @@ def test_the_interior_is_that_of_pywavelets(order: int) -> None:
     low, high = pywt.dwt(x, f"db{order}", mode="zero")
     # The same numbers stand there at another offset; details but for their sign.
     assert np.isin(np.round(averages[inner], 9), np.round(low, 9)).all()
-    assert np.isin(np.round(details[inner].abs(), 9), np.round(np.abs(high), 9)).all()
+    assert np.isin(np.round(np.abs(details[inner]), 9), np.round(np.abs(high), 9)).all()
 
 
 def test_what_does_not_fit_is_refused() -> None:

@@ -70,7 +70,7 @@ def test_what_does_better_narrows_nothing() -> None:
 
 
 def test_the_window_is_looked_at_every_so_often() -> None:
-    risk = WaveletRisk(sigma=0.1, every=3)
+    risk = WaveletRisk(sigma=0.1, constant=1.0, every=3)
     for series in (losses((64, 0.2)), losses((56, 0.2), (8, 1.0)), losses((56, 0.2), (8, 1.0))):
         risk(series)
     assert risk.window == 1.0

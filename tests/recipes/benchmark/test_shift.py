@@ -53,10 +53,12 @@ def test_scores_of_detectors_that_are_known() -> None:
     assert always == {"detected": 0.0, "delay": None, "false_alarm": 1.0}
     never = shift_detection.score(lambda: lambda y: False, "flat", range(5))
     assert never == {"detected": None, "delay": None, "false_alarm": 0.0}
+    rises = shift_detection.runs("step", range(50))
+    firsts = (rises > 0.265).argmax(1)
     level = shift_detection.score(lambda: lambda y: y > 0.265, "step", range(50))
-    # Noise that is above the line before the step is a false alarm, and nothing else goes wrong.
-    assert level["detected"] == pytest.approx(1 - (level["false_alarm"] or 0.0))
-    assert level["delay"] == 0.0
+    assert level["detected"] == pytest.approx(((firsts >= 30) & (firsts < 35)).mean())
+    assert level["delay"] == pytest.approx((firsts[firsts >= 30] - 30).mean())
+    assert level["false_alarm"] == pytest.approx((firsts < 30).mean())
     ours = shift_detection.score(shift_detection.ours, "step", range(5))
     assert ours["detected"] == 1.0
     assert ours == shift_detection.score(shift_detection.ours, "step, ten times", range(5))
