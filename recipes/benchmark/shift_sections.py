@@ -91,8 +91,8 @@ Errors of foretelling each period from all before it: `rotating`, a boundary tha
 10,000 points ({rotating} a period), `weather` ({weather} days) and `elec` ({elec} half-hours);
 `rotating` is the mean of two streams. The constant of `WaveletRisk` is its default, 0.6, chosen
 among 0.3 to 1 after a look at `weather` and at another `rotating` stream (1 was tried again on
-these: better by 0.05 % on `weather`, worse by 2.6 % on `rotating`, mlp); that of ARW, 0.4, is the
-better of 0.4 and 1 on that other stream.
+these: better by 0.05 % on `weather`, logistic, worse by over 2 % on `rotating`); that of ARW,
+0.4, is the better of 0.4 and 1 on that other stream.
 """,
     **shift_learning.PERIODS,
 )
