@@ -113,7 +113,7 @@ def _learning_verdicts(rows: Sequence[Row]) -> list[str]:
     for case in shift_learning.SEEDS:
         for model in shift_learning.MODELS:
             here = {
-                name: select(rows, table="learning", case=case, model=model, method=name)
+                name: select(learned(rows), case=case, model=model, method=name)
                 for name in ("risk", "arw")
             }
             if all(here.values()):
@@ -206,9 +206,18 @@ def detection_lines(rows: Sequence[Row]) -> list[str]:
     return lines
 
 
+def learned(rows: Sequence[Row]) -> list[Row]:
+    """The rows of learning whose seed is one of the grid: a part of another is no comparison."""
+    return [
+        row
+        for row in select(rows, table="learning")
+        if row["seed"] in shift_learning.SEEDS[row["case"]]
+    ]
+
+
 def learning_lines(rows: Sequence[Row]) -> list[str]:
     """One line a learner: mean error over seeds, and trainings a period."""
-    here = select(rows, table="learning")
+    here = learned(rows)
     lines = []
     for name, (title, _) in shift_learning.LEARNERS.items():
         columns = []
@@ -288,7 +297,8 @@ def _draw_rate(axes: Axes, rows: Sequence[Row]) -> None:
     axes.set(xlabel="values", ylabel="squared error, summed")
     if select(rows, table="rate"):  # Matplotlib warns of a scale without data.
         axes.loglog()
-        axes.legend(frameon=False)
+        axes.set_ylim(bottom=1.0)  # Room for the legend.
+        axes.legend(frameon=False, loc="lower right")
 
 
 def _word(met: bool) -> str:
