@@ -32,6 +32,7 @@ bench: .venv/.installed  ## Measure time and memory of training steps, beside ot
 	$(BIN)/python -m recipes.benchmark.emulation
 	$(BIN)/python -m recipes.benchmark.weight_methods
 	$(BIN)/python -m recipes.benchmark.lloyd_max
+	$(BIN)/python -m recipes.benchmark.shift
 
 test: .venv/.installed  ## Run the whole suite, doctests and the code blocks of the documentation
 	$(BIN)/python -m pytest -n $(WORKERS)

@@ -2,6 +2,7 @@
 
 from lightning_nna.callbacks.compressed_sensing_pruning import CompressedSensingPruning
 from lightning_nna.callbacks.compression_report import CompressionReport
+from lightning_nna.callbacks.drift_monitor import DriftMonitor
 from lightning_nna.callbacks.general_quantizer import GeneralQuantizer
 from lightning_nna.callbacks.hard_compression import HardCompression
 from lightning_nna.callbacks.l1_pruning import L1Pruning
@@ -13,6 +14,7 @@ from lightning_nna.callbacks.nna_emulation import NNAEmulation
 __all__ = [
     "CompressedSensingPruning",
     "CompressionReport",
+    "DriftMonitor",
     "GeneralQuantizer",
     "HardCompression",
     "L1Pruning",

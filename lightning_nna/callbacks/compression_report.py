@@ -12,9 +12,10 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
+from lightning_nna.callbacks.figure_files import figure_folder, save_figure
 from lightning_nna.compression.report import Snapshot, as_json, codebook_stages
 from lightning_nna.emulator.weight_pipeline import pipeline_of
-from lightning_nna.files import whole_file, write_whole
+from lightning_nna.files import write_whole
 
 
 class CompressionReport(Callback):
@@ -112,7 +113,7 @@ class CompressionReport(Callback):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._look(trainer, pl_module)
         rank_zero_info(f"CompressionReport:\n{self.snapshots[-1]}")
-        folder = self._folder(trainer)
+        folder = figure_folder(trainer, self.dirpath, "compression")
         if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             write_whole(
                 folder / "compression.json", json.dumps(as_json(self.snapshots), indent=1) + "\n"
@@ -138,23 +139,14 @@ class CompressionReport(Callback):
         for logger in trainer.loggers:
             logger.log_metrics(figures, step=snapshot.step)
 
-    def _folder(self, trainer: pl.Trainer) -> Path:
-        # Asked on every rank: the Trainer broadcasts it.
-        logged = trainer.log_dir
-        return self.dirpath or Path(logged or trainer.default_root_dir) / "compression"
-
     def _draw(self, trainer: pl.Trainer, folder: Path) -> None:
         from lightning_nna.compression.figures import draw
 
         for name, figure in draw(self.snapshots, most_tensors=self.most_tensors).items():
-            path = folder / f"{name}.png"
-            with whole_file(path) as unfinished:
-                figure.savefig(unfinished, dpi=150, format="png", metadata={"Software": None})
-            for logger in trainer.loggers:
-                if hasattr(logger, "log_image"):  # W&B
-                    logger.log_image(key=f"nna/compression/{name}", images=[str(path)])
-                    continue
-                writer: Any = getattr(logger, "experiment", None)
-                if hasattr(writer, "add_figure"):  # TensorBoard
-                    step = self.snapshots[-1].step
-                    writer.add_figure(f"nna/compression/{name}", figure, global_step=step)
+            save_figure(
+                trainer,
+                figure,
+                folder / f"{name}.png",
+                key=f"nna/compression/{name}",
+                step=self.snapshots[-1].step,
+            )

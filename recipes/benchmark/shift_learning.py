@@ -1,0 +1,170 @@
+"""Learning under shift: prequential error and its cost, window by window or by ``WaveletRisk``.
+
+A stream is cut into periods. Before each, models are trained anew on what came before, standardised
+by it, and foretell the labels of the period; the error is the share of wrong ones over all periods
+but the first. A training is 60 steps of Adam over all its examples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import binary_cross_entropy_with_logits
+
+from lightning_nna.functional.model_selection import tournament
+from lightning_nna.functional.risk import WaveletRisk
+from lightning_nna.functional.windows import AdaptiveRollingWindow
+
+STREAMS_FOLDER = Path("../shared/data/streams")
+#: Examples a period; half-hours, days, and points.
+PERIODS = {"elec": 1000, "weather": 250, "rotating": 250}
+MODELS = ("logistic", "mlp")
+SEEDS = {"rotating": (1, 2), "weather": (1,), "elec": (1,)}
+_STEPS, _RATE, _DECAY = 60, 0.05, 1e-4
+_HIDDEN = 16
+# One example in so many is kept for choosing among windows.
+_HELD_OUT = 5
+
+Reduction = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class History:
+    """What is known before a period.
+
+    Args:
+        x: Standardised features, in the order of time.
+        y: Labels, 0 or 1.
+        period: Examples a period.
+        build: An untrained model.
+    """
+
+    x: Tensor
+    y: Tensor
+    period: int
+    build: Callable[[], nn.Module]
+
+    def fit(self, rows: Tensor | slice, reduction: Reduction) -> nn.Module:
+        """Train on some of the examples."""
+        model = self.build()
+        x, y = self.x[rows], self.y[rows]
+        optimizer = torch.optim.AdamW(model.parameters(), lr=_RATE, weight_decay=_DECAY)
+        for _ in range(_STEPS):
+            optimizer.zero_grad()
+            losses = binary_cross_entropy_with_logits(model(x)[:, 0], y, reduction="none")
+            reduction(losses).backward()
+            optimizer.step()
+        return model
+
+
+#: Takes a history; gives a model and how many trainings it took.
+Learner = Callable[[History], tuple[nn.Module, int]]
+
+
+def fixed(history: History, periods: int | None) -> tuple[nn.Module, int]:
+    """Train on the newest periods; None for all."""
+    first = 0 if periods is None else -periods * history.period
+    return history.fit(slice(first, None), torch.mean), 1
+
+
+def rolling(history: History, constant: float) -> tuple[nn.Module, int]:
+    """Train on 1, 2, 4, … periods and choose by ARW on the examples that were held out."""
+    count = len(history.x) // history.period
+    every = torch.arange(len(history.x))
+    held = every % _HELD_OUT == _HELD_OUT - 1
+    models, windows = [], [2**power for power in range(count.bit_length())]
+    for window in [*windows, *([count] if count not in windows else [])]:
+        rows = ~held & (every >= len(every) - window * history.period)
+        models.append(history.fit(rows, torch.mean))
+    losses = torch.stack([_losses(model, history.x[held], history.y[held]) for model in models])
+    periods = losses.double().unflatten(1, (count, -1)).mean(2)
+    estimator = AdaptiveRollingWindow(constant=constant)
+    return models[tournament(periods, estimator=estimator).winner], len(models)
+
+
+def risk(history: History) -> tuple[nn.Module, int]:
+    """One training of the estimated newest risk."""
+    return history.fit(slice(None), WaveletRisk(period=history.period)), 1
+
+
+LEARNERS: dict[str, tuple[str, Learner]] = {
+    "risk": ("WaveletRisk", risk),
+    "whole": ("whole history", partial(fixed, periods=None)),
+    "window_1": ("1 period", partial(fixed, periods=1)),
+    "window_4": ("4 periods", partial(fixed, periods=4)),
+    "window_16": ("16 periods", partial(fixed, periods=16)),
+    "arw": ("window by ARW", partial(rolling, constant=0.4)),
+}
+
+
+def measure(case: str, seed: int, missing: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Rows of the methods that are missing; a method is ``<learner> <model>``."""
+    for method in missing:
+        learner, model = method.split()
+        error, trainings = prequential(case, seed, model, LEARNERS[learner][1])
+        yield {
+            "case": case,
+            "seed": seed,
+            "method": learner,
+            "model": model,
+            "error": error,
+            "trainings": trainings,
+        }
+
+
+def prequential(case: str, seed: int, model: str, learner: Learner) -> tuple[float, float]:
+    """Error over all periods but the first, and trainings a period."""
+    x, y = stream(case, seed)
+    period = PERIODS[case]
+    wrong = trainings = 0
+    count = len(x) // period
+    for number in range(1, count):
+        known = number * period
+        mean, deviation = x[:known].mean(0), x[:known].std(0) + 1e-6
+        standard = (x[: known + period] - mean) / deviation
+        build = partial(_build, model, x.shape[1], seed)
+        trained, took = learner(History(standard[:known], y[:known], period, build))
+        with torch.no_grad():
+            said = trained(standard[known:])[:, 0] > 0
+        wrong += int((said != (y[known : known + period] > 0.5)).sum())
+        trainings += took
+    return wrong / ((count - 1) * period), trainings / (count - 1)
+
+
+@lru_cache(maxsize=4)
+def stream(case: str, seed: int) -> tuple[Tensor, Tensor]:
+    """Features and labels in the order of time.
+
+    The rotating stream has 10,000 normal points in six dimensions; the boundary turns once through
+    the plane of the first two.
+    """
+    y: np.ndarray
+    if case == "rotating":
+        rng = np.random.default_rng([seed, 4])
+        x = rng.standard_normal((10_000, 6))
+        angle = np.linspace(0, 2 * np.pi, len(x))
+        side = x[:, 0] * np.cos(angle) + x[:, 1] * np.sin(angle)
+        y = side + 0.3 * rng.standard_normal(len(x)) > 0
+    else:
+        table = np.loadtxt(STREAMS_FOLDER / f"{case}.csv.gz", delimiter=",", skiprows=1)
+        x, y = table[:, :-1], table[:, -1]
+    return torch.tensor(x, dtype=torch.float32), torch.tensor(y, dtype=torch.float32)
+
+
+def _build(model: str, features: int, seed: int) -> nn.Module:
+    torch.manual_seed(seed)
+    if model == "logistic":
+        return nn.Linear(features, 1)
+    return nn.Sequential(nn.Linear(features, _HIDDEN), nn.Tanh(), nn.Linear(_HIDDEN, 1))
+
+
+@torch.no_grad()
+def _losses(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    return binary_cross_entropy_with_logits(model(x)[:, 0], y, reduction="none")

@@ -1,0 +1,120 @@
+"""What an update of a stream costs, and how denoising a whole series scales."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import pywt
+
+from lightning_nna.functional.streaming_haar import StreamingHaar
+from lightning_nna.functional.total_variation import taut_string, tv_denoise
+from lightning_nna.functional.wavelets import HaarEstimator
+from lightning_nna.functional.windows import FixedWindow
+
+LENGTHS = (1_000, 10_000, 100_000, 1_000_000)
+UPDATES = 2_000
+
+RATE_LENGTHS = tuple(2**power for power in range(8, 17))
+RATE_SEEDS = range(4)
+_RATE_SIGMA = 0.5
+_PENALTIES = tuple(_RATE_SIGMA * 2.0**power for power in range(0, 5))
+
+
+def streaming(missing: Sequence[tuple[str, int]]) -> Iterator[dict[str, Any]]:
+    """Median time of one more value, in microseconds, by method and values before it."""
+    for method, n in missing:
+        y = np.random.default_rng(0).standard_normal(n + UPDATES)
+        if method == "streaming":
+            stream = StreamingHaar(sigma=1.0)
+            for value in y[:n].tolist():
+                stream.push(value)
+            times = [_timed(stream.update, value) for value in y[n:].tolist()]
+        else:
+            recompute = _RECOMPUTED[method]
+            repeats = max(3, min(UPDATES, 3_000_000 // n))
+            times = [_timed(recompute, y[:end]) for end in range(n + 1, n + 1 + repeats)]
+        yield {"case": f"n = {n}", "n": n, "method": method, "update_us": float(np.median(times))}
+
+
+def with_pywavelets(y: np.ndarray) -> float:
+    """The estimate of the newest 2^J values, all of it computed again."""
+    levels = len(y).bit_length() - 1
+    coarse, *details = pywt.wavedec(y[-(2**levels) :], "haar", level=levels)
+    threshold = np.sqrt(2 * np.log(levels / 0.1))
+    shrunk = [pywt.threshold(detail, threshold, "soft") for detail in details]
+    return float(pywt.waverec([coarse, *shrunk], "haar")[-1])
+
+
+def with_batch(y: np.ndarray) -> float:
+    """The closed form over the whole series."""
+    return float(HaarEstimator(sigma=1.0).latest(y).value)
+
+
+_RECOMPUTED: dict[str, Callable[[np.ndarray], float]] = {
+    "pywavelets": with_pywavelets,
+    "batch": with_batch,
+}
+STREAMING: dict[str, str] = {
+    "streaming": "StreamingHaar.update",
+    "batch": "haar_latest of all values",
+    "pywavelets": "PyWavelets, transform and inverse of all values",
+}
+
+RATES: dict[str, str] = {
+    "haar": "tv_denoise, Haar",
+    "haar_two_sided": "tv_denoise, two-sided",
+    "taut_string": "exact total variation, best penalty",
+    "visushrink": "PyWavelets, VisuShrink (soft, db1)",
+    "window": "best fixed window",
+}
+
+
+def rate(missing: Sequence[tuple[str, int]]) -> Iterator[dict[str, Any]]:
+    """Squared error summed over a series, by method and length; mean over seeds."""
+    for method, n in missing:
+        found = []
+        for seed in RATE_SEEDS:
+            truth = piecewise_constant(n)
+            noise = np.random.default_rng([seed, 5]).standard_normal(n)
+            found.append(_total_error(method, truth, truth + _RATE_SIGMA * noise))
+        mean, spread = float(np.mean(found)), float(np.std(found, ddof=1) / len(found) ** 0.5)
+        yield {"case": f"n = {n}", "n": n, "method": method, "error": mean, "error_error": spread}
+
+
+def piecewise_constant(n: int) -> np.ndarray:
+    """A hard series of total variation 4: half in one jump, half in n^(1/3) small ones."""
+    pieces = round(n ** (1 / 3))
+    small = (np.arange(n) * pieces // n % 2) * (2.0 / pieces)
+    return small + 2.0 * (np.arange(n) >= n // 3)
+
+
+def slope(lengths: Sequence[int], errors: Sequence[float]) -> float:
+    """Exponent of a power law through the points, by least squares of the logarithms."""
+    return float(np.polyfit(np.log(lengths), np.log(errors), 1)[0])
+
+
+def _total_error(method: str, truth: np.ndarray, y: np.ndarray) -> float:
+    def error(found: Any) -> float:
+        return float(np.square(found - truth).sum())
+
+    if method == "taut_string":
+        return min(error(taut_string(y, penalty)) for penalty in _PENALTIES)
+    if method == "window":
+        windows = [2**power for power in range(len(y).bit_length())]
+        return min(error(tv_denoise(y, FixedWindow(window=r, sigma=1.0))) for r in windows)
+    if method == "visushrink":
+        coarse, *details = pywt.wavedec(y, "haar")
+        threshold = _RATE_SIGMA * np.sqrt(2 * np.log(len(y)))
+        shrunk = [pywt.threshold(detail, threshold, "soft") for detail in details]
+        return error(pywt.waverec([coarse, *shrunk], "haar"))
+    estimator = HaarEstimator(sigma=_RATE_SIGMA, constant=0.85)
+    return error(tv_denoise(y, estimator, two_sided=method == "haar_two_sided"))
+
+
+def _timed(call: Callable[[Any], Any], argument: Any) -> float:
+    start = time.perf_counter()
+    call(argument)
+    return (time.perf_counter() - start) * 1e6

@@ -1,0 +1,160 @@
+"""The benchmark of temporal shift: its series, its scores, its page."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from lightning_nna.functional.windows import FixedWindow, WholeAverage
+from recipes.benchmark import (
+    shift,
+    shift_detection,
+    shift_latest,
+    shift_learning,
+    shift_streaming,
+)
+from recipes.benchmark.rows import append_row, read_rows
+from recipes.benchmark.shift_page import draw, is_first, page, verdicts
+
+
+def test_series_are_of_unit_deviation_and_noise_is_that_of_its_seed() -> None:
+    for course in shift_latest.series(3).values():
+        assert course.mean() == pytest.approx(0, abs=1e-12)
+        assert course.std() == pytest.approx(1)
+    truth, y = shift_latest.noisy([1, 2], 0.5)
+    assert truth.shape == y.shape == (2, len(shift_latest.CASES), shift_latest.LENGTH)
+    assert float((y - truth).std()) == pytest.approx(0.5, rel=0.05)
+    again = shift_latest.noisy([2], 0.5)[1]
+    torch.testing.assert_close(again[0], y[1], rtol=0, atol=0)
+    assert not set(shift_latest.SEEDS) & set(shift_latest.TUNING_SEEDS)
+    assert not set(shift_detection.TRIALS) & set(shift_detection.TUNING_TRIALS)
+
+
+def test_the_oracle_is_the_best_window_of_each_case() -> None:
+    truth, y = shift_latest.noisy([1], 0.5)
+    found, windows = shift_latest.oracle(truth, y)
+    for number in range(len(shift_latest.CASES)):
+        every = [
+            float(shift_latest.errors(FixedWindow(window=r, sigma=1.0), truth, y)[0, number])
+            for r in shift_latest.WINDOWS
+        ]
+        assert float(found[0, number]) == pytest.approx(min(every))
+        assert int(windows[number]) == shift_latest.WINDOWS[int(np.argmin(every))]
+    whole = shift_latest.errors(WholeAverage(sigma=1.0), truth, y)
+    assert (whole >= found).all()
+
+
+def test_scores_of_detectors_that_are_known() -> None:
+    always = shift_detection.score(lambda: lambda y: True, "step", range(5))
+    assert always == {"detected": 0.0, "delay": None, "false_alarm": 1.0}
+    never = shift_detection.score(lambda: lambda y: False, "flat", range(5))
+    assert never == {"detected": None, "delay": None, "false_alarm": 0.0}
+    rises = shift_detection.runs("step", range(50))
+    firsts = (rises > 0.265).argmax(1)
+    level = shift_detection.score(lambda: lambda y: y > 0.265, "step", range(50))
+    assert level["detected"] == pytest.approx(((firsts >= 30) & (firsts < 35)).mean())
+    assert level["delay"] == pytest.approx((firsts[firsts >= 30] - 30).mean())
+    assert level["false_alarm"] == pytest.approx((firsts < 30).mean())
+    ours = shift_detection.score(shift_detection.ours, "step", range(5))
+    assert ours["detected"] == 1.0
+    assert ours == shift_detection.score(shift_detection.ours, "step, ten times", range(5))
+
+
+@pytest.mark.parametrize("learner", sorted(shift_learning.LEARNERS))
+def test_learners_take_as_many_trainings_as_they_say(
+    learner: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fitted = []
+
+    class Counted(shift_learning.History):
+        def fit(self, rows: Any, reduction: Any) -> torch.nn.Module:
+            fitted.append(rows)
+            return super().fit(rows, reduction)
+
+    x, y = shift_learning.stream("rotating", 1)
+    history = Counted(x[:1500], y[:1500], 250, lambda: torch.nn.Linear(6, 1))
+    model, trainings = shift_learning.LEARNERS[learner][1](history)
+    assert len(fitted) == trainings
+    assert model(x[:3]).shape == (3, 1)
+
+
+def test_streaming_and_rates_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shift_streaming, "UPDATES", 5)
+    for method in shift_streaming.STREAMING:
+        (row,) = shift_streaming.streaming([(method, 100)])
+        assert row["update_us"] > 0
+    y = np.random.default_rng(0).standard_normal(256)
+    assert shift_streaming.with_pywavelets(y) == pytest.approx(shift_streaming.with_batch(y))
+    truth = shift_streaming.piecewise_constant(4096)
+    assert np.abs(np.diff(truth)).sum() == pytest.approx(4.0, abs=0.3)
+    assert shift_streaming.slope([10, 100, 1000], [1, 10, 100]) == pytest.approx(1.0)
+
+
+def small_rows() -> list[dict[str, Any]]:
+    """A few rows of each table, with figures that are known."""
+    rows: list[dict[str, Any]] = []
+    for number, method in enumerate([*shift_latest.METHODS, "oracle"]):
+        for case in shift_latest.CASES:
+            figure = {"mse": 0.1 + 0.01 * number, "mse_error": 0.001, "window": 8}
+            key = {"case": case, "sigma": 0.5, "sigma_known": True, "method": method}
+            rows.append({"table": "latest", **key, **figure})
+    for method in shift_detection.METHODS:
+        for case, onset in shift_detection.ONSETS.items():
+            figure = {"detected": None if onset is None else 0.97, "delay": 1.5}
+            key = {"table": "detection", "case": case, "method": method}
+            rows.append(key | figure | {"false_alarm": 0.08 if case == "flat" else 0.01})
+    for method in shift_learning.LEARNERS:
+        figures = {"error": 0.2, "trainings": 6.0 if method == "arw" else 1.0}
+        key = {"table": "learning", "case": "elec", "seed": 1, "model": "mlp", "method": method}
+        rows.append(key | figures)
+    for method in shift_streaming.STREAMING:
+        rows.append({"table": "streaming", "n": 1000, "method": method, "update_us": 12.3})
+    for n in (256, 512):
+        rows.append({"table": "rate", "n": n, "method": "haar", "error": n ** (1 / 3)})
+    return [{"command": "python -m recipes.benchmark.shift", **row} for row in rows]
+
+
+def test_targets_are_judged() -> None:
+    found = "\n".join(verdicts(small_rows()))
+    assert "first or tied in 8 of 8 cells (100%; target 80%, met)" in found
+    assert "97.0% of the steps detected within 5 epochs (target 95 %, met)" in found
+    assert "False alarms on flat runs: 8.0% (target 5 %, missed)" in found
+    assert "False alarms on falling runs: 1.0% (target 5 %, met)" in found
+    assert "elec, mlp: 20.00% errors with one training, 20.00% with a window chosen" in found
+    mine, rival = {"mse": 0.11, "mse_error": 0.01}, {"mse": 0.1, "mse_error": 0.0}
+    assert is_first(mine, rival)
+    assert not is_first(mine | {"mse_error": 0.005}, rival)
+
+
+def test_the_page_has_every_table_and_a_figure(tmp_path: Path) -> None:
+    text = page(small_rows())
+    assert "| **mixture of wavelets** | - | " in text
+    assert "| ours, Haar | 97.0% | 1.5 | 1.0% | 97.0% | 1.5 | 8.0% | 1.0% | 97.0% |" in text
+    assert "| WaveletRisk | - | - | - | - | - | 20.00% | 1.0 |" in text
+    assert "| StreamingHaar.update | 12.3 µs | - | - | - |" in text
+    assert "| tv_denoise, Haar | 0.333 | 6.3 | 8.0 |" in text
+    draw(small_rows(), tmp_path / "shift.png")
+    assert (tmp_path / "shift.png").stat().st_size > 10_000
+
+
+def test_what_is_there_is_not_measured_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "shift.jsonl"
+    monkeypatch.setattr(shift, "ROWS", path)
+    monkeypatch.setattr(shift_streaming, "LENGTHS", (64, 128))
+    monkeypatch.setattr(shift_streaming, "UPDATES", 3)
+    append_row(
+        path, {"table": "streaming", "n": 64, "method": "batch", "update_us": 1.0, "command": ""}
+    )
+    shift.main(["--tables", "streaming"])
+    rows = read_rows(path)
+    assert len(rows) == 2 * len(shift_streaming.STREAMING)
+    assert all(row.keys() >= {"table", "command", "method"} for row in rows)
+    shift.main(["--tables", "streaming"])
+    assert read_rows(path) == rows
+    assert path.with_suffix(".md").read_text() == page(rows)
