@@ -28,6 +28,8 @@ class Stored:
         constant: Whether it belongs to the program and not to the data.
         channel_axis: Axis along which several scales go.
         variable: Whether it is state that the instruction reads and then overwrites.
+        source: Where its values stand in the forward, in the shape of ``integers``: the tensor
+            itself or one that was moved there from it. None for what belongs to no tensor.
     """
 
     integers: Tensor
@@ -37,6 +39,7 @@ class Stored:
     constant: bool = False
     channel_axis: int = 0
     variable: bool = False
+    source: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,7 @@ class Instruction:
         outputs: Results.
         options: Fields of the operator's options, by the schema's own names.
         intermediates: Tensors that carry scales alone (the LSTM's).
+        left: What it leaves in its variable operands, in their order.
     """
 
     operator: str
@@ -58,6 +62,7 @@ class Instruction:
     outputs: tuple[Stored, ...]
     options: Mapping[str, Any] = field(default_factory=dict)
     intermediates: tuple[Stored, ...] = ()
+    left: tuple[Stored, ...] = ()
 
 
 def activation(value: Tensor, qparams: QParams, *, constant: bool = False) -> Stored:
@@ -74,4 +79,4 @@ def activation(value: Tensor, qparams: QParams, *, constant: bool = False) -> St
     """
     integers = (value.detach().double() / qparams.scale).round().long() + qparams.zero_point
     dtype = "int8" if qparams.bits == 8 else "int16"
-    return Stored(integers, dtype, qparams.scale, qparams.zero_point, constant)
+    return Stored(integers, dtype, qparams.scale, qparams.zero_point, constant, source=value)
