@@ -383,7 +383,9 @@ class Emulator:
         inputs = [activation(x, grid, constant=self.tag_of(x) is None) for x in tensors]
         if name == "where":
             inputs.insert(0, Stored(args[0], "bool", source=args[0]))
-        key = f"{self.interception.scope.stack[-1] if self.interception.scope.stack else ROOT}/{name}"
+        key = (
+            f"{self.interception.scope.stack[-1] if self.interception.scope.stack else ROOT}/{name}"
+        )
         self.recorder(Instruction(_CHOICES[name], key, tuple(inputs), (activation(result, grid),)))
 
     def read(self, values: Any) -> None:

@@ -1,0 +1,557 @@
+"""One forward of a module on the chip, at one shape, as a program of the chip.
+
+Every operator reports the instruction that it has emulated; :mod:`.provenance` says where its
+operands came from, and :mod:`.movement` what moves them there. So nothing is taken from the
+module's code: whatever it does in Python, the program is what has run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from math import prod
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+
+from lightning_nna.deploy.graph import Graph, Integers, Port, Program, form_of, operand_name
+from lightning_nna.deploy.movement import (
+    NO_TENSOR,
+    Codes,
+    Movements,
+    belong,
+    codes_of,
+    elements_in,
+    tensors_in,
+)
+from lightning_nna.deploy.provenance import CONSTANT, STEERING, Provenance
+from lightning_nna.emulator.attachment import attached, emulate
+from lightning_nna.emulator.engine import Emulator
+from lightning_nna.emulator.program import Instruction, Stored, activation
+
+#: Code of an element that no instruction has made.
+_UNKNOWN = -2
+_LSTM = "UNIDIRECTIONAL_SEQUENCE_LSTM"
+_STATES = (18, 19)
+# Chips whose arithmetic a .tflite program has.
+_WITH_PROGRAMS = ("litert-int8", "litert-int16x8", "ethos-u")
+
+
+class CaptureError(ValueError):
+    """A forward that is no program of the chip; the message names the call site and the remedy."""
+
+
+def capture(
+    module: nn.Module,
+    example_inputs: Sequence[Any],
+    *,
+    forward: Callable[..., Any] | None = None,
+) -> Program:
+    """Run a module on the chip once and give its instructions as a program.
+
+    Float arguments become integer inputs on the grid on which the network first reads them (one
+    input for each grid); those that an operator of the chip has made keep theirs. Integer arguments
+    are inputs where a table is looked up; where they only steer, as lengths do, they are fixed.
+    Results that are no activations are left out.
+
+    Args:
+        module: A module on the chip, calibrated.
+        example_inputs: Arguments of the forward, nested in lists and tuples as it likes; their
+            shapes are the program's.
+        forward: How the module runs, called with it and the arguments; None for its own forward.
+
+    Returns:
+        The program.
+
+    Raises:
+        CaptureError: If the module is not on a chip or not calibrated, if an operator is not the
+            chip's, or if a value comes from one that is not.
+
+    Example:
+        >>> from lightning_nna import calibrate
+        >>> net = nn.Sequential(nn.Linear(4, 3), nn.Tanh())
+        >>> emulator = calibrate(net, [torch.randn(8, 4)])
+        >>> program = capture(net, [torch.zeros(1, 4)])
+        >>> [operator.name for operator in program.operators]
+        ['FULLY_CONNECTED', 'TANH']
+    """
+    emulator = emulator_of(module)
+    leaves, form = tree_flatten(list(example_inputs))
+    with on_chip(module, emulator):
+        recorder = _Recorder(emulator)
+        with recorder.listening():
+            copies = [recorder.argument(k, x) for k, x in enumerate(leaves)]
+            result = called(module, forward)(*tree_unflatten(copies, form))
+            outputs = [recorder.result(k, x) for k, x in enumerate(tree_leaves(result))]
+    kept = [port for port in outputs if port is not None]
+    return recorder.graph.finish(
+        recorder.ports, kept, sorted(recorder.steering), emulator.spec.name
+    )
+
+
+@contextmanager
+def on_chip(module: nn.Module, emulator: Emulator) -> Iterator[None]:
+    """Every bit of evaluation on the chip; afterwards the module is as it was."""
+    training = [(each, each.training) for each in module.modules()]
+    fidelity, phase = emulator.fidelity, emulator.phase
+    module.eval()
+    try:
+        with emulate(module, emulator.spec, targets=emulator.targets), torch.no_grad():
+            yield
+    finally:
+        emulator.fidelity, emulator.phase = fidelity, phase
+        for each, mode in training:
+            each.training = mode
+
+
+def called(module: nn.Module, forward: Callable[..., Any] | None) -> Callable[..., Any]:
+    """How a module runs."""
+    return module if forward is None else partial(forward, module)
+
+
+def emulator_of(module: nn.Module) -> Emulator:
+    emulator = attached(module)
+    if emulator is None or not emulator.calibrated:
+        raise CaptureError(
+            "the module has no ranges yet: call calibrate(module, batches), or train it with "
+            "NNAEmulation, before it is exported"
+        )
+    if emulator.spec.name not in _WITH_PROGRAMS:
+        raise CaptureError(
+            f"there is no .tflite program in the arithmetic of {emulator.spec.name!r}; "
+            f"put the module on one of {', '.join(_WITH_PROGRAMS)}"
+        )
+    return emulator
+
+
+class _Recorder:
+    """Listens to a forward and connects its instructions."""
+
+    def __init__(self, emulator: Emulator) -> None:
+        self.emulator, self.graph, self.provenance = emulator, Graph(), Provenance()
+        self.ports: list[Port] = []
+        self.steering: set[int] = set()
+        self._codes = np.empty(0, np.int64)
+        #: Arguments in float: number of the pseudo tensor -> position.
+        self._arguments: dict[int, int] = {}
+        self._steered_by: list[int] = []
+        self._entered: dict[tuple[Any, ...], int] = {}
+        #: Cells that an LSTM has left in its variable: pseudo tensor -> variable.
+        self._cells: dict[int, int] = {}
+        #: What every variable holds now, as codes.
+        self._state: dict[int, Codes] = {}
+        self._moved: dict[tuple[Any, ...], int] = {}
+
+    # --- the forward ----------------------------------------------------------------------------
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Follow elements and take instructions down; refuse what no calibration has seen."""
+        emulator = self.emulator
+        known = set(emulator.ranges.ranges)
+        emulator.recorder, emulator.listener = self._take, self._refuse
+        try:
+            with self.provenance:
+                yield
+        finally:
+            emulator.recorder = emulator.listener = None
+            new = [key for key in emulator.ranges.ranges if key not in known]
+            for key in new:
+                del emulator.ranges.ranges[key]
+        if new:
+            raise CaptureError(
+                f"no calibration has seen {', '.join(new)}: calibrate with the calls that are "
+                "exported, and give arguments that come from the chip as the chip made them"
+            )
+
+    def argument(self, position: int, x: Any) -> Any:
+        """A copy of an argument, whose elements are followed."""
+        if not isinstance(x, Tensor):
+            return x
+        tag = self.emulator.tag_of(x)
+        copy = x.detach().clone()
+        addresses = self._begin(copy)
+        if not x.is_floating_point():
+            self._steered_by.append(position)
+        if tag is not None:
+            self.emulator.set_tag(copy, tag)
+            number = self._port(position, activation(copy, tag))
+            self._define(addresses, codes_of(number, np.arange(copy.numel())))
+        elif copy.numel():
+            form = Stored(copy if copy.is_floating_point() else copy.long(), _dtype(copy))
+            number = self.graph.add(f"argument{position}", form_of(form), form.integers.numpy())
+            self._arguments[number] = position
+            self._define(addresses, codes_of(number, np.arange(copy.numel())))
+        return copy
+
+    def result(self, position: int, x: Any) -> Port | None:
+        """The port of a result; None for what is no activation."""
+        if not isinstance(x, Tensor) or not x.is_floating_point() or not x.numel():
+            return None
+        with _disable_current_modes():
+            codes = self._resolve(x, f"result {position}")
+            for number in tensors_in(codes):
+                codes = self._as_integers(codes, number, position)
+            sources = tensors_in(codes)
+            if not sources:
+                raise CaptureError(f"result {position} does not depend on the arguments")
+            made = self._held_as_state(codes)
+            if made is None:
+                self._demand_current(sources, f"result {position}")
+                grid = self.graph.specs[sources[0]]
+                for number in sources:
+                    self._demand_grid(number, grid, f"result {position}")
+                made = self._move(codes, self._values(codes, grid.zero_point), grid, "result")
+            return Port(self.graph.names[made], position, tuple(x.shape))
+
+    # --- instructions ---------------------------------------------------------------------------
+
+    def _refuse(self, key: str, on_chip: bool, operands: Any, result: Any) -> None:
+        if not on_chip and self.provenance.reaches(result):
+            raise CaptureError(
+                f"{key} is no operator of {self.emulator.spec.name}: write it with operators that "
+                "coverage(module, example) lists as the chip's, or keep it out of the export "
+                "with forward="
+            )
+
+    def _take(self, instruction: Instruction) -> None:
+        """One instruction: connect its operands, and give its results their elements."""
+        with _disable_current_modes():
+            if not self._depends(instruction):
+                return  # Computed of the program's own constants: its results are constants.
+            places = [self._place(x) for x in instruction.outputs]
+            if instruction.operator == "QUANTIZE" and _is_float(instruction.inputs[0]):
+                self._enter(instruction, places[0])
+                return
+            inputs = [
+                None if x is None or x.variable else self._operand(instruction, k, x)
+                for k, x in enumerate(instruction.inputs)
+            ]
+            if instruction.operator == _LSTM:
+                for k, number in zip(_STATES, self._states(instruction), strict=True):
+                    inputs[k] = number
+            outputs = [self._output(instruction, k) for k in range(len(places))]
+            between = [
+                self.graph.add(f"{instruction.site}/intermediate", form_of(x), x.integers.numpy())
+                for x in instruction.intermediates
+            ]
+            self.graph.run(
+                instruction.operator,
+                instruction.site,
+                inputs,
+                outputs,
+                instruction.options,
+                between,
+            )
+            for place, number in zip(places, outputs, strict=True):
+                count = prod(self.graph.specs[number].shape)
+                self._define(place, codes_of(number, np.arange(count)))
+            if instruction.operator == _LSTM:
+                self._leave(instruction, inputs)
+
+    def _depends(self, instruction: Instruction) -> bool:
+        """Whether an instruction reads anything but constants."""
+        read = [x for x in instruction.inputs if x is not None and not x.constant]
+        return any(bool((self._addresses(x) != CONSTANT).any()) for x in read)
+
+    def _place(self, stored: Stored) -> Any:
+        """Addresses of a result; one that the forward never holds gets some."""
+        assert stored.source is not None
+        addresses = self._addresses(stored)
+        is_held = bool((addresses != CONSTANT).any())
+        return addresses if is_held else self.provenance.begin(stored.source).numpy()
+
+    def _output(self, instruction: Instruction, position: int) -> int:
+        stored = instruction.outputs[position]
+        return self.graph.add(instruction.site, form_of(stored), stored.integers.numpy())
+
+    def _operand(self, instruction: Instruction, position: int, stored: Stored) -> int:
+        name = f"{instruction.site}/{operand_name(instruction.operator, position)}"
+        values = stored.integers.numpy()
+        if stored.constant:
+            return self.graph.constant(name, form_of(stored), values.astype(np.int64))
+        where = f"{name} of {instruction.operator}"
+        if stored.source is None:
+            raise CaptureError(f"{where} has no place in the forward")
+        codes = self._resolve(stored.source, where, steering_too=stored.dtype == "bool")
+        form = form_of(stored)
+        if stored.dtype == "int32":
+            codes = self._integer_input(codes)
+        self._demand_current(tensors_in(codes), where)
+        for number in tensors_in(codes):
+            self._demand_grid(number, form, where)
+        if not np.array_equal(self._values(codes, 0)[codes >= 0], values[codes >= 0]):
+            raise CaptureError(f"{where} holds other integers than those it is made of")
+        return self._move(codes, values, form, name)
+
+    def _move(self, codes: Codes, values: Any, form: Any, name: str) -> int:
+        """The tensor with these elements, made by movements where there is none."""
+        whole = [k for k in tensors_in(codes) if codes.shape == self.graph.specs[k].shape]
+        for number in whole:
+            if np.array_equal(codes, codes_of(number, np.arange(codes.size)).reshape(codes.shape)):
+                return number
+        movements = Movements(
+            lambda operator, inputs, shape, options: self._emit(
+                operator, inputs, shape, options, form, name
+            ),
+            lambda integers: self.graph.constant(f"{name}/fill", form, integers),
+            lambda number: self.graph.specs[number].shape,
+        )
+        return movements.make(codes, values)
+
+    def _emit(
+        self, operator: str, inputs: Any, shape: Any, options: Any, form: Any, name: str
+    ) -> int:
+        """One movement, unless it has been made before."""
+        numbers = [
+            self._shape_constant(name, x) if isinstance(x, np.ndarray) else x for x in inputs
+        ]
+        changing = [k for k in numbers if k in self._state]
+        key = (operator, tuple(numbers), tuple(shape), repr(sorted(options.items())))
+        if key in self._moved and not changing:
+            return self._moved[key]
+        result = replace(form, shape=tuple(shape), is_variable=False, data=None)
+        values = _moved_values(operator, [self.graph.values[k] for k in numbers], shape, options)
+        number = self.graph.add(f"{name}/{operator.lower()}", result, values)
+        self.graph.run(operator, name, numbers, [number], options)
+        self._moved[key] = number
+        return number
+
+    def _shape_constant(self, name: str, x: Any) -> int:
+        form = form_of(Stored(torch.from_numpy(x).long(), "int32"))
+        return self.graph.constant(f"{name}/form", form, x.astype(np.int64))
+
+    # --- what comes in --------------------------------------------------------------------------
+
+    def _enter(self, instruction: Instruction, place: Any) -> None:
+        """Floats that are brought onto a grid: the arguments behind them come in on it."""
+        source, result = instruction.inputs[0], instruction.outputs[0]
+        assert source is not None and source.source is not None
+        codes = self._resolve(source.source, instruction.site)
+        entered = codes.copy()
+        for number in tensors_in(codes):
+            if number not in self._arguments:
+                raise CaptureError(
+                    f"{instruction.site} reads {self.graph.names[number]} in float: the chip would "
+                    "have to leave its integers; compute with the state's output instead"
+                )
+            port, mask = self._port_of(number, result), belong(codes, number)
+            entered[mask] = codes_of(port, elements_in(codes[mask]))
+        self._define(place, entered.reshape(-1))
+
+    def _port_of(self, argument: int, grid: Stored) -> int:
+        """The input that holds an argument in float on a grid."""
+        key = (argument, grid.dtype, float(grid.scale), grid.zero_point)
+        if key not in self._entered:
+            floats = torch.from_numpy(self.graph.values[argument])
+            integers = quantized(floats.numpy(), grid.dtype, float(grid.scale), grid.zero_point)
+            stored = replace(grid, integers=torch.from_numpy(integers), source=None)
+            self._entered[key] = self._port(self._arguments[argument], stored)
+        return self._entered[key]
+
+    def _port(self, position: int, stored: Stored) -> int:
+        name = f"input{position}"
+        number = self.graph.add(name, form_of(stored), stored.integers.numpy())
+        shape = tuple(stored.integers.shape)
+        self.ports.append(Port(self.graph.names[number], position, shape))
+        return number
+
+    def _integer_input(self, codes: Codes) -> Codes:
+        """Integers of arguments become inputs where a table is looked up."""
+        result = codes.copy()
+        for number in tensors_in(codes):
+            if number in self._arguments:
+                position = self._arguments[number]
+                key = (number, "int32")
+                if key not in self._entered:
+                    integers = torch.from_numpy(self.graph.values[number])
+                    self._entered[key] = self._port(position, Stored(integers, "int32"))
+                mask = belong(codes, number)
+                result[mask] = codes_of(self._entered[key], elements_in(codes[mask]))
+        return result
+
+    # --- states ---------------------------------------------------------------------------------
+
+    def _states(self, instruction: Instruction) -> list[int]:
+        """The variables of an LSTM: those of an earlier step, inputs, or new ones that start at 0."""
+        found = []
+        for k in _STATES:
+            stored = instruction.inputs[k]
+            assert stored is not None and stored.source is not None
+            name = f"{instruction.site}/{operand_name(_LSTM, k)}"
+            codes = self._resolve(stored.source, name)
+            held = [n for n, now in self._state.items() if _same(now, codes)]
+            if held:
+                found.append(held[0])
+            elif bool((codes == NO_TENSOR).all()):
+                if bool((stored.integers != stored.zero_point).any()):
+                    raise CaptureError(
+                        f"{name} starts at fixed values that are not 0: pass them as an argument"
+                    )
+                found.append(self.graph.add(name, form_of(stored), stored.integers.numpy()))
+            else:
+                found.append(self._state_input(name, codes, stored))
+        return found
+
+    def _state_input(self, name: str, codes: Codes, stored: Stored) -> int:
+        """An argument, whole and in order, that is read and overwritten."""
+        sources = tensors_in(codes)
+        whole = len(sources) == 1 and _same(codes, codes_of(sources[0], np.arange(codes.size)))
+        if not whole or prod(self.graph.specs[sources[0]].shape) != codes.size:
+            raise CaptureError(
+                f"{name} is no argument as a whole: pass the state of each layer as an argument of "
+                "its own, or start from zeros"
+            )
+        number = sources[0]
+        if number in self._arguments:
+            number = self._port_of(number, stored)
+        self._demand_grid(number, form_of(stored), name)
+        self.graph.specs[number] = form_of(stored)
+        self.graph.values[number] = stored.integers.numpy()
+        return number
+
+    def _leave(self, instruction: Instruction, inputs: Sequence[int | None]) -> None:
+        """What the variables of an LSTM hold from now on."""
+        h, c = inputs[_STATES[0]], inputs[_STATES[1]]
+        assert h is not None and c is not None
+        hidden, cells = instruction.left
+        assert hidden.source is not None and cells.source is not None
+        self._state[h] = self._resolve(hidden.source, instruction.site).reshape(-1)
+        version = self.graph.add(f"{instruction.site}/c", form_of(cells), cells.integers.numpy())
+        self._cells[version] = c
+        count = cells.integers.numel()
+        self._define(self._addresses(cells), codes_of(version, np.arange(count)))
+        self._state[c] = codes_of(version, np.arange(count))
+
+    def _held_as_state(self, codes: Codes) -> int | None:
+        """The variable that holds these elements now."""
+        held = [number for number, now in self._state.items() if _same(now, codes)]
+        return held[0] if held else None
+
+    def _demand_current(self, sources: Sequence[int], where: str) -> None:
+        """Refuse what an LSTM has overwritten, and its cells, which it alone can read."""
+        for number in sources:
+            if number in self._state or number in self._cells:
+                raise CaptureError(
+                    f"{where} reads the state {self.graph.names[number]} of an LSTM, which the "
+                    "chip has not kept: compute with the layer's output instead"
+                )
+
+    # --- elements -------------------------------------------------------------------------------
+
+    def _as_integers(self, codes: Codes, number: int, position: int) -> Codes:
+        """A result in float that passes an argument on: the integers that it comes in with."""
+        if number not in self._arguments:
+            return codes
+        known = {key[1:]: port for key, port in self._entered.items() if key[0] == number}
+        if len(known) != 1:
+            raise CaptureError(
+                f"result {position} passes argument {self._arguments[number]} on, which the "
+                f"program reads on {len(known)} grids: leave it out of the exported results"
+            )
+        port = next(iter(known.values()))
+        return np.where(belong(codes, number), codes_of(port, elements_in(codes)), codes)
+
+    def _begin(self, x: Tensor) -> Any:
+        with _disable_current_modes():
+            return self.provenance.begin(x).numpy()
+
+    def _addresses(self, stored: Stored) -> Any:
+        """Addresses of the values of an operand or a result."""
+        assert stored.source is not None
+        return self.provenance.addresses(stored.source).numpy()
+
+    def _define(self, addresses: Any, codes: Codes) -> None:
+        self._grow()
+        self._codes[addresses.reshape(-1)] = codes
+
+    def _grow(self) -> None:
+        missing = self.provenance.count - len(self._codes)
+        if missing > 0:
+            more = np.full(max(missing, len(self._codes)), _UNKNOWN)
+            self._codes = np.concatenate([self._codes, more])
+
+    def _resolve(self, x: Tensor, where: str, *, steering_too: bool = False) -> Codes:
+        """Codes of the elements of a tensor."""
+        self._grow()
+        addresses = self.provenance.addresses(x).numpy()
+        steering = addresses == STEERING
+        if steering.any() and not steering_too:
+            raise CaptureError(f"{where} is computed of integer arguments, off the chip")
+        if steering.any():
+            self.steering.update(self._steered_by)
+        fixed = (addresses == CONSTANT) | steering
+        codes = np.where(fixed, NO_TENSOR, self._codes[np.maximum(addresses, 0)])
+        if bool((codes == _UNKNOWN).any()):
+            raise CaptureError(
+                f"{where} comes from no operator of the chip: something between two of them works "
+                "on values off the chip; coverage(module, example) lists what does"
+            )
+        return codes
+
+    def _values(self, codes: Codes, fill: int) -> Integers:
+        """Integers that codes stand for."""
+        values = np.full(codes.shape, fill)
+        for number in tensors_in(codes):
+            held = self.graph.values[number].reshape(-1)
+            mask = belong(codes, number)
+            values[mask] = held[elements_in(codes[mask])]
+        return values
+
+    def _demand_grid(self, number: int, form: Any, where: str) -> None:
+        spec = self.graph.specs[number]
+        found = (spec.dtype, float(spec.scales[0]), spec.zero_point)
+        if found != (form.dtype, float(form.scales[0]), form.zero_point):
+            raise CaptureError(
+                f"{where} is read on another grid ({form.dtype}, scale {form.scales[0]}, zero "
+                f"point {form.zero_point}) than it was made on {found}: pass it through an operator"
+            )
+
+
+def quantized(x: Any, dtype: str, scale: float, zero_point: int) -> Any:
+    """Floats on a grid as LiteRT's QUANTIZE has them, int64."""
+    scaled = x.astype(np.float32) / np.float32(scale)
+    limits = np.iinfo(dtype)
+    rounded = np.trunc(scaled + np.copysign(np.float32(0.5), scaled)).astype(np.int64)
+    rounded = np.where(np.abs(scaled) < 0.5, 0, rounded)
+    return np.clip(rounded + zero_point, limits.min, limits.max)
+
+
+def _moved_values(operator: str, inputs: list[Any], shape: Any, options: Any) -> Integers:
+    """What a movement does to integers."""
+    x = inputs[0]
+    match operator:
+        case "RESHAPE":
+            return x.reshape(shape)
+        case "TRANSPOSE":
+            return x.transpose(inputs[1])
+        case "STRIDED_SLICE":
+            return x[tuple(slice(b, e, s) for b, e, s in zip(*inputs[1:], strict=True))]
+        case "REVERSE_V2":
+            return np.flip(x, inputs[1])
+        case "BROADCAST_TO":
+            return np.broadcast_to(x, shape)
+        case "GATHER":
+            return x[inputs[1]]
+        case _:
+            return np.concatenate(inputs, options["axis"])
+
+
+def _same(a: Codes, b: Codes) -> bool:
+    return a.size == b.size and bool((a.reshape(-1) == b.reshape(-1)).all())
+
+
+def _is_float(stored: Stored | None) -> bool:
+    return stored is not None and stored.dtype == "float32"
+
+
+def _dtype(x: Tensor) -> str:
+    if x.is_floating_point():
+        return "float32"
+    return "bool" if x.dtype == torch.bool else "int64"

@@ -1,0 +1,172 @@
+"""A program under construction: tensors with their integers, instructions, and shared constants."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from lightning_nna.deploy.flatbuffer import OperatorSpec, TensorSpec, options_of
+from lightning_nna.emulator.program import Stored
+
+Integers = NDArray[np.int64]
+
+# What operands of an instruction are called, where a position says it.
+_NAMES = {
+    "FULLY_CONNECTED": {1: "weight", 2: "bias"},
+    "CONV_2D": {1: "weight", 2: "bias"},
+    "DEPTHWISE_CONV_2D": {1: "weight", 2: "bias"},
+    "GATHER": {0: "table"},
+    "UNIDIRECTIONAL_SEQUENCE_LSTM": {
+        **{1 + k: f"weight_ih/{gate}" for k, gate in enumerate("ifgo")},
+        **{5 + k: f"weight_hh/{gate}" for k, gate in enumerate("ifgo")},
+        **{12 + k: f"bias/{gate}" for k, gate in enumerate("ifgo")},
+        **{16: "weight_hr", 18: "h", 19: "c"},
+    },
+}
+
+
+@dataclass(frozen=True)
+class Port:
+    """Where a tensor of the caller enters or leaves a program.
+
+    Args:
+        tensor: Name of the program's tensor.
+        position: Which of the caller's tensors: of the arguments, or of the results, nested ones
+            one after the other.
+        shape: Of the caller's tensor.
+    """
+
+    tensor: str
+    position: int
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Program:
+    """A network as instructions of the chip, at one shape.
+
+    Args:
+        tensors: By name, in the order in which they came up.
+        operators: In the order in which they run.
+        sites: Call site of each operator.
+        inputs: What the caller gives.
+        outputs: What the caller gets.
+        fixed: Positions of arguments that steered the forward and are part of the program.
+        spec: Name of the chip.
+    """
+
+    tensors: Mapping[str, TensorSpec]
+    operators: tuple[OperatorSpec, ...]
+    sites: tuple[str, ...]
+    inputs: tuple[Port, ...]
+    outputs: tuple[Port, ...]
+    fixed: tuple[int, ...]
+    spec: str
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all constants, each counted once."""
+        found = {spec.data.tobytes() for spec in self.tensors.values() if spec.data is not None}
+        return sum(map(len, found))
+
+
+@dataclass
+class Graph:
+    """Tensors by number, with the integers that they had in the forward that is captured."""
+
+    names: list[str] = field(default_factory=list)
+    specs: list[TensorSpec] = field(default_factory=list)
+    values: list[Integers] = field(default_factory=list)
+    operators: list[OperatorSpec] = field(default_factory=list)
+    sites: list[str] = field(default_factory=list)
+    _taken: dict[str, int] = field(default_factory=dict)
+    _constants: dict[tuple[Any, ...], int] = field(default_factory=dict)
+
+    def add(self, name: str, spec: TensorSpec, values: Integers) -> int:
+        """A new tensor under a name of its own."""
+        count = self._taken.get(name, 0)
+        self._taken[name] = count + 1
+        self.names.append(name if count == 0 else f"{name}:{count}")
+        self.specs.append(spec)
+        self.values.append(values)
+        return len(self.specs) - 1
+
+    def constant(self, name: str, spec: TensorSpec, values: Integers) -> int:
+        """A tensor of the program; one that is there already is taken again."""
+        data = np.ascontiguousarray(values.astype(spec.dtype))
+        scales, axis = spec.scales, spec.quantized_dimension
+        key = (spec.dtype, data.shape, data.tobytes(), scales.tobytes(), spec.zero_point, axis)
+        if key not in self._constants:
+            form = replace(spec, shape=data.shape, data=data, is_variable=False)
+            self._constants[key] = self.add(name, form, values)
+        return self._constants[key]
+
+    def run(
+        self,
+        operator: str,
+        site: str,
+        inputs: Sequence[int | None],
+        outputs: Sequence[int],
+        options: Mapping[str, Any],
+        intermediates: Sequence[int] = (),
+    ) -> None:
+        """Append an instruction."""
+        self.sites.append(site)
+        self.operators.append(
+            OperatorSpec(
+                operator,
+                tuple("" if number is None else self.names[number] for number in inputs),
+                tuple(self.names[number] for number in outputs),
+                options_of(operator, options),
+                tuple(self.names[number] for number in intermediates),
+            )
+        )
+
+    def finish(
+        self, inputs: Sequence[Port], outputs: Sequence[Port], fixed: Sequence[int], spec: str
+    ) -> Program:
+        """The program, without what no output needs."""
+        needed = {port.tensor for port in outputs}
+        kept: list[int] = []
+        variables = {n for n, s in zip(self.names, self.specs, strict=True) if s.is_variable}
+        for number in reversed(range(len(self.operators))):
+            each = self.operators[number]
+            # What writes a state that is needed has no other output that says so.
+            if needed.intersection([*each.outputs, *variables.intersection(each.inputs)]):
+                kept.append(number)
+                needed.update(each.inputs, each.outputs, each.intermediates)
+        kept.reverse()
+        ports = [port for port in inputs if port.tensor in needed]
+        tensors = {n: s for n, s in zip(self.names, self.specs, strict=True) if n in needed}
+        return Program(
+            tensors,
+            tuple(self.operators[number] for number in kept),
+            tuple(self.sites[number] for number in kept),
+            tuple(ports),
+            tuple(outputs),
+            tuple(fixed),
+            spec,
+        )
+
+
+def form_of(stored: Stored) -> TensorSpec:
+    """The form of a tensor, without its data."""
+    scale = stored.scale
+    return TensorSpec(
+        tuple(stored.integers.shape),
+        stored.dtype,
+        scale.double().numpy() if isinstance(scale, torch.Tensor) else float(scale),
+        stored.zero_point,
+        quantized_dimension=stored.channel_axis,
+        is_variable=stored.variable,
+    )
+
+
+def operand_name(operator: str, position: int) -> str:
+    """What an operand of an instruction is called."""
+    return _NAMES.get(operator, {}).get(position, f"operand{position}")
