@@ -34,6 +34,7 @@ from lightning_nna.deploy.provenance import CONSTANT, STEERING, Provenance
 from lightning_nna.emulator.attachment import attached, emulate
 from lightning_nna.emulator.engine import Emulator
 from lightning_nna.emulator.program import Instruction, Stored, activation
+from lightning_nna.emulator.ranges import QParams
 
 #: Code of an element that no instruction has made.
 _UNKNOWN = -2
@@ -137,7 +138,8 @@ class _Recorder:
         self.emulator, self.graph, self.provenance = emulator, Graph(), Provenance()
         self.ports: list[Port] = []
         self.steering: set[int] = set()
-        self._codes = np.empty(0, np.int64)
+        #: Codes by address, for every type: one tensor of the forward may have two on the chip.
+        self._codes: dict[str, Codes] = {}
         #: Arguments in float: number of the pseudo tensor -> position.
         self._arguments: dict[int, int] = {}
         self._steered_by: list[int] = []
@@ -182,12 +184,12 @@ class _Recorder:
         if tag is not None:
             self.emulator.set_tag(copy, tag)
             number = self._port(position, activation(copy, tag))
-            self._define(addresses, codes_of(number, np.arange(copy.numel())))
+            self._define(_width(tag), addresses, codes_of(number, np.arange(copy.numel())))
         elif copy.numel():
             form = Stored(copy if copy.is_floating_point() else copy.long(), _dtype(copy))
             number = self.graph.add(f"argument{position}", form_of(form), form.integers.numpy())
             self._arguments[number] = position
-            self._define(addresses, codes_of(number, np.arange(copy.numel())))
+            self._define(form.dtype, addresses, codes_of(number, np.arange(copy.numel())))
         return copy
 
     def result(self, position: int, x: Any) -> Port | None:
@@ -195,7 +197,9 @@ class _Recorder:
         if not isinstance(x, Tensor) or not x.is_floating_point() or not x.numel():
             return None
         with _disable_current_modes():
-            codes = self._resolve(x, f"result {position}")
+            tag = self.emulator.tag_of(x)
+            kind = "float32" if tag is None else _width(tag)
+            codes = self._resolve(x, kind, f"result {position}")
             for number in tensors_in(codes):
                 codes = self._as_integers(codes, number, position)
             sources = tensors_in(codes)
@@ -251,7 +255,8 @@ class _Recorder:
             )
             for place, number in zip(places, outputs, strict=True):
                 count = prod(self.graph.specs[number].shape)
-                self._define(place, codes_of(number, np.arange(count)))
+                dtype = self.graph.specs[number].dtype
+                self._define(dtype, place, codes_of(number, np.arange(count)))
             if instruction.operator == _LSTM:
                 self._leave(instruction, inputs)
 
@@ -279,7 +284,7 @@ class _Recorder:
         where = f"{name} of {instruction.operator}"
         if stored.source is None:
             raise CaptureError(f"{where} has no place in the forward")
-        codes = self._resolve(stored.source, where, steering_too=stored.dtype == "bool")
+        codes = self._resolve(stored.source, stored.dtype, where)
         form = form_of(stored)
         if stored.dtype == "int32":
             codes = self._integer_input(codes)
@@ -333,7 +338,7 @@ class _Recorder:
         """Floats that are brought onto a grid: the arguments behind them come in on it."""
         source, result = instruction.inputs[0], instruction.outputs[0]
         assert source is not None and source.source is not None
-        codes = self._resolve(source.source, instruction.site)
+        codes = self._resolve(source.source, "float32", instruction.site)
         entered = codes.copy()
         for number in tensors_in(codes):
             if number not in self._arguments:
@@ -343,7 +348,7 @@ class _Recorder:
                 )
             port, mask = self._port_of(number, result), belong(codes, number)
             entered[mask] = codes_of(port, elements_in(codes[mask]))
-        self._define(place, entered.reshape(-1))
+        self._define(result.dtype, place, entered.reshape(-1))
 
     def _port_of(self, argument: int, grid: Stored) -> int:
         """The input that holds an argument in float on a grid."""
@@ -385,7 +390,8 @@ class _Recorder:
             stored = instruction.inputs[k]
             assert stored is not None and stored.source is not None
             name = f"{instruction.site}/{operand_name(_LSTM, k)}"
-            codes = self._resolve(stored.source, name)
+            kind = stored.dtype if k == _STATES[0] else "float32"
+            codes = self._resolve(stored.source, kind, name)
             held = [n for n, now in self._state.items() if _same(now, codes)]
             if held:
                 found.append(held[0])
@@ -422,11 +428,11 @@ class _Recorder:
         assert h is not None and c is not None
         hidden, cells = instruction.left
         assert hidden.source is not None and cells.source is not None
-        self._state[h] = self._resolve(hidden.source, instruction.site).reshape(-1)
+        self._state[h] = self._resolve(hidden.source, hidden.dtype, instruction.site)
         version = self.graph.add(f"{instruction.site}/c", form_of(cells), cells.integers.numpy())
         self._cells[version] = c
         count = cells.integers.numel()
-        self._define(self._addresses(cells), codes_of(version, np.arange(count)))
+        self._define("float32", self._addresses(cells), codes_of(version, np.arange(count)))
         self._state[c] = codes_of(version, np.arange(count))
 
     def _held_as_state(self, codes: Codes) -> int | None:
@@ -467,27 +473,28 @@ class _Recorder:
         assert stored.source is not None
         return self.provenance.addresses(stored.source).numpy()
 
-    def _define(self, addresses: Any, codes: Codes) -> None:
-        self._grow()
-        self._codes[addresses.reshape(-1)] = codes
+    def _define(self, dtype: str, addresses: Any, codes: Codes) -> None:
+        self._codes_for(dtype)[addresses.reshape(-1)] = codes
 
-    def _grow(self) -> None:
-        missing = self.provenance.count - len(self._codes)
-        if missing > 0:
-            more = np.full(max(missing, len(self._codes)), _UNKNOWN)
-            self._codes = np.concatenate([self._codes, more])
+    def _codes_for(self, dtype: str) -> Codes:
+        """Codes of all addresses so far."""
+        held = self._codes.get(dtype, np.empty(0, np.int64))
+        missing = self.provenance.count - len(held)
+        if missing > 0 or dtype not in self._codes:
+            more = np.full(max(missing, len(held), 1), _UNKNOWN)
+            held = self._codes[dtype] = np.concatenate([held, more])
+        return held
 
-    def _resolve(self, x: Tensor, where: str, *, steering_too: bool = False) -> Codes:
-        """Codes of the elements of a tensor."""
-        self._grow()
+    def _resolve(self, x: Tensor, dtype: str, where: str) -> Codes:
+        """Codes of the elements of a tensor that the chip holds in a type."""
         addresses = self.provenance.addresses(x).numpy()
         steering = addresses == STEERING
-        if steering.any() and not steering_too:
+        if steering.any() and dtype != "bool":
             raise CaptureError(f"{where} is computed of integer arguments, off the chip")
         if steering.any():
             self.steering.update(self._steered_by)
         fixed = (addresses == CONSTANT) | steering
-        codes = np.where(fixed, NO_TENSOR, self._codes[np.maximum(addresses, 0)])
+        codes = np.where(fixed, NO_TENSOR, self._codes_for(dtype)[np.maximum(addresses, 0)])
         if bool((codes == _UNKNOWN).any()):
             raise CaptureError(
                 f"{where} comes from no operator of the chip: something between two of them works "
@@ -554,4 +561,8 @@ def _is_float(stored: Stored | None) -> bool:
 def _dtype(x: Tensor) -> str:
     if x.is_floating_point():
         return "float32"
-    return "bool" if x.dtype == torch.bool else "int64"
+    return "bool" if x.dtype == torch.bool else "int32"
+
+
+def _width(grid: QParams) -> str:
+    return "int8" if grid.bits == 8 else "int16"
