@@ -183,7 +183,7 @@ class _Recorder:
             self._steered_by.append(position)
         if tag is not None:
             self.emulator.set_tag(copy, tag)
-            number = self._port(position, activation(copy, tag))
+            number = self._port(position, activation(copy, tag), from_chip=True)
             self._define(_width(tag), addresses, codes_of(number, np.arange(copy.numel())))
         elif copy.numel():
             form = Stored(copy if copy.is_floating_point() else copy.long(), _dtype(copy))
@@ -360,11 +360,11 @@ class _Recorder:
             self._entered[key] = self._port(self._arguments[argument], stored)
         return self._entered[key]
 
-    def _port(self, position: int, stored: Stored) -> int:
+    def _port(self, position: int, stored: Stored, *, from_chip: bool = False) -> int:
         name = f"input{position}"
         number = self.graph.add(name, form_of(stored), stored.integers.numpy())
         shape = tuple(stored.integers.shape)
-        self.ports.append(Port(self.graph.names[number], position, shape))
+        self.ports.append(Port(self.graph.names[number], position, shape, from_chip))
         return number
 
     def _integer_input(self, codes: Codes) -> Codes:

@@ -39,11 +39,13 @@ class Port:
         position: Which of the caller's tensors: of the arguments, or of the results, nested ones
             one after the other.
         shape: Of the caller's tensor.
+        from_chip: Whether it comes from an operator of the chip, and was on its grid before.
     """
 
     tensor: str
     position: int
     shape: tuple[int, ...]
+    from_chip: bool = False
 
 
 @dataclass(frozen=True)

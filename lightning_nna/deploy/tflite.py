@@ -270,12 +270,12 @@ def verify(
     emulator = emulator_of(module)
     leaves, form = tree_flatten(list(inputs))
     with on_chip(module, emulator):
-        grids = {port.position: program.grid_of(port) for port in program.inputs}
-        arguments = [_as_the_chip_has_it(x, grids.get(k)) for k, x in enumerate(leaves)]
-        for x, k in zip(arguments, range(len(leaves)), strict=True):
-            grid = grids.get(k)
-            if grid is not None and sum(port.position == k for port in program.inputs) == 1:
-                emulator.set_tag(x, grid)
+        arguments = [x.detach().clone() if isinstance(x, Tensor) else x for x in leaves]
+        for port in program.inputs:
+            grid = program.grid_of(port)
+            if port.from_chip and grid is not None:
+                arguments[port.position] = on_grid(arguments[port.position], grid)
+                emulator.set_tag(arguments[port.position], grid)
         results = tree_leaves(called(module, forward)(*tree_unflatten(arguments, form)))
     found = program(leaves)
     equal = total = 0
@@ -286,14 +286,12 @@ def verify(
     return equal / max(total, 1)
 
 
-def _as_the_chip_has_it(x: Any, grid: QParams | None) -> Any:
-    if not isinstance(x, Tensor):
-        return x
-    if grid is None or not x.is_floating_point():
-        return x.detach().clone()
+def on_grid(x: Tensor, grid: QParams) -> Tensor:
+    """Floats as the chip has them."""
     kind = "int8" if grid.bits == 8 else "int16"
     integers = quantized(x.detach().numpy(), kind, grid.scale, grid.zero_point)
-    return torch.from_numpy((integers - grid.zero_point).astype(np.float32) * grid.scale).float()
+    centred = torch.from_numpy(integers - grid.zero_point).float()
+    return centred * torch.tensor(grid.scale, dtype=torch.float32)
 
 
 def _checked(path: Path) -> bytes:
@@ -318,4 +316,5 @@ def _notes(contents: bytes) -> dict[str, Any]:
 
 
 def _port(entry: Mapping[str, Any]) -> Port:
-    return Port(str(entry["tensor"]), int(entry["position"]), tuple(entry["shape"]))
+    shape, from_chip = tuple(entry["shape"]), bool(entry["from_chip"])
+    return Port(str(entry["tensor"]), int(entry["position"]), shape, from_chip)
