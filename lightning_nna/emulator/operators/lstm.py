@@ -381,7 +381,7 @@ def _intermediates(cell: LSTMCell) -> list[Stored]:
 
     Before a projection the kernel takes its zero point with the opposite sign.
     """
-    none, hidden = torch.zeros((), dtype=torch.int64), cell.grids.hidden
+    none, hidden = torch.zeros(1, dtype=torch.int64), cell.grids.hidden
     zero_point = hidden.zero_point if cell.projection is None else -hidden.zero_point
     unread = [Stored(none, "int16", 2.0**-12) for _ in range(4)]
     return [*unread, Stored(none, "int8", hidden.scale, zero_point)]
