@@ -9,15 +9,20 @@ from lightning_nna.deploy.tflite import (
     run_tflite,
     verify,
 )
+from lightning_nna.deploy.vela import VelaError, VelaOperator, VelaReport, vela_report
 
 __all__ = [
     "CaptureError",
     "LiteRTProgram",
     "PackedReport",
     "TFLiteModel",
+    "VelaError",
+    "VelaOperator",
+    "VelaReport",
     "export_tflite",
     "load_packed",
     "run_tflite",
     "save_packed",
+    "vela_report",
     "verify",
 ]

@@ -337,7 +337,8 @@ class _Recorder:
     def _enter(self, instruction: Instruction, place: Any) -> None:
         """Floats that are brought onto a grid: the arguments behind them come in on it."""
         source, result = instruction.inputs[0], instruction.outputs[0]
-        assert source is not None and source.source is not None
+        assert source is not None
+        assert source.source is not None
         codes = self._resolve(source.source, "float32", instruction.site)
         entered = codes.copy()
         for number in tensors_in(codes):
@@ -388,7 +389,8 @@ class _Recorder:
         found = []
         for k in _STATES:
             stored = instruction.inputs[k]
-            assert stored is not None and stored.source is not None
+            assert stored is not None
+            assert stored.source is not None
             name = f"{instruction.site}/{operand_name(_LSTM, k)}"
             kind = stored.dtype if k == _STATES[0] else "float32"
             codes = self._resolve(stored.source, kind, name)
@@ -425,9 +427,11 @@ class _Recorder:
     def _leave(self, instruction: Instruction, inputs: Sequence[int | None]) -> None:
         """What the variables of an LSTM hold from now on."""
         h, c = inputs[_STATES[0]], inputs[_STATES[1]]
-        assert h is not None and c is not None
+        assert h is not None
+        assert c is not None
         hidden, cells = instruction.left
-        assert hidden.source is not None and cells.source is not None
+        assert hidden.source is not None
+        assert cells.source is not None
         self._state[h] = self._resolve(hidden.source, hidden.dtype, instruction.site)
         version = self.graph.add(f"{instruction.site}/c", form_of(cells), cells.integers.numpy())
         self._cells[version] = c
