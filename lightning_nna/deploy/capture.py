@@ -7,11 +7,14 @@ module's code: whatever it does in Python, the program is what has run.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from math import prod
+from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -35,11 +38,16 @@ from lightning_nna.emulator.attachment import attached, emulate
 from lightning_nna.emulator.engine import Emulator
 from lightning_nna.emulator.program import Instruction, Stored, activation
 from lightning_nna.emulator.ranges import QParams
+from lightning_nna.emulator.weight_pipeline import pipeline_of
 
 #: Code of an element that no instruction has made.
 _UNKNOWN = -2
 _LSTM = "UNIDIRECTIONAL_SEQUENCE_LSTM"
 _STATES = (18, 19)
+_INSTALLED = str(Path(torch.__file__).parents[1])
+_PACKAGE = str(Path(__file__).parents[1])
+_OPERATORS = str(Path(__file__).parents[1] / "emulator" / "operators")
+_MODULE_CALL = nn.Module.__call__.__code__.co_filename
 # Chips whose arithmetic a .tflite program has.
 _WITH_PROGRAMS = ("litert-int8", "litert-int16x8", "ethos-u")
 
@@ -128,6 +136,8 @@ def emulator_of(module: nn.Module) -> Emulator:
             f"there is no .tflite program in the arithmetic of {emulator.spec.name!r}; "
             f"put the module on one of {', '.join(_WITH_PROGRAMS)}"
         )
+    if pipeline_of(module).phase == "train":
+        raise CaptureError("in the middle of a training step weights are not those that deploy")
     return emulator
 
 
@@ -135,7 +145,8 @@ class _Recorder:
     """Listens to a forward and connects its instructions."""
 
     def __init__(self, emulator: Emulator) -> None:
-        self.emulator, self.graph, self.provenance = emulator, Graph(), Provenance()
+        self.emulator, self.graph = emulator, Graph()
+        self.provenance = Provenance(self._decides)
         self.ports: list[Port] = []
         self.steering: set[int] = set()
         #: Codes by address, for every type: one tensor of the forward may have two on the chip.
@@ -166,11 +177,11 @@ class _Recorder:
             new = [key for key in emulator.ranges.ranges if key not in known]
             for key in new:
                 del emulator.ranges.ranges[key]
-        if new:
-            raise CaptureError(
-                f"no calibration has seen {', '.join(new)}: calibrate with the calls that are "
-                "exported, and give arguments that come from the chip as the chip made them"
-            )
+            if new:  # Whatever else went wrong, this came first.
+                raise CaptureError(
+                    f"no calibration has seen {', '.join(new)}: calibrate with the calls that are "
+                    "exported, and give arguments that come from the chip as the chip made them"
+                )
 
     def argument(self, position: int, x: Any) -> Any:
         """A copy of an argument, whose elements are followed."""
@@ -205,7 +216,7 @@ class _Recorder:
             sources = tensors_in(codes)
             if not sources:
                 raise CaptureError(f"result {position} does not depend on the arguments")
-            made = self._held_as_state(codes)
+            made = self._as_made(codes)
             if made is None:
                 self._demand_current(sources, f"result {position}")
                 grid = self.graph.specs[sources[0]]
@@ -223,6 +234,21 @@ class _Recorder:
                 "coverage(module, example) lists as the chip's, or keep it out of the export "
                 "with forward="
             )
+
+    def _decides(self, x: Tensor) -> None:
+        """Python asks for a value: of lengths and the like it may, they are fixed then."""
+        caller = _asking()
+        if caller is None:
+            return
+        with _disable_current_modes():
+            addresses = self.provenance.addresses(x).numpy()
+            known = self._codes_for("int32")[np.maximum(addresses, 0)] != _UNKNOWN
+            if not bool((known | (addresses < 0)).all()):
+                raise CaptureError(
+                    f"{caller} asks for a value of the data, and the chip cannot decide by it: "
+                    "keep the decision out of the export with forward="
+                )
+            self.steering.update(self._steered_by)
 
     def _take(self, instruction: Instruction) -> None:
         """One instruction: connect its operands, and give its results their elements."""
@@ -439,10 +465,20 @@ class _Recorder:
         self._define("float32", self._addresses(cells), codes_of(version, np.arange(count)))
         self._state[c] = codes_of(version, np.arange(count))
 
-    def _held_as_state(self, codes: Codes) -> int | None:
-        """The variable that holds these elements now."""
-        held = [number for number, now in self._state.items() if _same(now, codes)]
-        return held[0] if held else None
+    def _as_made(self, codes: Codes) -> int | None:
+        """The tensor that has these elements in this order, in whatever shape.
+
+        A cell is read from its variable. A hidden state is not: it is in the layer's output, too,
+        and a compiler leaves a layer out whose output nobody reads.
+        """
+        sources = tensors_in(codes)
+        if len(sources) != 1 or not _same(codes, codes_of(sources[0], np.arange(codes.size))):
+            return None
+        variable = self._cells.get(sources[0])
+        if variable is not None:
+            return variable if _same(self._state[variable], codes) else None
+        whole = codes.size == prod(self.graph.specs[sources[0]].shape)
+        return sources[0] if whole and sources[0] not in self._state else None
 
     def _demand_current(self, sources: Sequence[int], where: str) -> None:
         """Refuse what an LSTM has overwritten, and its cells, which it alone can read."""
@@ -552,6 +588,20 @@ def _moved_values(operator: str, inputs: list[Any], shape: Any, options: Any) ->
             return x[inputs[1]]
         case _:
             return np.concatenate(inputs, options["axis"])
+
+
+def _asking() -> str | None:
+    """Where a module's code stands; None within the chip's own arithmetic."""
+    frame: FrameType | None = sys._getframe(2)
+    found = None
+    while frame is not None and frame.f_code.co_filename != _MODULE_CALL:
+        name = frame.f_code.co_filename
+        if name.startswith(_OPERATORS):
+            return None
+        if found is None and not name.startswith((_INSTALLED, _PACKAGE)):
+            found = f"{Path(name).name}:{frame.f_lineno} in {frame.f_code.co_qualname}"
+        frame = frame.f_back
+    return found
 
 
 def _same(a: Codes, b: Codes) -> bool:

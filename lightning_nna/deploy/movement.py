@@ -22,7 +22,7 @@ NO_TENSOR = -1
 # The lower bits of a code are the element.
 _ELEMENT_BITS = 40
 # Cuts beyond which elements are gathered, and axes that the kernels of slices take.
-_MOST_PARTS = 64
+_MOST_PARTS = 32
 _MOST_AXES = 5
 
 Codes = NDArray[np.int64]
@@ -93,21 +93,22 @@ def view_of(elements: NDArray[np.int64], source: Sequence[int]) -> View | None:
     axes = [(n, s) for n, s in zip(elements.shape, steps, strict=True) if n > 1 and s != 0]
     for count, step in axes:
         first += min(step, 0) * (count - 1)
-    merged = _merged(axes)
-    order = sorted(range(len(merged)), key=lambda axis: -abs(merged[axis][1]))
-    box = [(merged[axis][0], abs(merged[axis][1])) for axis in order]
-    found = _by_radix(box, first, prod(source)) or _by_axes(box, first, tuple(source))
-    if found is None or len(found[0]) > _MOST_AXES:
-        return None
     pairs = zip(elements.shape, steps, strict=True)
     spread = tuple(1 if step == 0 else count for count, step in pairs)
-    return View(
-        *found,
-        order=tuple(order.index(axis) for axis in range(len(merged))),
-        reversed=tuple(axis for axis, (_, step) in enumerate(merged) if step < 0),
-        spread=spread,
-        result=elements.shape,
-    )
+    # As the source is, if that will do: it needs no other shape first.
+    for merged, place in ((axes, _by_axes), (_merged(axes), _by_radix)):
+        order = sorted(range(len(merged)), key=lambda axis: -abs(merged[axis][1]))
+        box = [(merged[axis][0], abs(merged[axis][1])) for axis in order]
+        found = place(box, first, tuple(source))
+        if found is not None and len(found[0]) <= _MOST_AXES:
+            return View(
+                *found,
+                order=tuple(order.index(axis) for axis in range(len(merged))),
+                reversed=tuple(axis for axis, (_, step) in enumerate(merged) if step < 0),
+                spread=spread,
+                result=elements.shape,
+            )
+    return None
 
 
 def _steps(elements: NDArray[np.int64], first: int) -> list[int] | None:
@@ -140,10 +141,10 @@ def _merged(axes: list[tuple[int, int]]) -> list[tuple[int, int]]:
 Box = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], tuple[int, ...]]
 
 
-def _by_radix(box: list[tuple[int, int]], first: int, total: int) -> Box | None:
+def _by_radix(box: list[tuple[int, int]], first: int, source: tuple[int, ...]) -> Box | None:
     """Read the source with an axis for every step; steps must divide one another."""
     shape, begin, sizes = [], [], []
-    outer = total
+    outer = prod(source)
     for count, step in box:
         if outer % step:
             return None

@@ -48,6 +48,7 @@ _FRESH = frozenset(
     aten::zeros_like
     """.split()
 )
+_ASKS = "aten::_local_scalar_dense"
 _FILLS = frozenset({"aten::fill_", "aten::zero_"})
 # What changes the type of a copy and not its elements.
 _TYPE_KEYWORDS = frozenset({"dtype", "layout", "device", "pin_memory", "non_blocking"})
@@ -55,6 +56,9 @@ _TYPE_KEYWORDS = frozenset({"dtype", "layout", "device", "pin_memory", "non_bloc
 
 class Provenance(TorchDispatchMode):
     """Follows elements through a forward.
+
+    Args:
+        decides: Called with a tensor that data have reached, where Python asks for its value.
 
     Example:
         >>> with Provenance() as provenance:
@@ -68,8 +72,9 @@ class Provenance(TorchDispatchMode):
                 [-1, -1]])
     """
 
-    def __init__(self) -> None:
+    def __init__(self, decides: Callable[[Tensor], None] | None = None) -> None:
         super().__init__()
+        self._decides = decides
         self._held: dict[int, Tensor] = {}
         # Kept, because memory that is freed becomes another tensor's.
         self._storages: list[Any] = []
@@ -105,6 +110,8 @@ class Provenance(TorchDispatchMode):
     ) -> Any:
         """Run a function and follow what it does."""
         kwargs = kwargs or {}
+        if func._schema.name == _ASKS and self._decides is not None and self.reaches(args):
+            self._decides(args[0])
         result = func(*args, **kwargs)
         self._follow(func, args, kwargs, result)
         return result

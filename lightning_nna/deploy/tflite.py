@@ -1,7 +1,7 @@
 """A module on the chip as a .tflite file, and LiteRT to run it.
 
-The file is fully integer and holds, beside the program, what is needed to call it from floats: which
-of the caller's tensors goes where. It ends where the module on the chip ends, in every bit, on
+The file is fully integer and holds, beside the program, what is needed to call it from floats:
+which of the caller's tensors goes where. It ends where the module on the chip ends, in every bit, on
 LiteRT's *reference* kernels; the optimised ones are faster and may differ.
 """
 

@@ -1,8 +1,8 @@
 """A transducer as three programs of the chip: one step of the sound, one label, one score.
 
-The encoder is exported for a chunk of the sound, the predictor for one label, the joint network for
-one pair; recurrent states go in and come out. :class:`DeployedTransducer` runs them on LiteRT behind
-the methods of the transducer, so that what decodes the one decodes the other.
+The encoder is exported for a chunk of the sound, the predictor for one label, the joint network
+for one pair; recurrent states go in and come out. :class:`DeployedTransducer` runs them on LiteRT
+behind the methods of the transducer, so that what decodes the one decodes the other.
 """
 
 from __future__ import annotations
