@@ -125,6 +125,7 @@ def called(module: nn.Module, forward: Callable[..., Any] | None) -> Callable[..
 
 
 def emulator_of(module: nn.Module) -> Emulator:
+    """The emulator of a module that can be exported; a :class:`CaptureError` says why not."""
     emulator = attached(module)
     if emulator is None or not emulator.calibrated:
         raise CaptureError(
@@ -411,7 +412,7 @@ class _Recorder:
     # --- states ---------------------------------------------------------------------------------
 
     def _states(self, instruction: Instruction) -> list[int]:
-        """The variables of an LSTM: those of an earlier step, inputs, or new ones that start at 0."""
+        """The variables of an LSTM: an earlier step's, inputs, or new ones that start at 0."""
         found = []
         for k in _STATES:
             stored = instruction.inputs[k]

@@ -1,15 +1,13 @@
 """A module on the chip as a .tflite file, and LiteRT to run it.
 
 The file is fully integer and holds, beside the program, what is needed to call it from floats:
-which of the caller's tensors goes where. It ends where the module on the chip ends, in every bit, on
-LiteRT's *reference* kernels; the optimised ones are faster and may differ.
+which of the caller's tensors goes where. Its results are those of the module on the chip, in every
+bit, on LiteRT's *reference* kernels; the optimised ones are faster and may differ.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -27,13 +25,12 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from lightning_nna.deploy.capture import called, capture, emulator_of, on_chip, quantized
 from lightning_nna.deploy.flatbuffer import build_model
 from lightning_nna.deploy.graph import Port, Program
+from lightning_nna.deploy.read_packed import NO_DIGEST, checked, sealed
 from lightning_nna.emulator.ranges import QParams
 from lightning_nna.files import whole_file
 
 _FORMAT = "lightning-nna program 1"
 _METADATA = "lightning-nna"
-_NO_DIGEST = "0" * 64
-_DIGEST = re.compile(rb'"sha256": "([0-9a-f]{64})"')
 
 
 @dataclass(frozen=True)
@@ -125,7 +122,7 @@ def write(program: Program) -> bytes:
         "inputs": [asdict(port) for port in program.inputs],
         "outputs": [asdict(port) for port in program.outputs],
         "fixed": list(program.fixed),
-        "sha256": _NO_DIGEST,
+        "sha256": NO_DIGEST,
     }
     contents = build_model(
         program.tensors,
@@ -134,8 +131,7 @@ def write(program: Program) -> bytes:
         list(dict.fromkeys(port.tensor for port in program.outputs)),
         {_METADATA: json.dumps(notes).encode()},
     )
-    digest = hashlib.sha256(contents).hexdigest()
-    return contents.replace(f'"sha256": "{_NO_DIGEST}"'.encode(), f'"sha256": "{digest}"'.encode())
+    return sealed(contents)
 
 
 class LiteRTProgram:
@@ -156,8 +152,8 @@ class LiteRTProgram:
     """
 
     def __init__(self, path: str | Path, *, optimised: bool = False, threads: int = 1) -> None:
-        contents = _checked(Path(path))
-        notes = _notes(contents)
+        contents = checked(Path(path))
+        notes = _notes(contents, path)
         self.spec = str(notes["spec"])
         self.inputs = tuple(_port(entry) for entry in notes["inputs"])
         self.outputs = tuple(_port(entry) for entry in notes["outputs"])
@@ -294,23 +290,11 @@ def on_grid(x: Tensor, grid: QParams) -> Tensor:
     return centred * torch.tensor(grid.scale, dtype=torch.float32)
 
 
-def _checked(path: Path) -> bytes:
-    """Contents of a file that is as it was written."""
-    if not path.exists():
-        raise FileNotFoundError(f"there is no file {path}")
-    contents = path.read_bytes()
-    found = _DIGEST.findall(contents)
-    if len(found) != 1:
-        raise ValueError(f"{path} is no file of export_tflite: it has {len(found)} checksums")
-    blank = contents.replace(found[0], _NO_DIGEST.encode())
-    if hashlib.sha256(blank).hexdigest() != found[0].decode():
-        raise ValueError(f"{path} is not as it was written: its checksum differs; export it again")
-    return contents
-
-
-def _notes(contents: bytes) -> dict[str, Any]:
+def _notes(contents: bytes, path: str | Path) -> dict[str, Any]:
     """What the file says of itself; its checksum is right, so it is all there."""
-    start = contents.index(f'{{"format": "{_FORMAT}"'.encode())
+    start = contents.find(f'{{"format": "{_FORMAT}"'.encode())
+    if start < 0:
+        raise ValueError(f"{path} is no program of export_tflite: it says nothing of one")
     notes, _ = json.JSONDecoder().raw_decode(contents[start:].decode("utf-8", "replace"))
     return dict(notes)
 

@@ -362,7 +362,9 @@ class Emulator:
         """A movement: parameters of the first tensor go to every float result."""
         result = func(*args, **kwargs)
         first = args[0] if args else None
-        found = [first] if isinstance(first, Tensor) else floats(args)
+        # A condition comes first and has no parameters.
+        holds = isinstance(first, Tensor) and first.is_floating_point()
+        found = [first] if holds else floats(args)
         source = next((x for x in found if x.is_floating_point()), None)
         if source is not None:
             self.folding.reads(source, "a movement")

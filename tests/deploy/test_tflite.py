@@ -273,7 +273,7 @@ def test_an_altered_program_is_refused(tmp_path: Path) -> None:
 
 def test_a_foreign_program_is_refused(tmp_path: Path) -> None:
     (tmp_path / "foreign.tflite").write_bytes(b"\x18\0\0\0TFL3" + bytes(100))
-    with pytest.raises(ValueError, match="no file of export_tflite"):
+    with pytest.raises(ValueError, match="no file of this project"):
         LiteRTProgram(tmp_path / "foreign.tflite")
     with pytest.raises(FileNotFoundError, match=r"nowhere\.tflite"):
         LiteRTProgram(tmp_path / "nowhere.tflite")
