@@ -116,6 +116,7 @@ def deploy(config: DictConfig) -> dict[str, Any]:
         "method": _method(weights),
         **provenance(recipe.seed),
         **size_of(recogniser.model),
+        "threads": torch.get_num_threads(),
         **_deployed_figures(found, transcripts),
         "float": in_float,
         "emulated": emulated,
