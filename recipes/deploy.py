@@ -29,7 +29,7 @@ from tqdm import tqdm
 from lightning_nna import emulate
 from lightning_nna.callbacks import NNAEmulation
 from lightning_nna.callbacks.weight_method import WeightMethod
-from lightning_nna.deploy import TFLiteModel, VelaReport, vela_report
+from lightning_nna.deploy import TFLiteModel, VelaReport, vela_report, write_report
 from lightning_nna.emulator.attachment import attached
 from recipes.asr.batches import Batch
 from recipes.asr.beam import beam_decode
@@ -82,7 +82,8 @@ def deploy(config: DictConfig) -> dict[str, Any]:
         config: The composed configuration ``deploy`` of ``conf/``.
 
     Returns:
-        What ``summary.json`` in the run folder holds; the programs are in ``programs`` beside it.
+        What ``summary.json`` in the run folder holds. The programs are in ``programs`` beside it,
+        and ``report.html`` and ``report.csv`` have every weight.
 
     Raises:
         FileNotFoundError: If ``ckpt`` does not exist.
@@ -108,8 +109,9 @@ def deploy(config: DictConfig) -> dict[str, Any]:
     deployed = DeployedTransducer(run_dir / "programs")
     found = compare(recogniser, deployed, datamodule.test_dataloader())
     speech = speed(recogniser, run_dir / "programs", datamodule)
-    systems = [list(system) for system in config.systems]
-    reports = [cost(models, speech["calls_per_second"], *system) for system in systems]
+    compiled = [compile_for(models, *system) for system in config.systems]
+    reports = [cost(parts, speech["calls_per_second"]) for parts in compiled]
+    write_report(recogniser, run_dir, list(compiled[0].values()) if compiled else [])
     summary = {
         "ckpt": str(config.ckpt),
         "experiment": recipe.name,
@@ -239,33 +241,31 @@ def speed(
     }
 
 
-def cost(
-    models: Mapping[str, TFLiteModel],
-    calls_per_second: Mapping[str, float],
-    accelerator: str,
-    system: str,
-    memory_mode: str,
-) -> dict[str, Any]:
-    """What Vela says of the programs, all together, for a second of speech.
-
-    Args:
-        models: The programs.
-        calls_per_second: How often each runs in a second of speech.
-        accelerator: See :func:`.vela_report`.
-        system: See :func:`.vela_report`.
-        memory_mode: See :func:`.vela_report`.
-    """
-    parts: dict[str, VelaReport] = {
+def compile_for(
+    models: Mapping[str, TFLiteModel], accelerator: str, system: str, memory_mode: str
+) -> dict[str, VelaReport]:
+    """What Vela says of each program; see :func:`.vela_report`."""
+    return {
         part: vela_report(
             model.path, accelerator=accelerator, system=system, memory_mode=memory_mode
         )
         for part, model in models.items()
     }
+
+
+def cost(parts: Mapping[str, VelaReport], calls_per_second: Mapping[str, float]) -> dict[str, Any]:
+    """What Vela says of the programs, all together, for a second of speech.
+
+    Args:
+        parts: Of each program, for one system.
+        calls_per_second: How often each runs in a second of speech.
+    """
     reports = parts.values()
+    first = next(iter(reports))
     return {
-        "accelerator": accelerator,
-        "system": system,
-        "memory_mode": memory_mode,
+        "accelerator": first.accelerator,
+        "system": first.system,
+        "memory_mode": first.memory_mode,
         "encoded_bytes": sum(report.encoded_bytes for report in reports),
         "memory_bytes": sum(report.memory_bytes for report in reports),
         "sram_bytes": max(report.sram_bytes for report in reports),

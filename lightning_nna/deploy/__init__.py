@@ -2,6 +2,7 @@
 
 from lightning_nna.deploy.capture import CaptureError
 from lightning_nna.deploy.packed import PackedReport, load_packed, save_packed
+from lightning_nna.deploy.report import layer_figures, write_report
 from lightning_nna.deploy.tflite import (
     LiteRTProgram,
     TFLiteModel,
@@ -20,9 +21,11 @@ __all__ = [
     "VelaOperator",
     "VelaReport",
     "export_tflite",
+    "layer_figures",
     "load_packed",
     "run_tflite",
     "save_packed",
     "vela_report",
     "verify",
+    "write_report",
 ]

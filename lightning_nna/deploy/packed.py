@@ -42,6 +42,7 @@ from lightning_nna.deploy.read_packed import (
     width_of,
 )
 from lightning_nna.emulator.attachment import attached
+from lightning_nna.emulator.weights import QuantizedWeight
 from lightning_nna.files import whole_file
 
 _MOST_VALUES = 256
@@ -171,6 +172,13 @@ def _grids(module: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
             steps = held.scales.reshape(-1, rows)[:, 0]
             found[name] = held.stored.reshape(parameter.shape).to(torch.int8), steps
     return found
+
+
+def packed_size(weight: QuantizedWeight, rows_per_scale: int) -> int:
+    """Bytes of a weight of the chip in its smallest layout, steps included."""
+    integers = weight.stored.to(torch.int8)
+    _, held = _smallest(_bits_of("a weight", integers))
+    return sum(array.nbytes for array in held.values()) + 4 * (len(integers) // rows_per_scale)
 
 
 def _coded_bytes(bits: Bits) -> int:
