@@ -34,10 +34,9 @@ from lightning_nna.emulator.attachment import attached
 from recipes.asr.batches import Batch
 from recipes.asr.beam import beam_decode
 from recipes.asr.data import SpeechDataModule
-from recipes.asr.decoding import greedy_decode
+from recipes.asr.decoding import Decodable, greedy_decode
 from recipes.asr.deployed import DeployedTransducer, export_transducer
 from recipes.asr.recogniser import TransducerRecogniser, transducer_loss
-from recipes.asr.rnnt import Transducer
 from recipes.asr.scoring import word_errors
 from recipes.asr.vocabulary import BLANK
 from recipes.evaluate import put_on_chip, recipe_of
@@ -196,7 +195,7 @@ def compare(
 
 @torch.no_grad()
 def _outputs(
-    recogniser: TransducerRecogniser | None, model: Transducer | DeployedTransducer, batch: Batch
+    recogniser: TransducerRecogniser | None, model: Decodable, batch: Batch
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Encodings, predictions, logits of every pair, and the steps of each utterance."""
     if recogniser is not None:

@@ -1,6 +1,6 @@
 """The way to the chip: programs for its tool chain, and packed weights."""
 
-from lightning_nna.deploy.capture import CaptureError
+from lightning_nna.deploy.graph import CaptureError
 from lightning_nna.deploy.packed import PackedReport, load_packed, save_packed
 from lightning_nna.deploy.report import layer_figures, write_report
 from lightning_nna.deploy.tflite import (

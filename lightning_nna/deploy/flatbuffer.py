@@ -144,7 +144,7 @@ def build_model(
     return bytes(builder.Output())
 
 
-class _AlignedBuffer(schema.BufferT):  # type: ignore[misc]
+class _AlignedBuffer(schema.BufferT):
     """A buffer whose data begin where a runtime can read them in place."""
 
     def Pack(self, builder: Any) -> Any:  # noqa: N802

@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from lightning_nna.deploy.flatbuffer import OperatorSpec, TensorSpec, options_of
+from lightning_nna.deploy.movement import Codes, belong, elements_in, tensors_in
 from lightning_nna.emulator.program import Stored
 
 Integers = NDArray[np.int64]
@@ -28,6 +29,10 @@ _NAMES = {
         **{16: "weight_hr", 18: "h", 19: "c"},
     },
 }
+
+
+class CaptureError(ValueError):
+    """A forward that is no program of the chip; the message names the call site and the remedy."""
 
 
 @dataclass(frozen=True)
@@ -129,6 +134,25 @@ class Graph:
             )
         )
 
+    def integers_of(self, codes: Codes, fill: int) -> Integers:
+        """Integers that codes stand for."""
+        values = np.full(codes.shape, fill)
+        for number in tensors_in(codes):
+            held = self.values[number].reshape(-1)
+            mask = belong(codes, number)
+            values[mask] = held[elements_in(codes[mask])]
+        return values
+
+    def demand_grid(self, number: int, form: TensorSpec, where: str) -> None:
+        """Refuse an operand that is read on another grid than it was made on."""
+        spec = self.specs[number]
+        found = (spec.dtype, float(spec.scales[0]), spec.zero_point)
+        if found != (form.dtype, float(form.scales[0]), form.zero_point):
+            raise CaptureError(
+                f"{where} is read on another grid ({form.dtype}, scale {form.scales[0]}, zero "
+                f"point {form.zero_point}) than it was made on {found}: pass it through an operator"
+            )
+
     def finish(
         self, inputs: Sequence[Port], outputs: Sequence[Port], fixed: Sequence[int], spec: str
     ) -> Program:
@@ -167,6 +191,15 @@ def form_of(stored: Stored) -> TensorSpec:
         quantized_dimension=stored.channel_axis,
         is_variable=stored.variable,
     )
+
+
+def quantized(x: Any, dtype: str, scale: float, zero_point: int) -> Any:
+    """Floats on a grid as LiteRT's QUANTIZE has them, int64."""
+    scaled = x.astype(np.float32) / np.float32(scale)
+    limits = np.iinfo(dtype)
+    rounded = np.trunc(scaled + np.copysign(np.float32(0.5), scaled)).astype(np.int64)
+    rounded = np.where(np.abs(scaled) < 0.5, 0, rounded)
+    return np.clip(rounded + zero_point, limits.min, limits.max)
 
 
 def operand_name(operator: str, position: int) -> str:

@@ -8,7 +8,7 @@ gathered, which no accelerator does.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from math import prod
@@ -178,6 +178,28 @@ def _by_axes(box: list[tuple[int, int]], first: int, source: tuple[int, ...]) ->
         sizes.append(count)
         steps.append(step)
     return None if left else (source, tuple(begin), tuple(sizes), tuple(steps))
+
+
+def moved_integers(
+    operator: str, inputs: Sequence[Any], shape: Any, options: Mapping[str, Any]
+) -> NDArray[np.int64]:
+    """What a movement does to integers."""
+    x = inputs[0]
+    match operator:
+        case "RESHAPE":
+            return x.reshape(shape)
+        case "TRANSPOSE":
+            return x.transpose(inputs[1])
+        case "STRIDED_SLICE":
+            return x[tuple(slice(b, e, s) for b, e, s in zip(*inputs[1:], strict=True))]
+        case "REVERSE_V2":
+            return np.flip(x, inputs[1])
+        case "BROADCAST_TO":
+            return np.broadcast_to(x, shape)
+        case "GATHER":
+            return x[inputs[1]]
+        case _:
+            return np.concatenate(inputs, options["axis"])
 
 
 Emit = Callable[[str, Sequence[Any], Sequence[int], dict[str, Any]], int]

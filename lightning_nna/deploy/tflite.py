@@ -22,9 +22,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-from lightning_nna.deploy.capture import called, capture, emulator_of, on_chip, quantized
+from lightning_nna.deploy.capture import called, capture, emulator_of, on_chip
 from lightning_nna.deploy.flatbuffer import build_model
-from lightning_nna.deploy.graph import Port, Program
+from lightning_nna.deploy.graph import Port, Program, quantized
 from lightning_nna.deploy.read_packed import NO_DIGEST, checked, sealed
 from lightning_nna.emulator.ranges import QParams
 from lightning_nna.files import whole_file
@@ -205,6 +205,8 @@ class LiteRTProgram:
                 "export it for another shape"
             )
         grid = self.grid_of(port)
+        if not np.isfinite(value).all():
+            raise ValueError(f"argument {port.position} has values that are not finite")
         if grid is not None:
             value = quantized(value, np.dtype(detail["dtype"]).name, grid.scale, grid.zero_point)
         held = value.astype(detail["dtype"]).reshape(detail["shape"])

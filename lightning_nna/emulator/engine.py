@@ -364,7 +364,7 @@ class Emulator:
         first = args[0] if args else None
         # A condition comes first and has no parameters.
         holds = isinstance(first, Tensor) and first.is_floating_point()
-        found = [first] if holds else floats(args)
+        found = floats(first if holds else args)
         source = next((x for x in found if x.is_floating_point()), None)
         if source is not None:
             self.folding.reads(source, "a movement")

@@ -142,10 +142,14 @@ def run_cell(cell: Cell, runs: Path, *, threads: int) -> bool:
 
 def rows_of(cell: Cell, summary: Mapping[str, Any]) -> list[dict[str, Any]]:
     """A row for every system."""
-    kept = ("wer", "wer_low", "wer_high", "loss_per_token", "tflite_bytes", "real_time_factor")
-    kept += ("equal_outputs", "outputs", "equal_transcripts", "utterances", "threads")
-    systems = ("accelerator", "system", "memory_mode", "encoded_bytes", "memory_bytes")
-    systems += ("sram_bytes", "inference_ms", "part_ms", "bound", "cpu_operators")
+    kept = (
+        *("wer", "wer_low", "wer_high", "loss_per_token", "tflite_bytes", "real_time_factor"),
+        *("equal_outputs", "outputs", "equal_transcripts", "utterances", "threads"),
+    )
+    systems = (
+        *("accelerator", "system", "memory_mode", "encoded_bytes", "memory_bytes"),
+        *("sram_bytes", "inference_ms", "part_ms", "bound", "cpu_operators"),
+    )
     return [
         {
             **cell.key,

@@ -147,11 +147,13 @@ def _record_padding(call: Call, x: Stored, geometry: Geometry) -> Stored:
 
 def _channels_last(x: Stored) -> Stored:
     """Batch, height, width, channels: the layout of the schema."""
-    moved = []
-    for each in (x.integers, x.source):
-        whole = each.unsqueeze(2) if each is not None and each.dim() == 3 else each
-        moved.append(None if whole is None else whole.permute(0, 2, 3, 1))
-    return replace(x, integers=moved[0], source=moved[1])
+    source = None if x.source is None else _last(x.source)
+    return replace(x, integers=_last(x.integers), source=source)
+
+
+def _last(x: Tensor) -> Tensor:
+    whole = x.unsqueeze(2) if x.dim() == 3 else x
+    return whole.permute(0, 2, 3, 1)
 
 
 def _by_axis(name: str, values: Sequence[int]) -> dict[str, Any]:
