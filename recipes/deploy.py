@@ -136,7 +136,9 @@ def chip_callbacks(weights: TrainedWeights, config: DictConfig) -> list[Callback
     A checkpoint that was not trained on the chip takes those of ``config.callbacks``.
     """
     trained = weights.recipe.get("callbacks") or {}
-    nodes = trained if trained.get("nna") else OmegaConf.to_container(config.callbacks)
+    nodes = (
+        trained if trained.get("nna") else OmegaConf.to_container(config.callbacks, resolve=True)
+    )
     assert isinstance(nodes, Mapping)
     callbacks = []
     for node in nodes.values():

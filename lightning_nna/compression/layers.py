@@ -93,7 +93,8 @@ def as_html(rows: Sequence[LayerFigures], *, title: str, notes: Sequence[str] = 
     if any(row.cycles is not None for row in rows):
         figures.append(_bars("Cycles", rows, [("#a85c48", lambda row: float(row.cycles or 0))]))
     head = "".join(f"<th>{html.escape(name)}</th>" for name in _HEADS)
-    body = "\n".join(f"<tr>{''.join(_cells(row))}</tr>" for row in [*rows, _total(rows)])
+    table = [*(_cells(row) for row in rows), _total(rows)]
+    body = "\n".join(f"<tr>{''.join(line)}</tr>" for line in table)
     lines = "".join(f"<p>{html.escape(note)}</p>" for note in notes)
     return _PAGE.format(
         title=html.escape(title), notes=lines, figures="\n".join(figures), head=head, body=body
@@ -114,32 +115,32 @@ _HEADS = (
 )
 
 
-def _total(rows: Sequence[LayerFigures]) -> LayerFigures:
-    weights = sum(row.weights for row in rows)
-    share = [row.weights / max(weights, 1) for row in rows]
-    known = [row.cycles for row in rows if row.cycles is not None]
-    return LayerFigures(
-        "all",
-        "",
-        max((row.bits for row in rows), default=0),
-        weights,
-        max((row.values for row in rows), default=0),
-        sum(row.zeros * part for row, part in zip(rows, share, strict=True)),
-        sum(row.entropy_bits * part for row, part in zip(rows, share, strict=True)),
-        sum(row.packed_bytes for row in rows),
-        math.nan,
-        sum(known) if known else None,
+def _cells(row: LayerFigures) -> list[str]:
+    sqnr = f"{row.sqnr_db:.1f}" if math.isfinite(row.sqnr_db) else "∞"
+    cycles = "-" if row.cycles is None else f"{row.cycles:,}"
+    return _line(
+        *(row.name, row.method, f"{row.bits}", f"{row.weights:,}", f"{row.values}"),
+        *(f"{row.zeros:.1%}", f"{row.entropy_bits:.2f}", f"{row.packed_bytes:,}", sqnr, cycles),
     )
 
 
-def _cells(row: LayerFigures) -> list[str]:
-    sqnr = "-" if math.isnan(row.sqnr_db) else f"{row.sqnr_db:.1f}"
-    cycles = "-" if row.cycles is None else f"{row.cycles:,}"
-    numbers = [
-        *(f"{row.bits}", f"{row.weights:,}", f"{row.values}", f"{row.zeros:.1%}"),
-        *(f"{row.entropy_bits:.2f}", f"{row.packed_bytes:,}", sqnr, cycles),
-    ]
-    texts = [f"<td class=t>{html.escape(text)}</td>" for text in (row.name, row.method)]
+def _total(rows: Sequence[LayerFigures]) -> list[str]:
+    """Sums, and means over all weights."""
+    weights = sum(row.weights for row in rows)
+
+    def mean(figure: Callable[[LayerFigures], float]) -> float:
+        return sum(figure(row) * row.weights for row in rows) / max(weights, 1)
+
+    known = [row.cycles for row in rows if row.cycles is not None]
+    return _line(
+        *("all", "", f"{mean(lambda row: row.bits):.2f}", f"{weights:,}", "-"),
+        *(f"{mean(lambda row: row.zeros):.1%}", f"{mean(lambda row: row.entropy_bits):.2f}"),
+        *(f"{sum(row.packed_bytes for row in rows):,}", "-", f"{sum(known):,}" if known else "-"),
+    )
+
+
+def _line(name: str, method: str, *numbers: str) -> list[str]:
+    texts = [f"<td class=t>{html.escape(text)}</td>" for text in (name, method)]
     return [*texts, *(f"<td>{number}</td>" for number in numbers)]
 
 

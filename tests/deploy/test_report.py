@@ -126,7 +126,7 @@ def test_the_page_is_whole_and_needs_nothing_else() -> None:
     page = Checked()
     page.feed(as_html(ROWS, title="A & B", notes=["one < two"]))
     assert (page.open, page.elsewhere) == ([], [])
-    assert {"A & B", "one < two", "a<b>", "4,000", "Cycles"} <= set(page.texts)
+    assert {"A & B", "one < two", "a<b>", "4,000", "7.25", "Cycles"} <= set(page.texts)
 
 
 def test_both_are_written(net: nn.Module, tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from lightning_nna.deploy import (
 )
 from lightning_nna.deploy.capture import capture
 from tests.emulator.random_networks import BATCH, INPUTS, LABELS, TIME, Network, plans
+from tests.recipes.asr.test_on_chip import batch, conformer
 
 pytestmark = [
     pytest.mark.exactness,
@@ -169,6 +170,34 @@ def test_batch_norm_dropout_and_parameters_of_their_own(tmp_path: Path) -> None:
     model = export_tflite(net, [x], tmp_path / "net.tflite")
     assert net.drop.training
     assert verify(net, model.path, [x]) == 1.0
+
+
+@pytest.mark.parametrize("kind", ["maximum", "minimum", "where"])
+def test_choices_between_activations(kind: str, tmp_path: Path) -> None:
+    class Chosen(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            first, second = torch.tanh(x), torch.tanh(-x).roll(1, 0)
+            if kind == "where":
+                return torch.where(torch.arange(4) < 2, first, second)
+            return getattr(torch, kind)(first, second)
+
+    x = torch.randn(3, 4)
+    net = calibrated(Chosen(), x)
+    model = export_tflite(net, [x], tmp_path / "net.tflite")
+    names = {"maximum": "MAXIMUM", "minimum": "MINIMUM", "where": "SELECT_V2"}
+    assert names[kind] in model.operators
+    assert verify(net, model.path, [x]) == 1.0
+
+
+def test_a_conformer_and_its_whole_utterance(tmp_path: Path) -> None:
+    net, example = conformer(3), batch()
+    features, lengths = example[0][:1], example[1][:1]
+    calibrate(net, [example], forward=lambda module, batch: module.eval()(*batch))
+    transcribe = type(net).transcribe
+    model = export_tflite(net, [features, lengths], tmp_path / "net.tflite", forward=transcribe)
+    assert {"BATCH_MATMUL", "SOFTMAX", "RSQRT", "DEPTHWISE_CONV_2D"} <= set(model.operators)
+    other = [torch.randn(features.shape), lengths]
+    assert verify(net, model.path, other, forward=transcribe) == 1.0
 
 
 class Softplus(nn.Module):
