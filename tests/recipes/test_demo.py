@@ -29,7 +29,8 @@ def test_the_demo_trains_puts_on_the_chip_trains_for_it_and_hands_over(
     deployed, emulated = results["deployed"], results["chip_aware"]
     assert (deployed["equal_outputs"], deployed["equal_transcripts"]) == (1.0, 1.0)
     assert deployed["wer"] == emulated["wer"]
-    assert deployed["loss_per_token"] == pytest.approx(emulated["loss_per_token"], abs=1e-6)
+    # The same outputs, summed in float32 in another order.
+    assert deployed["loss_per_token"] == pytest.approx(emulated["loss_per_token"], rel=1e-6)
     assert all({"wer", "loss_per_token"} <= entry.keys() for entry in results.values())
     assert checkpoint(tmp_path / "demo" / "chip_aware").is_file()
     draw(results, tmp_path / "wer.png")
