@@ -39,8 +39,9 @@ def layer_figures(module: nn.Module, reports: Sequence[VelaReport] = ()) -> list
         >>> emulator = calibrate(net, [x])
         >>> with emulate(net):
         ...     _ = net(x)
-        >>> [(row.name, row.weights) for row in layer_figures(net)]
-        [('weight', 32)]
+        >>> (row,) = layer_figures(net)
+        >>> row.name, row.weights
+        ('weight', 32)
     """
     emulator = attached(module)
     if emulator is None or not emulator.used_weights:
