@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from lightning_nna.deploy.flatbuffer import OperatorSpec, TensorSpec, options_of
 from lightning_nna.deploy.movement import Codes, belong, elements_in, tensors_in
 from lightning_nna.emulator.program import Stored
+from lightning_nna.emulator.ranges import QParams
 
 Integers = NDArray[np.int64]
 
@@ -205,3 +206,20 @@ def quantized(x: Any, dtype: str, scale: float, zero_point: int) -> Any:
 def operand_name(operator: str, position: int) -> str:
     """What an operand of an instruction is called."""
     return _NAMES.get(operator, {}).get(position, f"operand{position}")
+
+
+def is_float(stored: Stored | None) -> bool:
+    """Whether an operand is not on a grid yet."""
+    return stored is not None and stored.dtype == "float32"
+
+
+def dtype_of(x: torch.Tensor) -> str:
+    """Type in which an argument comes in."""
+    if x.is_floating_point():
+        return "float32"
+    return "bool" if x.dtype == torch.bool else "int32"
+
+
+def width_of_grid(grid: QParams) -> str:
+    """Type of integers on a grid."""
+    return "int8" if grid.bits == 8 else "int16"

@@ -48,6 +48,11 @@ def belong(codes: Codes, tensor: int) -> NDArray[np.bool_]:
     return codes >> _ELEMENT_BITS == tensor
 
 
+def same(a: Codes, b: Codes) -> bool:
+    """Whether codes are equal, in whatever shape."""
+    return a.size == b.size and bool((a.reshape(-1) == b.reshape(-1)).all())
+
+
 @dataclass(frozen=True)
 class View:
     """Regular steps through a tensor: a box of it, its axes in another order.

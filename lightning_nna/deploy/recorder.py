@@ -18,9 +18,12 @@ from lightning_nna.deploy.graph import (
     CaptureError,
     Graph,
     Port,
+    dtype_of,
     form_of,
+    is_float,
     operand_name,
     quantized,
+    width_of_grid,
 )
 from lightning_nna.deploy.movement import (
     NO_TENSOR,
@@ -30,12 +33,12 @@ from lightning_nna.deploy.movement import (
     codes_of,
     elements_in,
     moved_integers,
+    same,
     tensors_in,
 )
 from lightning_nna.deploy.provenance import CONSTANT
 from lightning_nna.emulator.engine import Emulator
 from lightning_nna.emulator.program import Instruction, Stored, activation
-from lightning_nna.emulator.ranges import QParams
 
 _LSTM = "UNIDIRECTIONAL_SEQUENCE_LSTM"
 # Where it has its hidden state and its cell among its operands.
@@ -101,9 +104,11 @@ class Recorder:
         if tag is not None:
             self.emulator.set_tag(copy, tag)
             number = self._port(position, activation(copy, tag), from_chip=True)
-            self.elements.define(_width(tag), addresses, codes_of(number, np.arange(copy.numel())))
+            self.elements.define(
+                width_of_grid(tag), addresses, codes_of(number, np.arange(copy.numel()))
+            )
         elif copy.numel():
-            form = Stored(copy if copy.is_floating_point() else copy.long(), _dtype(copy))
+            form = Stored(copy if copy.is_floating_point() else copy.long(), dtype_of(copy))
             number = self.graph.add(f"argument{position}", form_of(form), form.integers.numpy())
             self._arguments[number] = position
             self.elements.define(form.dtype, addresses, codes_of(number, np.arange(copy.numel())))
@@ -115,7 +120,7 @@ class Recorder:
             return None
         with _disable_current_modes():
             tag = self.emulator.tag_of(x)
-            kind = "float32" if tag is None else _width(tag)
+            kind = "float32" if tag is None else width_of_grid(tag)
             codes = self.elements.resolve(x, kind, f"result {position}")
             for number in tensors_in(codes):
                 codes = self._as_integers(codes, number, position)
@@ -149,7 +154,7 @@ class Recorder:
             if not self._depends(instruction):
                 return  # Computed of the program's own constants: its results are constants.
             places = [self.elements.place(x) for x in instruction.outputs]
-            if instruction.operator == "QUANTIZE" and _is_float(instruction.inputs[0]):
+            if instruction.operator == "QUANTIZE" and is_float(instruction.inputs[0]):
                 self._enter(instruction, places[0])
                 return
             inputs = [
@@ -306,7 +311,7 @@ class Recorder:
             name = f"{instruction.site}/{operand_name(_LSTM, k)}"
             kind = stored.dtype if k == _STATES[0] else "float32"
             codes = self.elements.resolve(stored.source, kind, name)
-            held = [n for n, now in self._state.items() if _same(now, codes)]
+            held = [n for n, now in self._state.items() if same(now, codes)]
             if held:
                 found.append(held[0])
             elif bool((codes == NO_TENSOR).all()):
@@ -322,7 +327,7 @@ class Recorder:
     def _state_input(self, name: str, codes: Codes, stored: Stored) -> int:
         """An argument, whole and in order, that is read and overwritten."""
         sources = tensors_in(codes)
-        whole = len(sources) == 1 and _same(codes, codes_of(sources[0], np.arange(codes.size)))
+        whole = len(sources) == 1 and same(codes, codes_of(sources[0], np.arange(codes.size)))
         if not whole or prod(self.graph.specs[sources[0]].shape) != codes.size:
             raise CaptureError(
                 f"{name} is no argument as a whole: pass the state of each layer as an argument of "
@@ -360,11 +365,11 @@ class Recorder:
         and a compiler leaves a layer out whose output nobody reads.
         """
         sources = tensors_in(codes)
-        if len(sources) != 1 or not _same(codes, codes_of(sources[0], np.arange(codes.size))):
+        if len(sources) != 1 or not same(codes, codes_of(sources[0], np.arange(codes.size))):
             return None
         variable = self._cells.get(sources[0])
         if variable is not None:
-            return variable if _same(self._state[variable], codes) else None
+            return variable if same(self._state[variable], codes) else None
         whole = codes.size == prod(self.graph.specs[sources[0]].shape)
         return sources[0] if whole and sources[0] not in self._state else None
 
@@ -391,21 +396,3 @@ class Recorder:
             )
         port = next(iter(known.values()))
         return np.where(belong(codes, number), codes_of(port, elements_in(codes)), codes)
-
-
-def _same(a: Codes, b: Codes) -> bool:
-    return a.size == b.size and bool((a.reshape(-1) == b.reshape(-1)).all())
-
-
-def _is_float(stored: Stored | None) -> bool:
-    return stored is not None and stored.dtype == "float32"
-
-
-def _dtype(x: Tensor) -> str:
-    if x.is_floating_point():
-        return "float32"
-    return "bool" if x.dtype == torch.bool else "int32"
-
-
-def _width(grid: QParams) -> str:
-    return "int8" if grid.bits == 8 else "int16"

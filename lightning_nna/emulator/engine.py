@@ -25,7 +25,7 @@ from lightning_nna.emulator.non_finite import with_cause
 from lightning_nna.emulator.observers import Observer
 from lightning_nna.emulator.operators.call import Call
 from lightning_nna.emulator.operators.registry import Operator
-from lightning_nna.emulator.program import Instruction, Stored, activation
+from lightning_nna.emulator.program import Instruction, choice
 from lightning_nna.emulator.ranges import QParams, RangeTable
 from lightning_nna.emulator.scope import (
     compiled_modules,
@@ -41,9 +41,6 @@ from lightning_nna.emulator.weights import QuantizedWeight
 
 Fidelity = Literal["exact", "fast"]
 Phase = Literal["float", "observe", "emulate"]
-
-#: Movements of tensors on one grid that are instructions nevertheless, because values decide.
-_CHOICES = {"maximum": "MAXIMUM", "minimum": "MINIMUM", "where": "SELECT_V2"}
 
 log = logging.getLogger(__name__)
 
@@ -359,13 +356,11 @@ class Emulator:
         return target
 
     def _move(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """A movement: parameters of the first tensor go to every float result."""
+        """A movement: parameters of the first tensor (not a condition) go to float results."""
         result = func(*args, **kwargs)
         first = args[0] if args else None
-        # A condition comes first and has no parameters.
         holds = isinstance(first, Tensor) and first.is_floating_point()
-        found = floats(first if holds else args)
-        source = next((x for x in found if x.is_floating_point()), None)
+        source = next(iter(floats(first if holds else args)), None)
         if source is not None:
             self.folding.reads(source, "a movement")
         tag = None if source is None else self.tag_of(source)
@@ -374,21 +369,10 @@ class Emulator:
                 if leaf.dtype == torch.float32:  # Other types cannot hold every integer.
                     self.set_tag(leaf, tag)
             if self.recorder is not None and self.phase == "emulate" and self.fidelity == "exact":
-                self._record_choice(getattr(func, "__name__", ""), args, result, tag)
+                path, name = (self.interception.scope.stack or [ROOT])[-1], func.__name__
+                if (chosen := choice(name, path, args, result, self.tag_of)) is not None:
+                    self.recorder(chosen)
         return result
-
-    def _record_choice(self, name: str, args: tuple[Any, ...], result: Any, grid: QParams) -> None:
-        """Report what looks like a movement and chooses between values of one grid."""
-        if self.recorder is None or name not in _CHOICES:
-            return
-        tensors = [torch.as_tensor(x, dtype=torch.float32) for x in args[-2:]]
-        inputs = [activation(x, grid, constant=self.tag_of(x) is None) for x in tensors]
-        if name == "where":
-            inputs.insert(0, Stored(args[0], "bool", source=args[0]))
-        key = (
-            f"{self.interception.scope.stack[-1] if self.interception.scope.stack else ROOT}/{name}"
-        )
-        self.recorder(Instruction(_CHOICES[name], key, tuple(inputs), (activation(result, grid),)))
 
     def read(self, values: Any) -> None:
         """Note that something that is not on the chip reads activations, nested."""

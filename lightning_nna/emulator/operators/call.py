@@ -220,16 +220,9 @@ class Call:
     ) -> None:
         """Report an instruction, see :class:`Instruction`."""
         if self.recording and self.host.recorder is not None:
+            rest = tuple(intermediates), tuple(left)
             self.host.recorder(
-                Instruction(
-                    operator,
-                    self.site,
-                    tuple(inputs),
-                    tuple(outputs),
-                    options,
-                    tuple(intermediates),
-                    tuple(left),
-                )
+                Instruction(operator, self.site, tuple(inputs), tuple(outputs), options, *rest)
             )
 
     def _of_width(self, x: Activation) -> Activation:
