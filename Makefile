@@ -24,7 +24,7 @@ install: .venv/.installed  ## Create .venv and install everything in it
 	$(BIN)/uv pip install --quiet --python $(BIN)/python -c constraints.txt -e '.[asr,deploy,dev]'
 	touch $@
 
-demo: .venv/.installed  ## Train on synthetic speech: float, on the chip, trained for the chip
+demo: .venv/.installed  ## Train on synthetic speech: float, on the chip, for the chip, and hand over the programs
 	$(BIN)/python -m recipes.demo
 
 bench: .venv/.installed  ## Measure time and memory of training steps, beside other libraries

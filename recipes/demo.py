@@ -3,7 +3,8 @@
     python -m recipes.demo
 
 Trains on the embedded digits, scores the float model on voices it has not heard, puts it on the
-chip as it is, and fine-tunes it in the chip's own arithmetic. Everything lands in ``runs/demo``.
+chip as it is, fine-tunes it in the chip's own arithmetic, and hands over the programs that the chip
+runs. Everything lands in ``runs/demo``.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import sys
 import time
 import warnings
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,8 @@ from matplotlib.figure import Figure
 from omegaconf import DictConfig
 
 from lightning_nna.files import write_whole
+from recipes.deploy import deploy
+from recipes.deploy import table as deployment
 from recipes.evaluate import evaluate
 from recipes.train import train
 
@@ -32,6 +36,7 @@ TITLES = {
     "float": "float",
     "chip": "on the chip, not trained for it",
     "chip_aware": "on the chip, trained for it",
+    "deployed": "its programs, on LiteRT",
 }
 
 
@@ -47,31 +52,41 @@ def main() -> None:
     print(f"figures     {FOLDER / 'results.json'}")
     print(f"plot        {FOLDER / 'wer.png'}")
     print(f"checkpoint  {checkpoint(FOLDER / 'chip_aware')}")
+    print(f"programs    {FOLDER / 'deployed' / 'programs'}")
+    print(deployment(results["deployed"]))
     print(f"{time.monotonic() - began:.0f} seconds in all")
 
 
 def demo(folder: Path, overrides: list[str]) -> dict[str, dict[str, Any]]:
-    """Train, put on the chip, train for the chip.
+    """Train, put on the chip, train for the chip, hand over the programs.
 
     Args:
-        folder: Where the three runs go.
+        folder: Where the four runs go.
         overrides: Changes of the configuration of both trainings, as on Hydra's command line.
 
     Returns:
-        For ``float``, ``chip`` and ``chip_aware`` the summary of the run.
+        For ``float``, ``chip``, ``chip_aware`` and ``deployed`` the summary of the run; the last
+        has word error rate and loss of what the programs put out.
     """
     results: dict[str, dict[str, Any]] = {}
-    print("1/3  training in float", flush=True)
+    print("1/4  training in float", flush=True)
     results["float"] = train(_config("train", f"run_dir={folder / 'float'}", *overrides))
     start = checkpoint(folder / "float")
-    print("2/3  the same weights on the chip", flush=True)
+    print("2/4  the same weights on the chip", flush=True)
     results["chip"] = evaluate(
         _config("evaluate", f"run_dir={folder / 'chip'}", f"ckpt={start}", "compression=nna8")
     )
-    print("3/3  training on the chip", flush=True)
+    print("3/4  training on the chip", flush=True)
     settings = ["experiment=digits_finetune", "compression=nna8", f"init_from={start}"]
     results["chip_aware"] = train(
         _config("train", *settings, f"run_dir={folder / 'chip_aware'}", *overrides)
+    )
+    print("4/4  the programs that the chip gets", flush=True)
+    ckpt = f"ckpt={checkpoint(folder / 'chip_aware')}"
+    # Vela has no wheel for the newest Pythons; the programs are the same without it.
+    systems = [] if find_spec("ethosu") else ["systems=[]"]
+    results["deployed"] = deploy(
+        _config("deploy", f"run_dir={folder / 'deployed'}", ckpt, "score_float=false", *systems)
     )
     return results
 

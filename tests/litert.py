@@ -1,7 +1,7 @@
 """Small LiteRT programs as an oracle: write a .tflite of a few operators and run it.
 
-The files are written through the flatbuffer schema that ai-edge-litert ships, and run on its
-*reference* kernels (``BUILTIN_REF``), the only ones whose arithmetic the emulator claims to equal.
+The files are run on LiteRT's *reference* kernels (``BUILTIN_REF``), the only ones whose arithmetic
+the emulator claims to equal.
 
     x = TensorSpec((2, 3), "int8", scale=0.1, zero_point=-4)
     weight = TensorSpec.constant(np.ones((5, 3), np.int8), scale=0.02)
@@ -11,90 +11,16 @@ The files are written through the flatbuffer schema that ai-edge-litert ships, a
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import replace
 
-import flatbuffers
 import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 from ai_edge_litert.interpreter import Interpreter, OpResolverType
 
-DTYPES = {
-    "float32": schema.TensorType.FLOAT32,
-    "int8": schema.TensorType.INT8,
-    "int16": schema.TensorType.INT16,
-    "int32": schema.TensorType.INT32,
-    "int64": schema.TensorType.INT64,
-    "bool": schema.TensorType.BOOL,
-}
+from lightning_nna.deploy.flatbuffer import OperatorSpec, TensorSpec, build_model
 
-
-@dataclass(frozen=True)
-class TensorSpec:
-    """One tensor of a program: real value = scale (stored value - zero point).
-
-    ``scale`` is one number, or one for each index of ``quantized_dimension`` (then every zero
-    point is ``zero_point``), or 0 for a tensor that is not quantised. A tensor with ``data`` is
-    a constant; one with ``is_variable`` keeps its value from call to call.
-    """
-
-    shape: tuple[int, ...]
-    dtype: str
-    scale: float | np.ndarray = 0.0
-    zero_point: int = 0
-    data: np.ndarray | None = None
-    quantized_dimension: int = 0
-    is_variable: bool = False
-
-    @classmethod
-    def constant(cls, data: np.ndarray, scale: float | np.ndarray = 0.0) -> TensorSpec:
-        """Return the symmetric constant that holds ``data``, scaled along its first axis."""
-        return cls(data.shape, str(data.dtype), scale, data=data)
-
-    @property
-    def scales(self) -> np.ndarray:
-        """The scales as float32, the precision in which a file holds them."""
-        return np.atleast_1d(np.asarray(self.scale, np.float32))
-
-
-@dataclass(frozen=True)
-class OperatorSpec:
-    """One operator: its name in the schema, and the names of its tensors ("" for an absent one)."""
-
-    name: str
-    inputs: tuple[str, ...]
-    outputs: tuple[str, ...]
-    options: Any = None
-    intermediates: tuple[str, ...] = ()
-
-
-def build_model(
-    tensors: Mapping[str, TensorSpec],
-    operators: Sequence[OperatorSpec],
-    inputs: Sequence[str],
-    outputs: Sequence[str],
-) -> bytes:
-    """Return the .tflite file of one graph."""
-    index = {name: position for position, name in enumerate(tensors)} | {"": -1}
-    codes = list(dict.fromkeys(operator.name for operator in operators))
-    buffers = [schema.BufferT()]
-    graph = schema.SubGraphT(
-        tensors=[_tensor(name, spec, buffers) for name, spec in tensors.items()],
-        inputs=[index[name] for name in inputs],
-        outputs=[index[name] for name in outputs],
-        operators=[_operator(operator, index, codes) for operator in operators],
-        name="main",
-    )
-    model = schema.ModelT(
-        version=3,
-        operatorCodes=[_operator_code(name) for name in codes],
-        subgraphs=[graph],
-        buffers=buffers,
-    )
-    builder = flatbuffers.Builder(1024)
-    builder.Finish(model.Pack(builder), b"TFL3")
-    return bytes(builder.Output())
+__all__ = ["OperatorSpec", "TensorSpec", "build_model"]
 
 
 def run_model(
@@ -232,46 +158,3 @@ def lstm_model(
 def _activation(relu: bool) -> int:
     kinds = schema.ActivationFunctionType
     return int(kinds.RELU if relu else kinds.NONE)
-
-
-def _tensor(name: str, spec: TensorSpec, buffers: list[Any]) -> Any:
-    """Return the tensor's table; a constant's data is appended to ``buffers``."""
-    position = 0
-    if spec.data is not None:
-        position = len(buffers)
-        contents = np.ascontiguousarray(spec.data).reshape(-1).view(np.uint8)
-        buffers.append(schema.BufferT(data=contents))
-    quantization = None
-    if spec.scales.any():
-        quantization = schema.QuantizationParametersT(
-            scale=spec.scales.tolist(),
-            zeroPoint=[spec.zero_point] * len(spec.scales),
-            quantizedDimension=spec.quantized_dimension,
-        )
-    return schema.TensorT(
-        shape=list(spec.shape),
-        type=DTYPES[spec.dtype],
-        buffer=position,
-        name=name,
-        quantization=quantization,
-        isVariable=spec.is_variable,
-        hasRank=True,
-    )
-
-
-def _operator(spec: OperatorSpec, index: Mapping[str, int], codes: Sequence[str]) -> Any:
-    kind = type(spec.options).__name__.removesuffix("T")
-    return schema.OperatorT(
-        opcodeIndex=codes.index(spec.name),
-        inputs=[index[name] for name in spec.inputs],
-        outputs=[index[name] for name in spec.outputs],
-        builtinOptionsType=getattr(schema.BuiltinOptions, kind if spec.options else "NONE"),
-        builtinOptions=spec.options,
-        intermediates=[index[name] for name in spec.intermediates],
-    )
-
-
-def _operator_code(name: str) -> Any:
-    code = getattr(schema.BuiltinOperator, name)
-    # Codes up to 127 stand in the field of older files too, which LiteRT still reads.
-    return schema.OperatorCodeT(builtinCode=code, deprecatedBuiltinCode=min(code, 127), version=1)

@@ -13,6 +13,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
 from lightning_nna.callbacks.figure_files import figure_folder, save_figure
+from lightning_nna.compression.layers import as_csv, as_html
 from lightning_nna.compression.report import Snapshot, as_json, codebook_stages
 from lightning_nna.emulator.weight_pipeline import pipeline_of
 from lightning_nna.files import write_whole
@@ -21,20 +22,22 @@ from lightning_nna.files import write_whole
 class CompressionReport(Callback):
     """Watch the weights of the run's weight methods, and report when ``fit`` ends.
 
-    The table has bits, distinct values, SQNR and packed bytes of every tensor. Figures show weights
-    and their centroids over training, the SQNR by tensor, and the soft-hard gap. The place in the
+    The table has bits, distinct values, zeros, entropy, SQNR and packed bytes of every tensor; it
+    is written as CSV and as a page that needs no other file, too. Figures show weights and their
+    centroids over training, the SQNR by tensor, and the soft-hard gap. The place in the
     list of callbacks does not matter; training is the same with it and without.
 
     Args:
-        dirpath: Folder of ``compression.json`` and the figures; None for ``compression`` in the
-            logger's folder, or in ``default_root_dir`` without a logger.
+        dirpath: Folder of ``compression.json``, ``.csv``, ``.html`` and the figures; None for
+            ``compression`` in the logger's folder, or in ``default_root_dir`` without a logger.
         snapshots: How often weights are looked at: so many times evenly over the run, its start and
             end included; at the end of every epoch if the run's length is not known.
         figures: Whether figures are drawn; they need matplotlib.
         most_tensors: Histograms are drawn of so many tensors, the largest.
 
-    Logs, at each snapshot, ``nna/compression/packed_bytes``, ``…/mean_bits``, ``…/soft_hard_gap``
-    and ``…/sqnr_db/<parameter>``; figures go to loggers that take them (TensorBoard, W&B).
+    Logs, at each snapshot, ``nna/compression/packed_bytes``, ``…/mean_bits``, ``…/entropy_bits``,
+    ``…/zeros``, ``…/soft_hard_gap`` and ``…/sqnr_db/<parameter>``; figures go to loggers that take
+    them (TensorBoard, W&B).
 
     Raises:
         ValueError: If an argument is out of range, or no callback of the Trainer is a weight
@@ -53,7 +56,8 @@ class CompressionReport(Callback):
         ...         enable_progress_bar=False, enable_model_summary=False)
         ...     trainer.fit(SmallRecurrentModule())
         ...     sorted(path.name for path in Path(folder).iterdir())
-        ['compression.json', 'soft_hard_gap.png', 'sqnr.png', 'weights.png']
+        ['compression.csv', 'compression.html', 'compression.json', 'soft_hard_gap.png',
+        'sqnr.png', 'weights.png']
         >>> report.snapshots[-1].mean_bits
         3.0
     """
@@ -118,6 +122,10 @@ class CompressionReport(Callback):
             write_whole(
                 folder / "compression.json", json.dumps(as_json(self.snapshots), indent=1) + "\n"
             )
+            rows = [tensor.row() for tensor in self.snapshots[-1].tensors]
+            write_whole(folder / "compression.csv", as_csv(rows))
+            title = f"Compression of {type(pl_module).__name__}"
+            write_whole(folder / "compression.html", as_html(rows, title=title))
             if self.draws:
                 self._draw(trainer, folder)
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from lightning_nna.compression.codebook import CodebookStage
+from lightning_nna.compression.layers import LayerFigures, entropy_bits
 from lightning_nna.emulator.telemetry import SiteTelemetry
 from lightning_nna.emulator.weight_pipeline import WeightPipeline, unseen
 
@@ -39,6 +40,8 @@ class TensorReport:
         widest: Largest absolute weight.
         histogram: Numbers of weights in equal bins from ``-widest`` to ``widest``.
         centroids: Ascending values of the first group of rows.
+        zeros: Share of weights that are deployed as zero.
+        entropy_bits: Entropy of what is deployed of a weight, in bits.
     """
 
     name: str
@@ -52,6 +55,8 @@ class TensorReport:
     widest: float
     histogram: list[int]
     centroids: list[float]
+    zeros: float = 0.0
+    entropy_bits: float = 0.0
 
     @classmethod
     def of(cls, name: str, weight: Tensor, hard: Tensor, stage: CodebookStage) -> TensorReport:
@@ -79,6 +84,22 @@ class TensorReport:
             widest=widest,
             histogram=[int(count) for count in histogram.tolist()],
             centroids=stage.codebook.centroids[0].tolist(),
+            zeros=float((hard == 0).float().mean()),
+            entropy_bits=entropy_bits(hard),
+        )
+
+    def row(self) -> LayerFigures:
+        """As a line of the table of all layers."""
+        return LayerFigures(
+            self.name,
+            self.method,
+            self.bits,
+            self.weights,
+            self.values,
+            self.zeros,
+            self.entropy_bits,
+            self.packed_bytes,
+            self.sqnr_db,
         )
 
 
@@ -110,12 +131,21 @@ class Snapshot:
         """Mean width of a weight's index."""
         return sum(t.bits * t.weights for t in self.tensors) / sum(t.weights for t in self.tensors)
 
+    @property
+    def entropy_bits(self) -> float:
+        """Mean entropy of a weight."""
+        weights = sum(t.weights for t in self.tensors)
+        return sum(t.entropy_bits * t.weights for t in self.tensors) / weights
+
     def figures(self) -> dict[str, float]:
         """What to log, by the quantity's name; an error of nothing has no SQNR."""
+        weights = sum(t.weights for t in self.tensors)
         finite = {t.name: t.sqnr_db for t in self.tensors if math.isfinite(t.sqnr_db)}
         return {
             "packed_bytes": float(self.packed_bytes),
             "mean_bits": self.mean_bits,
+            "entropy_bits": self.entropy_bits,
+            "zeros": sum(t.zeros * t.weights for t in self.tensors) / weights,
             "soft_hard_gap": sum(t.soft_hard_gap for t in self.tensors) / len(self.tensors),
             **{f"sqnr_db/{name}": ratio for name, ratio in finite.items()},
         }
@@ -124,18 +154,21 @@ class Snapshot:
         """A table of all tensors, and of the whole."""
         width = max(len("tensor"), *(len(tensor.name) for tensor in self.tensors))
         lines = [
-            f"{'tensor':{width}}  {'weights':>9}  bits  values  SQNR dB  {'bytes':>9}  of float"
+            f"{'tensor':{width}}  {'weights':>9}  bits  values  zeros  entropy  SQNR dB  "
+            f"{'bytes':>9}  of float"
         ]
         for t in self.tensors:
             share = t.packed_bytes / (4 * t.weights)
             lines.append(
-                f"{t.name:{width}}  {t.weights:9}  {t.bits:4}  {t.values:6}  {t.sqnr_db:7.1f}  "
+                f"{t.name:{width}}  {t.weights:9}  {t.bits:4}  {t.values:6}  {t.zeros:5.1%}  "
+                f"{t.entropy_bits:7.2f}  {t.sqnr_db:7.1f}  "
                 f"{t.packed_bytes:9}  {share:8.1%}"
             )
         weights = sum(tensor.weights for tensor in self.tensors)
         share = self.packed_bytes / (4 * weights)
         lines.append(
-            f"{'all':{width}}  {weights:9}  {self.mean_bits:4.2f}  {'':6}  {'':7}  "
+            f"{'all':{width}}  {weights:9}  {self.mean_bits:4.2f}  {'':6}  {'':5}  "
+            f"{self.entropy_bits:7.2f}  {'':7}  "
             f"{self.packed_bytes:9}  {share:8.1%}"
         )
         return "\n".join(lines)

@@ -11,12 +11,17 @@ few       :math:`b` bits a weight; the :math:`2^b` values or fewer
 both      one bit a weight, whether it is not zero; :math:`b` bits and the values of the others
 ========  ==================================================================================
 
-All of them give every bit back, that of a negative zero included. The file is a safetensors file.
+All of them give every bit back, that of a negative zero included. Weights of a module that is on
+the chip are held as the chip has them, 8-bit integers in one of these layouts, and their steps.
+
+The file is a safetensors file with a manifest and a checksum of the whole: one that was cut off or
+altered is refused. :mod:`.read_packed` reads it with NumPy and safetensors alone.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,17 +30,23 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import safe_open
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save
 from torch import Tensor, nn
 
+from lightning_nna.deploy.read_packed import (
+    FORMAT,
+    NO_DIGEST,
+    Bits,
+    packed_bits,
+    sealed,
+    width_of,
+)
+from lightning_nna.emulator.attachment import attached
+from lightning_nna.emulator.weights import QuantizedWeight
 from lightning_nna.files import whole_file
 
 _MOST_VALUES = 256
-_FORMAT = "lightning-nna packed 1"
 _UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
-
-Bits = NDArray[np.unsignedinteger[Any]]
 
 
 @dataclass(frozen=True)
@@ -46,11 +57,13 @@ class PackedReport:
         layouts: ``"dense"``, ``"sparse"``, ``"few"`` or ``"both"``.
         packed: What each tensor takes in the file.
         plain: What it takes as it is.
+        coded: What an entropy coder would need for its values one by one, beside the values.
     """
 
     layouts: dict[str, str]
     packed: dict[str, int]
     plain: dict[str, int]
+    coded: dict[str, int]
 
     @property
     def packed_bytes(self) -> int:
@@ -62,14 +75,24 @@ class PackedReport:
         """Of all tensors as they are."""
         return sum(self.plain.values())
 
+    @property
+    def coded_bytes(self) -> int:
+        """Of all tensors, entropy-coded."""
+        return sum(self.coded.values())
+
     def __str__(self) -> str:
         width = max((len(name) for name in self.packed), default=6)
-        lines = [f"{'tensor':{width}}  layout  {'bytes':>9}  of plain"]
+        lines = [f"{'tensor':{width}}  layout  {'bytes':>9}  of plain  {'coded':>9}"]
         for name, size in self.packed.items():
             share = size / max(self.plain[name], 1)
-            lines.append(f"{name:{width}}  {self.layouts[name]:6}  {size:9}  {share:8.1%}")
+            lines.append(
+                f"{name:{width}}  {self.layouts[name]:6}  {size:9}  {share:8.1%}"
+                f"  {self.coded[name]:9}"
+            )
         share = self.packed_bytes / max(self.plain_bytes, 1)
-        lines.append(f"{'all':{width}}  {'':6}  {self.packed_bytes:9}  {share:8.1%}")
+        lines.append(
+            f"{'all':{width}}  {'':6}  {self.packed_bytes:9}  {share:8.1%}  {self.coded_bytes:9}"
+        )
         return "\n".join(lines)
 
 
@@ -77,7 +100,8 @@ def save_packed(source: nn.Module | Mapping[str, Tensor], path: str | Path) -> P
     """Write tensors in as few bytes as they need.
 
     Args:
-        source: A module, whose ``state_dict`` is written, or tensors by name.
+        source: A module, whose ``state_dict`` is written, or tensors by name. Weights that a
+            module on the chip has used there are written as they are deployed.
         path: Written whole or not at all.
 
     Returns:
@@ -96,11 +120,16 @@ def save_packed(source: nn.Module | Mapping[str, Tensor], path: str | Path) -> P
         (88, 2048, True)
     """
     tensors = source.state_dict() if isinstance(source, nn.Module) else source
+    grids = _grids(source) if isinstance(source, nn.Module) else {}
     parts: dict[str, NDArray[Any]] = {}
     entries: dict[str, dict[str, Any]] = {}
-    packed, plain = {}, {}
+    packed, plain, coded = {}, {}, {}
     for name, tensor in tensors.items():
-        layout, held = _smallest(_bits_of(name, tensor))
+        integers, scales = grids.get(name, (tensor, None))
+        bits = _bits_of(name, integers)
+        layout, held = _smallest(bits)
+        if scales is not None:
+            held = {**held, "scales": scales.detach().cpu().float().numpy()}
         entries[name] = {
             "layout": layout,
             "shape": list(tensor.shape),
@@ -109,9 +138,12 @@ def save_packed(source: nn.Module | Mapping[str, Tensor], path: str | Path) -> P
         parts |= {f"{name}|{part}": array for part, array in held.items()}
         packed[name] = sum(array.nbytes for array in held.values())
         plain[name] = tensor.numel() * tensor.element_size()
+        coded[name] = _coded_bytes(bits) + (0 if scales is None else 4 * len(scales))
+    metadata = {"format": FORMAT, "tensors": json.dumps(entries), "sha256": NO_DIGEST}
     with whole_file(Path(path)) as unfinished:
-        save_file(parts, unfinished, metadata={"format": _FORMAT, "tensors": json.dumps(entries)})
-    return PackedReport({name: entry["layout"] for name, entry in entries.items()}, packed, plain)
+        unfinished.write_bytes(sealed(save(parts, metadata=metadata)))
+    layouts = {name: entry["layout"] for name, entry in entries.items()}
+    return PackedReport(layouts, packed, plain, coded)
 
 
 def load_packed(path: str | Path) -> dict[str, Tensor]:
@@ -119,27 +151,42 @@ def load_packed(path: str | Path) -> dict[str, Tensor]:
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If the file was not written by :func:`save_packed`.
+        ValueError: If the file was not written by :func:`save_packed`, or has changed since.
     """
-    if not Path(path).exists():
-        raise FileNotFoundError(f"there is no file {path}")
-    with safe_open(path, "numpy") as file:
-        metadata = file.metadata() or {}
-    if metadata.get("format") != _FORMAT:
-        raise ValueError(
-            f"{path} is no file of save_packed: its format is {metadata.get('format')}"
-        )
-    parts: dict[str, dict[str, NDArray[Any]]] = {}
-    for key, array in load_file(path).items():
-        name, _, part = key.rpartition("|")
-        parts.setdefault(name, {})[part] = array
+    return {
+        name: _tensor_of(bits, getattr(torch, dtype)).reshape(shape)
+        for name, (bits, dtype, shape) in packed_bits(path).items()
+    }
+
+
+def _grids(module: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
+    """Integers and steps of the weights that a module has used on the chip."""
+    emulator = attached(module)
+    if emulator is None:
+        return {}
     found = {}
-    for name, entry in json.loads(metadata["tensors"]).items():
-        dtype = getattr(torch, entry["dtype"])
-        count = int(np.prod(entry["shape"], dtype=np.int64))
-        bits = _unpacked(parts[name], count, _UNSIGNED[torch.empty(0, dtype=dtype).element_size()])
-        found[name] = _tensor_of(bits, dtype).reshape(entry["shape"])
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        rows = emulator.used_weights.get(id(parameter))
+        if rows is not None:
+            held = emulator.weight(parameter, rows)
+            steps = held.scales.reshape(-1, rows)[:, 0]
+            found[name] = held.stored.reshape(parameter.shape).to(torch.int8), steps
     return found
+
+
+def packed_size(weight: QuantizedWeight, rows_per_scale: int) -> int:
+    """Bytes of a weight of the chip in its smallest layout, steps included."""
+    integers = weight.stored.to(torch.int8)
+    _, held = _smallest(_bits_of("a weight", integers))
+    return sum(array.nbytes for array in held.values()) + 4 * (len(integers) // rows_per_scale)
+
+
+def _coded_bytes(bits: Bits) -> int:
+    """Entropy of the values, in whole bytes, and the values."""
+    levels, counts = np.unique(bits, return_counts=True)
+    shares = counts / max(bits.size, 1)
+    entropy = float(-(shares * np.log2(shares)).sum()) if bits.size else 0.0
+    return math.ceil(bits.size * entropy / 8) + levels.nbytes
 
 
 def _smallest(bits: Bits) -> tuple[str, dict[str, NDArray[Any]]]:
@@ -158,39 +205,11 @@ def _smallest(bits: Bits) -> tuple[str, dict[str, NDArray[Any]]]:
     return best, choices[best]
 
 
-def _unpacked(held: Mapping[str, NDArray[Any]], count: int, kind: type) -> Bits:
-    """Undo :func:`_smallest`."""
-    kept = count
-    is_kept = None
-    if "mask" in held:
-        is_kept = np.unpackbits(held["mask"], count=count).astype(bool)
-        kept = int(is_kept.sum())
-    if "indices" in held:
-        values = held["levels"][_unpack(held["indices"], kept, len(held["levels"]))]
-    else:
-        values = held["values"]
-    if is_kept is None:
-        return values.astype(kind)
-    bits: Bits = np.zeros(count, kind)
-    bits[is_kept] = values
-    return bits
-
-
-def _width(levels: int) -> int:
-    return max(levels - 1, 0).bit_length()
-
-
 def _pack(indices: NDArray[np.intp], levels: int) -> NDArray[np.uint8]:
     """Indices in as many bits as they need, the highest first, one after the other."""
-    width = _width(levels)
+    width = width_of(levels)
     places = np.arange(width - 1, -1, -1)
     return np.packbits((indices.reshape(-1, 1) >> places & 1).astype(np.uint8))
-
-
-def _unpack(packed: NDArray[np.uint8], count: int, levels: int) -> NDArray[np.intp]:
-    width = _width(levels)
-    bits = np.unpackbits(packed, count=count * width).reshape(count, width)
-    return bits.astype(np.intp) @ (1 << np.arange(width - 1, -1, -1))
 
 
 def _bits_of(name: str, tensor: Tensor) -> Bits:

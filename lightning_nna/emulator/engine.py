@@ -25,7 +25,7 @@ from lightning_nna.emulator.non_finite import with_cause
 from lightning_nna.emulator.observers import Observer
 from lightning_nna.emulator.operators.call import Call
 from lightning_nna.emulator.operators.registry import Operator
-from lightning_nna.emulator.program import Instruction
+from lightning_nna.emulator.program import Instruction, choice
 from lightning_nna.emulator.ranges import QParams, RangeTable
 from lightning_nna.emulator.scope import (
     compiled_modules,
@@ -356,11 +356,11 @@ class Emulator:
         return target
 
     def _move(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """A movement: parameters of the first tensor go to every float result."""
+        """A movement: parameters of the first tensor (not a condition) go to float results."""
         result = func(*args, **kwargs)
         first = args[0] if args else None
-        found = [first] if isinstance(first, Tensor) else floats(args)
-        source = next((x for x in found if x.is_floating_point()), None)
+        holds = isinstance(first, Tensor) and first.is_floating_point()
+        source = next(iter(floats(first if holds else args)), None)
         if source is not None:
             self.folding.reads(source, "a movement")
         tag = None if source is None else self.tag_of(source)
@@ -368,6 +368,10 @@ class Emulator:
             for leaf in floats(result):
                 if leaf.dtype == torch.float32:  # Other types cannot hold every integer.
                     self.set_tag(leaf, tag)
+            if self.recorder is not None and self.phase == "emulate" and self.fidelity == "exact":
+                path, name = (self.interception.scope.stack or [ROOT])[-1], func.__name__
+                if (chosen := choice(name, path, args, result, self.tag_of)) is not None:
+                    self.recorder(chosen)
         return result
 
     def read(self, values: Any) -> None:

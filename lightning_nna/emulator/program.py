@@ -7,13 +7,17 @@ test that runs the same instruction on LiteRT) needs to know nothing of torch fu
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lightning_nna.emulator.ranges import QParams
+
+# Movements of tensors on one grid that are instructions nevertheless, because values decide.
+_CHOICES = {"maximum": "MAXIMUM", "minimum": "MINIMUM", "where": "SELECT_V2"}
 
 
 @dataclass(frozen=True)
@@ -28,6 +32,8 @@ class Stored:
         constant: Whether it belongs to the program and not to the data.
         channel_axis: Axis along which several scales go.
         variable: Whether it is state that the instruction reads and then overwrites.
+        source: Where its values stand in the forward, in the shape of ``integers``: the tensor
+            itself or one that was moved there from it. None for what belongs to no tensor.
     """
 
     integers: Tensor
@@ -37,6 +43,7 @@ class Stored:
     constant: bool = False
     channel_axis: int = 0
     variable: bool = False
+    source: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -50,6 +57,7 @@ class Instruction:
         outputs: Results.
         options: Fields of the operator's options, by the schema's own names.
         intermediates: Tensors that carry scales alone (the LSTM's).
+        left: What it leaves in its variable operands, in their order.
     """
 
     operator: str
@@ -58,6 +66,7 @@ class Instruction:
     outputs: tuple[Stored, ...]
     options: Mapping[str, Any] = field(default_factory=dict)
     intermediates: tuple[Stored, ...] = ()
+    left: tuple[Stored, ...] = ()
 
 
 def activation(value: Tensor, qparams: QParams, *, constant: bool = False) -> Stored:
@@ -74,4 +83,33 @@ def activation(value: Tensor, qparams: QParams, *, constant: bool = False) -> St
     """
     integers = (value.detach().double() / qparams.scale).round().long() + qparams.zero_point
     dtype = "int8" if qparams.bits == 8 else "int16"
-    return Stored(integers, dtype, qparams.scale, qparams.zero_point, constant)
+    return Stored(integers, dtype, qparams.scale, qparams.zero_point, constant, source=value)
+
+
+def choice(
+    name: str,
+    path: str,
+    args: tuple[Any, ...],
+    result: Tensor,
+    tag_of: Callable[[Tensor], QParams | None],
+) -> Instruction | None:
+    """The instruction of what looks like a movement and chooses between values of one grid.
+
+    Args:
+        name: Of the torch function.
+        path: Of the module.
+        args: Of the function.
+        result: What it has given.
+        tag_of: Gives the grid of a tensor.
+
+    Returns:
+        None for what moves values wherever they go.
+    """
+    grid = tag_of(result) if name in _CHOICES else None
+    if grid is None:
+        return None
+    tensors = [torch.as_tensor(x, dtype=torch.float32) for x in args[-2:]]
+    inputs = [activation(x, grid, constant=tag_of(x) is None) for x in tensors]
+    if name == "where":
+        inputs.insert(0, Stored(args[0], "bool", source=args[0]))
+    return Instruction(_CHOICES[name], f"{path}/{name}", tuple(inputs), (activation(result, grid),))

@@ -19,7 +19,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from recipes.asr.rnnt import State, Transducer
+from recipes.asr.decoding import Decodable
+from recipes.asr.rnnt import State
 from recipes.asr.vocabulary import BLANK
 
 
@@ -84,7 +85,7 @@ class _Beam:
 
 @torch.no_grad()
 def beam_decode(
-    model: Transducer,
+    model: Decodable,
     features: Float[Tensor, "batch frames mels"],
     lengths: Int[Tensor, " batch"],
     *,
@@ -126,7 +127,7 @@ def beam_decode(
     return [list(hypotheses[0].labels) for hypotheses in found]
 
 
-def _start(model: Transducer, count: int, like: Tensor) -> list[Hypothesis]:
+def _start(model: Decodable, count: int, like: Tensor) -> list[Hypothesis]:
     """The empty hypothesis, once per utterance."""
     label = torch.full((1, 1), BLANK, dtype=torch.long, device=like.device)
     prediction, _, state = model.predict(label, torch.ones_like(label[0]), None)
@@ -134,7 +135,7 @@ def _start(model: Transducer, count: int, like: Tensor) -> list[Hypothesis]:
 
 
 def _score(
-    model: Transducer, encodings: Float[Tensor, "batch dim"], beams: dict[int, _Beam]
+    model: Decodable, encodings: Float[Tensor, "batch dim"], beams: dict[int, _Beam]
 ) -> list[Tensor]:
     """Log-probabilities of the next label, one table per beam; a row per open hypothesis."""
     counts = [len(beam.open) for beam in beams.values()]
@@ -147,9 +148,7 @@ def _score(
     return list(logits[:, 0, 0].log_softmax(dim=-1).cpu().split(counts))
 
 
-def _expand(
-    model: Transducer, beams: dict[int, _Beam], scores: list[Tensor], *, last: bool
-) -> None:
+def _expand(model: Decodable, beams: dict[int, _Beam], scores: list[Tensor], *, last: bool) -> None:
     """Replace the open hypotheses by their best extensions; by none after the ``last`` round."""
     chosen: list[tuple[_Beam, Hypothesis, int, float]] = []
     for beam, table in zip(beams.values(), scores, strict=True):

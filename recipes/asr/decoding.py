@@ -10,6 +10,8 @@ Reference:
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -19,9 +21,30 @@ from recipes.asr.rnnt import State, Transducer
 from recipes.asr.vocabulary import BLANK
 
 
+class Decodable(Protocol):
+    """What decoders call: a transducer, or its programs."""
+
+    def transcribe(self, sources: Tensor, source_lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """Encode whole utterances; returns encodings and their lengths."""
+
+    def predict(
+        self, targets: Tensor, target_lengths: Tensor, state: State | None
+    ) -> tuple[Tensor, Tensor, State]:
+        """Encode labels, the continuation of those that left ``state``."""
+
+    def join(
+        self,
+        source_encodings: Tensor,
+        source_lengths: Tensor,
+        target_encodings: Tensor,
+        target_lengths: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Score the next label for every pair; lengths pass through."""
+
+
 @torch.no_grad()
 def greedy_decode(
-    model: Transducer,
+    model: Decodable,
     features: Float[Tensor, "batch frames mels"],
     lengths: Int[Tensor, " batch"],
     *,

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import csv
 import json
 import math
 import pickle
@@ -54,6 +55,14 @@ def test_the_table_is_that_of_the_deployed_weights(is_first: bool, tmp_path: Pat
         size = -(-deployed.numel() * tensor.bits // 8) + 2**tensor.bits + 4
         assert tensor.packed_bytes == size
         assert set(deployed.unique().tolist()) <= set(torch.tensor(tensor.centroids).tolist())
+        _, counts = deployed.unique(return_counts=True)
+        shares = [int(count) / deployed.numel() for count in counts]
+        entropy = sum(share * math.log2(1 / share) for share in shares)
+        assert tensor.entropy_bits == pytest.approx(entropy)
+        assert tensor.zeros == float((deployed == 0).float().mean())
+    rows = list(csv.DictReader((tmp_path / "compression.csv").read_text().splitlines()))
+    assert [row["name"] for row in rows] == method.selected
+    assert "head.first.weight" in (tmp_path / "compression.html").read_text()
     written = json.loads((tmp_path / "compression.json").read_text())
     assert written["packed_bytes"] == sum(t.packed_bytes for t in newest.tensors)
     assert len(str(newest).splitlines()) == len(newest.tensors) + 2
@@ -95,7 +104,7 @@ def test_figures_on_disk_and_in_tensorboard(tmp_path: Path) -> None:
     folder = tmp_path / "run" / "compression"
     names = ["soft_hard_gap", "sqnr", "weights"]
     assert sorted(path.name for path in folder.iterdir()) == [
-        "compression.json",
+        *(f"compression.{kind}" for kind in ("csv", "html", "json")),
         *(f"{name}.png" for name in names),
     ]
     for name in names:

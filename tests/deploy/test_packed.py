@@ -1,15 +1,22 @@
 from __future__ import annotations
 
+import copy
+import math
+import subprocess
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from lightning_nna import bake, calibrate, emulate
 from lightning_nna.callbacks import CompressedSensingPruning, GeneralQuantizer
-from lightning_nna.deploy import load_packed, save_packed
+from lightning_nna.deploy import load_packed, read_packed, save_packed
+from lightning_nna.emulator.attachment import attach, attached
 from lightning_nna.testing.contract import module, trainer
 
 
@@ -60,6 +67,7 @@ def test_every_bit_comes_back(tmp_path: Path) -> None:
     assert [name for name in TENSORS if not same_bits(TENSORS[name], found[name])] == []
     assert {name: report.layouts[name] for name in LAYOUTS} == LAYOUTS
     assert all(report.packed[name] <= report.plain[name] for name in TENSORS)
+    assert all(report.coded[name] > 0 for name in TENSORS if TENSORS[name].numel())
     header = path.stat().st_size - report.packed_bytes
     assert 0 < header < 8000
 
@@ -120,5 +128,85 @@ def test_files_that_are_none(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="nowhere"):
         load_packed(tmp_path / "nowhere.safetensors")
     save_file({"x": torch.zeros(2)}, tmp_path / "other.safetensors")
-    with pytest.raises(ValueError, match="no file of save_packed"):
+    with pytest.raises(ValueError, match="no file of this project"):
         load_packed(tmp_path / "other.safetensors")
+
+
+def on_chip() -> nn.Module:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(8, 6), nn.Tanh(), nn.Linear(6, 4))
+    with torch.no_grad():
+        # Rows of few values, each with a step of its own.
+        net[0].weight.copy_(torch.randint(-3, 4, (6, 8)) * torch.rand(6, 1))
+    calibrate(net, [torch.randn(32, 8)])
+    with emulate(net), torch.no_grad():
+        net(torch.randn(2, 8))
+    return net
+
+
+def test_a_module_on_the_chip_comes_back_as_the_chip_has_it(tmp_path: Path) -> None:
+    net, x = on_chip(), torch.randn(16, 8)
+    path = tmp_path / "net.safetensors"
+    report = save_packed(net, path)
+    with emulate(net), torch.no_grad():
+        expected = net(x)
+    # Indices of at most seven values, and six steps.
+    assert report.packed["0.weight"] <= 6 * 8 * 4 // 8 + 6 * 8 + 6 * 4
+    twin = copy.deepcopy(net)
+    twin.load_state_dict(load_packed(path))
+    state = attached(net).state_dict()
+    attach(twin).load_state_dict(state)
+    with emulate(twin), torch.no_grad():
+        assert torch.equal(twin(x), expected)
+    assert torch.equal(twin[0].weight, bake(net)[0].weight)
+
+
+def test_values_of_even_chance_cost_their_entropy(tmp_path: Path) -> None:
+    report = save_packed({"x": torch.arange(4.0).repeat(400)}, tmp_path / "x.safetensors")
+    assert report.coded_bytes == 1600 * 2 // 8 + 4 * 4
+    skewed = torch.zeros(1600)
+    skewed[:16] = 1.0
+    share = 0.01 * math.log2(100) + 0.99 * math.log2(1 / 0.99)
+    report = save_packed({"x": skewed}, tmp_path / "x.safetensors")
+    assert report.coded_bytes == math.ceil(1600 * share / 8) + 2 * 4
+
+
+READ = """
+import importlib.util, sys
+spec = importlib.util.spec_from_file_location("read_packed", sys.argv[1])
+module = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+found = module.read_packed(sys.argv[2])
+assert not {"torch", "lightning", "lightning_nna"} & set(sys.modules), "more than NumPy is needed"
+import numpy
+numpy.savez(sys.argv[3], **found)
+"""
+
+
+def test_numpy_and_safetensors_are_enough(tmp_path: Path) -> None:
+    path, copied = tmp_path / "packed.safetensors", tmp_path / "arrays.npz"
+    save_packed(TENSORS, path)
+    arguments = [read_packed.__file__, str(path), str(copied)]
+    subprocess.run([sys.executable, "-c", READ, *arguments], check=True)
+    found = np.load(copied)
+    for name, tensor in TENSORS.items():
+        plain = tensor.float() if tensor.dtype == torch.bfloat16 else tensor
+        np.testing.assert_array_equal(found[name], plain.numpy(), strict=True)
+
+
+def test_an_altered_file_is_refused(tmp_path: Path) -> None:
+    path, altered = tmp_path / "packed.safetensors", tmp_path / "altered.safetensors"
+    save_packed({name: TENSORS[name] for name in LAYOUTS}, path)
+    whole = path.read_bytes()
+    random = np.random.default_rng(0)
+    for _ in range(1000):
+        data = bytearray(whole)
+        if random.random() < 0.3:
+            data = data[: random.integers(0, len(data))]
+        elif random.random() < 0.3:
+            data += bytes(random.integers(1, 9))
+        else:
+            data[random.integers(0, len(data))] ^= int(random.integers(1, 256))
+        altered.write_bytes(data)
+        with pytest.raises(ValueError, match=r"altered\.safetensors is no"):
+            load_packed(altered)

@@ -9,34 +9,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from ai_edge_litert import schema_py_generated as schema
 from torch import nn
 
 from lightning_nna import emulate
+from lightning_nna.deploy.flatbuffer import options_of
 from lightning_nna.emulator.program import Instruction, Stored
 from tests import litert
 from tests.litert import OperatorSpec, TensorSpec
-
-# Options of the schema by operator, where the name does not follow from the operator's.
-_OPTIONS = {
-    "FULLY_CONNECTED": "FullyConnectedOptions",
-    "BATCH_MATMUL": "BatchMatMulOptions",
-    "CONV_2D": "Conv2DOptions",
-    "DEPTHWISE_CONV_2D": "DepthwiseConv2DOptions",
-    "GELU": "GeluOptions",
-    "LEAKY_RELU": "LeakyReluOptions",
-    "MAXIMUM": "MaximumMinimumOptions",
-    "MINIMUM": "MaximumMinimumOptions",
-    "MEAN": "ReducerOptions",
-    "SUM": "ReducerOptions",
-    "REDUCE_MAX": "ReducerOptions",
-    "REDUCE_MIN": "ReducerOptions",
-    "SELECT_V2": "SelectV2Options",
-    "UNIDIRECTIONAL_SEQUENCE_LSTM": "UnidirectionalSequenceLSTMOptions",
-}
-_WITHOUT_OPTIONS = {"LOGISTIC", "TANH", "RELU", "RELU6", "ELU", "RSQRT", "EMBEDDING_LOOKUP"} | {
-    "HARD_SWISH"
-}
 
 
 def replays(
@@ -101,7 +80,7 @@ def on_litert(instruction: Instruction, *, states: bool = False) -> list[np.ndar
         instruction.operator,
         tuple(names),
         tuple(outputs),
-        options(instruction),
+        options_of(instruction.operator, instruction.options),
         tuple(intermediates),
     )
     if states:
@@ -128,12 +107,3 @@ def tensor_spec(stored: Stored) -> tuple[TensorSpec, np.ndarray]:
         ),
         values,
     )
-
-
-def options(instruction: Instruction) -> Any:
-    """The options table of an instruction."""
-    if instruction.operator in _WITHOUT_OPTIONS:
-        return None
-    words = instruction.operator.title().replace("_", "")
-    name = _OPTIONS.get(instruction.operator, f"{words}Options")
-    return getattr(schema, f"{name}T")(**instruction.options)

@@ -174,6 +174,21 @@ def test_packed_and_padded_movements_keep_the_grid() -> None:
         assert set(chip.ranges.ranges) == {"./tanh#0/input"}
 
 
+def test_a_choice_between_activations_on_one_grid_keeps_it() -> None:
+    class Chosen(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            first = torch.tanh(x)
+            return torch.where(torch.arange(4) < 2, first, first.roll(1, 0)).sigmoid()
+
+    net, x = Chosen(), torch.randn(3, 4)
+    with emulate(net) as chip, torch.no_grad():
+        with chip.observing():
+            net(x)
+        net(x)
+    # One operand is quantised: the input.
+    assert [key for key in chip.ranges.ranges if key.endswith("input")] == ["./tanh#0/input"]
+
+
 def test_an_activation_kept_from_calibration_is_quantised_anew() -> None:
     first, second = Function(torch.tanh), Function(lambda x: torch.relu(x))
     module = nn.ModuleList([first, second])

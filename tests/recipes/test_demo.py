@@ -12,7 +12,7 @@ from tests.recipes.conftest import SMALL_NETWORK
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Checkpoint directory")
-def test_the_demo_trains_puts_on_the_chip_and_trains_for_it(
+def test_the_demo_trains_puts_on_the_chip_trains_for_it_and_hands_over(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)  # evaluation reads the cache that training wrote
@@ -24,10 +24,15 @@ def test_the_demo_trains_puts_on_the_chip_and_trains_for_it(
         "+trainer.enable_progress_bar=false",
     ]
     results = demo(tmp_path / "demo", overrides)
-    assert list(results) == ["float", "chip", "chip_aware"]
-    assert [entry["method"] for entry in results.values()] == ["float", "chip", "nna8"]
+    assert list(results) == ["float", "chip", "chip_aware", "deployed"]
+    assert [entry["method"] for entry in results.values()] == ["float", "chip", "nna8", "nna8"]
+    deployed, emulated = results["deployed"], results["chip_aware"]
+    assert (deployed["equal_outputs"], deployed["equal_transcripts"]) == (1.0, 1.0)
+    assert deployed["wer"] == emulated["wer"]
+    # The same outputs, summed in float32 in another order.
+    assert deployed["loss_per_token"] == pytest.approx(emulated["loss_per_token"], rel=1e-6)
     assert all({"wer", "loss_per_token"} <= entry.keys() for entry in results.values())
     assert checkpoint(tmp_path / "demo" / "chip_aware").is_file()
     draw(results, tmp_path / "wer.png")
     assert (tmp_path / "wer.png").stat().st_size > 1000
-    assert len(table(results).splitlines()) == 4
+    assert len(table(results).splitlines()) == 5

@@ -85,7 +85,10 @@ class Activation:
         """The integers with the zero point, for an instruction."""
         integers = self.integers().long() + self.qparams.zero_point
         dtype = "int8" if self.qparams.bits == 8 else "int16"
-        return Stored(integers, dtype, self.qparams.scale, self.qparams.zero_point, self.constant)
+        grid = self.qparams
+        return Stored(
+            integers, dtype, grid.scale, grid.zero_point, self.constant, source=self.value
+        )
 
 
 @dataclass(frozen=True)
@@ -185,6 +188,16 @@ class Call:
             power_of_two=spec.power_of_two_scales,
         )
 
+    def state(self, x: Tensor, y: QParams, name: str) -> Tensor:
+        """Bring a state that comes from before the call onto the grid of the later ones."""
+        if self.recording and self.host.tag_of(x) == y:
+            return x
+        with float32_arithmetic(x):
+            result = quantize(x, y, f"{self.site}/{name}")
+        if self.recording and self.host.tag_of(x) is None:
+            self._record_quantize(x, Activation(result, y))
+        return result
+
     def constant(self, x: Tensor) -> Activation:
         """A tensor of the program used as an operand: on a symmetric grid of its values."""
         if self.observing:
@@ -202,19 +215,14 @@ class Call:
         inputs: Sequence[Stored | None],
         outputs: Sequence[Stored],
         intermediates: Sequence[Stored] = (),
+        left: Sequence[Stored] = (),
         **options: Any,
     ) -> None:
         """Report an instruction, see :class:`Instruction`."""
         if self.recording and self.host.recorder is not None:
+            rest = tuple(intermediates), tuple(left)
             self.host.recorder(
-                Instruction(
-                    operator,
-                    self.site,
-                    tuple(inputs),
-                    tuple(outputs),
-                    options,
-                    tuple(intermediates),
-                )
+                Instruction(operator, self.site, tuple(inputs), tuple(outputs), options, *rest)
             )
 
     def _of_width(self, x: Activation) -> Activation:
@@ -258,7 +266,7 @@ class Call:
         return _number(x, self.bits, self.host.spec.power_of_two_scales)
 
     def _record_quantize(self, x: Tensor, result: Activation) -> None:
-        source = Stored(x.detach().float(), "float32")
+        source = Stored(x.detach().float(), "float32", source=x)
         self.record("QUANTIZE", [source], [result.stored()])
 
 

@@ -137,15 +137,23 @@ def _record_padding(call: Call, x: Stored, geometry: Geometry) -> Stored:
     """Zeros around the height and width of a tensor, as an instruction."""
     pairs = [(0, 0)] * (3 - len(geometry.padding)) + [*geometry.padding, (0, 0)]
     sides = [side for pair in reversed(pairs) for side in pair]
-    padded = replace(x, integers=F.pad(x.integers, sides, value=x.zero_point), constant=False)
+    integers = F.pad(x.integers, sides, value=x.zero_point)
+    # The result has a place of its own, though the forward never holds it.
+    place = torch.empty(integers.shape)
+    padded = replace(x, integers=integers, constant=False, source=place)
     call.record("PAD", [x, Stored(torch.tensor(pairs), "int32", constant=True)], [padded])
     return padded
 
 
 def _channels_last(x: Stored) -> Stored:
     """Batch, height, width, channels: the layout of the schema."""
-    integers = x.integers.unsqueeze(2) if x.integers.dim() == 3 else x.integers
-    return replace(x, integers=integers.permute(0, 2, 3, 1))
+    source = None if x.source is None else _last(x.source)
+    return replace(x, integers=_last(x.integers), source=source)
+
+
+def _last(x: Tensor) -> Tensor:
+    whole = x.unsqueeze(2) if x.dim() == 3 else x
+    return whole.permute(0, 2, 3, 1)
 
 
 def _by_axis(name: str, values: Sequence[int]) -> dict[str, Any]:

@@ -22,12 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_nna.emulator.operators.activation import sigmoid, tanh
-from lightning_nna.emulator.operators.call import (
-    Call,
-    float32_arithmetic,
-    quantize,
-    requantize,
-)
+from lightning_nna.emulator.operators.call import Call, requantize
 from lightning_nna.emulator.operators.elementwise import add, concatenate, mul, sub
 from lightning_nna.emulator.operators.linear import fully_connected, linear
 from lightning_nna.emulator.operators.sequences import Layout
@@ -94,8 +89,7 @@ class _Step:
             self.call.host.ranges.observe(f"{self.next.site}/output", h_0)
             return self.call.tagged(h_0.float().clone(), PENDING)
         y = self.next.output(lambda: h_0)
-        with float32_arithmetic(h_0):
-            return self.call.tagged(quantize(h_0, y, f"{self.call.site}/initial_h"), y)
+        return self.call.tagged(self.call.state(h_0, y, "initial_h"), y)
 
     def __call__(self, x: Tensor, h: Tensor) -> Tensor:
         """The next state, from the input's share of the gates and the state."""

@@ -103,7 +103,7 @@ def embedding(call: Call, input: Tensor, weight: Tensor, *args: Any, **kwargs: A
     if call.recording:
         call.record(
             "GATHER",
-            [stored_weight(quantized), Stored(input.long(), "int32")],
+            [stored_weight(quantized), Stored(input.long(), "int32", source=input)],
             [Activation(result, y).stored()],
             axis=0,
         )

@@ -33,7 +33,6 @@ from lightning_nna.emulator.operators.call import (
     Activation,
     Call,
     float32_arithmetic,
-    quantize,
     stored_bytes,
 )
 from lightning_nna.emulator.operators.linear import overflowed, stored_bias
@@ -99,7 +98,7 @@ def lstm_layer(
             return result, call.viewed(layout.last(outputs), result), layout.last(cells)
     cell, y = _cell(call, x, layout, h_0, c_0, weights)
     with float32_arithmetic(rows):
-        h_0 = quantize(h_0, y, f"{call.site}/initial_h")
+        h_0 = call.state(h_0, y, "initial_h")
         trained = _trainable(call, weights)
         result, h_n, c_n = _LSTM.apply(x.value, h_0, c_0, *trained, x, cell, layout, call)
     return call.tagged(result, y), call.tagged(h_n, y), c_n
@@ -191,7 +190,7 @@ class _LSTM(torch.autograd.Function):
         states = record.h[batch:].float().sub_(grids.h.zero_point).mul_(grids.h.scale)
         cells = layout.last(record.c[batch:]).float().mul_(cell.cell_scale)
         if call.recording:
-            _record(call, activation, cell, bias, record, layout)
+            _record(call, activation, cell, bias, record, layout, _Places(h_0, c_0, states, cells))
         if any(ctx.needs_input_grad):
             tensors = [getattr(record, name) for name in _KEPT]
             ctx.kept = [name for name, kept in zip(_KEPT, tensors, strict=True) if kept is not None]
@@ -312,6 +311,15 @@ def _through_time(
     return factors.gates.flatten(1), d_outs, dh, dc
 
 
+class _Places(NamedTuple):
+    """Where the forward holds what a layer starts from and what it gives."""
+
+    h_0: Tensor
+    c_0: Tensor
+    outputs: Tensor
+    c_n: Tensor
+
+
 def _record(
     call: Call,
     x: Activation,
@@ -319,6 +327,7 @@ def _record(
     bias: Tensor | None,
     record: Record,
     layout: Layout,
+    at: _Places,
 ) -> None:
     """Report the layer sequence by sequence of equal length, as the kernel takes them."""
     grids, batch = cell.grids, layout.batch
@@ -327,8 +336,9 @@ def _record(
         starts = [sum(layout.sizes[:step]) for step in range(length)]
         rows = torch.tensor([[start + k for start in starts] for k in chosen])
         source = x.stored()
+        last = rows[:, -1]
         inputs: list[Stored | None] = [None] * 24
-        inputs[0] = _grid_like(source.integers[rows], "int8", x.qparams)
+        inputs[0] = _grid_like(source.integers[rows], x.qparams, source=x.value[rows])
         inputs[1:5], inputs[5:9] = _by_gate(cell.w_ih), _by_gate(cell.w_hh)
         scales = cell.w_ih.scales.double() * x.qparams.scale
         zero = torch.zeros(4 * cell.size)
@@ -340,10 +350,20 @@ def _record(
             scale = float(weight.scales[0])
             inputs[16] = Stored(weight.stored.long(), "int8", scale, constant=True)
         cell_grid = QParams(cell.cell_scale, 0, INT16_MIN, INT16_MAX)
-        inputs[18] = _grid_like(record.h[:batch][chosen], "int8", grids.h, variable=True)
-        inputs[19] = _grid_like(record.c[:batch][chosen], "int16", cell_grid, variable=True)
-        outputs = [_grid_like(record.h[batch:][rows], "int8", grids.h)]
-        call.record("UNIDIRECTIONAL_SEQUENCE_LSTM", inputs, outputs, _intermediates(cell))
+        first_h, first_c = record.h[:batch][chosen], record.c[:batch][chosen]
+        inputs[18] = _grid_like(first_h, grids.h, variable=True, source=at.h_0[chosen])
+        inputs[19] = _grid_like(first_c, cell_grid, variable=True, source=at.c_0[chosen])
+        hidden, cells = record.h[batch:], record.c[batch:]
+        call.record(
+            "UNIDIRECTIONAL_SEQUENCE_LSTM",
+            inputs,
+            [_grid_like(hidden[rows], grids.h, source=at.outputs[rows])],
+            _intermediates(cell),
+            left=[
+                _grid_like(hidden[last], grids.h, source=at.outputs[last]),
+                _grid_like(cells[last], cell_grid, source=at.c_n[chosen]),
+            ],
+        )
 
 
 def _by_gate(weight: QuantizedWeight) -> list[Stored | None]:
@@ -351,8 +371,9 @@ def _by_gate(weight: QuantizedWeight) -> list[Stored | None]:
     return [Stored(integers, "int8", float(scales[0]), constant=True) for integers, scales in parts]
 
 
-def _grid_like(integers: Tensor, dtype: str, grid: QParams, **flags: Any) -> Stored:
-    return Stored(integers.long(), dtype, grid.scale, grid.zero_point, **flags)
+def _grid_like(integers: Tensor, grid: QParams, **rest: Any) -> Stored:
+    dtype = "int8" if grid.bits == 8 else "int16"
+    return Stored(integers.long(), dtype, grid.scale, grid.zero_point, **rest)
 
 
 def _intermediates(cell: LSTMCell) -> list[Stored]:
@@ -360,7 +381,7 @@ def _intermediates(cell: LSTMCell) -> list[Stored]:
 
     Before a projection the kernel takes its zero point with the opposite sign.
     """
-    none, hidden = torch.zeros((), dtype=torch.int64), cell.grids.hidden
+    none, hidden = torch.zeros(1, dtype=torch.int64), cell.grids.hidden
     zero_point = hidden.zero_point if cell.projection is None else -hidden.zero_point
     unread = [Stored(none, "int16", 2.0**-12) for _ in range(4)]
     return [*unread, Stored(none, "int8", hidden.scale, zero_point)]

@@ -8,6 +8,7 @@ The output's grid is the reference's: 1/256 from -128. The backward is
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -76,7 +77,7 @@ def masked(call: Call, x: Activation, mask: Tensor, *, constant: bool = True) ->
         result = Activation(x.value.masked_fill(mask, low), x.qparams)
     if call.recording:
         lowest = Activation(torch.tensor(low, dtype=torch.float32), x.qparams, constant=True)
-        condition = Stored(mask, "bool", constant=constant)
+        condition = Stored(mask, "bool", constant=constant, source=mask)
         # The first operand is taken where the condition holds.
         call.record("SELECT_V2", [condition, lowest.stored(), x.stored()], [result.stored()])
     return result
@@ -89,7 +90,8 @@ def implicit_axis(x: Tensor) -> int:
 
 def along_last(stored: Stored, axis: int) -> Stored:
     """The same tensor with an axis moved to the end, where the instruction takes it."""
-    return Stored(stored.integers.movedim(axis, -1), stored.dtype, stored.scale, stored.zero_point)
+    source = None if stored.source is None else stored.source.movedim(axis, -1)
+    return replace(stored, integers=stored.integers.movedim(axis, -1), source=source)
 
 
 class _Softmax(torch.autograd.Function):

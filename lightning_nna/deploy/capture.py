@@ -1,0 +1,112 @@
+"""One forward of a module on the chip, at one shape, as a program of the chip.
+
+Every operator reports the instruction that it has emulated; :mod:`.provenance` says where its
+operands came from, and :mod:`.movement` what moves them there. So nothing is taken from the
+module's code: whatever it does in Python, the program is what has run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+
+from lightning_nna.deploy.graph import CaptureError, Program
+from lightning_nna.deploy.recorder import Recorder
+from lightning_nna.emulator.attachment import attached, emulate
+from lightning_nna.emulator.engine import Emulator
+from lightning_nna.emulator.weight_pipeline import pipeline_of
+
+# Chips whose arithmetic a .tflite program has.
+_WITH_PROGRAMS = ("litert-int8", "litert-int16x8", "ethos-u")
+
+
+def capture(
+    module: nn.Module,
+    example_inputs: Sequence[Any],
+    *,
+    forward: Callable[..., Any] | None = None,
+) -> Program:
+    """Run a module on the chip once and give its instructions as a program.
+
+    Float arguments become integer inputs on the grid on which the network first reads them (one
+    input for each grid); those that an operator of the chip has made keep theirs. Integer arguments
+    are inputs where a table is looked up; where they only steer, as lengths do, they are fixed.
+    Results that are no activations are left out.
+
+    Args:
+        module: A module on the chip, calibrated.
+        example_inputs: Arguments of the forward, nested in lists and tuples as it likes; their
+            shapes are the program's.
+        forward: How the module runs, called with it and the arguments; None for its own forward.
+
+    Returns:
+        The program.
+
+    Raises:
+        CaptureError: If the module is not on a chip or not calibrated, if an operator is not the
+            chip's, or if a value comes from one that is not.
+
+    Example:
+        >>> from lightning_nna import calibrate
+        >>> net = nn.Sequential(nn.Linear(4, 3), nn.Tanh())
+        >>> emulator = calibrate(net, [torch.randn(8, 4)])
+        >>> program = capture(net, [torch.zeros(1, 4)])
+        >>> [operator.name for operator in program.operators]
+        ['FULLY_CONNECTED', 'TANH']
+    """
+    emulator = emulator_of(module)
+    leaves, form = tree_flatten(list(example_inputs))
+    with on_chip(module, emulator):
+        recorder = Recorder(emulator)
+        with recorder.listening():
+            copies = [recorder.argument(k, x) for k, x in enumerate(leaves)]
+            result = called(module, forward)(*tree_unflatten(copies, form))
+            outputs = [recorder.result(k, x) for k, x in enumerate(tree_leaves(result))]
+    kept = [port for port in outputs if port is not None]
+    return recorder.graph.finish(
+        recorder.ports, kept, sorted(recorder.elements.steering), emulator.spec.name
+    )
+
+
+@contextmanager
+def on_chip(module: nn.Module, emulator: Emulator) -> Iterator[None]:
+    """Every bit of evaluation on the chip; afterwards the module is as it was."""
+    training = [(each, each.training) for each in module.modules()]
+    fidelity, phase = emulator.fidelity, emulator.phase
+    module.eval()
+    try:
+        with emulate(module, emulator.spec, targets=emulator.targets), torch.no_grad():
+            yield
+    finally:
+        emulator.fidelity, emulator.phase = fidelity, phase
+        for each, mode in training:
+            each.training = mode
+
+
+def called(module: nn.Module, forward: Callable[..., Any] | None) -> Callable[..., Any]:
+    """How a module runs."""
+    return module if forward is None else partial(forward, module)
+
+
+def emulator_of(module: nn.Module) -> Emulator:
+    """The emulator of a module that can be exported; a :class:`CaptureError` says why not."""
+    emulator = attached(module)
+    if emulator is None or not emulator.calibrated:
+        raise CaptureError(
+            "the module has no ranges yet: call calibrate(module, batches), or train it with "
+            "NNAEmulation, before it is exported"
+        )
+    if emulator.spec.name not in _WITH_PROGRAMS:
+        raise CaptureError(
+            f"there is no .tflite program in the arithmetic of {emulator.spec.name!r}; "
+            f"put the module on one of {', '.join(_WITH_PROGRAMS)}"
+        )
+    if pipeline_of(module).phase == "train":
+        raise CaptureError("in the middle of a training step weights are not those that deploy")
+    return emulator

@@ -1,0 +1,213 @@
+"""The .tflite format: tensors and operators of one graph as bytes, and nothing else.
+
+Files are written through the flatbuffer schema that ai-edge-litert ships. The same graph always
+gives the same bytes: constants of equal contents share a buffer, and nothing depends on time or
+place.
+
+    x = TensorSpec((2, 3), "int8", scale=0.1, zero_point=-4)
+    y = TensorSpec((2, 3), "int8", scale=1 / 256, zero_point=-128)
+    logistic = OperatorSpec("LOGISTIC", ("x",), ("y",))
+    file = build_model({"x": x, "y": y}, [logistic], ["x"], ["y"])
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import flatbuffers
+import numpy as np
+from ai_edge_litert import schema_py_generated as schema
+
+DTYPES = {
+    "float32": schema.TensorType.FLOAT32,
+    "int8": schema.TensorType.INT8,
+    "int16": schema.TensorType.INT16,
+    "int32": schema.TensorType.INT32,
+    "int64": schema.TensorType.INT64,
+    "bool": schema.TensorType.BOOL,
+}
+# Options of the schema by operator, where the name does not follow from the operator's.
+_OPTIONS = {
+    "BATCH_MATMUL": "BatchMatMulOptions",
+    "CONV_2D": "Conv2DOptions",
+    "DEPTHWISE_CONV_2D": "DepthwiseConv2DOptions",
+    "MAXIMUM": "MaximumMinimumOptions",
+    "MEAN": "ReducerOptions",
+    "MINIMUM": "MaximumMinimumOptions",
+    "REDUCE_MAX": "ReducerOptions",
+    "REDUCE_MIN": "ReducerOptions",
+    "REVERSE_V2": "ReverseV2Options",
+    "SELECT_V2": "SelectV2Options",
+    "SUM": "ReducerOptions",
+    "UNIDIRECTIONAL_SEQUENCE_LSTM": "UnidirectionalSequenceLSTMOptions",
+}
+_WITHOUT_OPTIONS = frozenset(
+    "ELU EMBEDDING_LOOKUP HARD_SWISH LOGISTIC RELU RELU6 RSQRT TANH".split()
+)
+# Where runtimes expect the data of a buffer to begin.
+_ALIGNMENT = 16
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One tensor of a program: real value = scale (stored value - zero point).
+
+    ``scale`` is one number, or one for each index of ``quantized_dimension`` (then every zero
+    point is ``zero_point``), or 0 for a tensor that is not quantised. A tensor with ``data`` is
+    a constant; one with ``is_variable`` keeps its value from call to call.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+    scale: float | np.ndarray = 0.0
+    zero_point: int = 0
+    data: np.ndarray | None = None
+    quantized_dimension: int = 0
+    is_variable: bool = False
+
+    @classmethod
+    def constant(cls, data: np.ndarray, scale: float | np.ndarray = 0.0) -> TensorSpec:
+        """Return the symmetric constant that holds ``data``, scaled along its first axis."""
+        return cls(data.shape, str(data.dtype), scale, data=data)
+
+    @property
+    def scales(self) -> np.ndarray:
+        """The scales as float32, the precision in which a file holds them."""
+        return np.atleast_1d(np.asarray(self.scale, np.float32))
+
+
+@dataclass(frozen=True)
+class OperatorSpec:
+    """One operator: its name in the schema, and the names of its tensors ("" for an absent one)."""
+
+    name: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    options: Any = None
+    intermediates: tuple[str, ...] = ()
+
+
+def options_of(operator: str, options: Mapping[str, Any]) -> Any:
+    """The options table of an operator, None if it has none.
+
+    Example:
+        >>> options_of("SOFTMAX", {"beta": 1.0}).beta
+        1.0
+    """
+    if operator in _WITHOUT_OPTIONS:
+        return None
+    name = _OPTIONS.get(operator) or f"{operator.title().replace('_', '')}Options"
+    return getattr(schema, f"{name}T")(**options)
+
+
+def build_model(
+    tensors: Mapping[str, TensorSpec],
+    operators: Sequence[OperatorSpec],
+    inputs: Sequence[str],
+    outputs: Sequence[str],
+    metadata: Mapping[str, bytes] | None = None,
+) -> bytes:
+    """Return the .tflite file of one graph.
+
+    Args:
+        tensors: By name.
+        operators: In the order in which they run.
+        inputs: Names of the graph's inputs.
+        outputs: Names of its outputs.
+        metadata: What to put beside the graph, by name.
+    """
+    index = {name: position for position, name in enumerate(tensors)} | {"": -1}
+    codes = list(dict.fromkeys(operator.name for operator in operators))
+    buffers = _Buffers()
+    graph = schema.SubGraphT(
+        tensors=[_tensor(name, spec, buffers) for name, spec in tensors.items()],
+        inputs=[index[name] for name in inputs],
+        outputs=[index[name] for name in outputs],
+        operators=[_operator(operator, index, codes) for operator in operators],
+        name="main",
+    )
+    notes = [
+        schema.MetadataT(name=name, buffer=buffers.add(np.frombuffer(data, np.uint8)))
+        for name, data in (metadata or {}).items()
+    ]
+    model = schema.ModelT(
+        version=3,
+        operatorCodes=[_operator_code(name) for name in codes],
+        subgraphs=[graph],
+        buffers=buffers.tables,
+        metadata=notes or None,
+    )
+    builder = flatbuffers.Builder(1024)
+    builder.Finish(model.Pack(builder), b"TFL3")
+    return bytes(builder.Output())
+
+
+class _AlignedBuffer(schema.BufferT):
+    """A buffer whose data begin where a runtime can read them in place."""
+
+    def Pack(self, builder: Any) -> Any:  # noqa: N802
+        raw = self.data.tobytes()
+        builder.StartVector(1, len(raw), _ALIGNMENT)
+        builder.head -= len(raw)
+        builder.Bytes[builder.head : builder.head + len(raw)] = raw
+        data = builder.EndVector()
+        schema.BufferStart(builder)
+        schema.BufferAddData(builder, data)
+        return schema.BufferEnd(builder)
+
+
+class _Buffers:
+    """Data of constants; the first buffer is empty, as the format demands."""
+
+    def __init__(self) -> None:
+        self.tables: list[Any] = [schema.BufferT()]
+        self._known: dict[bytes, int] = {}
+
+    def add(self, data: np.ndarray) -> int:
+        """Number of the buffer that holds some data."""
+        contents = np.ascontiguousarray(data).reshape(-1).view(np.uint8)
+        key = contents.tobytes()
+        if key not in self._known:
+            self._known[key] = len(self.tables)
+            self.tables.append(_AlignedBuffer(data=contents))
+        return self._known[key]
+
+
+def _tensor(name: str, spec: TensorSpec, buffers: _Buffers) -> Any:
+    """Return the tensor's table; a constant's data go to ``buffers``."""
+    quantization = None
+    if spec.scales.any():
+        quantization = schema.QuantizationParametersT(
+            scale=spec.scales.tolist(),
+            zeroPoint=[spec.zero_point] * len(spec.scales),
+            quantizedDimension=spec.quantized_dimension,
+        )
+    return schema.TensorT(
+        shape=list(spec.shape),
+        type=DTYPES[spec.dtype],
+        buffer=0 if spec.data is None else buffers.add(spec.data),
+        name=name,
+        quantization=quantization,
+        isVariable=spec.is_variable,
+        hasRank=True,
+    )
+
+
+def _operator(spec: OperatorSpec, index: Mapping[str, int], codes: Sequence[str]) -> Any:
+    kind = type(spec.options).__name__.removesuffix("T")
+    return schema.OperatorT(
+        opcodeIndex=codes.index(spec.name),
+        inputs=[index[name] for name in spec.inputs],
+        outputs=[index[name] for name in spec.outputs],
+        builtinOptionsType=getattr(schema.BuiltinOptions, kind if spec.options else "NONE"),
+        builtinOptions=spec.options,
+        intermediates=[index[name] for name in spec.intermediates],
+    )
+
+
+def _operator_code(name: str) -> Any:
+    code = getattr(schema.BuiltinOperator, name)
+    # Codes up to 127 stand in the field of older files too, which LiteRT still reads.
+    return schema.OperatorCodeT(builtinCode=code, deprecatedBuiltinCode=min(code, 127), version=1)

@@ -1,0 +1,138 @@
+"""A reader of packed weights that needs NumPy and safetensors alone.
+
+This file imports nothing of the package: where the weights are unpacked it can be used by itself.
+
+    python read_packed.py network.safetensors
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors.numpy import load
+
+FORMAT = "lightning-nna packed 2"
+NO_DIGEST = "0" * 64
+_DIGEST = re.compile(rb'"sha256": ?"([0-9a-f]{64})"')
+_UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
+# Bytes of an element, by the name that torch has for its type.
+_SIZES = {"bfloat16": 2, "bool": 1}
+
+Bits = NDArray[np.unsignedinteger[Any]]
+
+
+def read_packed(path: str | Path) -> dict[str, NDArray[Any]]:
+    """Read every tensor of a file of ``save_packed``; bfloat16 comes as float32.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file is another, or not as it was written.
+    """
+    return {name: _array(*found) for name, found in packed_bits(path).items()}
+
+
+def packed_bits(path: str | Path) -> dict[str, tuple[Bits, str, tuple[int, ...]]]:
+    """Bits, type and shape of every tensor of a file, see :func:`read_packed`."""
+    contents = checked(Path(path))
+    header = json.loads(contents[8 : 8 + int.from_bytes(contents[:8], "little")])
+    metadata = header.get("__metadata__", {})
+    if metadata.get("format") != FORMAT:
+        raise ValueError(
+            f"{path} is no file of save_packed that this version reads: its format is "
+            f"{metadata.get('format')}, not {FORMAT}"
+        )
+    parts: dict[str, dict[str, NDArray[Any]]] = {}
+    for key, array in load(contents).items():
+        name, _, part = key.rpartition("|")
+        parts.setdefault(name, {})[part] = array
+    found = {}
+    for name, entry in json.loads(metadata["tensors"]).items():
+        shape, dtype = tuple(entry["shape"]), str(entry["dtype"])
+        count = int(np.prod(shape, dtype=np.int64))
+        scaled = "scales" in parts[name]
+        size = 1 if scaled else _SIZES.get(dtype) or np.dtype(dtype).itemsize
+        bits = unpacked(parts[name], count, _UNSIGNED[size])
+        if scaled:
+            bits = _scaled(bits, parts[name]["scales"]).view(np.uint32)
+        found[name] = bits, dtype, shape
+    return found
+
+
+def checked(path: Path) -> bytes:
+    """Contents of a file that holds the checksum of itself.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it holds none, or is not as it was written.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}")
+    contents = path.read_bytes()
+    found = _DIGEST.findall(contents)
+    if len(found) != 1:
+        raise ValueError(f"{path} is no file of this project: it has {len(found)} checksums")
+    blank = contents.replace(found[0], NO_DIGEST.encode())
+    if hashlib.sha256(blank).hexdigest() != found[0].decode():
+        raise ValueError(f"{path} is not as it was written: its checksum differs; write it again")
+    return contents
+
+
+def sealed(contents: bytes) -> bytes:
+    """Contents whose empty checksum is replaced by that of all of them."""
+    digest = hashlib.sha256(contents).hexdigest()
+    assert len(_DIGEST.findall(contents)) == 1, "there is one place for the checksum"
+    return contents.replace(NO_DIGEST.encode(), digest.encode())
+
+
+def unpacked(held: Mapping[str, NDArray[Any]], count: int, kind: type) -> Bits:
+    """Bits of a tensor from its parts: levels by index, and a mask of what is not zero."""
+    kept = count
+    is_kept = None
+    if "mask" in held:
+        is_kept = np.unpackbits(held["mask"], count=count).astype(bool)
+        kept = int(is_kept.sum())
+    if "indices" in held:
+        values = held["levels"][_indices(held["indices"], kept, len(held["levels"]))]
+    else:
+        values = held["values"]
+    if is_kept is None:
+        return values.astype(kind)
+    bits: Bits = np.zeros(count, kind)
+    bits[is_kept] = values
+    return bits
+
+
+def width_of(levels: int) -> int:
+    """Bits of an index of so many levels."""
+    return max(levels - 1, 0).bit_length()
+
+
+def _indices(packed: NDArray[np.uint8], count: int, levels: int) -> NDArray[np.intp]:
+    width = width_of(levels)
+    bits = np.unpackbits(packed, count=count * width).reshape(count, width)
+    return bits.astype(np.intp) @ (1 << np.arange(width - 1, -1, -1))
+
+
+def _scaled(integers: Bits, scales: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Weights on the chip's grid: 8-bit integers and a step for each group of rows."""
+    rows = integers.view(np.int8).reshape(len(scales), -1)
+    return (rows.astype(np.float32) * scales[:, None]).reshape(-1)
+
+
+def _array(bits: Bits, dtype: str, shape: tuple[int, ...]) -> NDArray[Any]:
+    if dtype == "bfloat16":
+        return (bits.astype(np.uint32) << 16).view(np.float32).reshape(shape)
+    return np.ascontiguousarray(bits).view(np.dtype(dtype)).reshape(shape)
+
+
+if __name__ == "__main__":
+    for key, value in read_packed(sys.argv[1]).items():
+        print(key, value.dtype, value.shape)

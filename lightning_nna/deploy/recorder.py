@@ -1,0 +1,398 @@
+"""The recorder of a forward: instructions as they come, connected to what they read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from math import prod
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
+
+from lightning_nna.deploy.elements import Elements
+from lightning_nna.deploy.graph import (
+    CaptureError,
+    Graph,
+    Port,
+    dtype_of,
+    form_of,
+    is_float,
+    operand_name,
+    quantized,
+    width_of_grid,
+)
+from lightning_nna.deploy.movement import (
+    NO_TENSOR,
+    Codes,
+    Movements,
+    belong,
+    codes_of,
+    elements_in,
+    moved_integers,
+    same,
+    tensors_in,
+)
+from lightning_nna.deploy.provenance import CONSTANT
+from lightning_nna.emulator.engine import Emulator
+from lightning_nna.emulator.program import Instruction, Stored, activation
+
+_LSTM = "UNIDIRECTIONAL_SEQUENCE_LSTM"
+# Where it has its hidden state and its cell among its operands.
+_STATES = (18, 19)
+
+
+class Recorder:
+    """Listens to a forward and connects its instructions.
+
+    Args:
+        emulator: Of the module, on the chip.
+
+    Attributes:
+        graph: What the program is made of so far.
+        ports: Its inputs.
+        elements: Where everything is.
+    """
+
+    def __init__(self, emulator: Emulator) -> None:
+        self.emulator, self.graph = emulator, Graph()
+        self.elements = Elements()
+        self.ports: list[Port] = []
+        #: Arguments in float: number of the pseudo tensor -> position.
+        self._arguments: dict[int, int] = {}
+        self._entered: dict[tuple[Any, ...], int] = {}
+        #: Cells that an LSTM has left in its variable: pseudo tensor -> variable.
+        self._cells: dict[int, int] = {}
+        #: What every variable holds now, as codes.
+        self._state: dict[int, Codes] = {}
+        self._moved: dict[tuple[Any, ...], int] = {}
+
+    # --- the forward ----------------------------------------------------------------------------
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Follow elements and take instructions down; refuse what no calibration has seen."""
+        emulator = self.emulator
+        known = set(emulator.ranges.ranges)
+        emulator.recorder, emulator.listener = self._take, self._refuse
+        try:
+            with self.elements.provenance:
+                yield
+        finally:
+            emulator.recorder = emulator.listener = None
+            new = [key for key in emulator.ranges.ranges if key not in known]
+            for key in new:
+                del emulator.ranges.ranges[key]
+            if new:  # Whatever else went wrong, this came first.
+                raise CaptureError(
+                    f"no calibration has seen {', '.join(new)}: calibrate with the calls that are "
+                    "exported, and give arguments that come from the chip as the chip made them"
+                )
+
+    def argument(self, position: int, x: Any) -> Any:
+        """A copy of an argument, whose elements are followed."""
+        if not isinstance(x, Tensor):
+            return x
+        tag = self.emulator.tag_of(x)
+        copy = x.detach().clone()
+        addresses = self.elements.begin(copy)
+        if not x.is_floating_point():
+            self.elements.integers.append(position)
+        if tag is not None:
+            self.emulator.set_tag(copy, tag)
+            number = self._port(position, activation(copy, tag), from_chip=True)
+            self.elements.define(
+                width_of_grid(tag), addresses, codes_of(number, np.arange(copy.numel()))
+            )
+        elif copy.numel():
+            form = Stored(copy if copy.is_floating_point() else copy.long(), dtype_of(copy))
+            number = self.graph.add(f"argument{position}", form_of(form), form.integers.numpy())
+            self._arguments[number] = position
+            self.elements.define(form.dtype, addresses, codes_of(number, np.arange(copy.numel())))
+        return copy
+
+    def result(self, position: int, x: Any) -> Port | None:
+        """The port of a result; None for what is no activation."""
+        if not isinstance(x, Tensor) or not x.is_floating_point() or not x.numel():
+            return None
+        with _disable_current_modes():
+            tag = self.emulator.tag_of(x)
+            kind = "float32" if tag is None else width_of_grid(tag)
+            codes = self.elements.resolve(x, kind, f"result {position}")
+            for number in tensors_in(codes):
+                codes = self._as_integers(codes, number, position)
+            sources = tensors_in(codes)
+            if not sources:
+                raise CaptureError(f"result {position} does not depend on the arguments")
+            made = self._as_made(codes)
+            if made is None:
+                self._demand_current(sources, f"result {position}")
+                grid = self.graph.specs[sources[0]]
+                for number in sources:
+                    self.graph.demand_grid(number, grid, f"result {position}")
+                made = self._move(
+                    codes, self.graph.integers_of(codes, grid.zero_point), grid, "result"
+                )
+            return Port(self.graph.names[made], position, tuple(x.shape))
+
+    # --- instructions ---------------------------------------------------------------------------
+
+    def _refuse(self, key: str, on_chip: bool, operands: Any, result: Any) -> None:
+        if not on_chip and self.elements.provenance.reaches(result):
+            raise CaptureError(
+                f"{key} is no operator of {self.emulator.spec.name}: write it with operators that "
+                "coverage(module, example) lists as the chip's, or keep it out of the export "
+                "with forward="
+            )
+
+    def _take(self, instruction: Instruction) -> None:
+        """One instruction: connect its operands, and give its results their elements."""
+        with _disable_current_modes():
+            if not self._depends(instruction):
+                return  # Computed of the program's own constants: its results are constants.
+            places = [self.elements.place(x) for x in instruction.outputs]
+            if instruction.operator == "QUANTIZE" and is_float(instruction.inputs[0]):
+                self._enter(instruction, places[0])
+                return
+            inputs = [
+                None if x is None or x.variable else self._operand(instruction, k, x)
+                for k, x in enumerate(instruction.inputs)
+            ]
+            if instruction.operator == _LSTM:
+                for k, number in zip(_STATES, self._states(instruction), strict=True):
+                    inputs[k] = number
+            outputs = [self._output(instruction, k) for k in range(len(places))]
+            between = [
+                self.graph.add(f"{instruction.site}/intermediate", form_of(x), x.integers.numpy())
+                for x in instruction.intermediates
+            ]
+            self.graph.run(
+                instruction.operator,
+                instruction.site,
+                inputs,
+                outputs,
+                instruction.options,
+                between,
+            )
+            for place, number in zip(places, outputs, strict=True):
+                count = prod(self.graph.specs[number].shape)
+                dtype = self.graph.specs[number].dtype
+                self.elements.define(dtype, place, codes_of(number, np.arange(count)))
+            if instruction.operator == _LSTM:
+                self._leave(instruction, inputs)
+
+    def _depends(self, instruction: Instruction) -> bool:
+        """Whether an instruction reads anything but constants."""
+        read = [x for x in instruction.inputs if x is not None and not x.constant]
+        return any(bool((self.elements.addresses(x) != CONSTANT).any()) for x in read)
+
+    def _output(self, instruction: Instruction, position: int) -> int:
+        stored = instruction.outputs[position]
+        return self.graph.add(instruction.site, form_of(stored), stored.integers.numpy())
+
+    def _operand(self, instruction: Instruction, position: int, stored: Stored) -> int:
+        name = f"{instruction.site}/{operand_name(instruction.operator, position)}"
+        values = stored.integers.numpy()
+        if stored.constant:
+            return self.graph.constant(name, form_of(stored), values.astype(np.int64))
+        where = f"{name} of {instruction.operator}"
+        if stored.source is None:
+            raise CaptureError(f"{where} has no place in the forward")
+        codes = self.elements.resolve(stored.source, stored.dtype, where)
+        form = form_of(stored)
+        if stored.dtype == "int32":
+            codes = self._integer_input(codes)
+        self._demand_current(tensors_in(codes), where)
+        for number in tensors_in(codes):
+            self.graph.demand_grid(number, form, where)
+        if not np.array_equal(self.graph.integers_of(codes, 0)[codes >= 0], values[codes >= 0]):
+            raise CaptureError(f"{where} holds other integers than those it is made of")
+        return self._move(codes, values, form, name)
+
+    def _move(self, codes: Codes, values: Any, form: Any, name: str) -> int:
+        """The tensor with these elements, made by movements where there is none."""
+        whole = [k for k in tensors_in(codes) if codes.shape == self.graph.specs[k].shape]
+        for number in whole:
+            if np.array_equal(codes, codes_of(number, np.arange(codes.size)).reshape(codes.shape)):
+                return number
+        movements = Movements(
+            lambda operator, inputs, shape, options: self._emit(
+                operator, inputs, shape, options, form, name
+            ),
+            lambda integers: self.graph.constant(f"{name}/fill", form, integers),
+            lambda number: self.graph.specs[number].shape,
+        )
+        return movements.make(codes, values)
+
+    def _emit(
+        self, operator: str, inputs: Any, shape: Any, options: Any, form: Any, name: str
+    ) -> int:
+        """One movement, unless it has been made before."""
+        numbers = [
+            self._shape_constant(name, x) if isinstance(x, np.ndarray) else x for x in inputs
+        ]
+        changing = [k for k in numbers if k in self._state]
+        key = (operator, tuple(numbers), tuple(shape), repr(sorted(options.items())))
+        if key in self._moved and not changing:
+            return self._moved[key]
+        result = replace(form, shape=tuple(shape), is_variable=False, data=None)
+        values = moved_integers(operator, [self.graph.values[k] for k in numbers], shape, options)
+        number = self.graph.add(f"{name}/{operator.lower()}", result, values)
+        self.graph.run(operator, name, numbers, [number], options)
+        self._moved[key] = number
+        return number
+
+    def _shape_constant(self, name: str, x: Any) -> int:
+        form = form_of(Stored(torch.from_numpy(x).long(), "int32"))
+        return self.graph.constant(f"{name}/form", form, x.astype(np.int64))
+
+    # --- what comes in --------------------------------------------------------------------------
+
+    def _enter(self, instruction: Instruction, place: Any) -> None:
+        """Floats that are brought onto a grid: the arguments behind them come in on it."""
+        source, result = instruction.inputs[0], instruction.outputs[0]
+        assert source is not None
+        assert source.source is not None
+        codes = self.elements.resolve(source.source, "float32", instruction.site)
+        entered = codes.copy()
+        for number in tensors_in(codes):
+            if number not in self._arguments:
+                raise CaptureError(
+                    f"{instruction.site} reads {self.graph.names[number]} in float: the chip would "
+                    "have to leave its integers; compute with the state's output instead"
+                )
+            port, mask = self._port_of(number, result), belong(codes, number)
+            entered[mask] = codes_of(port, elements_in(codes[mask]))
+        self.elements.define(result.dtype, place, entered.reshape(-1))
+
+    def _port_of(self, argument: int, grid: Stored) -> int:
+        """The input that holds an argument in float on a grid."""
+        key = (argument, grid.dtype, float(grid.scale), grid.zero_point)
+        if key not in self._entered:
+            floats = torch.from_numpy(self.graph.values[argument])
+            integers = quantized(floats.numpy(), grid.dtype, float(grid.scale), grid.zero_point)
+            stored = replace(grid, integers=torch.from_numpy(integers), source=None)
+            self._entered[key] = self._port(self._arguments[argument], stored)
+        return self._entered[key]
+
+    def _port(self, position: int, stored: Stored, *, from_chip: bool = False) -> int:
+        name = f"input{position}"
+        number = self.graph.add(name, form_of(stored), stored.integers.numpy())
+        shape = tuple(stored.integers.shape)
+        self.ports.append(Port(self.graph.names[number], position, shape, from_chip))
+        return number
+
+    def _integer_input(self, codes: Codes) -> Codes:
+        """Integers of arguments become inputs where a table is looked up."""
+        result = codes.copy()
+        for number in tensors_in(codes):
+            if number in self._arguments:
+                position = self._arguments[number]
+                key = (number, "int32")
+                if key not in self._entered:
+                    integers = torch.from_numpy(self.graph.values[number])
+                    self._entered[key] = self._port(position, Stored(integers, "int32"))
+                mask = belong(codes, number)
+                result[mask] = codes_of(self._entered[key], elements_in(codes[mask]))
+        return result
+
+    # --- states ---------------------------------------------------------------------------------
+
+    def _states(self, instruction: Instruction) -> list[int]:
+        """The variables of an LSTM: an earlier step's, inputs, or new ones that start at 0."""
+        found = []
+        for k in _STATES:
+            stored = instruction.inputs[k]
+            assert stored is not None
+            assert stored.source is not None
+            name = f"{instruction.site}/{operand_name(_LSTM, k)}"
+            kind = stored.dtype if k == _STATES[0] else "float32"
+            codes = self.elements.resolve(stored.source, kind, name)
+            held = [n for n, now in self._state.items() if same(now, codes)]
+            if held:
+                found.append(held[0])
+            elif bool((codes == NO_TENSOR).all()):
+                if bool((stored.integers != stored.zero_point).any()):
+                    raise CaptureError(
+                        f"{name} starts at fixed values that are not 0: pass them as an argument"
+                    )
+                found.append(self.graph.add(name, form_of(stored), stored.integers.numpy()))
+            else:
+                found.append(self._state_input(name, codes, stored))
+        return found
+
+    def _state_input(self, name: str, codes: Codes, stored: Stored) -> int:
+        """An argument, whole and in order, that is read and overwritten."""
+        sources = tensors_in(codes)
+        whole = len(sources) == 1 and same(codes, codes_of(sources[0], np.arange(codes.size)))
+        if not whole or prod(self.graph.specs[sources[0]].shape) != codes.size:
+            raise CaptureError(
+                f"{name} is no argument as a whole: pass the state of each layer as an argument of "
+                "its own, or start from zeros"
+            )
+        number = sources[0]
+        if number in self._arguments:
+            number = self._port_of(number, stored)
+        self.graph.demand_grid(number, form_of(stored), name)
+        self.graph.specs[number] = form_of(stored)
+        self.graph.values[number] = stored.integers.numpy()
+        return number
+
+    def _leave(self, instruction: Instruction, inputs: Sequence[int | None]) -> None:
+        """What the variables of an LSTM hold from now on."""
+        h, c = inputs[_STATES[0]], inputs[_STATES[1]]
+        assert h is not None
+        assert c is not None
+        hidden, cells = instruction.left
+        assert hidden.source is not None
+        assert cells.source is not None
+        self._state[h] = self.elements.resolve(hidden.source, hidden.dtype, instruction.site)
+        version = self.graph.add(f"{instruction.site}/c", form_of(cells), cells.integers.numpy())
+        self._cells[version] = c
+        count = cells.integers.numel()
+        self.elements.define(
+            "float32", self.elements.addresses(cells), codes_of(version, np.arange(count))
+        )
+        self._state[c] = codes_of(version, np.arange(count))
+
+    def _as_made(self, codes: Codes) -> int | None:
+        """The tensor that has these elements in this order, in whatever shape.
+
+        A cell is read from its variable. A hidden state is not: it is in the layer's output, too,
+        and a compiler leaves a layer out whose output nobody reads.
+        """
+        sources = tensors_in(codes)
+        if len(sources) != 1 or not same(codes, codes_of(sources[0], np.arange(codes.size))):
+            return None
+        variable = self._cells.get(sources[0])
+        if variable is not None:
+            return variable if same(self._state[variable], codes) else None
+        whole = codes.size == prod(self.graph.specs[sources[0]].shape)
+        return sources[0] if whole and sources[0] not in self._state else None
+
+    def _demand_current(self, sources: Sequence[int], where: str) -> None:
+        """Refuse what an LSTM has overwritten, and its cells, which it alone can read."""
+        for number in sources:
+            if number in self._state or number in self._cells:
+                raise CaptureError(
+                    f"{where} reads the state {self.graph.names[number]} of an LSTM, which the "
+                    "chip has not kept: compute with the layer's output instead"
+                )
+
+    # --- elements -------------------------------------------------------------------------------
+
+    def _as_integers(self, codes: Codes, number: int, position: int) -> Codes:
+        """A result in float that passes an argument on: the integers that it comes in with."""
+        if number not in self._arguments:
+            return codes
+        known = {key[1:]: port for key, port in self._entered.items() if key[0] == number}
+        if len(known) != 1:
+            raise CaptureError(
+                f"result {position} passes argument {self._arguments[number]} on, which the "
+                f"program reads on {len(known)} grids: leave it out of the exported results"
+            )
+        port = next(iter(known.values()))
+        return np.where(belong(codes, number), codes_of(port, elements_in(codes)), codes)

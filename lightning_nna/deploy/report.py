@@ -1,0 +1,149 @@
+"""Each weight of a module on the chip: bits, values, zeros, entropy, bytes, error and cycles."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from lightning_nna.compression.layers import LayerFigures, as_csv, as_html, entropy_bits
+from lightning_nna.deploy.packed import packed_size
+from lightning_nna.deploy.read_packed import width_of
+from lightning_nna.deploy.vela import VelaReport
+from lightning_nna.emulator.attachment import attached
+from lightning_nna.emulator.telemetry import SiteTelemetry
+from lightning_nna.emulator.weight_pipeline import pipeline_of
+from lightning_nna.files import write_whole
+
+# What Vela calls the parts of an LSTM does not say of which layer they are.
+_LSTM = "UnidirectionalSequenceLstm"
+
+
+def layer_figures(module: nn.Module, reports: Sequence[VelaReport] = ()) -> list[LayerFigures]:
+    """Look at every weight that a module has used on the chip.
+
+    Args:
+        module: On the chip; it has run there.
+        reports: Vela's, of the module's programs. An operator counts for the layer whose call site
+            it bears; the LSTM layers of one program share the cycles of their parts by the bits
+            that their weights need, because Vela calls these parts alike in every layer.
+
+    Raises:
+        ValueError: If the module is not on a chip, or has not run there.
+
+    Example:
+        >>> import torch
+        >>> from lightning_nna import calibrate, emulate
+        >>> net, x = nn.Linear(8, 4), torch.randn(16, 8)
+        >>> emulator = calibrate(net, [x])
+        >>> with emulate(net):
+        ...     _ = net(x)
+        >>> (row,) = layer_figures(net)
+        >>> row.name, row.weights
+        ('weight', 32)
+    """
+    emulator = attached(module)
+    if emulator is None or not emulator.used_weights:
+        raise ValueError("the module has not run on the chip: calibrate it and run it there first")
+    pipeline = pipeline_of(module)
+    rows = []
+    for name, parameter in module.named_parameters():
+        count = emulator.used_weights.get(id(parameter))
+        if count is None:
+            continue
+        held = emulator.weight(parameter, count)
+        stages = pipeline.stages_of(parameter)
+        latent = pipeline.latent(name) if stages else parameter
+        values = int(held.stored.unique().numel())
+        rows.append(
+            LayerFigures(
+                name=name,
+                method=stages[-1].method if stages else "chip",
+                bits=width_of(values),
+                weights=parameter.numel(),
+                values=values,
+                zeros=float((held.stored == 0).float().mean()),
+                entropy_bits=entropy_bits(held.stored),
+                packed_bytes=packed_size(held, count),
+                sqnr_db=_sqnr_db(latent, held.values.reshape(latent.shape)),
+            )
+        )
+    return _with_cycles(module, rows, reports)
+
+
+def write_report(
+    module: nn.Module, folder: str | Path, reports: Sequence[VelaReport] = ()
+) -> list[LayerFigures]:
+    """Write ``report.html`` and ``report.csv`` of a module on the chip.
+
+    Args:
+        module: See :func:`layer_figures`.
+        folder: Where they go.
+        reports: See :func:`layer_figures`; the page has a line for each.
+
+    Returns:
+        The rows.
+
+    Raises:
+        ValueError: See :func:`layer_figures`.
+    """
+    rows = layer_figures(module, reports)
+    notes = [str(report) for report in reports]
+    if reports:
+        notes.append(
+            "Cycles are Vela's estimates for one run of each program; LSTM layers of one program "
+            "share theirs by the entropy of their weights."
+        )
+    title = f"{type(module).__name__} on the chip"
+    write_whole(Path(folder) / "report.html", as_html(rows, title=title, notes=notes))
+    write_whole(Path(folder) / "report.csv", as_csv(rows))
+    return rows
+
+
+def _sqnr_db(weight: Tensor, deployed: Tensor) -> float:
+    noise = (weight.detach().double() - deployed.double()).square().sum()
+    signal = weight.detach().double().square().sum()
+    return SiteTelemetry(signal=float(signal), noise=float(noise)).sqnr_db
+
+
+def _with_cycles(
+    module: nn.Module, rows: list[LayerFigures], reports: Sequence[VelaReport]
+) -> list[LayerFigures]:
+    """The rows with what Vela's operators say of their layers."""
+    cycles: dict[str, float] = {}
+    recurrent = {n for n, m in module.named_modules() if isinstance(m, (nn.LSTM, nn.LSTMCell))}
+    need = {row.name: row.weights * row.entropy_bits for row in rows}
+    for report in reports:
+        named = [operator.name for operator in report.operators]
+        together = sum(o.cycles for o in report.operators if o.operator == _LSTM)
+        mine = [
+            row.name
+            for row in rows
+            if _layer(row.name) in recurrent
+            and any(name.startswith(f"{_layer(row.name)}/lstm") for name in named)
+        ]
+        whole = sum(need[name] for name in mine)
+        for name in mine:
+            cycles[name] = cycles.get(name, 0.0) + together * need[name] / max(whole, 1.0)
+        for row in rows:
+            if _layer(row.name) in recurrent:
+                continue
+            own = [
+                operator.cycles
+                for operator in report.operators
+                if operator.name.startswith(f"{_layer(row.name)}/") and operator.operator != _LSTM
+            ]
+            if own:
+                cycles[row.name] = cycles.get(row.name, 0.0) + sum(own)
+    return [
+        LayerFigures(**{**vars(row), "cycles": round(cycles[row.name])})
+        if row.name in cycles
+        else row
+        for row in rows
+    ]
+
+
+def _layer(parameter: str) -> str:
+    """Path of the module that has a parameter."""
+    return parameter.rpartition(".")[0]

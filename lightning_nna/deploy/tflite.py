@@ -1,0 +1,306 @@
+"""A module on the chip as a .tflite file, and LiteRT to run it.
+
+The file is fully integer and holds, beside the program, what is needed to call it from floats:
+which of the caller's tensors goes where. Its results are those of the module on the chip, in every
+bit, on LiteRT's *reference* kernels; the optimised ones are faster and may differ.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from ai_edge_litert.interpreter import Interpreter, OpResolverType
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+
+from lightning_nna.deploy.capture import called, capture, emulator_of, on_chip
+from lightning_nna.deploy.flatbuffer import build_model
+from lightning_nna.deploy.graph import Port, Program, quantized
+from lightning_nna.deploy.read_packed import NO_DIGEST, checked, sealed
+from lightning_nna.emulator.ranges import QParams
+from lightning_nna.files import whole_file
+
+_FORMAT = "lightning-nna program 1"
+_METADATA = "lightning-nna"
+
+
+@dataclass(frozen=True)
+class TFLiteModel:
+    """What was written.
+
+    Args:
+        path: The file.
+        size_bytes: Of the file.
+        weight_bytes: Of all constants, each counted once.
+        operators: How many instructions of each kind, in the order in which they first run.
+        inputs: Where the caller's arguments enter.
+        outputs: Where results leave.
+        fixed: Positions of arguments that are part of the program.
+        spec: Name of the chip.
+    """
+
+    path: Path
+    size_bytes: int
+    weight_bytes: int
+    operators: Mapping[str, int]
+    inputs: tuple[Port, ...]
+    outputs: tuple[Port, ...]
+    fixed: tuple[int, ...]
+    spec: str
+
+    def __str__(self) -> str:
+        counts = ", ".join(f"{count} {name}" for name, count in self.operators.items())
+        return f"{self.path}: {self.size_bytes} bytes for {self.spec}; {counts}"
+
+
+def export_tflite(
+    module: nn.Module,
+    example_inputs: Sequence[Any],
+    path: str | Path,
+    *,
+    forward: Callable[..., Any] | None = None,
+) -> TFLiteModel:
+    """Write a module on the chip as a fully integer .tflite program of one shape.
+
+    The same module and inputs give the same bytes. Tensors are called by their call sites. A
+    recurrent state that is an argument becomes an input that the program overwrites, and an output
+    where it is a result: the streaming form. One that starts at zero is a variable of the program.
+
+    Args:
+        module: A module on the chip, calibrated.
+        example_inputs: Arguments of its forward.
+        path: Written whole or not at all.
+        forward: How the module runs, called with it and the arguments; None for its own forward.
+
+    Returns:
+        What was written.
+
+    Raises:
+        CaptureError: See :func:`.capture.capture`.
+
+    Example:
+        >>> import tempfile
+        >>> from lightning_nna import calibrate
+        >>> net, x = nn.Sequential(nn.Linear(4, 3), nn.Tanh()), torch.randn(8, 4)
+        >>> emulator = calibrate(net, [x])
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     model = export_tflite(net, [x], f"{folder}/net.tflite")
+        ...     dict(model.operators), verify(net, model.path, [x])
+        ({'FULLY_CONNECTED': 1, 'TANH': 1}, 1.0)
+    """
+    program = capture(module, example_inputs, forward=forward)
+    contents = write(program)
+    with whole_file(Path(path)) as unfinished:
+        unfinished.write_bytes(contents)
+    return TFLiteModel(
+        Path(path),
+        len(contents),
+        program.weight_bytes,
+        dict(Counter(operator.name for operator in program.operators)),
+        program.inputs,
+        program.outputs,
+        program.fixed,
+        program.spec,
+    )
+
+
+def write(program: Program) -> bytes:
+    """The file of a program, with a checksum of all of it."""
+    notes = {
+        "format": _FORMAT,
+        "version": version("lightning-nna"),
+        "spec": program.spec,
+        "inputs": [asdict(port) for port in program.inputs],
+        "outputs": [asdict(port) for port in program.outputs],
+        "fixed": list(program.fixed),
+        "sha256": NO_DIGEST,
+    }
+    contents = build_model(
+        program.tensors,
+        program.operators,
+        [port.tensor for port in program.inputs],
+        list(dict.fromkeys(port.tensor for port in program.outputs)),
+        {_METADATA: json.dumps(notes).encode()},
+    )
+    return sealed(contents)
+
+
+class LiteRTProgram:
+    """A program of :func:`export_tflite` on LiteRT.
+
+    Args:
+        path: The file.
+        optimised: Take the kernels that are made for speed; their outputs may differ.
+        threads: Of the optimised kernels.
+
+    Attributes:
+        inputs: Where arguments enter.
+        outputs: Where results leave.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file is not one of :func:`export_tflite`, or not as it was written.
+    """
+
+    def __init__(self, path: str | Path, *, optimised: bool = False, threads: int = 1) -> None:
+        contents = checked(Path(path))
+        notes = _notes(contents, path)
+        self.spec = str(notes["spec"])
+        self.inputs = tuple(_port(entry) for entry in notes["inputs"])
+        self.outputs = tuple(_port(entry) for entry in notes["outputs"])
+        kinds = OpResolverType
+        self._interpreter = Interpreter(
+            model_content=contents,
+            experimental_op_resolver_type=kinds.AUTO if optimised else kinds.BUILTIN_REF,
+            num_threads=threads,
+        )
+        self._interpreter.allocate_tensors()
+        details = self._interpreter.get_input_details(), self._interpreter.get_output_details()
+        self._details = {each["name"]: each for side in details for each in side}
+
+    def __call__(self, inputs: Sequence[Any]) -> list[NDArray[Any]]:
+        """Run once, from the state that the arguments give, or from zero.
+
+        Args:
+            inputs: Arguments as the module takes them, nested as it likes: tensors or arrays.
+
+        Returns:
+            Results that are activations, one after the other, as float32 on their grids.
+
+        Raises:
+            ValueError: If an argument is missing or has another shape than the program.
+        """
+        given = [np.asarray(x) for x in tree_leaves(list(inputs))]
+        self._interpreter.reset_all_variables()
+        for port in self.inputs:
+            self._set(port, given)
+        self._interpreter.invoke()
+        return [self._get(port) for port in self.outputs]
+
+    def grid_of(self, port: Port) -> QParams | None:
+        """The grid of a tensor that enters or leaves, None for plain integers."""
+        detail = self._details[port.tensor]
+        scale, zero_point = detail["quantization"]
+        if not scale:
+            return None
+        limits = np.iinfo(detail["dtype"])
+        return QParams(float(scale), int(zero_point), int(limits.min), int(limits.max))
+
+    def _set(self, port: Port, given: Sequence[NDArray[Any]]) -> None:
+        if port.position >= len(given):
+            raise ValueError(f"argument {port.position} is missing: {len(given)} were given")
+        value, detail = given[port.position], self._details[port.tensor]
+        if value.shape != port.shape:
+            raise ValueError(
+                f"argument {port.position} has shape {value.shape}, the program {port.shape}; "
+                "export it for another shape"
+            )
+        grid = self.grid_of(port)
+        if not np.isfinite(value).all():
+            raise ValueError(f"argument {port.position} has values that are not finite")
+        if grid is not None:
+            value = quantized(value, np.dtype(detail["dtype"]).name, grid.scale, grid.zero_point)
+        held = value.astype(detail["dtype"]).reshape(detail["shape"])
+        self._interpreter.set_tensor(detail["index"], held)
+
+    def _get(self, port: Port) -> NDArray[Any]:
+        grid = self.grid_of(port)
+        integers = self._interpreter.get_tensor(self._details[port.tensor]["index"])
+        assert grid is not None, "activations lie on grids"
+        centred = integers.astype(np.int32) - grid.zero_point
+        return (centred.astype(np.float32) * np.float32(grid.scale)).reshape(port.shape)
+
+
+def run_tflite(
+    path: str | Path, inputs: Sequence[Any], *, optimised: bool = False
+) -> list[NDArray[Any]]:
+    """Run a program of :func:`export_tflite` once; see :class:`LiteRTProgram`.
+
+    Args:
+        path: The file.
+        inputs: Arguments as the module takes them.
+        optimised: Take the kernels that are made for speed; their outputs may differ.
+
+    Returns:
+        Results that are activations, as float32 on their grids.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file is not one of :func:`export_tflite`, or not as it was written, or
+            an argument does not fit.
+    """
+    return LiteRTProgram(path, optimised=optimised)(inputs)
+
+
+def verify(
+    module: nn.Module,
+    path: str | Path,
+    inputs: Sequence[Any],
+    *,
+    forward: Callable[..., Any] | None = None,
+    optimised: bool = False,
+) -> float:
+    """Share of outputs of a program that equal those of the module on the chip in every bit.
+
+    Args:
+        module: The module that was exported.
+        path: The file.
+        inputs: Arguments of its forward.
+        forward: How the module runs, as it was exported.
+        optimised: Look at the kernels that are made for speed.
+
+    Returns:
+        1.0 where all are equal.
+
+    Raises:
+        ValueError: See :func:`run_tflite`.
+    """
+    program = LiteRTProgram(path, optimised=optimised)
+    emulator = emulator_of(module)
+    leaves, form = tree_flatten(list(inputs))
+    with on_chip(module, emulator):
+        arguments = [x.detach().clone() if isinstance(x, Tensor) else x for x in leaves]
+        for port in program.inputs:
+            grid = program.grid_of(port)
+            if port.from_chip and grid is not None:
+                arguments[port.position] = on_grid(arguments[port.position], grid)
+                emulator.set_tag(arguments[port.position], grid)
+        results = tree_leaves(called(module, forward)(*tree_unflatten(arguments, form)))
+    found = program(leaves)
+    equal = total = 0
+    for port, ours in zip(program.outputs, found, strict=True):
+        theirs = results[port.position].detach().float().cpu().numpy()
+        equal += int((theirs == ours).sum())
+        total += ours.size
+    return equal / max(total, 1)
+
+
+def on_grid(x: Tensor, grid: QParams) -> Tensor:
+    """Floats as the chip has them."""
+    kind = "int8" if grid.bits == 8 else "int16"
+    integers = quantized(x.detach().numpy(), kind, grid.scale, grid.zero_point)
+    centred = torch.from_numpy(integers - grid.zero_point).float()
+    return centred * torch.tensor(grid.scale, dtype=torch.float32)
+
+
+def _notes(contents: bytes, path: str | Path) -> dict[str, Any]:
+    """What the file says of itself; its checksum is right, so it is all there."""
+    start = contents.find(f'{{"format": "{_FORMAT}"'.encode())
+    if start < 0:
+        raise ValueError(f"{path} is no program of export_tflite: it says nothing of one")
+    notes, _ = json.JSONDecoder().raw_decode(contents[start:].decode("utf-8", "replace"))
+    return dict(notes)
+
+
+def _port(entry: Mapping[str, Any]) -> Port:
+    shape, from_chip = tuple(entry["shape"]), bool(entry["from_chip"])
+    return Port(str(entry["tensor"]), int(entry["position"]), shape, from_chip)

@@ -1,0 +1,241 @@
+"""What an Ethos-U makes of a program: Arm's compiler Vela, asked for memory, cycles and time.
+
+Vela compresses weights (a tensor of at most 32 values comes down to its entropy), so that the bytes
+which it reports, and on a system that reads weights from flash the time as well, are those of the
+compressed network. Its times are estimates of the operators on the NPU; it has none for those on
+the CPU, which are counted apart.
+
+Reference:
+    Arm, ``ethos-u-vela`` and the system configurations of its ``Arm/vela.ini``.
+"""
+
+from __future__ import annotations
+
+import csv
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+#: For a family of accelerators the system whose weights are in flash, and its memory mode.
+_DEFAULTS = {
+    "ethos-u55": ("Ethos_U55_High_End_Embedded", "Shared_Sram"),
+    "ethos-u65": ("Ethos_U65_Embedded", "Shared_Sram"),
+    "ethos-u85": ("Ethos_U85_SYS_Flash_High", "Shared_Sram"),
+}
+_CONFIGURATION = "Arm/vela.ini"
+_LONGEST_SECONDS = 600
+_MEMORIES = ("sram", "dram", "on_chip_flash", "off_chip_flash")
+
+
+class VelaError(RuntimeError):
+    """Vela is not there or refuses a program; the message has Vela's own."""
+
+
+@dataclass(frozen=True)
+class VelaOperator:
+    """One operator of the compiled program.
+
+    Args:
+        name: Of its output; a call site, or what Vela has made of one.
+        operator: Kind in the program that was compiled.
+        on_npu: Whether the NPU runs it.
+        cycles: Of the slowest of computation and memories; 0 on the CPU.
+        compute_cycles: Of the computation alone.
+        macs: Products that are summed.
+    """
+
+    name: str
+    operator: str
+    on_npu: bool
+    cycles: int
+    compute_cycles: int
+    macs: int
+
+
+@dataclass(frozen=True)
+class VelaReport:
+    """Vela's estimate for one inference.
+
+    Args:
+        accelerator: As ``"ethos-u55-128"``.
+        system: System configuration: clock, memories and their bandwidths.
+        memory_mode: What lies in which memory.
+        operators: In the order in which they run.
+        weight_bytes: Weights of the operators on the NPU, as they came.
+        encoded_bytes: The same, compressed.
+        sram_bytes: SRAM used.
+        dram_bytes: DRAM used.
+        flash_bytes: Flash used, on the chip and off it.
+        cycles: Of one inference.
+        compute_cycles: Of its computation alone.
+        memory_cycles: Of the busiest memory.
+        inference_ms: Milliseconds of one inference, without operators on the CPU.
+    """
+
+    accelerator: str
+    system: str
+    memory_mode: str
+    operators: tuple[VelaOperator, ...]
+    weight_bytes: int
+    encoded_bytes: int
+    sram_bytes: int
+    dram_bytes: int
+    flash_bytes: int
+    cycles: int
+    compute_cycles: int
+    memory_cycles: int
+    inference_ms: float
+
+    @property
+    def npu_operators(self) -> int:
+        """How many operators the NPU runs."""
+        return sum(operator.on_npu for operator in self.operators)
+
+    @property
+    def cpu_operators(self) -> tuple[str, ...]:
+        """Kinds of the operators that stay on the CPU."""
+        return tuple(operator.operator for operator in self.operators if not operator.on_npu)
+
+    @property
+    def memory_bytes(self) -> int:
+        """All memory that is used."""
+        return self.sram_bytes + self.dram_bytes + self.flash_bytes
+
+    @property
+    def is_bandwidth_bound(self) -> bool:
+        """Whether reading and writing takes longer than computing."""
+        return self.memory_cycles > self.compute_cycles
+
+    def __str__(self) -> str:
+        cpu = ", ".join(self.cpu_operators) or "none"
+        bound = "bandwidth" if self.is_bandwidth_bound else "computation"
+        return (
+            f"{self.accelerator}, {self.system}, {self.memory_mode}: {self.inference_ms:.3f} ms, "
+            f"bound by {bound}; weights {self.weight_bytes} -> {self.encoded_bytes} bytes, memory "
+            f"{self.memory_bytes} bytes; {self.npu_operators} operators on the NPU, on the CPU: "
+            f"{cpu}"
+        )
+
+
+def vela_report(
+    path: str | Path,
+    *,
+    accelerator: str = "ethos-u55-128",
+    system: str | None = None,
+    memory_mode: str | None = None,
+) -> VelaReport:
+    """Compile a .tflite program with Vela and return what it says.
+
+    Args:
+        path: The program.
+        accelerator: As Vela's ``--accelerator-config``.
+        system: As Vela's ``--system-config``, among those of its ``Arm/vela.ini``; None for the
+            family's system with weights in flash.
+        memory_mode: As Vela's ``--memory-mode``; None for weights in flash and the rest in SRAM.
+
+    Returns:
+        Vela's estimate.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the accelerator is of no family that is known.
+        VelaError: If Vela is missing, or refuses the program or the system.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from lightning_nna import calibrate
+        >>> from lightning_nna.deploy import export_tflite
+        >>> net, x = torch.nn.Linear(64, 64), torch.randn(1, 64)
+        >>> emulator = calibrate(net, [x])
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     model = export_tflite(net, [x], f"{folder}/net.tflite")
+        ...     report = vela_report(model.path)
+        >>> report.system, report.cpu_operators, report.is_bandwidth_bound
+        ('Ethos_U55_High_End_Embedded', (), True)
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"there is no program {path}")
+    if find_spec("ethosu") is None:
+        raise VelaError(
+            "ethos-u-vela is not installed: pip install 'lightning-nna[deploy]' (Python before "
+            "3.14), or leave the report out"
+        )
+    family = "-".join(accelerator.split("-")[:2])
+    if family not in _DEFAULTS:
+        raise ValueError(
+            f"accelerator must be of {', '.join(_DEFAULTS)}, as 'ethos-u55-128', got "
+            f"{accelerator!r}"
+        )
+    system = system or _DEFAULTS[family][0]
+    memory_mode = memory_mode or _DEFAULTS[family][1]
+    with tempfile.TemporaryDirectory() as folder:
+        _compile(Path(path), Path(folder), accelerator, system, memory_mode)
+        summary = _table(Path(folder), "*_summary_*.csv")[-1]
+        layers = _table(Path(folder), "*_per-layer.csv")
+    return _report(accelerator, system, memory_mode, summary, layers)
+
+
+def _compile(path: Path, folder: Path, accelerator: str, system: str, memory_mode: str) -> None:
+    """Run Vela in a process of its own."""
+    command = [sys.executable, "-m", "ethosu.vela", str(path.resolve())]
+    command += ["--output-dir", str(folder), "--config", _CONFIGURATION]
+    command += ["--accelerator-config", accelerator, "--system-config", system]
+    command += ["--memory-mode", memory_mode, "--verbose-performance"]
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, check=False, timeout=_LONGEST_SECONDS
+        )
+    except subprocess.TimeoutExpired as error:
+        raise VelaError(f"Vela took more than {_LONGEST_SECONDS} s over {path}") from error
+    if done.returncode != 0:
+        said = (done.stderr.strip() or done.stdout.strip()).splitlines()[-1:]
+        raise VelaError(
+            f"Vela refuses {path} for {accelerator}, {system}, {memory_mode}: {' '.join(said)}"
+        )
+
+
+def _table(folder: Path, pattern: str) -> list[dict[str, str]]:
+    found = sorted(folder.glob(pattern))
+    if not found:
+        raise VelaError(f"Vela has written no {pattern}: another version than this reads?")
+    with found[0].open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def _report(
+    accelerator: str,
+    system: str,
+    memory_mode: str,
+    summary: dict[str, str],
+    layers: list[dict[str, str]],
+) -> VelaReport:
+    used = {name: round(1024 * float(summary[f"{name}_memory_used"])) for name in _MEMORIES}
+    memory_cycles = (float(summary[f"cycles_{name}_access"]) for name in _MEMORIES)
+    return VelaReport(
+        accelerator=accelerator,
+        system=system,
+        memory_mode=memory_mode,
+        operators=tuple(
+            VelaOperator(
+                name=layer["Name"].strip(),
+                operator=layer["Original Operator"].strip(),
+                on_npu=layer["Target"].strip() == "NPU",
+                cycles=int(float(layer["Op Cycles"])),
+                compute_cycles=int(float(layer["NPU"])),
+                macs=int(float(layer["MAC Count"])),
+            )
+            for layer in layers
+        ),
+        weight_bytes=int(float(summary["total_original_weights"])),
+        encoded_bytes=int(float(summary["total_npu_encoded_weights"])),
+        sram_bytes=used["sram"],
+        dram_bytes=used["dram"],
+        flash_bytes=used["on_chip_flash"] + used["off_chip_flash"],
+        cycles=int(float(summary["cycles_total"])),
+        compute_cycles=int(float(summary["cycles_npu"])),
+        memory_cycles=int(max(memory_cycles)),
+        inference_ms=1000 * float(summary["inference_time"]),
+    )

@@ -1,0 +1,218 @@
+"""A transducer as three programs of the chip: one step of the sound, one label, one score.
+
+The encoder is exported for a chunk of the sound, the predictor for one label, the joint network
+for one pair; recurrent states go in and come out. :class:`DeployedTransducer` runs them on LiteRT
+behind the methods of the transducer, so that what decodes the one decodes the other.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from lightning_nna import emulate
+from lightning_nna.deploy import LiteRTProgram, TFLiteModel, export_tflite
+from lightning_nna.emulator.attachment import attached
+from recipes.asr.recogniser import TransducerRecogniser
+from recipes.asr.rnnt import Encoder, State, Transducer
+from recipes.asr.vocabulary import BLANK
+
+PARTS = ("encoder", "predictor", "joint")
+
+
+def export_transducer(
+    recogniser: TransducerRecogniser, folder: Path, *, chunk_steps: int = 1
+) -> dict[str, TFLiteModel]:
+    """Write ``encoder.tflite``, ``predictor.tflite`` and ``joint.tflite``.
+
+    Args:
+        recogniser: On the chip, calibrated.
+        folder: Where the programs go.
+        chunk_steps: Steps of the encoder in one call of its program.
+
+    Raises:
+        ValueError: If ``chunk_steps`` is not positive, or the encoder is none that hands its whole
+            state from chunk to chunk at a fixed shape.
+    """
+    model = recogniser.model
+    if chunk_steps < 1:
+        raise ValueError(f"chunk_steps must be at least 1, got {chunk_steps}")
+    if not isinstance(model.encoder, Encoder):
+        raise ValueError(
+            f"a streaming {type(model.encoder).__name__} has a state that grows; its program would "
+            "have to start with all of it: export its forward at the length of an utterance"
+        )
+    emulator = attached(recogniser)
+    if emulator is None:
+        raise ValueError("the recogniser is not on the chip: calibrate it first")
+    chunk = torch.zeros(1, chunk_steps * model.encoder.frames_per_step, _mels(model))
+    label = torch.full((1, 1), BLANK)
+    with emulate(recogniser, emulator.spec, targets=emulator.targets), torch.no_grad():
+        encodings, _, heard = model.transcribe_streaming(chunk, _length(chunk), None)
+        prediction, _, said = model.predict(label, _length(label), None)
+        step = encodings[:, :1]
+        copied = emulator.tag_of(encodings)
+        if copied is not None:
+            emulator.set_tag(step, copied)
+    starts = [_zeros(heard), _zeros(said)]
+    return {
+        "encoder": export_tflite(
+            recogniser, [chunk, starts[0]], folder / "encoder.tflite", forward=encode
+        ),
+        "predictor": export_tflite(
+            recogniser, [label, starts[1]], folder / "predictor.tflite", forward=predict
+        ),
+        "joint": export_tflite(
+            recogniser, [step, prediction], folder / "joint.tflite", forward=join
+        ),
+    }
+
+
+def encode(recogniser: TransducerRecogniser, chunk: Tensor, state: State) -> tuple[Tensor, State]:
+    """The encoder's program."""
+    encodings, _, after = recogniser.model.transcribe_streaming(chunk, _length(chunk), state)
+    return encodings, after
+
+
+def predict(recogniser: TransducerRecogniser, label: Tensor, state: State) -> tuple[Tensor, State]:
+    """The predictor's program."""
+    prediction, _, after = recogniser.model.predict(label, _length(label), state)
+    return prediction, after
+
+
+def join(recogniser: TransducerRecogniser, step: Tensor, prediction: Tensor) -> Tensor:
+    """The joint network's program."""
+    one = torch.ones(1, dtype=torch.long)
+    return recogniser.model.join(step, one, prediction, one)[0]
+
+
+class DeployedTransducer(nn.Module):
+    """The programs of :func:`export_transducer` behind the methods of a transducer.
+
+    Args:
+        folder: Where they are.
+        optimised: Take LiteRT's kernels that are made for speed.
+
+    Attributes:
+        calls: How often each program ran.
+
+    Raises:
+        FileNotFoundError: If one is missing.
+        ValueError: If one is not as it was written.
+    """
+
+    def __init__(self, folder: Path, *, optimised: bool = False) -> None:
+        super().__init__()
+        self.programs = {
+            part: LiteRTProgram(folder / f"{part}.tflite", optimised=optimised) for part in PARTS
+        }
+        self.calls: Counter[str] = Counter()
+
+    def transcribe(
+        self, sources: Float[Tensor, "batch frames mels"], source_lengths: Int[Tensor, " batch"]
+    ) -> tuple[Float[Tensor, "batch steps dim"], Int[Tensor, " batch"]]:
+        """Encode utterances chunk by chunk, each from the state that the last has left."""
+        rows, steps = [], []
+        frames = self.programs["encoder"].inputs[0].shape[1]
+        per_step = frames // self._chunk_steps
+        for source, length in zip(sources, source_lengths.tolist(), strict=True):
+            count = -(-length // frames)
+            padded = nn.functional.pad(source[:length], (0, 0, 0, count * frames - length))
+            rows.append(torch.cat(list(self._encode(padded.split(frames)))))
+            steps.append(-(-length // per_step))
+        return nn.utils.rnn.pad_sequence(rows, batch_first=True), torch.tensor(steps)
+
+    def predict(
+        self,
+        targets: Int[Tensor, "batch labels"],
+        target_lengths: Int[Tensor, " batch"],
+        state: State | None,
+    ) -> tuple[Float[Tensor, "batch labels dim"], Int[Tensor, " batch"], State]:
+        """Encode labels one by one."""
+        rows: list[Tensor] = []
+        after: list[list[Tensor]] = []
+        leaves = [] if state is None else state[0]
+        for place, labels in enumerate(targets):
+            held = [leaf[place : place + 1] for leaf in leaves] or self._start("predictor", 1)
+            steps = []
+            for label in labels:
+                step, *held = self._run("predictor", [label.reshape(1, 1), *held])
+                steps.append(step[0])
+            rows.append(torch.cat(steps))
+            after.append(held)
+        merged = [torch.cat(each) for each in zip(*after, strict=True)]
+        return torch.stack(rows), target_lengths, [merged]
+
+    def join(
+        self,
+        source_encodings: Float[Tensor, "batch steps dim"],
+        source_lengths: Int[Tensor, " batch"],
+        target_encodings: Float[Tensor, "batch labels dim"],
+        target_lengths: Int[Tensor, " batch"],
+    ) -> tuple[Float[Tensor, "batch steps labels vocabulary"], Tensor, Tensor]:
+        """Score pair by pair."""
+        scores = [
+            [
+                torch.cat([self._score(step, label) for label in labels], dim=2)
+                for step in steps.split(1)
+            ]
+            for steps, labels in zip(source_encodings, target_encodings, strict=True)
+        ]
+        logits = torch.cat([torch.cat(rows, dim=1) for rows in scores])
+        return logits, source_lengths, target_lengths
+
+    @property
+    def _chunk_steps(self) -> int:
+        return self.programs["encoder"].outputs[0].shape[1]
+
+    def _encode(self, chunks: Iterable[Tensor]) -> Iterable[Tensor]:
+        state = self._start("encoder", 1)
+        for chunk in chunks:
+            encoded, *state = self._run("encoder", [chunk.unsqueeze(0), *state])
+            yield encoded[0]
+
+    def _score(self, step: Tensor, label: Tensor) -> Tensor:
+        (scores,) = self._run("joint", [step.reshape(1, 1, -1), label.reshape(1, 1, -1)])
+        return scores
+
+    def _start(self, part: str, first: int) -> list[Tensor]:
+        """States before anything was heard or said."""
+        shapes = {port.position: port.shape for port in self.programs[part].inputs}
+        return [torch.zeros(shapes[position]) for position in sorted(shapes)[first:]]
+
+    def _placed(self, part: str, inputs: Sequence[Any]) -> list[Any]:
+        """Arguments at their positions: those without elements are none of the program's."""
+        positions = sorted({port.position for port in self.programs[part].inputs})
+        given: list[Any] = [np.zeros(0)] * (positions[-1] + 1)
+        for position, value in zip(positions, inputs, strict=True):
+            given[position] = np.asarray(value)
+        return given
+
+    def _run(self, part: str, inputs: Sequence[Any]) -> list[Tensor]:
+        self.calls[part] += 1
+        results = self.programs[part](self._placed(part, inputs))
+        return [torch.from_numpy(x) for x in results]
+
+
+def _mels(model: Transducer) -> int:
+    encoder = model.encoder
+    assert isinstance(encoder, Encoder)
+    first = encoder.layers[0]
+    assert isinstance(first, nn.LSTM)
+    return first.input_size // encoder.stacking.stack
+
+
+def _length(x: Tensor) -> Tensor:
+    return torch.tensor([x.shape[1]])
+
+
+def _zeros(state: State) -> State:
+    """A state of the same form before anything came in, without what is empty in it."""
+    return [[torch.zeros_like(tensor) for tensor in layer] for layer in state]

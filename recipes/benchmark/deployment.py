@@ -1,0 +1,170 @@
+"""What compression is worth on the chip: AN4's RNN-T as programs, on LiteRT and through Vela.
+
+    python -m recipes.benchmark.deployment                  # what is missing, then the page
+    python -m recipes.benchmark.deployment --runs /other/runs --seeds 1
+    python -m recipes.benchmark.deployment --page-only
+
+Every cell is one run of ``recipes.deploy`` on a checkpoint of ``recipes.benchmark.compression`` or
+``recipes.benchmark.pruning``, which train it; a cell whose checkpoint is missing is named with the
+command that makes it, and left out. A cell that is in ``docs/results/deployment.jsonl`` is not run
+again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lightning_nna.files import write_whole
+from recipes.benchmark.deployment_page import page
+from recipes.benchmark.fine_tuning import summary_of
+from recipes.benchmark.rows import append_row, has_row, read_rows
+
+ROWS = Path("docs/results/deployment.jsonl")
+RUNS = Path("runs/deployment")
+SEEDS = (1,)
+#: Accelerator, system and memory mode: weights in flash, and in DRAM.
+SYSTEMS = (
+    ("ethos-u55-128", "Ethos_U55_High_End_Embedded", "Shared_Sram"),
+    ("ethos-u55-128", "Ethos_U55_Deep_Embedded", "Shared_Sram"),
+    ("ethos-u65-256", "Ethos_U65_Embedded", "Shared_Sram"),
+    ("ethos-u65-256", "Ethos_U65_High_End", "Dedicated_Sram"),
+    ("ethos-u85-256", "Ethos_U85_SYS_Flash_High", "Shared_Sram"),
+    ("ethos-u85-256", "Ethos_U85_SYS_DRAM_High", "Dedicated_Sram"),
+)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One trained network.
+
+    Attributes:
+        method: That chose its weights.
+        bits: Of a weight, or ``"mixed"``.
+        sparsity: Share of zeros that was asked for.
+        trained: Folder of its run among all runs.
+        trained_by: What trains it.
+        seed: Of the training.
+    """
+
+    method: str
+    bits: int | str
+    sparsity: float
+    trained: str
+    trained_by: str
+    seed: int = 1
+
+    @property
+    def key(self) -> dict[str, Any]:
+        """What its rows have and no others."""
+        names = ("method", "bits", "sparsity", "seed")
+        return {name: getattr(self, name) for name in names}
+
+    @property
+    def folder(self) -> Path:
+        """Where the run of ``recipes.deploy`` goes."""
+        return RUNS / Path(self.trained).name / f"seed{self.seed}"
+
+    def checkpoint(self, runs: Path) -> Path:
+        """The weights, in a folder of runs."""
+        return runs / self.trained / f"seed{self.seed}" / "checkpoints" / "last.ckpt"
+
+    def command(self, runs: Path) -> list[str]:
+        """Module and overrides that deploy it."""
+        systems = json.dumps([list(system) for system in SYSTEMS]).replace('"', "")
+        return [
+            "recipes.deploy",
+            f"ckpt={self.checkpoint(runs)}",
+            f"systems={systems}",
+            f"hydra.run.dir={self.folder}",
+        ]
+
+
+_COMPRESSION, _PRUNING = "recipes.benchmark.compression", "recipes.benchmark.pruning"
+CELLS = (
+    Cell("nna8", 8, 0.0, "compression/nna8_8", f"{_COMPRESSION} --methods nna8"),
+    Cell("gq", 5, 0.0, "compression/gq_5", f"{_COMPRESSION} --methods gq --bits 5"),
+    Cell("gq", "mixed", 0.0, "compression/gq_mixed", f"{_COMPRESSION} --methods gq --bits mixed"),
+    Cell("csp", 8, 0.8, "pruning/csp_80", f"{_PRUNING} --methods csp --sparsities 0.8"),
+    Cell("csp_gq", 5, 0.8, "pruning/csp_5bits_80", f"{_PRUNING} --methods csp_5bits"),
+)
+
+
+def cells(*, seeds: Sequence[int] = SEEDS) -> Iterator[Cell]:
+    """The grid, seed by seed."""
+    for seed in seeds:
+        for cell in CELLS:
+            yield Cell(**{**vars(cell), "seed": seed})
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Deploy what is there and not done yet, say what is missing, and write the page."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--page-only", action="store_true", help="run nothing")
+    parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of trained runs")
+    parser.add_argument("--seeds", nargs="*", type=int, default=list(SEEDS))
+    parser.add_argument("--threads", type=int, default=1, help="threads of the CPU for each run")
+    options = parser.parse_args(arguments)
+    if not options.page_only:
+        for cell in cells(seeds=options.seeds):
+            if not run_cell(cell, options.runs, threads=options.threads):
+                print(
+                    f"missing: {cell.checkpoint(options.runs)}; train it with python -m "
+                    f"{cell.trained_by} --seeds {cell.seed}, or give its folder with --runs"
+                )
+    write_whole(ROWS.with_suffix(".md"), page(read_rows(ROWS)))
+
+
+def run_cell(cell: Cell, runs: Path, *, threads: int) -> bool:
+    """Deploy a network unless it has been; False if it is not there.
+
+    Args:
+        cell: The network.
+        runs: Folder of trained runs.
+        threads: Of the CPU.
+
+    Raises:
+        subprocess.CalledProcessError: If the run fails.
+    """
+    if has_row(read_rows(ROWS), **cell.key):
+        return True
+    if not cell.checkpoint(runs).is_file():
+        return False
+    summary = summary_of(cell.folder, cell.command(runs), threads=threads)
+    for row in rows_of(cell, summary):
+        append_row(ROWS, row)
+    return True
+
+
+def rows_of(cell: Cell, summary: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """A row for every system."""
+    kept = (
+        *("wer", "wer_low", "wer_high", "loss_per_token", "tflite_bytes", "real_time_factor"),
+        *("equal_outputs", "outputs", "equal_transcripts", "utterances", "threads"),
+    )
+    systems = (
+        *("accelerator", "system", "memory_mode", "encoded_bytes", "memory_bytes"),
+        *("sram_bytes", "inference_ms", "part_ms", "bound", "cpu_operators"),
+    )
+    return [
+        {
+            **cell.key,
+            "corpus": "an4",
+            "model": "rnnt",
+            "command": summary["command"],
+            "commit": summary["commit"],
+            **{name: summary[name] for name in kept},
+            "wer_float": summary["float"] and summary["float"]["wer"],
+            "wer_emulated": summary["emulated"]["wer"],
+            **{name: report[name] for name in systems},
+        }
+        for report in summary["systems"]
+    ]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,84 @@
+"""Addresses follow elements through whatever PyTorch does to a tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+
+from lightning_nna.deploy.provenance import CONSTANT, STEERING, Provenance
+
+MOVED: dict[str, Callable[[Tensor], Tensor]] = {
+    "view": lambda x: x.view(6, 4),
+    "copy of a transposition": lambda x: x.transpose(0, 2).contiguous(),
+    "slice with a step": lambda x: x[:, ::2, 1:],
+    "index": lambda x: x[:, [2, 0, 0]],
+    "index_select": lambda x: x.index_select(2, torch.tensor([3, 1])),
+    "gather": lambda x: x.gather(2, torch.zeros(2, 3, 1, dtype=torch.long)),
+    "flip": lambda x: x.flip(1),
+    "roll": lambda x: x.roll(1, 0),
+    "repeat": lambda x: x.repeat(1, 2, 1),
+    "expand": lambda x: x[:, :1].expand(-1, 5, -1),
+    "unfold": lambda x: x.unfold(2, 3, 1),
+    "split and cat": lambda x: torch.cat(list(reversed(x.split([1, 2], 1))), 1),
+    "stack": lambda x: torch.stack(x.unbind(1), 2),
+    "double": lambda x: x.double(),
+    "in place": lambda x: torch.empty(3, 2, 4).copy_(x.transpose(0, 1)),
+    "packed": lambda x: pad_packed_sequence(
+        pack_padded_sequence(x, torch.tensor([3, 3]), batch_first=True), batch_first=True
+    )[0],
+}
+
+
+@pytest.mark.parametrize("name", MOVED)
+def test_a_movement_moves_addresses_like_values(name: str) -> None:
+    x = torch.arange(24.0).reshape(2, 3, 4)
+    with Provenance() as provenance:
+        provenance.begin(x)
+        moved = MOVED[name](x)
+    assert torch.equal(provenance.addresses(moved).double(), moved.double())
+
+
+def test_what_is_filled_in_is_the_programs() -> None:
+    x = torch.ones(2, 2)
+    with Provenance() as provenance:
+        provenance.begin(x)
+        padded = F.pad(x, (1, 0))
+        joined = torch.cat([x.new_zeros(1, 2), x])
+        weight = torch.randn(2, 2) * 3
+    assert provenance.addresses(padded)[:, 0].tolist() == [CONSTANT] * 2
+    assert provenance.addresses(joined)[0].tolist() == [CONSTANT] * 2
+    assert provenance.addresses(weight).unique().tolist() == [CONSTANT]
+
+
+def test_what_computes_gives_new_addresses() -> None:
+    x = torch.ones(3)
+    with Provenance() as provenance:
+        first = provenance.begin(x)
+        doubled = x * 2
+        view = doubled[1:]
+        x.add_(1)
+    seen = torch.cat([first, provenance.addresses(doubled), provenance.addresses(x)])
+    assert len(seen.unique()) == 9
+    assert torch.equal(provenance.addresses(view), provenance.addresses(doubled)[1:])
+
+
+def test_data_that_decide_where_values_go_make_no_movement() -> None:
+    x, order = torch.randn(4), torch.randn(4)
+    with Provenance() as provenance:
+        first = provenance.begin(x)
+        provenance.begin(order)
+        chosen = x[order.argsort()]
+    assert not set(provenance.addresses(chosen).tolist()) & set(first.tolist())
+
+
+def test_integers_that_come_in_steer() -> None:
+    lengths = torch.tensor([2, 1])
+    with Provenance() as provenance:
+        provenance.begin(lengths)
+        mask = torch.arange(2) < lengths[:, None]
+    assert provenance.addresses(mask).unique().tolist() == [STEERING]

@@ -1,0 +1,88 @@
+"""Arm's compiler on our programs: nothing stays on the CPU, few values are few bytes."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_nna import calibrate
+from lightning_nna.deploy import VelaError, export_tflite, vela_report
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("ethosu") is None, reason="ethos-u-vela is not installed"
+)
+
+
+def program(folder: Path, net: nn.Module, x: torch.Tensor) -> Path:
+    calibrate(net, [x])
+    return export_tflite(net, [x], folder / "net.tflite").path
+
+
+@pytest.fixture
+def lstm(tmp_path: Path) -> Path:
+    torch.manual_seed(0)
+    return program(tmp_path, nn.LSTM(64, 64, batch_first=True), torch.randn(1, 1, 64))
+
+
+@pytest.mark.parametrize("accelerator", ["ethos-u55-128", "ethos-u65-256", "ethos-u85-256"])
+def test_an_lstm_runs_on_the_npu(lstm: Path, accelerator: str) -> None:
+    report = vela_report(lstm, accelerator=accelerator)
+    assert report.cpu_operators == ()
+    assert report.weight_bytes == 4 * 64 * 128
+    assert 0.8 < report.encoded_bytes / report.weight_bytes < 1.1
+    assert report.flash_bytes > report.encoded_bytes
+    assert report.inference_ms > 0
+    assert report.is_bandwidth_bound
+    assert sum(operator.macs for operator in report.operators) >= report.weight_bytes
+
+
+def test_few_values_are_few_bytes_and_little_time(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    reports = []
+    for levels in (255, 32):
+        net = nn.Linear(256, 256, bias=False)
+        nn.init.normal_(net.weight, std=0.3).data.clamp_(-1, 1)
+        net.weight.data = torch.round(net.weight * (levels // 2)) / (levels // 2)
+        net.weight.data[:, 0] = 1.0  # One scale for all rows.
+        reports.append(vela_report(program(tmp_path, net, torch.randn(1, 256))))
+    many, few = reports
+    assert few.encoded_bytes < 0.7 * many.encoded_bytes
+    assert few.inference_ms < 0.75 * many.inference_ms
+
+
+def test_an_embedding_stays_on_the_cpu(tmp_path: Path) -> None:
+    net = nn.Sequential(nn.Embedding(9, 16), nn.Linear(16, 16))
+    report = vela_report(program(tmp_path, net, torch.zeros(1, 1, dtype=torch.long)))
+    assert [name.lower() for name in report.cpu_operators] == ["gatherv2"]
+    assert "on the CPU: GatherV2" in str(report)
+
+
+@pytest.mark.parametrize(
+    ("settings", "kind", "message"),
+    [
+        ({"accelerator": "ethos-n78"}, ValueError, "accelerator must be of ethos-u55"),
+        ({"system": "Ethos_U55_Nowhere"}, VelaError, r"Vela refuses.*Ethos_U55_Nowhere not found"),
+    ],
+)
+def test_what_vela_has_not(lstm: Path, settings: Any, kind: Any, message: str) -> None:
+    with pytest.raises(kind, match=message):
+        vela_report(lstm, **settings)
+
+
+def test_what_is_no_program(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="there is no program"):
+        vela_report(tmp_path / "nowhere.tflite")
+    (tmp_path / "bad.tflite").write_text("no flatbuffer")
+    with pytest.raises(VelaError, match=r"Vela refuses .*bad\.tflite"):
+        vela_report(tmp_path / "bad.tflite")
+
+
+def test_without_vela(lstm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lightning_nna.deploy.vela.find_spec", lambda name: None)
+    with pytest.raises(VelaError, match="ethos-u-vela is not installed: pip install"):
+        vela_report(lstm)

@@ -1,0 +1,117 @@
+"""The grid of deployment: its cells, what is missing, its page."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra import compose, initialize
+
+from recipes.benchmark import deployment
+from recipes.benchmark.deployment import SYSTEMS, Cell, cells, main, rows_of
+from recipes.benchmark.deployment_page import page, verdicts
+
+KEYS = (
+    "model method bits sparsity accelerator system wer tflite_bytes encoded_bytes memory_bytes "
+    "inference_ms equal_outputs equal_transcripts cpu_operators command commit seed"
+).split()
+
+
+def summary(size: int, milliseconds: float) -> dict[str, Any]:
+    accelerators = [
+        {
+            "accelerator": accelerator,
+            "system": system,
+            "memory_mode": mode,
+            "encoded_bytes": size,
+            "memory_bytes": size,
+            "sram_bytes": 1,
+            "inference_ms": milliseconds,
+            "part_ms": {"encoder": milliseconds / 16},
+            "bound": {
+                "encoder": "bandwidth" if "Flash" in system or "Emb" in system else "computation"
+            },
+            "cpu_operators": ["GatherV2"] if "85" not in accelerator else [],
+        }
+        for accelerator, system, mode in SYSTEMS
+    ]
+    figures = dict.fromkeys(("wer", "wer_low", "wer_high", "loss_per_token"), 0.15)
+    return {
+        **figures,
+        "command": f"python -m recipes.deploy ckpt={size}",
+        "commit": "abc",
+        "tflite_bytes": 2_000_000,
+        "real_time_factor": 0.1,
+        "equal_outputs": 1.0,
+        "outputs": 5_000_000,
+        "equal_transcripts": 1.0,
+        "utterances": 130,
+        "threads": 1,
+        "float": None,
+        "emulated": figures,
+        "systems": accelerators,
+    }
+
+
+def rows(few_bytes: int, few_ms: float) -> list[dict[str, Any]]:
+    eight, five = list(cells())[:2]
+    return [*rows_of(eight, summary(1000, 60.0)), *rows_of(five, summary(few_bytes, few_ms))]
+
+
+def test_rows_have_the_keys_of_the_table() -> None:
+    found = rows(650, 40.0)
+    assert len(found) == 2 * len(SYSTEMS)
+    assert all(set(KEYS) <= set(row) for row in found)
+    assert len({(r["method"], r["accelerator"], r["system"]) for r in found}) == len(found)
+
+
+def test_every_command_composes() -> None:
+    with initialize(version_base="1.3", config_path="../../../conf"):
+        for cell in cells(seeds=(1, 2)):
+            module, *overrides = cell.command(Path("runs"))
+            config = compose("deploy", overrides=[o for o in overrides if "hydra." not in o])
+            assert module == "recipes.deploy"
+            assert [tuple(system) for system in config.systems] == list(SYSTEMS)
+            assert Path(config.ckpt) == cell.checkpoint(Path("runs"))
+
+
+@pytest.mark.parametrize(
+    ("size", "time", "word"),
+    [(650, 40.0, "35.0% and 33.3%, met"), (800, 50.0, "20.0% and 16.7%, missed")],
+)
+def test_targets_are_judged(size: int, time: float, word: str) -> None:
+    assert word in verdicts(rows(size, time))[1]
+
+
+def test_the_page_keeps_systems_apart() -> None:
+    text = page(rows(650, 40.0))
+    assert text.index("reading the weights") < text.index("computing takes")
+    assert text.count("Ethos_U65_High_End |") == 2
+    assert "130 of 130" in text
+    assert text.count("python -m recipes.deploy ckpt=") == 2
+
+
+def test_what_is_missing_is_named_and_what_is_done_is_not_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(deployment, "ROWS", tmp_path / "deployment.jsonl")
+    done: list[Cell] = []
+
+    def run(folder: Path, command: list[str], *, threads: int) -> dict[str, Any]:
+        done.append(next(cell for cell in cells() if cell.folder == folder))
+        return summary(1000, 60.0)
+
+    monkeypatch.setattr(deployment, "summary_of", run)
+    first = next(cells()).checkpoint(tmp_path)
+    first.parent.mkdir(parents=True)
+    first.touch()
+    for _ in range(2):
+        main(["--runs", str(tmp_path)])
+    assert [cell.method for cell in done] == ["nna8"]
+    assert len((tmp_path / "deployment.jsonl").read_text().splitlines()) == len(SYSTEMS)
+    said = capsys.readouterr().out
+    assert said.count("missing: ") == 8
+    assert "train it with python -m recipes.benchmark.pruning --methods csp" in said
+    assert json.loads((tmp_path / "deployment.jsonl").read_text().splitlines()[0])["bits"] == 8
