@@ -256,8 +256,9 @@ test. Streaming transducers with characters as units, one with LSTMs (`conf/mode
 with Conformer layers of limited context (`conf/model/conformer_small.yaml`), decoded with a beam
 of five hypotheses; the rate of greedy search stands beside it. The width of the beam was settled
 after seeing what it does to seed 1 of the RNN-T on the test set; the greedy rates are free of that
-choice. They were taken before a choice of the greedy search (`torch.where`) kept the chip's grid; that
-moves the rate of a model on the chip by up to a point either way, and neither the beam's nor the loss.
+choice. They were taken before a choice of the greedy search (`torch.where`) kept the chip's grid,
+which moves the rate of a model on the chip by up to a point either way, and neither the beam's nor
+the loss.
 
 ![Word error rate of float models, on the chip untrained, and trained for the chip](an4.png)
 
