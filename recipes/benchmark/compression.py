@@ -40,9 +40,13 @@ from recipes.weights import load_weights
 ROWS = Path("docs/results/compression.jsonl")
 RUNS = Path("runs/compression")
 BITS = (5, 4, 3, 2)
-#: The place of the mixed allocation in the grid, and its greatest mean bits.
-MIXED, MIXED_BITS = "mixed", 4.0
-ALLOCATION = RUNS / "allocation" / f"{MIXED_BITS:g}_bits" / "bits.json"
+#: Mixed allocations by their place in the grid: what is asked of ``recipes.allocate``. With all
+#: widths to choose from, 4 bits in the mean need no tensor of 1 bit.
+MIXED, ONE_BIT = "mixed", "one_bit"
+ALLOCATIONS = {
+    MIXED: ("target_mean_bits=4",),
+    ONE_BIT: ("target_mean_bits=3.6", "candidates=[1,4,5,8]"),
+}
 
 
 @dataclass(frozen=True)
@@ -76,7 +80,7 @@ METHODS: dict[str, Method] = {
     "lsq": Method("LSQ", "lsq", widths=(*BITS, MIXED)),
     "parq": Method("PARQ (torchao)", "parq"),
     "s8bqat": Method("S8BQAT", "s8bqat"),
-    "gq": Method("General Quantizer", "gq", widths=(*BITS, MIXED)),
+    "gq": Method("General Quantizer", "gq", widths=(*BITS, MIXED, ONE_BIT)),
     "mracos_only": Method(
         "S8BQAT, compressed at the end only",
         "s8bqat",
@@ -130,7 +134,7 @@ class Cell:
 
     Attributes:
         method: A key of :data:`METHODS`.
-        bits: Of every weight, or ``"mixed"``.
+        bits: Of every weight, or a key of :data:`ALLOCATIONS`.
         seed: Of the training.
     """
 
@@ -144,12 +148,17 @@ class Cell:
         return RUNS / f"{self.method}_{self.bits}" / f"seed{self.seed}"
 
     @property
+    def allocation(self) -> Path:
+        """Bits by tensor of a mixed allocation."""
+        return RUNS / "allocation" / str(self.bits) / "bits.json"
+
+    @property
     def command(self) -> list[str]:
         """Module and overrides that run it."""
         method = METHODS[self.method]
         chosen = [f"compression={method.compression}", *method.settings]
-        if self.bits == MIXED:
-            chosen += ["bits=8", f"bit_overrides={ALLOCATION}"]
+        if self.bits in ALLOCATIONS:
+            chosen += ["bits=8", f"bit_overrides={self.allocation}"]
         elif method.compression not in ("none", "nna8"):
             chosen.append(f"bits={self.bits}")
         if not method.trains:
@@ -177,7 +186,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--page-only", action="store_true", help="run nothing")
     parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=list(METHODS))
-    parser.add_argument("--bits", nargs="*", default=[], help="2 to 8, or mixed; all if left out")
+    parser.add_argument(
+        "--bits", nargs="*", default=[], help="2 to 8, or mixed, one_bit; all if left out"
+    )
     parser.add_argument("--seeds", nargs="*", type=int, default=list(SEEDS))
     parser.add_argument("--threads", type=int, default=1, help="threads of the CPU for each run")
     parser.add_argument("--workers", type=int, default=1, help="runs at a time")
@@ -188,17 +199,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
             for cell in cells(methods=options.methods, bits=options.bits, seeds=options.seeds)
             if not has_row(read_rows(ROWS), **asdict(cell))
         ]
-        if any(cell.bits == MIXED for cell in chosen) and not ALLOCATION.exists():
-            run(
-                "recipes.allocate",
-                f"ckpt={START}",
-                f"target_mean_bits={MIXED_BITS}",
-                f"hydra.run.dir={ALLOCATION.parent}",
-                f"threads={options.threads}",
-                log=ALLOCATION.parent / "run.log",
-            )
+        for cell in chosen:
+            if cell.bits in ALLOCATIONS and not cell.allocation.exists():
+                allocate(cell, threads=options.threads)
         run_cells(chosen, partial(run_cell, threads=options.threads), workers=options.workers)
     write_page(ROWS, {name: method.title for name, method in METHODS.items()}, page, draw)
+
+
+def allocate(cell: Cell, *, threads: int) -> None:
+    """Measure the bits by tensor of a mixed allocation."""
+    run(
+        "recipes.allocate",
+        f"ckpt={START}",
+        *ALLOCATIONS[str(cell.bits)],
+        f"hydra.run.dir={cell.allocation.parent}",
+        f"threads={threads}",
+        log=cell.allocation.parent / "run.log",
+    )
 
 
 def run_cell(cell: Cell, *, threads: int) -> None:
@@ -209,7 +226,8 @@ def run_cell(cell: Cell, *, threads: int) -> None:
 def row_of(cell: Cell, summary: Mapping[str, Any]) -> dict[str, Any]:
     """The row of a finished run."""
     shapes = {name: x.shape for name, x in load_weights(START).network.items()}
-    widths = json.loads(ALLOCATION.read_text())["overrides"] if cell.bits == MIXED else {}
+    mixed = cell.bits in ALLOCATIONS
+    widths = json.loads(cell.allocation.read_text())["overrides"] if mixed else {}
     bits = {
         name: next((b for p, b in widths.items() if matches_path(p, f"model.{name}")), cell.bits)
         for name, shape in shapes.items()

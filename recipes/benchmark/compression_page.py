@@ -46,6 +46,7 @@ def verdicts(rows: Sequence[Row], titles: Titles) -> list[str]:
     floats = {
         "float, trained on": select(rows, method="float_tuned"),
         "float before training": select(rows, method="float"),
+        "8 bits, chip-aware": select(rows, method="nna8"),
     }
     lines = []
     for method, name in (("s8bqat", "S8BQAT"), ("gq", "GQ")):
@@ -82,7 +83,7 @@ def verdicts(rows: Sequence[Row], titles: Titles) -> list[str]:
             f"- At 2 bits at most half of LSQ's increase of the loss: GQ {relative(ours):+.1%}, "
             f"LSQ {relative(lsq):+.1%}, {verdict(relative(ours) - bound)}."
         )
-    mixed = [row for row in select(rows, method="gq", bits="mixed") if row["one_bit_tensors"]]
+    mixed = [row for row in select(rows, method="gq") if row["one_bit_tensors"]]
     for title, reference in floats.items():
         if pairs := paired(mixed, reference, "wer"):
             change, error = difference(pairs)
@@ -113,7 +114,11 @@ def draw(rows: Sequence[Row], titles: Titles, path: Path) -> None:
     lines = {
         titles[method]: points
         for method in _COMPARED
-        if (points := [(r["bits"], r) for r in select(rows, method=method) if r["bits"] != "mixed"])
+        if (
+            points := [
+                (r["bits"], r) for r in select(rows, method=method) if isinstance(r["bits"], int)
+            ]
+        )
     }
     levels = {
         titles[method]: found
@@ -146,7 +151,9 @@ def _mean_line(rows: Sequence[Row], method: str, bits: int | str, title: str) ->
 
 
 def _bits(row: Row) -> str:
-    return f"mixed, {row['mean_bits']:.2f}" if row["bits"] == "mixed" else str(row["bits"])
+    if isinstance(row["bits"], int):
+        return str(row["bits"])
+    return f"mixed, {row['mean_bits']:.2f}" + (", 1 bit too" if row["one_bit_tensors"] else "")
 
 
 def _line(row: Row, titles: Titles) -> str:

@@ -8,7 +8,14 @@ from typing import Any
 import pytest
 from hydra import compose, initialize
 
-from recipes.benchmark.compression import METHODS, MIXED, Cell, cells, packed_bytes
+from recipes.benchmark.compression import (
+    ALLOCATIONS,
+    METHODS,
+    ONE_BIT,
+    Cell,
+    cells,
+    packed_bytes,
+)
 from recipes.benchmark.compression_page import draw, page, verdicts
 from recipes.benchmark.fine_tuning import START
 from recipes.benchmark.fine_tuning_page import write_page
@@ -22,7 +29,7 @@ def _row(method: str, bits: int | str, loss: float, seed: int = 1, **more: Any) 
         "command": f"python -m recipes.train compression={method} bits={bits}",
         "method": method,
         "bits": bits,
-        "mean_bits": 3.0 if bits == MIXED else float(bits),
+        "mean_bits": float(bits) if isinstance(bits, int) else 3.0,
         "one_bit_tensors": [],
         "seed": seed,
         "wer": 0.15,
@@ -44,7 +51,8 @@ ROWS = [
     _row("lsq", 2, 0.175),
     _row("ste", 2, 0.1705),
     _row("s8bqat", 5, 0.2, seed=2),
-    _row("gq", MIXED, 0.17, one_bit_tensors=["encoder"]),
+    _row("gq", ONE_BIT, 0.17, one_bit_tensors=["encoder"]),
+    _row("nna8", 8, 0.159),
 ]
 
 
@@ -63,7 +71,7 @@ def test_every_command_composes(cell: Cell) -> None:
     kept = [word for word in overrides if not word.startswith("hydra.")]
     with initialize(version_base="1.3", config_path="../../../conf"):
         config = compose(config_name=name, overrides=kept)
-    assert config.bits == (8 if cell.bits in (MIXED, 32, 8) else cell.bits)
+    assert config.bits == (8 if cell.bits in (*ALLOCATIONS, 32, 8) else cell.bits)
 
 
 def test_a_target_that_is_missed_is_called_so() -> None:
@@ -80,7 +88,8 @@ def test_a_target_that_is_missed_is_called_so() -> None:
     assert "GQ best or tied at 2 bits: +0.0 ± 0.0 points of WER against the best other" in found
     assert "half of LSQ's increase of the loss: GQ +0.6%, LSQ +2.9%, met" in found
     assert "before training: 3.00 bits, +0.0 ± 0.0 points of WER over 1 seed(s), met" in found
-    assert found.count("missed") == 3
+    assert f"GQ at 5 bits no worse in loss than 8 bits, chip-aware: +0.6% ± 0.0% {of_one}" in found
+    assert found.count("missed") == 4
 
 
 def test_within_the_standard_error_over_seeds_is_a_tie() -> None:
@@ -103,7 +112,7 @@ def test_the_page_has_every_row_and_a_figure(tmp_path: Path) -> None:
     text = path.with_suffix(".md").read_text()
     assert text == page(ROWS, TITLES)
     assert all(row["command"] in text for row in ROWS)
-    assert "| General Quantizer | mixed, 3.00 | 1 | 15.0 % |" in text
+    assert "| General Quantizer | mixed, 3.00, 1 bit too | 1 | 15.0 % |" in text
     assert path.with_suffix(".png").stat().st_size > 10_000
 
 
