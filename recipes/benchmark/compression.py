@@ -47,6 +47,9 @@ ALLOCATIONS = {
     MIXED: ("target_mean_bits=4",),
     ONE_BIT: ("target_mean_bits=3.6", "candidates=[1,4,5,8]"),
 }
+#: One that is given: 4 bits but for the tensor that 1 bit costs least.
+SMALL_ONE_BIT = "small_one_bit"
+_SMALLEST_COST = {"model.predictor.lstm.weight_ih_l0": 1}
 
 
 @dataclass(frozen=True)
@@ -80,7 +83,7 @@ METHODS: dict[str, Method] = {
     "lsq": Method("LSQ", "lsq", widths=(*BITS, MIXED)),
     "parq": Method("PARQ (torchao)", "parq"),
     "s8bqat": Method("S8BQAT", "s8bqat"),
-    "gq": Method("General Quantizer", "gq", widths=(*BITS, MIXED, ONE_BIT)),
+    "gq": Method("General Quantizer", "gq", widths=(*BITS, MIXED, ONE_BIT, SMALL_ONE_BIT)),
     "mracos_only": Method(
         "S8BQAT, compressed at the end only",
         "s8bqat",
@@ -134,7 +137,7 @@ class Cell:
 
     Attributes:
         method: A key of :data:`METHODS`.
-        bits: Of every weight, or a key of :data:`ALLOCATIONS`.
+        bits: Of every weight, or a name of a mixed allocation.
         seed: Of the training.
     """
 
@@ -159,6 +162,9 @@ class Cell:
         chosen = [f"compression={method.compression}", *method.settings]
         if self.bits in ALLOCATIONS:
             chosen += ["bits=8", f"bit_overrides={self.allocation}"]
+        elif self.bits == SMALL_ONE_BIT:
+            pairs = ", ".join(f"{name}: {bits}" for name, bits in _SMALLEST_COST.items())
+            chosen += ["bits=4", f"+bit_overrides={{{pairs}}}"]
         elif method.compression not in ("none", "nna8"):
             chosen.append(f"bits={self.bits}")
         if not method.trains:
@@ -226,10 +232,13 @@ def run_cell(cell: Cell, *, threads: int) -> None:
 def row_of(cell: Cell, summary: Mapping[str, Any]) -> dict[str, Any]:
     """The row of a finished run."""
     shapes = {name: x.shape for name, x in load_weights(START).network.items()}
-    mixed = cell.bits in ALLOCATIONS
-    widths = json.loads(cell.allocation.read_text())["overrides"] if mixed else {}
+    widths, others = {}, cell.bits
+    if cell.bits in ALLOCATIONS:
+        widths = json.loads(cell.allocation.read_text())["overrides"]
+    elif cell.bits == SMALL_ONE_BIT:
+        widths, others = _SMALLEST_COST, 4
     bits = {
-        name: next((b for p, b in widths.items() if matches_path(p, f"model.{name}")), cell.bits)
+        name: next((b for p, b in widths.items() if matches_path(p, f"model.{name}")), others)
         for name, shape in shapes.items()
         if len(shape) >= 2
     }

@@ -84,17 +84,23 @@ def verdicts(rows: Sequence[Row], titles: Titles) -> list[str]:
             f"LSQ {relative(lsq):+.1%}, {verdict(relative(ours) - bound)}."
         )
     mixed = [row for row in select(rows, method="gq") if row["one_bit_tensors"]]
-    for title, reference in floats.items():
-        if pairs := paired(mixed, reference, "wer"):
-            change, error = difference(pairs)
-            width = max(row["mean_bits"] for row in mixed)
-            word = verdict(change, error) if width <= 4 else "missed"
-            lines.append(
-                f"- A mixed allocation with 1-bit tensors, mean at most 4 bits, without loss of "
-                f"WER against {title}: {width:.2f} bits, {_points(change, error)} over "
-                f"{len(pairs)} seed(s), {word}."
-            )
+    for place in dict.fromkeys(row["bits"] for row in mixed):
+        here = select(mixed, bits=place)
+        for title, reference in floats.items():
+            if pairs := paired(here, reference, "wer"):
+                change, error = difference(pairs)
+                width = max(row["mean_bits"] for row in here)
+                word = verdict(change, error) if width <= 4 else "missed"
+                lines.append(
+                    f"- A mixed allocation with 1-bit tensors ({', '.join(_one_bit(here))}), mean "
+                    f"at most 4 bits, without loss of WER against {title}: {width:.2f} bits, "
+                    f"{_points(change, error)} over {len(pairs)} seed(s), {word}."
+                )
     return lines
+
+
+def _one_bit(rows: Sequence[Row]) -> list[str]:
+    return sorted({name for row in rows for name in row["one_bit_tensors"]})
 
 
 def _nats(change: float, error: float) -> str:

@@ -128,7 +128,7 @@ def run_cell(cell: Cell, runs: Path, *, threads: int) -> bool:
         threads: Of the CPU.
 
     Raises:
-        subprocess.CalledProcessError: If the run fails.
+        RuntimeError: If the run fails; its output is in ``run.log`` of its folder.
     """
     if has_row(read_rows(ROWS), **cell.key):
         return True

@@ -12,6 +12,7 @@ from recipes.benchmark.compression import (
     ALLOCATIONS,
     METHODS,
     ONE_BIT,
+    SMALL_ONE_BIT,
     Cell,
     cells,
     packed_bytes,
@@ -71,7 +72,8 @@ def test_every_command_composes(cell: Cell) -> None:
     kept = [word for word in overrides if not word.startswith("hydra.")]
     with initialize(version_base="1.3", config_path="../../../conf"):
         config = compose(config_name=name, overrides=kept)
-    assert config.bits == (8 if cell.bits in (*ALLOCATIONS, 32, 8) else cell.bits)
+    expected = {32: 8, SMALL_ONE_BIT: 4} | dict.fromkeys(ALLOCATIONS, 8)
+    assert config.bits == expected.get(cell.bits, cell.bits)
 
 
 def test_a_target_that_is_missed_is_called_so() -> None:
