@@ -60,7 +60,7 @@ class LatestEstimator(ABC):
     Rules are immutable and take any series: torch or NumPy, any leading axes, one value or more.
     With torch the value can be differentiated, the noise level is taken as a constant.
 
-    Args:
+    Attributes:
         sigma: Standard deviation of the noise, in the unit of the series; None to measure it.
     """
 

@@ -88,7 +88,9 @@ _COMPRESSION, _PRUNING = "recipes.benchmark.compression", "recipes.benchmark.pru
 CELLS = (
     Cell("nna8", 8, 0.0, "compression/nna8_8", f"{_COMPRESSION} --methods nna8"),
     Cell("gq", 5, 0.0, "compression/gq_5", f"{_COMPRESSION} --methods gq --bits 5"),
-    Cell("gq", "mixed", 0.0, "compression/gq_one_bit", f"{_COMPRESSION} --bits one_bit"),
+    Cell(
+        "gq", "mixed", 0.0, "compression/gq_small_one_bit", f"{_COMPRESSION} --bits small_one_bit"
+    ),
     Cell("csp", 8, 0.8, "pruning/csp_80", f"{_PRUNING} --methods csp --sparsities 0.8"),
     Cell("csp_gq", 5, 0.8, "pruning/csp_5bits_80", f"{_PRUNING} --methods csp_5bits"),
 )
