@@ -8,6 +8,7 @@ from statistics import fmean, stdev
 
 import matplotlib as mpl
 from matplotlib.figure import Figure
+from matplotlib.ticker import StrMethodFormatter
 
 from lightning_nna.files import write_whole
 from recipes.benchmark.rows import Row, read_rows, spread
@@ -155,6 +156,8 @@ def draw_losses(
         axes.set_xlabel(label)
         axes.set_ylabel("nats per label on AN4 test")
         axes.set_yscale("log")
+        for each in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+            each(StrMethodFormatter("{x:.2f}"))
         axes.legend(frameon=False, fontsize=8, ncols=2)
         axes.set_xticks(list(places))
         figure.savefig(path, dpi=150, metadata={"Software": None})
