@@ -129,8 +129,9 @@ class CompressedSensingPruning(PruningMethod):
         super().on_fit_start(trainer, pl_module)
         if self._moments is None:
             return
-        # Inside of what others enter for a whole batch, so that it sees functions first.
-        for part in (pl_module, *pl_module.children()):
+        # Inside of what others enter for a whole batch, so that it sees functions first. On every
+        # module: a network may be run by other methods than its forward.
+        for part in pl_module.modules():
             self._handles.append(part.register_forward_pre_hook(ModuleHook(self._enter)))
             leave = ModuleHook(self._leave)
             self._handles.append(part.register_forward_hook(leave, always_call=True))

@@ -10,6 +10,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelPruning
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from lightning_nna.callbacks import (
     CompressedSensingPruning,
@@ -269,6 +270,34 @@ def test_a_layer_that_nothing_reached() -> None:
     with pytest.raises(ValueError, match=r"no input reached idle\.weight in the last 8 steps"):
         trainer(callback).fit(fitted)
     assert callback.sparsity == 0  # No layer was pruned before the error.
+
+
+def test_a_network_that_is_run_by_another_method_than_its_forward() -> None:
+    class Encoder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Sequential(nn.Linear(4, 4), nn.Tanh())
+
+        def transcribe(self, x: torch.Tensor) -> torch.Tensor:
+            return self.inner(x)
+
+    class Speech(pl.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = Encoder()
+
+        def training_step(self, batch: torch.Tensor) -> torch.Tensor:
+            return self.model.transcribe(batch).square().mean()
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+        def train_dataloader(self) -> DataLoader[torch.Tensor]:
+            return DataLoader(torch.randn(128, 4), batch_size=8)
+
+    fitted = Speech()
+    trainer(CompressedSensingPruning(0.5, every_n_steps=2)).fit(fitted)
+    assert float((fitted.model.inner[0].weight == 0).float().mean()) == 0.5
 
 
 def test_weights_that_are_not_finite() -> None:
