@@ -10,7 +10,15 @@ import pytest
 from hydra import compose, initialize
 
 from recipes.benchmark import deployment
-from recipes.benchmark.deployment import SYSTEMS, Cell, cells, main, rows_of
+from recipes.benchmark.deployment import (
+    SYSTEMS,
+    Cell,
+    cells,
+    larger_few_bits,
+    larger_float,
+    main,
+    rows_of,
+)
 from recipes.benchmark.deployment_page import page, verdicts
 
 KEYS = (
@@ -19,7 +27,7 @@ KEYS = (
 ).split()
 
 
-def summary(size: int, milliseconds: float) -> dict[str, Any]:
+def summary(size: int, milliseconds: float, wer: float = 0.15) -> dict[str, Any]:
     accelerators = [
         {
             "accelerator": accelerator,
@@ -37,7 +45,7 @@ def summary(size: int, milliseconds: float) -> dict[str, Any]:
         }
         for accelerator, system, mode in SYSTEMS
     ]
-    figures = dict.fromkeys(("wer", "wer_low", "wer_high", "loss_per_token"), 0.15)
+    figures = dict.fromkeys(("wer", "wer_low", "wer_high", "loss_per_token"), wer)
     return {
         **figures,
         "command": f"python -m recipes.deploy ckpt={size}",
@@ -60,6 +68,14 @@ def rows(few_bytes: int, few_ms: float) -> list[dict[str, Any]]:
     return [*rows_of(eight, summary(1000, 60.0)), *rows_of(five, summary(few_bytes, few_ms))]
 
 
+def of_rate(few_bytes: int, few_ms: float, wer: float) -> list[dict[str, Any]]:
+    return rows_of(list(cells())[2], summary(few_bytes, few_ms, wer))
+
+
+def larger(few_bytes: int, few_ms: float, wer: float) -> list[dict[str, Any]]:
+    return rows_of(list(cells())[-1], {**summary(few_bytes, few_ms, wer), "wer_start": 0.14})
+
+
 def test_rows_have_the_keys_of_the_table() -> None:
     found = rows(650, 40.0)
     assert len(found) == 2 * len(SYSTEMS)
@@ -77,12 +93,60 @@ def test_every_command_composes() -> None:
             assert Path(config.ckpt) == cell.checkpoint(Path("runs"))
 
 
+def test_the_larger_network_is_trained_where_its_cell_looks_for_it() -> None:
+    runs, cell = Path("runs"), list(cells())[-1]
+    configs = []
+    with initialize(version_base="1.3", config_path="../../../conf"):
+        for command in (larger_float(cell, runs), larger_few_bits(cell, runs)):
+            module, *overrides = command
+            assert module == "recipes.train"
+            configs.append(compose("train", [o for o in overrides if "hydra." not in o]))
+            assert configs[-1].model.network.encoder_size == 400
+    assert configs[1].init_from == "runs/an4_rnnt_large/seed1/checkpoints/last.ckpt"
+    assert (configs[1].bits, configs[1].callbacks.gq.rate_bits) == (5, 4.25)
+    folder = cell.checkpoint(runs).parents[1]
+    assert larger_few_bits(cell, runs)[-1] == f"hydra.run.dir={folder}"
+
+
 @pytest.mark.parametrize(
     ("size", "time", "word"),
-    [(650, 40.0, "35.0% and 33.3%, met"), (800, 50.0, "20.0% and 16.7%, missed")],
+    [
+        (650, 40.0, "35.0% and 33.3%, WER 15.0 % against 15.0 %, met"),
+        (800, 50.0, "20.0% and 16.7%, WER 15.0 % against 15.0 %, missed"),
+    ],
 )
 def test_targets_are_judged(size: int, time: float, word: str) -> None:
     assert word in verdicts(rows(size, time))[1]
+
+
+def test_the_best_row_without_loss_is_the_one_that_is_judged() -> None:
+    both = [*rows(700, 42.0), *of_rate(650, 40.0, 0.14)]
+    assert "*GQ, entropy of at most 4.25 bits*: 35.0% and 33.3%, WER 14.0 % against" in "".join(
+        verdicts(both)
+    )
+    # What saves more but loses words does not count.
+    worse = "".join(verdicts([*rows(700, 42.0), *of_rate(650, 40.0, 0.16)]))
+    assert "*General Quantizer*: 30.0% and 30.0%, WER 15.0 % against 15.0 %, missed" in worse
+    only = "".join(verdicts([*rows(700, 42.0)[: len(SYSTEMS)], *of_rate(650, 40.0, 0.16)]))
+    assert "35.0% and 33.3%, WER 16.0 % against 15.0 %, missed" in only
+
+
+@pytest.mark.parametrize(
+    ("time", "wer", "word"), [(59.0, 0.14, "met"), (61.0, 0.14, "missed"), (59.0, 0.15, "missed")]
+)
+def test_a_larger_network_is_to_be_faster_and_better(time: float, wer: float, word: str) -> None:
+    both = [*rows(650, 40.0), *larger(990, time, wer)]
+    last = verdicts(both)[-1]
+    assert f"{time:.2f} against 60.00 ms" in last
+    assert last.endswith(f"{word}.")
+    text = page(both, float_wer=0.168)
+    assert "| small | 8 bits, chip-aware | 8 | 1 | 16.8 % | 15.0 % |" in text
+    assert (
+        f"| larger | GQ, entropy of at most 4.25 bits | 5 | 1 | 14.0 % | {100 * wer:.1f} % |"
+        in text
+    )
+    # It stands in no table of the small network.
+    assert text.count("GQ, entropy of at most 4.25 bits") == len(SYSTEMS)
 
 
 def test_the_page_keeps_systems_apart() -> None:
@@ -112,6 +176,6 @@ def test_what_is_missing_is_named_and_what_is_done_is_not_run(
     assert [cell.method for cell in done] == ["nna8"]
     assert len((tmp_path / "deployment.jsonl").read_text().splitlines()) == len(SYSTEMS)
     said = capsys.readouterr().out
-    assert said.count("missing: ") == 8
+    assert said.count("missing: ") == 12
     assert "train it with python -m recipes.benchmark.pruning --methods csp" in said
     assert json.loads((tmp_path / "deployment.jsonl").read_text().splitlines()[0])["bits"] == 8
