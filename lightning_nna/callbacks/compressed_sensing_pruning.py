@@ -50,7 +50,7 @@ class CompressedSensingPruning(PruningMethod):
             gradients in those steps, so that an error is what it costs the loss; or ``"equal"``.
             Gradients also make layers comparable: see ``scope``.
         most_nmse: Most error of the layer's output over the output's power; None for no bound.
-        refit: Whether what survives is fitted.
+        refit: Whether what survives is fitted, by some steps of conjugate gradients.
         most_columns: A weight with more columns is refused, since its moment would be that large.
         revives: Whether zeroed weights are trained on and may return until masks freeze.
         settings: The other arguments of :class:`.PruningMethod`.
@@ -222,6 +222,7 @@ class CompressedSensingPruning(PruningMethod):
             pattern=self.pattern,
             start=start,
             refit=self.refit,
+            exact=False,
         )
         return replace(found, weight=found.weight / scale)
 
