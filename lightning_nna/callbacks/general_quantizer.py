@@ -48,6 +48,10 @@ class GeneralQuantizer(BitsMethod):
         power_of_two_steps: Scales of the grid are powers of two, as chips without multiplier need.
         pin_zero: One value is zero and stays there. Not with 1 bit: zero and one other value cannot
             stand for weights of both signs.
+        rate_bits: Greatest mean entropy of a tensor's indices, in bits a weight: values are then
+            those of :func:`.entropy_constrained`, which a chip that codes its weights reads in
+            fewer bytes. It is that of the weights as the run starts. Tensors that ``overrides``
+            gives other bits than ``bits`` keep Lloyd-Max values; None for all of them.
         every_n_steps: Weights are transformed in every n-th optimiser step, and in evaluation.
         targets: Globs or ``re:…`` on the names of parameters, or of modules that hold them.
         overrides: Bits by pattern, or the path of a JSON file with them.
@@ -96,11 +100,12 @@ class GeneralQuantizer(BitsMethod):
         grid_bits: int | None = 8,
         power_of_two_steps: bool = False,
         pin_zero: bool = False,
+        rate_bits: float | None = None,
         every_n_steps: int = 1,
         targets: Sequence[str] = ("*",),
         overrides: Mapping[str, int] | str | Path = {},  # noqa: B006
     ) -> None:
-        super().__init__(bits, targets=targets, overrides=overrides)
+        super().__init__(bits, targets=targets, overrides=overrides, rate_bits=rate_bits)
         require_mu(mu)
         require_time("hard_from", hard_from)
         self.sharpness = Schedule.of(sharpness)
@@ -148,6 +153,7 @@ class GeneralQuantizer(BitsMethod):
                 grid_bits=self.grid_bits,
                 power_of_two_steps=self.power_of_two_steps,
                 pin_zero=self.pin_zero and self.bits[name] > 1,
+                rate_bits=self.rate_of(name),
             )
             if name in self._saved:
                 stage.load_state_dict(self._saved[name])

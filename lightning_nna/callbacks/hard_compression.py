@@ -45,6 +45,11 @@ class HardCompression(S8BQATMethod):
         power_of_two_steps: Scales of the grid are powers of two, as chips without multiplier need.
         pin_zero: One centroid is zero; not with 1 bit, which needs one of either sign.
         refresh_every_n_steps: Find centroids anew every so many optimiser steps; 0 for never.
+        rate_bits: Greatest mean entropy of a tensor's indices, in bits a weight: values are then
+            those of :func:`.entropy_constrained`, which a chip that codes its weights reads in
+            fewer bytes. It is that of the weights as centroids are found. Tensors that
+            ``overrides`` gives other bits than ``bits`` keep Lloyd-Max values; None for all of
+            them.
         targets: Globs or ``re:…`` on the names of parameters, or of modules that hold them.
         overrides: Bits by pattern, or the path of a JSON file with them.
 
@@ -83,11 +88,12 @@ class HardCompression(S8BQATMethod):
         power_of_two_steps: bool = False,
         pin_zero: bool = False,
         refresh_every_n_steps: int = 0,
+        rate_bits: float | None = None,
         targets: Sequence[str] = ("*",),
         overrides: Mapping[str, int] | str | Path = {},  # noqa: B006
     ) -> None:
         settings = CentroidSettings(
-            granularity, grid_bits, power_of_two_steps, pin_zero, refresh_every_n_steps
+            granularity, grid_bits, power_of_two_steps, pin_zero, refresh_every_n_steps, rate_bits
         )
         super().__init__(bits, settings=settings, targets=targets, overrides=overrides)
         if every_n_steps < 1:

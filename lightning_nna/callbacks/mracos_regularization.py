@@ -42,6 +42,7 @@ class MRACosRegularization(S8BQATMethod):
         power_of_two_steps: See :class:`.HardCompression`.
         pin_zero: See :class:`.HardCompression`.
         refresh_every_n_steps: See :class:`.HardCompression`.
+        rate_bits: See :class:`.HardCompression`.
         targets: Globs or ``re:…`` on the names of parameters, or of modules that hold them.
         overrides: Bits by pattern, or the path of a JSON file with them.
 
@@ -77,11 +78,12 @@ class MRACosRegularization(S8BQATMethod):
         power_of_two_steps: bool = False,
         pin_zero: bool = False,
         refresh_every_n_steps: int = 0,
+        rate_bits: float | None = None,
         targets: Sequence[str] = ("*",),
         overrides: Mapping[str, int] | str | Path = {},  # noqa: B006
     ) -> None:
         settings = CentroidSettings(
-            granularity, grid_bits, power_of_two_steps, pin_zero, refresh_every_n_steps
+            granularity, grid_bits, power_of_two_steps, pin_zero, refresh_every_n_steps, rate_bits
         )
         super().__init__(bits, settings=settings, targets=targets, overrides=overrides)
         if strength < 0:

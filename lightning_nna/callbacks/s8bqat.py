@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ class S8BQATMethod(BitsMethod):
         targets: Sequence[str],
         overrides: Mapping[str, int] | str | Path,
     ) -> None:
-        super().__init__(bits, targets=targets, overrides=overrides)
+        super().__init__(bits, targets=targets, overrides=overrides, rate_bits=settings.rate_bits)
         self.settings = settings
         #: Centroids by the name of the parameter, once a run has started.
         self.centroids: dict[str, FixedCentroids] = {}
@@ -44,7 +45,13 @@ class S8BQATMethod(BitsMethod):
     def prepare(self) -> None:
         assert self._module is not None, "a run has started"
         self.centroids = {
-            name: shared_centroids(self._module, name, parameter, self.bits[name], self.settings)
+            name: shared_centroids(
+                self._module,
+                name,
+                parameter,
+                self.bits[name],
+                replace(self.settings, rate_bits=self.rate_of(name)),
+            )
             for name, parameter in self._parameters.items()
         }
         self._restore_centroids()

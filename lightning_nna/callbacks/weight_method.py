@@ -17,6 +17,7 @@ from typing_extensions import override
 from lightning_nna.callbacks.step_counter import StepCounter
 from lightning_nna.compression.selection import BitWidths, ByTensor, weights_of
 from lightning_nna.emulator.weight_pipeline import Stage, WeightPipeline, pipeline_of, unseen
+from lightning_nna.functional.entropy_constrained import require_rate
 
 
 class WeightMethod(Callback):
@@ -305,6 +306,11 @@ class BitsMethod(WeightMethod):
         bits: Of every selected tensor, 1 to 8.
         targets: Globs or ``re:…`` on the names of parameters, or of modules that hold them.
         overrides: Bits by pattern, or the path of a JSON file with them.
+        rate_bits: Greatest entropy of the indices of a tensor of ``bits`` bits, in bits a weight;
+            None for any. Tensors that ``overrides`` gives other bits have none.
+
+    Raises:
+        ValueError: If a number is out of range.
     """
 
     def __init__(
@@ -313,13 +319,21 @@ class BitsMethod(WeightMethod):
         *,
         targets: Sequence[str],
         overrides: Mapping[str, int] | str | Path,
+        rate_bits: float | None = None,
     ) -> None:
         super().__init__(BitWidths(bits, targets, overrides))
+        if rate_bits is not None:
+            require_rate(rate_bits, bits)
+        self.rate_bits = rate_bits
 
     @property
     def bits(self) -> dict[str, int]:
         """Bits by the names of the selected parameters, once a run has started."""
         return self.numbers
+
+    def rate_of(self, name: str) -> float | None:
+        """Greatest entropy of the indices of a selected parameter; None for any."""
+        return self.rate_bits if self.bits[name] == self.selection.default else None
 
 
 class ModuleHook:

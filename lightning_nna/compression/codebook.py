@@ -20,6 +20,7 @@ from torch import Tensor
 
 from lightning_nna.emulator.weight_pipeline import Stage, WeightGrid
 from lightning_nna.emulator.weights import largest_steps, round_significands
+from lightning_nna.functional.entropy_constrained import entropy_constrained
 from lightning_nna.functional.lloyd_max import lloyd_max, snap_to_grid
 
 
@@ -49,8 +50,9 @@ class Codebook:
         grid_bits: int | None = 8,
         power_of_two_steps: bool = False,
         pin_zero: bool = False,
+        rate_bits: float | None = None,
     ) -> Codebook:
-        """The Lloyd-Max codebook of a trained weight.
+        """The Lloyd-Max codebook of a trained weight, or the best one of a given entropy.
 
         Args:
             weight: Finite weights.
@@ -59,6 +61,8 @@ class Codebook:
             grid_bits: See :class:`Codebook`.
             power_of_two_steps: Round steps up to powers of two.
             pin_zero: Let one level be exactly zero.
+            rate_bits: Greatest entropy of the indices, in bits a weight, before levels are put on
+                the grid; None for Lloyd-Max levels.
 
         Example:
             >>> book = Codebook.fit(torch.tensor([[-1.0, -0.9, 0.5, 0.6]]), bits=1)
@@ -67,7 +71,7 @@ class Codebook:
         """
         steps = steps_of(weight, groups, grid_bits=grid_bits, power_of_two=power_of_two_steps)
         scaled = in_steps(weight, steps)
-        levels = lloyd_max(scaled, 2**bits, pin_zero=pin_zero).centroids.to(weight.device)
+        levels = best_levels(scaled, bits, pin_zero=pin_zero, rate_bits=rate_bits)
         if grid_bits is not None:
             levels = snap_to_grid(levels, 1.0, maximum=maximum_of(grid_bits))
         return cls(levels, middles(levels), steps, grid_bits)
@@ -113,6 +117,27 @@ class CodebookStage(Stage, Protocol):
 
         Root of its mean square, relative to that of the weight.
         """
+
+
+def best_levels(
+    weight: Float[Tensor, "..."], bits: int, *, pin_zero: bool, rate_bits: float | None
+) -> Float[Tensor, " levels"]:
+    """The levels of the least squared error, of a given entropy if there is one.
+
+    Args:
+        weight: What is to be quantised.
+        bits: Of an index.
+        pin_zero: Whether one level is exactly zero.
+        rate_bits: Greatest entropy of the indices, in bits a weight; None for any.
+
+    Example:
+        >>> weight = torch.linspace(-1, 1, 1001).pow(3)
+        >>> best_levels(weight, 2, pin_zero=False, rate_bits=None)
+        tensor([-0.7450, -0.2980,  0.0335,  0.6258])
+    """
+    if rate_bits is None:
+        return lloyd_max(weight, 2**bits, pin_zero=pin_zero).centroids
+    return entropy_constrained(weight, 2**bits, rate_bits=rate_bits, pin_zero=pin_zero).centroids
 
 
 def relative_gap(weight: Tensor, away: Tensor) -> float:

@@ -25,6 +25,7 @@ class CentroidSettings:
         power_of_two_steps: Whether the grid's steps are powers of two.
         pin_zero: Whether one centroid is zero.
         refresh_every_n_steps: Centroids are found anew every so many optimiser steps; 0 for never.
+        rate_bits: Greatest entropy of a tensor's indices, in bits a weight; None for any.
 
     Raises:
         ValueError: If a setting is out of range.
@@ -35,6 +36,7 @@ class CentroidSettings:
     power_of_two_steps: bool = False
     pin_zero: bool = False
     refresh_every_n_steps: int = 0
+    rate_bits: float | None = None
 
     def __post_init__(self) -> None:
         if self.granularity not in ("tensor", "channel"):
@@ -112,6 +114,7 @@ class FixedCentroids:
             grid_bits=self.settings.grid_bits,
             power_of_two_steps=self.settings.power_of_two_steps,
             pin_zero=self.settings.pin_zero and self.bits > 1,
+            rate_bits=self.settings.rate_bits,
         )
 
 

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from lightning_nna.compression.codebook import (
     Codebook,
+    best_levels,
     in_steps,
     in_units,
     maximum_of,
@@ -31,7 +32,6 @@ from lightning_nna.compression.codebook import (
 )
 from lightning_nna.emulator.weight_pipeline import WeightGrid
 from lightning_nna.emulator.weights import round_significands
-from lightning_nna.functional.lloyd_max import lloyd_max
 from lightning_nna.functional.mu_law import (
     SoftAssignment,
     cell_of,
@@ -68,7 +68,8 @@ class GeneralQuantizerStage:
     """A stage of the weight pipeline, see the module.
 
     Args:
-        weight: Where centroids start: its Lloyd-Max points, in the µ-law's domain.
+        weight: Where centroids start: its Lloyd-Max points, or the best ones of ``rate_bits``, in
+            the µ-law's domain.
         bits: 1 to 8.
         groups: Scales.
         mu: Of the µ-law.
@@ -80,6 +81,7 @@ class GeneralQuantizerStage:
         grid_bits: Of the chip's grid; None for none.
         power_of_two_steps: Whether the grid's steps are powers of two.
         pin_zero: Whether one centroid is zero and stays there.
+        rate_bits: Greatest entropy of the indices at the start, in bits a weight; None for any.
 
     Attributes:
         centroids: In [-1, 1], shape ``(levels,)``; trained.
@@ -106,6 +108,7 @@ class GeneralQuantizerStage:
         grid_bits: int | None = 8,
         power_of_two_steps: bool = False,
         pin_zero: bool = False,
+        rate_bits: float | None = None,
     ) -> None:
         self.bits, self.mu, self.power, self.grid_bits = bits, mu, power, grid_bits
         self.train_centroids, self.learn_scale = train_centroids, learn_scale
@@ -115,7 +118,7 @@ class GeneralQuantizerStage:
         self.maximum = maximum_of(grid_bits or 8)
         steps = steps_of(weight, groups, grid_bits=grid_bits, power_of_two=power_of_two_steps)
         scaled = (in_steps(weight, steps) / self.maximum).clamp_(-1, 1)
-        found = lloyd_max(scaled, 2**bits, pin_zero=pin_zero).centroids.to(weight.device)
+        found = best_levels(scaled, bits, pin_zero=pin_zero, rate_bits=rate_bits)
         if scale == "centroids" and bool(found.any()):
             narrower = narrowed(steps, float(found.abs().max()), power_of_two_steps)
             found *= (steps[0] / narrower[0]).to(found.dtype)

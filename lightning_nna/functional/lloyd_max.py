@@ -99,7 +99,7 @@ def lloyd_max(
         raise ValueError(f"levels must be 1 to {_MOST_LEVELS}, got {levels}")
     if initialisation not in ("optimal", "quantiles"):
         raise ValueError(f'initialisation must be "optimal" or "quantiles", got {initialisation!r}')
-    line = _line(values, weights, pin_zero)
+    line = line_of(values, weights, centred=not pin_zero)
     known = np.union1d(line.values, [0.0]) if pin_zero else line.values
     if len(known) <= levels:
         padding = np.full(levels - len(known), known[-1])
@@ -116,7 +116,7 @@ def lloyd_max(
         start = start[(cuts[1:] > cuts[:-1]) | (start == 0.0)]
         start = np.sort(np.concatenate([start, np.full(levels - len(start), start[-1])]))
         centroids, iterations = _lloyd(line, start, pin_zero, max_iterations, tolerance)
-        distortion = line.errors(centroids, _cuts(line, centroids)).sum() / line.mass[-1]
+        distortion = line.errors(centroids, line.nearest_cuts(centroids)).sum() / line.mass[-1]
     found = torch.from_numpy(centroids + 0.0).to(values.device, torch.float32)
     return ScalarQuantizer(found, float(distortion), iterations)
 
@@ -240,8 +240,19 @@ def _distinct(places: NDArray[np.float64], lowest: int, highest: int) -> NDArray
     return whole + np.arange(len(places))
 
 
-def _line(values: Tensor, weights: Tensor | None, pin_zero: bool) -> Line:
-    """Distinct values in order, with prefix sums; refuses what cannot be quantised."""
+def line_of(
+    values: Float[Tensor, "..."], weights: Float[Tensor, "..."] | None, *, centred: bool
+) -> Line:
+    """Distinct values in order, with prefix sums; the arguments are those of :func:`lloyd_max`.
+
+    Raises:
+        ValueError: If there are no values, or weights are negative, all zero or of another shape.
+        FloatingPointError: If a value or weight is not finite.
+
+    Example:
+        >>> line_of(torch.tensor([4.0, 1.0, 1.0]), None, centred=False).values
+        array([1., 4.])
+    """
     if values.numel() == 0:
         raise ValueError("there are no values to quantise")
     dtype = torch.float64 if values.dtype == torch.float64 else torch.float32
@@ -265,7 +276,7 @@ def _line(values: Tensor, weights: Tensor | None, pin_zero: bool) -> Line:
     # Sorted, what is not finite is at an end.
     if not np.isfinite(x[[0, -1]]).all():
         raise FloatingPointError("values are not finite")
-    return Line.of(x, mass, centred=not pin_zero)
+    return Line.of(x, mass, centred=centred)
 
 
 def _lloyd(
@@ -278,7 +289,7 @@ def _lloyd(
     """Iterate thresholds and means."""
     small = tolerance * (line.values[-1] - line.values[0])
     for iteration in range(1, max_iterations + 1):
-        cuts = _cuts(line, centroids)
+        cuts = line.nearest_cuts(centroids)
         moved = line.means(cuts)
         empty = cuts[1:] == cuts[:-1]
         moved[empty] = centroids[empty]
@@ -303,10 +314,3 @@ def _fill(
     own = centroids[worst]
     centroids[empty] = np.where(own - first > last - own, first, last)
     return np.sort(centroids)
-
-
-def _cuts(line: Line, centroids: NDArray[np.float64]) -> NDArray[np.intp]:
-    """Places where the cells begin and end."""
-    thresholds = (centroids[:-1] + centroids[1:]) / 2
-    inner = np.searchsorted(line.values, thresholds, side="right")
-    return np.concatenate([[0], inner, [len(line.values)]])

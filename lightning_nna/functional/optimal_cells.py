@@ -78,6 +78,26 @@ class Line:
         np.cumsum(each, out=sums[1:])
         return Line(values, before, sums, origin)
 
+    def nearest_cuts(self, centroids: Floats) -> Places:
+        """Places where the cells of ascending centroids begin and end.
+
+        Example:
+            >>> line = Line.of(np.array([0.0, 1.0, 9.0]), None, centred=True)
+            >>> line.nearest_cuts(np.array([0.5, 9.0]))
+            array([0, 2, 3])
+        """
+        return self.cuts_at((centroids[:-1] + centroids[1:]) / 2)
+
+    def cuts_at(self, thresholds: Floats) -> Places:
+        """Places where cells with these inner borders begin and end; a value there is below.
+
+        Example:
+            >>> Line.of(np.array([0.0, 1.0, 9.0]), None, centred=True).cuts_at(np.array([1.0]))
+            array([0, 2, 3])
+        """
+        inner = np.searchsorted(self.values, thresholds, side="right")
+        return np.concatenate([[0], inner, [len(self.values)]])
+
     def means(self, cuts: Places) -> Floats:
         """Mean of every cell; of an empty one, the value it begins at."""
         mass = np.diff(self.mass[cuts])

@@ -25,19 +25,20 @@ STEPS = 480
 BUDGET = ("trainer.max_epochs=4", f"+trainer.limit_train_batches={STEPS // 4}")
 
 
-def training(seed: int, folder: Path, *chosen: str) -> list[str]:
+def training(seed: int, folder: Path, *chosen: str, start: Path = START) -> list[str]:
     """Module and overrides of a run of the budget.
 
     Args:
         seed: Of the training.
         folder: Where the run goes.
         chosen: Overrides that say what is done.
+        start: Float weights that it starts from.
     """
     return [
         "recipes.train",
         "experiment=an4_rnnt_finetune",
         f"seed={seed}",
-        f"init_from={START}",
+        f"init_from={start}",
         *BUDGET,
         "+trainer.limit_val_batches=0",
         "beam_width=1",

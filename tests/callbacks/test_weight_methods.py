@@ -130,6 +130,31 @@ def test_both_callbacks_of_s8bqat_share_one_set_of_centroids() -> None:
     assert first.centroids["lstm.weight_hh_l0"] is second.centroids["lstm.weight_hh_l0"]
     with pytest.raises(ValueError, match=r"lstm.weight_ih_l0 differ in bits \(3 and 4\)"):
         trainer(pull(), hard(bits=4), steps=2).fit(module())
+    with pytest.raises(ValueError, match=r"differ in rate_bits \(None and 2.0\)"):
+        trainer(pull(), hard(rate_bits=2.0), steps=2).fit(module())
+
+
+@pytest.mark.parametrize("method", ["gq", "hard"])
+def test_values_of_a_given_entropy_but_where_a_tensor_has_its_own_bits(method: str) -> None:
+    def deployed(**settings: object) -> dict[str, Tensor]:
+        callback = METHODS[method](overrides={"lstm.*_l1": 4}, **settings)
+        if method == "gq":
+            callback.mu = 0.0
+        tested = module()
+        trainer(callback).test(tested, tested.train_dataloader(), verbose=False)
+        held = dict(tested.named_parameters())
+        return {n: pipeline_of(tested).hard(held[n]) for n in callback.selected}
+
+    free, cheap = deployed(), deployed(rate_bits=2.0)
+    own = [name for name in free if name.endswith("_l1")]
+    assert len(own) == 2
+    for name, weight in cheap.items():
+        shares = weight.unique(return_counts=True)[1] / weight.numel()
+        if name in own:
+            assert torch.equal(weight, free[name])
+        else:
+            # Putting levels on the grid moves borders a little.
+            assert float(-(shares * shares.log2()).sum()) <= 2.1
 
 
 def test_centroids_stay_unless_they_are_to_be_refreshed() -> None:
@@ -198,6 +223,8 @@ def test_two_fits_go_on_from_what_was_trained() -> None:
         ({"bits": 0}, "bits must be an int from 1 to 8, got 0"),
         ({"bits": 9}, "bits must be an int from 1 to 8, got 9"),
         ({"overrides": {"head": 0}}, r"overrides\['head'\] must be an int"),
+        ({"rate_bits": 0.0}, "rate_bits must be above 0 and at most 3 bits, got 0.0"),
+        ({"rate_bits": 3.5}, "rate_bits must be above 0 and at most 3 bits, got 3.5"),
         ({"granularity": "row"}, "granularity must be 'tensor' or 'channel', got 'row'"),
     ],
 )

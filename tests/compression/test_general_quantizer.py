@@ -220,6 +220,24 @@ def test_a_codebook_is_the_nearest_level_of_every_weight(bits: int) -> None:
     assert book.packed_bytes(weight, bits) == 2400 * bits // 8 + 2**bits + 3 * 4
 
 
+@pytest.mark.parametrize("pin_zero", [False, True])
+@pytest.mark.parametrize("groups", [1, 8])
+def test_levels_on_the_grid_keep_the_entropy_that_was_asked_for(
+    groups: int, pin_zero: bool
+) -> None:
+    weight = weights(80, 500)
+    settings: dict[str, Any] = {"groups": groups, "pin_zero": pin_zero, "rate_bits": 4.3}
+    book = Codebook.fit(weight, 5, **settings)
+    stage = GeneralQuantizerStage(weight, 5, mu=0.0, **settings)
+    for hard in (book.project(weight), stage.transform(weight, hard=True)):
+        integers = (hard.reshape(groups, -1) / stage.steps[:, None]).round()
+        shares = integers.unique(return_counts=True)[1] / weight.numel()
+        # Below it by what a level that drops out takes along; above by what the grid moves borders.
+        assert 4.3 - 0.06 <= float(-(shares * shares.log2()).sum()) <= 4.3 + 0.02
+        assert len(shares) <= 32
+        assert not pin_zero or bool((hard == 0).any())
+
+
 def test_a_codebook_without_a_grid_is_lloyd_max() -> None:
     weight = weights(20, 300)
     book = Codebook.fit(weight, 3, grid_bits=None)

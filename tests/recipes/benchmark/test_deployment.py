@@ -10,7 +10,15 @@ import pytest
 from hydra import compose, initialize
 
 from recipes.benchmark import deployment
-from recipes.benchmark.deployment import SYSTEMS, Cell, cells, main, rows_of
+from recipes.benchmark.deployment import (
+    SYSTEMS,
+    Cell,
+    cells,
+    fine_tuning_command,
+    float_command,
+    main,
+    rows_of,
+)
 from recipes.benchmark.deployment_page import page, verdicts
 
 KEYS = (
@@ -19,7 +27,7 @@ KEYS = (
 ).split()
 
 
-def summary(size: int, milliseconds: float) -> dict[str, Any]:
+def summary(size: int, milliseconds: float, wer: float = 0.15) -> dict[str, Any]:
     accelerators = [
         {
             "accelerator": accelerator,
@@ -37,7 +45,7 @@ def summary(size: int, milliseconds: float) -> dict[str, Any]:
         }
         for accelerator, system, mode in SYSTEMS
     ]
-    figures = dict.fromkeys(("wer", "wer_low", "wer_high", "loss_per_token"), 0.15)
+    figures = dict.fromkeys(("wer", "wer_low", "wer_high", "loss_per_token"), wer)
     return {
         **figures,
         "command": f"python -m recipes.deploy ckpt={size}",
@@ -60,6 +68,14 @@ def rows(few_bytes: int, few_ms: float) -> list[dict[str, Any]]:
     return [*rows_of(eight, summary(1000, 60.0)), *rows_of(five, summary(few_bytes, few_ms))]
 
 
+def of_rate(few_bytes: int, few_ms: float, wer: float) -> list[dict[str, Any]]:
+    return rows_of(list(cells())[2], summary(few_bytes, few_ms, wer))
+
+
+def larger(few_bytes: int, few_ms: float, wer: float) -> list[dict[str, Any]]:
+    return rows_of(list(cells())[-2], {**summary(few_bytes, few_ms, wer), "wer_start": 0.14})
+
+
 def test_rows_have_the_keys_of_the_table() -> None:
     found = rows(650, 40.0)
     assert len(found) == 2 * len(SYSTEMS)
@@ -78,11 +94,67 @@ def test_every_command_composes() -> None:
 
 
 @pytest.mark.parametrize(
+    ("model", "units", "bits"), [("rnnt_large", 400, 5), ("rnnt_small", 256, 8)]
+)
+def test_other_sizes_are_trained_where_their_cells_look(model: str, units: int, bits: int) -> None:
+    runs, configs = Path("runs"), []
+    cell = next(cell for cell in cells() if cell.model == model)
+    with initialize(version_base="1.3", config_path="../../../conf"):
+        for command in (float_command(cell, runs), fine_tuning_command(cell, runs)):
+            module, *overrides = command
+            assert module == "recipes.train"
+            configs.append(compose("train", [o for o in overrides if "hydra." not in o]))
+            assert configs[-1].model.network.encoder_size == units
+    assert configs[1].init_from == f"runs/an4_{model}/seed1/checkpoints/last.ckpt"
+    assert configs[1].bits == bits
+    folder = cell.checkpoint(runs).parents[1]
+    assert fine_tuning_command(cell, runs)[-1] == f"hydra.run.dir={folder}"
+
+
+@pytest.mark.parametrize(
     ("size", "time", "word"),
-    [(650, 40.0, "35.0% and 33.3%, met"), (800, 50.0, "20.0% and 16.7%, missed")],
+    [
+        (650, 40.0, "35.0% and 33.3%, WER 15.0 % against 15.0 %, met"),
+        (800, 50.0, "20.0% and 16.7%, WER 15.0 % against 15.0 %, missed"),
+    ],
 )
 def test_targets_are_judged(size: int, time: float, word: str) -> None:
     assert word in verdicts(rows(size, time))[1]
+
+
+def test_the_best_row_without_loss_is_the_one_that_is_judged() -> None:
+    both = [*rows(700, 42.0), *of_rate(650, 40.0, 0.14)]
+    assert "*GQ, entropy of at most 4.25 bits*: 35.0% and 33.3%, WER 14.0 % against" in "".join(
+        verdicts(both)
+    )
+    # What saves more but loses words does not count.
+    worse = "".join(verdicts([*rows(700, 42.0), *of_rate(650, 40.0, 0.16)]))
+    assert "*General Quantizer*: 30.0% and 30.0%, WER 15.0 % against 15.0 %, missed" in worse
+    only = "".join(verdicts([*rows(700, 42.0)[: len(SYSTEMS)], *of_rate(650, 40.0, 0.16)]))
+    assert "35.0% and 33.3%, WER 16.0 % against 15.0 %, missed" in only
+
+
+@pytest.mark.parametrize(
+    ("time", "wer", "word"), [(59.0, 0.14, "met"), (61.0, 0.14, "missed"), (59.0, 0.15, "missed")]
+)
+def test_a_larger_network_is_to_be_faster_and_better(time: float, wer: float, word: str) -> None:
+    both = [*rows(650, 40.0), *larger(990, time, wer)]
+    last = verdicts(both)[-1]
+    assert f"{time:.2f} against 60.00 ms" in last
+    assert last.endswith(f"{word}.")
+    text = page(both, float_wer=0.168)
+    assert "| 320 | 8 bits, chip-aware | 8 | 1 | 16.8 % | 15.0 % |" in text
+    assert (
+        f"| 400 | GQ, entropy of at most 4.25 bits | 5 | 1 | 14.0 % | {100 * wer:.1f} % |" in text
+    )
+    # It stands in no table of the usual size.
+    assert text.count("GQ, entropy of at most 4.25 bits") == len(SYSTEMS)
+    smaller = rows_of(list(cells())[-1], summary(900, 55.0, 0.2))
+    last = verdicts([*both, *of_rate(650, 54.0, 0.19), *smaller])[-1]
+    assert "A network of 320 units at 5 bits at least as fast as one of 256 at 8" in last
+    assert last.endswith(
+        "54.00 against 55.00 ms for a second of speech, WER 19.0 % against 20.0 %, met."
+    )
 
 
 def test_the_page_keeps_systems_apart() -> None:
@@ -112,6 +184,6 @@ def test_what_is_missing_is_named_and_what_is_done_is_not_run(
     assert [cell.method for cell in done] == ["nna8"]
     assert len((tmp_path / "deployment.jsonl").read_text().splitlines()) == len(SYSTEMS)
     said = capsys.readouterr().out
-    assert said.count("missing: ") == 8
+    assert said.count("missing: ") == 14
     assert "train it with python -m recipes.benchmark.pruning --methods csp" in said
     assert json.loads((tmp_path / "deployment.jsonl").read_text().splitlines()[0])["bits"] == 8
