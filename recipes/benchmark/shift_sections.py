@@ -66,8 +66,8 @@ the step and the flat course in a unit ten times as small. Detected is a first a
 epochs of the step, or any time after the ramp began; early is an alarm before the step; delays
 are in epochs; of the courses without a drift the share with an alarm is shown. Tuned detectors of
 river have the setting that detects most steps in the first unit, with at most 5 % of flat and of
-falling runs alarmed where a setting does so. Of ADWIN no setting of the grid does both; KSWIN
-looks at 100 values, more than a run has.
+falling runs alarmed where a setting does so. Of ADWIN and of KSWIN no setting of the grid does
+both: they take a fall for a drift, too. By default KSWIN looks at 100 values, more than a run has.
 """,
     epochs=shift_detection.EPOCHS,
     noise=shift_detection.NOISE,
