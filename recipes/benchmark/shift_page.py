@@ -300,7 +300,7 @@ def _draw_rate(axes: Axes, rows: Sequence[Row]) -> None:
     if select(rows, table="rate"):  # Matplotlib warns of a scale without data.
         axes.loglog()
         # In the order of the lines' right ends.
-        drawn = [line for line in axes.lines if len(line.get_xdata())]
+        drawn = [line for line in axes.lines if np.size(np.asarray(line.get_xdata()))]
         drawn.sort(key=lambda line: -float(np.asarray(line.get_ydata())[-1]))
         axes.legend(handles=drawn, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
 
