@@ -7,7 +7,6 @@ from pathlib import Path
 from statistics import geometric_mean, mean
 
 import matplotlib as mpl
-import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -291,18 +290,25 @@ def _draw_latest(axes: Axes, cells: dict[Cell, dict[str, Row]]) -> None:
 
 
 def _draw_rate(axes: Axes, rows: Sequence[Row]) -> None:
-    for name, title in shift_streaming.RATES.items():
-        found = select(rows, table="rate", method=name)
-        style = "o-" if name in shift_streaming.HAAR else "o--"
-        axes.plot([row["n"] for row in found], [row["error"] for row in found], style, label=title)
-        axes.lines[-1].set_markersize(3)
     axes.set(xlabel="values", ylabel="squared error, summed")
-    if select(rows, table="rate"):  # Matplotlib warns of a scale without data.
+    lines = {}
+    for name in shift_streaming.RATES:
+        found = select(rows, table="rate", method=name)
+        if found:
+            style = "o-" if name in shift_streaming.HAAR else "o--"
+            n, errors = [row["n"] for row in found], [row["error"] for row in found]
+            (lines[errors[-1], name],) = axes.plot(n, errors, style, markersize=3)
+    if lines:  # Matplotlib warns of a scale without data.
         axes.loglog()
         # In the order of the lines' right ends.
-        drawn = [line for line in axes.lines if np.size(np.asarray(line.get_xdata()))]
-        drawn.sort(key=lambda line: -float(np.asarray(line.get_ydata())[-1]))
-        axes.legend(handles=drawn, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
+        places = sorted(lines, reverse=True)
+        axes.legend(
+            [lines[place] for place in places],
+            [shift_streaming.RATES[name] for _, name in places],
+            frameon=False,
+            loc="center left",
+            bbox_to_anchor=(1.0, 0.5),
+        )
 
 
 def _word(met: bool) -> str:
