@@ -138,7 +138,8 @@ That CSP counts errors by the loss's gradients and shares one budget was chosen 
 speakers, at 80 %, seed 1: nats per label 0.445 with all layers and errors alike, 0.404 with errors
 weighed by gradients, 0.325 with one budget as well; gradual magnitude 0.563. A ramp that ends at
 30 % of the run with masks frozen at 50 % gave 0.321, words 1.6 points worse, and was not adopted:
-all methods have the same ramp, to 50 %, and freeze at 75 %.
+all methods have the same ramp, to 50 %, and freeze at 75 %. The row with all errors alike is of an
+older commit, where that was the only way.
 
 ![Loss by share of zeros](pruning.png)
 
