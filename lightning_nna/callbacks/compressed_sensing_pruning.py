@@ -6,6 +6,7 @@ Reference:
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -23,6 +24,10 @@ from lightning_nna.emulator.ranges import is_distributed
 from lightning_nna.functional.sparse_recovery import SparseSolution, recover_sparse_weight
 
 Measurement = Literal["activations", "identity", "random"]
+Weighting = Literal["gradients", "equal"]
+
+# Of the mean weight of an output: one that got no gradient still counts a little.
+_LEAST_WEIGHT = 1e-3
 
 
 class CompressedSensingPruning(PruningMethod):
@@ -31,17 +36,21 @@ class CompressedSensingPruning(PruningMethod):
     Every ``every_n_steps`` each selected weight is measured on the inputs that reached it in the
     last ``measure_steps`` steps; the sparsest weight that explains the measurement is recovered
     (:func:`.recover_sparse_weight`), with what survives fitted by least squares to make up for what
-    goes. Zeroed weights start from zero again and may return while training goes on; from
-    ``freeze_step`` on masks stay. A layer waits at the sparsity it has while the error of its
-    recovery would be over ``most_nmse``.
+    goes. With ``scope="global"`` layers share one budget by what their errors cost the loss. Zeroed
+    weights start from zero again and may return while training goes on; from ``freeze_step`` on
+    masks stay. A layer waits at the sparsity it has while the error of its recovery would be over
+    ``most_nmse``.
 
     Args:
         sparsity: See :class:`.PruningMethod`.
         measurement: ``"activations"``: the inputs' second moments; ``"identity"``: the weights
             themselves; ``"random"``: as many random projections as a weight has columns.
         measure_steps: Optimiser steps before each recovery whose inputs count.
+        weighting: What the error of each output counts: ``"gradients"``, the mean square of its
+            gradients in those steps, so that an error is what it costs the loss; or ``"equal"``.
+            Gradients also make layers comparable: see ``scope``.
         most_nmse: Most error of the layer's output over the output's power; None for no bound.
-        refit: Whether what survives is fitted.
+        refit: Whether what survives is fitted, by some steps of conjugate gradients.
         most_columns: A weight with more columns is refused, since its moment would be that large.
         revives: Whether zeroed weights are trained on and may return until masks freeze.
         settings: The other arguments of :class:`.PruningMethod`.
@@ -66,8 +75,8 @@ class CompressedSensingPruning(PruningMethod):
         >>> round(float((module.lstm.weight_hh_l0 == 0).float().mean()), 2)
         0.75
 
-    Differs from the paper: the measurement by second moments, the solver, the fit of the survivors
-    and the bound are ours.
+    Differs from the paper: the measurement by second moments, the weighting by gradients, the
+    solver, the fit of the survivors and the bound are ours.
     """
 
     method = "csp"
@@ -78,6 +87,7 @@ class CompressedSensingPruning(PruningMethod):
         *,
         measurement: Measurement = "activations",
         measure_steps: int = 8,
+        weighting: Weighting = "gradients",
         most_nmse: float | None = None,
         refit: bool = True,
         most_columns: int = 4096,
@@ -89,6 +99,8 @@ class CompressedSensingPruning(PruningMethod):
             raise ValueError(
                 f"measurement must be 'activations', 'identity' or 'random', got {measurement!r}"
             )
+        if weighting not in ("gradients", "equal"):
+            raise ValueError(f"weighting must be 'gradients' or 'equal', got {weighting!r}")
         if measure_steps < 1 or most_columns < 1:
             raise ValueError(
                 f"measure_steps and most_columns must be at least 1, got {measure_steps} and "
@@ -97,12 +109,15 @@ class CompressedSensingPruning(PruningMethod):
         if most_nmse is not None and not most_nmse > 0:
             raise ValueError(f"most_nmse must be positive, got {most_nmse}")
         self.measurement, self.measure_steps = measurement, measure_steps
+        self.weighting = weighting
         self.most_nmse, self.refit, self.most_columns = most_nmse, refit, most_columns
         #: Error of the last recovery, by the names of the parameters.
         self.nmse: dict[str, float] = {}
         self._kept: dict[str, float] = {}
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, int] = {}
+        # Sums over rows of squared gradients, by the names of the parameters.
+        self._powers: dict[str, Tensor] = {}
         self._moments: InputMoments | None = None
         self._entered = 0
         # The moment of each weight while masks are chosen; None where the identity measures it.
@@ -138,8 +153,16 @@ class CompressedSensingPruning(PruningMethod):
 
     @override
     def step_begins(self, optimizer: Optimizer) -> None:
-        if self._moments is not None and self._is_measuring():
+        if not self._is_measuring():
+            return
+        if self._moments is not None:
             self._moments.agree(over_ranks=is_distributed())
+        if self.weighting == "gradients":
+            steps = {id(p) for group in optimizer.param_groups for p in group["params"]}
+            for name, parameter in self._parameters.items():
+                if id(parameter) in steps and parameter.grad is not None:
+                    power = as_matrix(parameter.grad).float().square().sum(1)
+                    self._powers[name] = self._powers.get(name, 0.0) + power
 
     def _is_measuring(self) -> bool:
         return self._steps_to_choice(self.steps) <= self.measure_steps
@@ -160,11 +183,18 @@ class CompressedSensingPruning(PruningMethod):
 
     # --- recovery -----------------------------------------------------------------------------
 
+    @property
+    @override
+    def is_comparable(self) -> bool:
+        return self.weighting == "gradients"
+
     @override
     def energies(self, name: str, weight: Tensor) -> Tensor:
         moment = self._measured[name]
-        scale = torch.ones_like(weight[0]) if moment is None else moment.diagonal().sqrt()
-        return self.pattern.energies(weight * scale)
+        power = torch.ones_like(weight[0]) if moment is None else moment.diagonal()
+        # A row's squared gradient is its output's, times the power of the inputs.
+        scale = (power / power.sum().clamp_min(1e-30)).sqrt()
+        return self.pattern.energies(weight * scale * self._row_scale(name, weight))
 
     @override
     def choose(self, name: str, weight: Tensor, sparsity: float) -> Tensor:
@@ -183,14 +213,26 @@ class CompressedSensingPruning(PruningMethod):
         """The sparse weight of a layer at a sparsity."""
         mask = as_matrix(self.masks[name].mask)
         start = None if bool(mask.all()) else mask
-        return recover_sparse_weight(
-            weight,
+        # What a row's error counts is what the row is scaled by: rows are fitted one by one.
+        scale = self._row_scale(name, weight)
+        found = recover_sparse_weight(
+            weight * scale,
             self._measured[name],
             sparsity=sparsity,
             pattern=self.pattern,
             start=start,
             refit=self.refit,
+            exact=False,
         )
+        return replace(found, weight=found.weight / scale)
+
+    def _row_scale(self, name: str, weight: Tensor) -> Tensor:
+        """Roots of what the errors of the rows count, as a column; whole powers of two."""
+        power = self._powers.get(name)
+        if power is None or not bool(power.any()):
+            return torch.ones_like(weight[:, :1])
+        floor = _LEAST_WEIGHT * power.mean()
+        return torch.exp2(power.clamp_min(floor).log2().div(2).round())[:, None]
 
     @override
     def measure(self) -> None:
@@ -205,6 +247,7 @@ class CompressedSensingPruning(PruningMethod):
             return  # Nothing was measured yet.
         super()._advance()
         self._measured = {}
+        self._powers = {}
         if self._moments is not None:
             self._moments.clear()
 
@@ -260,6 +303,7 @@ class CompressedSensingPruning(PruningMethod):
             "kept": dict(self._kept),
             "sums": {name: total.clone() for name, total in self._sums.items()},
             "counts": dict(self._counts),
+            "powers": dict(self._powers),
         }
 
     @override
@@ -270,6 +314,7 @@ class CompressedSensingPruning(PruningMethod):
         self._counts.clear()
         self._sums.update(state_dict["sums"])
         self._counts.update(state_dict["counts"])
+        self._powers = dict(state_dict["powers"])
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy or pickle has what was seen, and looks at no module."""

@@ -36,7 +36,8 @@ class PruningMethod(WeightMethod, ABC):
         every_n_steps: Optimiser steps from one choice of masks to the next.
         freeze_step: From then on masks stay: a step (int) or a share of the run (float).
         pattern: Where zeros may lie: see :meth:`.SparsityPattern.of`.
-        scope: Whether each ``"layer"`` loses its share, or the ``"global"`` least weights go.
+        scope: Whether each ``"layer"`` loses its share, or the ``"global"`` least weights go, with
+            the same share of all selected weights; a layer keeps a hundredth at least.
         revives: Whether zeroed weights are trained on and may return until masks freeze.
         targets: Globs or ``re:…`` on the names of parameters, or of modules that hold them.
         overrides: Sparsities by pattern, or the path of a JSON file with them.
@@ -75,6 +76,11 @@ class PruningMethod(WeightMethod, ABC):
             raise ValueError(f"scope must be 'layer' or 'global', got {scope!r}")
         self.every_n_steps, self.freeze_step = every_n_steps, freeze_step
         self.pattern = SparsityPattern.of(pattern)
+        if scope == "global" and self.pattern.group:
+            raise ValueError(
+                f"pattern {self.pattern.name!r} fixes the share of every group, which leaves no "
+                f"budget to be shared: set scope='layer'"
+            )
         self.scope, self.revives = scope, revives
         self.masks: dict[str, MaskStage] = {}
         self._saved: dict[str, Any] = {}
@@ -89,6 +95,11 @@ class PruningMethod(WeightMethod, ABC):
             name: Of the parameter.
             weight: As a matrix, float32.
         """
+
+    @property
+    def is_comparable(self) -> bool:
+        """Whether energies of different layers are in one unit."""
+        return False
 
     def measure(self) -> None:
         """Look at what the choice of masks needs; nothing has changed yet, and errors are early."""
@@ -193,7 +204,9 @@ class PruningMethod(WeightMethod, ABC):
         if self.scope == "global":
             energies = {name: self.energies(name, weight) for name, weight in weights.items()}
             shapes = {name: (w.shape[0], w.shape[1]) for name, w in weights.items()}
-            wanted = global_sparsities(energies, wanted, self.pattern, shapes)
+            wanted = global_sparsities(
+                energies, wanted, self.pattern, shapes, relative=not self.is_comparable
+            )
         for name, weight in weights.items():
             self.masks[name].set_mask(self.choose(name, weight, wanted[name]))
         rank_zero_info(f"{type(self).__name__}: {self.sparsity:.1%} of the weights are zero")

@@ -34,23 +34,34 @@ from lightning_nna.emulator.weight_pipeline import WeightGrid
 from lightning_nna.emulator.weights import round_significands
 from lightning_nna.functional.mu_law import (
     SoftAssignment,
-    cell_middles,
     cell_of,
     cells_for,
     inverse_mu_law,
     inverse_mu_law_slope,
     mu_law,
+    nearest_by_cell,
 )
 
 Scale = Literal["largest", "centroids"]
+#: Of centroids: which tensor, and how often it has been changed.
+_Version = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class _Ascending:
+    """Centroids in ascending order, where the grid puts them, and the place that each is from."""
+
+    on_grid: Tensor
+    order: Tensor
 
 
 @dataclass(frozen=True)
 class _HardAssignment:
-    """By cell: the value in steps, and which of the ascending centroids it is."""
+    """By cell: the value in steps, which of the ascending centroids it is, and a slope of one."""
 
     values: Tensor
     nearest: Tensor
+    slopes: Tensor
 
 
 class GeneralQuantizerStage:
@@ -114,8 +125,9 @@ class GeneralQuantizerStage:
             steps = narrower
         self.centroids = mu_law(found, mu).clamp_(-1, 1)
         self.scale_log2 = (steps.double() * self.maximum).log2().float()
-        self._kept: tuple[tuple[float, int, int], SoftAssignment] | None = None
-        self._kept_hard: tuple[tuple[int, int], _HardAssignment] | None = None
+        self._kept_ascending: tuple[_Version, _Ascending] | None = None
+        self._kept: tuple[tuple[float, _Version], SoftAssignment] | None = None
+        self._kept_hard: tuple[_Version, _HardAssignment] | None = None
         # Of the weight that is substituted; so many bytes again as the weight has.
         self._cells: Tensor | None = None
         # Rounding the logarithm would move a scale that nobody learns.
@@ -141,19 +153,29 @@ class GeneralQuantizerStage:
     @property
     def codebook(self) -> Codebook:
         """The values as they are deployed; its borders are those of the µ-law's domain."""
-        z = self._on_grid()
-        levels = inverse_mu_law(z, self.mu) * self.maximum
-        if self.grid_bits is not None:
-            levels = levels.round()
+        z = self._ascending().on_grid
+        levels = self._levels(z)
         borders = inverse_mu_law(middles(z), self.mu) * self.maximum
         return Codebook(levels, borders, self.steps, self.grid_bits)
 
-    def _on_grid(self) -> Tensor:
-        """Centroids, ascending, where the grid puts them."""
-        z = self.centroids.detach().sort().values
-        if self.grid_bits is None:
-            return z
-        return mu_law((inverse_mu_law(z, self.mu) * self.maximum).round() / self.maximum, self.mu)
+    def _ascending(self) -> _Ascending:
+        """The centroids as they are used, kept while they do not change."""
+        version = self._version
+        if self._kept_ascending is None or self._kept_ascending[0] != version:
+            z, order = self.centroids.detach().sort()
+            if self.grid_bits is not None:
+                z = mu_law(self._levels(z) / self.maximum, self.mu)
+            self._kept_ascending = (version, _Ascending(z, order))
+        return self._kept_ascending[1]
+
+    def _levels(self, z: Tensor) -> Tensor:
+        """Values in steps: on the grid, whole numbers."""
+        levels = inverse_mu_law(z, self.mu) * self.maximum
+        return levels if self.grid_bits is None else levels.round()
+
+    @property
+    def _version(self) -> _Version:
+        return id(self.centroids), self.centroids._version
 
     # --- a stage --------------------------------------------------------------------------------
 
@@ -177,14 +199,11 @@ class GeneralQuantizerStage:
             return grad
         cells = self._cells_of(weight) if self._cells is None else self._cells
         self._cells = None
-        if self.is_hard and self.gradient_sharpness is None:
-            slopes = ((cells > 0) & (cells <= cells_for(len(self.centroids)))).to(grad.dtype)
-            soft = None
-        else:
-            soft = self._soft(self._slope_sharpness)
-            slopes = soft.slopes.index_select(0, cells.flatten()).view(weight.shape)
+        straight = self.is_hard and self.gradient_sharpness is None
+        assigned = self._hard() if straight else self._soft(self._slope_sharpness)
+        slopes = assigned.slopes.index_select(0, cells.flatten()).view(weight.shape)
         if self.train_centroids:
-            self._leave_centroid_gradient(cells, soft, grad)
+            self._leave_centroid_gradient(cells, grad)
         if self.learn_scale:
             self._leave_scale_gradient(weight, slopes, grad)
         return slopes.to(grad.dtype).mul_(grad)
@@ -206,47 +225,39 @@ class GeneralQuantizerStage:
 
     def _soft(self, sharpness: float) -> SoftAssignment:
         """The soft assignment, kept while neither centroids nor sharpness change."""
-        key = (sharpness, id(self.centroids), self.centroids._version)
+        key = (sharpness, self._version)
         if self._kept is None or self._kept[0] != key:
-            made = SoftAssignment(
-                self._on_grid(), sharpness=sharpness, mu=self.mu, power=self.power
-            )
+            z = self._ascending().on_grid
+            made = SoftAssignment(z, sharpness=sharpness, mu=self.mu, power=self.power)
             self._kept = (key, made)
         return self._kept[1]
 
     def _hard(self) -> _HardAssignment:
         """The nearest centroid in the µ-law's domain, from each cell's middle."""
-        key = (id(self.centroids), self.centroids._version)
-        if self._kept_hard is not None and self._kept_hard[0] == key:
-            return self._kept_hard[1]
-        z = self._on_grid()
-        levels = inverse_mu_law(z, self.mu) * self.maximum
-        if self.grid_bits is not None:
-            levels = levels.round()
-        points = mu_law(cell_middles(cells_for(len(z)), z.device), self.mu)
-        nearest = torch.bucketize(points, middles(z))
-        made = _HardAssignment(levels[nearest], nearest)
-        self._kept_hard = (key, made)
-        return made
+        version = self._version
+        if self._kept_hard is None or self._kept_hard[0] != version:
+            z = self._ascending().on_grid
+            nearest = nearest_by_cell(z, self.mu)
+            slopes = torch.ones(len(nearest), device=z.device)
+            slopes[0] = slopes[-1] = 0
+            made = _HardAssignment(self._levels(z)[nearest], nearest, slopes)
+            self._kept_hard = (version, made)
+        return self._kept_hard[1]
 
-    def _leave_centroid_gradient(
-        self, cells: Tensor, soft: SoftAssignment | None, grad: Tensor
-    ) -> None:
+    def _leave_centroid_gradient(self, cells: Tensor, grad: Tensor) -> None:
         scales = self.steps * self.maximum
         scaled = grad.float() if len(scales) == 1 else in_units(grad.float(), scales)
         count = cells_for(len(self.centroids)) + 2
         sums = torch.bincount(cells.flatten(), weights=scaled.flatten(), minlength=count).float()
         if len(scales) == 1:
             sums = sums * scales
-        if self.is_hard or soft is None:
-            z = self._on_grid()
-            found = torch.zeros_like(z).index_add_(0, self._hard().nearest, sums)
-            found *= inverse_mu_law_slope(z, self.mu)
+        ascending = self._ascending()
+        if self.is_hard:
+            found = torch.zeros_like(ascending.on_grid).index_add_(0, self._hard().nearest, sums)
+            found *= inverse_mu_law_slope(ascending.on_grid, self.mu)
         else:
-            found = soft.centroid_gradient(sums)
-        # The gradient is that of the ascending centroids.
-        result = torch.empty_like(found)
-        result[self.centroids.detach().argsort()] = found
+            found = self._soft(self.sharpness).centroid_gradient(sums)
+        result = torch.empty_like(found).index_copy_(0, ascending.order, found)
         if self.pin_zero:
             result[self.centroids == 0] = 0
         self.centroids.grad = result
@@ -294,4 +305,4 @@ class GeneralQuantizerStage:
         self.centroids = state["centroids"].to(device).clone()
         self.scale_log2 = state["scale_log2"].to(device).clone()
         self._fixed_steps = state["steps"].to(device).clone()
-        self._kept = self._kept_hard = None
+        self._kept_ascending = self._kept = self._kept_hard = None

@@ -70,30 +70,34 @@ def global_sparsities(
     sparsities: Mapping[str, float],
     pattern: SparsityPattern,
     shapes: Mapping[str, tuple[int, int]],
+    *,
+    relative: bool = True,
 ) -> dict[str, float]:
     """Share of zeros for each layer under one budget: the least energies of all layers go.
-
-    Energies are taken relative to their layer's sum, so that each layer is worth the same.
 
     Args:
         energies: Of the units of each layer.
         sparsities: What each layer would lose by itself; their mean over weights is the budget.
         pattern: Of the units.
         shapes: Rows and columns of the layers.
+        relative: Take energies relative to their layer's sum, so that each layer is worth the
+            same; False where they are in one unit.
 
     Returns:
         At most 0.99 for each.
     """
     weights = {name: rows * columns for name, (rows, columns) in shapes.items()}
     budget = sum(sparsities[name] * weights[name] for name in energies)
-    relative, sizes, owners = [], [], []
+    worths, sizes, owners = [], [], []
     for place, (name, energy) in enumerate(energies.items()):
-        flat = (energy.double() / energy.double().sum().clamp_min(1e-300)).flatten()
+        flat = energy.double().flatten()
+        if relative:
+            flat = flat / flat.sum().clamp_min(1e-300)
         size = weights[name] / pattern.units(shapes[name])
-        relative.append(flat / size)
+        worths.append(flat / size)
         sizes.append(torch.full_like(flat, size))
         owners.append(torch.full_like(flat, place))
-    order = torch.cat(relative).argsort(stable=True)
+    order = torch.cat(worths).argsort(stable=True)
     gone = order[torch.cat(sizes)[order].cumsum(0) <= budget + 1e-9]
     counts = torch.bincount(torch.cat(owners)[gone].long(), minlength=len(energies))
     return {

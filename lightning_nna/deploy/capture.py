@@ -31,6 +31,7 @@ def capture(
     example_inputs: Sequence[Any],
     *,
     forward: Callable[..., Any] | None = None,
+    allow_cpu: bool = False,
 ) -> Program:
     """Run a module on the chip once and give its instructions as a program.
 
@@ -44,6 +45,9 @@ def capture(
         example_inputs: Arguments of the forward, nested in lists and tuples as it likes; their
             shapes are the program's.
         forward: How the module runs, called with it and the arguments; None for its own forward.
+        allow_cpu: Whether operators of :mod:`.cpu_operators`, which no chip has, become float
+            operators of the program that run on the CPU. What they give is not promised to be the
+            emulation's in every bit; :func:`.verify` says how much of it is.
 
     Returns:
         The program.
@@ -63,7 +67,7 @@ def capture(
     emulator = emulator_of(module)
     leaves, form = tree_flatten(list(example_inputs))
     with on_chip(module, emulator):
-        recorder = Recorder(emulator)
+        recorder = Recorder(emulator, allow_cpu=allow_cpu)
         with recorder.listening():
             copies = [recorder.argument(k, x) for k, x in enumerate(leaves)]
             result = called(module, forward)(*tree_unflatten(copies, form))

@@ -44,7 +44,9 @@ _OPTIONS = {
     "UNIDIRECTIONAL_SEQUENCE_LSTM": "UnidirectionalSequenceLSTMOptions",
 }
 _WITHOUT_OPTIONS = frozenset(
-    "ELU EMBEDDING_LOOKUP HARD_SWISH LOGISTIC RELU RELU6 RSQRT TANH".split()
+    """
+    ELU EMBEDDING_LOOKUP FLOOR HARD_SWISH LOG LOGISTIC RELU RELU6 RSQRT SIN SQRT TANH
+    """.split()
 )
 # Where runtimes expect the data of a buffer to begin.
 _ALIGNMENT = 16

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
+from lightning_nna.deploy.cpu_operators import CPU_OPERATORS, CpuOperators, operator_of
 from lightning_nna.deploy.elements import Elements
 from lightning_nna.deploy.graph import (
     CaptureError,
@@ -50,6 +51,7 @@ class Recorder:
 
     Args:
         emulator: Of the module, on the chip.
+        allow_cpu: Whether float operators that a runtime has are taken down, too.
 
     Attributes:
         graph: What the program is made of so far.
@@ -57,9 +59,11 @@ class Recorder:
         elements: Where everything is.
     """
 
-    def __init__(self, emulator: Emulator) -> None:
+    def __init__(self, emulator: Emulator, *, allow_cpu: bool = False) -> None:
         self.emulator, self.graph = emulator, Graph()
         self.elements = Elements()
+        self._allow_cpu = allow_cpu
+        self._cpu = CpuOperators(self.graph, self.elements, self._on_chip)
         self.ports: list[Port] = []
         #: Arguments in float: number of the pseudo tensor -> position.
         self._arguments: dict[int, int] = {}
@@ -141,12 +145,26 @@ class Recorder:
     # --- instructions ---------------------------------------------------------------------------
 
     def _refuse(self, key: str, on_chip: bool, operands: Any, result: Any) -> None:
-        if not on_chip and self.elements.provenance.reaches(result):
-            raise CaptureError(
-                f"{key} is no operator of {self.emulator.spec.name}: write it with operators that "
-                "coverage(module, example) lists as the chip's, or keep it out of the export "
-                "with forward="
-            )
+        if on_chip or not self.elements.provenance.reaches(result):
+            return
+        if self._allow_cpu:
+            with _disable_current_modes():
+                if self._cpu.take(key, operands, result):
+                    return
+        has_cpu = operator_of(key) in CPU_OPERATORS and not self._allow_cpu
+        raise CaptureError(
+            f"{key} is no operator of {self.emulator.spec.name}: write it with operators that "
+            "coverage(module, example) lists as the chip's, or keep it out of the export with "
+            f"forward={', or let it run on the CPU with allow_cpu=True' if has_cpu else ''}"
+        )
+
+    def _on_chip(self, key: str, x: Tensor) -> int | None:
+        """The tensor that holds an activation; None for what is on no grid."""
+        tag = self.emulator.tag_of(x)
+        if tag is None:
+            return None
+        stored = activation(x, tag)
+        return self._operand(Instruction("DEQUANTIZE", key, (stored,), ()), 0, stored)
 
     def _take(self, instruction: Instruction) -> None:
         """One instruction: connect its operands, and give its results their elements."""
@@ -257,6 +275,10 @@ class Recorder:
         assert source is not None
         assert source.source is not None
         codes = self.elements.resolve(source.source, "float32", instruction.site)
+        if any(self._cpu.made(number) for number in tensors_in(codes)):
+            number = self._cpu.quantized(instruction.site, codes, result)
+            self.elements.define(result.dtype, place, codes_of(number, np.arange(codes.size)))
+            return
         entered = codes.copy()
         for number in tensors_in(codes):
             if number not in self._arguments:

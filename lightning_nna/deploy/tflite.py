@@ -68,6 +68,7 @@ def export_tflite(
     path: str | Path,
     *,
     forward: Callable[..., Any] | None = None,
+    allow_cpu: bool = False,
 ) -> TFLiteModel:
     """Write a module on the chip as a fully integer .tflite program of one shape.
 
@@ -80,6 +81,8 @@ def export_tflite(
         example_inputs: Arguments of its forward.
         path: Written whole or not at all.
         forward: How the module runs, called with it and the arguments; None for its own forward.
+        allow_cpu: Whether float operators that no chip has may stand in the program and run on the
+            CPU, see :func:`.capture.capture`; it is not fully integer then.
 
     Returns:
         What was written.
@@ -97,7 +100,7 @@ def export_tflite(
         ...     dict(model.operators), verify(net, model.path, [x])
         ({'FULLY_CONNECTED': 1, 'TANH': 1}, 1.0)
     """
-    program = capture(module, example_inputs, forward=forward)
+    program = capture(module, example_inputs, forward=forward, allow_cpu=allow_cpu)
     contents = write(program)
     with whole_file(Path(path)) as unfinished:
         unfinished.write_bytes(contents)
@@ -174,7 +177,8 @@ class LiteRTProgram:
             inputs: Arguments as the module takes them, nested as it likes: tensors or arrays.
 
         Returns:
-            Results that are activations, one after the other, as float32 on their grids.
+            Results that are activations, one after the other, as float32 on their grids; those of
+            an operator of the CPU are on none.
 
         Raises:
             ValueError: If an argument is missing or has another shape than the program.
@@ -215,7 +219,8 @@ class LiteRTProgram:
     def _get(self, port: Port) -> NDArray[Any]:
         grid = self.grid_of(port)
         integers = self._interpreter.get_tensor(self._details[port.tensor]["index"])
-        assert grid is not None, "activations lie on grids"
+        if grid is None:  # Of an operator of the CPU.
+            return integers.reshape(port.shape)
         centred = integers.astype(np.int32) - grid.zero_point
         return (centred.astype(np.float32) * np.float32(grid.scale)).reshape(port.shape)
 

@@ -28,7 +28,7 @@ entropy of the *nearest* levels. At 3 bits and more this costs less than 0.03 bi
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -43,6 +43,8 @@ _MOST_ITERATIONS = 200
 _STILL = 1e-6
 # Bits that the entropy may stay below the wanted one.
 _NEAR = 0.002
+# Where it is so far below, fewer levels are tried, too.
+_JUMP = 0.1
 _MOST_DOUBLINGS = 48
 _MOST_HALVINGS = 24
 
@@ -82,9 +84,9 @@ def entropy_constrained(
         rate_bits: Greatest entropy of the index of the nearest centroid, in bits a value, above 0
             and at most :math:`\log_2` of ``levels``. Of many values, what is found lies less than
             0.01 bits below while all levels are in use, and up to some hundredths where one drops
-            out. If Lloyd-Max needs no more, its levels are the answer. Where all
-            levels are as frequent, a price on their codes changes nothing, and Lloyd-Max of fewer
-            levels is where it starts.
+            out. If Lloyd-Max needs no more, its levels are the answer. Of few values, where
+            levels as frequent have codes of one length, whatever the price, it starts at fewer
+            levels, too, and the least error is the answer.
         multiplier: :math:`\lambda` itself, in the squared unit of the values for a bit, instead of
             ``rate_bits``; 0 is Lloyd-Max.
         weights: How much every value counts, in the shape of ``values``; None: all the same.
@@ -118,8 +120,9 @@ def entropy_constrained(
     if rate_bits is not None:
         require_rate(rate_bits, math.log2(max(levels, 1)))
     line = line_of(values, weights, centred=not pin_zero)
-    count, reached = levels, None
-    while reached is None:
+    found: list[EntropyConstrainedQuantizer] = []
+    reached: tuple[Floats, float] | None
+    for count in range(levels, min(levels, 1) - 1, -1):
         least = lloyd_max(values, count, weights=weights, pin_zero=pin_zero)
         start = np.unique(least.centroids.double().cpu().numpy())
         if rate_bits is None:
@@ -127,18 +130,12 @@ def entropy_constrained(
             reached = _of_multiplier(line, start, multiplier, pin_zero), multiplier
         else:
             reached = _of_rate(line, start, rate_bits, pin_zero)
-        count -= 1
-    centroids, multiplier = reached
-    cuts = line.nearest_cuts(centroids)
-    distortion = float(line.errors(centroids, cuts).sum() / line.mass[-1])
-    found = np.concatenate([centroids, np.full(levels - len(centroids), centroids[-1])])
-    return EntropyConstrainedQuantizer(
-        torch.from_numpy(found + 0.0).to(values.device, torch.float32),
-        distortion,
-        least.iterations,
-        _entropy(line, cuts),
-        multiplier,
-    )
+        if reached is not None:
+            found.append(_rated(line, *reached, levels, least))
+        if rate_bits is None or (found and not _jumped(found[-1], rate_bits)):
+            break
+    best = min(found, key=lambda quantizer: quantizer.distortion)
+    return replace(best, centroids=best.centroids.to(values.device))
 
 
 def require_rate(rate_bits: float, bits: float) -> None:
@@ -152,6 +149,25 @@ def require_rate(rate_bits: float, bits: float) -> None:
     """
     if not 0 < rate_bits <= bits:
         raise ValueError(f"rate_bits must be above 0 and at most {bits:g} bits, got {rate_bits}")
+
+
+def _rated(
+    line: Line, centroids: Floats, multiplier: float, levels: int, start: ScalarQuantizer
+) -> EntropyConstrainedQuantizer:
+    cuts = line.nearest_cuts(centroids)
+    padded = np.concatenate([centroids, np.full(levels - len(centroids), centroids[-1])])
+    return EntropyConstrainedQuantizer(
+        torch.from_numpy(padded + 0.0).float(),
+        float(line.errors(centroids, cuts).sum() / line.mass[-1]),
+        start.iterations,
+        _entropy(line, cuts),
+        multiplier,
+    )
+
+
+def _jumped(quantizer: EntropyConstrainedQuantizer, rate_bits: float) -> bool:
+    """Whether a price has brought the entropy far below the wanted one, as of few values."""
+    return quantizer.multiplier > 0 and quantizer.rate_bits < rate_bits - _JUMP
 
 
 def _of_rate(

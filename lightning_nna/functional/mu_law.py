@@ -18,7 +18,8 @@ centroids: about 1 is soft, from 32 on nearly hard.
 Written for every weight, the softmax takes the memory of ``levels`` copies of the weights. But
 :math:`g` is a function of one variable: :class:`SoftAssignment` cuts [-1, 1] into some thousand
 cells and has value and gradients in the middle of each, exactly. A weight needs its cell and a
-look-up, for 256 levels as for two.
+look-up, for 256 levels as for two. In a cell only the few centroids count that are near the one
+nearest to it; the table is of cells and such neighbours, never of cells and levels.
 
 Reference:
     Zhen et al., "Sub-8-bit quantization for on-device speech recognition: a regularization-free
@@ -30,12 +31,13 @@ Differs from the paper: the sharpness without a dimension, and the cells, are ou
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-# Terms of the softmax below e^-12 of the greatest are left out.
+# Terms of the softmax below e^-12 of the greatest may be left out; below e^-24 they are.
 _NEGLIGIBLE = 12.0
 
 
@@ -138,26 +140,37 @@ class SoftAssignment:
             raise ValueError(f"sharpness must be positive, got {sharpness}")
         if power not in (1, 2):
             raise ValueError(f"power must be 1 or 2, got {power}")
-        # In double precision: sharp scores are large, and their differences small.
-        z = centroids.detach().double()
-        self._levels = len(z)
-        v = mu_law(cell_middles(cells_for(self._levels), z.device).double(), mu)
-        alpha = sharpness / mean_spacing(z) ** power
-        self._first, self._width = _near(v, z, alpha, power)
-        near = z[self._places]
-        distance = v[:, None] - near
-        away = distance.abs() if power == 1 else distance.square()
-        shares = torch.softmax(-alpha * away, dim=1)
-        means = (shares * near).sum(1)
-        # How fast a centroid's score grows with the centroid, and falls with the point.
-        pull = alpha * torch.sgn(distance) if power == 1 else 2 * alpha * distance
-        spread = shares * (near - means[:, None]) * pull
-        self.values = inverse_mu_law(means, mu).float()
-        expansion = inverse_mu_law_slope(means, mu)
-        self._per_centroid = ((shares + spread) * expansion[:, None]).float()
-        slopes = -spread.sum(1) * expansion / inverse_mu_law_slope(v, mu)
-        slopes[0] = slopes[-1] = 0
-        self.slopes = slopes.float()
+        z = centroids.detach()
+        v, slope = _law_of_cells(cells_for(len(z)), mu, z.device)
+        self._nearest = nearest_by_cell(z, mu)
+        # Coordinates in which the score is -|v - z|^p, with the nearest centroid as origin. Sharp
+        # scores are large and their differences small: coordinates are subtracted in double
+        # precision, where they are few; what is left, of a cell and a centroid, is in single.
+        root = sharpness ** (1 / power) / mean_spacing(z)
+        scaled = z.double() * root
+        self._places = _neighbours(scaled, root, power)
+        near = scaled.index_select(0, self._places.flatten()).view_as(self._places) - scaled
+        near = near.float().index_select(1, self._nearest)
+        own = z.index_select(0, self._nearest)
+        point = ((v - own) * root).float()
+        away = point - near
+        if power == 1:
+            scores, pull = point.abs() - away.abs(), away.sgn_()
+        else:
+            scores, pull = (away + point).mul_(near), away
+        # An exponential too small for a normal number takes a processor a hundred times as long.
+        shares = scores.clamp_(min=-3 * _NEGLIGIBLE).exp_()
+        torch.threshold_(shares, math.exp(-2 * _NEGLIGIBLE), 0.0)
+        total = shares.sum(0)
+        mean = (shares * near).sum(0).div_(total)
+        means = torch.add(own, mean, alpha=1 / root)
+        self.values = inverse_mu_law(means, mu)
+        # How fast a centroid's score grows with the centroid, and falls with the point: p times it.
+        spread = near.sub_(mean).mul_(pull).mul_(shares)
+        self._expansion = inverse_mu_law_slope(means, mu).div_(total)
+        self.slopes = spread.sum(0).mul_(-power).mul_(self._expansion).div_(slope)
+        self.slopes[0] = self.slopes[-1] = 0
+        self._per_centroid = shares.add_(spread, alpha=power)
 
     def centroid_gradient(self, sums: Float[Tensor, " cells"]) -> Float[Tensor, " levels"]:
         """Gradient of the centroids.
@@ -165,15 +178,30 @@ class SoftAssignment:
         Args:
             sums: Sum, over the weights in each cell, of the gradient of what came of them.
         """
-        shares = self._per_centroid * sums[:, None]
-        found = sums.new_zeros(self._levels)
-        return found.index_add_(0, self._places.flatten(), shares.flatten())
+        shares = self._per_centroid * (sums * self._expansion)
+        regions = shares.new_zeros(self._places.shape).index_add_(1, self._nearest, shares)
+        found = shares.new_zeros(self._places.shape[1])
+        return found.index_add_(0, self._places.flatten(), regions.flatten())
 
-    @property
-    def _places(self) -> Tensor:
-        """Centroids that count in each cell; made anew, since it is the largest table of all."""
-        reach = torch.arange(self._width, device=self._first.device)
-        return self._first[:, None] + reach
+
+def nearest_by_cell(centroids: Float[Tensor, " levels"], mu: float) -> Int[Tensor, " cells"]:
+    """The nearest centroid of every cell, from its middle; the lower one half-way between two.
+
+    Args:
+        centroids: In the µ-law's domain, [-1, 1], ascending.
+        mu: Of the µ-law.
+
+    Example:
+        >>> nearest_by_cell(torch.tensor([-0.5, 0.5]), mu=0.0)[[0, 512, 513, -1]]
+        tensor([0, 0, 1, 1])
+    """
+    v, _ = _law_of_cells(cells_for(len(centroids)), mu, centroids.device)
+    borders = (centroids[1:] + centroids[:-1]).double() / 2
+    # The few borders are looked for among the many cells, not the other way round.
+    first = torch.nn.functional.pad(torch.searchsorted(v, borders, right=True), (1, 1))
+    first[-1] = len(v)
+    levels = torch.arange(len(centroids), device=v.device)
+    return torch.repeat_interleave(levels, first.diff(), output_size=len(v))
 
 
 def cells_for(levels: int) -> int:
@@ -186,6 +214,13 @@ def cells_for(levels: int) -> int:
     return max(1024, 32 * levels)
 
 
+@lru_cache(maxsize=16)
+def _law_of_cells(cells: int, mu: float, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The middles of cells in the µ-law's domain, double, and the slope of its inverse there."""
+    v = mu_law(cell_middles(cells, device).double(), mu)
+    return v, inverse_mu_law_slope(v, mu).float()
+
+
 def cell_middles(cells: int, device: torch.device | None = None) -> Float[Tensor, " cells_and_two"]:
     """The middle of each cell; -1 and 1 for what lies outside.
 
@@ -193,13 +228,8 @@ def cell_middles(cells: int, device: torch.device | None = None) -> Float[Tensor
         >>> cell_middles(2)
         tensor([-1.0000, -0.5000,  0.5000,  1.0000])
     """
-    inner = torch.arange(cells, device=device, dtype=torch.float32)
-    middles = (inner + 0.5) * (2 / cells) - 1
-    return (
-        torch.nn.functional.pad(middles, (1, 1))
-        .index_fill_(0, torch.tensor([0], device=device), -1.0)
-        .index_fill_(0, torch.tensor([cells + 1], device=device), 1.0)
-    )
+    places = torch.arange(cells + 2, device=device, dtype=torch.float32)
+    return (places - 0.5).mul_(2 / cells).sub_(1).clamp_(-1, 1)
 
 
 def cell_of(
@@ -236,12 +266,18 @@ def require_mu(mu: float) -> None:
         raise ValueError(f"mu must be at least 0 (0 is no compression), got {mu}")
 
 
-def _near(v: Tensor, z: Tensor, alpha: float, power: int) -> tuple[Tensor, int]:
-    """First of the centroids that count at each point, and how many: as many for every point."""
-    above = torch.searchsorted(z, v).clamp_(max=len(z) - 1)
-    nearest = torch.minimum((v - z[above]).abs(), (v - z[(above - 1).clamp_(min=0)]).abs())
-    reach = (nearest**power + _NEGLIGIBLE / alpha) ** (1 / power)
-    first = torch.searchsorted(z, v - reach)
-    width = int((torch.searchsorted(z, v + reach, right=True) - first).max())
-    first = first.clamp_(max=len(z) - width)
-    return first, width
+def _neighbours(z: Tensor, root: float, power: int) -> Tensor:
+    """Centroids that count somewhere in the region of each, shape ``(neighbours, levels)``.
+
+    Those that count at a point lie between two limits that ascend with the point, so the region's
+    ends say which do. As many for all: what is more is negligible.
+    """
+    edges = torch.nn.functional.pad((z[1:] + z[:-1]) / 2, (1, 1))
+    edges[0], edges[-1] = -root, root
+    left, right = edges[:-1], edges[1:]
+    low = left - ((z - left) ** power + _NEGLIGIBLE) ** (1 / power)
+    high = right + ((right - z) ** power + _NEGLIGIBLE) ** (1 / power)
+    first = torch.searchsorted(z, low)
+    width = int((torch.searchsorted(z, high, right=True) - first).max())
+    reach = torch.arange(width, device=z.device)
+    return first.clamp_(max=len(z) - width) + reach[:, None]

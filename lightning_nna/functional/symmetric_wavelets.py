@@ -5,12 +5,21 @@ filters of the line, as ``pywt.wavedec(mode="symmetric")`` does; details are thr
 inverse transform ends with the estimate. Mirroring keeps the newest value in the middle of smooth
 ground; a periodic extension would put the oldest value beside it. Details at the edges are not
 orthonormal: a mirrored value counts twice.
+
+Both transforms are linear and only few details :math:`k` reach the newest value, so that
+
+.. math:: \hat\theta = \varphi \cdot y + \sum_k \psi_k\, S_\lambda(w_k \cdot y),
+
+with :math:`w_k` what gives a detail, :math:`\psi_k` what it adds at the newest value, and
+:math:`\varphi` what is left without details: rows of numbers that depend on the length alone.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from functools import lru_cache
 
+import numpy as np
 import pywt
 import torch
 import torch.nn.functional as F
@@ -82,44 +91,78 @@ class SymmetricWaveletEstimator(LatestEstimator):
 
     def _newest(self, y: Tensor, sigma: Tensor) -> Estimate:
         quantile = noise_quantile(torch.tensor(float(y.shape[-1])).to(y), self.delta)
+        rows, at_newest = (
+            torch.from_numpy(part).to(y) for part in newest_rows(self.wavelet, y.shape[-1])
+        )
+        smooth, *_ = products = (y @ rows.T).movedim(-1, 0)
         threshold = (self.constant * quantile * sigma)[..., None]
-        value, kept = self._denoised(y, threshold)
-        with torch.enable_grad():
-            # The weights of the values in the estimate, a piecewise linear function of them.
-            free = y.detach().requires_grad_()
-            (weights,) = torch.autograd.grad(self._denoised(free, threshold)[0].sum(), free)
+        details = threshold_details(products[1:].movedim(0, -1), threshold, self.rule)
+        # The weights of the values in the estimate, a piecewise linear function of them.
+        weights = rows[0] + ((details != 0) * at_newest) @ rows[1:]
         variance = weights.square().sum(-1)
         radius = quantile * sigma * variance.sqrt()
-        return Estimate(value, radius, sigma, 1 / variance, kept)
-
-    def _denoised(self, y: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor]:
-        """The newest value, and how many details were kept."""
-        wavelet = pywt.Wavelet(self.wavelet)
-        lengths, details, kept = [], [], torch.zeros_like(y[..., 0])
-        for _ in range(pywt.dwt_max_level(y.shape[-1], wavelet.dec_len)):
-            lengths.append(y.shape[-1])
-            found = threshold_details(_analyse(y, wavelet.dec_hi), threshold, self.rule)
-            details.append(found)
-            kept = kept + (found != 0).sum(-1)
-            y = _analyse(y, wavelet.dec_lo)
-        for length, detail in zip(reversed(lengths), reversed(details), strict=True):
-            both = _synthesise(y, wavelet.rec_lo) + _synthesise(detail, wavelet.rec_hi)
-            y = both[..., :length]
-        return y[..., -1], kept
+        value = smooth + details @ at_newest
+        return Estimate(value, radius, sigma, 1 / variance, (details != 0).sum(-1).to(y))
 
 
-def _analyse(y: Tensor, taps: list[float]) -> Tensor:
-    """One filter over the mirrored series, at every second place."""
-    n, width = y.shape[-1], len(taps)
-    at = torch.arange(2 - width, n + width - 1, device=y.device).remainder(2 * n)
-    mirrored = y[..., torch.minimum(at, 2 * n - 1 - at)].reshape(-1, 1, len(at))
-    kernel = torch.tensor(taps[::-1], dtype=y.dtype, device=y.device)
-    return F.conv1d(mirrored, kernel[None, None], stride=2).reshape(*y.shape[:-1], -1)
+@lru_cache(maxsize=8)
+def newest_rows(
+    wavelet: str, n: int
+) -> tuple[Float[np.ndarray, "rows n"], Float[np.ndarray, " details"]]:
+    """What makes the newest of ``n`` values; without thresholds ``rows[0] + at_newest @ rows[1:]``.
+
+    Args:
+        wavelet: Of PyWavelets.
+        n: Values of the series.
+
+    Returns:
+        Rows that give the smooth part and each detail that reaches the newest value, the coarsest
+        first; and what such a detail adds there.
+
+    Example:
+        >>> rows, at_newest = newest_rows("db2", 50)
+        >>> np.abs(rows[0] + at_newest @ rows[1:])[-3:].round(3)
+        array([0., 0., 1.])
+    """
+    filters = pywt.Wavelet(wavelet)
+    lengths, reaching = [n], []
+    smooth = _units(torch.tensor([n - 1]), n)
+    for _ in range(pywt.dwt_max_level(n, filters.dec_len)):
+        lengths.append((lengths[-1] + filters.dec_len - 1) // 2)
+        reaching.append(_synthesis_adjoint(smooth, filters.rec_hi, lengths[-1])[0])
+        smooth = _synthesis_adjoint(smooth, filters.rec_lo, lengths[-1])
+    rows, at_newest = smooth, []
+    for length, weights in zip(reversed(lengths[:-1]), reversed(reaching), strict=True):
+        found = weights.nonzero()[:, 0]
+        at_newest.append(weights[found])
+        details = _units(found, len(weights))
+        rows = torch.cat(
+            [
+                _analysis_adjoint(rows, filters.dec_lo, length),
+                _analysis_adjoint(details, filters.dec_hi, length),
+            ]
+        )
+    # Not tensors: one that was made in inference mode would have no gradient later.
+    return rows.numpy(), torch.cat([*at_newest, smooth.new_zeros(0)]).numpy()
 
 
-def _synthesise(x: Tensor, taps: list[float]) -> Tensor:
-    """The transpose of a filter, without what belongs to the mirrored ends."""
-    kernel = torch.tensor(taps, dtype=x.dtype, device=x.device)
-    flat = F.conv_transpose1d(x.reshape(-1, 1, x.shape[-1]), kernel[None, None], stride=2)
-    cut = len(taps) - 2
-    return flat[..., cut : flat.shape[-1] - cut].reshape(*x.shape[:-1], -1)
+def _units(places: Tensor, n: int) -> Tensor:
+    """Rows that are 1 at a place and 0 elsewhere."""
+    return F.one_hot(places, n).double()
+
+
+def _synthesis_adjoint(rows: Tensor, taps: list[float], count: int) -> Tensor:
+    """Rows over values, as rows over the coefficients from which a filter makes the values."""
+    width = len(taps)
+    # Filters end where the last value is made, even if a last pair of values is cut in two.
+    padded = F.pad(rows, (width - 2, 2 * count - rows.shape[-1]))
+    return padded.unfold(-1, width, 2)[..., :count, :] @ torch.tensor(taps, dtype=rows.dtype)
+
+
+def _analysis_adjoint(rows: Tensor, taps: list[float], n: int) -> Tensor:
+    """Rows over what a filter gives at every second place of the mirrored values, as over these."""
+    kernel = torch.tensor(taps[::-1], dtype=rows.dtype)
+    spread = F.conv_transpose1d(rows[:, None], kernel[None, None], stride=2)[:, 0]
+    at = torch.arange(2 - len(taps), 2 - len(taps) + spread.shape[-1]).remainder(2 * n)
+    mirrored = torch.minimum(at, 2 * n - 1 - at)
+    return torch.zeros(len(rows), n, dtype=rows.dtype).index_add(1, mirrored, spread)

@@ -58,6 +58,16 @@ def verdicts(rows: Sequence[Row], titles: Titles) -> list[str]:
                     f"- {name} at 5 bits no worse in loss than {title}: {change / mean:+.1%} ± "
                     f"{error / mean:.1%} over {len(pairs)} seed(s), {verdict(change, error)}."
                 )
+    # What the chip saves at 5 bits is to cost no words.
+    for method, figure in itertools.product(("gq", "gq_higher_rate", "gq_rate"), _FIGURES):
+        reference = floats["8 bits, chip-aware"]
+        if pairs := paired(select(rows, method=method, bits=5), reference, figure):
+            change, error = difference(pairs)
+            lines.append(
+                f"- {titles[method]}, at 5 bits no worse than 8 bits, chip-aware: "
+                f"{_FIGURES[figure](change, error)} over {len(pairs)} seed(s), "
+                f"{verdict(change, error)}."
+            )
     for bits, figure in itertools.product((4, 3, 2), _FIGURES):
         mine = select(rows, method="gq", bits=bits)
         others = {

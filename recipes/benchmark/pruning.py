@@ -55,20 +55,29 @@ class Method:
 
 
 _PRUNE = "+callbacks.prune"
+_BY_LAYER = "callbacks.prune.scope=layer"
 METHODS: dict[str, Method] = {
     "float": Method("float", "none", sparsities=(0.0,)),
     "nna8": Method("dense, trained for the chip", "nna8", sparsities=(0.0,)),
     "csp": Method("CSP, activations", "csp"),
     "csp_identity": Method("CSP, identity", "csp", (f"{_PRUNE}.measurement=identity",)),
     "csp_random": Method("CSP, random projections", "csp", (f"{_PRUNE}.measurement=random",)),
+    "csp_layer": Method("CSP, each layer alike", "csp", (_BY_LAYER,), (0.8,)),
+    "csp_equal": Method(
+        "CSP, each layer alike, all errors alike",
+        "csp",
+        (_BY_LAYER, f"{_PRUNE}.weighting=equal"),
+        (0.8,),
+    ),
     "gmp": Method("gradual magnitude", "gmp"),
+    "gmp_global": Method("gradual magnitude, one budget", "gmp", (f"{_PRUNE}.scope=global",)),
     "l1": Method("L1, proximal", "l1"),
     "lth": Method(
         "lottery ticket", "lottery", (f"{_PRUNE}.every_n_steps=120", f"{_PRUNE}.freeze_step=0.5")
     ),
     "random": Method("random", "random_pruning"),
     "model_pruning": Method("Lightning's ModelPruning", "model_pruning"),
-    "csp_2:4": Method("CSP, 2:4", "csp", ("pattern='2:4'",), (0.5,)),
+    "csp_2:4": Method("CSP, 2:4", "csp", ("pattern='2:4'", _BY_LAYER), (0.5,)),
     "gmp_2:4": Method("gradual magnitude, 2:4", "gmp", ("pattern='2:4'",), (0.5,)),
     "csp_1x16": Method("CSP, blocks of 16", "csp", ("pattern=1x16",), (0.5, 0.8)),
     "gmp_1x16": Method("gradual magnitude, blocks of 16", "gmp", ("pattern=1x16",), (0.5, 0.8)),

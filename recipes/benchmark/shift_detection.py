@@ -112,6 +112,10 @@ METHODS: dict[str, Method] = {
         partial(of_river, "PageHinkley", min_instances=5, delta=0.02, threshold=0.1, mode="up"),
     ),
     "kswin": Method("KSWIN, default", partial(of_river, "KSWIN", seed=0)),
+    "kswin_tuned": Method(
+        "KSWIN, most sensitive",
+        partial(of_river, "KSWIN", window_size=30, stat_size=5, alpha=0.01, seed=0),
+    ),
     "always": Method("always fires", lambda: lambda y: True),
     "never": Method("never fires", lambda: lambda y: False),
 }
@@ -129,6 +133,13 @@ GRIDS: dict[str, dict[str, Sequence[Any]]] = {
         "threshold": (0.05, 0.08, 0.1, 0.12, 0.15, 0.2),
         "alpha": (0.99, 0.9999),
         "mode": ("up",),
+    },
+    # A longer window would not be full in time for the step.
+    "KSWIN": {
+        "window_size": (15, 20, 25, 30),
+        "stat_size": (3, 4, 5, 7),
+        "alpha": (0.005, 0.01, 0.03, 0.05, 0.1, 0.2),
+        "seed": (0,),
     },
 }
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from lightning_nna.functional.aligator import Aligator
 from lightning_nna.functional.estimate import LatestEstimator
 from lightning_nna.functional.interval_latest import IntervalWaveletEstimator
+from lightning_nna.functional.symmetric_wavelets import SymmetricWaveletEstimator
 from lightning_nna.functional.wavelet_mixture import WaveletMixture
 from lightning_nna.functional.wavelets import HaarEstimator
 from lightning_nna.functional.windows import (
@@ -60,6 +61,12 @@ METHODS: dict[str, Method] = {
     "db2": Method("db2 interval", IntervalWaveletEstimator(order=2, constant=0.45), True),
     "db4": Method("db4 interval", IntervalWaveletEstimator(order=4, constant=0.5), True),
     "db8": Method("db8 interval", IntervalWaveletEstimator(order=8, constant=0.5), True),
+    "db4_symmetric": Method(
+        "db4 symmetric", SymmetricWaveletEstimator(wavelet="db4", constant=0.9), True
+    ),
+    "db8_symmetric": Method(
+        "db8 symmetric", SymmetricWaveletEstimator(wavelet="db8", constant=0.7), True
+    ),
     "whole": Method("whole average", WholeAverage()),
     "window": Method("fixed window", FixedWindow(window=6)),
     "exponential": Method("exponential average", ExponentialAverage(decay=0.75)),
@@ -87,6 +94,14 @@ GRIDS: dict[str, tuple[Callable[[Any], LatestEstimator], Sequence[Any]]] = {
     "db2": (lambda c: IntervalWaveletEstimator(order=2, constant=c), (0.4, 0.45, 0.5, 0.55, 0.6)),
     "db4": (lambda c: IntervalWaveletEstimator(order=4, constant=c), (0.4, 0.5, 0.55, 0.6, 0.7)),
     "db8": (lambda c: IntervalWaveletEstimator(order=8, constant=c), (0.4, 0.5, 0.6, 0.7)),
+    "db4_symmetric": (
+        lambda c: SymmetricWaveletEstimator(wavelet="db4", constant=c),
+        (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0),
+    ),
+    "db8_symmetric": (
+        lambda c: SymmetricWaveletEstimator(wavelet="db8", constant=c),
+        (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0),
+    ),
     "mixture": (
         lambda x: WaveletMixture(soft=x[0], tree=x[1], rate=x[2]),
         [

@@ -258,7 +258,7 @@ def rate_lines(rows: Sequence[Row]) -> list[str]:
 def draw(rows: Sequence[Row], path: Path) -> None:
     """Plot the errors of the newest value and the rate of denoising."""
     with mpl.rc_context({"axes.spines.top": False, "axes.spines.right": False, "font.size": 8.0}):
-        figure = Figure(figsize=(9.0, 3.6), layout="constrained")
+        figure = Figure(figsize=(11.0, 3.6), layout="constrained")
         left, right = figure.subplots(1, 2)
         _draw_latest(left, errors_by_cell(rows))
         _draw_rate(right, rows)
@@ -290,15 +290,25 @@ def _draw_latest(axes: Axes, cells: dict[Cell, dict[str, Row]]) -> None:
 
 
 def _draw_rate(axes: Axes, rows: Sequence[Row]) -> None:
-    for name, title in shift_streaming.RATES.items():
-        found = select(rows, table="rate", method=name)
-        axes.plot([row["n"] for row in found], [row["error"] for row in found], "o-", label=title)
-        axes.lines[-1].set_markersize(3)
     axes.set(xlabel="values", ylabel="squared error, summed")
-    if select(rows, table="rate"):  # Matplotlib warns of a scale without data.
+    lines = {}
+    for name in shift_streaming.RATES:
+        found = select(rows, table="rate", method=name)
+        if found:
+            style = "o-" if name in shift_streaming.HAAR else "o--"
+            n, errors = [row["n"] for row in found], [row["error"] for row in found]
+            (lines[errors[-1], name],) = axes.plot(n, errors, style, markersize=3)
+    if lines:  # Matplotlib warns of a scale without data.
         axes.loglog()
-        axes.set_ylim(bottom=1.0)  # Room for the legend.
-        axes.legend(frameon=False, loc="lower right")
+        # In the order of the lines' right ends.
+        places = sorted(lines, reverse=True)
+        axes.legend(
+            [lines[place] for place in places],
+            [shift_streaming.RATES[name] for _, name in places],
+            frameon=False,
+            loc="center left",
+            bbox_to_anchor=(1.0, 0.5),
+        )
 
 
 def _word(met: bool) -> str:

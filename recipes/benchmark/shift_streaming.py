@@ -64,11 +64,29 @@ STREAMING: dict[str, str] = {
 }
 
 RATES: dict[str, str] = {
-    "haar": "tv_denoise, Haar",
-    "haar_two_sided": "tv_denoise, two-sided",
+    "haar": "tv_denoise, Haar, soft",
+    "haar_hard": "tv_denoise, Haar, hard",
+    "haar_two_sided": "tv_denoise, Haar, soft, two-sided",
+    "haar_hard_two_sided": "tv_denoise, Haar, hard, two-sided",
     "taut_string": "exact total variation, best penalty",
-    "visushrink": "PyWavelets, VisuShrink (soft, db1)",
+    "skimage_visushrink": "scikit-image, VisuShrink, soft",
+    "skimage_visushrink_hard": "scikit-image, VisuShrink, hard",
+    "skimage_bayesshrink": "scikit-image, BayesShrink, soft",
     "window": "best fixed window",
+}
+#: Ours: the estimator, and whether later values count.
+HAAR: dict[str, tuple[HaarEstimator, bool]] = {
+    f"{name}{two_sided}": (estimator, bool(two_sided))
+    for name, estimator in (
+        ("haar", HaarEstimator(sigma=_RATE_SIGMA, constant=0.85)),
+        ("haar_hard", HaarEstimator(sigma=_RATE_SIGMA, constant=1.2, rule="hard")),
+    )
+    for two_sided in ("", "_two_sided")
+}
+_SCIKIT_IMAGE: dict[str, dict[str, str]] = {
+    "skimage_visushrink": {"method": "VisuShrink", "mode": "soft"},
+    "skimage_visushrink_hard": {"method": "VisuShrink", "mode": "hard"},
+    "skimage_bayesshrink": {"method": "BayesShrink", "mode": "soft"},
 }
 
 
@@ -105,13 +123,21 @@ def _total_error(method: str, truth: np.ndarray, y: np.ndarray) -> float:
     if method == "window":
         windows = [2**power for power in range(len(y).bit_length())]
         return min(error(tv_denoise(y, FixedWindow(window=r, sigma=1.0))) for r in windows)
-    if method == "visushrink":
-        coarse, *details = pywt.wavedec(y, "haar")
-        threshold = _RATE_SIGMA * np.sqrt(2 * np.log(len(y)))
-        shrunk = [pywt.threshold(detail, threshold, "soft") for detail in details]
-        return error(pywt.waverec([coarse, *shrunk], "haar"))
-    estimator = HaarEstimator(sigma=_RATE_SIGMA, constant=0.85)
-    return error(tv_denoise(y, estimator, two_sided=method == "haar_two_sided"))
+    if method in _SCIKIT_IMAGE:
+        return error(by_scikit_image(y, **_SCIKIT_IMAGE[method]))
+    estimator, two_sided = HAAR[method]
+    return error(tv_denoise(y, estimator, two_sided=two_sided))
+
+
+def by_scikit_image(y: np.ndarray, **settings: str) -> np.ndarray:
+    """Its wavelet denoiser with Haar, the noise known, and as many levels as it takes by itself.
+
+    Raises:
+        ImportError: If scikit-image is missing: install the extra ``bench``.
+    """
+    from skimage.restoration import denoise_wavelet
+
+    return np.asarray(denoise_wavelet(y, sigma=_RATE_SIGMA, wavelet="db1", **settings))
 
 
 def _timed(call: Callable[[Any], Any], argument: Any) -> float:

@@ -117,6 +117,26 @@ def test_checkpoints_and_early_stopping_read_the_value_of_this_epoch(
     assert best.best_model_path.endswith(f"epoch={int(np.argmin(values))}.ckpt")
 
 
+def test_a_scheduler_waits_for_the_value_of_this_epoch() -> None:
+    seen: list[float] = []
+
+    class Watch(torch.optim.lr_scheduler.ReduceLROnPlateau):
+        def step(self, metrics: Any, epoch: int | None = None) -> None:
+            seen.append(float(metrics))
+            super().step(metrics, epoch)
+
+    class Scheduled(Told):
+        def configure_optimizers(self) -> Any:
+            optimizer = torch.optim.SGD(self.parameters(), lr=0.1)
+            scheduler = Watch(optimizer, patience=5)
+            scheduled = {"scheduler": scheduler, "monitor": "drift/val/wer/value"}
+            return {"optimizer": optimizer, "lr_scheduler": scheduled}
+
+    callback = monitor()
+    watched(callback).fit(Scheduled({"val/wer": STEP}))
+    assert seen == pytest.approx([reading.value for reading in callback.readings["val/wer"]])
+
+
 def test_resuming_goes_on_to_the_bit(tmp_path: Path) -> None:
     whole, first, again = (monitor(["val/wer", "val/loss"]) for _ in range(3))
     told = {"val/wer": STEP, "val/loss": FLAT}

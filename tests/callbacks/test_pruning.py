@@ -165,6 +165,51 @@ class Still(pl.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
+class TwoOutputs(pl.LightningModule):
+    """Two layers of one output each, on the same inputs; the loss takes one a hundred times."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.loud, self.quiet = nn.Linear(32, 1, bias=False), nn.Linear(32, 1, bias=False)
+        self.quiet.load_state_dict(self.loud.state_dict())
+        self.both = nn.Linear(32, 2, bias=False)
+        self.both.weight.data[1] = self.both.weight.data[0]
+        generator = torch.Generator().manual_seed(0)
+        self.data = torch.randn(512, 32, generator=generator)
+
+    def training_step(self, batch: Tensor, index: int) -> Tensor:
+        loud, quiet = self.both(batch).unbind(1)
+        many = 10 * (self.loud(batch)[:, 0] + loud) + 0.1 * (self.quiet(batch)[:, 0] + quiet)
+        return (many + torch.randn_like(many)).square().mean()
+
+    def train_dataloader(self) -> Any:
+        return DataLoader(self.data, batch_size=64)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=1e-12)
+
+
+def kept_by_output(**settings: Any) -> dict[str, int]:
+    """Weights that a prune of half leaves to each output of :class:`TwoOutputs`."""
+    torch.manual_seed(0)
+    fitted = TwoOutputs()
+    prune = CompressedSensingPruning(0.5, schedule=1.0, every_n_steps=4, freeze_step=4, **settings)
+    trainer(prune, steps=8).fit(fitted)
+    tensors = {"loud": fitted.loud.weight, "quiet": fitted.quiet.weight}
+    tensors |= dict(zip(("loud row", "quiet row"), fitted.both.weight, strict=True))
+    return {name: int((x != 0).sum()) for name, x in tensors.items()}
+
+
+def test_errors_count_what_they_cost_the_loss() -> None:
+    """An error of the one output costs ten thousand times that of the other."""
+    rows = {"loud row": 32, "quiet row": 0}
+    assert kept_by_output() == {"loud": 16, "quiet": 16, **rows}
+    shared = kept_by_output(scope="global")
+    assert sum(shared.values()) == 64
+    assert shared["quiet"] + shared["quiet row"] <= 1
+    assert kept_by_output(weighting="equal") == dict.fromkeys(("loud", "quiet", *rows), 16)
+
+
 @pytest.mark.parametrize("quantizer", ["gq", "s8bqat"])
 def test_it_composes_with_few_bits_and_the_chip_in_any_order(quantizer: str) -> None:
     def callbacks() -> list[pl.Callback]:
@@ -234,6 +279,8 @@ def test_lightnings_own_pruning_is_gone_after_a_resume_and_ours_is_not(tmp_path:
         ({"every_n_steps": 0}, "every_n_steps must be at least 1"),
         ({"freeze_step": 1.5}, "freeze_step is a share"),
         ({"scope": "all"}, "scope must be 'layer' or 'global'"),
+        ({"scope": "global", "pattern": "2:4"}, "set scope='layer'"),
+        ({"weighting": "hessian"}, "got 'hessian'"),
         ({"schedule": {"start": 1.0, "end": 0.0}}, "schedule must rise"),
         ({"schedule": {"start": 0.0, "end": 1.0, "begin": 9, "until": 3}}, "ends before it begins"),
         ({"measurement": "guess"}, "got 'guess'"),

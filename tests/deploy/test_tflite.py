@@ -245,6 +245,74 @@ def test_what_is_no_program_is_refused(
     assert list(tmp_path.iterdir()) == []
 
 
+class Detour(nn.Module):
+    """Between two layers, what the chip has not."""
+
+    def __init__(self, detour: Any) -> None:
+        super().__init__()
+        self.first, self.last, self.detour = nn.Linear(6, 5), nn.Linear(5, 4), detour
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.detour(torch.sigmoid(self.first(x)) + 0.1))
+
+
+@pytest.mark.parametrize("bits", SPECS)
+@pytest.mark.parametrize(
+    ("detour", "operators", "least"),
+    [
+        (torch.abs, ["ABS"], 1.0),
+        (torch.floor, ["FLOOR"], 1.0),
+        (torch.sqrt, ["SQRT"], 1.0),
+        (torch.square, ["SQUARE"], 1.0),
+        # The last bit of their float32 is the library's, and 16 bits see more of it than 8.
+        (torch.cos, ["COS"], 0.999),
+        (torch.exp, ["EXP"], 0.999),
+        (torch.log, ["LOG"], 0.999),
+        (torch.rsqrt, ["RSQRT"], 0.999),
+        (torch.sin, ["SIN"], 0.999),
+        (lambda x: x.flip(1).exp().square(), ["EXP", "SQUARE"], 0.999),
+    ],
+)
+def test_an_operator_of_the_cpu_if_it_is_allowed(
+    bits: int, detour: Any, operators: list[str], least: float, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(200, 6)
+    net = calibrated(Detour(detour), x, spec=SPECS[bits])
+    with pytest.raises(CaptureError, match=r"is no operator of .* allow_cpu=True"):
+        export_tflite(net, [x], tmp_path / "net.tflite")
+    model = export_tflite(net, [x], tmp_path / "net.tflite", allow_cpu=True)
+    assert [name for name in model.operators if name in operators] == operators
+    assert model.operators["DEQUANTIZE"] == model.operators["QUANTIZE"] == 1
+    assert verify(net, model.path, [x]) >= least
+
+
+def test_what_the_cpu_leaves_may_be_a_result_and_may_be_read_twice(tmp_path: Path) -> None:
+    class Twice(Detour):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            found = self.detour(torch.sigmoid(self.first(x)))
+            return torch.tanh(found) * torch.sigmoid(found), found
+
+    net, x = Twice(torch.sqrt), torch.randn(3, 6)
+    model = export_tflite(calibrated(net, x), [x], tmp_path / "net.tflite", allow_cpu=True)
+    assert model.operators["SQRT"] == 1
+    assert verify(net, model.path, [x]) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("detour", "message"),
+    [
+        (nn.functional.softplus, r"softplus#0 is no operator of litert-int8.*forward=$"),
+        (lambda x: x.exp_(), r"exp#0 is no operator of litert-int8.*forward=$"),
+        (lambda x: torch.exp(x).flip(1), "reads floats that no operator of the CPU has left so"),
+    ],
+)
+def test_what_the_cpu_cannot_have_either(detour: Any, message: str, tmp_path: Path) -> None:
+    net, x = Detour(detour), torch.randn(3, 6)
+    with pytest.raises(CaptureError, match=message):
+        export_tflite(calibrated(net, x), [x], tmp_path / "net.tflite", allow_cpu=True)
+
+
 def test_paths_without_ranges_are_refused_and_leave_none() -> None:
     net = nn.Sequential(nn.Linear(3, 3), nn.Tanh())
     with pytest.raises(CaptureError, match="has no ranges yet: call calibrate"):

@@ -86,3 +86,15 @@ def test_without_vela(lstm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lightning_nna.deploy.vela.find_spec", lambda name: None)
     with pytest.raises(VelaError, match="ethos-u-vela is not installed: pip install"):
         vela_report(lstm)
+
+
+def test_float_operators_are_the_cpus(tmp_path: Path) -> None:
+    class Roots(nn.Sequential):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self[1](torch.sqrt(torch.sigmoid(self[0](x))))
+
+    net, x = Roots(nn.Linear(16, 16), nn.Linear(16, 16)), torch.randn(4, 16)
+    calibrate(net, [x])
+    report = vela_report(export_tflite(net, [x], tmp_path / "net.tflite", allow_cpu=True).path)
+    assert report.cpu_operators == ("Dequantize", "Sqrt", "Quantize")
+    assert report.npu_operators >= 2

@@ -173,3 +173,43 @@ def test_exponential_average_is_the_recursion() -> None:
     assert float(found.value) == pytest.approx(np.average(y, weights=weights))
     window = weights.sum() ** 2 / np.square(weights).sum()
     assert float(found.effective_window) == pytest.approx(window)
+
+
+def test_doubling_window_is_the_definition() -> None:
+    for seed in range(10):
+        y, sigma, delta = series(41, seed=seed), 0.3, 0.1
+        quantile, r = np.sqrt(2 * np.log(np.log2(41) / delta)), 1
+        while (
+            2 * r <= 41
+            and abs(y[-r:].mean() - y[-2 * r :].mean()) <= 0.6 * sigma * quantile / r**0.5
+        ):
+            r *= 2
+        found = DoublingWindow(constant=0.6, sigma=sigma, delta=delta).latest(y)
+        assert float(found.effective_window) == r
+        assert float(found.value) == pytest.approx(y[-r:].mean())
+
+
+def test_aligator_is_experts_that_live_between_cuts() -> None:
+    y, sigma, rate = series(70), 0.8, 0.3
+    weights: dict[tuple[int, int], float] = {}
+    said = 0.0
+    for number in range(1, 71):
+        # The expert of level k began at the last multiple of 2^k; it is known by level and start.
+        cuts = ((level, number >> level << level) for level in range(number.bit_length()))
+        before = {expert: weights.get(expert, 1.0) for expert in cuts}
+        weights = {
+            (level, start): weight
+            * np.exp(
+                -rate
+                * ((said if start == number else y[start - 1 : number - 1].mean()) - y[number - 1])
+                ** 2
+                / sigma**2
+            )
+            for (level, start), weight in before.items()
+        }
+        kept = sum(before.values()) / sum(weights.values())
+        weights = {expert: weight * kept for expert, weight in weights.items()}
+        means = [y[start - 1 : number].mean() for _, start in weights]
+        said = float(np.average(means, weights=list(weights.values())))
+    found = Aligator(rate=rate, sigma=sigma).latest(y)
+    assert float(found.value) == pytest.approx(said)

@@ -15,6 +15,7 @@ from lightning_nna.functional.mu_law import (
     inverse_mu_law_slope,
     mean_spacing,
     mu_law,
+    nearest_by_cell,
 )
 
 
@@ -78,6 +79,34 @@ def test_cells_hold_the_definition_and_its_gradients(
         soft.centroid_gradient(weights.float()).double(), centroids, rtol=2e-3, atol=5e-2
     )
     assert float(soft.slopes[0]) == float(soft.slopes[-1]) == 0
+
+
+@pytest.mark.parametrize("power", [1, 2])
+@pytest.mark.parametrize("sharpness", [0.5, 4.0, 64.0, 2000.0, 1e5])
+@pytest.mark.parametrize("name", CENTROIDS)
+def test_neighbours_in_single_precision_stand_for_all_in_double(
+    name: str, sharpness: float, power: int
+) -> None:
+    """What is left out is 6e-6 of a term; rounding is as if the point were off by 1e-7."""
+    z = CENTROIDS[name]
+    soft = SoftAssignment(z, sharpness=sharpness, mu=15.0, power=power)
+    x = cell_middles(cells_for(len(z))).double().requires_grad_()
+    expected = naive(x, z.double(), sharpness, 15.0, power)
+    (slopes,) = torch.autograd.grad(expected.sum(), x)
+    error = (soft.values - expected.detach()).abs()
+    assert float((error - 6e-6 - 1e-7 * slopes.abs()).max()) <= 0
+    assert bool(soft.slopes.isfinite().all())
+    assert bool(soft.centroid_gradient(torch.ones(len(x))).isfinite().all())
+
+
+@pytest.mark.parametrize("name", CENTROIDS)
+@pytest.mark.parametrize("mu", [0.0, 15.0])
+def test_the_nearest_centroid_of_a_cell_is_the_nearest_of_all(name: str, mu: float) -> None:
+    z = CENTROIDS[name].double()
+    v = mu_law(cell_middles(cells_for(len(z))).double(), mu)
+    distance = (v[:, None] - z).abs()
+    found = distance.gather(1, nearest_by_cell(CENTROIDS[name], mu)[:, None])[:, 0]
+    torch.testing.assert_close(found, distance.min(1).values, rtol=0, atol=1e-12)
 
 
 def test_it_hardens_to_the_nearest_centroid() -> None:

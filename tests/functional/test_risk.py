@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
 from torch import nn
 from torch.nn.functional import binary_cross_entropy_with_logits
+from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_nna.functional.estimate import LatestEstimator
 from lightning_nna.functional.model_selection import compare, tournament
 from lightning_nna.functional.risk import TimeOrderedBatches, WaveletRisk, excess_risk_bound
 from lightning_nna.functional.wavelets import HaarEstimator
 from lightning_nna.functional.windows import AdaptiveRollingWindow, WholeAverage
+from lightning_nna.testing.contract import trainer
 
 
 def losses(*parts: tuple[int, float], noise: float = 0.1, seed: int = 0) -> torch.Tensor:
@@ -113,6 +116,33 @@ def test_a_model_follows_a_drift_in_one_training() -> None:
 
     assert trained(torch.mean) < 0.2
     assert trained(WaveletRisk(period=50)) > 0.95
+
+
+def test_in_a_training_step_it_takes_the_place_of_the_mean() -> None:
+    x = torch.randn(400, 2, generator=torch.Generator().manual_seed(0))
+    y = (torch.where(torch.arange(400) < 300, x[:, 0], -x[:, 0]) > 0).float()
+
+    class Classifier(pl.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.linear, self.risk = nn.Linear(2, 1), WaveletRisk(period=20)
+
+        def training_step(self, batch: list[torch.Tensor], batch_idx: int) -> torch.Tensor:
+            said = self.linear(batch[0])[:, 0]
+            return self.risk(binary_cross_entropy_with_logits(said, batch[1], reduction="none"))
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.Adam(self.parameters(), lr=0.1)
+
+    module = Classifier()
+    batches = TimeOrderedBatches(400, batch_size=400)
+    loader = DataLoader(TensorDataset(x, y), batch_sampler=batches)
+    run = trainer(max_epochs=60, steps=-1)
+    run.fit(module, loader)
+    assert run.global_step == 60
+    assert module.risk.window < 0.5
+    assert float(((module.linear(x)[:, 0] > 0) == (y > 0.5))[-100:].float().mean()) > 0.9
 
 
 def test_batches_are_samples_of_all_of_time_in_order() -> None:

@@ -11,7 +11,11 @@ from sklearn.linear_model import Lasso, orthogonal_mp_gram
 from torch import Tensor
 
 from lightning_nna.functional.sparse_recovery import SparseSolution, recover_sparse_weight
-from lightning_nna.functional.support_fit import measurement_nmse, refit_on_support
+from lightning_nna.functional.support_fit import (
+    descend_on_support,
+    measurement_nmse,
+    refit_on_support,
+)
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -106,15 +110,44 @@ def test_the_error_grows_with_the_sparsity(pattern: str) -> None:
     assert errors[1] > 1e-6
 
 
-def test_the_fit_is_least_squares_on_each_row() -> None:
+@pytest.mark.parametrize("density", [0.3, 0.8])
+def test_the_fit_is_least_squares_on_each_row(density: float) -> None:
+    """With more kept than gone it is found from what goes."""
     a, w = inputs(300, 14), normal(9, 14)
-    mask = torch.rand(9, 14, generator=torch.Generator().manual_seed(2)) < 0.5
+    mask = torch.rand(9, 14, generator=torch.Generator().manual_seed(2)) < density
     mask[3] = False
     found = refit_on_support(w, moment_of(a), mask)
     for row, kept, x in zip(w, mask, found, strict=True):
         solved = torch.linalg.lstsq(a[:, kept], (a @ row)[:, None]).solution[:, 0]
         torch.testing.assert_close(x[kept], solved, rtol=1e-6, atol=1e-8)
         assert not x[~kept].any()
+
+
+@pytest.mark.parametrize("density", [0.3, 0.8])
+def test_conjugate_gradients_go_to_the_fit(density: float) -> None:
+    a, w = inputs(300, 14), normal(9, 14)
+    moment = moment_of(a)
+    mask = torch.rand(9, 14, generator=torch.Generator().manual_seed(2)) < density
+    fitted = measurement_nmse(w, refit_on_support(w, moment, mask), moment)
+    errors = [
+        measurement_nmse(w, descend_on_support(w, moment, mask, iterations=i), moment)
+        for i in (0, 1, 2, 4, 8, 40)
+    ]
+    assert errors == sorted(errors, reverse=True)
+    assert errors[0] > 1.05 * fitted
+    assert errors[-1] == pytest.approx(fitted, rel=1e-5)
+
+
+def test_inputs_that_repeat_each_other_have_a_fit() -> None:
+    """The moment has no inverse: what is kept is solved for, though little goes."""
+    a, w = inputs(300, 14).repeat(1, 2), normal(9, 28)
+    mask = torch.ones(9, 28, dtype=torch.bool)
+    mask[:, :5] = False
+    moment = moment_of(a)
+    assert measurement_nmse(w, w * mask, moment) > 1e-3
+    assert measurement_nmse(w, refit_on_support(w, moment, mask), moment) < 1e-10
+    found = descend_on_support(w, moment, mask, iterations=60)
+    assert measurement_nmse(w, found, moment) < 1e-8
 
 
 def test_without_a_moment_the_largest_stay() -> None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import pywt
 import torch
 from scipy.optimize import lsq_linear
+from skimage.restoration import denoise_wavelet
 
 from lightning_nna.functional.interval_latest import IntervalWaveletEstimator
 from lightning_nna.functional.total_variation import taut_string, tv_denoise
@@ -61,20 +61,26 @@ def test_two_sides_of_plain_means_are_the_mean_of_their_union() -> None:
 def test_later_values_help_and_wavelet_denoising_is_the_yardstick() -> None:
     truth = np.where(np.arange(1024) // 200 % 2, 2.0, 0.0)
     y = truth + 0.5 * np.random.default_rng(0).standard_normal((20, 1024))
-    estimator = HaarEstimator(sigma=0.5, constant=0.6)
+    soft = HaarEstimator(sigma=0.5, constant=0.6)
+    hard = HaarEstimator(sigma=0.5, constant=1.2, rule="hard")
 
     def error(found: np.ndarray) -> float:
         return float(np.square(found - truth).mean())
 
-    past, both = (error(np.asarray(tv_denoise(y, estimator, two_sided=s))) for s in (False, True))
-    coarse, *details = pywt.wavedec(y, "haar")
-    threshold = 0.5 * np.sqrt(2 * np.log(1024))
-    visu = error(
-        pywt.waverec([coarse, *(pywt.threshold(d, threshold, "soft") for d in details)], "haar")
+    past, both, both_hard = (
+        error(np.asarray(tv_denoise(y, estimator, two_sided=two_sided)))
+        for estimator, two_sided in ((soft, False), (soft, True), (hard, True))
+    )
+    # With soft thresholds, as by default. With few jumps VisuShrink is better with hard ones.
+    settings = {"sigma": 0.5, "wavelet": "db1"}
+    visu, bayes = (
+        error(np.array([denoise_wavelet(row, method=method, **settings) for row in y]))
+        for method in ("VisuShrink", "BayesShrink")
     )
     exact = error(np.array([taut_string(row, 4.0) for row in y]))
     assert exact < both < past < error(y) / 3
     assert both < visu
+    assert exact < both_hard < bayes < both
 
 
 def test_error_grows_with_the_third_root() -> None:

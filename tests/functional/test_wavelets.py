@@ -19,7 +19,7 @@ from lightning_nna.functional.interval_wavelets import (
 )
 from lightning_nna.functional.risk import nested_windows
 from lightning_nna.functional.streaming_haar import StreamingHaar
-from lightning_nna.functional.symmetric_wavelets import SymmetricWaveletEstimator
+from lightning_nna.functional.symmetric_wavelets import SymmetricWaveletEstimator, newest_rows
 from lightning_nna.functional.wavelets import (
     HaarEstimator,
     haar_latest,
@@ -89,6 +89,25 @@ def test_symmetric_extension_is_that_of_pywavelets(wavelet: str, n: int) -> None
     back = pywt.waverec([coarse, *kept], wavelet, mode="symmetric") if levels else y
     found = wavelet_latest(y, wavelet=wavelet, sigma=0.3)
     np.testing.assert_allclose(found.value, back[:, n - 1], rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("wavelet", ["db1", "db4", "bior3.1", "rbio1.3"])
+def test_rows_of_the_newest_value_give_it_back(wavelet: str) -> None:
+    for n in (1, 2, 9, 50, 131):
+        rows, at_newest = newest_rows(wavelet, n)
+        whole = rows[0] + at_newest @ rows[1:]
+        np.testing.assert_allclose(whole, np.eye(n)[-1], rtol=0, atol=1e-10)
+
+
+def test_what_was_estimated_in_inference_mode_can_be_differentiated_later() -> None:
+    y = torch.from_numpy(walk(77))
+    with torch.inference_mode():
+        quiet = wavelet_latest(y, wavelet="db5", sigma=0.3)
+    loud = y.clone().requires_grad_()
+    found = wavelet_latest(loud, wavelet="db5", sigma=0.3)
+    found.value.backward()  # type: ignore[union-attr]
+    torch.testing.assert_close(found.value.detach(), quiet.value)  # type: ignore[union-attr]
+    assert loud.grad is not None
 
 
 @pytest.mark.parametrize("rule", ["soft", "hard"])
