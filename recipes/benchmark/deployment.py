@@ -97,6 +97,13 @@ CELLS = (
     Cell("gq", 5, 0.0, "compression/gq_5", f"{_COMPRESSION} --methods gq --bits 5"),
     Cell("gq_rate", 5, 0.0, "compression/gq_rate_5", f"{_COMPRESSION} --methods gq_rate"),
     Cell(
+        "gq_higher_rate",
+        5,
+        0.0,
+        "compression/gq_higher_rate_5",
+        f"{_COMPRESSION} --methods gq_higher_rate",
+    ),
+    Cell(
         "gq", "mixed", 0.0, "compression/gq_small_one_bit", f"{_COMPRESSION} --bits small_one_bit"
     ),
     Cell("csp", 8, 0.8, "pruning/csp_80", f"{_PRUNING} --methods csp --sparsities 0.8"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from recipes.benchmark.an4 import percent
-from recipes.benchmark.compression import RATE_BITS
+from recipes.benchmark.compression import HIGHER_RATE_BITS, RATE_BITS
 from recipes.benchmark.fine_tuning_page import commands
 from recipes.benchmark.rows import Row, select
 
@@ -13,6 +13,7 @@ TITLES = {
     "nna8": "8 bits, chip-aware",
     "gq": "General Quantizer",
     "gq_rate": f"GQ, entropy of at most {RATE_BITS} bits",
+    "gq_higher_rate": f"GQ, entropy of at most {HIGHER_RATE_BITS} bits",
     "csp": "CSP",
     "csp_gq": "CSP and General Quantizer",
 }

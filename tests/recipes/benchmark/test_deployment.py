@@ -184,6 +184,6 @@ def test_what_is_missing_is_named_and_what_is_done_is_not_run(
     assert [cell.method for cell in done] == ["nna8"]
     assert len((tmp_path / "deployment.jsonl").read_text().splitlines()) == len(SYSTEMS)
     said = capsys.readouterr().out
-    assert said.count("missing: ") == 14
+    assert said.count("missing: ") == 16
     assert "train it with python -m recipes.benchmark.pruning --methods csp" in said
     assert json.loads((tmp_path / "deployment.jsonl").read_text().splitlines()[0])["bits"] == 8
