@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -11,7 +11,15 @@ import torch
 from numpy.typing import NDArray
 
 from lightning_nna.deploy.flatbuffer import OperatorSpec, TensorSpec, options_of
-from lightning_nna.deploy.movement import Codes, belong, elements_in, tensors_in
+from lightning_nna.deploy.movement import (
+    Codes,
+    Movements,
+    belong,
+    codes_of,
+    elements_in,
+    moved_integers,
+    tensors_in,
+)
 from lightning_nna.emulator.program import Stored
 from lightning_nna.emulator.ranges import QParams
 
@@ -223,3 +231,60 @@ def dtype_of(x: torch.Tensor) -> str:
 def width_of_grid(grid: QParams) -> str:
     """Type of integers on a grid."""
     return "int8" if grid.bits == 8 else "int16"
+
+
+class MovedTensors:
+    """Tensors that movements make of a program's tensors, each movement once.
+
+    Args:
+        graph: The program so far.
+        changing: Tensors whose values are others from one use to the next.
+    """
+
+    def __init__(self, graph: Graph, changing: Container[int]) -> None:
+        self.graph, self._changing = graph, changing
+        self._made: dict[tuple[Any, ...], int] = {}
+
+    def tensor(self, codes: Codes, values: Any, form: TensorSpec, name: str) -> int:
+        """The tensor with these elements, made by movements where there is none.
+
+        Args:
+            codes: Which element of which tensor stands where.
+            values: The integers.
+            form: Type and grid.
+            name: Of what is made.
+        """
+        whole = [k for k in tensors_in(codes) if codes.shape == self.graph.specs[k].shape]
+        for number in whole:
+            if np.array_equal(codes, codes_of(number, np.arange(codes.size)).reshape(codes.shape)):
+                return number
+        movements = Movements(
+            lambda operator, inputs, shape, options: self._emit(
+                operator, inputs, shape, options, form, name
+            ),
+            lambda integers: self.graph.constant(f"{name}/fill", form, integers),
+            lambda number: self.graph.specs[number].shape,
+        )
+        return movements.make(codes, values)
+
+    def _emit(
+        self, operator: str, inputs: Any, shape: Any, options: Any, form: TensorSpec, name: str
+    ) -> int:
+        """One movement, unless it has been made before."""
+        numbers = [
+            self._shape_constant(name, x) if isinstance(x, np.ndarray) else x for x in inputs
+        ]
+        changes = any(number in self._changing for number in numbers)
+        key = (operator, tuple(numbers), tuple(shape), repr(sorted(options.items())))
+        if key in self._made and not changes:
+            return self._made[key]
+        result = replace(form, shape=tuple(shape), is_variable=False, data=None)
+        values = moved_integers(operator, [self.graph.values[k] for k in numbers], shape, options)
+        number = self.graph.add(f"{name}/{operator.lower()}", result, values)
+        self.graph.run(operator, name, numbers, [number], options)
+        self._made[key] = number
+        return number
+
+    def _shape_constant(self, name: str, x: Any) -> int:
+        form = form_of(Stored(torch.from_numpy(x).long(), "int32"))
+        return self.graph.constant(f"{name}/form", form, x.astype(np.int64))

@@ -18,6 +18,7 @@ from lightning_nna.deploy.elements import Elements
 from lightning_nna.deploy.graph import (
     CaptureError,
     Graph,
+    MovedTensors,
     Port,
     dtype_of,
     form_of,
@@ -29,11 +30,9 @@ from lightning_nna.deploy.graph import (
 from lightning_nna.deploy.movement import (
     NO_TENSOR,
     Codes,
-    Movements,
     belong,
     codes_of,
     elements_in,
-    moved_integers,
     same,
     tensors_in,
 )
@@ -72,7 +71,7 @@ class Recorder:
         self._cells: dict[int, int] = {}
         #: What every variable holds now, as codes.
         self._state: dict[int, Codes] = {}
-        self._moved: dict[tuple[Any, ...], int] = {}
+        self._moved = MovedTensors(self.graph, self._state)
 
     # --- the forward ----------------------------------------------------------------------------
 
@@ -137,7 +136,7 @@ class Recorder:
                 grid = self.graph.specs[sources[0]]
                 for number in sources:
                     self.graph.demand_grid(number, grid, f"result {position}")
-                made = self._move(
+                made = self._moved.tensor(
                     codes, self.graph.integers_of(codes, grid.zero_point), grid, "result"
                 )
             return Port(self.graph.names[made], position, tuple(x.shape))
@@ -228,44 +227,7 @@ class Recorder:
             self.graph.demand_grid(number, form, where)
         if not np.array_equal(self.graph.integers_of(codes, 0)[codes >= 0], values[codes >= 0]):
             raise CaptureError(f"{where} holds other integers than those it is made of")
-        return self._move(codes, values, form, name)
-
-    def _move(self, codes: Codes, values: Any, form: Any, name: str) -> int:
-        """The tensor with these elements, made by movements where there is none."""
-        whole = [k for k in tensors_in(codes) if codes.shape == self.graph.specs[k].shape]
-        for number in whole:
-            if np.array_equal(codes, codes_of(number, np.arange(codes.size)).reshape(codes.shape)):
-                return number
-        movements = Movements(
-            lambda operator, inputs, shape, options: self._emit(
-                operator, inputs, shape, options, form, name
-            ),
-            lambda integers: self.graph.constant(f"{name}/fill", form, integers),
-            lambda number: self.graph.specs[number].shape,
-        )
-        return movements.make(codes, values)
-
-    def _emit(
-        self, operator: str, inputs: Any, shape: Any, options: Any, form: Any, name: str
-    ) -> int:
-        """One movement, unless it has been made before."""
-        numbers = [
-            self._shape_constant(name, x) if isinstance(x, np.ndarray) else x for x in inputs
-        ]
-        changing = [k for k in numbers if k in self._state]
-        key = (operator, tuple(numbers), tuple(shape), repr(sorted(options.items())))
-        if key in self._moved and not changing:
-            return self._moved[key]
-        result = replace(form, shape=tuple(shape), is_variable=False, data=None)
-        values = moved_integers(operator, [self.graph.values[k] for k in numbers], shape, options)
-        number = self.graph.add(f"{name}/{operator.lower()}", result, values)
-        self.graph.run(operator, name, numbers, [number], options)
-        self._moved[key] = number
-        return number
-
-    def _shape_constant(self, name: str, x: Any) -> int:
-        form = form_of(Stored(torch.from_numpy(x).long(), "int32"))
-        return self.graph.constant(f"{name}/form", form, x.astype(np.int64))
+        return self._moved.tensor(codes, values, form, name)
 
     # --- what comes in --------------------------------------------------------------------------
 
