@@ -49,7 +49,8 @@ class CompressedSensingPruning(PruningMethod):
         weighting: What the error of each output counts: ``"gradients"``, the mean square of its
             gradients in those steps, so that an error is what it costs the loss; or ``"equal"``.
             Gradients also make layers comparable: see ``scope``.
-        most_nmse: Most error of the layer's output over the output's power; None for no bound.
+        most_nmse: Most error of the layer's output over the output's power, both weighed as
+            ``weighting`` says; None for no bound.
         refit: Whether what survives is fitted, by some steps of conjugate gradients.
         most_columns: A weight with more columns is refused, since its moment would be that large.
         revives: Whether zeroed weights are trained on and may return until masks freeze.

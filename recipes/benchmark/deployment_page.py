@@ -184,6 +184,8 @@ checkpoint in float arithmetic. The real-time factor is that of LiteRT's fast ke
 the CPU that ran the grid, beside whatever else ran there. Sizes and times hardly depend on the
 seed; word error rates do, and those of more seeds are in [Weights of few bits](compression.md) and
 [Pruning](pruning.md).
+Over three seeds 5 bits with 4.25 bits of entropy cost 0.6 ± 0.5 points of WER against 8 bits: what
+is saved is saved there, but *without loss of WER* is missed.
 
 | method | bits | zeros | seed | float | emulated | deployed | nats per label | outputs equal |"""
 _HEAD += """ transcripts equal | .tflite | real-time factor |
