@@ -33,7 +33,8 @@ class PruningMethod(WeightMethod, ABC):
     Args:
         sparsity: At the end, of every selected tensor, at least 0 and below 1.
         schedule: Of the share of ``sparsity`` that is reached: a :class:`.Schedule` or its keys.
-        every_n_steps: Optimiser steps from one choice of masks to the next.
+        every_n_steps: Optimiser steps from one choice of masks to the next; one within half of them
+            before ``freeze_step``, where the last is, is left out.
         freeze_step: From then on masks stay: a step (int) or a share of the run (float).
         pattern: Where zeros may lie: see :meth:`.SparsityPattern.of`.
         scope: Whether each ``"layer"`` loses its share, or the ``"global"`` least weights go, with
@@ -185,7 +186,9 @@ class PruningMethod(WeightMethod, ABC):
         if step >= freezes:
             return math.inf
         regular = self.every_n_steps - step % self.every_n_steps
-        return min(regular, freezes - step)
+        # One just before the last would be for nothing.
+        is_late = freezes - (step + regular) < self.every_n_steps / 2
+        return freezes - step if is_late else regular
 
     def _settle(self) -> None:
         """Frozen masks let nothing return."""

@@ -52,10 +52,8 @@ from lightning_nna.functional.support_fit import (
 _RIDGE = 1e-6
 _POWER_ITERATIONS = 100
 _SAFE = 1.02
-# Of ADMM: its first weight, how it grows, and after how many iterations without change it ends.
-_FIRST_RHO, _RHO_GROWS, _STAYED = 0.03, 1.1, 10
-# Steps of conjugate gradients: to compare supports, and in place of the exact fit.
-_COMPARES, _FITS = 6, 20
+# Of ADMM: its first weight.
+_FIRST_RHO = 0.03
 
 
 @dataclass(frozen=True)
@@ -126,7 +124,8 @@ def recover_sparse_weight(
     chosen = SparsityPattern.of(pattern)
     _require_arguments(weight, second_moment, sparsity, penalty, chosen, solver)
     problem = _Problem.of(weight, second_moment)
-    settings = _Settings(solver, refit, exact, max_iterations, tolerance)
+    effort = _THOROUGH if exact else _QUICK
+    settings = _Settings(solver, refit, effort, max_iterations, tolerance)
     if penalty is not None:
         return problem.penalised(chosen, penalty, settings)
     assert sparsity is not None, "one of the two was required"
@@ -134,39 +133,75 @@ def recover_sparse_weight(
 
 
 @dataclass(frozen=True)
+class _Effort:
+    """How far one goes.
+
+    Attributes:
+        iterations: Of ADMM, at most.
+        rho_grows: Its factor an iteration.
+        stayed: It ends after as many iterations without change.
+        compares: Steps of conjugate gradients to compare supports.
+        fits: Steps in place of the exact fit; 0 for the exact fit.
+    """
+
+    iterations: int
+    rho_grows: float
+    stayed: int
+    compares: int
+    fits: int
+
+
+_THOROUGH = _Effort(iterations=1000, rho_grows=1.1, stayed=10, compares=6, fits=0)
+_QUICK = _Effort(iterations=16, rho_grows=1.25, stayed=3, compares=3, fits=12)
+
+
+@dataclass(frozen=True)
 class _Settings:
     solver: str
     refit: bool
-    exact: bool
+    effort: _Effort
     max_iterations: int
     tolerance: float
 
 
 @dataclass(frozen=True)
 class _Problem:
-    """A weight, its measurement, and both with columns of unit norm."""
+    """A weight, its measurement, and both with columns of unit norm.
+
+    Attributes:
+        target: The scaled weight times the scaled moment.
+        power: Of the output.
+    """
 
     weight: Tensor
     moment: Tensor | None
     scale: Tensor
     scaled_weight: Tensor
     scaled_moment: Tensor | None
-    lipschitz: float
+    target: Tensor
+    power: float
 
     @classmethod
     def of(cls, weight: Tensor, moment: Tensor | None) -> _Problem:
         w = weight.float()
         if moment is None or not bool(moment.any()):
-            return cls(weight, None, torch.ones_like(w[0]), w, None, 1.0)
+            return cls(weight, None, torch.ones_like(w[0]), w, None, w, _sum(w * w))
         diagonal = moment.diagonal().double()
         scale = (diagonal + _RIDGE * diagonal.mean()).sqrt()
         scaled = (moment.double() / scale / scale[:, None]).float()
-        return cls(weight, moment, scale.float(), w * scale.float(), scaled, _largest(scaled))
+        v = w * scale.float()
+        target = v @ scaled
+        return cls(weight, moment, scale.float(), v, scaled, target, _sum(target * v))
 
     def gradient(self, y: Tensor) -> Tensor:
         """Of half the squared error, by the scaled weight."""
         away = y - self.scaled_weight
         return away if self.scaled_moment is None else away @ self.scaled_moment
+
+    def nmse(self, y: Tensor) -> float:
+        """Error of a scaled weight, over the power."""
+        away = y - self.scaled_weight
+        return max(_sum(self.gradient(y) * away), 0.0) / self.power if self.power > 0 else 0.0
 
     def thresholded(
         self,
@@ -181,8 +216,10 @@ class _Problem:
         def support(y: Tensor) -> Tensor:
             return pattern.mask(pattern.energies(y), sparsity, shape)
 
-        candidates = [support(self.scaled_weight)]
+        candidates = []
         iterations = 0
+        if start is None or settings.effort is _THOROUGH:
+            candidates.append(support(self.scaled_weight))
         if start is not None:
             candidates.append(self._within(pattern, sparsity, start))
         if self.scaled_moment is not None and settings.max_iterations > 0:
@@ -190,39 +227,39 @@ class _Problem:
             found, iterations = solver(support, candidates[-1], settings)
             candidates.append(found)
         if settings.refit and len(candidates) > 1:
-            candidates = [min(candidates, key=self.nmse_near_the_fit)]
+            compares = settings.effort.compares
+            candidates = [min(candidates, key=lambda mask: self.nmse(self.fit(mask, compares)))]
         solutions = [self.solution(mask, settings, iterations) for mask in candidates]
         return min(solutions, key=lambda solution: solution.nmse)
 
-    def nmse_near_the_fit(self, mask: Tensor) -> float:
-        """About the error of the fit on a support."""
-        if self.moment is None:
-            return measurement_nmse(self.weight, self.weight * mask)
-        found = descend_on_support(self.weight, self.moment, mask, iterations=_COMPARES)
-        return measurement_nmse(self.weight, found, self.moment)
+    def fit(self, mask: Tensor, steps: int) -> Tensor:
+        """The scaled weight on a support, fitted by some steps of conjugate gradients."""
+        if self.scaled_moment is None:
+            return self.scaled_weight * mask
+        return descend_on_support(self.scaled_weight, self.scaled_moment, mask, iterations=steps)
 
     def split(
         self, support: Callable[[Tensor], Tensor], start: Tensor, settings: _Settings
     ) -> tuple[Tensor, int]:
         """ADMM; ends when the support has stayed for some iterations."""
         assert self.scaled_moment is not None, "without a moment there is nothing to solve"
-        v = self.scaled_weight
-        target = v @ self.scaled_moment
+        v, effort = self.scaled_weight, settings.effort
         values, vectors = torch.linalg.eigh(self.scaled_moment.double())
         values, vectors = values.float().clamp_min(0), vectors.float()
         rho = _FIRST_RHO
         mask, z, u = start, v * start, torch.zeros_like(v)
         iteration = stayed = 0
-        while iteration < settings.max_iterations and stayed < _STAYED:
+        most = min(settings.max_iterations, effort.iterations)
+        while iteration < most and stayed < effort.stayed:
             iteration += 1
-            y = ((target + rho * (z - u)) @ vectors / (values + rho)) @ vectors.T
-            u += y
+            right = torch.add(self.target, z.sub_(u), alpha=rho)
+            u += torch.linalg.multi_dot([right, vectors / (values + rho), vectors.T])
             moved = support(u)
             stayed = stayed + 1 if torch.equal(moved, mask) else 0
             mask = moved
             z = u * mask
             u -= z
-            rho *= _RHO_GROWS
+            rho *= effort.rho_grows
         return mask, iteration
 
     def descend(
@@ -230,10 +267,11 @@ class _Problem:
     ) -> tuple[Tensor, int]:
         """Iterative hard thresholding; ends when the weight hardly changes."""
         y, mask = self.scaled_weight * start, start
+        lipschitz = 1.0 if self.scaled_moment is None else _largest(self.scaled_moment)
         iteration = 0
         while iteration < settings.max_iterations:
             iteration += 1
-            moved = y - self.gradient(y) / self.lipschitz
+            moved = y - self.gradient(y) / lipschitz
             mask = support(moved)
             moved *= mask
             change = float((moved - y).norm() / moved.norm().clamp_min(1e-30))
@@ -270,13 +308,14 @@ class _Problem:
 
     def solution(self, mask: Tensor, settings: _Settings, iterations: int) -> SparseSolution:
         """The weight on a support."""
-        if not settings.refit or self.moment is None:
-            found = self.weight.masked_fill(~mask, 0.0)
-        elif settings.exact:
-            found = refit_on_support(self.weight, self.moment, mask)
+        if settings.refit and settings.effort.fits:
+            y = self.fit(mask, settings.effort.fits)
+            found = (y / self.scale).to(self.weight.dtype)
+            return SparseSolution(found, mask, self.nmse(y), iterations)
+        if settings.refit and self.moment is not None:
+            found = refit_on_support(self.weight, self.moment, mask).to(self.weight.dtype)
         else:
-            found = descend_on_support(self.weight, self.moment, mask, iterations=_FITS)
-        found = found.to(self.weight.dtype)
+            found = self.weight.masked_fill(~mask, 0.0)
         nmse = measurement_nmse(self.weight, found, self.moment)
         return SparseSolution(found, mask, nmse, iterations)
 
@@ -287,6 +326,10 @@ class _Problem:
         inside = pattern.energies(start.to(energies.dtype)) > 0
         raised = energies + inside * (energies.max() + 1.0)
         return pattern.mask(raised, sparsity, (start.shape[0], start.shape[1]))
+
+
+def _sum(x: Tensor) -> float:
+    return float(x.sum(dtype=torch.float64))
 
 
 def _shrink(x: Tensor, pattern: SparsityPattern, threshold: float) -> Tensor:

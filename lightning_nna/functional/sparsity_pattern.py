@@ -149,8 +149,17 @@ def _greatest(values: Tensor, count: int) -> Tensor:
         return torch.zeros_like(values, dtype=torch.bool)
     if count >= len(flat):
         return torch.ones_like(values, dtype=torch.bool)
-    limit = flat.topk(count, sorted=False).values.min()
-    chosen = flat > limit
-    equal = (flat == limit).nonzero().flatten()
-    chosen[equal[: count - int(chosen.sum())]] = True
+    # Floats that are not negative are in the order of their bits: the upper ones say which are in,
+    # which are out, and which few have to be sorted.
+    held = flat + 0.0 if flat.dtype == torch.float64 else flat.float() + 0.0
+    is_double = held.dtype == torch.float64
+    upper = (held.view(torch.int64) >> 47).int() if is_double else held.view(torch.int32) >> 15
+    sizes = torch.bincount(upper, minlength=1 << 16).flip(0)
+    reached = sizes.cumsum(0)
+    place = int((reached < count).sum())
+    bucket = (1 << 16) - 1 - place
+    chosen = upper > bucket
+    near = (upper == bucket).nonzero().flatten()
+    order = held[near].argsort(descending=True, stable=True)
+    chosen[near[order[: count - int(reached[place] - sizes[place])]]] = True
     return chosen.view_as(values)
