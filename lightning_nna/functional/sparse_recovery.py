@@ -52,8 +52,6 @@ from lightning_nna.functional.support_fit import (
 _RIDGE = 1e-6
 _POWER_ITERATIONS = 100
 _SAFE = 1.02
-# Of ADMM: its first weight.
-_FIRST_RHO = 0.03
 
 
 @dataclass(frozen=True)
@@ -138,21 +136,23 @@ class _Effort:
 
     Attributes:
         iterations: Of ADMM, at most.
-        rho_grows: Its factor an iteration.
+        first_rho: Its first weight.
+        rho_grows: The weight's factor an iteration.
         stayed: It ends after as many iterations without change.
         compares: Steps of conjugate gradients to compare supports.
         fits: Steps in place of the exact fit; 0 for the exact fit.
     """
 
     iterations: int
+    first_rho: float
     rho_grows: float
     stayed: int
     compares: int
     fits: int
 
 
-_THOROUGH = _Effort(iterations=1000, rho_grows=1.1, stayed=10, compares=6, fits=0)
-_QUICK = _Effort(iterations=16, rho_grows=1.25, stayed=3, compares=3, fits=12)
+_THOROUGH = _Effort(iterations=1000, first_rho=0.03, rho_grows=1.1, stayed=10, compares=6, fits=0)
+_QUICK = _Effort(iterations=16, first_rho=0.05, rho_grows=1.25, stayed=3, compares=3, fits=12)
 
 
 @dataclass(frozen=True)
@@ -246,7 +246,7 @@ class _Problem:
         v, effort = self.scaled_weight, settings.effort
         values, vectors = torch.linalg.eigh(self.scaled_moment.double())
         values, vectors = values.float().clamp_min(0), vectors.float()
-        rho = _FIRST_RHO
+        rho = effort.first_rho
         mask, z, u = start, v * start, torch.zeros_like(v)
         iteration = stayed = 0
         most = min(settings.max_iterations, effort.iterations)

@@ -83,6 +83,24 @@ def test_the_share_follows_the_schedule() -> None:
     assert seen[8:] == [0.75] * len(seen[8:])
 
 
+@pytest.mark.parametrize(
+    ("every", "freeze", "expected"),
+    [(10, 36, [10, 20, 30, 36]), (10, 34, [10, 20, 34]), (10, 30, [10, 20, 30]), (10, 4, [4])],
+)
+def test_the_last_choice_is_at_freezing_and_none_is_just_before(
+    every: int, freeze: int, expected: list[int]
+) -> None:
+    class Noting(MagnitudePruning):
+        def choose(self, name: str, weight: Tensor, sparsity: float) -> Tensor:
+            chosen_at.append(self.steps)
+            return super().choose(name, weight, sparsity)
+
+    chosen_at: list[int] = []
+    prune = Noting(0.5, every_n_steps=every, freeze_step=freeze, targets=["head.first.weight"])
+    trainer(prune, max_steps=40).fit(SmallRecurrentModule())
+    assert chosen_at == expected
+
+
 @pytest.mark.parametrize("pattern", ["2:4", "1x4", "row"])
 def test_patterns(pattern: str) -> None:
     fitted, callback = module(), made("csp", 0.5, pattern=pattern, targets=["lstm"])

@@ -11,6 +11,7 @@ from sklearn.linear_model import Lasso, orthogonal_mp_gram
 from torch import Tensor
 
 from lightning_nna.functional.sparse_recovery import SparseSolution, recover_sparse_weight
+from lightning_nna.functional.sparsity_pattern import SparsityPattern
 from lightning_nna.functional.support_fit import (
     descend_on_support,
     measurement_nmse,
@@ -177,6 +178,36 @@ def test_equal_candidates_are_decided_by_their_place() -> None:
     assert found.mask.tolist() == [[True, True, True, False], [False] * 4]
     again = recover_sparse_weight(torch.ones(2, 4), torch.eye(4), sparsity=0.625)
     assert torch.equal(again.weight, found.weight)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16])
+@pytest.mark.parametrize("kind", ["unlike", "tied", "tiny", "zero", "huge"])
+def test_the_greatest_are_those_of_a_stable_sort(kind: str, dtype: torch.dtype) -> None:
+    values = {
+        "unlike": normal(40, 50).square(),
+        "tied": (2 * normal(40, 50)).round().square(),
+        "tiny": normal(40, 50).square() * torch.finfo(dtype).tiny,
+        "zero": torch.zeros(40, 50),
+        "huge": normal(40, 50).square() * torch.finfo(dtype).max / 32,
+    }[kind].to(dtype)
+    order = values.flatten().argsort(descending=True, stable=True)
+    for kept in (0, 1, 2, 700, 1999, 2000):
+        expected = torch.zeros(2000, dtype=torch.bool)
+        expected[order[:kept]] = True
+        mask = SparsityPattern.of("unstructured").mask(values, 1 - kept / 2000, (40, 50))
+        assert torch.equal(mask, expected.view(40, 50))
+
+
+@pytest.mark.parametrize("sparsity", [0.5, 0.8, 0.95])
+def test_less_effort_costs_little(sparsity: float) -> None:
+    a, w = inputs(500, 48), normal(64, 48)
+    moment = moment_of(a)
+    thorough = recover_sparse_weight(w, moment, sparsity=sparsity)
+    quick = recover_sparse_weight(w, moment, sparsity=sparsity, exact=False)
+    largest = recover_sparse_weight(w, moment, sparsity=sparsity, max_iterations=0)
+    assert quick.iterations <= 16 < thorough.iterations
+    assert quick.nmse < thorough.nmse + 0.2 * (largest.nmse - thorough.nmse)
+    assert quick.nmse == pytest.approx(measurement_nmse(w, quick.weight, moment), rel=1e-4)
 
 
 def test_a_start_is_taken_where_it_is_better() -> None:
