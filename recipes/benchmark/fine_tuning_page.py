@@ -157,7 +157,7 @@ def draw_losses(
         axes.set_ylabel("nats per label on AN4 test")
         axes.set_yscale("log")
         for each in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
-            each(StrMethodFormatter("{x:.2f}"))
+            each(StrMethodFormatter("{x:.3g}"))
         axes.legend(frameon=False, fontsize=8, ncols=2)
         axes.set_xticks(list(places))
         figure.savefig(path, dpi=150, metadata={"Software": None})

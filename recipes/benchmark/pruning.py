@@ -149,14 +149,14 @@ def run_cell(cell: Cell, *, threads: int) -> None:
     """Run ``cell`` and append its row."""
     summary = summary_of(cell.folder, cell.command, threads=threads)
     checkpoint = cell.folder / "checkpoints" / "last.ckpt"
-    kept = kept_by_tensor(torch.load(checkpoint, weights_only=False)) if checkpoint.exists() else {}
-    counts = {name: numbers[1] for name, numbers in kept.items()}
+    held = torch.load(checkpoint, weights_only=False) if checkpoint.exists() else {}
+    kept = kept_by_tensor(held) if held else {}
     row = {
         "corpus": "an4",
         "model": "rnnt",
         **asdict(cell),
         "bits": 5 if cell.method == "csp_5bits" else 8,
-        "zeros": 1 - sum(k for k, _ in kept.values()) / max(sum(counts.values()), 1),
+        "zeros": share_of_zeros(kept, held.get("state_dict", {})),
         **figures_of(summary),
         "packed_bytes": packed_bytes(
             kept, bits=5 if cell.method == "csp_5bits" else 8, parameters=summary["parameters"]
@@ -181,6 +181,25 @@ def kept_by_tensor(checkpoint: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
         if isinstance(state, Mapping) and "masks" in state:
             found |= {name: held["mask"] for name, held in state["masks"].items()}
     return {name: (int(mask.sum()), mask.numel()) for name, mask in found.items()}
+
+
+def share_of_zeros(
+    kept: Mapping[str, tuple[int, int]], state: Mapping[str, torch.Tensor]
+) -> float:
+    """Share of zeros in all matrices of a network, pruned or not.
+
+    Args:
+        kept: Kept and all weights of each pruned tensor.
+        state: Of the network.
+
+    Example:
+        >>> share_of_zeros({"a": (1, 4)}, {"a": torch.ones(1, 4), "b": torch.ones(2, 1)})
+        0.5
+    """
+    matrices = (
+        x.numel() for name, x in state.items() if x.ndim > 1 and not name.endswith("_mask")
+    )
+    return sum(whole - some for some, whole in kept.values()) / max(sum(matrices), 1)
 
 
 def packed_bytes(kept: Mapping[str, tuple[int, int]], *, bits: int, parameters: int) -> int:

@@ -22,6 +22,8 @@ from recipes.benchmark.fine_tuning_page import (
 )
 from recipes.benchmark.rows import Row, select, spread
 
+# Of the share of zeros; what falls short by more is no rival there.
+_SHORT = 0.02
 #: From this sparsity on CSP is to be clearly better, below it no worse.
 CLEAR_FROM = 0.8
 #: What CSP is compared with.
@@ -58,7 +60,7 @@ def verdicts(rows: Sequence[Row], titles: Titles) -> list[str]:
         others = {
             method: pairs
             for method in BASELINES
-            if (pairs := paired(mine, select(rows, method=method, sparsity=sparsity)))
+            if (pairs := paired(mine, _as_sparse(rows, method, sparsity)))
         }
         if others:
             rival = hardest_rival(others)
@@ -90,7 +92,7 @@ def draw(rows: Sequence[Row], titles: Titles, path: Path) -> None:
     lines = {
         titles[method]: points
         for method in ("csp", *BASELINES)
-        if (points := [(100 * row["sparsity"], row) for row in select(rows, method=method)])
+        if (points := [(round(100 * row["zeros"]), row) for row in select(rows, method=method)])
     }
     levels = {
         titles[method]: found
@@ -108,6 +110,12 @@ def draw(rows: Sequence[Row], titles: Titles, path: Path) -> None:
 
 def _sparsities(rows: Sequence[Row], method: str) -> list[float]:
     return sorted({row["sparsity"] for row in select(rows, method=method)})
+
+
+def _as_sparse(rows: Sequence[Row], method: str, sparsity: float) -> list[Row]:
+    """Rows that reached the share of zeros that was wanted."""
+    here = select(rows, method=method, sparsity=sparsity)
+    return [row for row in here if row["zeros"] > sparsity - _SHORT]
 
 
 def _mean_line(rows: Sequence[Row], method: str, sparsity: float, title: str) -> str:
@@ -131,15 +139,14 @@ The RNN-T of [AN4](an4.md), seed 1, with so many of the weights of its LSTMs, li
 embedding zero. CSP and magnitude with *one budget* share it among the layers, the others take as
 much from each. Start, budget, data and scoring are those of
 [Weights of few bits](compression.md), whose dense rows stand here too; all rows but float are on
-the 8-bit chip. *Zeros* is what was reached in the weights that a method prunes: Lightning's
-`ModelPruning` leaves LSTMs dense.
+the 8-bit chip. *Zeros* is what was reached in all matrices of the network: Lightning's
+`ModelPruning` leaves LSTMs dense, which are most of them, and is drawn at what it reached.
 
 That CSP counts errors by the loss's gradients and shares one budget was chosen on the validation
 speakers, at 80 %, seed 1: nats per label 0.445 with all layers and errors alike, 0.404 with errors
 weighed by gradients, 0.325 with one budget as well; gradual magnitude 0.563. A ramp that ends at
 30 % of the run with masks frozen at 50 % gave 0.321, words 1.6 points worse, and was not adopted:
-all methods have the same ramp, to 50 %, and freeze at 75 %. The row with all errors alike is of an
-older commit, where that was the only way.
+all methods have the same ramp, to 50 %, and freeze at 75 %.
 
 ![Loss by share of zeros](pruning.png)
 

@@ -90,6 +90,11 @@ def test_clearly_better_is_by_more_than_the_standard_error() -> None:
     assert at_90.endswith("met.")
 
 
+def test_what_has_fewer_zeros_is_no_rival() -> None:
+    dense = _row("model_pruning", 0.9, 0.17) | {"zeros": 0.03}
+    assert verdicts([*ROWS, dense], TITLES) == verdicts(ROWS, TITLES)
+
+
 def test_the_page_has_every_row_and_a_figure(tmp_path: Path) -> None:
     path = tmp_path / "pruning.jsonl"
     for row in ROWS:
