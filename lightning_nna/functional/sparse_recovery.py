@@ -101,8 +101,9 @@ def recover_sparse_weight(
         start: A support to start from, for example that of the last call; the result is no worse
             than the best on it (supports are compared near their fits).
         refit: Fit the weights on the support by least squares.
-        exact: By Cholesky's factors; else by some steps of conjugate gradients, which is several
-            times faster, and as good where no input is nearly a sum of others.
+        exact: ADMM goes on until the support stays, and the fit is by Cholesky's factors; else at
+            most 16 iterations, and the fit by some steps of conjugate gradients: several times
+            faster, with somewhat more error, and a ``start`` takes the place of the largest weights.
         solver: Of a given sparsity: ``"admm"``, or ``"iht"`` for iterative hard thresholding, which
             is simpler and ends in poorer supports.
         max_iterations: Most iterations; 0 takes the largest weights, scaled by their inputs.
