@@ -103,7 +103,7 @@ def recover_sparse_weight(
         refit: Fit the weights on the support by least squares.
         exact: ADMM goes on until the support stays, and the fit is by Cholesky's factors; else at
             most 16 iterations, and the fit by some steps of conjugate gradients: several times
-            faster, with somewhat more error, and a ``start`` takes the place of the largest weights.
+            faster, with somewhat more error; a ``start`` takes the place of the largest weights.
         solver: Of a given sparsity: ``"admm"``, or ``"iht"`` for iterative hard thresholding, which
             is simpler and ends in poorer supports.
         max_iterations: Most iterations; 0 takes the largest weights, scaled by their inputs.
