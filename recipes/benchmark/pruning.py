@@ -166,26 +166,25 @@ def run_cell(cell: Cell, *, threads: int) -> None:
 
 
 def kept_by_tensor(checkpoint: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
-    """Weights that masks keep, and all weights, by tensor; none where nothing is pruned.
+    """Weights that are kept, and all weights, by tensor; none where nothing is pruned.
 
     Args:
-        checkpoint: Of a run: masks are in the state of a callback, those of Lightning's own
-            pruning beside the weights.
+        checkpoint: Of a run: masks are in the state of a callback; Lightning's own pruning leaves
+            zeros in the weights.
     """
-    found = {
-        name.removesuffix("_mask"): mask
-        for name, mask in checkpoint["state_dict"].items()
-        if name.endswith("weight_mask")
+    masks = {
+        name: held["mask"]
+        for state in checkpoint["callbacks"].values()
+        if isinstance(state, Mapping) and "masks" in state
+        for name, held in state["masks"].items()
     }
-    for state in checkpoint["callbacks"].values():
-        if isinstance(state, Mapping) and "masks" in state:
-            found |= {name: held["mask"] for name, held in state["masks"].items()}
-    return {name: (int(mask.sum()), mask.numel()) for name, mask in found.items()}
+    if not masks:
+        weights = {name: x != 0 for name, x in checkpoint["state_dict"].items() if x.ndim > 1}
+        masks = {name: kept for name, kept in weights.items() if not kept.all()}
+    return {name: (int(mask.sum()), mask.numel()) for name, mask in masks.items()}
 
 
-def share_of_zeros(
-    kept: Mapping[str, tuple[int, int]], state: Mapping[str, torch.Tensor]
-) -> float:
+def share_of_zeros(kept: Mapping[str, tuple[int, int]], state: Mapping[str, torch.Tensor]) -> float:
     """Share of zeros in all matrices of a network, pruned or not.
 
     Args:
@@ -196,10 +195,8 @@ def share_of_zeros(
         >>> share_of_zeros({"a": (1, 4)}, {"a": torch.ones(1, 4), "b": torch.ones(2, 1)})
         0.5
     """
-    matrices = (
-        x.numel() for name, x in state.items() if x.ndim > 1 and not name.endswith("_mask")
-    )
-    return sum(whole - some for some, whole in kept.values()) / max(sum(matrices), 1)
+    matrices = sum(x.numel() for x in state.values() if x.ndim > 1)
+    return sum(whole - some for some, whole in kept.values()) / max(matrices, 1)
 
 
 def packed_bytes(kept: Mapping[str, tuple[int, int]], *, bits: int, parameters: int) -> int:

@@ -27,10 +27,9 @@ _SHORT = 0.02
 #: From this sparsity on CSP is to be clearly better, below it no worse.
 CLEAR_FROM = 0.8
 #: What CSP is compared with.
-BASELINES = (
-    *("csp_identity", "csp_random", "gmp", "gmp_global", "l1", "lth", "random"),
-    "model_pruning",
-)
+BASELINES = ("gmp", "gmp_global", "l1", "lth", "random", "model_pruning")
+#: Its own other measurements.
+MEASUREMENTS = ("csp_identity", "csp_random")
 
 
 def page(rows: Sequence[Row], titles: Titles) -> str:
@@ -76,6 +75,14 @@ def verdicts(rows: Sequence[Row], titles: Titles) -> list[str]:
                 f"{error:.4f} nats per label against the best of them ({titles[rival]}) over "
                 f"{len(others[rival])} seed(s), {verdict(change - bound, error - bound)}."
             )
+        for method in MEASUREMENTS:
+            if pairs := paired(mine, select(rows, method=method, sparsity=sparsity)):
+                change, error = difference(pairs)
+                lines.append(
+                    f"- Measured by activations, CSP is no worse than {titles[method]} at "
+                    f"{sparsity:.0%}: {change:+.4f} ± {error:.4f} nats per label over {len(pairs)} "
+                    f"seed(s), {verdict(change, error)}."
+                )
     for method in ("float", "nna8"):
         if pairs := paired(select(rows, method="csp", sparsity=0.7), select(rows, method=method)):
             change, error = difference(pairs)
@@ -91,7 +98,7 @@ def draw(rows: Sequence[Row], titles: Titles, path: Path) -> None:
     """Plot the loss over the share of zeros."""
     lines = {
         titles[method]: points
-        for method in ("csp", *BASELINES)
+        for method in ("csp", *MEASUREMENTS, *BASELINES)
         if (points := [(round(100 * row["zeros"]), row) for row in select(rows, method=method)])
     }
     levels = {

@@ -110,7 +110,8 @@ def test_the_page_has_every_row_and_a_figure(tmp_path: Path) -> None:
 def test_masks_are_found_in_a_checkpoint() -> None:
     mask = torch.tensor([[True, False, False]])
     ours = {"state_dict": {}, "callbacks": {"a": {"masks": {"x": {"mask": mask}}}, "b": 3}}
-    theirs = {"state_dict": {"layer.weight_mask": mask.float()}, "callbacks": {}}
+    weights = {"layer.weight": mask.float(), "layer.bias": torch.zeros(3)}
+    theirs = {"state_dict": weights, "callbacks": {}}
     assert kept_by_tensor(ours) == {"x": (1, 3)}
     assert kept_by_tensor(theirs) == {"layer.weight": (1, 3)}
     assert kept_by_tensor({"state_dict": nn.Linear(2, 2).state_dict(), "callbacks": {}}) == {}
