@@ -60,7 +60,6 @@ class InputMoments(TorchFunctionMode):
             "conv1d": self._convolution,
             "conv2d": self._convolution,
             "multi_head_attention_forward": self._attention,
-            **dict.fromkeys(_RECURRENT, self._recurrent),
         }
 
     def moment(self, name: str) -> Float[Tensor, "columns columns"] | None:
@@ -103,6 +102,11 @@ class InputMoments(TorchFunctionMode):
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
         look = self._looks.get(name)
+        if name in _RECURRENT:
+            result = func(*args, **kwargs)
+            with torch._C.DisableTorchFunction(), torch.no_grad():
+                self._recurrent(func, result[0].detach(), *args, **kwargs)
+            return result
         if look is not None:
             with torch._C.DisableTorchFunction(), torch.no_grad():
                 look(func, *args, **kwargs)
@@ -183,7 +187,7 @@ class InputMoments(TorchFunctionMode):
         batch, _, places = patches.shape
         self._add(weight, patches.reshape(batch, groups, -1, places).transpose(2, 3))
 
-    def _recurrent(self, func: Callable[..., Any], *args: Any) -> None:
+    def _recurrent(self, func: Callable[..., Any], output: Tensor, *args: Any) -> None:
         # (input, states, weights, …, batch_first), or (data, batch sizes, states, weights, …).
         is_packed = not isinstance(args[3], bool)
         x, sizes = args[0], args[1:2] if is_packed else ()
@@ -196,7 +200,9 @@ class InputMoments(TorchFunctionMode):
         each = len(weights) // (layers * directions)
 
         def outputs(x: Tensor, place: int) -> Tensor:
-            """Of one layer in one direction."""
+            """Of one layer in one direction; those of an only one are there already."""
+            if layers * directions == 1:
+                return output
             own = list(weights[place * each : (place + 1) * each])
             first = [s[place : place + 1] for s in (states if is_lstm else [states])]
             state = tuple(first) if is_lstm else first[0]

@@ -9,7 +9,10 @@ import torch
 from jaxtyping import Bool, Shaped
 from torch import Tensor
 
-from lightning_nna.functional.sparsity_pattern import SparsityPattern
+from lightning_nna.functional.sparsity_pattern import SparsityPattern, greatest
+
+# Of as many bytes as a float.
+_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class MaskStage:
@@ -32,6 +35,8 @@ class MaskStage:
         self.method, self.revives = method, revives
         self.mask: Bool[Tensor, "*shape"] = torch.ones_like(weight, dtype=torch.bool)
         self._keeps_all = True
+        # All bits of what is kept: much faster to apply than a mask of truth values.
+        self._bits: Tensor | None = None
 
     @property
     def sparsity(self) -> float:
@@ -42,10 +47,16 @@ class MaskStage:
         """Replace the mask."""
         self.mask = mask.reshape(self.mask.shape).to(self.mask.device)
         self._keeps_all = bool(mask.all())
+        self._bits = None
 
     def transform(self, weight: Tensor, *, hard: bool) -> Tensor:
         """The masked weight."""
-        return weight if self._keeps_all else weight.masked_fill(~self.mask, 0.0)
+        if self._keeps_all:
+            return weight
+        integers = _INTEGERS[weight.element_size()]
+        if self._bits is None or self._bits.dtype != integers:
+            self._bits = self.mask.to(integers).neg_()
+        return (weight.view(integers) & self._bits).view(weight.dtype)
 
     def pull_back(self, weight: Tensor, grad: Tensor) -> Tensor:
         """The gradient as it is where weights may return, else that of the kept ones."""
@@ -90,17 +101,26 @@ def global_sparsities(
     budget = sum(sparsities[name] * weights[name] for name in energies)
     worths, sizes, owners = [], [], []
     for place, (name, energy) in enumerate(energies.items()):
-        flat = energy.double().flatten()
+        flat = energy.flatten()
         if relative:
-            flat = flat / flat.sum().clamp_min(1e-300)
+            flat = flat.double() / flat.sum(dtype=torch.float64).clamp_min(1e-300)
         size = weights[name] / pattern.units(shapes[name])
         worths.append(flat / size)
         sizes.append(torch.full_like(flat, size))
-        owners.append(torch.full_like(flat, place))
-    order = torch.cat(worths).argsort(stable=True)
-    gone = order[torch.cat(sizes)[order].cumsum(0) <= budget + 1e-9]
-    counts = torch.bincount(torch.cat(owners)[gone].long(), minlength=len(energies))
+        owners.append(torch.full_like(flat, place, dtype=torch.int64))
+    gone = _least(torch.cat(worths), torch.cat(sizes), budget)
+    counts = torch.bincount(torch.cat(owners)[gone], minlength=len(energies))
     return {
         name: min(int(count) / energies[name].numel(), 0.99)
         for name, count in zip(energies, counts, strict=True)
     }
+
+
+def _least(worths: Tensor, sizes: Tensor, budget: float) -> Bool[Tensor, " units"]:
+    """Mask of the units of least worth, as many as the budget has room for."""
+    if bool((sizes == sizes[0]).all()):
+        return ~greatest(worths, len(worths) - int((budget + 1e-9) / float(sizes[0])))
+    order = worths.argsort(stable=True)
+    gone = torch.zeros_like(worths, dtype=torch.bool)
+    gone[order[sizes[order].cumsum(0, dtype=torch.float64) <= budget + 1e-9]] = True
+    return gone

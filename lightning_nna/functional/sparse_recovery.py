@@ -258,7 +258,7 @@ class _Problem:
             moved = support(u)
             stayed = stayed + 1 if torch.equal(moved, mask) else 0
             mask = moved
-            z = u * mask
+            z = u * mask.to(u.dtype)
             u -= z
             rho *= effort.rho_grows
         return mask, iteration

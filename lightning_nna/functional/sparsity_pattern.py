@@ -134,7 +134,7 @@ class SparsityPattern:
             order = grouped.argsort(dim=1, descending=True, stable=True)[:, :kept]
             chosen = torch.zeros_like(grouped, dtype=torch.bool).scatter_(1, order, True)
             return chosen.view(shape)
-        chosen = _greatest(energies, energies.numel() - round(sparsity * energies.numel()))
+        chosen = greatest(energies, energies.numel() - round(sparsity * energies.numel()))
         rows, columns = shape
         high, wide = rows // energies.shape[0], columns // energies.shape[1]
         if (high, wide) == (1, 1):
@@ -142,8 +142,17 @@ class SparsityPattern:
         return chosen.repeat_interleave(high, 0).repeat_interleave(wide, 1)
 
 
-def _greatest(values: Tensor, count: int) -> Tensor:
-    """Mask of the ``count`` greatest; of equal ones, the first in row-major order."""
+def greatest(values: Tensor, count: int) -> Tensor:
+    """Mask of the ``count`` greatest; of equal ones, the first in row-major order.
+
+    Args:
+        values: Floats that are not negative, of any shape.
+        count: At most 0 for none.
+
+    Example:
+        >>> greatest(torch.tensor([1.0, 3.0, 2.0, 3.0]), 1)
+        tensor([False,  True, False, False])
+    """
     flat = values.flatten()
     if count <= 0:
         return torch.zeros_like(values, dtype=torch.bool)

@@ -131,12 +131,13 @@ def descend_on_support(
     moment, dense = second_moment.float(), weight.float()
     diagonal = moment.diagonal()
     inverse = torch.where(diagonal > 0, 1 / diagonal, 0.0)
-    x = dense * mask
-    residual = ((dense - x) @ moment).mul_(mask)
+    kept = mask.to(dense.dtype)
+    x = dense * kept
+    residual = ((dense - x) @ moment).mul_(kept)
     direction = residual * inverse
     power = (residual * direction).sum(1, keepdim=True)
     for _ in range(iterations):
-        product = (direction @ moment).mul_(mask)
+        product = (direction @ moment).mul_(kept)
         curvature = (direction * product).sum(1, keepdim=True)
         step = torch.where(curvature > 0, power / curvature, 0.0)
         x.addcmul_(step, direction)
