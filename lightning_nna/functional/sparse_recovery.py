@@ -103,7 +103,8 @@ def recover_sparse_weight(
         refit: Fit the weights on the support by least squares.
         exact: ADMM goes on until the support stays, and the fit is by Cholesky's factors; else at
             most 16 iterations, and the fit by some steps of conjugate gradients: several times
-            faster, with somewhat more error; a ``start`` takes the place of the largest weights.
+            faster, with somewhat more error; a ``start`` takes the place of the largest weights,
+            and is taken as it is where its error is below a ten-thousandth, as the chip's own is.
         solver: Of a given sparsity: ``"admm"``, or ``"iht"`` for iterative hard thresholding, which
             is simpler and ends in poorer supports.
         max_iterations: Most iterations; 0 takes the largest weights, scaled by their inputs.
@@ -142,6 +143,7 @@ class _Effort:
         stayed: It ends after as many iterations without change.
         compares: Steps of conjugate gradients to compare supports.
         fits: Steps in place of the exact fit; 0 for the exact fit.
+        enough: No support is looked for where that of the start has less error.
     """
 
     iterations: int
@@ -150,10 +152,15 @@ class _Effort:
     stayed: int
     compares: int
     fits: int
+    enough: float
 
 
-_THOROUGH = _Effort(iterations=1000, first_rho=0.03, rho_grows=1.1, stayed=10, compares=6, fits=0)
-_QUICK = _Effort(iterations=16, first_rho=0.05, rho_grows=1.25, stayed=3, compares=3, fits=12)
+_THOROUGH = _Effort(
+    iterations=1000, first_rho=0.03, rho_grows=1.1, stayed=10, compares=6, fits=0, enough=0.0
+)
+_QUICK = _Effort(
+    iterations=16, first_rho=0.05, rho_grows=1.25, stayed=3, compares=3, fits=12, enough=1e-4
+)
 
 
 @dataclass(frozen=True)
@@ -217,21 +224,21 @@ class _Problem:
         def support(y: Tensor) -> Tensor:
             return pattern.mask(pattern.energies(y), sparsity, shape)
 
-        candidates = []
-        iterations = 0
-        if start is None or settings.effort is _THOROUGH:
-            candidates.append(support(self.scaled_weight))
+        effort, iterations = settings.effort, 0
+        masks = []
+        if start is None or effort is _THOROUGH:
+            masks.append(support(self.scaled_weight))
         if start is not None:
-            candidates.append(self._within(pattern, sparsity, start))
-        if self.scaled_moment is not None and settings.max_iterations > 0:
+            masks.append(self._within(pattern, sparsity, start))
+        steps = effort.compares if settings.refit else 0
+        errors = [self.nmse(self.fit(mask, steps)) for mask in masks]
+        can_solve = self.scaled_moment is not None and settings.max_iterations > 0
+        if can_solve and not (start is not None and errors[-1] <= effort.enough):
             solver = self.split if settings.solver == "admm" else self.descend
-            found, iterations = solver(support, candidates[-1], settings)
-            candidates.append(found)
-        if settings.refit and len(candidates) > 1:
-            compares = settings.effort.compares
-            candidates = [min(candidates, key=lambda mask: self.nmse(self.fit(mask, compares)))]
-        solutions = [self.solution(mask, settings, iterations) for mask in candidates]
-        return min(solutions, key=lambda solution: solution.nmse)
+            found, iterations = solver(support, masks[-1], settings)
+            masks.append(found)
+            errors.append(self.nmse(self.fit(found, steps)))
+        return self.solution(masks[errors.index(min(errors))], settings, iterations)
 
     def fit(self, mask: Tensor, steps: int) -> Tensor:
         """The scaled weight on a support, fitted by some steps of conjugate gradients."""
