@@ -51,16 +51,17 @@ class MaskStage:
 
     def transform(self, weight: Tensor, *, hard: bool) -> Tensor:
         """The masked weight."""
-        if self._keeps_all:
-            return weight
-        integers = _INTEGERS[weight.element_size()]
-        if self._bits is None or self._bits.dtype != integers:
-            self._bits = self.mask.to(integers).neg_()
-        return (weight.view(integers) & self._bits).view(weight.dtype)
+        return weight if self._keeps_all else self._kept(weight)
 
     def pull_back(self, weight: Tensor, grad: Tensor) -> Tensor:
         """The gradient as it is where weights may return, else that of the kept ones."""
-        return grad if self.revives or self._keeps_all else grad * self.mask
+        return grad if self.revives or self._keeps_all else self._kept(grad)
+
+    def _kept(self, x: Tensor) -> Tensor:
+        integers = _INTEGERS[x.element_size()]
+        if self._bits is None or self._bits.dtype != integers:
+            self._bits = self.mask.to(integers).neg_()
+        return (x.view(integers) & self._bits).view(x.dtype)
 
     def state_dict(self) -> dict[str, Any]:
         """The mask."""

@@ -35,13 +35,11 @@ TIME_TARGET, MEMORY_TARGET = 1.15, 1.3
 TITLES = {
     "float": "float",
     "csp": "CSP, activations",
-    "csp_identity": "CSP, identity",
     "gmp": "gradual magnitude",
 }
 _SETTINGS = {
     "float": ("compression=none",),
     "csp": ("compression=csp",),
-    "csp_identity": ("compression=csp", "+callbacks.prune.measurement=identity"),
     "gmp": ("compression=gmp",),
 }
 
