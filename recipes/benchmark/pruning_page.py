@@ -63,6 +63,7 @@ def verdicts(rows: Sequence[Row], titles: Titles) -> list[str]:
         }
         if others:
             rival = hardest_rival(others)
+            theirs = select(rows, method=rival, sparsity=sparsity)
             change, error = difference(others[rival])
             # From there on the difference is to be larger than its standard error.
             clearly, bound = (
@@ -73,25 +74,34 @@ def verdicts(rows: Sequence[Row], titles: Titles) -> list[str]:
             lines.append(
                 f"- CSP {clearly} every baseline at {sparsity:.0%}: {change:+.4f} ± "
                 f"{error:.4f} nats per label against the best of them ({titles[rival]}) over "
-                f"{len(others[rival])} seed(s), {verdict(change - bound, error - bound)}."
+                f"{len(others[rival])} seed(s), {verdict(change - bound, error - bound)}"
+                f"{_words(mine, theirs)}."
             )
         for method in MEASUREMENTS:
-            if pairs := paired(mine, select(rows, method=method, sparsity=sparsity)):
+            theirs = select(rows, method=method, sparsity=sparsity)
+            if pairs := paired(mine, theirs):
                 change, error = difference(pairs)
                 lines.append(
                     f"- Measured by activations, CSP is no worse than {titles[method]} at "
                     f"{sparsity:.0%}: {change:+.4f} ± {error:.4f} nats per label over {len(pairs)} "
-                    f"seed(s), {verdict(change, error)}."
+                    f"seed(s), {verdict(change, error)}{_words(mine, theirs)}."
                 )
     for method in ("float", "nna8"):
-        if pairs := paired(select(rows, method="csp", sparsity=0.7), select(rows, method=method)):
+        mine, theirs = select(rows, method="csp", sparsity=0.7), select(rows, method=method)
+        if pairs := paired(mine, theirs):
             change, error = difference(pairs)
             lines.append(
                 f"- 70 % of zeros without loss of accuracy against {titles[method]}: "
                 f"{relative(pairs):+.1%} of the loss over {len(pairs)} seed(s), "
-                f"{verdict(change, error)}."
+                f"{verdict(change, error)}{_words(mine, theirs)}."
             )
     return lines
+
+
+def _words(mine: Sequence[Row], theirs: Sequence[Row]) -> str:
+    """The difference in WER, and its word."""
+    change, error = difference(paired(mine, theirs, "wer"))
+    return f"; {100 * change:+.1f} ± {100 * error:.1f} points of WER, {verdict(change, error)}"
 
 
 def draw(rows: Sequence[Row], titles: Titles, path: Path) -> None:
