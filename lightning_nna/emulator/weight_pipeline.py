@@ -100,6 +100,9 @@ class WeightPipeline:
         self._parameters: dict[str, nn.Parameter] = {}
         self._by_id: dict[int, str] = {}
         self._latent: dict[str, Tensor] = {}
+        # Where latent weights lay in the last step: memory that is freed in every step is fetched
+        # from the system in every step.
+        self._spare: dict[str, Tensor] = {}
         # Parameters whose gradient is that of a transformed weight.
         self._pending: set[str] = set()
         self._steppers: list[tuple[int, Callable[[], None]]] = []
@@ -160,6 +163,8 @@ class WeightPipeline:
         """Undo :meth:`attend`."""
         self._steppers = [one for one in self._steppers if one[1] != stepped]
         self._stepped = []
+        if not self._steppers:
+            self._spare = {}
 
     def has_stepped(self, stepped: Callable[[], None]) -> None:
         """A method has seen the optimiser step; when all have, they act in their order."""
@@ -190,7 +195,7 @@ class WeightPipeline:
             weight = parameter.detach()
             result = _transformed(weight, stages, hard=phase == "hard")
             if result is not weight:
-                self._latent[name] = weight.clone()
+                self._latent[name] = self._aside(name, weight)
                 parameter.copy_(result)
                 if phase == "train":
                     self._pending.add(name)
@@ -200,8 +205,20 @@ class WeightPipeline:
         """Let the parameters hold the latent weights again."""
         for name, latent in self._latent.items():
             self._parameters[name].copy_(latent)
+        if self._latent:
+            self._spare = dict(self._latent) if self._steppers else {}
         self._latent.clear()
         self.phase = "latent"
+
+    def _aside(self, name: str, weight: Tensor) -> Tensor:
+        spare = self._spare.pop(name, None)
+        if spare is None or (spare.shape, spare.dtype, spare.device) != (
+            weight.shape,
+            weight.dtype,
+            weight.device,
+        ):
+            return weight.clone()
+        return spare.copy_(weight)
 
     @unseen
     def pull_back(self, parameters: Iterable[Tensor]) -> None:
