@@ -63,7 +63,7 @@ METHODS: dict[str, Method] = {
     "csp_identity": Method("CSP, identity", "csp", (f"{_PRUNE}.measurement=identity",)),
     "csp_random": Method("CSP, random projections", "csp", (f"{_PRUNE}.measurement=random",)),
     "csp_unfitted": Method("CSP, survivors as they are", "csp", (f"{_PRUNE}.refit=false",)),
-    "csp_layer": Method("CSP, each layer alike", "csp", (_BY_LAYER,), (0.8,)),
+    "csp_layer": Method("CSP, each layer alike", "csp", (_BY_LAYER,)),
     "csp_equal": Method(
         "CSP, each layer alike, all errors alike",
         "csp",
