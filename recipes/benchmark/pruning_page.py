@@ -165,6 +165,11 @@ weighed by gradients, 0.325 with one budget as well; gradual magnitude 0.563. A 
 30 % of the run with masks frozen at 50 % gave 0.321, words 1.6 points worse, and was not adopted:
 all methods have the same ramp, to 50 %, and freeze at 75 %.
 
+At 50 % gradual magnitude with each layer alike ends below the loss of the dense network and of
+float, at the same rate of word errors; CSP keeps to the dense network's. That half of the small
+layers goes there, too, may regularise what few utterances overfit: a guess. Tried with CSP, seed 1:
+survivors as they are, and each layer alike; both are in the table, the second is nearer.
+
 ![Loss by share of zeros](pruning.png)
 
 | method | wanted | zeros | seeds | WER | range | nats per label | against float | packed |
