@@ -35,7 +35,7 @@ def test_commands_exist(page: Path) -> None:
 @pytest.mark.parametrize("page", PAGES, ids=page_id)
 def test_configurations_exist(page: Path) -> None:
     commands = re.findall(r"^.*-m recipes[.]\w+ (.*)$", page.read_text("utf-8"), re.MULTILINE)
-    choices = re.findall(r"\b([a-z_]+)=([\w-]+)(?=\s|`|$)", " ".join(commands))
+    choices = re.findall(r"(?<![\w.])([a-z_]+)=([\w-]+)(?=\s|`|$)", " ".join(commands))
     groups = {path.name for path in (ROOT / "conf").iterdir() if path.is_dir()}
     files = [ROOT / "conf" / group / f"{option}.yaml" for group, option in choices]
     assert [path for path in files if path.parent.name in groups and not path.exists()] == []
