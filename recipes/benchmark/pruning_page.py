@@ -63,29 +63,22 @@ def verdicts(rows: Sequence[Row], titles: Titles) -> list[str]:
         }
         if others:
             rival = hardest_rival(others)
-            theirs = select(rows, method=rival, sparsity=sparsity)
-            change, error = difference(others[rival])
-            # From there on the difference is to be larger than its standard error.
-            clearly, bound = (
-                ("clearly better than", -error)
-                if sparsity >= CLEAR_FROM
-                else ("no worse than", 0.0)
-            )
+            is_clear = sparsity >= CLEAR_FROM
+            word = "clearly better than" if is_clear else "no worse than"
             lines.append(
-                f"- CSP {clearly} every baseline at {sparsity:.0%}: {change:+.4f} ± "
-                f"{error:.4f} nats per label against the best of them ({titles[rival]}) over "
-                f"{len(others[rival])} seed(s), {verdict(change - bound, error - bound)}"
-                f"{_words(mine, theirs)}."
+                _judged(
+                    f"CSP {word} every baseline at {sparsity:.0%}",
+                    mine,
+                    _as_sparse(rows, rival, sparsity),
+                    against=f" against the best of them ({titles[rival]})",
+                    is_clear=is_clear,
+                )
             )
         for method in MEASUREMENTS:
             theirs = select(rows, method=method, sparsity=sparsity)
-            if pairs := paired(mine, theirs):
-                change, error = difference(pairs)
-                lines.append(
-                    f"- Measured by activations, CSP is no worse than {titles[method]} at "
-                    f"{sparsity:.0%}: {change:+.4f} ± {error:.4f} nats per label over {len(pairs)} "
-                    f"seed(s), {verdict(change, error)}{_words(mine, theirs)}."
-                )
+            if paired(mine, theirs):
+                claim = f"Measured by activations, CSP is no worse than {titles[method]}"
+                lines.append(_judged(f"{claim} at {sparsity:.0%}", mine, theirs))
     for method in ("float", "nna8"):
         mine, theirs = select(rows, method="csp", sparsity=0.7), select(rows, method=method)
         if pairs := paired(mine, theirs):
@@ -96,6 +89,24 @@ def verdicts(rows: Sequence[Row], titles: Titles) -> list[str]:
                 f"{verdict(change, error)}{_words(mine, theirs)}."
             )
     return lines
+
+
+def _judged(
+    claim: str,
+    mine: Sequence[Row],
+    theirs: Sequence[Row],
+    *,
+    against: str = "",
+    is_clear: bool = False,
+) -> str:
+    """A claim, the difference in loss, and whether it is met; clearly is by more than its error."""
+    pairs = paired(mine, theirs)
+    change, error = difference(pairs)
+    bound = -error if is_clear else 0.0
+    return (
+        f"- {claim}: {change:+.4f} ± {error:.4f} nats per label{against} over {len(pairs)} "
+        f"seed(s), {verdict(change - bound, error - bound)}{_words(mine, theirs)}."
+    )
 
 
 def _words(mine: Sequence[Row], theirs: Sequence[Row]) -> str:
