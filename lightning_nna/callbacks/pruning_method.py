@@ -123,7 +123,7 @@ class PruningMethod(WeightMethod, ABC):
         """Share of zeros in all selected weights now; 0 before a run has started."""
         if not self.masks:
             return 0.0
-        kept = sum(int(stage.mask.sum()) for stage in self.masks.values())
+        kept = sum(stage.kept for stage in self.masks.values())
         return 1 - kept / sum(stage.mask.numel() for stage in self.masks.values())
 
     @override

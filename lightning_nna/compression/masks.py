@@ -24,6 +24,7 @@ class MaskStage:
 
     Attributes:
         mask: True where weights are kept.
+        kept: How many weights are.
         revives: Whether zeroed weights are trained on, with the gradient that reached their zero,
             so that they may return; else they get none.
     """
@@ -34,34 +35,47 @@ class MaskStage:
     def __init__(self, method: str, weight: Tensor, *, revives: bool) -> None:
         self.method, self.revives = method, revives
         self.mask: Bool[Tensor, "*shape"] = torch.ones_like(weight, dtype=torch.bool)
-        self._keeps_all = True
+        self.kept = weight.numel()
         # All bits of what is kept: much faster to apply than a mask of truth values.
         self._bits: Tensor | None = None
 
     @property
     def sparsity(self) -> float:
         """Share of zeros."""
-        return 1 - float(self.mask.float().mean())
+        return 1 - self.kept / self.mask.numel()
+
+    @property
+    def keeps_all(self) -> bool:
+        """Whether no weight is zeroed."""
+        return self.kept == self.mask.numel()
 
     def set_mask(self, mask: Bool[Tensor, "*shape"]) -> None:
         """Replace the mask."""
         self.mask = mask.reshape(self.mask.shape).to(self.mask.device)
-        self._keeps_all = bool(mask.all())
+        self.kept = int(self.mask.sum())
         self._bits = None
 
     def transform(self, weight: Tensor, *, hard: bool) -> Tensor:
         """The masked weight."""
-        return weight if self._keeps_all else self._kept(weight)
+        return weight if self.keeps_all else self._kept(weight)
 
     def pull_back(self, weight: Tensor, grad: Tensor) -> Tensor:
         """The gradient as it is where weights may return, else that of the kept ones."""
-        return grad if self.revives or self._keeps_all else self._kept(grad)
+        return grad if self.revives or self.keeps_all else self._kept(grad)
+
+    def zero_(self, weight: Tensor) -> None:
+        """Zero in place what is not kept."""
+        integers = _INTEGERS[weight.element_size()]
+        weight.view(integers).bitwise_and_(self._bits_of(integers))
 
     def _kept(self, x: Tensor) -> Tensor:
         integers = _INTEGERS[x.element_size()]
+        return (x.view(integers) & self._bits_of(integers)).view(x.dtype)
+
+    def _bits_of(self, integers: torch.dtype) -> Tensor:
         if self._bits is None or self._bits.dtype != integers:
             self._bits = self.mask.to(integers).neg_()
-        return (x.view(integers) & self._bits).view(x.dtype)
+        return self._bits
 
     def state_dict(self) -> dict[str, Any]:
         """The mask."""

@@ -86,6 +86,13 @@ class Masking(Protocol):
     def mask(self) -> Tensor:
         """True where weights are kept, in the shape of the parameter."""
 
+    @property
+    def keeps_all(self) -> bool:
+        """Whether the mask is True everywhere."""
+
+    def zero_(self, weight: Tensor) -> None:
+        """Zero in place what the mask does not keep."""
+
 
 class WeightPipeline:
     """The stages of one module's parameters. Use :func:`pipeline_of`.
@@ -191,14 +198,21 @@ class WeightPipeline:
             raise RuntimeError(f"weights are substituted for {self.phase!r} already: restore first")
         self.phase = phase
         for name, stages in self._stages.items():
-            parameter = self._parameters[name]
-            weight = parameter.detach()
-            result = _transformed(weight, stages, hard=phase == "hard")
-            if result is not weight:
+            weight = self._parameters[name].detach()
+            mask = stages[0] if isinstance(stages[0], Masking) and len(stages) == 1 else None
+            if mask is not None:  # In place: weights are read and written half as often.
+                if mask.keeps_all:
+                    continue
                 self._latent[name] = self._aside(name, weight)
-                parameter.copy_(result)
-                if phase == "train":
-                    self._pending.add(name)
+                mask.zero_(weight)
+            else:
+                result = _transformed(weight, stages, hard=phase == "hard")
+                if result is weight:
+                    continue
+                self._latent[name] = self._aside(name, weight)
+                weight.copy_(result)
+            if phase == "train":
+                self._pending.add(name)
 
     @unseen
     def restore(self) -> None:
@@ -273,7 +287,7 @@ def _transformed(weight: Tensor, stages: Sequence[Stage], *, hard: bool) -> Tens
     for stage in stages:
         result = stage.transform(result, hard=hard)
     if len(stages) > 1 and isinstance(stages[0], Masking) and result is not weight:
-        result = result.masked_fill(~stages[0].mask, 0.0)
+        result = stages[0].transform(result, hard=hard)
     return result
 
 

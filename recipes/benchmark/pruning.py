@@ -62,8 +62,10 @@ METHODS: dict[str, Method] = {
     "csp": Method("CSP, activations", "csp"),
     "csp_identity": Method("CSP, identity", "csp", (f"{_PRUNE}.measurement=identity",)),
     "csp_random": Method("CSP, random projections", "csp", (f"{_PRUNE}.measurement=random",)),
-    "csp_unfitted": Method("CSP, survivors as they are", "csp", (f"{_PRUNE}.refit=false",)),
-    "csp_layer": Method("CSP, each layer alike", "csp", (_BY_LAYER,)),
+    "csp_unfitted": Method(
+        "CSP, survivors as they are", "csp", (f"{_PRUNE}.refit=false",), (0.5, 0.8)
+    ),
+    "csp_layer": Method("CSP, each layer alike", "csp", (_BY_LAYER,), (0.5, 0.8)),
     "csp_equal": Method(
         "CSP, each layer alike, all errors alike",
         "csp",
@@ -72,11 +74,17 @@ METHODS: dict[str, Method] = {
     ),
     "gmp": Method("gradual magnitude", "gmp"),
     "gmp_global": Method("gradual magnitude, one budget", "gmp", (f"{_PRUNE}.scope=global",)),
+    "gmp_global_100": Method(
+        "gradual magnitude, one budget, every 100 steps",
+        "gmp",
+        (f"{_PRUNE}.scope=global", f"{_PRUNE}.every_n_steps=100"),
+        (0.5, 0.7, 0.8),
+    ),
     "l1": Method("L1, proximal", "l1"),
     "lth": Method(
         "lottery ticket", "lottery", (f"{_PRUNE}.every_n_steps=120", f"{_PRUNE}.freeze_step=0.5")
     ),
-    "random": Method("random", "random_pruning"),
+    "random": Method("random", "random_pruning", sparsities=(0.5, 0.8)),
     "model_pruning": Method("Lightning's ModelPruning", "model_pruning"),
     "csp_2:4": Method("CSP, 2:4", "csp", ("pattern='2:4'", _BY_LAYER), (0.5,)),
     "gmp_2:4": Method("gradual magnitude, 2:4", "gmp", ("pattern='2:4'",), (0.5,)),

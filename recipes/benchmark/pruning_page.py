@@ -27,7 +27,7 @@ _SHORT = 0.02
 #: From this sparsity on CSP is to be clearly better, below it no worse.
 CLEAR_FROM = 0.8
 #: What CSP is compared with.
-BASELINES = ("gmp", "gmp_global", "l1", "lth", "random", "model_pruning")
+BASELINES = ("gmp", "gmp_global", "gmp_global_100", "l1", "lth", "random", "model_pruning")
 #: Its own other measurements.
 MEASUREMENTS = ("csp_identity", "csp_random")
 

@@ -16,7 +16,13 @@ def test_what_is_masked_is_a_plain_zero(dtype: torch.dtype) -> None:
     assert stage.transform(weight, hard=True) is weight
     stage.set_mask(torch.tensor([[True, False], [False, True], [False, False]]))
     expected = torch.tensor([[-1.5, 0.0], [0.0, -0.25], [0.0, 0.0]], dtype=dtype)
-    for masked in (stage.transform(weight, hard=False), stage.pull_back(weight, weight)):
+    in_place = weight.clone()
+    stage.zero_(in_place)
+    for masked in (
+        stage.transform(weight, hard=False),
+        stage.pull_back(weight, weight),
+        in_place,
+    ):
         assert torch.equal(masked, expected)
         assert not torch.signbit(masked[expected == 0]).any()
     stage.revives = True
@@ -28,6 +34,8 @@ def test_a_new_mask_takes_the_place_of_the_old_one() -> None:
     stage = MaskStage("method", weight, revives=False)
     for kept in ([True, False, True], [False, True, True]):
         stage.set_mask(torch.tensor(kept))
+        assert stage.kept == 2
+        assert stage.sparsity == pytest.approx(1 / 3)
         assert torch.equal(stage.transform(weight, hard=True) != 0, torch.tensor(kept))
 
 
