@@ -62,6 +62,9 @@ METHODS: dict[str, Method] = {
     "csp": Method("CSP, activations", "csp"),
     "csp_identity": Method("CSP, identity", "csp", (f"{_PRUNE}.measurement=identity",)),
     "csp_random": Method("CSP, random projections", "csp", (f"{_PRUNE}.measurement=random",)),
+    "csp_50": Method(
+        "CSP, activations, every 50 steps", "csp", (f"{_PRUNE}.every_n_steps=50",), (0.9, 0.95)
+    ),
     "csp_unfitted": Method(
         "CSP, survivors as they are", "csp", (f"{_PRUNE}.refit=false",), (0.5, 0.8)
     ),
