@@ -43,8 +43,6 @@ class CompressedSensingPruning(PruningMethod):
 
     Args:
         sparsity: See :class:`.PruningMethod`.
-        every_n_steps: Optimiser steps from one recovery to the next. Each fits what survives anew,
-            and training needs some steps after it: more of them are dearer, and no better.
         measurement: ``"activations"``: the inputs' second moments; ``"identity"``: the weights
             themselves; ``"random"``: as many random projections as a weight has columns.
         measure_steps: Optimiser steps before each recovery whose inputs count.
@@ -88,7 +86,6 @@ class CompressedSensingPruning(PruningMethod):
         self,
         sparsity: float,
         *,
-        every_n_steps: int = 100,
         measurement: Measurement = "activations",
         measure_steps: int = 8,
         weighting: Weighting = "gradients",
@@ -98,7 +95,7 @@ class CompressedSensingPruning(PruningMethod):
         revives: bool = True,
         **settings: Any,
     ) -> None:
-        super().__init__(sparsity, every_n_steps=every_n_steps, revives=revives, **settings)
+        super().__init__(sparsity, revives=revives, **settings)
         if measurement not in ("activations", "identity", "random"):
             raise ValueError(
                 f"measurement must be 'activations', 'identity' or 'random', got {measurement!r}"

@@ -265,7 +265,7 @@ class _Problem:
             moved = support(u)
             stayed = stayed + 1 if torch.equal(moved, mask) else 0
             mask = moved
-            z = u * mask.to(u.dtype)
+            z = u * mask.view(torch.uint8).to(u.dtype)  # From truth values it takes longer.
             u -= z
             rho *= effort.rho_grows
         return mask, iteration

@@ -131,7 +131,7 @@ def descend_on_support(
     moment, dense = second_moment.float(), weight.float()
     diagonal = moment.diagonal()
     inverse = torch.where(diagonal > 0, 1 / diagonal, 0.0)
-    kept = mask.to(dense.dtype)
+    kept = mask.view(torch.uint8).to(dense.dtype)
     x = dense * kept
     residual = ((dense - x) @ moment).mul_(kept)
     direction = residual * inverse

@@ -62,19 +62,9 @@ METHODS: dict[str, Method] = {
     "csp": Method("CSP, activations", "csp"),
     "csp_identity": Method("CSP, identity", "csp", (f"{_PRUNE}.measurement=identity",)),
     "csp_random": Method("CSP, random projections", "csp", (f"{_PRUNE}.measurement=random",)),
-    "csp_50": Method(
-        "CSP, activations, every 50 steps", "csp", (f"{_PRUNE}.every_n_steps=50",), (0.9, 0.95)
-    ),
-    "csp_unfitted": Method(
-        "CSP, survivors as they are", "csp", (f"{_PRUNE}.refit=false",), (0.5, 0.8)
-    ),
-    "csp_layer": Method("CSP, each layer alike", "csp", (_BY_LAYER,), (0.5, 0.8)),
-    "csp_equal": Method(
-        "CSP, each layer alike, all errors alike",
-        "csp",
-        (_BY_LAYER, f"{_PRUNE}.weighting=equal"),
-        (0.8,),
-    ),
+    "csp_100": Method("CSP, activations, every 100 steps", "csp", (f"{_PRUNE}.every_n_steps=100",)),
+    "csp_unfitted": Method("CSP, survivors as they are", "csp", (f"{_PRUNE}.refit=false",), (0.5,)),
+    "csp_layer": Method("CSP, each layer alike", "csp", (_BY_LAYER,), (0.5,)),
     "gmp": Method("gradual magnitude", "gmp"),
     "gmp_global": Method("gradual magnitude, one budget", "gmp", (f"{_PRUNE}.scope=global",)),
     "gmp_global_100": Method(
