@@ -8,7 +8,7 @@ from statistics import fmean, stdev
 
 import matplotlib as mpl
 from matplotlib.figure import Figure
-from matplotlib.ticker import StrMethodFormatter
+from matplotlib.ticker import FuncFormatter
 
 from lightning_nna.files import write_whole
 from recipes.benchmark.rows import Row, read_rows, spread
@@ -156,8 +156,10 @@ def draw_losses(
         axes.set_xlabel(label)
         axes.set_ylabel("nats per label on AN4 test")
         axes.set_yscale("log")
+        low, high = axes.get_ylim()
+        shown = "123456789" if high < 10 * low else "1235"  # Else they run into each other.
         for each in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
-            each(StrMethodFormatter("{x:.3g}"))
+            each(FuncFormatter(lambda x, _: f"{x:.3g}" if f"{x:e}"[0] in shown else ""))
         axes.legend(frameon=False, fontsize=8, ncols=2)
         axes.set_xticks(list(places))
         figure.savefig(path, dpi=150, metadata={"Software": None})
