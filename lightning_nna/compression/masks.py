@@ -65,14 +65,15 @@ class MaskStage:
 
     def zero_(self, weight: Tensor) -> None:
         """Zero in place what is not kept."""
-        integers = _INTEGERS[weight.element_size()]
-        weight.view(integers).bitwise_and_(self._bits_of(integers))
+        bits = self._bits_for(weight)
+        weight.view(bits.dtype).bitwise_and_(bits)
 
     def _kept(self, x: Tensor) -> Tensor:
-        integers = _INTEGERS[x.element_size()]
-        return (x.view(integers) & self._bits_of(integers)).view(x.dtype)
+        bits = self._bits_for(x)
+        return (x.view(bits.dtype) & bits).view(x.dtype)
 
-    def _bits_of(self, integers: torch.dtype) -> Tensor:
+    def _bits_for(self, x: Tensor) -> Tensor:
+        integers = _INTEGERS[x.element_size()]
         if self._bits is None or self._bits.dtype != integers:
             self._bits = self.mask.to(integers).neg_()
         return self._bits

@@ -199,12 +199,12 @@ class WeightPipeline:
         self.phase = phase
         for name, stages in self._stages.items():
             weight = self._parameters[name].detach()
-            mask = stages[0] if isinstance(stages[0], Masking) and len(stages) == 1 else None
-            if mask is not None:  # In place: weights are read and written half as often.
+            mask = _mask_of(stages)
+            if mask is not None and len(stages) == 1:
                 if mask.keeps_all:
                     continue
                 self._latent[name] = self._aside(name, weight)
-                mask.zero_(weight)
+                mask.zero_(weight)  # In place: weights are read and written half as often.
             else:
                 result = _transformed(weight, stages, hard=phase == "hard")
                 if result is weight:
@@ -281,6 +281,10 @@ class WeightPipeline:
         return stages[-1].grid if stages else None
 
 
+def _mask_of(stages: Sequence[Stage]) -> Masking | None:
+    return stages[0] if isinstance(stages[0], Masking) else None
+
+
 def _transformed(weight: Tensor, stages: Sequence[Stage], *, hard: bool) -> Tensor:
     """What all stages make of a weight; a mask has the last word, too."""
     result = weight
@@ -296,7 +300,8 @@ def _pulled_back(weight: Tensor, stages: Sequence[Stage], grad: Tensor) -> Tenso
     inputs = [weight]
     for stage in stages[:-1]:
         inputs.append(stage.transform(inputs[-1], hard=False))
-    mask = stages[0].mask if isinstance(stages[0], Masking) else None
+    masking = _mask_of(stages)
+    mask = None if masking is None else masking.mask
     for stage, before in reversed(list(zip(stages, inputs, strict=True))):
         if mask is not None and stage is not stages[0]:
             grad = torch.where(mask, stage.pull_back(before, grad * mask), grad)

@@ -154,7 +154,7 @@ Training runs of [Pruning on AN4](pruning.md) in float, {STEPS} steps on one thr
 of zeros, with every choice of masks on the way. Times and peaks of memory are of the whole run, the
 peak with all that the process has loaded; ratios to the float run of the same round, their median
 and range. Nothing else ran beside them; even so runs of one kind differ by 10 % or more on the
-machine these were taken on, so much that half as many choices of masks could seem to cost more. A
+machine these were taken on, so much that four choices of masks seem to cost more than seven. A
 profile of one run with choices every 50 steps, beside another process, counted 11 % of the other
 time for them and 6 % for all else: masks, measuring, logs.
 
