@@ -103,8 +103,7 @@ def recover_sparse_weight(
         refit: Fit the weights on the support by least squares.
         exact: ADMM goes on until the support stays, and the fit is by Cholesky's factors; else at
             most 16 iterations, and the fit by some steps of conjugate gradients: several times
-            faster, with somewhat more error; a ``start`` takes the place of the largest weights,
-            and is taken as it is where its error is below a ten-thousandth, as the chip's own is.
+            faster, with somewhat more error; a ``start`` takes the place of the largest weights.
         solver: Of a given sparsity: ``"admm"``, or ``"iht"`` for iterative hard thresholding, which
             is simpler and ends in poorer supports.
         max_iterations: Most iterations; 0 takes the largest weights, scaled by their inputs.
@@ -143,7 +142,6 @@ class _Effort:
         stayed: It ends after as many iterations without change.
         compares: Steps of conjugate gradients to compare supports.
         fits: Steps in place of the exact fit; 0 for the exact fit.
-        enough: No support is looked for where that of the start has less error.
     """
 
     iterations: int
@@ -152,15 +150,10 @@ class _Effort:
     stayed: int
     compares: int
     fits: int
-    enough: float
 
 
-_THOROUGH = _Effort(
-    iterations=1000, first_rho=0.03, rho_grows=1.1, stayed=10, compares=6, fits=0, enough=0.0
-)
-_QUICK = _Effort(
-    iterations=16, first_rho=0.05, rho_grows=1.25, stayed=3, compares=3, fits=12, enough=1e-4
-)
+_THOROUGH = _Effort(iterations=1000, first_rho=0.03, rho_grows=1.1, stayed=10, compares=6, fits=0)
+_QUICK = _Effort(iterations=16, first_rho=0.05, rho_grows=1.25, stayed=3, compares=3, fits=12)
 
 
 @dataclass(frozen=True)
@@ -232,8 +225,7 @@ class _Problem:
             masks.append(self._within(pattern, sparsity, start))
         steps = effort.compares if settings.refit else 0
         errors = [self.nmse(self.fit(mask, steps)) for mask in masks]
-        can_solve = self.scaled_moment is not None and settings.max_iterations > 0
-        if can_solve and not (start is not None and errors[-1] <= effort.enough):
+        if self.scaled_moment is not None and settings.max_iterations > 0:
             solver = self.split if settings.solver == "admm" else self.descend
             found, iterations = solver(support, masks[-1], settings)
             masks.append(found)

@@ -30,6 +30,8 @@ CLEAR_FROM = 0.8
 BASELINES = ("gmp", "gmp_global", "gmp_global_100", "l1", "lth", "random", "model_pruning")
 #: Its own other measurements.
 MEASUREMENTS = ("csp_identity", "csp_random")
+#: Patterns of zeros, each with its baseline.
+PATTERNS = (("csp_2:4", "gmp_2:4"), ("csp_1x16", "gmp_1x16"))
 
 
 def page(rows: Sequence[Row], titles: Titles) -> str:
@@ -78,6 +80,12 @@ def verdicts(rows: Sequence[Row], titles: Titles) -> list[str]:
             theirs = select(rows, method=method, sparsity=sparsity)
             if paired(mine, theirs):
                 claim = f"Measured by activations, CSP is no worse than {titles[method]}"
+                lines.append(_judged(f"{claim} at {sparsity:.0%}", mine, theirs))
+    for name, rival in PATTERNS:
+        for sparsity in _sparsities(rows, name):
+            mine, theirs = (select(rows, method=m, sparsity=sparsity) for m in (name, rival))
+            if paired(mine, theirs):
+                claim = f"{titles[name]}, no worse than {titles[rival]}"
                 lines.append(_judged(f"{claim} at {sparsity:.0%}", mine, theirs))
     for method in ("float", "nna8"):
         mine, theirs = select(rows, method="csp", sparsity=0.7), select(rows, method=method)

@@ -220,18 +220,6 @@ def test_a_start_is_taken_where_it_is_better() -> None:
     assert int(further.mask.sum()) == 60
 
 
-def test_a_start_that_explains_the_layer_is_taken_as_it_is() -> None:
-    a, w = inputs(200, 30), normal(10, 30)
-    start = normal(10, 30, seed=3) > 0
-    explained = torch.where(start, w, 1e-4 * w)
-    settings = {"sparsity": 1 - float(start.double().mean()), "start": start}
-    found = recover_sparse_weight(explained, moment_of(a), exact=False, **settings)
-    assert torch.equal(found.mask, start)
-    assert (found.iterations, found.nmse < 1e-7) == (0, True)
-    assert recover_sparse_weight(w, moment_of(a), exact=False, **settings).iterations > 0
-    assert recover_sparse_weight(explained, moment_of(a), **settings).iterations > 0
-
-
 @pytest.mark.parametrize(
     ("pattern", "units"), [("2:4", (1, 1)), ("1:2", (1, 1)), ("2x4", (2, 4)), ("4x1", (4, 1))]
 )

@@ -90,6 +90,13 @@ def test_clearly_better_is_by_more_than_the_standard_error() -> None:
     assert "seed(s), met; " in at_90
 
 
+def test_patterns_are_judged_beside_their_own_baseline() -> None:
+    blocks = [_row("csp_1x16", 0.5, 0.19), _row("gmp_1x16", 0.5, 0.18), _row("csp_2:4", 0.5, 0.1)]
+    (line,) = set(verdicts([*ROWS, *blocks], TITLES)) - set(verdicts(ROWS, TITLES))
+    assert "blocks of 16, no worse than gradual magnitude, blocks of 16 at 50%: +0.0100" in line
+    assert "seed(s), missed; " in line
+
+
 def test_what_has_fewer_zeros_is_no_rival() -> None:
     dense = _row("model_pruning", 0.9, 0.17) | {"zeros": 0.03}
     assert verdicts([*ROWS, dense], TITLES) == verdicts(ROWS, TITLES)
