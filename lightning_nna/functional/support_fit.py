@@ -103,6 +103,7 @@ def descend_on_support(
     mask: Bool[Tensor, "rows columns"],
     *,
     iterations: int,
+    start: Float[Tensor, "rows columns"] | None = None,
 ) -> Float[Tensor, "rows columns"]:
     """Towards the fit of :func:`refit_on_support`, by conjugate gradients of all rows at once.
 
@@ -114,6 +115,8 @@ def descend_on_support(
         second_moment: Of the inputs.
         mask: True where weights are fitted; elsewhere they are zero.
         iterations: Steps.
+        start: What the steps begin at, zero where the mask is False; None for the dense weight on
+            the mask.
 
     Returns:
         float32.
@@ -132,7 +135,7 @@ def descend_on_support(
     diagonal = moment.diagonal()
     inverse = torch.where(diagonal > 0, 1 / diagonal, 0.0)
     kept = mask.view(torch.uint8).to(dense.dtype)
-    x = dense * kept
+    x = dense * kept if start is None else start.clone()
     residual = ((dense - x) @ moment).mul_(kept)
     direction = residual * inverse
     power = (residual * direction).sum(1, keepdim=True)
