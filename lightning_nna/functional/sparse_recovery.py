@@ -33,7 +33,7 @@ Differs from the paper: the measurement by second moments, the solvers and the r
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -103,8 +103,7 @@ def recover_sparse_weight(
         refit: Fit the weights on the support by least squares.
         exact: ADMM goes on until the support stays, and the fit is by Cholesky's factors; else at
             most 10 iterations, and the fit by some steps of conjugate gradients: several times
-            faster, with somewhat more error; a ``start`` takes the place of the largest weights,
-            and 4 iterations have to do where its error is below a ten-thousandth.
+            faster, with somewhat more error; a ``start`` takes the place of the largest weights.
         solver: Of a given sparsity: ``"admm"``, or ``"iht"`` for iterative hard thresholding, which
             is simpler and ends in poorer supports.
         max_iterations: Most iterations; 0 takes the largest weights, scaled by their inputs.
@@ -155,9 +154,6 @@ class _Effort:
 
 _THOROUGH = _Effort(iterations=1000, first_rho=0.03, rho_grows=1.1, stayed=10, compares=6, fits=0)
 _QUICK = _Effort(iterations=10, first_rho=0.05, rho_grows=1.4, stayed=3, compares=3, fits=6)
-# From a start that has less error than the chip's rounding a better one is not far.
-_NEAR_ERROR = 1e-4
-_NEAR = _Effort(iterations=4, first_rho=0.3, rho_grows=1.6, stayed=3, compares=3, fits=6)
 
 
 @dataclass(frozen=True)
@@ -231,8 +227,6 @@ class _Problem:
         fits = [self.fit(mask, steps) for mask in masks]
         errors = [self.nmse(fit) for fit in fits]
         if self.scaled_moment is not None and settings.max_iterations > 0:
-            if start is not None and effort is _QUICK and errors[-1] < _NEAR_ERROR:
-                settings = replace(settings, effort=_NEAR)
             solver = self.split if settings.solver == "admm" else self.descend
             found, iterations = solver(support, masks[-1], settings)
             masks.append(found)
