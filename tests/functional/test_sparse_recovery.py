@@ -137,6 +137,12 @@ def test_conjugate_gradients_go_to_the_fit(density: float) -> None:
     assert errors == sorted(errors, reverse=True)
     assert errors[0] > 1.05 * fitted
     assert errors[-1] == pytest.approx(fitted, rel=1e-5)
+    begun = descend_on_support(w, moment, mask, iterations=2)
+    further = descend_on_support(w, moment, mask, iterations=2, start=begun)
+    assert errors[2] > measurement_nmse(w, further, moment) >= fitted * (1 - 1e-5)
+    assert torch.equal(further != 0, mask)
+    again = descend_on_support(w, moment, mask, iterations=0, start=begun)
+    assert torch.equal(again, begun)
 
 
 def test_inputs_that_repeat_each_other_have_a_fit() -> None:
