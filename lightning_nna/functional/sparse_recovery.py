@@ -223,15 +223,13 @@ class _Problem:
             masks.append(support(self.scaled_weight))
         if start is not None:
             masks.append(self._within(pattern, sparsity, start))
-        steps = effort.compares if settings.refit else 0
-        fits = [self.fit(mask, steps) for mask in masks]
-        errors = [self.nmse(fit) for fit in fits]
         if self.scaled_moment is not None and settings.max_iterations > 0:
             solver = self.split if settings.solver == "admm" else self.descend
             found, iterations = solver(support, masks[-1], settings)
             masks.append(found)
-            fits.append(self.fit(found, steps))
-            errors.append(self.nmse(fits[-1]))
+        steps = effort.compares if settings.refit else 0
+        fits = [self.fit(mask, steps) for mask in masks]
+        errors = [self.nmse(fit) for fit in fits]
         best = errors.index(min(errors))
         return self.solution(masks[best], settings, iterations, fits[best])
 
