@@ -69,10 +69,23 @@ def test_targets_are_judged() -> None:
     found = verdicts(ROWS, TITLES)
     assert found[0].startswith("- CSP no worse than every baseline at 70%: -0.0040 ± 0.0000 nats")
     assert "against the best of them (gradual magnitude)" in found[0]
-    assert found[0].endswith("met; +0.0 ± 0.0 points of WER, met.")
+    assert found[0].endswith(
+        "met; +0.0 ± 0.0 points of WER against the best (gradual magnitude), met."
+    )
     assert found[1].startswith("- CSP clearly better than every baseline at 90%: +0.0050 ± 0.0000")
-    assert found[1].endswith("missed; +0.0 ± 0.0 points of WER, met.")
+    assert found[1].endswith(
+        "missed; +0.0 ± 0.0 points of WER against the best (gradual magnitude), met."
+    )
     assert "70 % of zeros without loss of accuracy against float: -1.2% of the loss" in found[2]
+
+
+def test_words_are_judged_beside_who_is_best_in_words() -> None:
+    rival = _row("gmp_global", 0.7, 0.18) | {"wer": 0.14}
+    line = verdicts([*ROWS, rival], TITLES)[0]
+    assert "-0.0040 ± 0.0000 nats per label against the best of them (gradual magnitude)" in line
+    assert line.endswith(
+        "+1.0 ± 0.0 points of WER against the best (gradual magnitude, one budget), missed."
+    )
 
 
 def test_clearly_better_is_by_more_than_the_standard_error() -> None:
