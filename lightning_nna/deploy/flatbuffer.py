@@ -40,7 +40,6 @@ _OPTIONS = {
     "REDUCE_MIN": "ReducerOptions",
     "REVERSE_V2": "ReverseV2Options",
     "SELECT_V2": "SelectV2Options",
-    "SUM": "ReducerOptions",
     "UNIDIRECTIONAL_SEQUENCE_LSTM": "UnidirectionalSequenceLSTMOptions",
 }
 _WITHOUT_OPTIONS = frozenset(
@@ -48,6 +47,65 @@ _WITHOUT_OPTIONS = frozenset(
     ELU EMBEDDING_LOOKUP FLOOR HARD_SWISH LOG LOGISTIC RELU RELU6 RSQRT SIN SQRT TANH
     """.split()
 )
+# Versions by the type of the first operand; 1 for a type that is not there. A runtime refuses a
+# program whose operator has a version that it does not know, BROADCAST_TO has none below 2.
+_VERSIONS: dict[str, dict[str, int]] = {
+    "ABS": {"int8": 2, "int16": 3},
+    "ADD": {"int8": 2, "int16": 3},
+    "BATCH_MATMUL": {"int8": 2, "int16": 3},
+    "BROADCAST_TO": {"bool": 2, "float32": 2, "int32": 2, "int64": 2, "int8": 3, "int16": 3},
+    "CONCATENATION": {"int8": 2, "int16": 3},
+    "CONV_2D": {"int8": 3, "int16": 4},
+    "COS": {},
+    "DEPTHWISE_CONV_2D": {"int8": 3, "int16": 5},
+    "DEQUANTIZE": {"int8": 2, "int16": 3},
+    "ELU": {},
+    "EMBEDDING_LOOKUP": {},
+    "EXP": {"int8": 2, "int16": 2},
+    "FLOOR": {},
+    "FULLY_CONNECTED": {"int8": 4, "int16": 7},
+    "GATHER": {"bool": 3, "int8": 2, "int16": 4},
+    "GELU": {"int8": 2},
+    "HARD_SWISH": {},
+    "LEAKY_RELU": {"int16": 2},
+    "LOG": {"int8": 2, "int16": 2},
+    "LOGISTIC": {"int8": 2, "int16": 3},
+    "LOG_SOFTMAX": {"int8": 2},
+    "MAXIMUM": {"int8": 2, "int16": 4},
+    "MEAN": {"int8": 2, "int16": 3},
+    "MINIMUM": {"int8": 2, "int16": 4},
+    "MUL": {"int8": 2, "int16": 4},
+    "PAD": {"bool": 5, "int8": 2, "int16": 3},
+    "QUANTIZE": {},
+    "REDUCE_MAX": {"int8": 2, "int16": 3},
+    "REDUCE_MIN": {"int8": 2, "int16": 3},
+    "RELU": {"int8": 2, "int16": 3},
+    "RELU6": {"int8": 2, "int16": 3},
+    "RESHAPE": {},
+    "REVERSE_V2": {"bool": 2, "int8": 3},
+    "RSQRT": {"int8": 2, "int16": 3},
+    "SELECT_V2": {},
+    "SIN": {},
+    "SOFTMAX": {"int8": 2, "int16": 3},
+    "SQRT": {"int8": 2, "int16": 2},
+    "SQUARE": {},
+    "STRIDED_SLICE": {"bool": 3, "int8": 2},
+    "SUB": {"int8": 2, "int16": 5},
+    "TANH": {"int8": 2, "int16": 3},
+    "TRANSPOSE": {"bool": 3, "int8": 2, "int16": 5},
+    "UNIDIRECTIONAL_SEQUENCE_LSTM": {},
+}
+#: Operators that a program may have.
+OPERATORS = frozenset(_VERSIONS)
+# At least these where an operand has more axes: (axes, version).
+_VERSIONS_BY_RANK = {
+    "MAXIMUM": ((4, 3),),
+    "MINIMUM": ((4, 3),),
+    "PAD": ((4, 4),),
+    "STRIDED_SLICE": ((4, 4),),
+    "SUB": ((4, 3),),
+    "TRANSPOSE": ((4, 4), (5, 6), (6, 8)),
+}
 # Where runtimes expect the data of a buffer to begin.
 _ALIGNMENT = 16
 
@@ -104,6 +162,43 @@ def options_of(operator: str, options: Mapping[str, Any]) -> Any:
     return getattr(schema, f"{name}T")(**options)
 
 
+def version_of(operator: OperatorSpec, tensors: Mapping[str, TensorSpec]) -> int:
+    """Return the lowest version of an operator that has its operands and options.
+
+    The rules are those of the TensorFlow Lite converter (``op_version.cc``).
+
+    Args:
+        operator: One of :data:`OPERATORS`.
+        tensors: All of its program, by name.
+
+    Raises:
+        ValueError: If the versions of the operator are not known here.
+
+    Example:
+        >>> x = TensorSpec((2, 1), "int8", scale=0.1)
+        >>> version_of(OperatorSpec("BROADCAST_TO", ("x", "shape"), ("y",)), {"x": x})
+        3
+    """
+    if operator.name not in OPERATORS:
+        raise ValueError(f"the versions of {operator.name} are not known: add it to the table")
+    given = [tensors[name] for name in operator.inputs if name in tensors]
+    kind = given[0].dtype
+    version = _VERSIONS[operator.name].get(kind, 1)
+    axes = max(len(spec.shape) for spec in given)
+    for most, needed in _VERSIONS_BY_RANK.get(operator.name, ()):
+        version = max(version, needed if axes > most else 1)
+    if operator.name == "FULLY_CONNECTED" and kind == "int8":
+        version = max(version, 5 if operator.options.keepNumDims else version)
+        # Without a bias there are two operands.
+        version = max(version, 6 if "" in operator.inputs else version)
+    if operator.name == "MUL" and kind == "int8":
+        a, b, y = (float(tensors[name].scales[0]) for name in (*operator.inputs, *operator.outputs))
+        version = 3 if a * b >= y else version
+    if operator.name == "QUANTIZE":
+        version = 2 if tensors[operator.outputs[0]].dtype == "int16" else 1
+    return version
+
+
 def build_model(
     tensors: Mapping[str, TensorSpec],
     operators: Sequence[OperatorSpec],
@@ -121,13 +216,16 @@ def build_model(
         metadata: What to put beside the graph, by name.
     """
     index = {name: position for position, name in enumerate(tensors)} | {"": -1}
-    codes = list(dict.fromkeys(operator.name for operator in operators))
+    codes: dict[str, int] = {}
+    for operator in operators:  # One code for all uses, at the highest version among them.
+        version = version_of(operator, tensors)
+        codes[operator.name] = max(version, codes.get(operator.name, version))
     buffers = _Buffers()
     graph = schema.SubGraphT(
         tensors=[_tensor(name, spec, buffers) for name, spec in tensors.items()],
         inputs=[index[name] for name in inputs],
         outputs=[index[name] for name in outputs],
-        operators=[_operator(operator, index, codes) for operator in operators],
+        operators=[_operator(operator, index, list(codes)) for operator in operators],
         name="main",
     )
     notes = [
@@ -136,7 +234,7 @@ def build_model(
     ]
     model = schema.ModelT(
         version=3,
-        operatorCodes=[_operator_code(name) for name in codes],
+        operatorCodes=[_operator_code(name, version) for name, version in codes.items()],
         subgraphs=[graph],
         buffers=buffers.tables,
         metadata=notes or None,
@@ -209,7 +307,9 @@ def _operator(spec: OperatorSpec, index: Mapping[str, int], codes: Sequence[str]
     )
 
 
-def _operator_code(name: str) -> Any:
+def _operator_code(name: str, version: int) -> Any:
     code = getattr(schema.BuiltinOperator, name)
     # Codes up to 127 stand in the field of older files too, which LiteRT still reads.
-    return schema.OperatorCodeT(builtinCode=code, deprecatedBuiltinCode=min(code, 127), version=1)
+    return schema.OperatorCodeT(
+        builtinCode=code, deprecatedBuiltinCode=min(code, 127), version=version
+    )

@@ -1,4 +1,4 @@
-"""Movements that are found are carried out, and must give the very elements."""
+"""Movements that are found run on LiteRT, and must give the very elements."""
 
 from __future__ import annotations
 
@@ -10,44 +10,69 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_nna.deploy.movement import NO_TENSOR, Movements, codes_of
+from lightning_nna.deploy.flatbuffer import options_of
+from lightning_nna.deploy.movement import NO_TENSOR, Movements, codes_of, elements_in
+from tests.litert import OperatorSpec, TensorSpec, build_model, run_model
+
+pytestmark = pytest.mark.exactness
 
 A = np.arange(60).reshape(3, 4, 5)
 B = np.arange(24).reshape(2, 3, 4)
+# What LiteRT gets: another integer for every element of both, and one for the program's own.
+HELD = [A.astype(np.int16), (B + 100).astype(np.int16)]
+FILL = 999
 
 
 class Machine:
-    """Tensors that hold their own codes; movements are carried out by NumPy."""
+    """A program of the two tensors under construction, which LiteRT runs."""
 
     def __init__(self) -> None:
-        self.held = [codes_of(number, x) for number, x in enumerate((A, B))]
-        self.done: list[str] = []
+        self.tensors = {f"x{k}": TensorSpec(x.shape, "int16", 0.1) for k, x in enumerate(HELD)}
+        self.operators: list[OperatorSpec] = []
+
+    @property
+    def done(self) -> list[str]:
+        return [operator.name for operator in self.operators]
+
+    def shape_of(self, number: int) -> tuple[int, ...]:
+        return self.tensors[f"x{number}"].shape
 
     def make(self, codes: Any) -> Any:
-        made = Movements(self.emit, self.constant, lambda number: self.held[number].shape)
-        return self.held[made.make(codes, np.full(codes.shape, NO_TENSOR))]
+        movements = Movements(self.emit, self.constant, self.shape_of)
+        made = movements.make(codes, np.full(codes.shape, FILL))
+        # An input that is a result as well is one tensor on LiteRT, so it is copied.
+        shape = self.shape_of(made)
+        options = options_of("RESHAPE", {"newShape": list(shape)})
+        last = OperatorSpec("RESHAPE", (f"x{made}",), ("y",), options)
+        tensors = self.tensors | {"y": TensorSpec(shape, "int16", 0.1)}
+        model = build_model(tensors, [*self.operators, last], ["x0", "x1"], ["y"])
+        return run_model(model, HELD)[0]
 
     def constant(self, values: Any) -> int:
-        self.held.append(values)
-        return len(self.held) - 1
+        return self.add(TensorSpec.constant(values.astype(np.int16), 0.1))
+
+    def add(self, spec: TensorSpec) -> int:
+        self.tensors[f"x{len(self.tensors)}"] = spec
+        return len(self.tensors) - 1
 
     def emit(self, operator: str, inputs: Sequence[Any], shape: Any, options: Any) -> int:
-        tensors = [self.held[x] for x in inputs if isinstance(x, int)]
-        forms = [x for x in inputs if not isinstance(x, int)]
-        x = tensors[0]
-        results = {
-            "RESHAPE": lambda: x.reshape(forms[0]),
-            "TRANSPOSE": lambda: x.transpose(forms[0]),
-            "STRIDED_SLICE": lambda: x[tuple(map(slice, *forms))],
-            "REVERSE_V2": lambda: np.flip(x, forms[0]),
-            "BROADCAST_TO": lambda: np.broadcast_to(x, forms[0]),
-            "CONCATENATION": lambda: np.concatenate(tensors, options["axis"]),
-            "GATHER": lambda: x[forms[0]],
-        }
-        self.held.append(results[operator]())
-        assert self.held[-1].shape == tuple(shape)
-        self.done.append(operator)
-        return len(self.held) - 1
+        numbers = [
+            x if isinstance(x, int) else self.add(TensorSpec.constant(x.astype(np.int32)))
+            for x in inputs
+        ]
+        result = self.add(TensorSpec(tuple(int(n) for n in shape), "int16", 0.1))
+        names = tuple(f"x{number}" for number in numbers)
+        self.operators.append(
+            OperatorSpec(operator, names, (f"x{result}",), options_of(operator, options))
+        )
+        return result
+
+
+def values_of(codes: Any) -> Any:
+    """What a program must give for codes."""
+    whole = np.concatenate([x.reshape(-1) for x in HELD])
+    index = np.where(codes >> 40 == 1, A.size + elements_in(codes), elements_in(codes))
+    return np.where(codes == NO_TENSOR, FILL, whole[np.where(codes < 0, 0, index)])
 
 
 a, b = codes_of(0, A), codes_of(1, B)
@@ -72,7 +97,7 @@ CASES = {
 def test_an_operand_is_made_of_what_is_there(name: str) -> None:
     codes, expected = CASES[name]
     machine = Machine()
-    np.testing.assert_array_equal(machine.make(codes), codes)
+    np.testing.assert_array_equal(machine.make(codes), values_of(codes))
     assert expected in (None, machine.done)
 
 
@@ -96,11 +121,11 @@ def test_any_chain_of_movements(data: st.DataObject) -> None:
             codes = np.pad(codes, sides, constant_values=NO_TENSOR)
         else:
             codes = codes.reshape(codes.shape[0], -1)
-    np.testing.assert_array_equal(Machine().make(codes), codes)
+    np.testing.assert_array_equal(Machine().make(codes), values_of(codes))
 
 
 def test_what_is_no_view_is_gathered_with_its_constants() -> None:
     codes = np.random.default_rng(1).permutation(np.concatenate([a.ravel(), b.ravel(), [-1, -1]]))
     machine = Machine()
-    np.testing.assert_array_equal(machine.make(codes), codes)
+    np.testing.assert_array_equal(machine.make(codes), values_of(codes))
     assert machine.done == ["RESHAPE", "RESHAPE", "CONCATENATION", "GATHER"]
