@@ -10,10 +10,15 @@ from pathlib import Path
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """A name to write to, so that a reader of ``path`` finds the old file or the new one.
+    """Give a name to write to, so that a reader of ``path`` finds the old file or the new one.
+
+    The new file is on the disk before it takes the name, so that a power cut leaves one of the two.
 
     Args:
         path: Its folder is made where it is missing. If the block fails it is as it was.
+
+    Raises:
+        OSError: If the folder cannot be made, or the file not be written.
 
     Example:
         >>> import tempfile
@@ -27,9 +32,20 @@ def whole_file(path: Path) -> Iterator[Path]:
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         yield unfinished
+        _flush(unfinished)
         unfinished.replace(path)
+        _flush(path.parent)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def _flush(path: Path) -> None:
+    """Wait until the disk has a file, or the names in a folder."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def write_whole(path: Path, text: str) -> None:

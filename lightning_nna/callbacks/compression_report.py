@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from importlib.util import find_spec
+import math
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,12 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
-from lightning_nna.callbacks.figure_files import figure_folder, save_figure
+from lightning_nna.callbacks.figure_files import (
+    figure_folder,
+    require_matplotlib,
+    save_figure,
+    warned_of,
+)
 from lightning_nna.compression.layers import as_csv, as_html
 from lightning_nna.compression.report import Snapshot, as_json, codebook_stages
 from lightning_nna.emulator.weight_pipeline import pipeline_of
@@ -25,7 +30,8 @@ class CompressionReport(Callback):
     The table has bits, distinct values, zeros, entropy, SQNR and packed bytes of every tensor; it
     is written as CSV and as a page that needs no other file, too. Figures show weights and their
     centroids over training, the SQNR by tensor, and the soft-hard gap. The place in the
-    list of callbacks does not matter; training is the same with it and without.
+    list of callbacks does not matter; training is the same with it and without. Files are written
+    when the weights are deployed; what cannot be written is warned of.
 
     Args:
         dirpath: Folder of ``compression.json``, ``.csv``, ``.html`` and the figures; None for
@@ -42,7 +48,7 @@ class CompressionReport(Callback):
     Raises:
         ValueError: If an argument is out of range, or no callback of the Trainer is a weight
             method.
-        ImportError: If figures are wanted and matplotlib is missing.
+        ImportError: If figures are wanted and matplotlib, the extra ``figures``, is missing.
 
     Example:
         >>> import tempfile
@@ -74,14 +80,14 @@ class CompressionReport(Callback):
             raise ValueError(
                 f"snapshots and most_tensors must be at least 1, got {snapshots} and {most_tensors}"
             )
-        if figures and find_spec("matplotlib") is None:
-            raise ImportError(
-                "figures need matplotlib: install it, or set figures=False for the table alone"
-            )
+        if figures:
+            require_matplotlib()
         self.dirpath = None if dirpath is None else Path(dirpath)
         self.count, self.draws, self.most_tensors = snapshots, figures, most_tensors
         #: What was seen so far, in the order of training.
         self.snapshots: list[Snapshot] = []
+        # Where the report of this run goes, once its training has ended.
+        self._folder: Path | None = None
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -90,7 +96,11 @@ class CompressionReport(Callback):
                 "CompressionReport found no weights with centroids: add a weight method, such as "
                 "GeneralQuantizer or HardCompression, to the Trainer's callbacks"
             )
-        self._look(trainer, pl_module)
+        self._folder = None
+        if self.snapshots and self.snapshots[-1].step > trainer.global_step:
+            self.snapshots = []  # Of an earlier run; this one does not go on with it.
+        if not self.snapshots:
+            self._look(trainer, pl_module)
 
     @override
     def on_train_batch_end(
@@ -104,8 +114,10 @@ class CompressionReport(Callback):
         total = trainer.estimated_stepping_batches
         if total == float("inf") or self.count < 2:
             return
-        taken = len(self.snapshots)
-        if trainer.global_step >= total * taken / (self.count - 1) and taken < self.count - 1:
+        # By the steps and not by how many there are: a run may be stopped and resumed anywhere.
+        newest, every = self.snapshots[-1].step, total / (self.count - 1)
+        due = math.floor(newest / every + 1e-9) + 1
+        if due < self.count - 1 and trainer.global_step >= due * every - 1e-9:
             self._look(trainer, pl_module)
 
     @override
@@ -119,9 +131,17 @@ class CompressionReport(Callback):
         rank_zero_info(f"CompressionReport:\n{self.snapshots[-1]}")
         folder = figure_folder(trainer, self.dirpath, "compression")
         if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            write_whole(
-                folder / "compression.json", json.dumps(as_json(self.snapshots), indent=1) + "\n"
-            )
+            self._folder = folder
+
+    @override
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        # After `on_fit_end`, where methods deploy: an error here costs no weights.
+        folder, self._folder = self._folder, None
+        if folder is None:
+            return
+        with warned_of("CompressionReport", folder):
+            history = json.dumps(as_json(self.snapshots), indent=1) + "\n"
+            write_whole(folder / "compression.json", history)
             rows = [tensor.row() for tensor in self.snapshots[-1].tensors]
             write_whole(folder / "compression.csv", as_csv(rows))
             title = f"Compression of {type(pl_module).__name__}"

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import astuple
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -20,7 +19,12 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from typing_extensions import override
 
-from lightning_nna.callbacks.figure_files import figure_folder, save_figure
+from lightning_nna.callbacks.figure_files import (
+    figure_folder,
+    require_matplotlib,
+    save_figure,
+    warned_of,
+)
 from lightning_nna.functional.drift import DriftDetector, DriftReading, Mode
 
 #: What is done when a drift begins; a callable takes trainer, module, metric and reading.
@@ -40,9 +44,11 @@ class DriftMonitor(Callback):
     else in the training changes.
 
     A metric drifts when its denoised value is worse than the best that it had, beyond the radii of
-    both; a curve that falls as training curves do is no drift. Before a first finite value the
-    figures are not a number. A metric that is missing, or not finite, leaves them as they were; one
-    that never changed has no noise to compare with and no drift. Each is warned of once.
+    both; a curve that falls as training curves do is no drift. Before a first finite value there
+    are no such keys: ``EarlyStopping`` of one of them then waits, as with ``strict=False``, and
+    ``ModelCheckpoint`` and schedulers say that they miss it. A metric that is missing later, or not
+    finite, leaves them unchanged; one that never changed has no noise to compare with and no drift.
+    Each is warned of once, a missing one with the names that were logged.
 
     Args:
         monitor: Name of a metric, or several.
@@ -63,7 +69,7 @@ class DriftMonitor(Callback):
 
     Raises:
         ValueError: If an argument is out of range, or no metric is named.
-        ImportError: If figures are wanted and matplotlib is missing.
+        ImportError: If figures are wanted and matplotlib, the extra ``figures``, is missing.
 
     Example:
         >>> import lightning.pytorch as pl
@@ -100,8 +106,8 @@ class DriftMonitor(Callback):
             raise ValueError(
                 f"on_drift must be 'log', 'warn', 'stop' or a callable, got {on_drift!r}"
             )
-        if figures and find_spec("matplotlib") is None:
-            raise ImportError("figures need matplotlib: install it, or set figures=False")
+        if figures:
+            require_matplotlib()
         self.on_drift, self.draws = on_drift, figures
         self.dirpath = None if dirpath is None else Path(dirpath)
         self.detectors = {
@@ -119,6 +125,8 @@ class DriftMonitor(Callback):
         self.readings: dict[str, list[DriftReading]] = {name: [] for name in names}
         self.steps: dict[str, list[int]] = {name: [] for name in names}
         self._warned: set[tuple[str, str]] = set()
+        # Where the figures of this run go, once its training has ended.
+        self._folder: Path | None = None
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -126,6 +134,10 @@ class DriftMonitor(Callback):
         # A list of its own: Lightning is iterating over the present one.
         others = [each for each in trainer.callbacks if each is not self]  # type: ignore[attr-defined]
         trainer.callbacks = [self, *others]  # type: ignore[attr-defined]
+        own = tuple(f"drift/{name}/" for name in self.detectors)
+        for each in others:
+            if _is_early_stopping(each) and str(each.monitor).startswith(own):
+                each.strict = False  # A metric may come later than the first validation.
 
     @override
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -140,20 +152,28 @@ class DriftMonitor(Callback):
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         folder = figure_folder(trainer, self.dirpath, "drift")
-        if not self.draws or not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if self.draws and trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            self._folder = folder
+
+    @override
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        # After `on_fit_end`, where weight methods deploy: an error here costs no weights.
+        folder, self._folder = self._folder, None
+        if folder is None:
             return
         from lightning_nna.callbacks.drift_figure import draw
 
-        for name, readings in self.readings.items():
-            if readings:
-                figure = draw(readings, self.steps[name], title=name, xlabel="optimiser step")
-                save_figure(
-                    trainer,
-                    figure,
-                    folder / f"{name.replace('/', '_')}.png",
-                    key=f"drift/{name}/figure",
-                    step=trainer.global_step,
-                )
+        with warned_of("DriftMonitor", folder):
+            for name, readings in self.readings.items():
+                if readings:
+                    figure = draw(readings, self.steps[name], title=name, xlabel="optimiser step")
+                    save_figure(
+                        trainer,
+                        figure,
+                        folder / f"{name.replace('/', '_')}.png",
+                        key=f"drift/{name}/figure",
+                        step=self.steps[name][-1],
+                    )
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -187,7 +207,7 @@ class DriftMonitor(Callback):
         value = self._agreed(trainer, name)
         if value is None:
             known = sorted(key for key in trainer.callback_metrics if not key.startswith("drift/"))
-            self._warn(name, "missing", f"was not logged; logged are {known}")
+            self._warn(name, "missing", f"was not logged; logged are {known}; waiting for it")
             return False
         if not math.isfinite(value):
             self._warn(name, "not finite", f"is {value}; such values are left out")
@@ -212,12 +232,14 @@ class DriftMonitor(Callback):
 
     def _log(self, trainer: pl.Trainer, name: str) -> None:
         """Put the newest reading where monitors and loggers find it."""
-        newest = self.readings[name][-1] if self.readings[name] else None
+        if not self.readings[name]:
+            return  # A number that is none would end the training or lower its learning rate.
+        newest = self.readings[name][-1]
         figures = {
-            "value": newest.value if newest else math.nan,
-            "radius": newest.radius if newest else math.nan,
-            "effective_window": newest.effective_window if newest else math.nan,
-            "drift": float(newest.drift) if newest else math.nan,
+            "value": newest.value,
+            "radius": newest.radius,
+            "effective_window": newest.effective_window,
+            "drift": float(newest.drift),
         }
         keyed = {f"drift/{name}/{quantity}": number for quantity, number in figures.items()}
         tensors = {
@@ -250,3 +272,8 @@ class DriftMonitor(Callback):
         if (name, kind) not in self._warned:
             self._warned.add((name, kind))
             rank_zero_warn(f"DriftMonitor: {name} {message}")
+
+
+def _is_early_stopping(callback: Any) -> bool:
+    """Say whether a callback is one, of either name of Lightning's package."""
+    return any(parent.__name__ == "EarlyStopping" for parent in type(callback).__mro__)

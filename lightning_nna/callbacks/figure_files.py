@@ -1,16 +1,46 @@
-"""Figures of callbacks, to disk and to the loggers that take them."""
+"""Figures and reports of callbacks, to disk and to the loggers that take them."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
+from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_nna.files import whole_file
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+
+def require_matplotlib() -> None:
+    """Raise unless figures can be drawn.
+
+    Raises:
+        ImportError: Names the extra.
+    """
+    if find_spec("matplotlib") is None:
+        raise ImportError(
+            "figures need matplotlib: pip install 'lightning-nna[figures]', or set figures=False"
+        )
+
+
+@contextmanager
+def warned_of(name: str, folder: Path) -> Iterator[None]:
+    """Turn what the disk refuses into a warning: a run is worth more than its report.
+
+    Args:
+        name: Of the callback that writes.
+        folder: That it writes to.
+    """
+    try:
+        yield
+    except OSError as error:
+        rank_zero_warn(f"{name} could not write to {folder}, and goes on without: {error}")
 
 
 def figure_folder(trainer: pl.Trainer, dirpath: Path | None, name: str) -> Path:

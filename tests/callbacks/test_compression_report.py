@@ -91,8 +91,47 @@ def test_resumed_it_reports_what_an_uninterrupted_run_does(tmp_path: Path) -> No
     first.save_checkpoint(tmp_path / "stopped.ckpt")
     resumed = report(tmp_path / "cut")
     trainer(gq(), resumed, steps=_STEPS).fit(module(), ckpt_path=tmp_path / "stopped.ckpt")
+    # The stopped run's last look, at step 5, stays; no scheduled one is dropped for it.
+    assert [snapshot.step for snapshot in whole.snapshots] == [0, 3, 6, 9, 12]
+    assert {0, 6, 9, 12} <= {snapshot.step for snapshot in resumed.snapshots}
     assert_same(resumed.snapshots[0].state_dict(), whole.snapshots[0].state_dict())
-    assert_same(resumed.snapshots[-1].state_dict(), whole.snapshots[-1].state_dict())
+    for place in (-1, -2, -3):
+        assert_same(resumed.snapshots[place].state_dict(), whole.snapshots[place].state_dict())
+
+
+def test_resumed_from_a_checkpoint_in_the_middle_it_looks_at_the_same_steps(
+    tmp_path: Path,
+) -> None:
+    saving = LambdaCallback(
+        on_train_batch_end=lambda run, *_: (
+            run.save_checkpoint(tmp_path / "5.ckpt") if run.global_step == 5 else None
+        )
+    )
+    whole = report(tmp_path / "whole")
+    trainer(gq(), whole, saving, steps=_STEPS).fit(module())
+    resumed = report(tmp_path / "cut")
+    trainer(gq(), resumed, steps=_STEPS).fit(module(), ckpt_path=tmp_path / "5.ckpt")
+    assert_same(resumed.state_dict(), whole.state_dict())
+
+
+def test_a_second_module_has_a_report_of_its_own(tmp_path: Path) -> None:
+    watch = report(tmp_path, snapshots=3)
+    trainer(gq(), watch, steps=_STEPS).fit(module())
+    trainer(gq(), watch, steps=6).fit(module())
+    assert [snapshot.step for snapshot in watch.snapshots] == [0, 3, 6]
+
+
+@pytest.mark.parametrize("is_first", [True, False])
+def test_a_report_that_cannot_be_written_costs_no_weights(is_first: bool, tmp_path: Path) -> None:
+    (tmp_path / "report").write_text("a file is in the way")
+    fitted, method = module(), gq()
+    watch = CompressionReport(tmp_path / "report")
+    callbacks = [watch, method] if is_first else [method, watch]
+    with pytest.warns(UserWarning, match="CompressionReport could not write to .*report"):
+        trainer(*callbacks, steps=4).fit(fitted)
+    assert len(fitted.head.first.weight.unique()) <= 2
+    assert watch.snapshots[-1].step == 4
+    assert (tmp_path / "report").read_text() == "a file is in the way"
 
 
 def test_figures_on_disk_and_in_tensorboard(tmp_path: Path) -> None:
@@ -159,7 +198,7 @@ def test_without_a_weight_method() -> None:
 def test_wrong_arguments_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="at least 1, got 0 and 12"):
         CompressionReport(snapshots=0)
-    monkeypatch.setattr("lightning_nna.callbacks.compression_report.find_spec", lambda name: None)
-    with pytest.raises(ImportError, match="set figures=False"):
+    monkeypatch.setattr("lightning_nna.callbacks.figure_files.find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r"'lightning-nna\[figures\]', or set figures=False"):
         CompressionReport()
     assert CompressionReport(figures=False).snapshots == []

@@ -190,8 +190,7 @@ def test_what_is_not_finite_is_left_out_and_warned_of_once() -> None:
     # In the ninth epoch the metric still has its last value.
     assert len(callback.readings["val/wer"]) == EPOCHS - 3
     sanity, first, *others = seen
-    assert sanity == -1.0
-    assert math.isnan(first)
+    assert sanity == first == -1.0  # Nothing to say yet: a NaN would stop `EarlyStopping`.
     assert others[4] == others[3]
     assert all(math.isfinite(value) for value in others)
 
@@ -199,12 +198,43 @@ def test_what_is_not_finite_is_left_out_and_warned_of_once() -> None:
 def test_a_missing_metric_is_warned_of_once() -> None:
     callback = monitor("val/cer")
     run = watched(callback, epochs=5)
-    message = r"val/cer was not logged; logged are \['val/wer'\]"
+    message = r"val/cer was not logged; logged are \['val/wer'\]; waiting for it"
     with pytest.warns(UserWarning, match=message) as all_:
         run.fit(Told({"val/wer": FLAT}))
     assert sum("DriftMonitor" in str(each.message) for each in all_) == 1
     assert callback.readings["val/cer"] == []
-    assert math.isnan(float(run.callback_metrics["drift/val/cer/value"]))
+    assert not any(key.startswith("drift/") for key in run.callback_metrics)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_early_stopping_waits_for_a_metric_that_comes_late(first: bool) -> None:
+    """Neither its patience nor its check for what is not finite counts until then."""
+    late = [None] * 6 + [1.0, 0.9, 0.8, 2.0, 3.0, 4.0, 5.0, 6.0]
+    stopping = EarlyStopping("drift/val/late/value", patience=2)
+    callback = monitor("val/late")
+    callbacks = [callback, stopping] if first else [stopping, callback]
+    run = watched(*callbacks, epochs=len(late))
+    with pytest.warns(UserWarning, match="val/late was not logged; logged are") as all_:
+        run.fit(Told({"val/late": late, "val/wer": FLAT}))
+    assert sum("DriftMonitor" in str(each.message) for each in all_) == 1
+    values = [reading.value for reading in callback.readings["val/late"]]
+    # Two without an improvement after the best one, from the first value on.
+    assert run.current_epoch == 6 + int(np.argmin(values)) + 2 + 1 < len(late)
+
+
+def test_early_stopping_waits_for_a_name_that_nobody_logs() -> None:
+    run = watched(monitor("val/wrr"), EarlyStopping("drift/val/wrr/value", patience=1), epochs=5)
+    with pytest.warns(UserWarning, match=r"val/wrr was not logged; logged are \['val/wer'\]"):
+        run.fit(Told({"val/wer": FLAT}))
+    assert run.current_epoch == 5
+
+
+def test_figures_that_cannot_be_written_end_no_fit(tmp_path: Path) -> None:
+    (tmp_path / "drift").write_text("a file is in the way")
+    run = watched(DriftMonitor("val/wer", dirpath=tmp_path / "drift"), epochs=3)
+    with pytest.warns(UserWarning, match="DriftMonitor could not write to .*drift"):
+        run.fit(Told({"val/wer": FLAT}))
+    assert run.current_epoch == 3
 
 
 def test_a_constant_metric_never_drifts() -> None:
@@ -261,7 +291,7 @@ def test_wrong_arguments_are_named(arguments: dict[str, Any], message: str) -> N
 
 
 def test_figures_need_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lightning_nna.callbacks.drift_monitor.find_spec", lambda name: None)
-    with pytest.raises(ImportError, match="set figures=False"):
+    monkeypatch.setattr("lightning_nna.callbacks.figure_files.find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r"'lightning-nna\[figures\]', or set figures=False"):
         DriftMonitor("a")
     assert DriftMonitor("a", figures=False).readings == {"a": []}
