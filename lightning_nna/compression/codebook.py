@@ -19,7 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from lightning_nna.emulator.weight_pipeline import Stage, WeightGrid
-from lightning_nna.emulator.weights import largest_steps, round_significands
+from lightning_nna.emulator.weights import largest_steps, powers_of_two, round_significands
 from lightning_nna.functional.entropy_constrained import entropy_constrained
 from lightning_nna.functional.lloyd_max import lloyd_max, snap_to_grid
 
@@ -168,7 +168,7 @@ def narrowed(steps: Tensor, share: float, power_of_two: bool) -> Float[Tensor, "
     """
     wanted = steps.double() * share
     if power_of_two:
-        return torch.exp2(wanted.log2().ceil()).float()
+        return powers_of_two(wanted).float()
     return round_significands(wanted).float()
 
 

@@ -32,6 +32,7 @@ from lightning_nna.compression.codebook import (
 )
 from lightning_nna.emulator.weight_pipeline import WeightGrid
 from lightning_nna.emulator.weights import round_significands
+from lightning_nna.functional import elementary
 from lightning_nna.functional.mu_law import (
     SoftAssignment,
     cell_of,
@@ -124,7 +125,7 @@ class GeneralQuantizerStage:
             found *= (steps[0] / narrower[0]).to(found.dtype)
             steps = narrower
         self.centroids = mu_law(found, mu).clamp_(-1, 1)
-        self.scale_log2 = (steps.double() * self.maximum).log2().float()
+        self.scale_log2 = elementary.log2(steps.double() * self.maximum).float()
         self._kept_ascending: tuple[_Version, _Ascending] | None = None
         self._kept: tuple[tuple[float, _Version], SoftAssignment] | None = None
         self._kept_hard: tuple[_Version, _HardAssignment] | None = None
@@ -142,8 +143,10 @@ class GeneralQuantizerStage:
             return self._fixed_steps
         exponent = self.scale_log2.detach().double()
         if self.power_of_two_steps:
-            return torch.exp2((exponent - torch.tensor(self.maximum).log2()).round()).float()
-        return round_significands(torch.exp2(exponent) / self.maximum).float()
+            return elementary.exp2(
+                (exponent - elementary.log2(float(self.maximum))).round()
+            ).float()
+        return round_significands(elementary.exp2(exponent) / self.maximum).float()
 
     @property
     def grid(self) -> WeightGrid | None:

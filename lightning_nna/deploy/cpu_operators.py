@@ -6,10 +6,10 @@ of its result comes back onto a grid, as in the emulator:
     DEQUANTIZE -> EXP -> QUANTIZE
 
 The emulator computes such an operator with PyTorch, the program with the runtime's own function.
-Square roots, which the emulator rounds correctly where PyTorch's own may not be, squares, absolute
-values and `floor` are the same in every bit; of a reciprocal of a square root, an exponential, a
-logarithm, a sine and a cosine the last bit of a float32 may be another, which is seen after the
-rounding to 8 bits rarely, but is not promised not to be.
+Square roots and their reciprocals, squares, absolute values and `floor` are the same in every bit.
+The emulator rounds an exponential, a logarithm, a sine and a cosine from float64. The runtime's last
+bit of a float32 may be another, which is seen after the rounding to 8 bits rarely, but is not
+promised not to be.
 """
 
 from __future__ import annotations

@@ -31,6 +31,7 @@ from lightning_nna.emulator.operators.movement import (
     is_zero_padding,
 )
 from lightning_nna.emulator.operators.registry import TABLE
+from lightning_nna.functional.elementary import square_root
 
 #: Path of the module that the emulator is attached to.
 ROOT = "."
@@ -191,7 +192,7 @@ class Interception(TorchFunctionMode):
             self.read((args, kwargs))
             return func(*args, **kwargs)
         if operator is None:
-            run = _correct_square_root if name == "sqrt" else func
+            run = _IN_DOUBLE.get(name, func)
             return self.fallback(self._key(path, name.strip("_"), location), run, args, kwargs)
         label = operator.name or name
         return self.run(operator, self._key(path, label, location), func, args, kwargs)
@@ -256,11 +257,32 @@ class Interception(TorchFunctionMode):
         return "/" if outside else path
 
 
-def _correct_square_root(input: Tensor, **kwargs: Any) -> Tensor:
-    """Rounded as IEEE 754 has it, and a runtime: on some processors torch's last bit is another."""
+def _in_double(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A function of float32 that stays on the CPU, rounded once from float64.
+
+    PyTorch's own last bit of a float32 is another one from processor to processor, and from a long
+    tensor to a short one. That of a float64 is lost in the rounding, but once in 2^28 values.
+    """
+
+    def rounded(input: Tensor, **kwargs: Any) -> Tensor:
+        if kwargs or input.dtype != torch.float32:
+            return function(input, **kwargs)
+        return function(input.double()).float()
+
+    return rounded
+
+
+def _inverse_square_root(input: Tensor, **kwargs: Any) -> Tensor:
+    """One over the rounded root, as a runtime computes it: both are rounded as IEEE 754 has it."""
     if kwargs or input.dtype != torch.float32:
-        return torch.sqrt(input, **kwargs)
-    return input.double().sqrt().float()
+        return torch.rsqrt(input, **kwargs)
+    return square_root(input).reciprocal()
+
+
+_IN_DOUBLE: dict[str, Callable[..., Tensor]] = {
+    "rsqrt": _inverse_square_root,
+    **{f.__name__: _in_double(f) for f in (torch.cos, torch.exp, torch.log, torch.sin, torch.sqrt)},
+}
 
 
 def _without_compiling() -> AbstractContextManager[None]:

@@ -51,6 +51,7 @@ from lightning_nna.emulator.weights import (
     quantize_onto,
     round_significands,
 )
+from lightning_nna.functional import elementary
 
 Learned = Literal["none", "weights", "all"]
 LEARNED: tuple[Learned, ...] = ("none", "weights", "all")
@@ -117,7 +118,7 @@ class LearnedSteps:
                     bits=bits,
                     power_of_two=power_of_two,
                 )
-                self.activations[key] = _leaf(torch.tensor(math.log2(seen.scale)))
+                self.activations[key] = _leaf(torch.tensor(elementary.log2(seen.scale)))
 
     # --- weights ------------------------------------------------------------------------------
 
@@ -152,7 +153,7 @@ class LearnedSteps:
         zero = ~groups.any(1)
         if bool(zero.all()):
             return None
-        return _leaf(torch.where(zero, scale.max(), scale).double().log2().float())
+        return _leaf(elementary.log2(torch.where(zero, scale.max(), scale)).float())
 
     @staticmethod
     def versions(weight: Tensor, step: Tensor | None) -> tuple[int, int]:
@@ -165,11 +166,11 @@ class LearnedSteps:
 
     def quantized(self, weight: Tensor, step: Tensor, rows_per_scale: int) -> QuantizedWeight:
         """A weight on the grid of its step."""
-        exponent = step.detach().double()
+        exponent = step.detach()
         if self.spec.power_of_two_scales:
-            scale = torch.exp2(exponent.round())
+            scale = elementary.exp2(exponent.round())
         else:
-            scale = round_significands(torch.exp2(exponent))
+            scale = round_significands(elementary.exp2(exponent))
         scales = scale.float().repeat_interleave(rows_per_scale)
         return quantize_onto(weight, scales, maximum=self.spec.weight_max)
 
@@ -207,9 +208,9 @@ class LearnedSteps:
         if held is None or held[0] is not step or held[1] != step._version:
             exponent = float(step.detach())
             if self.spec.power_of_two_scales:
-                scale = 2.0 ** round(exponent)
+                scale = math.ldexp(1.0, round(exponent))
             else:
-                scale = round_to_significand(2.0**exponent, observed.bits)
+                scale = round_to_significand(elementary.exp2(exponent), observed.bits)
             qparams = QParams(scale, observed.zero_point, observed.low, observed.high)
             held = self._grids[key] = (step, step._version, qparams)
         return held[2]

@@ -25,6 +25,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from lightning_nna.functional.elementary import ceil_log2
+
 Observer = Literal["min_max", "moving_average", "percentile", "mse"]
 OBSERVERS: tuple[Observer, ...] = ("min_max", "moving_average", "percentile", "mse")
 
@@ -135,7 +137,7 @@ class Histogram(Range):
 
     def update(self, x: Tensor, minimum: float, maximum: float) -> None:
         """Count a batch, after making room for it."""
-        needed = math.ceil(math.log2(max(-minimum, maximum, 2.0**-100)))
+        needed = ceil_log2(max(-minimum, maximum, 2.0**-100))
         self._make_room(needed)
         assert self.exponent is not None
         edge = 2.0**self.exponent

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from lightning_nna.emulator.observers import OBSERVERS, MinMax, Observer, Range, new_range, restore
+from lightning_nna.functional.elementary import ceil_log2
 from lightning_nna.functional.fixed_point import INT16_MAX, INT16_MIN
 
 #: float32 has 24 bits: what the integer does not take is the scale's.
@@ -156,7 +157,7 @@ def symmetric_qparams(magnitude: float, *, bits: int = 8, power_of_two: bool = F
 
 def _rounded(scale: float, bits: int, power_of_two: bool) -> float:
     """A scale that the chip has, not below the given one."""
-    return 2.0 ** math.ceil(math.log2(scale)) if power_of_two else round_significand(scale, bits)
+    return math.ldexp(1.0, ceil_log2(scale)) if power_of_two else round_significand(scale, bits)
 
 
 def no_finer(grid: QParams, step: float, *, power_of_two: bool = False) -> QParams:
@@ -183,7 +184,7 @@ def cell_state_exponent(magnitude: float) -> int:
         >>> cell_state_exponent(1.0), cell_state_exponent(5.0), cell_state_exponent(1000.0)
         (-15, -12, -9)
     """
-    needed = math.ceil(math.log2(max(magnitude, 1e-30)))
+    needed = ceil_log2(max(magnitude, 1e-30))
     return max(-15, min(-9, needed - 15))
 
 

@@ -20,6 +20,7 @@ from jaxtyping import Float, Int8
 from torch import Tensor
 
 from lightning_nna.emulator.integer_products import ByteProduct
+from lightning_nna.functional.elementary import power_of_two
 
 # Below this a channel counts as all zeros; its scale then only sets the step of its bias.
 _SMALLEST_SCALE = 2.0**-24
@@ -151,7 +152,7 @@ def largest_steps(
     """
     magnitude = groups.abs().amax(1).double()
     _require_finite(magnitude)
-    rounded = _powers_of_two if power_of_two else round_significands
+    rounded = powers_of_two if power_of_two else round_significands
     return rounded(magnitude / maximum).clamp_min(_SMALLEST_SCALE).float()
 
 
@@ -172,10 +173,15 @@ def round_significands(scale: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"
     absorbs.
     """
     mantissa, exponent = torch.frexp(scale)
-    return torch.ldexp((mantissa * 2**16).round(), exponent - 16)
+    return ((mantissa * 2**16).round() * power_of_two(exponent - 16)).to(scale.dtype)
 
 
-def _powers_of_two(scale: Tensor) -> Tensor:
-    """Round up to powers of two."""
+def powers_of_two(scale: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """Round up to powers of two.
+
+    Example:
+        >>> powers_of_two(torch.tensor([0.3, 2.0]))
+        tensor([0.5000, 2.0000])
+    """
     mantissa, exponent = torch.frexp(scale)
-    return torch.ldexp(torch.ones_like(scale), exponent - (mantissa == 0.5).to(exponent.dtype))
+    return power_of_two(exponent - (mantissa == 0.5).to(exponent.dtype)).to(scale.dtype)

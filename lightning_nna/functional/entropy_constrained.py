@@ -35,6 +35,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lightning_nna.functional import elementary
 from lightning_nna.functional.lloyd_max import ScalarQuantizer, line_of, lloyd_max
 from lightning_nna.functional.optimal_cells import Floats, Line, Places
 
@@ -177,7 +178,7 @@ def _of_rate(
     if _entropy(line, line.nearest_cuts(start)) <= rate_bits:
         return start, 0.0
     # About the error of even levels a bit: what a bit costs where levels are many.
-    high = float(line.values[-1] - line.values[0]) ** 2 * 4.0**-rate_bits / 64
+    high = float(line.values[-1] - line.values[0]) ** 2 * elementary.exp2(-2 * rate_bits) / 64
     low = 0.0
     for _ in range(_MOST_DOUBLINGS):
         centroids = _of_multiplier(line, start, high, pin_zero)
@@ -248,7 +249,7 @@ def _is_above(x: Floats, y: Floats, left: int, middle: int, right: int) -> bool:
 
 def _lengths(line: Line, mass: Floats) -> Floats:
     """Ideal lengths of the code, in bits."""
-    return -np.log2(mass / line.mass[-1])
+    return -elementary.log2(torch.from_numpy(mass / line.mass[-1])).numpy()
 
 
 def _entropy(line: Line, cuts: Places) -> float:

@@ -24,6 +24,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from lightning_nna.functional.elementary import power_of_two
+
 INT16_MIN, INT16_MAX = -(2**15), 2**15 - 1
 INT32_MIN, INT32_MAX = -(2**31), 2**31 - 1
 
@@ -181,10 +183,10 @@ def float_factors(
         >>> float_factors(2**30, -3)
         (tensor(0.5000), tensor(0.1250))
     """
-    exponent = torch.as_tensor(shift, dtype=torch.float64)
     mantissa = torch.as_tensor(multiplier, dtype=torch.float64) * 2.0**-31
-    first = mantissa * torch.exp2(exponent.clamp_min(0))
-    second = torch.exp2(exponent.clamp_max(0)) * (1 + 2.0**-22)
+    exponent = torch.as_tensor(shift)
+    first = mantissa * power_of_two(exponent.clamp_min(0))
+    second = power_of_two(exponent.clamp_max(0)) * (1 + 2.0**-22)
     return first.float(), second.float()
 
 

@@ -37,12 +37,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from lightning_nna.functional import elementary
+
 # Terms of the softmax below e^-12 of the greatest may be left out; below e^-24 they are.
 _NEGLIGIBLE = 12.0
 
 
 def mu_law(x: Float[Tensor, "*shape"], mu: float) -> Float[Tensor, "*shape"]:
-    """Compress values in [-1, 1].
+    """Compress values in [-1, 1], to the same bits on every processor.
 
     Args:
         x: Values in [-1, 1].
@@ -58,11 +60,12 @@ def mu_law(x: Float[Tensor, "*shape"], mu: float) -> Float[Tensor, "*shape"]:
     require_mu(mu)
     if mu == 0:
         return x
-    return torch.sgn(x) * torch.log1p(mu * x.abs()) / math.log1p(mu)
+    grown = elementary.log1p(mu * x.double().abs()) / _log1p(mu)
+    return torch.copysign(grown, x.double()).to(x.dtype)
 
 
 def inverse_mu_law(v: Float[Tensor, "*shape"], mu: float) -> Float[Tensor, "*shape"]:
-    """Expand what :func:`mu_law` compressed.
+    """Expand what :func:`mu_law` compressed, to the same bits on every processor.
 
     Args:
         v: Values in [-1, 1].
@@ -78,7 +81,18 @@ def inverse_mu_law(v: Float[Tensor, "*shape"], mu: float) -> Float[Tensor, "*sha
     require_mu(mu)
     if mu == 0:
         return v
-    return torch.sgn(v) * torch.expm1(v.abs() * math.log1p(mu)) / mu
+    grown = elementary.expm1(v.double().abs() * _log1p(mu)) / mu
+    return torch.copysign(grown, v.double()).to(v.dtype)
+
+
+def _expanded(v: Tensor, mu: float) -> Tensor:
+    """:func:`inverse_mu_law` in the precision of ``v``, where its last bit decides nothing."""
+    return v if mu == 0 else torch.sgn(v) * torch.expm1(v.abs() * _log1p(mu)) / mu
+
+
+@lru_cache(maxsize=64)
+def _log1p(mu: float) -> float:
+    return float(elementary.log1p(torch.tensor(mu, dtype=torch.float64)))
 
 
 def inverse_mu_law_slope(v: Float[Tensor, "*shape"], mu: float) -> Float[Tensor, "*shape"]:
@@ -91,7 +105,7 @@ def inverse_mu_law_slope(v: Float[Tensor, "*shape"], mu: float) -> Float[Tensor,
     require_mu(mu)
     if mu == 0:
         return torch.ones_like(v)
-    rate = math.log1p(mu)
+    rate = _log1p(mu)
     return torch.exp(v.abs() * rate) * (rate / mu)
 
 
@@ -164,7 +178,7 @@ class SoftAssignment:
         total = shares.sum(0)
         mean = (shares * near).sum(0).div_(total)
         means = torch.add(own, mean, alpha=1 / root)
-        self.values = inverse_mu_law(means, mu)
+        self.values = _expanded(means, mu)
         # How fast a centroid's score grows with the centroid, and falls with the point: p times it.
         spread = near.sub_(mean).mul_(pull).mul_(shares)
         self._expansion = inverse_mu_law_slope(means, mu).div_(total)

@@ -17,7 +17,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+
+from lightning_nna.functional import elementary
 
 #: With more levels the best cells are not looked for.
 MOST_LEVELS = 256
@@ -156,13 +159,19 @@ def spread_cuts(line: Line, cells: int, *, dense: bool) -> Places:
         marks = np.linspace(0, n, 16 * cells + 1).astype(np.intp)
         marks = np.unique(np.concatenate([marks, np.arange(ends), n - np.arange(ends)]))
         at = line.values[np.minimum(marks, n - 1)]
-        amount = np.cbrt(np.diff(line.mass[marks]) * np.diff(at) ** 2)
+        amount = _cube_root(np.diff(line.mass[marks]) * np.diff(at) ** 2)
         total = np.concatenate([[0.0], np.cumsum(amount)])
     else:
         marks, total = np.arange(n + 1), line.mass
     wanted = np.linspace(0.0, total[-1], cells + 1)[1:-1]
     inner = marks[np.minimum(np.searchsorted(total, wanted), len(marks) - 1)]
     return np.concatenate([[0], inner, [n]])
+
+
+def _cube_root(x: Floats) -> Floats:
+    """Of numbers that are not negative; the same on every processor."""
+    logarithm = elementary.log2(torch.from_numpy(np.maximum(x, _TINY)))
+    return np.where(x > 0, elementary.exp2(logarithm / 3).numpy(), 0.0)
 
 
 def _edges(line: Line, bins: int) -> Places:

@@ -1,16 +1,18 @@
 r"""Functions of one activation, as the reference kernels compute them.
 
-Most functions of 8 bits are tables of 256 entries, made in single precision with the C library;
-hard swish and leaky ReLU have integer arithmetic of their own. Sigmoid and tanh of 16 bits are a
-table of 256 entries of :math:`\sigma(i / 24)` with straight lines between. All are equal to
-LiteRT's reference kernels in every bit; the C library's own last bit may differ from one machine to
-another, which moves an entry of a table in a hundred thousand.
+Most functions of 8 bits are tables of 256 entries, made in single precision; hard swish and leaky
+ReLU have integer arithmetic of their own. Sigmoid and tanh of 16 bits are a table of 256 entries of
+:math:`\sigma(i / 24)` with straight lines between. All are equal to LiteRT's reference kernels in
+every bit.
+
+LiteRT takes exponentials and their relatives from the C library that it runs on. Here they are
+those of :mod:`.elementary`, rounded to single precision: the same on every processor, and nearest
+to the true value. Where a C library's last bit is another one, an entry of a table is another one
+only if it lies within that bit of a tie: one entry in a hundred thousand.
 """
 
 from __future__ import annotations
 
-import ctypes
-import ctypes.util
 import math
 from collections.abc import Callable
 from functools import lru_cache
@@ -20,6 +22,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from lightning_nna.functional import elementary
 from lightning_nna.functional.fixed_point import (
     INT16_MAX,
     INT16_MIN,
@@ -33,12 +36,12 @@ _F = np.float32
 
 
 def tabulate(
-    function: Callable[[float], float], first: int, scale: float, output_scale: float
+    function: Callable[[Tensor], Tensor], first: int, scale: float, output_scale: float
 ) -> Float[Tensor, "256"]:
     """Tabulate a function of 8-bit numbers, in single precision.
 
     Args:
-        function: Takes and gives a real number; computed in single precision.
+        function: Takes and gives real numbers, float32.
         first: Smallest integer of the input, less its zero point.
         scale: Scale of the input.
         output_scale: Scale of the output.
@@ -47,65 +50,62 @@ def tabulate(
         Integers of the output less its zero point, not clipped, float32.
 
     Example:
-        >>> tabulate(abs, -128, 0.5, 0.25)[[0, 128, 255]]
+        >>> tabulate(torch.abs, -128, 0.5, 0.25)[[0, 128, 255]]
         tensor([256.,   0., 254.])
     """
     reals = torch.arange(first, first + 256, dtype=torch.float32) * scale
-    outputs = torch.tensor([function(value) for value in reals.tolist()])
-    return round_half_away(outputs * (1 / torch.tensor(output_scale)))
+    return round_half_away(function(reals) * float(_F(1) / _F(output_scale)))
 
 
-def logistic(x: float) -> float:
+def logistic(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     """Sigmoid in single precision.
 
     Example:
-        >>> logistic(0.0)
-        0.5
+        >>> logistic(torch.zeros(1))
+        tensor([0.5000])
     """
-    return float(_F(1) / (_F(1) + _F(_c_library().expf(-x))))
+    return 1 / (1 + elementary.exp(-x).float())
 
 
-def tanh(x: float) -> float:
+def tanh(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     """Hyperbolic tangent in single precision.
 
     Example:
-        >>> tanh(0.0)
-        0.0
+        >>> tanh(torch.ones(1))
+        tensor([0.7616])
     """
-    return float(_c_library().tanhf(x))
+    return elementary.tanh(x).float()
 
 
-def elu(x: float) -> float:
+def elu(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     """x, or exp(x) - 1 where it is negative, in single precision.
 
     Example:
-        >>> elu(2.0), round(elu(-1.0), 4)
-        (2.0, -0.6321)
+        >>> elu(torch.tensor([2.0, -1.0]))
+        tensor([ 2.0000, -0.6321])
     """
-    return float(_c_library().expm1f(x)) if x < 0 else x
+    return torch.where(x < 0, elementary.expm1(x).float(), x)
 
 
-def gelu(x: float) -> float:
+def gelu(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     """Gaussian error linear unit in single precision.
 
     Example:
-        >>> round(gelu(1.0), 4)
-        0.8413
+        >>> gelu(torch.ones(1))
+        tensor([0.8413])
     """
-    half = _F(0.5) * _F(x)
-    return float(half * _F(_c_library().erfcf(float(_F(x) * _F(-math.sqrt(0.5))))))
+    return 0.5 * x * elementary.erfc(x * -math.sqrt(0.5)).float()
 
 
-def gelu_tanh(x: float) -> float:
+def gelu_tanh(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     """Its approximation with a tanh, in single precision.
 
     Example:
-        >>> round(gelu_tanh(1.0), 4)
-        0.8412
+        >>> gelu_tanh(torch.ones(1))
+        tensor([0.8412])
     """
-    value = _F(x)
-    inner = _F(math.sqrt(2 / math.pi)) * (value + _F(0.044715) * value * value * value)
-    return float(_F(0.5) * value * (_F(1) + _F(_c_library().tanhf(float(inner)))))
+    inner = math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x)
+    return 0.5 * x * (1 + tanh(inner))
 
 
 def hard_swish(
@@ -222,7 +222,7 @@ _ONE_ABOVE = (
 @lru_cache(maxsize=1)
 def _sigmoid_table() -> Tensor:
     places = torch.arange(256, dtype=torch.float64)
-    table = (2**16 * torch.sigmoid(places / 24)).round().long()
+    table = (2**16 * elementary.sigmoid(places / 24)).round().long()
     table[torch.tensor(_ONE_ABOVE)] += 1
     return table
 
@@ -253,13 +253,3 @@ def _high_multiply(a: Tensor, b: int) -> Tensor:
 
 def _saturate(x: Tensor) -> Tensor:
     return x.clamp(INT16_MIN, INT16_MAX)
-
-
-@lru_cache(maxsize=1)
-def _c_library() -> ctypes.CDLL:
-    """Single-precision functions of the C library that this process runs on."""
-    library = ctypes.CDLL(ctypes.util.find_library("m") or "ucrtbase")
-    for name in ("tanhf", "expf", "expm1f", "erfcf"):
-        function = getattr(library, name)
-        function.argtypes, function.restype = [ctypes.c_float], ctypes.c_float
-    return library

@@ -23,6 +23,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from lightning_nna.functional import elementary
 from lightning_nna.functional.fixed_point import (
     INT16_MAX,
     INT16_MIN,
@@ -141,7 +142,11 @@ def _wide_tables() -> tuple[Tensor, Tensor]:
     """Exp on [-10, 0] and 1 / (1 + x) on [0, 1]; both have steps of 2/65535."""
     steps = 2.0**16 - 1
     exponential = interpolation_table(
-        lambda x, _: np.exp(x), 10 / steps, 2 / steps, zero_point=INT16_MAX, precision=np.float64
+        lambda x, _: elementary.exp(torch.from_numpy(x)).numpy(),
+        10 / steps,
+        2 / steps,
+        zero_point=INT16_MAX,
+        precision=np.float64,
     )
     inverse = interpolation_table(
         lambda x, _: 1 / (1 + x), 1 / steps, 2 / steps, zero_point=INT16_MIN, precision=np.float64

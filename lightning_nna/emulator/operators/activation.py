@@ -32,7 +32,7 @@ from lightning_nna.emulator.ranges import (
     QParams,
     round_significand,
 )
-from lightning_nna.functional import pointwise
+from lightning_nna.functional import elementary, pointwise
 from lightning_nna.functional.fixed_point import INT16_MAX, INT16_MIN
 from lightning_nna.functional.interpolated_tables import interpolate, interpolation_table
 
@@ -62,7 +62,7 @@ class Function:
     derivative: Callable[..., Tensor] | None = None
 
 
-def _from_real(function: Callable[[float], float]) -> Callable[..., Tensor]:
+def _from_real(function: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
     """Integers of a table that is made in single precision."""
 
     def integers(x: QParams, y: QParams, *_: Any) -> Tensor:
@@ -363,9 +363,9 @@ def _wide(
 @lru_cache(maxsize=64)
 def _segments(name: str, scale: float, segments: int) -> Tensor:
     """Sigmoid or tanh on a chip whose tables have a number of segments of its own."""
-    function = FUNCTIONS[name].in_float
+    function = {"sigmoid": elementary.sigmoid, "tanh": elementary.tanh}[name]
 
     def real(x: Any, _: Any) -> Any:
-        return function(torch.from_numpy(x)).numpy()
+        return function(torch.from_numpy(x)).float().numpy()
 
     return interpolation_table(real, scale, WIDE_OUTPUT.scale, segments=segments)

@@ -39,6 +39,7 @@ from lightning_nna.emulator.operators.linear import integer_bias, overflowed
 from lightning_nna.emulator.operators.rescaling import rescale, round_fast, rounding_factors
 from lightning_nna.emulator.ranges import QParams
 from lightning_nna.emulator.weights import QuantizedWeight, round_significands
+from lightning_nna.functional.elementary import square_root
 
 
 def batch_norm(
@@ -65,7 +66,7 @@ def batch_norm(
     values = input if x is None else x.value
     with float32_arithmetic(values):
         mean, variance = _statistics(values, running_mean, running_var, training, momentum)
-        inverse = torch.rsqrt(variance + eps)
+        inverse = square_root(variance + eps).reciprocal()
         y = call.output(lambda: _normalised(values.detach(), mean, inverse, weight, bias))
         if folded is not None:
             result = _Folded.apply(input, weight, bias, mean, inverse, training, folded, y, call)
@@ -124,7 +125,7 @@ class _Folded(torch.autograd.Function):
     ) -> Tensor:
         factor = inverse.detach() if weight is None else inverse.detach() * weight.detach()
         offset = -mean.detach() if layer.bias is None else layer.bias.detach() - mean.detach()
-        shift = offset * factor if bias is None else torch.addcmul(bias.detach(), offset, factor)
+        shift = offset * factor if bias is None else bias.detach() + offset * factor
         folded, scales = _folded_weight(layer, factor)
         rounded = _output(call, layer, x.detach(), factor, shift, scales, y)
         centred, clipped = clip(rounded, y, any(ctx.needs_input_grad))

@@ -294,7 +294,7 @@ def grid_of_sum(a: QParams, b: QParams, y: QParams) -> QParams:
     if y.scale > finest:
         return y
     # A power of two, which every chip has as a scale.
-    return replace(y, scale=2.0 ** (math.floor(math.log2(finest)) + 1))
+    return replace(y, scale=math.ldexp(1.0, math.frexp(finest)[1]))
 
 
 def product_factor(a: QParams, b: QParams, y: QParams) -> float:

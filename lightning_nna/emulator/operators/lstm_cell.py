@@ -21,6 +21,7 @@ from lightning_nna.emulator.operators.rescaling import TIES_AWAY, Rescaler, Roun
 from lightning_nna.emulator.operators.sequences import Layout
 from lightning_nna.emulator.ranges import QParams
 from lightning_nna.emulator.weights import QuantizedWeight
+from lightning_nna.functional.elementary import power_of_two
 from lightning_nna.functional.fixed_point import (
     INT16_MAX,
     INT16_MIN,
@@ -139,8 +140,8 @@ class LSTMCell:
             like(float(factor), dtype=torch.float64), rounding=rounding, largest=2.0**30
         )
         # Products of two gates: i g is in Q0.30, f c has the cell's scale; ties go away from zero.
-        shifts = like([[-30.0 - grids.cell_exponent], [-15.0]], dtype=torch.float64)
-        self.of_products = torch.exp2(shifts) * TIES_AWAY
+        shifts = like([[-30 - grids.cell_exponent], [-15]], dtype=torch.int64)
+        self.of_products = power_of_two(shifts) * TIES_AWAY
         self.zeros = like(_ZEROS, dtype=torch.float64).repeat_interleave(self.size)
 
     def start(self, c: Tensor) -> Tensor:

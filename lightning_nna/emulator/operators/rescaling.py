@@ -18,6 +18,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from lightning_nna.functional.elementary import power_of_two
 from lightning_nna.functional.fixed_point import float_factors, quantize_multipliers
 
 RoundingKind = Literal["real", "reference", "double", "reduced", "single", "shift"]
@@ -111,7 +112,7 @@ def _factors(exact: Tensor, rounding: RoundingKind) -> tuple[Tensor, Tensor | No
         return float_factors(*quantize_multipliers(exact.cpu()))
     if rounding == "reduced":
         reduced, shifts = _reduced_multipliers(exact)
-        return torch.ldexp(reduced, shifts - 15).float(), None
+        return (reduced * power_of_two(shifts - 15)).float(), None
     return exact.float(), None
 
 
@@ -248,18 +249,18 @@ class Multiplier:
         mantissas, shifts = mantissas.to(like.device), shifts.to(like.device)
         left = shifts.clamp_min(0)
         self.twice = bool((shifts < 0).any())
-        self.second = torch.exp2(shifts.clamp_max(0).double()) * TIES_AWAY
+        self.second = power_of_two(shifts.clamp_max(0)) * TIES_AWAY
         # A factor formed in float32 has a short mantissa: one product in float64 is exact.
         odd = mantissas // (mantissas & -mantissas).clamp_min(1)
         self.short = 4 * float(odd.max()) * largest < _FLOAT64_INTEGERS
         if self.short:
-            self.first = torch.ldexp(mantissas.double(), left - 31)
+            self.first = mantissas * power_of_two(left - 31)
             self.constant = offset * self.first + 0.5
             return
         # Two products of half the mantissa each, both exact.
         upper, lower = mantissas >> 16, mantissas & 0xFFFF
-        self.upper = torch.ldexp(upper.double(), left - 15)
-        self.lower = torch.ldexp(lower.double(), left - 16)
+        self.upper = upper * power_of_two(left - 15)
+        self.lower = lower * power_of_two(left - 16)
         self.of_upper, self.of_lower = offset * self.upper, offset * self.lower + 2.0**14
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -288,7 +289,7 @@ def _single(x: Tensor, factors: Tensor, largest: float) -> Tensor:
     """floor(x m 2^(e - 31) + 1/2), rounded once."""
     mantissas, shifts = quantize_multipliers(factors.cpu())
     if largest < _ONE_PRODUCT:
-        scaled = torch.ldexp(mantissas.double(), shifts - 31)
+        scaled = mantissas * power_of_two(shifts - 31)
         return (x * scaled.to(x.device)).add_(0.5).floor_()
     product = x.long() * mantissas.to(x.device)
     right = (31 - shifts).to(x.device)
@@ -298,7 +299,7 @@ def _single(x: Tensor, factors: Tensor, largest: float) -> Tensor:
 def _reduced(x: Tensor, factors: Tensor, largest: float) -> Tensor:
     """floor(x r 2^(e - 15) + 1/2) with a mantissa r of 16 bits."""
     reduced, shifts = _reduced_multipliers(factors)
-    factor = torch.ldexp(reduced, shifts - 15).to(x.device)
+    factor = (reduced * power_of_two(shifts - 15)).to(x.device)
     if largest < _ONE_REDUCED_PRODUCT:
         return x.mul_(factor).add_(0.5).floor_()
     # Upper bits and the lower 16 apart: what the floor of the lower product drops is below the
@@ -307,7 +308,7 @@ def _reduced(x: Tensor, factors: Tensor, largest: float) -> Tensor:
     reduced = reduced.to(x.device)
     lower = ((x - upper * 2.0**16) * reduced).mul_(2.0**-16).floor_()
     product = (upper * reduced).add_(lower)
-    return (product * torch.exp2(shifts + 1.0).to(x.device)).add_(0.5).floor_()
+    return (product * power_of_two(shifts + 1).to(x.device)).add_(0.5).floor_()
 
 
 def _reduced_multipliers(factors: Tensor) -> tuple[Tensor, Tensor]:
