@@ -7,8 +7,8 @@ of its result comes back onto a grid, as in the emulator:
 
 The emulator computes such an operator with PyTorch, the program with the runtime's own function.
 Square roots and their reciprocals, squares, absolute values and `floor` are the same in every bit.
-The emulator rounds an exponential, a logarithm, a sine and a cosine from float64. The runtime's last
-bit of a float32 may be another, which is seen after the rounding to 8 bits rarely, but is not
+The emulator rounds an exponential, a logarithm, a sine and a cosine from float64. The last bit of
+the runtime's float32 may be another, which is seen after the rounding to 8 bits rarely, but is not
 promised not to be.
 """
 

@@ -42,7 +42,7 @@ class ByteProduct:
 
     Example:
         >>> product = ByteProduct(torch.tensor([[1, -2]], dtype=torch.int8))
-        >>> product(torch.tensor([[3, 4]], dtype=torch.int8)).tolist()
+        >>> product(torch.tensor([[3, 4]], dtype=torch.int8)).int().tolist()
         [[-5]]
     """
 

@@ -24,8 +24,10 @@ import math
 from collections.abc import Sequence
 from typing import TypeVar, overload
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
+from numpy.typing import NDArray
 from torch import Tensor
 
 # A C library has these, too, but none promises their last bit.
@@ -42,7 +44,7 @@ _ARTANH = [1.0 / (2 * k + 1) for k in range(12)]
 # erf(x) / (x exp(-x²)) as nested products; erfc beyond 2 as a continued fraction.
 _ERF_TERMS, _ERFC_TERMS = 40, 56
 
-_Number = TypeVar("_Number", float, Tensor)
+_Number = TypeVar("_Number", float, Tensor, NDArray[np.float64])
 
 
 def power_of_two(exponent: Int[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
@@ -107,14 +109,16 @@ def exp2(x: float | Tensor) -> float | Tensor:
 def log2(x: float) -> float: ...
 @overload
 def log2(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]: ...
-def log2(x: float | Tensor) -> float | Tensor:
+@overload
+def log2(x: NDArray[np.float64]) -> NDArray[np.float64]: ...
+def log2(x: float | Tensor | NDArray[np.float64]) -> float | Tensor | NDArray[np.float64]:
     """Take the logarithm to base 2.
 
     Args:
-        x: A positive number, or any float tensor of them.
+        x: A positive number, an array or any float tensor of them.
 
     Returns:
-        A float, or float64 of the shape of ``x``.
+        A float, or float64 of the kind and shape of ``x``.
 
     Example:
         >>> log2(8.0), log2(torch.tensor([0.25, 3.0])).float()
@@ -123,6 +127,10 @@ def log2(x: float | Tensor) -> float | Tensor:
     if isinstance(x, Tensor):
         exponent, mantissa = _split(x.double())
         return exponent + _artanh(mantissa) * (2 / LN_2)
+    if isinstance(x, np.ndarray):
+        parts, powers = np.frexp(x)
+        low = parts < _SQRT_HALF
+        return (powers - low) + _artanh(parts * (1.0 + low)) * (2 / LN_2)
     part, power = math.frexp(x)
     if part < _SQRT_HALF:
         part, power = 2 * part, power - 1

@@ -249,7 +249,7 @@ def _is_above(x: Floats, y: Floats, left: int, middle: int, right: int) -> bool:
 
 def _lengths(line: Line, mass: Floats) -> Floats:
     """Ideal lengths of the code, in bits."""
-    return -elementary.log2(torch.from_numpy(mass / line.mass[-1])).numpy()
+    return -elementary.log2(mass / line.mass[-1])
 
 
 def _entropy(line: Line, cuts: Places) -> float:

@@ -170,8 +170,8 @@ def spread_cuts(line: Line, cells: int, *, dense: bool) -> Places:
 
 def _cube_root(x: Floats) -> Floats:
     """Of numbers that are not negative; the same on every processor."""
-    logarithm = elementary.log2(torch.from_numpy(np.maximum(x, _TINY)))
-    return np.where(x > 0, elementary.exp2(logarithm / 3).numpy(), 0.0)
+    logarithm = elementary.log2(np.maximum(x, _TINY))
+    return np.where(x > 0, elementary.exp2(torch.from_numpy(logarithm / 3)).numpy(), 0.0)
 
 
 def _edges(line: Line, bins: int) -> Places:

@@ -50,6 +50,29 @@ def test_contract_of_fast_fidelity(check: Callable[..., None], tmp_path: Path) -
     check(lambda: NNAEmulation(calibration_steps=2, fidelity="fast"), tmp_path)
 
 
+def _has_bfloat16_lstm() -> bool:
+    """Whether oneDNN has the layer for this processor; PyTorch itself cannot train it elsewhere."""
+    with torch.autocast("cpu", torch.bfloat16):
+        try:
+            nn.LSTM(4, 8)(torch.zeros(2, 1, 4))[0].sum().backward()
+        except RuntimeError:
+            return False
+    return True
+
+
+@pytest.mark.skipif(not _has_bfloat16_lstm(), reason="this processor has no LSTM in bfloat16")
+@pytest.mark.parametrize("fidelity", ["exact", "fast"])
+def test_an_lstm_trains_under_bf16_mixed(fidelity: str) -> None:
+    mixed = module()
+    before = {name: value.clone() for name, value in mixed.state_dict().items()}
+    callback = NNAEmulation(calibration_steps=2, fidelity=fidelity)  # type: ignore[arg-type]
+    trainer(callback, precision="bf16-mixed").fit(mixed)
+    for name, value in mixed.state_dict().items():
+        assert value.dtype == torch.float32
+        assert bool(torch.isfinite(value).all())
+        assert not torch.equal(value, before[name])
+
+
 def test_the_contract_notices_a_callback_that_loses_its_state(tmp_path: Path) -> None:
     class Forgetful(NNAEmulation):
         def load_state_dict(self, state_dict: dict[str, object]) -> None:

@@ -85,6 +85,7 @@ def test_numbers_and_tensors_have_the_same_bits() -> None:
     x = points(0.01, 20.0, 301)
     assert elementary.exp2(x).tolist() == [elementary.exp2(float(value)) for value in x]
     assert elementary.log2(x).tolist() == [elementary.log2(float(value)) for value in x]
+    assert elementary.log2(x).tolist() == elementary.log2(x.numpy()).tolist()
 
 
 def test_square_roots_are_correctly_rounded() -> None:
