@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from lightning_nna.deploy.graph import CaptureError, Program
@@ -66,16 +66,20 @@ def capture(
     """
     emulator = emulator_of(module)
     leaves, form = tree_flatten(list(example_inputs))
-    with on_chip(module, emulator):
-        recorder = Recorder(emulator, allow_cpu=allow_cpu)
-        with recorder.listening():
-            copies = [recorder.argument(k, x) for k, x in enumerate(leaves)]
-            result = called(module, forward)(*tree_unflatten(copies, form))
-            outputs = [recorder.result(k, x) for k, x in enumerate(tree_leaves(result))]
+    floats = [x for x in leaves if isinstance(x, Tensor) and x.is_floating_point()]
+    if floats and not any(x.numel() for x in floats):
+        raise CaptureError(
+            f"the arguments are empty, of shape {tuple(floats[0].shape)}: a program has the shapes "
+            "of its example, so export it with at least one of a batch"
+        )
+    recorder = Recorder(emulator, allow_cpu=allow_cpu)
+    with recorder.asked(), on_chip(module, emulator), recorder.listening():
+        copies = [recorder.argument(k, x) for k, x in enumerate(leaves)]
+        result = called(module, forward)(*tree_unflatten(copies, form))
+        recorder.refuse_state(module)
+        outputs = [recorder.result(k, x) for k, x in enumerate(tree_leaves(result))]
     kept = [port for port in outputs if port is not None]
-    return recorder.graph.finish(
-        recorder.ports, kept, sorted(recorder.elements.steering), emulator.spec.name
-    )
+    return recorder.graph.finish(recorder.ports, kept, recorder.fixed(leaves), emulator.spec.name)
 
 
 @contextmanager

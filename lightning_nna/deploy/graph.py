@@ -72,7 +72,8 @@ class Program:
         sites: Call site of each operator.
         inputs: What the caller gives.
         outputs: What the caller gets.
-        fixed: Positions of arguments that steered the forward and are part of the program.
+        fixed: Arguments that are part of the program, by position: what steered the forward, as
+            nested lists, and what is no tensor.
         spec: Name of the chip.
     """
 
@@ -81,7 +82,7 @@ class Program:
     sites: tuple[str, ...]
     inputs: tuple[Port, ...]
     outputs: tuple[Port, ...]
-    fixed: tuple[int, ...]
+    fixed: Mapping[int, Any]
     spec: str
 
     @property
@@ -163,7 +164,7 @@ class Graph:
             )
 
     def finish(
-        self, inputs: Sequence[Port], outputs: Sequence[Port], fixed: Sequence[int], spec: str
+        self, inputs: Sequence[Port], outputs: Sequence[Port], fixed: Mapping[int, Any], spec: str
     ) -> Program:
         """The program, without what no output needs."""
         needed = {port.tensor for port in outputs}
@@ -184,7 +185,7 @@ class Graph:
             tuple(self.sites[number] for number in kept),
             tuple(ports),
             tuple(outputs),
-            tuple(fixed),
+            fixed,
             spec,
         )
 

@@ -6,6 +6,12 @@ movements. ``Provenance`` watches the functions below autograd while a forward r
 each tensor that the data reaches has an *address*, given where it is computed; functions that only
 move values move addresses along, all others give new ones. Views need no watching: addresses belong
 to the storage.
+
+An address below 0 is no data. It holds *causes*, one bit each: nothing (:data:`CONSTANT`), integer
+arguments that the value was computed from and that therefore are part of the program, or a random
+number (:data:`RANDOM`), which no program can repeat.
+
+    address -1: no cause; -2: integer argument 0; -3: integer argument 1; -4: both
 """
 
 from __future__ import annotations
@@ -20,8 +26,12 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 #: Address of what no input of the network has reached: it belongs to the program.
 CONSTANT = -1
-#: Address of what was computed of integers that came in (lengths, say): it steers the program.
+#: Address of what was computed of the first integers that came in (lengths, say).
 STEERING = -2
+#: Cause: a random number.
+RANDOM = 1 << 60
+#: Integer arguments beyond so many share the last bit.
+MOST_ARGUMENTS = 48
 
 # Functions that copy values, and which of their arguments hold them; the rest steer.
 _COPIES: dict[str, tuple[int, ...]] = {
@@ -44,11 +54,22 @@ _COPIES: dict[str, tuple[int, ...]] = {
 _FRESH = frozenset(
     """
     aten::empty_like aten::full_like aten::new_empty aten::new_empty_strided aten::new_full
-    aten::new_ones aten::new_zeros aten::ones_like aten::rand_like aten::randn_like
-    aten::zeros_like
+    aten::new_ones aten::new_zeros aten::ones_like aten::rand_like aten::randint_like
+    aten::randn_like aten::zeros_like
     """.split()
 )
-_ASKS = "aten::_local_scalar_dense"
+# Functions that hand Python a value, or a shape that depends on values.
+_ASKS = frozenset({"aten::_local_scalar_dense", "aten::equal"})
+_SHAPES = frozenset(
+    """
+    aten::_unique2 aten::bincount aten::masked_select aten::nonzero aten::nonzero_numpy
+    aten::repeat_interleave aten::unique_consecutive aten::unique_dim
+    """.split()
+)
+# Functions that put a number where a mask says; a 0 is on every grid and may be filled in.
+_MASKED_FILLS = frozenset({"aten::masked_fill", "aten::masked_fill_"})
+# Which have a seed though they compute of their operands, unless they drop some.
+_NOT_RANDOM = ("attention", "gru", "lstm", "rnn")
 _FILLS = frozenset({"aten::fill_", "aten::zero_"})
 # What changes the type of a copy and not its elements.
 _TYPE_KEYWORDS = frozenset({"dtype", "layout", "device", "pin_memory", "non_blocking"})
@@ -59,6 +80,10 @@ class Provenance(TorchDispatchMode):
 
     Args:
         decides: Called with a tensor that data have reached, where Python asks for its value.
+        origin: Says where in the module's code a function is called.
+
+    Attributes:
+        moved_by: Causes, as bits, that have decided where values went.
 
     Example:
         >>> with Provenance() as provenance:
@@ -72,13 +97,23 @@ class Provenance(TorchDispatchMode):
                 [-1, -1]])
     """
 
-    def __init__(self, decides: Callable[[Tensor], None] | None = None) -> None:
+    def __init__(
+        self,
+        decides: Callable[[Tensor], None] = lambda x: None,
+        origin: Callable[[], str | None] = lambda: None,
+    ) -> None:
         super().__init__()
-        self._decides = decides
+        self._decides, self._origin = decides, origin
         self._held: dict[int, Tensor] = {}
         # Kept, because memory that is freed becomes another tensor's.
         self._storages: list[Any] = []
         self._next = 0
+        # Addresses of integer arguments: first, end, bit.
+        self._integers: list[tuple[int, int, int]] = []
+        # Why addresses are no movement of others: first, end, text.
+        self._reasons: list[tuple[int, int, str]] = []
+        self.moved_by = 0
+        self._drawn = False
 
     @property
     def count(self) -> int:
@@ -86,8 +121,21 @@ class Provenance(TorchDispatchMode):
         return self._next
 
     def begin(self, x: Tensor) -> Tensor:
-        """Give every element of a tensor an address of its own, and return them."""
+        """Give every element of a tensor an address of its own, and return them.
+
+        Integers are a cause from now on: what is computed of them alone belongs to the program.
+        """
+        first = self._next
         self._write(x, self._fresh(x.shape))
+        if not x.is_floating_point() and not x.is_complex():
+            bit = 1 << min(len(self._integers), MOST_ARGUMENTS - 1)
+            self._integers.append((first, self._next, bit))
+        return self.addresses(x)
+
+    def complete(self, x: Tensor) -> Tensor:
+        """Give the elements of a tensor that are no data addresses, too, and return all."""
+        held = self.addresses(x)
+        self._write(x, torch.where(held < 0, self._fresh(x.shape), held))
         return self.addresses(x)
 
     def addresses(self, x: Tensor) -> Tensor:
@@ -98,8 +146,39 @@ class Provenance(TorchDispatchMode):
         return held.as_strided(x.shape, x.stride(), x.storage_offset()).clone()
 
     def reaches(self, values: Any) -> bool:
-        """Whether data is in any tensor among values, nested."""
+        """Whether data or a cause is in any tensor among values, nested."""
         return bool(self._reached(values))
+
+    def causes(self, values: Any) -> int | None:
+        """Causes of all tensors among values, nested, as bits; None if data are among them."""
+        found = 0
+        for x in self._reached(values):
+            bits = self.causes_of(self.addresses(x))
+            if bits is None:
+                return None
+            found |= bits
+        return found
+
+    def causes_of(self, addresses: Tensor) -> int | None:
+        """Causes that addresses hold, as bits; None if any is of data."""
+        flat = addresses.reshape(-1)
+        data, found = flat[flat >= 0], 0
+        for first, end, bit in self._integers if len(data) else ():
+            inside = (data >= first) & (data < end)
+            if bool(inside.any()):
+                found, data = found | bit, data[~inside]
+        if len(data):
+            return None
+        for address in flat[flat < CONSTANT].unique().tolist():
+            found |= CONSTANT - address
+        return found
+
+    def reason(self, address: int) -> str | None:
+        """Why a value is no movement of others, if that is known."""
+        for first, end, text in self._reasons:
+            if first <= address < end:
+                return text
+        return None
 
     def __torch_dispatch__(
         self,
@@ -110,11 +189,22 @@ class Provenance(TorchDispatchMode):
     ) -> Any:
         """Run a function and follow what it does."""
         kwargs = kwargs or {}
-        if func._schema.name == _ASKS and self._decides is not None and self.reaches(args):
-            self._decides(args[0])
+        for x in self._deciding(func, args, kwargs):
+            self._decides(x)
         result = func(*args, **kwargs)
         self._follow(func, args, kwargs, result)
         return result
+
+    def _deciding(
+        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Sequence[Tensor]:
+        """Arguments that data have reached and whose values decide what Python sees next."""
+        name = func._schema.name
+        if name in _ASKS or name in _SHAPES:
+            return self._reached(args, kwargs)
+        if name == "aten::index":  # By a mask, which gives as many values as are true.
+            return [x for x in self._reached(args[1]) if x.dtype in (torch.bool, torch.uint8)]
+        return ()
 
     def _follow(
         self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any
@@ -123,21 +213,61 @@ class Provenance(TorchDispatchMode):
         written = list(_written(func, args, kwargs))
         taken = {_key(x) for x in _tensors((args, kwargs))}
         fresh = [x for x in _tensors(result) if _key(x) not in taken]
+        reached = name not in _FRESH and self._reached(args, kwargs)
         if name == "aten::copy_":
             moved = self.addresses(args[1]).expand(args[0].shape)
             self._write(args[0], moved)
         elif name in _FILLS and not _tensors((args[1:], kwargs)):
             self._write(args[0], torch.full(args[0].shape, CONSTANT))
-        elif not self._reached(args, kwargs) or name in _FRESH:
+        elif _is_random(func) and (written or not reached):
+            self._drawn = True
+            for x in (*fresh, *written):
+                self._write(x, torch.full(x.shape, CONSTANT - RANDOM))
+        elif not reached:
             for x in written:
                 self._write(x, torch.full(x.shape, CONSTANT))
-        elif name in _COPIES and not written and not self._steered(name, args, kwargs):
+        elif name in _COPIES and not written and self._may_steer(name, args, kwargs):
             self._copy(func, args, kwargs, fresh)
+        elif name in _MASKED_FILLS and args[2] == 0 and self._may_steer(name, args, kwargs):
+            filled = self.addresses(args[0]).masked_fill(args[1], CONSTANT)
+            self._write(written[0] if written else result, filled)
         else:
-            steers = not any(x.is_floating_point() for x in self._reached(args, kwargs))
-            for x in (*fresh, *written):
-                whole = steers and not x.is_floating_point()
-                self._write(x, torch.full(x.shape, STEERING) if whole else self._fresh(x.shape))
+            self._computed(func, (args, kwargs), (*fresh, *written))
+
+    def _computed(self, func: Any, operands: Any, results: Sequence[Tensor]) -> None:
+        """Give results of a computation new addresses, or the causes of all operands."""
+        causes = self.causes(operands)
+        for x in results:
+            if causes is not None:
+                self._write(x, torch.full(x.shape, CONSTANT - causes))
+                continue
+            first, text = self._next, self._why(func, operands, x)
+            self._write(x, self._fresh(x.shape))
+            if text is not None:
+                self._reasons.append((first, self._next, text))
+
+    def _why(self, func: Any, operands: Any, result: Tensor) -> str | None:
+        """Why a result of data can be no part of a program, if that is to be seen here."""
+        name = func._schema.name
+        if self._drawn and self._mixes_random(operands):
+            return f"random numbers are mixed in by {name}"
+        for x in self._reached(operands):  # A mask passes its reason on, whatever is made of it.
+            if torch.bool in (x.dtype, result.dtype) and x.numel():
+                known = self.reason(int(self.addresses(x).max()))
+                if known is not None:
+                    return known
+        chooses = name in _COPIES
+        if result.is_floating_point() and not chooses:
+            return None
+        origin = self._origin()
+        if origin is None:  # The chip's own arithmetic.
+            return None
+        what = "decide what is moved where" if chooses else "decide"
+        return f"values of the data {what}, by {name} at {origin}"
+
+    def _mixes_random(self, operands: Any) -> bool:
+        held = [self.addresses(x).reshape(-1) for x in self._reached(operands)]
+        return any(bool(((x < CONSTANT) & ((CONSTANT - x) & RANDOM > 0)).any()) for x in held)
 
     def _copy(
         self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], results: list[Tensor]
@@ -158,17 +288,24 @@ class Provenance(TorchDispatchMode):
         if name == "aten::_to_copy":
             kept = {}
         found = _tensors(run(*moved, **kept))
-        for result, addresses in zip(results, found, strict=False):
+        for result, addresses in zip(results[:1], found, strict=False):
             self._write(result, addresses)
+        for result in results[1:]:  # The sizes of the steps of packed sequences.
+            self._write(result, torch.full(result.shape, CONSTANT - (self.causes(args[1:]) or 0)))
 
     def _reached(self, *values: Any) -> list[Tensor]:
         """Tensors among arguments whose storage has data."""
         return [x for x in _tensors(values) if _key(x) in self._held]
 
-    def _steered(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Whether data decides what moves where."""
-        rest = [value for position, value in enumerate(args) if position not in _COPIES[name]]
-        return bool(self._reached(rest, kwargs))
+    def _may_steer(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether no data decide what moves where; what does decide is part of the program."""
+        places = _COPIES.get(name, (0,))
+        rest = [value for position, value in enumerate(args) if position not in places]
+        causes = self.causes((rest, kwargs))
+        if causes is None or causes & RANDOM:
+            return False
+        self.moved_by |= causes
+        return True
 
     def _fresh(self, shape: Sequence[int]) -> Tensor:
         count = torch.Size(shape).numel()
@@ -195,6 +332,12 @@ def _key(x: Tensor) -> int:
 
 def _tensors(values: Any) -> list[Tensor]:
     return [x for x in tree_leaves(values) if isinstance(x, Tensor)]
+
+
+def _is_random(func: Any) -> bool:
+    """Whether a function draws random numbers."""
+    seeded = torch.Tag.nondeterministic_seeded in func.tags
+    return seeded and not any(word in func._schema.name for word in _NOT_RANDOM)
 
 
 def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Tensor]:

@@ -10,11 +10,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes
+from torch import Tensor, nn
 
 from lightning_nna.deploy.cpu_operators import CPU_OPERATORS, CpuOperators, operator_of
-from lightning_nna.deploy.elements import Elements
+from lightning_nna.deploy.elements import Asked, Elements, unseen
 from lightning_nna.deploy.graph import (
     CaptureError,
     Graph,
@@ -43,6 +42,24 @@ from lightning_nna.emulator.program import Instruction, Stored, activation
 _LSTM = "UNIDIRECTIONAL_SEQUENCE_LSTM"
 # Where it has its hidden state and its cell among its operands.
 _STATES = (18, 19)
+
+
+_STATISTICS = (
+    "it takes the statistics of the example: batch norm needs running statistics "
+    "(track_running_stats=True, and training=False where it is called as a function)"
+)
+# What to do instead of what is no operator.
+_REMEDIES = {
+    "embedding": (
+        "max_norm scales rows as they are looked up: scale the table itself, as with "
+        "torch.renorm, and leave max_norm out"
+    ),
+    "group_norm": "use batch norm with running statistics, or layer norm over the channels",
+    "instance_norm": (
+        "it takes the statistics of every input: use batch norm with running statistics, or layer "
+        "norm over the channels"
+    ),
+}
 
 
 class Recorder:
@@ -75,6 +92,10 @@ class Recorder:
 
     # --- the forward ----------------------------------------------------------------------------
 
+    def asked(self) -> Asked:
+        """A mode that sees what Python takes out of tensors; it goes below the interception."""
+        return Asked(self.elements.decides)
+
     @contextmanager
     def listening(self) -> Iterator[None]:
         """Follow elements and take instructions down; refuse what no calibration has seen."""
@@ -99,8 +120,13 @@ class Recorder:
         """A copy of an argument, whose elements are followed."""
         if not isinstance(x, Tensor):
             return x
-        tag = self.emulator.tag_of(x)
         copy = x.detach().clone()
+        with unseen():
+            self._follow_argument(position, x, copy)
+        return copy
+
+    def _follow_argument(self, position: int, x: Tensor, copy: Tensor) -> None:
+        tag = self.emulator.tag_of(x)
         addresses = self.elements.begin(copy)
         if not x.is_floating_point():
             self.elements.integers.append(position)
@@ -115,13 +141,12 @@ class Recorder:
             number = self.graph.add(f"argument{position}", form_of(form), form.integers.numpy())
             self._arguments[number] = position
             self.elements.define(form.dtype, addresses, codes_of(number, np.arange(copy.numel())))
-        return copy
 
     def result(self, position: int, x: Any) -> Port | None:
         """The port of a result; None for what is no activation."""
         if not isinstance(x, Tensor) or not x.is_floating_point() or not x.numel():
             return None
-        with _disable_current_modes():
+        with unseen():
             tag = self.emulator.tag_of(x)
             kind = "float32" if tag is None else width_of_grid(tag)
             codes = self.elements.resolve(x, kind, f"result {position}")
@@ -141,16 +166,60 @@ class Recorder:
                 )
             return Port(self.graph.names[made], position, tuple(x.shape))
 
+    def refuse_state(self, module: nn.Module) -> None:
+        """Refuse a module that keeps data in a buffer: its program would not.
+
+        Raises:
+            CaptureError: If it does.
+        """
+        with unseen():
+            for name, buffer in module.named_buffers():
+                if self.elements.provenance.causes((buffer,)) is None:
+                    raise CaptureError(
+                        f"the forward writes data to the buffer {name}, and a program would start "
+                        "from the example's in every call: pass what it keeps as an argument and "
+                        "return it"
+                    )
+
+    def fixed(self, leaves: Sequence[Any]) -> dict[int, Any]:
+        """Arguments that are part of the program: what steered it, and what is no tensor.
+
+        Raises:
+            CaptureError: If one of them is an input as well.
+        """
+        steering = self.elements.steering
+        read = {port.position for port in self.ports}
+        if both := sorted(steering & read):
+            raise CaptureError(
+                f"argument {both[0]} is read by the program and decides something as well, as a "
+                "mask made of labels does, which would be the example's for ever: pass what "
+                "decides as an argument of its own"
+            )
+        found: dict[int, Any] = {}
+        for position, leaf in enumerate(leaves):
+            if position in steering:
+                found[position] = leaf.tolist()
+            elif leaf is None or isinstance(leaf, (bool, int, float, str)):
+                found[position] = leaf
+        return found
+
     # --- instructions ---------------------------------------------------------------------------
 
     def _refuse(self, key: str, on_chip: bool, operands: Any, result: Any) -> None:
-        if on_chip or not self.elements.provenance.reaches(result):
-            return
+        with unseen():
+            if on_chip or not self.elements.provenance.reaches(result):
+                return
+            computed_of_data = self.elements.provenance.causes(result) is None
+            if not computed_of_data and operator_of(key) not in _REMEDIES:
+                return  # Of lengths and the like: it is a constant of the program.
         if self._allow_cpu:
-            with _disable_current_modes():
+            with unseen():
                 if self._cpu.take(key, operands, result):
                     return
         has_cpu = operator_of(key) in CPU_OPERATORS and not self._allow_cpu
+        remedy = _REMEDIES.get(operator_of(key))
+        if remedy is not None:
+            raise CaptureError(f"{key} is no operator of {self.emulator.spec.name}: {remedy}")
         raise CaptureError(
             f"{key} is no operator of {self.emulator.spec.name}: write it with operators that "
             "coverage(module, example) lists as the chip's, or keep it out of the export with "
@@ -167,7 +236,7 @@ class Recorder:
 
     def _take(self, instruction: Instruction) -> None:
         """One instruction: connect its operands, and give its results their elements."""
-        with _disable_current_modes():
+        with unseen():
             if not self._depends(instruction):
                 return  # Computed of the program's own constants: its results are constants.
             places = [self.elements.place(x) for x in instruction.outputs]
@@ -202,9 +271,16 @@ class Recorder:
                 self._leave(instruction, inputs)
 
     def _depends(self, instruction: Instruction) -> bool:
-        """Whether an instruction reads anything but constants."""
+        """Whether an instruction reads anything but constants.
+
+        Indices that were computed of an argument are none: with them the argument would be fixed.
+        """
         read = [x for x in instruction.inputs if x is not None and not x.constant]
-        return any(bool((self.elements.addresses(x) != CONSTANT).any()) for x in read)
+        held = [(x.dtype, self.elements.addresses(x)) for x in read]
+        return any(
+            bool((each >= 0).any()) or (dtype == "int32" and bool((each < CONSTANT).any()))
+            for dtype, each in held
+        )
 
     def _output(self, instruction: Instruction, position: int) -> int:
         stored = instruction.outputs[position]
@@ -214,14 +290,16 @@ class Recorder:
         name = f"{instruction.site}/{operand_name(instruction.operator, position)}"
         values = stored.integers.numpy()
         if stored.constant:
+            remedy = _STATISTICS if "batch_norm" in instruction.site else ""
+            self.elements.check_constant(stored, name, remedy)
             return self.graph.constant(name, form_of(stored), values.astype(np.int64))
         where = f"{name} of {instruction.operator}"
         if stored.source is None:
             raise CaptureError(f"{where} has no place in the forward")
         codes = self.elements.resolve(stored.source, stored.dtype, where)
         form = form_of(stored)
-        if stored.dtype == "int32":
-            codes = self._integer_input(codes)
+        if stored.dtype in ("int32", "bool"):
+            codes = self._plain_input(codes, stored.dtype)
         self._demand_current(tensors_in(codes), where)
         for number in tensors_in(codes):
             self.graph.demand_grid(number, form, where)
@@ -269,16 +347,16 @@ class Recorder:
         self.ports.append(Port(self.graph.names[number], position, shape, from_chip))
         return number
 
-    def _integer_input(self, codes: Codes) -> Codes:
-        """Integers of arguments become inputs where a table is looked up."""
+    def _plain_input(self, codes: Codes, dtype: str) -> Codes:
+        """Arguments on no grid become inputs: integers that are looked up, and masks."""
         result = codes.copy()
         for number in tensors_in(codes):
             if number in self._arguments:
                 position = self._arguments[number]
-                key = (number, "int32")
+                key = (number, dtype)
                 if key not in self._entered:
-                    integers = torch.from_numpy(self.graph.values[number])
-                    self._entered[key] = self._port(position, Stored(integers, "int32"))
+                    values = torch.from_numpy(self.graph.values[number])
+                    self._entered[key] = self._port(position, Stored(values, dtype))
                 mask = belong(codes, number)
                 result[mask] = codes_of(self._entered[key], elements_in(codes[mask]))
         return result

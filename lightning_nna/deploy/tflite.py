@@ -111,7 +111,7 @@ def export_tflite(
         dict(Counter(operator.name for operator in program.operators)),
         program.inputs,
         program.outputs,
-        program.fixed,
+        tuple(program.fixed),
         program.spec,
     )
 
@@ -124,7 +124,7 @@ def write(program: Program) -> bytes:
         "spec": program.spec,
         "inputs": [asdict(port) for port in program.inputs],
         "outputs": [asdict(port) for port in program.outputs],
-        "fixed": list(program.fixed),
+        "fixed": {str(position): value for position, value in program.fixed.items()},
         "sha256": NO_DIGEST,
     }
     contents = build_model(
@@ -148,6 +148,7 @@ class LiteRTProgram:
     Attributes:
         inputs: Where arguments enter.
         outputs: Where results leave.
+        fixed: Arguments that are part of the program, by position.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -160,6 +161,7 @@ class LiteRTProgram:
         self.spec = str(notes["spec"])
         self.inputs = tuple(_port(entry) for entry in notes["inputs"])
         self.outputs = tuple(_port(entry) for entry in notes["outputs"])
+        self.fixed = {int(position): value for position, value in notes["fixed"].items()}
         kinds = OpResolverType
         self._interpreter = Interpreter(
             model_content=contents,
@@ -181,9 +183,12 @@ class LiteRTProgram:
             an operator of the CPU are on none.
 
         Raises:
-            ValueError: If an argument is missing or has another shape than the program.
+            ValueError: If an argument is missing, has another shape than the program, or another
+                value than the one that is part of it.
         """
         given = [np.asarray(x) for x in tree_leaves(list(inputs))]
+        for position, value in self.fixed.items():
+            _demand_fixed(position, value, given)
         self._interpreter.reset_all_variables()
         for port in self.inputs:
             self._set(port, given)
@@ -223,6 +228,16 @@ class LiteRTProgram:
             return integers.reshape(port.shape)
         centred = integers.astype(np.int32) - grid.zero_point
         return (centred.astype(np.float32) * np.float32(grid.scale)).reshape(port.shape)
+
+
+def _demand_fixed(position: int, value: Any, given: Sequence[NDArray[Any]]) -> None:
+    """Refuse another value of an argument than the program was made for."""
+    found = given[position].tolist() if position < len(given) else None
+    if found != value:
+        raise ValueError(
+            f"argument {position} is part of the program, which was exported with {value!r:.200}, "
+            f"got {found!r:.200}: export the module for these"
+        )
 
 
 def run_tflite(

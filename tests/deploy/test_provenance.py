@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-from lightning_nna.deploy.provenance import CONSTANT, STEERING, Provenance
+from lightning_nna.deploy.provenance import CONSTANT, RANDOM, STEERING, Provenance
 
 MOVED: dict[str, Callable[[Tensor], Tensor]] = {
     "view": lambda x: x.view(6, 4),
@@ -49,7 +49,7 @@ def test_what_is_filled_in_is_the_programs() -> None:
         provenance.begin(x)
         padded = F.pad(x, (1, 0))
         joined = torch.cat([x.new_zeros(1, 2), x])
-        weight = torch.randn(2, 2) * 3
+        weight = torch.ones(2, 2) * 3
     assert provenance.addresses(padded)[:, 0].tolist() == [CONSTANT] * 2
     assert provenance.addresses(joined)[0].tolist() == [CONSTANT] * 2
     assert provenance.addresses(weight).unique().tolist() == [CONSTANT]
@@ -82,3 +82,34 @@ def test_integers_that_come_in_steer() -> None:
         provenance.begin(lengths)
         mask = torch.arange(2) < lengths[:, None]
     assert provenance.addresses(mask).unique().tolist() == [STEERING]
+
+
+def test_causes_are_those_of_all_operands_in_float_too() -> None:
+    first, second = torch.tensor([2, 1]), torch.tensor([3, 3])
+    with Provenance() as provenance:
+        provenance.begin(first)
+        provenance.begin(second)
+        mask = (first < second).float() * 2.0
+        drawn = torch.rand(2) + mask
+        data = torch.ones(2)
+        provenance.begin(data)
+        mixed = data * mask
+    assert provenance.causes(mask) == 0b11
+    assert provenance.causes(drawn) == 0b11 | RANDOM
+    assert provenance.causes(mixed) is None
+
+
+def test_lengths_move_values_and_data_do_not() -> None:
+    x, lengths = torch.arange(12.0).reshape(2, 3, 2), torch.tensor([3, 1])
+    with Provenance(origin=lambda: "here") as provenance:
+        provenance.begin(x)
+        provenance.begin(lengths)
+        last = x[torch.arange(2), lengths - 1]
+        kept = x.masked_fill((torch.arange(3) >= lengths[:, None])[..., None], 0.0)
+        by_data = x[(x[:, 0, 0] * 0).long()]
+    assert provenance.addresses(last).tolist() == [[4, 5], [6, 7]]
+    assert provenance.addresses(kept)[1].tolist() == [[6, 7], [CONSTANT] * 2, [CONSTANT] * 2]
+    assert provenance.moved_by == 1
+    assert int(provenance.addresses(by_data).min()) > 13
+    reason = provenance.reason(int(provenance.addresses(by_data).min()))
+    assert reason == "values of the data decide what is moved where, by aten::index at here"

@@ -110,6 +110,12 @@ def embedding(call: Call, input: Tensor, weight: Tensor, *args: Any, **kwargs: A
     return call.tagged(result, y)
 
 
+def supports_embedding(input: Any, weight: Any, *args: Any, **kwargs: Any) -> bool:
+    """Whether a table is looked up as it is: a limit of norms changes rows as they are read."""
+    max_norm = args[1] if len(args) > 1 else kwargs.get("max_norm")
+    return max_norm is None
+
+
 def integer_matmul(x: Tensor, weight: QuantizedWeight, largest_input: int) -> Tensor:
     """Product of integers held in float32, exact: float64 where a sum could pass 2^24.
 

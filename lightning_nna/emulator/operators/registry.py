@@ -86,7 +86,7 @@ TABLE: dict[str, Operator] = {
     "conv1d": _CONVOLUTION,
     "conv2d": _CONVOLUTION,
     "dropout": _DROPOUT,
-    "embedding": Operator("embedding", linear.embedding),
+    "embedding": Operator("embedding", linear.embedding, linear.supports_embedding),
     "elu": _ELU,
     "elu_": _ELU,
     "feature_dropout": Operator("", activation.feature_dropout),

@@ -1,0 +1,291 @@
+"""What a program would take from its example and keep for ever is an error that names it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+
+from lightning_nna import calibrate, coverage
+from lightning_nna.deploy import CaptureError, export_tflite, run_tflite, verify
+
+pytestmark = pytest.mark.exactness
+SPECS = {8: "litert-int8", 16: "litert-int16x8"}
+
+
+class Net(nn.Module):
+    """A function of arguments and layers."""
+
+    def __init__(self, function: Callable[..., Any], *layers: nn.Module) -> None:
+        super().__init__()
+        self.function, self.layers = function, nn.ModuleList(layers)
+
+    def forward(self, *arguments: Any) -> Any:
+        return self.function(*arguments, *self.layers)
+
+
+def calibrated(function: Any, arguments: Any, *layers: nn.Module, bits: int = 8) -> nn.Module:
+    net = Net(function, *layers)
+    calibrate(net, [arguments], forward=lambda module, x: module(*x), spec=SPECS[bits])
+    return net
+
+
+def after(function: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
+    """A function of the outputs of a linear layer."""
+    return lambda x, linear: function(linear(x))
+
+
+def drawn_from(function: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
+    return lambda x, linear: linear(function(x))
+
+
+DECISIONS: dict[str, tuple[Callable[..., Tensor], str]] = {
+    "a mask": (
+        after(lambda y: torch.softmax(y.masked_fill(y < 0, -torch.inf), -1)),
+        r"select#0/operand0 of SELECT_V2 .* values of the data decide, by aten::lt at test_capture",
+    ),
+    "its opposite": (after(lambda y: torch.where(~(y > 0), y, y.flip(1))), "decide, by aten::gt"),
+    "a mask that is added": (
+        after(lambda y: torch.softmax(y + (y < 0) * -1e9, -1)),
+        r"decide, by aten::lt at test_capture\.py:\d+ in <lambda>",
+    ),
+    "a mask of an argument": (
+        lambda x, linear: torch.where(x > 0, linear(x), linear(x).flip(1)),
+        "decide, by aten::gt",
+    ),
+    "zeros": (after(lambda y: torch.sigmoid(y.masked_fill(y < 0, 0))), "decide, by aten::lt"),
+    "a float mask": (after(lambda y: y * (y > 0).float()), "decide, by aten::gt"),
+    "an index": (
+        after(lambda y: torch.sigmoid(y[torch.arange(6), y.argmax(1)])),
+        "decide what is moved where, by aten::index",
+    ),
+    "an embedding of the best": (
+        lambda x, linear: F.embedding(linear(x).argmax(1), linear.weight),
+        "decide, by aten::argmax",
+    ),
+    "a choice of rows": (after(lambda y: torch.sigmoid(y[y > 0])), "asks for a value of the data"),
+    "masked_select": (
+        after(lambda y: torch.sigmoid(torch.masked_select(y, y > 0))),
+        "asks for a value of the data",
+    ),
+    "how many there are": (
+        after(lambda y: torch.sigmoid(y[: len((y > 0).nonzero())])),
+        "asks for a value of the data",
+    ),
+    "a number": (
+        after(lambda y: torch.sigmoid(y) if y.mean() > 0 else torch.tanh(y)),
+        r"test_capture\.py:\d+ in <lambda> asks for a value of the data",
+    ),
+    "a list": (after(lambda y: torch.sigmoid(y * y.tolist()[0][0])), "asks for a value"),
+    "an array": (after(lambda y: torch.sigmoid(y * float(y.numpy().max()))), "asks for a value"),
+    "whether it is equal": (
+        after(lambda y: torch.sigmoid(y) if torch.equal(y, y + 1) else torch.tanh(y)),
+        "asks for a value",
+    ),
+    "a width": (
+        lambda x, linear: torch.sigmoid(F.pad(linear(x), (0, int((x > 0).sum())))),
+        "asks for a value",
+    ),
+    "a weight": (
+        lambda x, linear: F.linear(x, linear(x)),
+        r"fully_connected#\d/weight is computed of the data",
+    ),
+    "a kernel": (
+        lambda x, linear: F.conv1d(x[None], linear(x)[:, :, None]),
+        r"convolution#0/weight is computed of the data",
+    ),
+    "a bias": (
+        lambda x, linear: F.linear(x, linear.weight, linear(x)[0]),
+        r"fully_connected#\d/bias is computed of the data",
+    ),
+    "a norm": (drawn_from(F.normalize), r"normalize#0 is no operator of"),
+    "dropout": (
+        after(lambda y: torch.sigmoid(F.dropout(y))),
+        r"random numbers .* Leave dropout and noise out",
+    ),
+    "noise": (
+        after(lambda y: torch.sigmoid(y + torch.randn_like(y))),
+        r"random numbers.* Leave dropout and noise out",
+    ),
+    "batch statistics": (
+        lambda x, linear: F.batch_norm(linear(x), None, None, training=True),
+        r"batch_norm#0/weight is computed of the data.*running statistics",
+    ),
+}
+
+
+@pytest.mark.parametrize("allow_cpu", [False, True])
+@pytest.mark.parametrize("bits", SPECS)
+@pytest.mark.parametrize("kind", DECISIONS)
+def test_data_decide_nothing(kind: str, bits: int, allow_cpu: bool, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    function, message = DECISIONS[kind]
+    x = torch.randn(6, 6)
+    net = calibrated(function, (x,), nn.Linear(6, 6), bits=bits)
+    with pytest.raises(CaptureError, match=message):
+        export_tflite(net, [x], tmp_path / "net.tflite", allow_cpu=allow_cpu)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("layers", "shape", "message"),
+    [
+        (
+            [nn.Conv1d(6, 5, 3), nn.BatchNorm1d(5, track_running_stats=False)],
+            (3, 6, 9),
+            r"1/batch_norm#0/.* is computed of the data.*track_running_stats=True",
+        ),
+        ([nn.BatchNorm1d(6, track_running_stats=False)], (8, 6), "track_running_stats=True"),
+        (
+            [nn.Conv1d(6, 6, 3), nn.InstanceNorm1d(6)],
+            (3, 6, 9),
+            "statistics of every input: use batch norm",
+        ),
+        (
+            [nn.Conv1d(6, 6, 3), nn.InstanceNorm1d(6, affine=True, track_running_stats=True)],
+            (3, 6, 9),
+            "statistics of every input",
+        ),
+    ],
+)
+def test_statistics_of_the_example_are_none_of_the_program(
+    layers: list[nn.Module], shape: tuple[int, ...], message: str, tmp_path: Path
+) -> None:
+    x = torch.randn(shape)
+    net = nn.Sequential(*layers)
+    calibrate(net, [x])
+    with pytest.raises(CaptureError, match=message):
+        export_tflite(net, [x], tmp_path / "net.tflite")
+
+
+def test_an_embedding_with_a_limit_is_computed_in_float_and_refused(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    labels = torch.tensor([[0, 3], [2, 2]])
+    net = nn.Sequential(nn.Embedding(9, 4, max_norm=0.5), nn.Tanh())
+    assert [row.site for row in coverage(net, labels).fallbacks] == ["0/embedding#0"]
+    calibrate(net, [labels])
+    with pytest.raises(CaptureError, match=r"0/embedding#0 .* max_norm scales rows"):
+        export_tflite(net, [labels], tmp_path / "net.tflite")
+
+
+def test_state_in_a_buffer_is_refused(tmp_path: Path) -> None:
+    class Averaging(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("average", torch.zeros(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = torch.tanh(x)
+            self.average = y[0]
+            return y
+
+    net, x = Averaging(), torch.randn(2, 3)
+    calibrate(net, [x])
+    with pytest.raises(CaptureError, match="writes data to the buffer average"):
+        export_tflite(net, [x], tmp_path / "net.tflite")
+
+
+LENGTHS: dict[str, Callable[..., Tensor]] = {
+    "last steps": lambda x, n, linear: torch.sigmoid(linear(x)[torch.arange(3), n - 1]),
+    "a float mask": lambda x, n, linear: (
+        linear(x) * (torch.arange(5) < n[:, None]).float()[..., None]
+    ),
+    "zeros": lambda x, n, linear: torch.tanh(
+        linear(x).masked_fill((torch.arange(5) >= n[:, None])[..., None], 0)
+    ),
+    "scores": lambda x, n, linear: torch.softmax(
+        (linear(x) @ x.transpose(1, 2)).masked_fill(
+            ~(torch.arange(5) < n[:, None])[:, None], -torch.inf
+        ),
+        -1,
+    ),
+    "a slice": lambda x, n, linear: torch.tanh(linear(x)[:, : int(n.max()) - 1]),
+    "a list": lambda x, n, linear: torch.cat([linear(x)[k, :m] for k, m in enumerate(n.tolist())]),
+}
+
+
+@pytest.mark.parametrize("bits", SPECS)
+@pytest.mark.parametrize("kind", LENGTHS)
+def test_lengths_decide_and_are_part_of_the_program(kind: str, bits: int, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    x, lengths = torch.randn(3, 5, 6), torch.tensor([5, 2, 3])
+    net = calibrated(LENGTHS[kind], (x, lengths), nn.Linear(6, 6), bits=bits)
+    model = export_tflite(net, [x, lengths], tmp_path / "net.tflite")
+    assert model.fixed == (1,)
+    assert verify(net, model.path, [torch.randn(3, 5, 6), lengths]) == 1.0
+    with pytest.raises(ValueError, match=r"argument 1 is part of .* \[5, 2, 3\], got \[5, 2, 4\]"):
+        run_tflite(model.path, [x, torch.tensor([5, 2, 4])])
+
+
+def test_lengths_of_packed_sequences_are_part_of_the_program(tmp_path: Path) -> None:
+    def forward(x: Tensor, lengths: Tensor, lstm: nn.LSTM) -> Tensor:
+        packed = pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
+        return pad_packed_sequence(lstm(packed)[0], batch_first=True)[0]
+
+    torch.manual_seed(0)
+    x, lengths = torch.randn(3, 5, 6), torch.tensor([2, 5, 3])
+    net = calibrated(forward, (x, lengths), nn.LSTM(6, 4, batch_first=True))
+    model = export_tflite(net, [x, lengths], tmp_path / "net.tflite")
+    assert model.fixed == (1,)
+    assert verify(net, model.path, [torch.randn(3, 5, 6), lengths]) == 1.0
+
+
+def test_a_number_is_part_of_the_program(tmp_path: Path) -> None:
+    x = torch.randn(3, 6)
+    net = calibrated(lambda x, n, linear: linear(x)[:, :n], (x, 2), nn.Linear(6, 6))
+    model = export_tflite(net, [x, 2], tmp_path / "net.tflite")
+    assert model.fixed == (1,)
+    with pytest.raises(ValueError, match=r"argument 1 is part of .* with 2, got 3"):
+        run_tflite(model.path, [x, 3])
+
+
+@pytest.mark.parametrize("bits", SPECS)
+def test_a_mask_is_an_input(bits: int, tmp_path: Path) -> None:
+    def forward(x: Tensor, keep: Tensor, linear: nn.Linear) -> Tensor:
+        y = linear(x)
+        return torch.where(keep, y, y.flip(1))
+
+    torch.manual_seed(0)
+    x, keep = torch.randn(3, 6), torch.rand(3, 6) < 0.5
+    net = calibrated(forward, (x, keep), nn.Linear(6, 6), bits=bits)
+    model = export_tflite(net, [x, keep], tmp_path / "net.tflite")
+    assert ([port.position for port in model.inputs], model.fixed) == ([0, 1], ())
+    assert verify(net, model.path, [x, ~keep]) == 1.0
+
+
+def test_labels_that_decide_as_well_are_refused(tmp_path: Path) -> None:
+    def forward(labels: Tensor, embedding: nn.Embedding) -> Tensor:
+        y = embedding(labels)
+        return torch.softmax(y.masked_fill((labels == 0)[..., None], -torch.inf), 1)
+
+    labels = torch.tensor([[1, 0, 2]])
+    net = calibrated(forward, (labels,), nn.Embedding(5, 4))
+    with pytest.raises(CaptureError, match="argument 0 is read by the program and decides"):
+        export_tflite(net, [labels], tmp_path / "net.tflite")
+
+
+def test_an_empty_batch_is_refused(tmp_path: Path) -> None:
+    net = calibrated(lambda x, linear: linear(x), (torch.randn(3, 6),), nn.Linear(6, 6))
+    with pytest.raises(CaptureError, match=r"arguments are empty, of shape \(0, 6\)"):
+        export_tflite(net, [torch.randn(0, 6)], tmp_path / "net.tflite")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_constant_in_an_operand_is_joined_once(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    token = nn.Parameter(torch.randn(1, 6))
+    net = calibrated(
+        lambda x, linear: torch.tanh(torch.cat([token.detach(), linear(x)])),
+        (torch.randn(3, 6),),
+        nn.Linear(6, 6),
+    )
+    model = export_tflite(net, [torch.randn(3, 6)], tmp_path / "net.tflite")
+    assert model.operators.get("CONCATENATION") == 1
+    assert np.isfinite(run_tflite(model.path, [torch.randn(3, 6)])[0]).all()
