@@ -12,23 +12,28 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from statistics import fmean
 from typing import Any
+from weakref import ref
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_nna.callbacks.step_counter import StepCounter
-from lightning_nna.emulator.attachment import attach
-from lightning_nna.emulator.engine import Emulator, Fidelity
+from lightning_nna.emulator.attachment import attach, attached
+from lightning_nna.emulator.engine import Emulator, Fidelity, Phase
 from lightning_nna.emulator.keyed_adam import KeyedAdam, agree_on_keys
 from lightning_nna.emulator.learned_steps import LEARNED, Learned
 from lightning_nna.emulator.observers import OBSERVERS, Observer
 from lightning_nna.emulator.spec import NNASpec, resolve_spec
 from lightning_nna.emulator.telemetry import Telemetry
+
+#: Share of clipped results above which a site is worth a warning, and of how many results.
+_CLIPS_MUCH, _ENOUGH_RESULTS = 0.05, 256
 
 
 class NNAEmulation(Callback):
@@ -38,6 +43,10 @@ class NNAEmulation(Callback):
     activations are observed; then the ranges freeze, for good, and every operator in scope
     computes what the chip computes. Validation, test and prediction are always exact. The module
     keeps its parameters, its ``state_dict`` and its forward.
+
+    With another module (the next fold, ``trainer.test(other)``) the callback starts anew: it
+    counts, observes and learns from the beginning. The same module goes on where it was. What a
+    checkpoint holds goes to the module that the checkpoint is loaded for.
 
     Args:
         spec: The chip: a preset's name, an ``NNASpec``, its keys, or a YAML file.
@@ -60,7 +69,8 @@ class NNAEmulation(Callback):
     Every sample logs the mean and the worst of all call sites as ``nna/emulation/clip_rate``,
     ``…/clip_rate_max``, ``…/overflow_rate_max``, ``…/sqnr_db`` and ``…/sqnr_db_min``; each epoch
     logs every site's own, as ``nna/emulation/sqnr_db/<site>``. The fit ends with the table of all
-    sites, which :attr:`telemetry` keeps.
+    sites, which :attr:`telemetry` keeps. One warning names the sites that clip more than 5 % of
+    their results, and one says so where no optimiser step of a fit ran emulated.
 
     Raises:
         ValueError: If an argument is out of range, a target selects nothing, or the module cannot
@@ -114,14 +124,22 @@ class NNAEmulation(Callback):
         self.learned_steps: Learned = learned_steps
         if step_lr <= 0:
             raise ValueError(f"step_lr must be positive, got {step_lr}")
+        self.step_lr = step_lr
         self._step_optimizer = KeyedAdam(step_lr)
         self._scaler: Any = None
         #: Figures of every call site, summed over the samples of the whole run.
-        self.telemetry = Telemetry()
+        self.telemetry: Telemetry = Telemetry()
         self._counter = StepCounter(self._stepped)
         self._sampled = -1
         self._emulator: Emulator | None = None
+        self._module: ref[pl.LightningModule] | None = None
+        # A state that waits for the module that it belongs to.
         self._saved: dict[str, Any] | None = None
+        # What is to be undone when the batch ends.
+        self._batch = ExitStack()
+        # Optimiser steps of this fit, and those of them that ran emulated.
+        self._fit_steps = self._emulated_steps = 0
+        self._warned_of_clipping = False
 
     @property
     def steps(self) -> int:
@@ -142,6 +160,11 @@ class NNAEmulation(Callback):
     # --- life cycle -----------------------------------------------------------------------------
 
     @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        # Before a checkpoint is loaded: its state is this module's.
+        self._meet(pl_module)
+
+    @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         emulator = self._attach(pl_module)
         if self.calibration_steps == 0 and not emulator.calibrated:
@@ -153,6 +176,7 @@ class NNAEmulation(Callback):
         self._scaler = getattr(trainer.precision_plugin, "scaler", None)
         # Attached here and not earlier: optimisers exist only now, some are built in __init__.
         self._counter.attach(trainer.optimizers)
+        self._fit_steps = self._emulated_steps = 0
 
     @override
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -176,6 +200,7 @@ class NNAEmulation(Callback):
         self._release()
         if self.telemetry.sites:
             rank_zero_info(f"NNAEmulation: what the chip's arithmetic did\n{self.telemetry}")
+        self._report_steps()
 
     @override
     def on_exception(
@@ -196,12 +221,10 @@ class NNAEmulation(Callback):
                 f"NNAEmulation: ranges of {len(emulator.ranges.ranges)} activations frozen "
                 f"after {self.steps} optimiser steps; on {self.spec.name} from here on"
             )
-        emulator.phase = "emulate" if emulator.calibrated else "observe"
-        emulator.learn(self.learned_steps)
-        emulator.fidelity = self.fidelity
         if emulator.calibrated and self._is_due():
             self._sampled, emulator.telemetry = self.steps, self.telemetry
-        emulator.enter_scope()
+        phase: Phase = "emulate" if emulator.calibrated else "observe"
+        self._enter(phase, self.fidelity, self.learned_steps)
 
     @override
     def on_before_zero_grad(
@@ -223,12 +246,14 @@ class NNAEmulation(Callback):
         if self.emulator.telemetry is not None:
             self.emulator.telemetry = None
             pl_module.log_dict(_summary(self.telemetry))
+            self._warn_of_clipping()
         if not self.emulator.calibrated:
             # Every rank then saves the same ranges.
             self.emulator.reduce_ranges()
 
     @override
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._leave()  # A hook that skips the rest of an epoch skips the end of its batch, too.
         pl_module.log("nna/emulation/calibrated", float(self.emulator.calibrated))
         pl_module.log("nna/emulation/ranges", float(len(self.emulator.ranges.ranges)))
         for site, figures in self.telemetry.rows().items():
@@ -264,9 +289,9 @@ class NNAEmulation(Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        emulator = self._saved if self._emulator is None else self._emulator.state_dict()
+        waits = self._emulator is None or self._saved is not None
         return {
-            "emulator": emulator,
+            "emulator": self._saved if waits else self.emulator.state_dict(),
             "steps": self.steps,
             "telemetry": self.telemetry.state_dict(),
             "sampled": self._sampled,
@@ -279,27 +304,39 @@ class NNAEmulation(Callback):
         self.telemetry.load_state_dict(state_dict["telemetry"])
         self._sampled = int(state_dict["sampled"])
         self._step_optimizer.load_state_dict(state_dict.get("step_optimizer", {}))
-        if self._emulator is not None and self._saved is not None:
-            self._emulator.load_state_dict(self._saved)
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy or pickle has the ranges, not the module."""
         state = dict(self.__dict__)
-        state.update(_emulator=None, _saved=self.state_dict()["emulator"])
-        return {**state, "_scaler": None}
+        state.update(_emulator=None, _module=None, _saved=self.state_dict()["emulator"])
+        return {**state, "_scaler": None, "_batch": ExitStack()}
 
     # --- own ------------------------------------------------------------------------------------
 
+    def _meet(self, pl_module: pl.LightningModule) -> None:
+        """Start anew where the module is not the one of the runs before."""
+        if self._module is not None and self._module() is not pl_module:
+            if self._saved is None:
+                self._counter.steps, self._sampled = 0, -1
+                self.telemetry = Telemetry()
+                self._step_optimizer = KeyedAdam(self.step_lr)
+            self._emulator, self._warned_of_clipping = None, False
+        self._module = ref(pl_module)
+
     def _attach(self, pl_module: pl.LightningModule) -> Emulator:
         """Attach when the run starts: ``setup`` and ``configure_model`` may still add layers."""
-        if self._emulator is None:
+        self._meet(pl_module)
+        if self._emulator is None or attached(pl_module) is not self._emulator:
+            if self._emulator is not None and self._saved is None and attached(pl_module) is None:
+                self._saved = self._emulator.state_dict()  # Somebody has stripped the module.
             self._emulator = attach(
                 pl_module, self.spec, targets=self.targets, observer=self.observer
             )
-            if self._saved is not None:
-                self._emulator.load_state_dict(self._saved)
             modules = ", ".join(sorted(self._emulator.interception.allowed))
             rank_zero_info(f"NNAEmulation: {self.spec.name} under {modules}")
+        if self._saved is not None:
+            self._emulator.load_state_dict(self._saved)
+            self._saved = None
         return self._emulator
 
     def _is_due(self) -> bool:
@@ -320,18 +357,22 @@ class NNAEmulation(Callback):
             )
 
     def _enter_exact(self) -> None:
-        emulator = self.emulator
-        emulator.phase = "emulate" if emulator.calibrated else "float"
-        emulator.fidelity = "exact"
-        emulator.enter_scope()
+        self._enter("emulate" if self.emulator.calibrated else "float", "exact", "none")
+
+    def _enter(self, phase: Phase, fidelity: Fidelity, learned_steps: Learned) -> None:
+        self._leave()
+        self._batch.enter_context(
+            self.emulator.running(phase, fidelity=fidelity, learned_steps=learned_steps)
+        )
 
     def _leave(self) -> None:
-        self.emulator.leave_scope()
-        self.emulator.learn("none")
-        self.emulator.phase = "float"
+        self._batch.close()
 
     def _stepped(self, advanced: bool) -> None:
         """Learned steps move with every optimiser; the second of a batch finds no gradient."""
+        if advanced:
+            self._fit_steps += 1
+            self._emulated_steps += int(self.emulator.calibrated)
         if self.learned_steps != "none" and self.emulator.calibrated:
             divisor = 1.0 if self._scaler is None else self._scaler.get_scale()
             agree_on_keys(self.emulator.steps)
@@ -340,8 +381,42 @@ class NNAEmulation(Callback):
     def _release(self) -> None:
         """Take hooks off the optimisers, and leave the scope that an exception left open."""
         self._counter.detach()
-        if self._emulator is not None:
-            self._emulator.abandon_scope()
+        self._leave()
+
+    def _report_steps(self) -> None:
+        """Say how much of a fit ran emulated, and warn where nothing did."""
+        told = f"{self._emulated_steps} of {self._fit_steps} optimiser steps of this fit"
+        if self._emulated_steps or not self._fit_steps:
+            rank_zero_info(f"NNAEmulation: {told} ran emulated")
+            return
+        rank_zero_warn(
+            f"NNAEmulation: {told} ran emulated, the network was trained in float: the first "
+            f"calibration_steps={self.calibration_steps} steps only observe ranges. Train longer, "
+            f"set fewer calibration_steps, or call lightning_nna.calibrate(module, batches) before "
+            f"the fit and set calibration_steps=0"
+        )
+
+    def _warn_of_clipping(self) -> None:
+        """Name the sites that clip much, once."""
+        ranges = self.emulator.ranges
+        rates = {
+            site: row.clip_rate
+            for site, row in self.telemetry.sites.items()
+            if row.clip_rate > _CLIPS_MUCH
+            and row.results >= _ENOUGH_RESULTS
+            and f"{site}/output" in ranges
+        }
+        if not rates or self._warned_of_clipping:
+            return
+        self._warned_of_clipping = True
+        worst = sorted(rates, key=lambda site: -rates[site])[:5]
+        rank_zero_warn(
+            f"NNAEmulation: {len(rates)} of {len(self.telemetry.sites)} sites clip more than "
+            f"{_CLIPS_MUCH:.0%} of their results after {self.steps} steps; the worst: "
+            f"{', '.join(f'{site} ({rates[site]:.0%})' for site in worst)}. Their ranges were "
+            f"frozen before the network settled: set more calibration_steps, start from trained "
+            f"weights, or lower the learning rate"
+        )
 
 
 def _summary(telemetry: Telemetry) -> dict[str, float]:

@@ -1,13 +1,14 @@
-"""Put a module on the chip, calibrate it there, and take it off again.
+"""Emulate a module, calibrate it, and let it be a float module again.
 
-A module has at most one emulator. It is remembered here and not on the module, so that nothing of
-ours is copied, pickled or saved with it.
+A module has at most one emulator. It is remembered here and not on the module; a copy or pickle of
+the module carries plain state of it, from which an emulator of its own is built on demand.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from threading import RLock
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -15,6 +16,8 @@ import torch
 from torch import nn
 
 from lightning_nna.emulator.engine import Emulator, Fidelity
+from lightning_nna.emulator.forward_hooks import hooks_of, remove_copied_hooks
+from lightning_nna.emulator.interception import ROOT
 from lightning_nna.emulator.learned_steps import Learned
 from lightning_nna.emulator.observers import Observer
 from lightning_nna.emulator.spec import NNASpec, resolve_spec
@@ -22,9 +25,28 @@ from lightning_nna.emulator.spec import NNASpec, resolve_spec
 _ATTACHED: WeakKeyDictionary[nn.Module, Emulator] = WeakKeyDictionary()
 
 
+# Two threads that meet a module at once must not both attach to it.
+_LOCK = RLock()
+
+
 def attached(module: nn.Module) -> Emulator | None:
-    """The emulator of a module, if it has one."""
-    return _ATTACHED.get(module)
+    """The emulator of a module: its own, or that of the module that it is part of.
+
+    A copy or pickle of a module with an emulator has one, too, with the same ranges.
+    """
+    module = _uncompiled(module)
+    with _LOCK:
+        emulator = _ATTACHED.get(module)
+        if emulator is not None:
+            return emulator
+        for hooks in hooks_of(module):
+            if hooks.emulation.emulator is not None:
+                return hooks.emulation.emulator
+            if hooks.path == ROOT and hooks.emulation.carried is not None:
+                remove_copied_hooks(module)
+                emulator = _ATTACHED[module] = Emulator.restored(module, hooks.emulation.carried)
+                return emulator
+    return None
 
 
 def attach(
@@ -35,29 +57,80 @@ def attach(
     fidelity: Fidelity = "exact",
     observer: Observer = "min_max",
 ) -> Emulator:
-    """Put a module on the chip, or return the emulator that it has.
+    """Give a module an emulator, or return the one that it has.
 
     Args:
-        module: Any module.
+        module: Any module. What is part of a module with an emulator takes that one.
         spec: The chip, see :class:`Emulator`.
-        targets: Modules that count, see :class:`Emulator`.
+        targets: Modules that count, see :class:`Emulator`; of a part, the targets of the whole.
         fidelity: See :class:`Emulator`; set anew where an emulator is there already.
         observer: See :class:`Emulator`; ranges that are there already stay as they are.
 
     Raises:
         ValueError: If the module has an emulator for another chip or other targets.
     """
-    held = _ATTACHED.get(module)
-    if held is None:
-        held = Emulator(module, spec, targets=targets, fidelity=fidelity, observer=observer)
-        _ATTACHED[module] = held
-    if held.spec != resolve_spec(spec) or held.targets != tuple(targets):
+    emulator = _obtain(module, spec, targets=targets, observer=observer)
+    emulator.fidelity = fidelity
+    return emulator
+
+
+def _obtain(
+    module: nn.Module,
+    spec: str | NNASpec | Mapping[str, Any],
+    *,
+    targets: Sequence[str],
+    observer: Observer = "min_max",
+) -> Emulator:
+    """The emulator that a module has, or a new one."""
+    module, targets = _uncompiled(module), tuple(targets)
+    with _LOCK:
+        emulator = attached(module)
+        if emulator is None:
+            remove_copied_hooks(module)
+            emulator = Emulator(module, spec, targets=targets, observer=observer)
+            _ATTACHED[module] = emulator
+    whole = emulator.module()
+    if whole is not module and whole is not None:
+        path = emulator.interception.paths.get(id(module), "?")
+        if path not in emulator.interception.allowed:
+            raise ValueError(
+                f"{path!r} is part of a {type(whole).__name__} that is emulated with targets "
+                f"{list(emulator.targets)}, which leave it out; call strip on the "
+                f"{type(whole).__name__} first"
+            )
+        same = targets in (("*",), emulator.targets)
+    else:
+        path, same = None, targets == emulator.targets
+    if emulator.spec != resolve_spec(spec) or not same:
+        held = "the module" if path is None else f"the {type(whole).__name__} around {path!r}"
         raise ValueError(
-            f"the module is on {held.spec.name!r} with targets {list(held.targets)} already; "
-            f"call strip(module) before another chip or other targets"
+            f"{held} is on {emulator.spec.name!r} with targets {list(emulator.targets)} already; "
+            f"call strip({'module' if path is None else 'the ' + type(whole).__name__}) before "
+            f"another chip or other targets"
         )
-    held.fidelity = fidelity
-    return held
+    return emulator
+
+
+def _own(module: nn.Module, action: str) -> Emulator | None:
+    """The emulator of a module as a whole.
+
+    Raises:
+        ValueError: If the module is part of one with an emulator; says what is to be done.
+    """
+    emulator = attached(module)
+    whole = None if emulator is None else emulator.module()
+    if emulator is not None and whole is not None and whole is not _uncompiled(module):
+        path = emulator.interception.paths.get(id(_uncompiled(module)), "?")
+        raise ValueError(
+            f"the module is {path!r} of a {type(whole).__name__} that has an emulator: {action} "
+            f"the {type(whole).__name__}, or strip it first"
+        )
+    return emulator
+
+
+def _uncompiled(module: nn.Module) -> nn.Module:
+    """The module that ``torch.compile`` was given."""
+    return module._orig_mod if isinstance(module, torch._dynamo.OptimizedModule) else module
 
 
 @contextmanager
@@ -69,12 +142,14 @@ def emulate(
     fidelity: Fidelity = "exact",
     learned_steps: Learned = "none",
 ) -> Iterator[Emulator]:
-    """Run a module on the chip inside a ``with`` block, whatever loop drives it.
+    """Emulate a module inside a ``with`` block, whatever loop drives it.
 
-    Ranges stay with the module after the block; outside of it the module runs in float.
+    Ranges stay with the module after the block, and go with its copies and pickles; outside of the
+    block the module runs in float. As with ``torch.no_grad``, the block is one of the thread that
+    enters it: other threads run the module in float, or in blocks of their own. Blocks nest.
 
     Args:
-        module: Any module.
+        module: Any module. Of a part of a module with an emulator, that emulator is used.
         spec: The chip, see :class:`Emulator`.
         targets: Modules that count, see :class:`Emulator`.
         fidelity: See :class:`Emulator`.
@@ -84,6 +159,9 @@ def emulate(
 
     Yields:
         The emulator. Observe ranges first: ``with chip.observing(): module(batch)``.
+
+    Raises:
+        RuntimeError: At the first forward inside the block, if no ranges were observed.
 
     Example:
         >>> from lightning_nna.testing import SmallNet
@@ -95,16 +173,9 @@ def emulate(
         >>> bool((on_chip - net(x)).abs().max() < 0.1)
         True
     """
-    emulator = attach(module, spec, targets=targets, fidelity=fidelity)
-    emulator.phase = "emulate" if emulator.calibrated else "float"
-    emulator.learn(learned_steps)
-    emulator.enter_scope()
-    try:
+    emulator = _obtain(module, spec, targets=targets)
+    with emulator.running("emulate", fidelity=fidelity, learned_steps=learned_steps):
         yield emulator
-    finally:
-        emulator.learn("none")
-        emulator.leave_scope()
-        emulator.phase = "float"
 
 
 def calibrate(
@@ -118,6 +189,8 @@ def calibrate(
 ) -> Emulator:
     """Find ranges from float forwards, without training.
 
+    Modules run in evaluation mode meanwhile; then each is in training or not as before.
+
     Args:
         module: Any module.
         batches: What to run; the ranges cover all of it.
@@ -128,30 +201,44 @@ def calibrate(
 
     Returns:
         The emulator, attached and calibrated: ``emulate(module)`` and ``NNAEmulation`` use it.
+
+    Raises:
+        RuntimeError: If nothing was observed, or another thread runs the module.
+        ValueError: If the module is part of one with an emulator, or see :func:`attach`.
     """
-    emulator = attach(module, spec, targets=targets, observer=observer)
-    training = module.training
+    _own(module, "calibrate")
+    emulator = _obtain(module, spec, targets=targets, observer=observer)
+    training = [(child, child.training) for child in module.modules()]
+    outer = emulator.modes.set(None)
     module.eval()
-    with torch.no_grad(), emulator.observing():
-        for batch in batches:
-            forward(module, batch)
-    module.train(training)
-    emulator.phase = "float"
+    try:
+        with torch.no_grad(), emulator.observing():
+            for batch in batches:
+                forward(module, batch)
+    finally:
+        emulator.modes.set(outer)
+        for child, mode in training:
+            child.training = mode
     return emulator
 
 
 def strip(module: nn.Module) -> nn.Module:
-    """Take a module off the chip: it is the float module it was, in every bit.
+    """Take the emulator off a module: it is the float module it was, in every bit.
 
     Args:
         module: A module with or without an emulator.
 
     Returns:
         The same module.
+
+    Raises:
+        ValueError: If the module is part of one with an emulator.
     """
-    held = _ATTACHED.pop(module, None)
-    if held is not None:
-        held.detach()
+    emulator = _own(module, "strip")
+    _ATTACHED.pop(_uncompiled(module), None)
+    if emulator is not None:
+        emulator.detach()
+    remove_copied_hooks(module)
     return module
 
 
@@ -168,11 +255,20 @@ def bake(module: nn.Module) -> nn.Module:
         The same module.
 
     Raises:
-        RuntimeError: If the module is not on a chip, or has not run there.
+        RuntimeError: If the module has no emulator, or has not run emulated.
+        ValueError: If the module is part of one with an emulator.
     """
-    held = _ATTACHED.get(module)
-    if held is None or not held.used_weights:
-        raise RuntimeError("nothing to bake: run the module on the chip first (emulate, calibrate)")
+    held = _own(module, "bake")
+    if held is None:
+        raise RuntimeError(
+            "nothing to bake: the module has no emulator; call calibrate(module, batches), then "
+            "run it once inside `with emulate(module)`"
+        )
+    if not held.used_weights:
+        raise RuntimeError(
+            "nothing to bake: the module has not run emulated; calibrate only observes it in "
+            "float. Run it once inside `with emulate(module)`"
+        )
     with torch.no_grad():
         for parameter in module.parameters():
             rows = held.used_weights.get(id(parameter))

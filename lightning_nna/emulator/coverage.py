@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from lightning_nna.emulator.attachment import attach, attached, strip
-from lightning_nna.emulator.spec import NNASpec
+from lightning_nna.emulator.spec import PRESETS, NNASpec
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,8 @@ def coverage(
 
     Args:
         module: Any module; it is left as it was.
-        *example: Arguments of its forward.
+        *example: Arguments of its forward. As in :func:`.emulate`, the chip may follow by position:
+            an ``NNASpec``, a preset's name or a YAML file.
         spec: The chip.
         forward: How the module runs, called with it and its arguments: for methods beside its
             forward, as a decoder's.
@@ -88,8 +89,15 @@ def coverage(
         0/fully_connected#0  chip       1               0
         1/softplus#0         CPU        1               4
     """
-    if attached(module) is not None:
-        raise ValueError("the module is on a chip already; call strip(module) first")
+    if example and _is_spec(example[-1]):
+        *example, spec = example  # type: ignore[assignment]
+    held = attached(module)
+    if held is not None:
+        whole = type(held.module()).__name__
+        raise ValueError(
+            f"the module, or what it is part of (a {whole}), is on a chip already; call strip on "
+            f"the {whole} first"
+        )
     emulator = attach(module, spec)
     found: dict[str, list[int]] = {}
     places: dict[str, bool] = {}
@@ -101,17 +109,21 @@ def coverage(
         places[key] = on_chip
 
     emulator.listener = listen
-    # As `observing` does, but nothing is frozen: no operator may be the chip's at all.
-    emulator.phase = "observe"
-    emulator.enter_scope()
     try:
-        with torch.no_grad():
+        # As `observing` does, but nothing is frozen: no operator may be the chip's at all.
+        with torch.no_grad(), emulator.running("observe"):
             forward(module, *example, **keywords)
     finally:
-        emulator.leave_scope()
         strip(module)
     rows = tuple(CoverageRow(key, places[key], *counts) for key, counts in found.items())
     return Coverage(rows, tuple(emulator.scripted))
+
+
+def _is_spec(value: Any) -> bool:
+    """Whether an argument can only be a chip."""
+    if isinstance(value, str):
+        return value in PRESETS or value.endswith((".yaml", ".yml"))
+    return isinstance(value, NNASpec)
 
 
 def _elements(values: Any, emulator: Any = None) -> int:

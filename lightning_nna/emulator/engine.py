@@ -10,7 +10,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +19,10 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from lightning_nna.emulator.arguments import floats, is_in_place
 from lightning_nna.emulator.folding import Folding
-from lightning_nna.emulator.forward_hooks import ForwardHooks
+from lightning_nna.emulator.forward_hooks import Emulation, ForwardHooks
 from lightning_nna.emulator.interception import ROOT, Interception, SiteTable
 from lightning_nna.emulator.learned_steps import Learned, LearnedSteps, operands_on_chip
+from lightning_nna.emulator.modes import Fidelity, Mode, Modes, Phase
 from lightning_nna.emulator.non_finite import with_cause
 from lightning_nna.emulator.observers import Observer
 from lightning_nna.emulator.operators.call import Call
@@ -29,6 +31,7 @@ from lightning_nna.emulator.program import Instruction, choice
 from lightning_nna.emulator.ranges import QParams, RangeTable
 from lightning_nna.emulator.scope import (
     compiled_modules,
+    forward_codes,
     lightning_classes,
     modules_in_scope,
     named_modules,
@@ -39,8 +42,8 @@ from lightning_nna.emulator.telemetry import Telemetry, in_float
 from lightning_nna.emulator.weight_pipeline import on_grid
 from lightning_nna.emulator.weights import QuantizedWeight
 
-Fidelity = Literal["exact", "fast"]
-Phase = Literal["float", "observe", "emulate"]
+#: What a saved state must have.
+_STATE = frozenset({"calibrated", "folding", "locations", "observer", "ranges"})
 
 log = logging.getLogger(__name__)
 
@@ -74,8 +77,8 @@ class Emulator:
         if fidelity not in ("exact", "fast"):
             raise ValueError(f"fidelity must be 'exact' or 'fast', got {fidelity!r}")
         self.spec = resolve_spec(spec)
-        self.targets, self.fidelity = tuple(targets), fidelity
-        self.phase: Phase = "float"
+        self.targets, self.module = tuple(targets), ref(module)
+        self.modes = Modes(fidelity)
         self.calibrated = False
         self.ranges = RangeTable(observer)
         self.sites = SiteTable()
@@ -93,12 +96,15 @@ class Emulator:
         self._weights: dict[tuple[int, int], tuple[Tensor, tuple[int, int], QuantizedWeight]] = {}
         self._handles: list[Any] = []
         self._warned: set[str] = set()
+        # What an observed forward ran that no operator of the chip is, and whether one ran at all.
+        self._fallbacks: set[str] = set()
+        self._observed = False
         self._attach(module)
 
     def _attach(self, module: nn.Module) -> None:
         """Choose the modules in scope and hook their forward."""
         named = {name or ROOT: child for name, child in named_modules(module)}
-        lightning = isinstance(module, lightning_classes())
+        classes = lightning_classes()
         allowed = modules_in_scope(named, self.targets)
         self.scripted = [n for n, m in named.items() if isinstance(m, torch.jit.ScriptModule)]
         if self.scripted:
@@ -113,18 +119,21 @@ class Emulator:
         self.interception = Interception(
             {id(child): name for name, child in named.items()},
             allowed,
-            root_in_scope=not lightning,
+            [code for child in named.values() for code in forward_codes(child)],
+            {id(child) for child in named.values() if isinstance(child, classes)},
             sites=self.sites,
             run=self._run,
             move=self._move,
             joins=self._share_a_grid,
             read=self.read,
             fallback=self._fall_back,
+            in_backward=self.modes.in_backward,
         )
+        emulation = Emulation(self)
         for name, child in named.items():
             if isinstance(child, torch.jit.ScriptModule):
                 continue
-            hooks = ForwardHooks(self, name)
+            hooks = ForwardHooks(emulation, name)
             self._handles.append(child.register_forward_pre_hook(hooks.before))
             self._handles.append(child.register_forward_hook(hooks.after, always_call=True))
         log.info("emulating %d modules: %s", len(allowed), ", ".join(sorted(allowed)))
@@ -147,48 +156,142 @@ class Emulator:
         """Undo one :meth:`enter_scope`."""
         self.interception.leave()
 
-    def abandon_scope(self) -> None:
-        """Stop intercepting whatever was entered, as after an exception; run in float."""
-        scope = self.interception.scope
-        scope.stack.clear()
-        while scope.entered:
-            self.interception.leave()
-        self.phase = "float"
+    @property
+    def phase(self) -> Phase:
+        """How the module runs in this thread."""
+        return self.modes.phase
+
+    @phase.setter
+    def phase(self, phase: Phase) -> None:
+        self.modes.set(None if phase == "float" else Mode(phase, self.fidelity))
+
+    @property
+    def fidelity(self) -> Fidelity:
+        """Fidelity of the emulation in this thread."""
+        return self.modes.current.fidelity
+
+    @fidelity.setter
+    def fidelity(self, fidelity: Fidelity) -> None:
+        phase = self.phase
+        if phase == "float":
+            self.modes.fidelity = fidelity
+        else:
+            self.modes.set(Mode(phase, fidelity))
+
+    @contextmanager
+    def running(
+        self, phase: Phase, *, fidelity: Fidelity = "exact", learned_steps: Learned = "none"
+    ) -> Iterator[Emulator]:
+        """Run the module in a phase; afterwards this thread runs it as before, whatever happens.
+
+        Args:
+            phase: In float, observed, or emulated.
+            fidelity: Of the emulation.
+            learned_steps: See :meth:`learn`.
+        """
+        scope, learning = self.interception.scope, self.steps.learning
+        entered, depth = scope.entered, len(scope.stack)
+        before = self.modes.set(Mode(phase, fidelity))
+        try:
+            self.learn(learned_steps)
+            if phase != "float":
+                self.enter_scope()
+            yield self
+        finally:
+            self.interception.unwind(entered, depth)
+            self.learn(learning)
+            self.modes.set(before)
 
     @contextmanager
     def observing(self) -> Iterator[Emulator]:
-        """Run forwards in float and note ranges; freeze them at the end."""
-        self.phase = "observe"
-        self.enter_scope()
-        try:
+        """Run forwards in float and note ranges; freeze them at the end.
+
+        Raises:
+            RuntimeError: If another thread runs the module, or see :meth:`freeze`.
+        """
+        if self.modes.others_run():
+            raise RuntimeError(
+                "another thread runs this module while its ranges are to be observed: calibrate it "
+                "before other threads emulate it"
+            )
+        with self.running("observe", fidelity=self.fidelity, learned_steps=self.steps.learning):
             yield self
-        except BaseException:
-            self.phase = "emulate" if self.calibrated else "float"
-            raise
-        finally:
-            self.leave_scope()
         self.freeze()
+        self.phase = "emulate"
+
+    def require_ranges(self, fallback: str | None = None) -> None:
+        """Make sure that a module that is to be emulated can be; note that an observed one has run.
+
+        Args:
+            fallback: Site that runs, of a function that is no operator of the chip.
+
+        Raises:
+            RuntimeError: If no ranges were observed.
+        """
+        phase = self.phase
+        if phase == "observe":
+            self._observed = True
+            if fallback is not None:
+                self._fallbacks.add(fallback)
+        if phase == "emulate" and not self.calibrated:
+            raise RuntimeError(
+                f"{self._name} is to be emulated and has no ranges: call calibrate(module, "
+                f"batches) before `with emulate(module)`, or run a forward inside the block's "
+                f"`with emulator.observing():`"
+            )
+
+    def refuse_replica(self) -> None:
+        """Raise for a forward of ``nn.DataParallel`` while the module is observed or emulated.
+
+        Raises:
+            RuntimeError: If any thread observes or emulates the module.
+        """
+        if self.modes.others_run():
+            raise RuntimeError(
+                "nn.DataParallel runs replicas of the module in threads of its own, which would "
+                "run in float: use DistributedDataParallel, or strategy='ddp' of the Trainer"
+            )
+
+    @property
+    def _name(self) -> str:
+        module = self.module()
+        return "the module" if module is None else type(module).__name__
 
     def reduce_ranges(self) -> None:
         """Let every range cover what any rank of a distributed run has seen."""
         self.ranges.share()
 
     def freeze(self) -> None:
-        """Fix the ranges, reduced over the ranks of a distributed run, and run on the chip.
+        """Fix the ranges, reduced over the ranks of a distributed run.
 
         Raises:
-            RuntimeError: If no forward was observed.
+            RuntimeError: If no forward was observed, or none of its operators can be emulated.
         """
         self.reduce_ranges()
         if not self.ranges.ranges:
-            raise RuntimeError("no forward was observed: run at least one batch before freezing")
+            raise RuntimeError(self._why_no_ranges())
         self.calibrated = True
-        self.phase = "emulate"
         self.folding.freeze()
         self.ranges.clamp(self.folding.rectified)
         self.learn(self.steps.learning)
         # An activation kept from an observed forward has no grid yet, whatever its mark says.
         self._tags = WeakTensorKeyDictionary()
+
+    def _why_no_ranges(self) -> str:
+        if self._fallbacks:
+            found = sorted(self._fallbacks)
+            more = f" and {len(found) - 8} more" if len(found) > 8 else ""
+            return (
+                f"forwards were observed, but {self.spec.name!r} has no operator for any of their "
+                f"functions: {', '.join(found[:8])}{more} run in float on the CPU, so there is "
+                f"nothing to emulate; coverage(module, x) shows this table"
+            )
+        if self._observed:
+            return (
+                f"forwards were observed, but no function with a float tensor ran in the modules "
+                f"in scope ({', '.join(sorted(self.interception.allowed))}): check the targets"
+            )
+        return "no forward was observed: run at least one batch before freezing"
 
     def learn(self, steps: Learned) -> None:
         """Learn the steps of weights, or of activations too, once ranges are frozen.
@@ -203,6 +306,7 @@ class Emulator:
         return {
             "calibrated": self.calibrated,
             "spec": self.spec.name,
+            "targets": list(self.targets),
             "observer": self.ranges.observer,
             "ranges": self.ranges.state_dict(),
             "folding": self.folding.state_dict(),
@@ -211,7 +315,25 @@ class Emulator:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore what :meth:`state_dict` gave; a calibrated state is never calibrated again."""
+        """Restore what :meth:`state_dict` gave; a calibrated state is never calibrated again.
+
+        Raises:
+            ValueError: If the state lacks an entry, as one of an older version does, or was
+                observed for another spec or other targets.
+        """
+        missing = sorted(_STATE - set(state))
+        if missing:
+            raise ValueError(
+                f"the state of the emulation lacks {', '.join(missing)}: another version of "
+                f"lightning-nna has saved it; calibrate the module again (calibrate(module, "
+                f"batches), or a fit with calibration_steps)"
+            )
+        for entry, own in (("spec", self.spec.name), ("targets", list(self.targets))):
+            if entry in state and state[entry] != own:
+                raise ValueError(
+                    f"the state was saved with {entry} {state[entry]!r}, the emulator has {own!r}: "
+                    f"ranges do not carry over; use the same {entry}, or calibrate again"
+                )
         self.ranges = RangeTable(state["observer"])
         self.ranges.load_state_dict(state["ranges"])
         self.folding.load_state_dict(state["folding"])
@@ -219,7 +341,47 @@ class Emulator:
         self.sites.locations = {key: list(value) for key, value in state["locations"].items()}
         self.interception.forget_keys()
         self.calibrated = bool(state["calibrated"])
-        self.phase = "emulate" if self.calibrated else "float"
+
+    def carried(self) -> dict[str, Any]:
+        """Plain values from which :meth:`restored` builds the emulator of a copied module."""
+        module = self.module()
+        parameters = [] if module is None else list(module.named_parameters())
+        return {
+            "spec": self.spec,
+            "targets": self.targets,
+            "fidelity": self.modes.fidelity,
+            "state": self.state_dict(),
+            "used_weights": {
+                name: self.used_weights[id(parameter)]
+                for name, parameter in parameters
+                if id(parameter) in self.used_weights
+            },
+        }
+
+    @classmethod
+    def restored(cls, module: nn.Module, carried: Mapping[str, Any]) -> Emulator:
+        """Build the emulator of a copied module.
+
+        Args:
+            module: Copy of a module with an emulator.
+            carried: From :meth:`carried` of that emulator.
+        """
+        state = carried["state"]
+        emulator = cls(
+            module,
+            carried["spec"],
+            targets=carried["targets"],
+            fidelity=carried["fidelity"],
+            observer=state["observer"],
+        )
+        emulator.load_state_dict(state)
+        parameters = dict(module.named_parameters())
+        emulator.used_weights = {
+            id(parameters[name]): rows
+            for name, rows in carried["used_weights"].items()
+            if name in parameters
+        }
+        return emulator
 
     # --- what operators ask for (``Host``) -----------------------------------------------------
 
@@ -290,8 +452,11 @@ class Emulator:
         kwargs: dict[str, Any],
     ) -> Any:
         """An operator of the chip, if this spec has it in this form."""
-        if self.phase == "float":
+        phase = self.phase
+        if phase == "float":
             return func(*args, **kwargs)
+        if not self.calibrated:
+            self.require_ranges()
         known = not operator.name or operator.name in self.spec.operators
         known = known and self.spec.activation_bits in operator.widths
         if not known or not operator.supports(*args, **kwargs):
@@ -299,12 +464,12 @@ class Emulator:
         call = Call(
             self,
             key,
-            self.phase == "observe",
+            phase == "observe",
             # Beside 16 bits float32 has no room for a rounding that is nearly always right.
             self.fidelity == "exact" or self.spec.activation_bits == 16,
             self.spec.activation_bits,
         )
-        sampled = self.telemetry is not None and operator.name and self.phase == "emulate"
+        sampled = self.telemetry is not None and operator.name and phase == "emulate"
         # Before the chip's: what works in place overwrites its operand.
         exact = self._in_float(operator, func, args, kwargs) if sampled else None
         try:
@@ -389,6 +554,8 @@ class Emulator:
         self, key: str, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """Whatever the chip does not have, in float; what it writes in place leaves the grid."""
+        if not self.calibrated:
+            self.require_ranges(key)
         for operand in floats(args):
             self.folding.reads(operand, key)
         result = func(*args, **kwargs)

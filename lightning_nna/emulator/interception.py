@@ -12,9 +12,10 @@ from __future__ import annotations
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from inspect import CO_VARARGS
 from pathlib import Path
 from types import CodeType, FrameType
 from typing import Any
@@ -22,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torchmetrics import Metric
 
 from lightning_nna.emulator.operators.movement import (
     JOINS,
@@ -42,6 +44,8 @@ _TORCH_FOLDER = str(Path(torch.__file__).parent) + os.sep
 TRANSPARENT_FILES: set[str] = set()
 _MODULE_CALL = nn.Module.__call__.__code__.co_filename
 _BACKWARD = frozenset({"backward", "grad"})
+#: A LightningModule's steps compute losses and metrics, also where another module calls them.
+_STEPS = frozenset({"training_step", "validation_step", "test_step", "predict_step"})
 # Functions that give numbers or masks of values: no value changes, but somebody has read it.
 _DECISIONS = frozenset(
     """
@@ -62,6 +66,11 @@ _IGNORED = frozenset(
     """.split()
 )
 
+
+_HIDDEN = (
+    "compiled code calls a module on the chip, whose operators it would hide: call it "
+    "inside `with emulate(module)`, where torch.compile is set aside, or strip(module)"
+)
 
 #: By function, see :func:`_kind_of`: asked for with every call.
 _KINDS: dict[Callable[..., Any], tuple[str, str]] = {}
@@ -95,7 +104,6 @@ class Scope(threading.local):
     def __init__(self) -> None:
         self.stack: list[str] = []
         self.entered = 0
-        self.stances: list[AbstractContextManager[None]] = []
 
 
 class Interception(TorchFunctionMode):
@@ -104,20 +112,23 @@ class Interception(TorchFunctionMode):
     Args:
         paths: Path of every module by ``id``.
         allowed: Paths that are emulated; not among them: losses, metrics, what no target selects.
-        root_in_scope: Whether methods of the root other than ``forward`` count; they do unless
-            it is a LightningModule, whose steps compute losses.
+        forwards: Code of the modules' forwards, however these are called.
+        lightning: LightningModules by ``id``. Their steps do not count, nor do methods of a root
+            among them that its forward has not called.
         run: Called with ``(operator, key, func, args, kwargs)`` for an operator in scope.
         move: Called with ``(func, args, kwargs)`` for a movement.
         joins: Whether all float tensors among arguments lie on one grid.
         read: Called with what a function out of scope takes in, or one that decides by values.
         fallback: Called with ``(key, func, args, kwargs)`` for anything else in scope.
+        in_backward: Threads that run a backward, which this keeps up to date.
     """
 
     def __init__(
         self,
         paths: Mapping[int, str],
         allowed: set[str],
-        root_in_scope: bool,
+        forwards: Iterable[CodeType],
+        lightning: Container[int],
         *,
         sites: SiteTable,
         run: Callable[..., Any],
@@ -125,14 +136,19 @@ class Interception(TorchFunctionMode):
         joins: Callable[..., bool],
         read: Callable[[Any], None],
         fallback: Callable[..., Any],
+        in_backward: list[int],
     ) -> None:
         super().__init__()
-        self.paths, self.allowed, self.root_in_scope = paths, allowed, root_in_scope
+        # By identity: a code object computes its hash anew whenever it is asked.
+        self._forwards = {id(code): code for code in forwards}
+        self._lightning, self._in_backward = lightning, in_backward
+        self.paths, self.allowed = paths, allowed
         self.sites, self.run, self.fallback = sites, run, fallback
         self.move, self.joins, self.read = move, joins, read
         self.scope = Scope()
         self._keys: dict[tuple[object, ...], str] = {}
         self._code: list[CodeType] = []
+        self._naming = threading.Lock()
 
     def enter(self) -> None:
         """Start intercepting in this thread; calls nest.
@@ -143,7 +159,7 @@ class Interception(TorchFunctionMode):
             RuntimeError: If compiled code is running already.
         """
         if self.scope.entered == 0:
-            self.scope.stances.append(_without_compiling())
+            _COMPILING.enter()
             self.__enter__()
         self.scope.entered += 1
 
@@ -152,7 +168,18 @@ class Interception(TorchFunctionMode):
         self.scope.entered -= 1
         if self.scope.entered == 0:
             self.__exit__(None, None, None)
-            self.scope.stances.pop().__exit__(None, None, None)
+            _COMPILING.leave()
+
+    def unwind(self, entered: int, depth: int) -> None:
+        """Undo what an exception has left of forwards and scopes.
+
+        Args:
+            entered: Scopes that stay.
+            depth: Modules that stay among those whose forward is running.
+        """
+        del self.scope.stack[depth:]
+        while self.scope.entered > entered:
+            self.leave()
 
     def forget_keys(self) -> None:
         """Look sites up anew: their table has been replaced."""
@@ -206,55 +233,89 @@ class Interception(TorchFunctionMode):
         """
         entered, stack = self.scope.entered, self.scope.stack
         self.scope.entered, self.scope.stack = 0, []
+        self._in_backward.append(threading.get_ident())
         try:
             return func(*args, **kwargs)
         finally:
+            self._in_backward.remove(threading.get_ident())
             self.scope.entered, self.scope.stack = entered, stack
 
     def _key(self, path: str, operator: str, location: tuple[tuple[CodeType, int], ...]) -> str:
         """Key of a call site; code locations are turned into text once."""
         identity = (path, operator, *((id(code), at) for code, at in location))
         if identity not in self._keys:
-            self._code.extend(code for code, _ in location)  # An id must not be used again.
-            text = ">".join(_describe(code, at) for code, at in reversed(location))
-            self._keys[identity] = self.sites.key(path, operator, text)
+            with self._naming:
+                self._code.extend(code for code, _ in location)  # An id must not be used again.
+                text = ">".join(_describe(code, at) for code, at in reversed(location))
+                self._keys[identity] = self.sites.key(path, operator, text)
         return self._keys[identity]
 
     def _locate(self) -> tuple[str | None, tuple[tuple[CodeType, int], ...]]:
         """Module path of the running code, and its location inside the module's own code.
 
+        The module is the one whose method runs, or else the one whose forward is running. A forward
+        has the same sites whether the module or its ``forward`` is called.
+
         Frames of torch itself do not count for the location: one ``nn.LSTM`` is one site, however
         its forward reaches the operator.
         """
+        stack = self.scope.stack
         location: list[tuple[CodeType, int]] = []
-        inside = bool(self.scope.stack)
+        path, owner, end = None, None, 0
         for frame in _callers():
             code = frame.f_code
-            if code.co_filename == _MODULE_CALL and inside:
-                break
+            if code.co_filename == _MODULE_CALL:
+                if stack or path is not None:
+                    break
+                continue
             if not (
                 code.co_filename.startswith(_TORCH_FOLDER) or code.co_filename in TRANSPARENT_FILES
             ):
                 location.append((code, frame.f_lasti))
-            if not inside and code.co_varnames[:1] == ("self",):
-                found = self._module_of(frame)
-                if found is not None:
-                    return (None, ()) if found == "/" else (found, tuple(location))
-        if not inside:
-            return None, ()
-        path = self.scope.stack[-1]
-        return (path if path in self.allowed else None), tuple(location)
+            if path is not None:
+                if id(code) in self._forwards and self._owner(frame) is owner:
+                    end = len(location)
+                continue
+            if stack and frame.f_back and frame.f_back.f_code.co_filename == _MODULE_CALL:
+                break  # The forward of the module that was called last.
+            owner = self._owner(frame)
+            found = None if owner is None else self._path_of(owner, code)
+            if found == "/":
+                return None, ()
+            if found is not None and stack[-1:] != [found]:
+                path, end = found, len(location)
+        if path is None:
+            if not stack:
+                return None, ()
+            path, end = stack[-1], len(location)
+        return (path if path in self.allowed else None), tuple(location[:end])
 
-    def _module_of(self, frame: FrameType) -> str | None:
-        """Path of the module whose method a frame runs; '/' where looking further is in vain."""
-        owner = frame.f_locals.get("self")
-        if isinstance(owner, torch.optim.Optimizer):
+    def _owner(self, frame: FrameType) -> Any:
+        """Object whose method a frame runs; None if it seems to run none."""
+        code = frame.f_code
+        names = code.co_varnames
+        if names[:1] == ("self",):
+            return frame.f_locals.get("self")
+        if id(code) not in self._forwards:
+            return None
+        if code.co_argcount:
+            return frame.f_locals.get(names[0])
+        # A decorator's ``(*args, **kwargs)``.
+        positional = frame.f_locals.get(names[code.co_kwonlyargcount], ())
+        return positional[0] if code.co_flags & CO_VARARGS and positional else None
+
+    def _path_of(self, owner: Any, code: CodeType) -> str | None:
+        """Path of a module whose method runs; '/' where looking further is in vain."""
+        if isinstance(owner, (torch.optim.Optimizer, Metric)):
             return "/"
         path = self.paths.get(id(owner))
         if path is None:
             return None
-        outside = path not in self.allowed or (path == ROOT and not self.root_in_scope)
-        return "/" if outside else path
+        if code.co_name in _STEPS and id(owner) in self._lightning:
+            return "/"
+        if path == ROOT and id(owner) in self._lightning and id(code) not in self._forwards:
+            return None  # Its forward may have called this method, or one of its steps.
+        return path if path in self.allowed else "/"
 
 
 def _in_double(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -285,18 +346,53 @@ _IN_DOUBLE: dict[str, Callable[..., Tensor]] = {
 }
 
 
+class _CompilingSetAside:
+    """Sets ``torch.compile`` aside in the whole process, as long as any thread intercepts."""
+
+    def __init__(self) -> None:
+        self._entered = 0
+        self._lock = threading.Lock()
+        self._stance: AbstractContextManager[None] | None = None
+
+    def enter(self) -> None:
+        """Set it aside.
+
+        Raises:
+            RuntimeError: If compiled code is running already.
+        """
+        with self._lock:
+            if self._entered == 0:
+                self._stance = _without_compiling()
+            self._entered += 1
+
+    def leave(self) -> None:
+        """Undo one :meth:`enter`."""
+        with self._lock:
+            self._entered -= 1
+            if self._entered == 0 and self._stance is not None:
+                self._stance.__exit__(None, None, None)
+
+
+_COMPILING = _CompilingSetAside()
+
+
 def _without_compiling() -> AbstractContextManager[None]:
     """Set ``torch.compile`` aside until the result is exited."""
+    refuse_tracing()
     try:
-        # Who traces this may not trace the setting of a stance, and would say no more than that.
-        if torch.compiler.is_compiling():
-            raise RuntimeError("compiled code is being traced")
         return torch.compiler.set_stance("force_eager")
     except RuntimeError as error:
-        raise RuntimeError(
-            "compiled code calls a module on the chip, whose operators it would hide: call it "
-            "inside `with emulate(module)`, where torch.compile is set aside, or strip(module)"
-        ) from error
+        raise RuntimeError(_HIDDEN) from error
+
+
+def refuse_tracing() -> None:
+    """Raise where ``torch.compile`` traces the caller, which could not see through the emulation.
+
+    Raises:
+        RuntimeError: If it does.
+    """
+    if torch.compiler.is_compiling():
+        raise RuntimeError(_HIDDEN)
 
 
 def _callers() -> Iterator[FrameType]:

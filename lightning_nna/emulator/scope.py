@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from types import CodeType, FunctionType
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,6 +19,40 @@ def lightning_classes() -> tuple[type, ...]:
     """LightningModule of ``lightning.pytorch`` and of ``pytorch_lightning``, as far as imported."""
     names = ("lightning.pytorch", "pytorch_lightning")
     return tuple(sys.modules[name].LightningModule for name in names if name in sys.modules)
+
+
+def is_redirected(module: nn.Module) -> bool:
+    """Whether a call of a module runs one of its steps and not its forward.
+
+    Strategies with a wrapper around the module (DDP, FSDP, DeepSpeed) let ``training_step`` and its
+    like run through the wrapper's forward: for that one call, Lightning puts a function of its own
+    in the place of the module's forward.
+    """
+    forward = module.__dict__.get("forward")
+    return isinstance(forward, FunctionType) and forward.__module__.split(".")[0] in (
+        "lightning",
+        "lightning_fabric",
+        "pytorch_lightning",
+    )
+
+
+def forward_codes(module: nn.Module) -> Iterator[CodeType]:
+    """Code of a module's forward: of its classes, of decorators around it, of an instance's own.
+
+    Example:
+        >>> [code.co_qualname for code in forward_codes(nn.Tanh())]
+        ['Tanh.forward']
+    """
+    found: list[Any] = [vars(base).get("forward") for base in type(module).__mro__[:-1]]
+    if not is_redirected(module):
+        found.append(module.__dict__.get("forward"))
+    for function in found:
+        while function is not None:
+            function = getattr(function, "__func__", function)
+            code = getattr(function, "__code__", None)
+            if isinstance(code, CodeType) and code is not nn.Module.forward.__code__:
+                yield code
+            function = getattr(function, "__wrapped__", None)
 
 
 def modules_in_scope(named: Mapping[str, nn.Module], targets: Sequence[str]) -> set[str]:

@@ -110,7 +110,8 @@ def test_evaluation_without_ranges_says_what_to_do(stage: str) -> None:
 
 def test_a_fit_shorter_than_its_calibration_is_evaluated_with_what_it_saw() -> None:
     recogniser, chip = module(), NNAEmulation(calibration_steps=100)
-    trainer(chip, steps=3).fit(recogniser)
+    with pytest.warns(UserWarning, match=r"0 of 3 optimiser steps .* calibration_steps=100 steps"):
+        trainer(chip, steps=3).fit(recogniser)
     assert not chip.emulator.calibrated
     trainer(chip).test(recogniser, verbose=False)
     assert chip.emulator.calibrated
@@ -285,6 +286,7 @@ def test_two_fits_with_one_seed_are_equal() -> None:
     assert_same(*results)
 
 
+@pytest.mark.filterwarnings("ignore:NNAEmulation. . of 8 sites clip")
 def test_telemetry_is_logged_and_summed_by_site(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     callback = NNAEmulation(calibration_steps=2, telemetry_every_n_steps=4)
@@ -308,6 +310,7 @@ def test_telemetry_is_logged_and_summed_by_site(caplog: pytest.LogCaptureFixture
     assert callback.telemetry["head/tanh#0"].results == 3 * 8 * 8
 
 
+@pytest.mark.filterwarnings("ignore:NNAEmulation. . of 8 sites clip")
 def test_telemetry_changes_nothing() -> None:
     with_telemetry, without = module(dropout=0.2), module(dropout=0.2)
     torch.manual_seed(3)

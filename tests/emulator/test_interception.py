@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import pickle
 from collections.abc import Callable
 
@@ -8,13 +9,15 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.strategies.strategy import _ForwardRedirection
 from torch import Tensor, nn
 from torch.overrides import _get_current_function_mode
 from torch.utils.checkpoint import checkpoint
 from torchaudio.models.conformer import ConformerLayer
+from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
-from lightning_nna import coverage, emulate
+from lightning_nna import coverage, emulate, strip
 from lightning_nna.testing import SmallNet
 from tests.emulator.modules import Function
 
@@ -245,3 +248,127 @@ def _two_lines(x: Tensor) -> Tensor:
     y = torch.tanh(x)
     z = torch.relu(y * 0.5 + y)
     return z + z
+
+
+class DirectlyCalled(pl.LightningModule):
+    """Calls forwards as users do: by the module, by ``forward``, through decorators and bases."""
+
+    def __init__(self, direct: bool) -> None:
+        super().__init__()
+        self.net, self.direct = SmallNet(), direct
+
+    def gate(self, x: Tensor) -> Tensor:
+        return torch.sigmoid(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        net = self.net.forward if self.direct else self.net
+        return self.gate(net(x)) + self.gate(2 * x[:, :3])
+
+    def training_step(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = self.forward(x) if self.direct else self(x)
+        return y, torch.sigmoid(y).mean()
+
+
+def decorated(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    @functools.wraps(function)
+    def wrapper(*args: Tensor, **kwargs: Tensor) -> Tensor:
+        return function(*args, **kwargs)
+
+    return wrapper
+
+
+class Decorated(DirectlyCalled):
+    @decorated
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)
+
+
+class Renamed(DirectlyCalled):
+    def forward(this, x: Tensor) -> Tensor:  # noqa: N805
+        return torch.tanh(DirectlyCalled.forward(this, x))
+
+
+@pytest.mark.parametrize("kind", [DirectlyCalled, Decorated, Renamed])
+def test_a_forward_is_in_scope_however_it_is_called(kind: type[DirectlyCalled]) -> None:
+    x, results = torch.randn(16, 4), []
+    for direct in (False, True):
+        torch.manual_seed(0)
+        module = kind(direct)
+        with emulate(module) as chip:
+            with chip.observing():
+                module.training_step(x)
+            y, loss = module.training_step(x)
+        assert torch.equal(loss, torch.sigmoid(y).mean())
+        results.append(y)
+        assert not torch.equal(y, module.training_step(x)[0])
+    assert torch.equal(*results)
+
+
+def test_the_forward_of_a_root_has_the_same_sites_however_it_is_called() -> None:
+    x, tables = torch.randn(16, 4), []
+    for direct in (False, True):
+        module = DirectlyCalled(False)
+        with emulate(module) as chip, chip.observing():
+            (module.forward if direct else module)(x)
+        tables.append(chip.sites.locations)
+    assert tables[0] == tables[1]
+
+
+def test_a_step_that_a_strategy_runs_through_the_call_of_the_module_stays_in_float() -> None:
+    """As DDP, FSDP and DeepSpeed do; see ``_ForwardRedirection`` of Lightning."""
+    module, x = DirectlyCalled(False), torch.randn(16, 4)
+    redirect = _ForwardRedirection()
+    results, tables = [], []
+    for redirected in (False, True):
+        strip(module)
+        with emulate(module) as chip:
+            with chip.observing():
+                module.training_step(x)
+            if redirected:
+                y, loss = redirect(module, module, "training_step", x)
+            else:
+                y, loss = module.training_step(x)
+        assert torch.equal(loss, torch.sigmoid(y).mean())
+        results.append(y)
+        tables.append(chip.sites.locations)
+    assert torch.equal(*results)
+    assert tables[0] == tables[1]
+
+
+def test_what_a_forward_logs_is_averaged_in_float() -> None:
+    class Averaged(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.means = [MeanMetric()]  # As Lightning keeps its own: in no list of modules.
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = torch.tanh(x)
+            self.means[0].update(y)
+            return y
+
+    module, x = Averaged(), torch.randn(40)
+    with emulate(module) as chip:
+        with chip.observing():
+            module(x)
+        module.means[0].reset()
+        y = module(x)
+        assert set(chip.sites.locations) == {"./tanh"}
+    assert torch.equal(module.means[0].compute(), y.sum() / 40)
+
+
+def test_a_method_of_another_module_is_a_site_of_that_module_inside_a_forward_too() -> None:
+    class Caller(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = Recogniser()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.model.transcribe(x)
+
+    module, x = Caller(), torch.randn(8, 4)
+    with emulate(module, targets=["model"]) as chip:
+        with chip.observing():
+            module(x)
+        result = module.model.transcribe(x)
+        assert torch.equal(module(x), result)
+    assert set(chip.sites.locations) == {"model.layer/fully_connected", "model/tanh"}
