@@ -1,9 +1,12 @@
 """The way to the chip: programs for its tool chain, and packed weights."""
 
+# First: without the extra nothing below can be imported.
+from lightning_nna.deploy import _extra as _extra
 from lightning_nna.deploy.graph import CaptureError
 from lightning_nna.deploy.packed import PackedReport, load_packed, save_packed
 from lightning_nna.deploy.report import layer_figures, write_report
 from lightning_nna.deploy.tflite import (
+    Agreement,
     LiteRTProgram,
     TFLiteModel,
     export_tflite,
@@ -13,6 +16,7 @@ from lightning_nna.deploy.tflite import (
 from lightning_nna.deploy.vela import VelaError, VelaOperator, VelaReport, vela_report
 
 __all__ = [
+    "Agreement",
     "CaptureError",
     "LiteRTProgram",
     "PackedReport",

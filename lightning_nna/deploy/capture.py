@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -38,7 +39,7 @@ def capture(
     Float arguments become integer inputs on the grid on which the network first reads them (one
     input for each grid); those that an operator of the chip has made keep theirs. Integer arguments
     are inputs where a table is looked up; where they only steer, as lengths do, they are fixed.
-    Results that are no activations are left out.
+    Results that are no activations (integers, masks, arguments that are passed on) are left out.
 
     Args:
         module: A module on the chip, calibrated.
@@ -77,9 +78,16 @@ def capture(
         copies = [recorder.argument(k, x) for k, x in enumerate(leaves)]
         result = called(module, forward)(*tree_unflatten(copies, form))
         recorder.refuse_state(module)
-        outputs = [recorder.result(k, x) for k, x in enumerate(tree_leaves(result))]
-    kept = [port for port in outputs if port is not None]
-    return recorder.graph.finish(recorder.ports, kept, recorder.fixed(leaves), emulator.spec.name)
+        results = tree_leaves(result)
+        outputs = [recorder.result(k, x) for k, x in enumerate(results)]
+    kept = [port for ports in outputs for port in ports]
+    if not kept:
+        raise CaptureError("no result of the forward is an activation: there is nothing to export")
+    program = recorder.graph.finish(
+        recorder.ports, kept, recorder.fixed(leaves), emulator.spec.name
+    )
+    left_out = [k for k, x in enumerate(results) if isinstance(x, Tensor) and not outputs[k]]
+    return replace(program, left_out=tuple(left_out))
 
 
 @contextmanager

@@ -54,12 +54,15 @@ class Port:
             one after the other.
         shape: Of the caller's tensor.
         from_chip: Whether it comes from an operator of the chip, and was on its grid before.
+        part: First element and end of what it is of the caller's tensor, flat; None for all of it.
+            States of several layers in one tensor are such parts, each on a grid of its own.
     """
 
     tensor: str
     position: int
     shape: tuple[int, ...]
     from_chip: bool = False
+    part: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,7 @@ class Program:
         fixed: Arguments that are part of the program, by position: what steered the forward, as
             nested lists, and what is no tensor.
         spec: Name of the chip.
+        left_out: Positions of results that are no activations, as arguments that are passed on.
     """
 
     tensors: Mapping[str, TensorSpec]
@@ -84,6 +88,7 @@ class Program:
     outputs: tuple[Port, ...]
     fixed: Mapping[int, Any]
     spec: str
+    left_out: tuple[int, ...] = ()
 
     @property
     def weight_bytes(self) -> int:

@@ -142,29 +142,55 @@ class Recorder:
             self._arguments[number] = position
             self.elements.define(form.dtype, addresses, codes_of(number, np.arange(copy.numel())))
 
-    def result(self, position: int, x: Any) -> Port | None:
-        """The port of a result; None for what is no activation."""
-        if not isinstance(x, Tensor) or not x.is_floating_point() or not x.numel():
-            return None
+    def result(self, position: int, x: Any) -> tuple[Port, ...]:
+        """The ports of a result; none for what is no activation."""
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            return ()
         with unseen():
             tag = self.emulator.tag_of(x)
+            if not x.numel():
+                raise CaptureError(
+                    f"result {position} is empty, of shape {tuple(x.shape)}: a program has the "
+                    "shapes of its example, so export it with at least one of a batch"
+                )
             kind = "float32" if tag is None else width_of_grid(tag)
             codes = self.elements.resolve(x, kind, f"result {position}")
-            for number in tensors_in(codes):
-                codes = self._as_integers(codes, number, position)
             sources = tensors_in(codes)
+            if tag is None and sources and self._arguments.keys() >= set(sources):
+                return ()  # It is what the caller has.
             if not sources:
                 raise CaptureError(f"result {position} does not depend on the arguments")
             made = self._as_made(codes)
             if made is None:
-                self._demand_current(sources, f"result {position}")
-                grid = self.graph.specs[sources[0]]
-                for number in sources:
-                    self.graph.demand_grid(number, grid, f"result {position}")
-                made = self._moved.tensor(
-                    codes, self.graph.integers_of(codes, grid.zero_point), grid, "result"
+                made = self._moved_result(position, x, codes)
+            return (Port(self.graph.names[made], position, tuple(x.shape)),)
+
+    def _moved_result(self, position: int, x: Tensor, codes: Codes) -> int:
+        """A result that movements make of what is there, with constants among its elements."""
+        where, sources = f"result {position}", tensors_in(codes)
+        self._demand_current(sources, where)
+        grid = self.graph.specs[sources[0]]
+        for number in sources:
+            if number in self._arguments:
+                raise CaptureError(
+                    f"{where} has elements of argument {self._arguments[number]}, which is on no "
+                    "grid there: leave it out of the exported results"
                 )
-            return Port(self.graph.names[made], position, tuple(x.shape))
+            self.graph.demand_grid(number, grid, where)
+        values = x.detach().numpy()
+        if grid.dtype != "float32":
+            scale = np.float32(grid.scales[0])
+            integers = np.rint(values / scale).astype(np.int64) + grid.zero_point
+            limits, fixed = np.iinfo(grid.dtype), codes == NO_TENSOR
+            exact = (integers - grid.zero_point).astype(np.float32) * scale == values
+            inside = (integers >= limits.min) & (integers <= limits.max)
+            if not bool((exact & inside)[fixed].all()):
+                raise CaptureError(
+                    f"{where} has constants that its grid (scale {scale}) has not: join them with "
+                    "torch.cat where the chip sees it, or leave them out of the exported results"
+                )
+            values = integers
+        return self._moved.tensor(codes, values, grid, "result")
 
     def refuse_state(self, module: nn.Module) -> None:
         """Refuse a module that keeps data in a buffer: its program would not.
@@ -443,18 +469,3 @@ class Recorder:
                     f"{where} reads the state {self.graph.names[number]} of an LSTM, which the "
                     "chip has not kept: compute with the layer's output instead"
                 )
-
-    # --- elements -------------------------------------------------------------------------------
-
-    def _as_integers(self, codes: Codes, number: int, position: int) -> Codes:
-        """A result in float that passes an argument on: the integers that it comes in with."""
-        if number not in self._arguments:
-            return codes
-        known = {key[1:]: port for key, port in self._entered.items() if key[0] == number}
-        if len(known) != 1:
-            raise CaptureError(
-                f"result {position} passes argument {self._arguments[number]} on, which the "
-                f"program reads on {len(known)} grids: leave it out of the exported results"
-            )
-        port = next(iter(known.values()))
-        return np.where(belong(codes, number), codes_of(port, elements_in(codes)), codes)

@@ -11,6 +11,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,7 @@ class TFLiteModel:
         outputs: Where results leave.
         fixed: Positions of arguments that are part of the program.
         spec: Name of the chip.
+        left_out: Positions of results that are no activations, and so are none of the program's.
     """
 
     path: Path
@@ -56,10 +58,49 @@ class TFLiteModel:
     outputs: tuple[Port, ...]
     fixed: tuple[int, ...]
     spec: str
+    left_out: tuple[int, ...] = ()
 
     def __str__(self) -> str:
         counts = ", ".join(f"{count} {name}" for name, count in self.operators.items())
-        return f"{self.path}: {self.size_bytes} bytes for {self.spec}; {counts}"
+        rest = f"; without results {self.left_out}" if self.left_out else ""
+        return f"{self.path}: {self.size_bytes} bytes for {self.spec}; {counts}{rest}"
+
+
+class Agreement(float):
+    """Share of outputs that are equal in every bit; 1.0 where all are.
+
+    Attributes:
+        outputs: How many were compared.
+        differing: How many of them differ.
+        inputs: How many sets of inputs they came from.
+        skipped: Sets of random inputs on which the module itself gives no finite value.
+
+    Example:
+        >>> Agreement(47, 48, inputs=5)
+        0.9791666666666666 of 48 outputs from 5 inputs
+        >>> Agreement(48, 48, inputs=5) == 1.0
+        True
+    """
+
+    outputs: int
+    differing: int
+    inputs: int
+    skipped: int
+
+    def __new__(cls, equal: int, outputs: int, *, inputs: int = 1, skipped: int = 0) -> Agreement:
+        """The share ``equal / outputs``."""
+        self = super().__new__(cls, equal / outputs)
+        self.outputs, self.differing = outputs, outputs - equal
+        self.inputs, self.skipped = inputs, skipped
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        settings = {"inputs": self.inputs, "skipped": self.skipped}
+        return partial(Agreement, **settings), (self.outputs - self.differing, self.outputs)
+
+    def __repr__(self) -> str:
+        text = f"{float(self)!r} of {self.outputs:,} outputs from {self.inputs} inputs"
+        return f"{text}, {self.skipped} skipped" if self.skipped else text
 
 
 def export_tflite(
@@ -98,7 +139,7 @@ def export_tflite(
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     model = export_tflite(net, [x], f"{folder}/net.tflite")
         ...     dict(model.operators), verify(net, model.path, [x])
-        ({'FULLY_CONNECTED': 1, 'TANH': 1}, 1.0)
+        ({'FULLY_CONNECTED': 1, 'TANH': 1}, 1.0 of 120 outputs from 5 inputs)
     """
     program = capture(module, example_inputs, forward=forward, allow_cpu=allow_cpu)
     contents = write(program)
@@ -113,6 +154,7 @@ def export_tflite(
         program.outputs,
         tuple(program.fixed),
         program.spec,
+        program.left_out,
     )
 
 
@@ -193,7 +235,13 @@ class LiteRTProgram:
         for port in self.inputs:
             self._set(port, given)
         self._interpreter.invoke()
-        return [self._get(port) for port in self.outputs]
+        found: dict[int, NDArray[Any]] = {}
+        for port in self.outputs:
+            values = self._get(port)
+            whole = found.setdefault(port.position, np.empty(port.shape, values.dtype).reshape(-1))
+            whole[slice(*(port.part or (None,)))] = values.reshape(-1)
+        shapes = {port.position: port.shape for port in self.outputs}
+        return [values.reshape(shapes[position]) for position, values in found.items()]
 
     def grid_of(self, port: Port) -> QParams | None:
         """The grid of a tensor that enters or leaves, None for plain integers."""
@@ -218,6 +266,8 @@ class LiteRTProgram:
             raise ValueError(f"argument {port.position} has values that are not finite")
         if grid is not None:
             value = quantized(value, np.dtype(detail["dtype"]).name, grid.scale, grid.zero_point)
+        if port.part is not None:
+            value = value.reshape(-1)[slice(*port.part)]
         held = value.astype(detail["dtype"]).reshape(detail["shape"])
         self._interpreter.set_tensor(detail["index"], held)
 
@@ -225,9 +275,9 @@ class LiteRTProgram:
         grid = self.grid_of(port)
         integers = self._interpreter.get_tensor(self._details[port.tensor]["index"])
         if grid is None:  # Of an operator of the CPU.
-            return integers.reshape(port.shape)
+            return np.asarray(integers)
         centred = integers.astype(np.int32) - grid.zero_point
-        return (centred.astype(np.float32) * np.float32(grid.scale)).reshape(port.shape)
+        return np.asarray(centred.astype(np.float32) * np.float32(grid.scale))
 
 
 def _demand_fixed(position: int, value: Any, given: Sequence[NDArray[Any]]) -> None:
@@ -268,8 +318,13 @@ def verify(
     *,
     forward: Callable[..., Any] | None = None,
     optimised: bool = False,
-) -> float:
-    """Share of outputs of a program that equal those of the module on the chip in every bit.
+    random_inputs: int = 4,
+) -> Agreement:
+    """Compare a program with the module on the chip, in every bit.
+
+    Beside the inputs that are given, random ones are compared: every other set lies within the
+    ranges of the arguments, the rest reach three times as far. Integers and masks are drawn from
+    the values that are given; arguments that are part of the program stay as they are.
 
     Args:
         module: The module that was exported.
@@ -277,31 +332,83 @@ def verify(
         inputs: Arguments of its forward.
         forward: How the module runs, as it was exported.
         optimised: Look at the kernels that are made for speed.
+        random_inputs: Sets of random inputs, the same in every call; 0 for none.
 
     Returns:
-        1.0 where all are equal.
+        The share of equal outputs, 1.0 where all are, which says how many were compared.
 
     Raises:
-        ValueError: See :func:`run_tflite`.
+        ValueError: If results of the module have another shape or type than the program's, or
+            see :func:`run_tflite`.
     """
     program = LiteRTProgram(path, optimised=optimised)
     emulator = emulator_of(module)
     leaves, form = tree_flatten(list(inputs))
+    random = np.random.default_rng(0)
+    equal = total = skipped = 0
     with on_chip(module, emulator):
-        arguments = [x.detach().clone() if isinstance(x, Tensor) else x for x in leaves]
-        for port in program.inputs:
-            grid = program.grid_of(port)
-            if port.from_chip and grid is not None:
-                arguments[port.position] = on_grid(arguments[port.position], grid)
-                emulator.set_tag(arguments[port.position], grid)
-        results = tree_leaves(called(module, forward)(*tree_unflatten(arguments, form)))
-    found = program(leaves)
-    equal = total = 0
-    for port, ours in zip(program.outputs, found, strict=True):
-        theirs = results[port.position].detach().float().cpu().numpy()
-        equal += int((theirs == ours).sum())
-        total += ours.size
-    return equal / max(total, 1)
+        for trial in range(random_inputs + 1):
+            if trial:
+                leaves = _drawn(program, leaves, random, reach=1.0 if trial % 2 else 3.0)
+            arguments = [x.detach().clone() if isinstance(x, Tensor) else x for x in leaves]
+            for port in program.inputs:
+                grid = program.grid_of(port)
+                if port.from_chip and grid is not None:
+                    arguments[port.position] = on_grid(arguments[port.position], grid)
+                    emulator.set_tag(arguments[port.position], grid)
+            found = program(leaves)
+            try:
+                results = tree_leaves(called(module, forward)(*tree_unflatten(arguments, form)))
+            except FloatingPointError:
+                if not trial:
+                    raise
+                skipped += 1
+                continue
+            positions = dict.fromkeys(port.position for port in program.outputs)
+            for position, ours in zip(positions, found, strict=True):
+                theirs = _comparable(position, ours, results)
+                equal += int(((theirs == ours) | (np.isnan(theirs) & np.isnan(ours))).sum())
+                total += ours.size
+    return Agreement(equal, total, inputs=random_inputs + 1 - skipped, skipped=skipped)
+
+
+def _comparable(position: int, ours: NDArray[Any], results: Sequence[Any]) -> NDArray[Any]:
+    """A result of the module that a program's can be compared with."""
+    remedy = "export the module anew, or give the forward that it was exported with"
+    theirs = results[position] if position < len(results) else None
+    if not isinstance(theirs, Tensor) or not theirs.is_floating_point():
+        kind = f"{theirs.dtype} tensor" if isinstance(theirs, Tensor) else type(theirs).__name__
+        raise ValueError(
+            f"result {position} is a {kind} in the module and {ours.dtype} in the program: {remedy}"
+        )
+    if tuple(theirs.shape) != ours.shape:
+        raise ValueError(
+            f"result {position} has shape {tuple(theirs.shape)} in the module and {ours.shape} in "
+            f"the program: {remedy}"
+        )
+    return np.asarray(theirs.detach().float().cpu().numpy())
+
+
+def _drawn(
+    program: LiteRTProgram, leaves: Sequence[Any], random: np.random.Generator, reach: float
+) -> list[Any]:
+    """Random arguments in the place of those that a program reads."""
+    result = list(leaves)
+    bounds: dict[int, tuple[float, float]] = {}
+    for port in program.inputs:
+        grid, given = program.grid_of(port), leaves[port.position]
+        if grid is None:
+            choice = random.choice(given.numpy().reshape(-1), tuple(given.shape))
+            result[port.position] = torch.from_numpy(choice)
+            continue
+        low, high = (bound * grid.scale for bound in grid.bounds)
+        known = bounds.get(port.position, (low, high))
+        bounds[port.position] = min(known[0], low), max(known[1], high)
+    for position, (low, high) in bounds.items():
+        middle, half = (low + high) / 2, reach * (high - low) / 2
+        values = random.uniform(middle - half, middle + half, tuple(leaves[position].shape))
+        result[position] = torch.from_numpy(values).to(leaves[position].dtype)
+    return result
 
 
 def on_grid(x: Tensor, grid: QParams) -> Tensor:
@@ -323,4 +430,5 @@ def _notes(contents: bytes, path: str | Path) -> dict[str, Any]:
 
 def _port(entry: Mapping[str, Any]) -> Port:
     shape, from_chip = tuple(entry["shape"]), bool(entry["from_chip"])
-    return Port(str(entry["tensor"]), int(entry["position"]), shape, from_chip)
+    part = None if entry["part"] is None else (int(entry["part"][0]), int(entry["part"][1]))
+    return Port(str(entry["tensor"]), int(entry["position"]), shape, from_chip, part)

@@ -545,8 +545,13 @@ class Emulator:
             for x in floats(values):
                 self.folding.reads(x, "something else")
 
-    def _share_a_grid(self, args: tuple[Any, ...]) -> bool:
-        """Whether every float tensor among arguments carries the same parameters."""
+    def _share_a_grid(self, name: str, args: tuple[Any, ...]) -> bool:
+        """Whether every float tensor among arguments carries the same parameters.
+
+        While ranges are observed nobody knows: what can join different grids notes its range then.
+        """
+        if name == "stack" and self.phase == "observe":
+            return False
         tags = [self.tag_of(leaf) for leaf in floats(args)]
         return bool(tags) and tags[0] is not None and all(tag == tags[0] for tag in tags)
 

@@ -117,7 +117,8 @@ class Interception(TorchFunctionMode):
             among them that its forward has not called.
         run: Called with ``(operator, key, func, args, kwargs)`` for an operator in scope.
         move: Called with ``(func, args, kwargs)`` for a movement.
-        joins: Whether all float tensors among arguments lie on one grid.
+        joins: Called with a function's name; whether all float tensors among arguments lie on one
+            grid, whatever ranges will be.
         read: Called with what a function out of scope takes in, or one that decides by values.
         fallback: Called with ``(key, func, args, kwargs)`` for anything else in scope.
         in_backward: Threads that run a backward, which this keeps up to date.
@@ -207,9 +208,9 @@ class Interception(TorchFunctionMode):
             return func(*args, **kwargs)
         if kind == "movement" or _is_padding(name, args, kwargs):
             return self.move(func, args, kwargs)
-        if name in JOINS and not chooses_a_number(name, args) and self.joins(args):
+        if name in JOINS and not chooses_a_number(name, args) and self.joins(name, args):
             return self.move(func, args, kwargs)
-        if _makes_a_mask(name, args) and not self.joins(args[:1]):
+        if _makes_a_mask(name, args) and not self.joins(name, args[:1]):
             return func(*args, **kwargs)
         operator = TABLE.get(name)
         if not _has_float(args) and not _has_float(kwargs.values()):

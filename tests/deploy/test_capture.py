@@ -289,3 +289,68 @@ def test_a_constant_in_an_operand_is_joined_once(tmp_path: Path) -> None:
     model = export_tflite(net, [torch.randn(3, 6)], tmp_path / "net.tflite")
     assert model.operators.get("CONCATENATION") == 1
     assert np.isfinite(run_tflite(model.path, [torch.randn(3, 6)])[0]).all()
+
+
+@pytest.mark.parametrize("bits", SPECS)
+@pytest.mark.parametrize("axis", [0, 1, -1])
+def test_a_stack_of_other_grids(axis: int, bits: int, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(3, 6)
+    net = calibrated(
+        lambda x, linear: torch.stack([torch.tanh(x), torch.sigmoid(x), linear(x)], axis),
+        (x,),
+        nn.Linear(6, 6),
+        bits=bits,
+    )
+    model = export_tflite(net, [x], tmp_path / "net.tflite")
+    assert verify(net, model.path, [x]) == 1.0
+    np.testing.assert_allclose(run_tflite(model.path, [x])[0], net(x).detach(), atol=0.05)
+
+
+def test_a_stack_on_one_grid_requantizes_nothing(tmp_path: Path) -> None:
+    x = torch.randn(3, 6)
+    net = calibrated(lambda x: torch.stack([torch.tanh(x), torch.tanh(x).flip(0)]), (x,))
+    model = export_tflite(net, [x], tmp_path / "net.tflite")
+    assert "QUANTIZE" not in model.operators
+    assert verify(net, model.path, [x]) == 1.0
+
+
+@pytest.mark.parametrize("bits", SPECS)
+def test_constants_in_a_result_keep_their_values(bits: int, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    token, x = nn.Parameter(torch.randn(1, 6)), torch.randn(3, 6)
+
+    class WithToken(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.token, self.linear = token, nn.Linear(6, 6)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            y = torch.tanh(self.linear(x))
+            joined = torch.cat([self.token, y])
+            return joined[:2], F.pad(y, (1, 0))
+
+    net = WithToken()
+    calibrate(net, [x], spec=SPECS[bits])
+    model = export_tflite(net, [x], tmp_path / "net.tflite")
+    assert verify(net, model.path, [x]) == 1.0
+    np.testing.assert_allclose(run_tflite(model.path, [x])[0][0], token.detach()[0], atol=0.05)
+
+
+def test_arguments_that_are_passed_on_are_left_out(tmp_path: Path) -> None:
+    x, state = torch.randn(3, 6), torch.randn(3, 2)
+    net = calibrated(lambda x, s, linear: (x, linear(x), s[:1]), (x, state), nn.Linear(6, 6))
+    model = export_tflite(net, [x, state], tmp_path / "net.tflite")
+    assert (model.left_out, [port.position for port in model.outputs]) == ((0, 2), [1])
+    assert "without results (0, 2)" in str(model)
+    assert verify(net, model.path, [x, state]) == 1.0
+    (found,) = run_tflite(model.path, [x, state])
+    assert found.shape == (3, 6)
+
+
+def test_a_forward_without_activations_is_refused(tmp_path: Path) -> None:
+    net = calibrated(
+        lambda x, linear: (linear(x).argmax(1), x), (torch.randn(3, 6),), nn.Linear(6, 6)
+    )
+    with pytest.raises(CaptureError, match="no result of the forward is an activation"):
+        export_tflite(net, [torch.randn(3, 6)], tmp_path / "net.tflite")
