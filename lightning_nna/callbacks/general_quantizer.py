@@ -16,8 +16,9 @@ from typing_extensions import override
 
 from lightning_nna.callbacks.weight_method import BitsMethod
 from lightning_nna.compression.general_quantizer import GeneralQuantizerStage, Scale
-from lightning_nna.compression.selection import Granularity, groups_of, require_finite
+from lightning_nna.compression.selection import Granularity, groups_of
 from lightning_nna.emulator.keyed_adam import KeyedAdam
+from lightning_nna.emulator.non_finite import require_finite_weights
 from lightning_nna.emulator.weight_pipeline import Stage
 from lightning_nna.functional.mu_law import require_mu
 from lightning_nna.functional.schedule import Schedule, require_time, step_of
@@ -139,8 +140,8 @@ class GeneralQuantizer(BitsMethod):
     def prepare(self) -> None:
         assert self._module is not None, "a run has started"
         self._stages = {}
+        require_finite_weights(self._parameters)
         for name, parameter in self._parameters.items():
-            require_finite(name, parameter)
             stage = GeneralQuantizerStage(
                 parameter,
                 self.bits[name],

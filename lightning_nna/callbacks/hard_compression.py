@@ -18,6 +18,7 @@ from typing_extensions import override
 from lightning_nna.callbacks.s8bqat import S8BQATMethod
 from lightning_nna.compression.fixed_centroids import CentroidSettings
 from lightning_nna.compression.selection import Granularity
+from lightning_nna.emulator.non_finite import require_finite_weights
 from lightning_nna.emulator.weight_pipeline import Stage
 from lightning_nna.functional.schedule import require_time, step_of
 
@@ -117,6 +118,7 @@ class HardCompression(S8BQATMethod):
         if self.steps < max(start, 1) or (self.steps - start) % self.every_n_steps:
             return
         self.compressions += 1
+        require_finite_weights(self._parameters)  # What is not would become a centroid.
         for name, parameter in self._parameters.items():
             parameter.copy_(self.centroids[name].codebook.project(parameter))
             if self.momentum == "reset":

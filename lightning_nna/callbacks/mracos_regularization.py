@@ -20,6 +20,7 @@ from lightning_nna.callbacks.s8bqat import S8BQATMethod
 from lightning_nna.compression.codebook import in_steps, in_units
 from lightning_nna.compression.fixed_centroids import CentroidSettings
 from lightning_nna.compression.selection import Granularity
+from lightning_nna.emulator.non_finite import require_finite_weights
 from lightning_nna.functional.mracos import mracos, mracos_gradient
 from lightning_nna.functional.schedule import Schedule
 
@@ -95,6 +96,7 @@ class MRACosRegularization(S8BQATMethod):
     @torch.no_grad()
     def step_begins(self, optimizer: Optimizer) -> None:
         factor = self._factor()
+        require_finite_weights(self._parameters)
         stepping = {id(p) for group in optimizer.param_groups for p in group["params"]}
         for name, parameter in self._parameters.items():
             if parameter.grad is None or id(parameter) not in stepping or factor == 0:

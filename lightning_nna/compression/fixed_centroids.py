@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_nna.compression.codebook import Codebook, middles, relative_gap
-from lightning_nna.compression.selection import Granularity, groups_of, require_finite
+from lightning_nna.compression.selection import Granularity, groups_of
+from lightning_nna.emulator.non_finite import require_finite_weights
 from lightning_nna.emulator.weight_pipeline import WeightGrid
 
 
@@ -106,7 +107,7 @@ class FixedCentroids:
         self.codebook = Codebook(levels, middles(levels), steps, self.settings.grid_bits)
 
     def _fit(self, weight: Tensor) -> Codebook:
-        require_finite(self.name, weight)
+        require_finite_weights({self.name: weight})
         return Codebook.fit(
             weight.detach(),
             self.bits,

@@ -21,6 +21,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from lightning_nna.emulator.non_finite import require_finite_weights
 from lightning_nna.emulator.spec import NNASpec
 from lightning_nna.emulator.weights import QuantizedWeight, quantize_onto, quantize_weight
 
@@ -191,11 +192,13 @@ class WeightPipeline:
 
         Raises:
             RuntimeError: If they hold that of the other phase.
+            FloatingPointError: If a weight is not finite; names it.
         """
         if self.phase == phase:
             return
         if self.phase != "latent":
             raise RuntimeError(f"weights are substituted for {self.phase!r} already: restore first")
+        require_finite_weights({name: self._parameters[name] for name in self._stages})
         self.phase = phase
         for name, stages in self._stages.items():
             weight = self._parameters[name].detach()
@@ -268,6 +271,9 @@ class WeightPipeline:
     @unseen
     def hard(self, weight: Tensor) -> Tensor:
         """What is deployed of a parameter that holds its latent weight."""
+        name = self._by_id.get(id(weight))
+        if name is not None:
+            require_finite_weights({name: weight})
         return _transformed(weight.detach(), self.stages_of(weight), hard=True)
 
     @unseen
