@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
@@ -19,7 +19,6 @@ from typing_extensions import override
 from lightning_nna.callbacks.pruning_method import PruningMethod
 from lightning_nna.callbacks.weight_method import ModuleHook
 from lightning_nna.compression.input_moments import InputMoments
-from lightning_nna.compression.masks import as_matrix
 from lightning_nna.emulator.ranges import is_distributed
 from lightning_nna.functional.sparse_recovery import SparseSolution, recover_sparse_weight
 
@@ -44,7 +43,10 @@ class CompressedSensingPruning(PruningMethod):
     Args:
         sparsity: See :class:`.PruningMethod`.
         measurement: ``"activations"``: the inputs' second moments; ``"identity"``: the weights
-            themselves; ``"random"``: as many random projections as a weight has columns.
+            themselves; ``"random"``: as many random projections as a weight has columns. Weights
+            whose inputs are not seen (:class:`.InputMoments`), such as those of embeddings and
+            transposed convolutions, are measured by the identity; one warning lists all of them
+            but the embeddings, which have no inputs but numbers of rows.
         measure_steps: Optimiser steps before each recovery whose inputs count.
         weighting: What the error of each output counts: ``"gradients"``, the mean square of its
             gradients in those steps, so that an error is what it costs the loss; or ``"equal"``.
@@ -52,7 +54,7 @@ class CompressedSensingPruning(PruningMethod):
         most_nmse: Most error of the layer's output over the output's power, both weighed as
             ``weighting`` says; None for no bound.
         refit: Whether what survives is fitted, by some steps of conjugate gradients.
-        most_columns: A weight with more columns is refused, since its moment would be that large.
+        most_columns: A weight with more columns is an error, since its moment would be that large.
         revives: Whether zeroed weights are trained on and may return until masks freeze.
         settings: The other arguments of :class:`.PruningMethod`.
 
@@ -61,8 +63,8 @@ class CompressedSensingPruning(PruningMethod):
     ``…/nmse/<parameter>`` and ``…/support_kept/<parameter>``.
 
     Raises:
-        ValueError: If an argument is out of range, a pattern matches nothing or does not divide a
-            weight, or no input reached a weight that is measured by activations.
+        ValueError: If an argument is out of range, or a pattern matches nothing or does not divide
+            a weight.
         FloatingPointError: If a weight or a moment is not finite.
 
     Example:
@@ -121,6 +123,7 @@ class CompressedSensingPruning(PruningMethod):
         self._powers: dict[str, Tensor] = {}
         self._moments: InputMoments | None = None
         self._entered = 0
+        self._has_warned = False
         # The moment of each weight while masks are chosen; None where the identity measures it.
         self._measured: dict[str, Tensor | None] = {}
 
@@ -129,10 +132,11 @@ class CompressedSensingPruning(PruningMethod):
     @override
     def prepare(self) -> None:
         super().prepare()
+        self._has_warned = False
         if self.measurement != "activations":
             return
-        for name, parameter in self._parameters.items():
-            columns = as_matrix(parameter).shape[1]
+        for name, layout in self.layouts.items():
+            columns = layout.matrix_shape[1]
             if columns > self.most_columns:
                 raise ValueError(
                     f"{name} has {columns} columns, more than most_columns={self.most_columns}: "
@@ -162,7 +166,10 @@ class CompressedSensingPruning(PruningMethod):
             steps = {id(p) for group in optimizer.param_groups for p in group["params"]}
             for name, parameter in self._parameters.items():
                 if id(parameter) in steps and parameter.grad is not None:
-                    power = as_matrix(parameter.grad).float().square().sum(1)
+                    grad = parameter.grad.to_dense() if parameter.grad.is_sparse else parameter.grad
+                    power = self.layouts[name].to_matrix(grad).float().square().sum(1)
+                    # A step with gradients that are not finite is one that a scaler skips.
+                    power = torch.where(power.isfinite().all(), power, 0.0)
                     self._powers[name] = self._powers.get(name, 0.0) + power
 
     def _is_measuring(self) -> bool:
@@ -190,6 +197,12 @@ class CompressedSensingPruning(PruningMethod):
         return self.weighting == "gradients"
 
     @override
+    def shares_budget(self, name: str) -> bool:
+        # Without gradients nothing says what an error of the layer costs the loss.
+        power = self._powers.get(name)
+        return not self.is_comparable or (power is not None and bool(power.any()))
+
+    @override
     def energies(self, name: str, weight: Tensor) -> Tensor:
         moment = self._measured[name]
         power = torch.ones_like(weight[0]) if moment is None else moment.diagonal()
@@ -199,20 +212,20 @@ class CompressedSensingPruning(PruningMethod):
 
     @override
     def choose(self, name: str, weight: Tensor, sparsity: float) -> Tensor:
-        before = as_matrix(self.masks[name].mask)
+        layout = self.layouts[name]
+        before = layout.to_matrix(self.masks[name].mask)
         found = self.recover(name, weight, sparsity)
         self.nmse[name] = found.nmse
         if self.most_nmse is not None and found.nmse > self.most_nmse:
             return before
         self._kept[name] = float((found.mask & before).sum() / found.mask.sum().clamp_min(1))
-        parameter = self._parameters[name]
         # What went starts from zero again: what it did is in the fitted weights now.
-        parameter.copy_(found.weight.view_as(parameter))
+        self._parameters[name].copy_(layout.from_matrix(found.weight))
         return found.mask
 
     def recover(self, name: str, weight: Tensor, sparsity: float) -> SparseSolution:
         """The sparse weight of a layer at a sparsity."""
-        mask = as_matrix(self.masks[name].mask)
+        mask = self.layouts[name].to_matrix(self.masks[name].mask)
         start = None if bool(mask.all()) else mask
         # What a row's error counts is what the row is scaled by: rows are fitted one by one.
         scale = self._row_scale(name, weight)
@@ -237,10 +250,18 @@ class CompressedSensingPruning(PruningMethod):
 
     @override
     def measure(self) -> None:
-        self._measured = {
-            name: self._moment(name, as_matrix(parameter).shape[1])
-            for name, parameter in self._parameters.items()
-        }
+        self._measured = {name: self._moment(name) for name in self._parameters}
+        if self._moments is None:
+            return
+        found = (name for name, moment in self._measured.items() if moment is None)
+        unseen = [name for name in found if name not in self._moments.looked_up]
+        if unseen and not self._has_warned:
+            self._has_warned = True
+            rank_zero_warn(
+                f"CompressedSensingPruning saw no inputs of {', '.join(unseen)} in the last "
+                f"{self.measure_steps} steps: measurement='identity' stands in for them, which "
+                f"keeps the largest weights; exclude what is not to be pruned"
+            )
 
     @override
     def _advance(self) -> None:
@@ -252,7 +273,9 @@ class CompressedSensingPruning(PruningMethod):
         if self._moments is not None:
             self._moments.clear()
 
-    def _moment(self, name: str, columns: int) -> Tensor | None:
+    def _moment(self, name: str) -> Tensor | None:
+        layout = self.layouts[name]
+        columns = layout.matrix_shape[1]
         if self.measurement == "identity":
             return None
         if self.measurement == "random":
@@ -261,16 +284,13 @@ class CompressedSensingPruning(PruningMethod):
             return (projection.T @ projection / columns).to(self._parameters[name].device)
         assert self._moments is not None, "prepared for this measurement"
         found = self._moments.moment(name)
-        if found is None and name in self._moments.unmeasured:
-            return None
-        if found is None:
-            raise ValueError(
-                f"no input reached {name} in the last {self.measure_steps} steps: exclude it, or "
-                f"set measurement='identity'"
-            )
-        if not bool(torch.isfinite(found).all()):
+        if found is not None and not bool(torch.isfinite(found).all()):
             raise FloatingPointError(f"the inputs of {name} have a moment that is not finite")
-        return found
+        if found is None or not layout.is_kernel:
+            return found
+        # Inputs are seen channel by channel; see `InputMoments`.
+        order = torch.arange(columns, device=found.device).view(layout.channels, -1).T.flatten()
+        return found[order][:, order]
 
     # --- logs and state -----------------------------------------------------------------------
 

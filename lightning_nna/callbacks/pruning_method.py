@@ -14,8 +14,9 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_nna.callbacks.weight_method import WeightMethod
-from lightning_nna.compression.masks import MaskStage, as_matrix, global_sparsities
-from lightning_nna.compression.selection import Sparsities, require_finite
+from lightning_nna.compression.masks import MaskStage, MatrixLayout, global_sparsities
+from lightning_nna.compression.selection import Sparsities
+from lightning_nna.emulator.non_finite import require_finite_weights
 from lightning_nna.emulator.weight_pipeline import Stage, unseen
 from lightning_nna.functional.schedule import Schedule, require_time, step_of
 from lightning_nna.functional.sparsity_pattern import SparsityPattern
@@ -36,9 +37,12 @@ class PruningMethod(WeightMethod, ABC):
         every_n_steps: Optimiser steps from one choice of masks to the next; one within half of them
             before ``freeze_step``, where the last is, is left out.
         freeze_step: From then on masks stay: a step (int) or a share of the run (float).
-        pattern: Where zeros may lie: see :meth:`.SparsityPattern.of`.
+        pattern: Where zeros may lie: see :meth:`.SparsityPattern.of`. Neighbours of N:M and columns
+            of a block are input channels of a convolution, at one place of its kernel.
         scope: Whether each ``"layer"`` loses its share, or the ``"global"`` least weights go, with
-            the same share of all selected weights; a layer keeps a hundredth at least.
+            the same share of all selected weights; a layer keeps a hundredth at least. A weight
+            that cannot be compared with others, as one without gradients where these decide, loses
+            its own share.
         revives: Whether zeroed weights are trained on and may return until masks freeze.
         targets: Globs or ``re:…`` on the names of parameters, or of modules that hold them.
         overrides: Sparsities by pattern, or the path of a JSON file with them.
@@ -84,6 +88,8 @@ class PruningMethod(WeightMethod, ABC):
             )
         self.scope, self.revives = scope, revives
         self.masks: dict[str, MaskStage] = {}
+        #: How each selected weight is seen as a matrix, once a run has started.
+        self.layouts: dict[str, MatrixLayout] = {}
         self._saved: dict[str, Any] = {}
 
     # --- what a method says -------------------------------------------------------------------
@@ -101,6 +107,10 @@ class PruningMethod(WeightMethod, ABC):
     def is_comparable(self) -> bool:
         """Whether energies of different layers are in one unit."""
         return False
+
+    def shares_budget(self, name: str) -> bool:
+        """Whether a weight takes part in the budget of all; else it loses its own share."""
+        return True
 
     def measure(self) -> None:
         """Look at what the choice of masks needs; nothing has changed yet, and errors are early."""
@@ -132,10 +142,13 @@ class PruningMethod(WeightMethod, ABC):
 
     @override
     def prepare(self) -> None:
+        assert self._module is not None, "a run has started"
+        self.layouts = {}
+        require_finite_weights(self._parameters)
         for name, parameter in self._parameters.items():
-            require_finite(name, parameter)
-            rows, columns = as_matrix(parameter).shape
-            self.pattern.require_fit((rows, columns), name)
+            owner = self._module.get_submodule(name.rpartition(".")[0])
+            self.layouts[name] = MatrixLayout.of(owner, parameter)
+        self._require_fit()
         self.masks = {
             name: MaskStage(self.method, parameter, revives=self.revives)
             for name, parameter in self._parameters.items()
@@ -176,6 +189,20 @@ class PruningMethod(WeightMethod, ABC):
                 self.masks[name].load_state_dict(state)
             self._saved = {}
 
+    def _require_fit(self) -> None:
+        """Raise unless the pattern divides every weight; name all that it does not divide."""
+        wrong = []
+        for name, layout in self.layouts.items():
+            if not self.pattern.fits(layout.matrix_shape, layout.channels):
+                what = "input channels" if layout.is_kernel else "weights"
+                rows = layout.matrix_shape[0]
+                wrong.append(f"{name} ({rows} rows of {layout.channels} {what})")
+        if wrong:
+            raise ValueError(
+                f"pattern {self.pattern.name!r} does not divide {', '.join(wrong)}: exclude what "
+                f"it does not divide, or choose another pattern"
+            )
+
     def _is_frozen(self) -> bool:
         return self.steps >= step_of(self.freeze_step, self._total_steps)
 
@@ -200,16 +227,19 @@ class PruningMethod(WeightMethod, ABC):
         wanted = {name: sparsity * share for name, sparsity in self.numbers.items()}
         if not any(wanted.values()):
             return
-        for name, parameter in self._parameters.items():
-            require_finite(name, parameter)
+        require_finite_weights(self._parameters)
         self.measure()
-        weights = {name: as_matrix(p).float() for name, p in self._parameters.items()}
+        layouts = self.layouts
+        weights = {n: layouts[n].to_matrix(p).float() for n, p in self._parameters.items()}
         if self.scope == "global":
-            energies = {name: self.energies(name, weight) for name, weight in weights.items()}
-            shapes = {name: (w.shape[0], w.shape[1]) for name, w in weights.items()}
-            wanted = global_sparsities(
-                energies, wanted, self.pattern, shapes, relative=not self.is_comparable
-            )
+            sharing = {name: w for name, w in weights.items() if self.shares_budget(name)}
+            energies = {name: self.energies(name, weight) for name, weight in sharing.items()}
+            shapes = {name: (w.shape[0], w.shape[1]) for name, w in sharing.items()}
+            if sharing:
+                wanted = wanted | global_sparsities(
+                    energies, wanted, self.pattern, shapes, relative=not self.is_comparable
+                )
         for name, weight in weights.items():
-            self.masks[name].set_mask(self.choose(name, weight, wanted[name]))
+            mask = self.choose(name, weight, wanted[name])
+            self.masks[name].set_mask(layouts[name].from_matrix(mask))
         rank_zero_info(f"{type(self).__name__}: {self.sparsity:.1%} of the weights are zero")

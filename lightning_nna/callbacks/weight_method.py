@@ -9,13 +9,13 @@ from typing import Any, ClassVar
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 from typing_extensions import override
 
 from lightning_nna.callbacks.step_counter import StepCounter
-from lightning_nna.compression.selection import BitWidths, ByTensor, weights_of
+from lightning_nna.compression.selection import BitWidths, ByTensor, candidates_of, frozen_in
 from lightning_nna.emulator.weight_pipeline import Stage, WeightPipeline, pipeline_of, unseen
 from lightning_nna.functional.entropy_constrained import require_rate
 
@@ -50,6 +50,11 @@ class WeightMethod(Callback):
         self._total_steps = float("inf")
         # What was trained, while the parameters hold what is deployed after a fit.
         self._latents: dict[str, Tensor] = {}
+        # Names that were frozen when the run began, also where a resumed one has thawed them
+        # already; and those of them that were left alone therefore.
+        self._frozen: list[str] = []
+        self._saved_frozen: list[str] | None = None
+        self._left_frozen: list[str] = []
 
     @property
     def steps(self) -> int:
@@ -116,6 +121,13 @@ class WeightMethod(Callback):
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._release()
         self._deploy()
+        held = candidates_of(pl_module)
+        thawed = [name for name in self._left_frozen if held[name].requires_grad]
+        if thawed:
+            rank_zero_warn(
+                f"{type(self).__name__}: {', '.join(thawed)} was frozen when the run began and has "
+                f"been left alone, but was trained later: name it in targets"
+            )
 
     @override
     def on_exception(
@@ -189,12 +201,18 @@ class WeightMethod(Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {"steps": self.steps, "latents": dict(self._latents)}
+        return {
+            "steps": self.steps,
+            "latents": dict(self._latents),
+            "frozen": list(self._frozen),
+        }
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._counter.steps = int(state_dict["steps"])
         self._latents = dict(state_dict["latents"])
+        if self._module is None:
+            self._saved_frozen = state_dict.get("frozen")
 
     @override
     def on_save_checkpoint(
@@ -234,8 +252,10 @@ class WeightMethod(Callback):
         if self._module is pl_module:
             return
         self._detach()
-        self.numbers = self.selection.of(pl_module)
-        held = weights_of(pl_module)
+        frozen = frozen_in(pl_module) if self._saved_frozen is None else self._saved_frozen
+        self._frozen, self._saved_frozen = frozen, None
+        self.numbers = self.selection.of(pl_module, frozen)
+        held = candidates_of(pl_module)
         self._parameters = {name: held[name] for name in self.numbers}
         self._module, self._pipeline = pl_module, pipeline_of(pl_module)
         with torch.inference_mode(False):  # What is made for a test may be trained later.
@@ -247,6 +267,13 @@ class WeightMethod(Callback):
             f"{type(self).__name__}: {self.selection.quantity} of {len(self.numbers)} tensors: "
             f"{shown}"
         )
+        self._left_frozen = []
+        for reason, names in self.selection.left_alone(pl_module, frozen).items():
+            self._left_frozen += names if reason == "frozen" else []
+            rank_zero_info(
+                f"{type(self).__name__}: left alone, since {reason}: {', '.join(names)}; "
+                f"name in targets what is to be taken"
+            )
 
     def _detach(self) -> None:
         if self._pipeline is not None:

@@ -26,10 +26,10 @@ from lightning_nna.compression.codebook import Codebook
 from lightning_nna.compression.selection import (
     BitWidths,
     Granularity,
+    candidates_of,
     groups_of,
-    require_finite,
-    weights_of,
 )
+from lightning_nna.emulator.non_finite import require_finite_weights
 from lightning_nna.files import write_whole
 
 
@@ -174,7 +174,7 @@ def _measure(
     grid_bits: int | None,
 ) -> BitAllocation:
     """Losses and sizes of every tensor at every width; all at the widest."""
-    held = weights_of(module)
+    held = candidates_of(module)
     losses: dict[str, dict[int, float]] = {}
     sizes: dict[str, dict[int, int]] = {}
     with torch.no_grad(), _evaluating(module):
@@ -183,7 +183,7 @@ def _measure(
             raise FloatingPointError(f"the loss of the module as it is is {float_loss}")
         for name in names:
             parameter = held[name]
-            require_finite(name, parameter)
+            require_finite_weights({name: parameter})
             groups = groups_of(module, name, parameter, granularity)
             whole = parameter.detach().clone()
             losses[name], sizes[name] = {}, {}

@@ -29,9 +29,10 @@ class InputMoments(TorchFunctionMode):
     """Sums of the outer products of inputs, while it is entered.
 
     Linear layers, one- and two-dimensional convolutions (by groups, one moment for all), recurrent
-    layers (hidden states stand for the states before them) and, where PyTorch calls them, the
-    projections of attention. Embeddings, whose inputs are numbers of rows, and the projections
-    inside of recurrent layers are noted as unmeasured.
+    layers (hidden states stand for the states before them) and cells and, where PyTorch calls them,
+    the projections of attention. Embeddings, whose inputs are numbers of rows, are noted as looked
+    up. All else is not seen: transposed and three-dimensional convolutions, the projections inside
+    of recurrent layers, other functions, and weights that are transformed before they are used.
 
     Args:
         parameters: By name.
@@ -52,10 +53,12 @@ class InputMoments(TorchFunctionMode):
         self.counts = {} if counts is None else counts
         self._fresh: dict[str, Tensor] = {}
         self._fresh_counts: dict[str, int] = {}
-        #: Weights that were used, but whose inputs cannot be seen.
-        self.unmeasured: set[str] = set()
+        #: Weights whose inputs are numbers of rows.
+        self.looked_up: set[str] = set()
         self._looks: dict[str, Callable[..., None]] = {
             "embedding": self._embedding,
+            "embedding_bag": self._embedding,
+            **dict.fromkeys((f"{name}_cell" for name in _RECURRENT), self._cell),
             "linear": self._linear,
             "conv1d": self._convolution,
             "conv2d": self._convolution,
@@ -105,7 +108,8 @@ class InputMoments(TorchFunctionMode):
         if name in _RECURRENT:
             result = func(*args, **kwargs)
             with torch._C.DisableTorchFunction(), torch.no_grad():
-                self._recurrent(func, result[0].detach(), *args, **kwargs)
+                if not kwargs:  # As modules call it.
+                    self._recurrent(func, result[0].detach(), *args)
             return result
         if look is not None:
             with torch._C.DisableTorchFunction(), torch.no_grad():
@@ -117,21 +121,24 @@ class InputMoments(TorchFunctionMode):
         name = self._names.get(id(weight))
         if name is None:
             return
-        rows = inputs.detach().flatten(0, -2).float()
+        rows = inputs.detach().reshape(-1, inputs.shape[-1]).float()
         product = rows.T @ rows
         held = self._fresh.get(name)
         self._fresh[name] = product if held is None else held.add_(product)
         self._fresh_counts[name] = self._fresh_counts.get(name, 0) + len(rows)
 
-    def _note(self, weight: Any) -> None:
-        name = self._names.get(id(weight))
-        if name is not None:
-            self.unmeasured.add(name)
-
     def _embedding(
         self, func: Callable[..., Any], input: Tensor, weight: Any, *_: Any, **__: Any
     ) -> None:
-        self._note(weight)
+        name = self._names.get(id(weight))
+        if name is not None:
+            self.looked_up.add(name)
+
+    def _cell(
+        self, func: Callable[..., Any], input: Tensor, hx: Any, w_ih: Any, w_hh: Any, *_: Any
+    ) -> None:
+        self._add(w_ih, input)
+        self._add(w_hh, hx[0] if isinstance(hx, (tuple, list)) else hx)
 
     def _linear(
         self, func: Callable[..., Any], input: Tensor, weight: Tensor, bias: Tensor | None = None
@@ -213,16 +220,13 @@ class InputMoments(TorchFunctionMode):
             found = []
             for direction in range(directions):
                 place = layer * directions + direction
-                inner, outer, *others = weights[place * each : (place + 1) * each]
+                inner, outer = weights[place * each : place * each + 2]
                 self._add(inner, x)
                 if direction:  # The second direction is that of time reversed.
                     result = _reversed(outputs(_reversed(x, sizes, rest), place), sizes, rest)
                 else:
                     result = outputs(x, place)
                 self._add(outer, result)
-                for weight in others:
-                    if weight.ndim == 2:
-                        self._note(weight)  # Of a projection.
                 found.append(result)
             x = torch.cat(found, -1)
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Shaped
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_nna.functional.sparsity_pattern import SparsityPattern, greatest
 
@@ -50,8 +52,9 @@ class MaskStage:
         return self.kept == self.mask.numel()
 
     def set_mask(self, mask: Bool[Tensor, "*shape"]) -> None:
-        """Replace the mask."""
-        self.mask = mask.reshape(self.mask.shape).to(self.mask.device)
+        """Replace the mask by one of the weight's shape."""
+        assert mask.shape == self.mask.shape, "a matrix is brought into the weight's shape first"
+        self.mask = mask.to(self.mask.device)
         self.kept = int(self.mask.sum())
         self._bits = None
 
@@ -87,9 +90,84 @@ class MaskStage:
         self.set_mask(state["mask"])
 
 
-def as_matrix(weight: Shaped[Tensor, "rows *rest"]) -> Shaped[Tensor, "rows columns"]:
-    """A weight as rows of outputs; a kernel is flattened into its row."""
-    return weight.detach().flatten(1)
+@dataclass(frozen=True)
+class MatrixLayout:
+    """How a weight is seen as a matrix: outputs are rows, and input channels lie side by side.
+
+    A kernel ``(out, in, *places)`` becomes rows of ``places`` times ``in``, as accelerators store
+    it: N neighbours of M, and the columns of a block, are input channels at one place. A weight
+    without places is flattened from its second axis on.
+
+    Args:
+        shape: Of the weight.
+        is_kernel: Whether its axes from the third on are places of a convolution.
+        transposed_groups: Groups of a transposed convolution, whose weight is
+            ``(in, out / groups, *places)``; 0 for any other.
+    """
+
+    shape: torch.Size
+    is_kernel: bool = False
+    transposed_groups: int = 0
+
+    @classmethod
+    def of(cls, owner: nn.Module, weight: Tensor) -> MatrixLayout:
+        """Choose the layout of a weight.
+
+        Args:
+            owner: Module that the weight is a parameter of. If it is no layer of PyTorch, a weight
+                of four axes or more is taken for a kernel.
+            weight: Any weight of two axes or more.
+
+        Example:
+            >>> conv = nn.Conv2d(8, 16, 3)
+            >>> MatrixLayout.of(conv, conv.weight).matrix_shape, conv.weight.shape
+            ((16, 72), torch.Size([16, 8, 3, 3]))
+        """
+        if isinstance(owner, nn.modules.conv._ConvTransposeNd):
+            return cls(weight.shape, True, owner.groups)
+        is_own = not type(owner).__module__.startswith("torch.nn.")
+        is_kernel = isinstance(owner, nn.modules.conv._ConvNd) or (is_own and weight.ndim > 3)
+        return cls(weight.shape, is_kernel)
+
+    @property
+    def channels(self) -> int:
+        """Columns that lie side by side: the input channels of a kernel, else all."""
+        if self.transposed_groups:
+            return self.shape[0] // self.transposed_groups
+        return self.shape[1] if self.is_kernel else prod(self.shape[1:])
+
+    @property
+    def matrix_shape(self) -> tuple[int, int]:
+        """Rows and columns."""
+        rows = self.shape[0]
+        if self.transposed_groups:
+            rows = self.shape[1] * self.transposed_groups
+        return rows, self.shape.numel() // rows
+
+    def to_matrix(self, weight: Shaped[Tensor, "*shape"]) -> Shaped[Tensor, "rows columns"]:
+        """See a weight, or anything of its shape, as a matrix; without gradient."""
+        held = weight.detach()
+        if not self.is_kernel:
+            return held.flatten(1)
+        return self._turned(held).transpose(1, 2).flatten(1)
+
+    def from_matrix(self, matrix: Shaped[Tensor, "rows columns"]) -> Shaped[Tensor, "*shape"]:
+        """Undo :meth:`to_matrix`."""
+        if not self.is_kernel:
+            return matrix.reshape(self.shape)
+        rows, columns = self.matrix_shape
+        held = matrix.view(rows, columns // self.channels, self.channels).transpose(1, 2)
+        if self.transposed_groups:
+            held = held.unflatten(0, (self.transposed_groups, -1)).transpose(1, 2)
+        return held.reshape(self.shape)
+
+    def _turned(self, weight: Tensor) -> Tensor:
+        """Outputs, input channels and places of a kernel."""
+        held = weight.flatten(2)
+        if not self.transposed_groups:
+            return held
+        grouped = held.unflatten(0, (self.transposed_groups, -1))
+        return grouped.transpose(1, 2).flatten(0, 1)
 
 
 def global_sparsities(

@@ -1,15 +1,30 @@
-"""Which parameters a method takes, and a number for each: bits, or a share of zeros."""
+"""Which parameters a method takes, and a number for each: bits, or a share of zeros.
+
+By default a method takes the *weights of operators* that are trained. What an operator multiplies
+with shows in the layer that owns a parameter, and where a module of one's own does, in its shape:
+
+- layers of ``torch.nn`` that multiply or look up (linear, bilinear, convolutions, embeddings,
+  recurrent layers and cells, attention): their weights, not their biases;
+- layers of normalisation (a class whose name ends in ``Norm``, ``Norm2d``, …): nothing;
+- any other module: a parameter with two axes or more that are longer than 1, the first among them.
+  So ``(1, 1, channels)``, ``(1, positions, channels)`` and ``(channels, 1, 1)`` are none. Nor is
+  one with ``bias``, ``pos`` or ``position``, ``token`` or ``state`` as a word of its own name
+  (``pos_bias_u``, ``relative_position_bias_table``), which shapes do not tell apart.
+
+Frozen parameters (``requires_grad`` is False while others are trained) are left alone, too. A
+pattern that fits nothing else takes what it names: ``targets=["backbone"]``, ``["pos_embedding"]``.
+"""
 
 from __future__ import annotations
 
 import json
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Literal, TypeVar
 
-import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 from typing_extensions import override
@@ -20,6 +35,16 @@ V = TypeVar("V")
 Granularity = Literal["tensor", "channel"]
 
 _LARGEST_BITS = 8
+#: Layers of PyTorch that multiply with their weights, or look rows of them up.
+_MULTIPLIERS = (
+    *(nn.Linear, nn.Bilinear, nn.modules.conv._ConvNd, nn.Embedding, nn.EmbeddingBag),
+    *(nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention),
+)
+_NORM = re.compile(r"Norm(\dd)?$")
+#: Words of names that say of a parameter that nothing is multiplied with it.
+_NO_WEIGHT = re.compile(
+    r"(?:^|[_.])(?:bias(?:es)?|pos|pe|pos(?:ition|enc|emb)\w*|tokens?|states?|h0|c0)(?=$|[_.\d])"
+)
 #: Layers whose operators on the chip have a scale for every row of the weight.
 _ROW_BY_ROW = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -30,7 +55,9 @@ class ByTensor(ABC, Generic[V]):
 
     Args:
         default: Of a tensor that no override names.
-        targets: Globs or ``re:…`` on the names of parameters, or of modules that hold them.
+        targets: Globs or ``re:…`` on the names of parameters, or of modules that hold them. Each
+            takes the weights of operators that it fits and that are trained, see the module; if
+            there are none, the frozen ones, and if there are none, other parameters.
         overrides: Numbers by pattern; of several that match, the last counts. A path names a JSON
             file with such a mapping, or with an entry ``overrides`` as :class:`.BitAllocation`
             saves it.
@@ -67,24 +94,61 @@ class ByTensor(ABC, Generic[V]):
             ValueError: Shows the name and the number.
         """
 
-    def of(self, module: nn.Module) -> dict[str, V]:
+    def of(self, module: nn.Module, frozen: Collection[str] | None = None) -> dict[str, V]:
         """Numbers by the names of the parameters that are selected, in the module's order.
+
+        Args:
+            module: Its parameters are selected from.
+            frozen: Names of the parameters that count as frozen; None for :func:`frozen_in`.
 
         Raises:
             ValueError: If a pattern matches no parameter.
         """
-        names = list(weights_of(module))
-        chosen = _select(self.targets, names)
-        left_out = set(_select(self.exclude, names))
-        chosen = [name for name in chosen if name not in left_out]
+        chosen = self._chosen(module, frozen)
         overrides: Mapping[str, V] = self.overrides  # type: ignore[assignment]
         for pattern in overrides:
-            _select([pattern], chosen)
+            _select([pattern], [chosen])
         found = {}
         for name in chosen:
             numbers = [number for p, number in overrides.items() if matches_path(p, name)]
             found[name] = numbers[-1] if numbers else self.default
         return found
+
+    def left_alone(
+        self, module: nn.Module, frozen: Collection[str] | None = None
+    ) -> dict[str, list[str]]:
+        """Names that ``targets`` fit and that are not taken, nor excluded, by the reason.
+
+        Args:
+            module: Its parameters are selected from.
+            frozen: See :meth:`of`.
+
+        Raises:
+            ValueError: If a pattern matches no parameter.
+
+        Example:
+            >>> net = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+            >>> _ = net[0].requires_grad_(False)
+            >>> Sparsities(0.5).left_alone(net)
+            {'frozen': ['0.weight']}
+        """
+        chosen, of_operators = set(self._chosen(module, frozen)), set(operator_weights(module))
+        found: dict[str, list[str]] = {}
+        for name in candidates_of(module):
+            fits = any(matches_path(pattern, name) for pattern in self.targets)
+            excluded = any(matches_path(pattern, name) for pattern in self.exclude)
+            if fits and not excluded and name not in chosen:
+                reason = "frozen" if name in of_operators else "no weights of operators"
+                found.setdefault(reason, []).append(name)
+        return found
+
+    def _chosen(self, module: nn.Module, frozen: Collection[str] | None) -> list[str]:
+        names, of_operators = list(candidates_of(module)), list(operator_weights(module))
+        still = set(frozen_in(module) if frozen is None else frozen)
+        trained = [name for name in of_operators if name not in still]
+        chosen = _select(self.targets, [trained, of_operators, names])
+        left_out = set(_select(self.exclude, [names]))
+        return [name for name in chosen if name not in left_out]
 
 
 class BitWidths(ByTensor[int]):
@@ -126,14 +190,18 @@ class Sparsities(ByTensor[float]):
             raise ValueError(f"{name} must be at least 0 and below 1, got {number!r}")
 
 
-def weights_of(module: nn.Module) -> dict[str, nn.Parameter]:
-    """Parameters that can be compressed: float, of two axes or more, not of a loss or a metric.
+def candidates_of(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the parameters that a method can take where they are named.
 
-    What a parametrisation computes a weight from is none.
+    They are float, of two axes or more, and not of a loss or a metric. What a parametrisation
+    computes a weight from is none.
+
+    Args:
+        module: Its parameters are looked at.
 
     Example:
-        >>> list(weights_of(nn.Linear(3, 2)))
-        ['weight']
+        >>> list(candidates_of(nn.LayerNorm((3, 2))))
+        ['weight', 'bias']
     """
     outside = [name for name, child in module.named_modules() if _is_loss_or_metric(child)]
     return {
@@ -145,6 +213,40 @@ def weights_of(module: nn.Module) -> dict[str, nn.Parameter]:
         and not name.rsplit(".", 1)[-1].endswith(("weight_g", "weight_v"))
         and not any(name.startswith(f"{path}.") for path in outside if path)
     }
+
+
+def operator_weights(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the candidates that operators multiply with, or look up in; see the module.
+
+    Args:
+        module: Its parameters are looked at.
+
+    Example:
+        >>> net = nn.Module()
+        >>> net.head, net.norm = nn.Linear(4, 1), nn.LayerNorm((4, 4))
+        >>> net.cls_token, net.matrix = (nn.Parameter(torch.ones(*s)) for s in [(1, 1, 4), (4, 4)])
+        >>> list(operator_weights(net))
+        ['matrix', 'head.weight']
+    """
+    return {
+        name: parameter
+        for name, parameter in candidates_of(module).items()
+        if _is_operator_weight(module.get_submodule(name.rpartition(".")[0]), name, parameter)
+    }
+
+
+def frozen_in(module: nn.Module) -> list[str]:
+    """Return the names of the frozen parameters; none where no parameter at all is trained.
+
+    Args:
+        module: Its parameters are looked at.
+
+    Example:
+        >>> frozen_in(nn.Linear(2, 2).requires_grad_(False))
+        []
+    """
+    frozen = [name for name, parameter in module.named_parameters() if not parameter.requires_grad]
+    return frozen if any(p.requires_grad for p in module.parameters()) else []
 
 
 def groups_of(module: nn.Module, name: str, weight: Tensor, granularity: Granularity) -> int:
@@ -167,23 +269,24 @@ def groups_of(module: nn.Module, name: str, weight: Tensor, granularity: Granula
     return 1
 
 
-def require_finite(name: str, weight: Tensor) -> None:
-    """Raise unless every weight is finite.
+def _select(patterns: Sequence[str], levels: Sequence[Sequence[str]]) -> list[str]:
+    """As ``select``, and a pattern that names a module takes all that it holds.
 
-    Raises:
-        FloatingPointError: Names the tensor.
+    Args:
+        patterns: Each takes what it fits in the first level where it fits anything.
+        levels: Names, each level a part of the next. A pattern of stars alone names nothing, and so
+            fits in the first level only.
     """
-    if not bool(torch.isfinite(weight).all()):
-        raise FloatingPointError(
-            f"{name} has weights that are not finite: no centroids can be found for it"
-        )
-
-
-def _select(patterns: Sequence[str], names: Sequence[str]) -> list[str]:
-    """As ``select``, and a pattern that names a module takes all that it holds."""
-    chosen: set[str] = set()
+    names, chosen = levels[-1], set()
     for pattern in patterns:
-        below = [name for name in names if matches_path(pattern, name)]
+        reachable = levels if pattern.strip("*") else levels[:1]
+        fits = ([n for n in level if matches_path(pattern, n)] for level in reachable)
+        below = next((level for level in fits if level), [])
+        if not below and names and reachable != levels:
+            raise ValueError(
+                f"pattern {pattern!r} matches no weight of an operator that is trained: name what "
+                f"is to be taken; there are: {', '.join(names[:8])}{', …' if names[8:] else ''}"
+            )
         chosen.update(below or select([pattern], names, what="weight"))
     return [name for name in names if name in chosen]
 
@@ -197,6 +300,16 @@ def matches_path(pattern: str, name: str) -> bool:
     """
     parts = name.split(".")
     return any(matches(pattern, ".".join(parts[:end])) for end in range(1, len(parts) + 1))
+
+
+def _is_operator_weight(owner: nn.Module, name: str, parameter: nn.Parameter) -> bool:
+    # What a list of parameters holds has the name of the list.
+    in_list = isinstance(owner, (nn.ParameterList, nn.ParameterDict))
+    own = ".".join(name.rsplit(".", 2)[-2:]) if in_list else name.rpartition(".")[2]
+    if _NORM.search(type(owner).__name__) or _NO_WEIGHT.search(own):
+        return False
+    longer = [length > 1 for length in parameter.shape]
+    return isinstance(owner, _MULTIPLIERS) or (longer[0] and sum(longer) > 1)
 
 
 def _is_loss_or_metric(module: nn.Module) -> bool:

@@ -1,7 +1,9 @@
 """Which zeros a chip can use: single weights, blocks, N of M, whole rows or columns.
 
-A weight is seen as a matrix of output rows and input columns (a convolution's kernel is flattened
-into its row). A pattern divides it into units that are kept or zeroed together.
+A weight is seen as a matrix of output rows and input columns. A pattern divides it into units that
+are kept or zeroed together. The columns of a convolution are input channels side by side, place by
+place of its kernel (:class:`.MatrixLayout`), since accelerators take neighbours along the input
+channel.
 """
 
 from __future__ import annotations
@@ -73,6 +75,21 @@ class SparsityPattern:
         """Share of weights that N:M keeps at least; 0 for other patterns."""
         return self.kept / self.group if self.group else 0.0
 
+    def fits(self, shape: tuple[int, int], channels: int | None = None) -> bool:
+        """Say whether units divide a matrix.
+
+        Args:
+            shape: Rows and columns.
+            channels: Columns that lie side by side; None for all.
+
+        Example:
+            >>> SparsityPattern.of("2:4").fits((8, 36)), SparsityPattern.of("2:4").fits((8, 36), 2)
+            (True, False)
+        """
+        rows, columns = shape
+        wide = self.group or self.columns
+        return not rows % (self.rows or rows) and not (wide and (channels or columns) % wide)
+
     def require_fit(self, shape: tuple[int, int], name: str = "the weight") -> None:
         """Raise unless units divide a matrix.
 
@@ -83,12 +100,10 @@ class SparsityPattern:
         Raises:
             ValueError: Names the weight, its shape and the pattern.
         """
-        rows, columns = shape
-        wide = self.group or self.columns or columns
-        if rows % (self.rows or rows) or columns % wide:
+        if not self.fits(shape):
             raise ValueError(
-                f"{name} has {rows} rows of {columns} weights, which pattern {self.name!r} does "
-                f"not divide: exclude it, or choose another pattern for it"
+                f"{name} has {shape[0]} rows of {shape[1]} weights, which pattern {self.name!r} "
+                f"does not divide: exclude it, or choose another pattern for it"
             )
 
     def units(self, shape: tuple[int, int]) -> int:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Callable
 from pathlib import Path
@@ -111,6 +112,71 @@ def test_patterns(pattern: str) -> None:
     expected = {2} if pattern == "2:4" else {0, full}
     assert set(groups.tolist()) == expected
     assert zeros(weight) == 0.5
+
+
+class Convolutions(SmallRecurrentModule):
+    """Convolutions of every kind; the first two inputs of ``one`` rest."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Conv1d(4, 8, 3, padding=1), nn.Conv2d(8, 8, (3, 1), padding=(1, 0))
+        self.grouped = nn.Conv1d(8, 8, 3, padding=1, groups=2)
+        self.up = nn.ConvTranspose1d(8, 4, 3, padding=1, groups=2)
+        self.depthwise = nn.Conv1d(4, 4, 3, padding=1, groups=4)
+        self.kernel = nn.Parameter(torch.randn(4, 4, 1, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.transpose(1, 2)
+        resting = torch.tensor([0.0, 0.0, 1.0, 1.0])
+        y = self.two(self.one(x * resting[:, None])[..., None])[..., 0]
+        x = x + self.depthwise(self.up(self.grouped(y)))
+        x = nn.functional.conv2d(x[:, :, None], self.kernel, padding=(0, 1))[:, :, 0]
+        return super().forward(x.transpose(1, 2))
+
+
+@pytest.mark.filterwarnings("ignore:CompressedSensingPruning saw no inputs of up.weight")
+@pytest.mark.parametrize("method", ["csp", "magnitude", "random"])
+def test_n_of_m_are_input_channels_at_one_place_of_a_kernel(method: str) -> None:
+    torch.manual_seed(0)
+    fitted = Convolutions()
+    callback = made(method, 0.5, pattern="2:4", exclude=["depthwise"])
+    trainer(callback).fit(fitted)
+    # (out, in / groups, *places): whatever the output and the place, two of four inputs stay.
+    for weight in (
+        *(fitted.one.weight, fitted.two.weight, fitted.grouped.weight, fitted.kernel),
+        *(fitted.lstm.weight_ih_l0, fitted.lstm.weight_hh_l0, fitted.head.first.weight),
+    ):
+        kept = (weight != 0).unflatten(1, (-1, 4)).sum(2)
+        assert bool((kept == 2).all())
+    kept = (fitted.up.weight != 0).unflatten(0, (-1, 4)).sum(1)  # (in, out / groups, place)
+    assert bool((kept == 2).all())
+
+
+def test_the_error_of_a_kernel_is_measured_on_its_own_inputs() -> None:
+    torch.manual_seed(0)
+    fitted = Convolutions()
+    trainer(made("csp", 0.5, pattern="2:4", targets=["one"])).fit(fitted)
+    assert bool((fitted.one.weight[:, :2] == 0).all())  # What nothing ever reaches goes.
+    assert bool((fitted.one.weight[:, 2:] != 0).all())
+
+
+def test_columns_of_a_block_are_input_channels() -> None:
+    torch.manual_seed(0)
+    fitted = Convolutions()
+    trainer(made("magnitude", 0.5, pattern="1x4", targets=["two", "grouped"])).fit(fitted)
+    for weight in (fitted.two.weight, fitted.grouped.weight):
+        kept = (weight != 0).unflatten(1, (-1, 4)).sum(2)
+        assert set(kept.unique().tolist()) == {0, 4}
+        assert zeros(weight) == 0.5
+
+
+def test_kernels_that_a_pattern_does_not_divide_are_all_named() -> None:
+    message = (
+        r"'2:8' does not divide .*one\.weight \(8 rows of 4 input channels\), grouped\.weight "
+        r"\(8 rows of 4 .*depthwise\.weight \(4 rows of 1 input channels\)"
+    )
+    with pytest.raises(ValueError, match=message):
+        trainer(made("magnitude", 0.5, pattern="2:8")).fit(Convolutions())
 
 
 def test_a_global_budget_takes_from_layers_that_can_spare() -> None:
@@ -314,7 +380,11 @@ def test_wrong_arguments_are_named(settings: dict[str, Any], message: str) -> No
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"pattern": "1x5"}, r"lstm\.weight_ih_l0 has 32 rows of 4 weights, which pattern '1x5'"),
+        (
+            {"pattern": "1x5", "targets": ["*_ih_l0", "head.first"]},
+            r"'1x5' does not divide lstm\.weight_ih_l0 \(32 rows of 4 weights\), "
+            r"head\.first\.weight \(8 rows of 8 weights\): exclude",
+        ),
         ({"targets": ["decoder"]}, "decoder"),
         ({"exclude": ["decoder"]}, "decoder"),
         ({"most_columns": 2}, "more than most_columns=2"),
@@ -328,13 +398,92 @@ def test_what_does_not_fit_the_module(settings: dict[str, Any], message: str) ->
     assert_same(dict(fitted.state_dict()), before)
 
 
-def test_a_layer_that_nothing_reached() -> None:
-    fitted = module()
-    fitted.idle = nn.Linear(4, 4)
-    callback = made("csp")
-    with pytest.raises(ValueError, match=r"no input reached idle\.weight in the last 8 steps"):
+class Unseen(SmallRecurrentModule):
+    """Weights that are used in ways whose inputs cannot be seen, or not at all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.token = nn.Parameter(torch.randn(1, 1, 4))
+        self.pos_embedding = nn.Parameter(torch.randn(1, 6, 4))
+        self.lora_a, self.lora_b = (nn.Parameter(torch.randn(4, 4)) for _ in range(2))
+        self.product, self.idle = nn.Parameter(torch.randn(4, 4)), nn.Linear(4, 4)
+        self.up = nn.ConvTranspose1d(4, 4, 3, padding=1)
+        self.rows = nn.Embedding(6, 4)
+        self.cells = nn.ModuleList([nn.LSTMCell(4, 4), nn.GRUCell(4, 4)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.token + self.pos_embedding + self.rows(torch.arange(6))
+        x = x + x @ self.lora_a.T @ self.lora_b.T
+        x = self.up(x.transpose(1, 2)).transpose(1, 2)
+        first = torch.addmm(self.cells[0](x[:, 0])[0], self.cells[1](x[:, 0]), self.product)
+        return super().forward(x + first[:, None])
+
+
+@pytest.mark.parametrize("settings", [{}, {"scope": "global"}], ids=["layer", "global"])
+def test_what_cannot_be_measured_is_measured_by_the_identity(settings: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    fitted, callback = Unseen(), made("csp", **settings)
+    token, positions = fitted.token.detach().clone(), fitted.pos_embedding.detach().clone()
+    names = r"lora_a, lora_b, product, idle\.weight, up\.weight in the last 8 steps"
+    with pytest.warns(UserWarning, match=f"saw no inputs of {names}") as caught:
         trainer(callback).fit(fitted)
-    assert callback.sparsity == 0  # No layer was pruned before the error.
+    assert sum("saw no inputs" in str(each.message) for each in caught) == 1
+    assert callback.sparsity == pytest.approx(0.75, abs=0.01)
+    # Nothing is known of what idle weights cost: they have their own share.
+    assert zeros(fitted.idle.weight) == pytest.approx(0.75)
+    for now, before in ((fitted.token, token), (fitted.pos_embedding, positions)):
+        assert bool((now != 0).all())
+        assert not torch.equal(now, before)  # Trained, and not pruned.
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_frozen_layers_are_left_alone(method: str) -> None:
+    fitted = module()
+    fitted.lstm.requires_grad_(False)
+    before = copy.deepcopy(dict(fitted.lstm.state_dict()))
+    callback = made(method, scope="global")
+    trainer(callback).fit(fitted)
+    assert_same(dict(fitted.lstm.state_dict()), before)
+    assert callback.selected == [n for n, p in fitted.head.named_parameters("head") if p.ndim == 2]
+    assert callback.sparsity == pytest.approx(0.75, abs=0.02)
+
+
+def test_a_frozen_layer_that_is_named_has_a_share_of_its_own() -> None:
+    """No gradient says what its errors cost: in one budget the others would lose nearly all."""
+    fitted = module()
+    fitted.lstm.requires_grad_(False)
+    callback = made("csp", scope="global", targets=["lstm", "head"])
+    trainer(callback).fit(fitted)
+    for name, parameter in fitted.lstm.named_parameters():
+        assert zeros(parameter) == pytest.approx(0.75 * name.startswith("weight"), abs=0.02)
+    held = [p for p in fitted.head.parameters() if p.ndim == 2]
+    lost = sum(int((p == 0).sum()) for p in held) / sum(p.numel() for p in held)
+    assert lost == pytest.approx(0.75, abs=0.02)
+
+
+def test_a_layer_that_is_thawed_later_is_warned_of_and_stays_alone_on_resume(
+    tmp_path: Path,
+) -> None:
+    class Thaw(pl.Callback):
+        def on_train_batch_start(self, run: pl.Trainer, fitted: Any, *_: Any) -> None:
+            fitted.lstm.requires_grad_(run.global_step >= 4)
+
+    def frozen() -> SmallRecurrentModule:
+        fitted = module()
+        fitted.lstm.requires_grad_(False)
+        return fitted
+
+    first, again = made("magnitude"), made("magnitude")
+    message = r"lstm\.weight_ih_l0, lstm\.weight_hh_l0.* was frozen when the run began"
+    run = trainer(first, Thaw(), steps=6)
+    with pytest.warns(UserWarning, match=message):
+        run.fit(frozen())
+    run.save_checkpoint(tmp_path / "6.ckpt")
+    thawed = module()
+    with pytest.warns(UserWarning, match=message):
+        trainer(again, Thaw(), steps=12).fit(thawed, ckpt_path=tmp_path / "6.ckpt")
+    assert again.selected == first.selected
+    assert zeros(thawed.lstm.weight_hh_l0) == 0
 
 
 def test_a_network_that_is_run_by_another_method_than_its_forward() -> None:

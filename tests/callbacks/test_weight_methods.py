@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
@@ -11,10 +12,15 @@ from torch import Tensor, nn
 
 from lightning_nna import emulate
 from lightning_nna.callbacks import (
+    CompressedSensingPruning,
     GeneralQuantizer,
     HardCompression,
+    L1Pruning,
+    LotteryTicketPruning,
+    MagnitudePruning,
     MRACosRegularization,
     NNAEmulation,
+    RandomPruning,
 )
 from lightning_nna.callbacks.weight_method import WeightMethod
 from lightning_nna.compression.codebook import Codebook
@@ -40,6 +46,13 @@ def pull(**settings: object) -> MRACosRegularization:
 
 
 METHODS = {"gq": gq, "hard": hard, "mracos": pull}
+PRUNING = {
+    "csp": partial(CompressedSensingPruning, 0.5, every_n_steps=2),
+    "magnitude": partial(MagnitudePruning, 0.5),
+    "l1": partial(L1Pruning, 0.5),
+    "lottery": partial(LotteryTicketPruning, 0.5),
+    "random": partial(RandomPruning, 0.5),
+}
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
@@ -77,6 +90,65 @@ def test_the_chip_holds_the_codebook(method: str) -> None:
                 assert torch.equal(held.values, weight)
         results.append(copy.deepcopy(dict(fitted.state_dict())))
     assert_same(*results)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_frozen_layers_are_left_alone(method: str) -> None:
+    fitted = module()
+    fitted.lstm.requires_grad_(False)
+    before = copy.deepcopy(dict(fitted.lstm.state_dict()))
+    callback = METHODS[method]()
+    trainer(callback).fit(fitted)
+    assert_same(dict(fitted.lstm.state_dict()), before)
+    assert callback.selected == [n for n, p in fitted.head.named_parameters("head") if p.ndim == 2]
+
+
+@pytest.mark.parametrize("method", ["gq", "hard"])
+def test_a_frozen_layer_is_taken_where_it_is_named(method: str) -> None:
+    fitted = module()
+    fitted.lstm.requires_grad_(False)
+    trainer(METHODS[method](targets=["lstm"])).fit(fitted)
+    assert len(fitted.lstm.weight_hh_l0.unique()) <= 8
+    assert len(fitted.head.first.weight.unique()) > 8
+
+
+class Spoiled(SmallRecurrentModule):
+    """A batch that is not a number makes the fifth step."""
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> Tensor:
+        loss = super().training_step(batch, batch_index)
+        return loss * torch.nan if self.global_step == 4 else loss
+
+
+@pytest.mark.parametrize("emulated", [False, True], ids=["float", "emulated"])
+@pytest.mark.parametrize("make", [*METHODS.values(), *PRUNING.values()], ids=[*METHODS, *PRUNING])
+def test_a_batch_that_is_no_number_is_an_error_that_names_the_weights(
+    make: Callable[[], WeightMethod], emulated: bool
+) -> None:
+    chip = [NNAEmulation(calibration_steps=2)] if emulated else []
+    with pytest.raises(FloatingPointError, match=r"lstm\.weight_ih_l0.*not finite"):
+        trainer(*chip, make()).fit(Spoiled())
+
+
+@pytest.mark.parametrize("value", [torch.nan, -torch.inf])
+@pytest.mark.parametrize("make", [*METHODS.values(), *PRUNING.values()], ids=[*METHODS, *PRUNING])
+def test_weights_that_are_no_numbers_are_named_before_anything_is_done(
+    make: Callable[[], WeightMethod], value: float
+) -> None:
+    fitted = module()
+    fitted.head.second.weight.data[1, 1] = value
+    for run in (trainer(make()).fit, trainer(make()).test):
+        with pytest.raises(FloatingPointError, match=r"^head\.second\.weight has weights that"):
+            run(fitted)
+
+
+@pytest.mark.parametrize("method", ["gq", "hard"])
+def test_weights_that_become_no_numbers_are_named_in_evaluation(method: str) -> None:
+    fitted, callback = module(), METHODS[method]()
+    trainer(callback, steps=2).fit(fitted)
+    fitted.head.second.weight.data[1, 1] = torch.nan
+    with pytest.raises(FloatingPointError, match=r"head\.second\.weight has weights that"):
+        trainer(callback).test(fitted)
 
 
 class ExplicitTerm(SmallRecurrentModule):

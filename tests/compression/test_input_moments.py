@@ -114,10 +114,23 @@ def test_attention_and_what_has_no_inputs_to_see() -> None:
     torch.testing.assert_close(moments.moment("in_proj_weight"), moment(x))
     assert moments.moment("out_proj.weight") is not None
     table = seen_by(nn.Embedding(4, 2), torch.tensor([1, 3]))
-    assert (table.moment("weight"), table.unmeasured) == (None, {"weight"})
+    assert (table.moment("weight"), table.looked_up) == (None, {"weight"})
+    bag = seen_by(nn.EmbeddingBag(4, 2), torch.tensor([[1, 3]]))
+    assert (bag.moment("weight"), bag.looked_up) == (None, {"weight"})
     projected = seen_by(nn.LSTM(3, 4, proj_size=2), torch.randn(5, 1, 3))
-    assert projected.unmeasured == {"weight_hr_l0"}
+    assert projected.moment("weight_hr_l0") is None
     assert projected.moment("weight_hh_l0").shape == (2, 2)
+
+
+@pytest.mark.parametrize("kind", [nn.LSTMCell, nn.GRUCell, nn.RNNCell])
+@pytest.mark.parametrize("shape", [(5, 3), (3,)], ids=["batch", "one"])
+def test_cells(kind: Any, shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    x, h = torch.randn(*shape), torch.randn(*shape[:-1], 4)
+    state = (h, torch.randn_like(h)) if kind is nn.LSTMCell else h
+    moments = seen_by(kind(3, 4), x, state)
+    torch.testing.assert_close(moments.moment("weight_ih"), moment(x.reshape(-1, 3)))
+    torch.testing.assert_close(moments.moment("weight_hh"), moment(h.reshape(-1, 4)))
 
 
 def test_gradients_and_results_are_as_without() -> None:

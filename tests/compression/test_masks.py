@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
-from lightning_nna.compression.masks import MaskStage, global_sparsities
+from lightning_nna.compression.masks import MaskStage, MatrixLayout, global_sparsities
 from lightning_nna.functional.sparsity_pattern import SparsityPattern
 
 
@@ -37,6 +38,46 @@ def test_a_new_mask_takes_the_place_of_the_old_one() -> None:
         assert stage.kept == 2
         assert stage.sparsity == pytest.approx(1 / 3)
         assert torch.equal(stage.transform(weight, hard=True) != 0, torch.tensor(kept))
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        *(nn.Linear(6, 4), nn.Conv1d(6, 4, 1), nn.Conv2d(6, 4, 1), nn.Conv1d(6, 4, 1, groups=2)),
+        *(nn.ConvTranspose1d(6, 4, 1), nn.ConvTranspose2d(6, 4, 1, groups=2)),
+    ],
+    ids=str,
+)
+def test_rows_of_a_matrix_are_outputs_and_columns_inputs(layer: nn.Module) -> None:
+    """With one place a kernel is a matrix for each group; and every layout can be undone."""
+    weight = layer.weight.detach()
+    layout = MatrixLayout.of(layer, weight)
+    matrix = layout.to_matrix(weight)
+    assert matrix.shape == layout.matrix_shape
+    assert torch.equal(layout.from_matrix(matrix), weight)
+    x = torch.randn(5, 6)
+    groups = getattr(layer, "groups", 1)
+    parts = zip(x.chunk(groups, 1), matrix.chunk(groups), strict=True)
+    expected = torch.cat([part @ rows.T for part, rows in parts], 1)
+    places = (1,) * (weight.ndim - 2)
+    found = layer(x.view(5, 6, *places)).flatten(1) - layer.bias
+    torch.testing.assert_close(found.detach(), expected)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [nn.Conv1d(6, 4, 3), nn.Conv2d(6, 4, (2, 3), groups=2), nn.ConvTranspose2d(6, 4, 3, groups=2)],
+    ids=str,
+)
+def test_input_channels_lie_side_by_side(layer: nn.Module) -> None:
+    weight = layer.weight.detach()
+    layout = MatrixLayout.of(layer, weight)
+    assert torch.equal(layout.from_matrix(layout.to_matrix(weight)), weight)
+    first = layout.to_matrix(weight)[0, : layout.channels]
+    place = weight.flatten(2)[..., 0]
+    is_transposed = isinstance(layer, nn.ConvTranspose2d)
+    assert torch.equal(first, place[: layout.channels, 0] if is_transposed else place[0])
+    assert layout.channels == 6 // layer.groups
 
 
 @pytest.mark.parametrize("relative", [True, False])
