@@ -21,10 +21,8 @@ from lightning_nna.deploy.graph import CaptureError, Program
 from lightning_nna.deploy.recorder import Recorder
 from lightning_nna.emulator.attachment import attached, emulate
 from lightning_nna.emulator.engine import Emulator
+from lightning_nna.emulator.spec import LITERT_ACCUMULATOR, NNASpec
 from lightning_nna.emulator.weight_pipeline import pipeline_of
-
-# Chips whose arithmetic a .tflite program has.
-_WITH_PROGRAMS = ("litert-int8", "litert-int16x8", "ethos-u")
 
 
 def capture(
@@ -118,11 +116,39 @@ def emulator_of(module: nn.Module) -> Emulator:
             "the module has no ranges yet: call calibrate(module, batches), or train it with "
             "NNAEmulation, before it is exported"
         )
-    if emulator.spec.name not in _WITH_PROGRAMS:
+    if differences := _differences(emulator.spec):
         raise CaptureError(
-            f"there is no .tflite program in the arithmetic of {emulator.spec.name!r}; "
-            f"put the module on one of {', '.join(_WITH_PROGRAMS)}"
+            f"there is no .tflite program in the arithmetic of {emulator.spec.name!r}: "
+            f"{'; '.join(differences)}; put the module on a spec without that, as the presets "
+            f"litert-int8, litert-int16x8 and ethos-u are"
         )
     if pipeline_of(module).phase == "train":
         raise CaptureError("in the middle of a training step weights are not those that deploy")
     return emulator
+
+
+def _differences(spec: NNASpec) -> list[str]:
+    """Fields of a spec whose arithmetic the kernels of a .tflite program do not have.
+
+    Weights and biases of fewer bits, one weight scale a tensor and operators that run on the CPU
+    change the integers of a program and not its kernels. Rounding twice everywhere is what
+    processors make of a program of 8 bits.
+    """
+    bits = spec.activation_bits
+    roundings = ("reference", "double") if bits == 8 else ("reference",)
+    widest_bias = 32 if bits == 8 else 64
+    kernels: dict[str, tuple[bool, str]] = {
+        "rounding": (spec.rounding in roundings, " or ".join(map(repr, roundings))),
+        "table_entries": (spec.table_entries == 0, "0"),
+        "accumulator_bits": (
+            spec.accumulator_bits == LITERT_ACCUMULATOR[bits],
+            str(LITERT_ACCUMULATOR[bits]),
+        ),
+        "accumulator_overflow": (spec.accumulator_overflow == "wrap", "'wrap'"),
+        "bias_bits": (spec.bias_bits <= widest_bias, f"at most {widest_bias}"),
+    }
+    return [
+        f"{name} is {getattr(spec, name)!r}, and the kernels of {bits}-bit activations have {other}"
+        for name, (same, other) in kernels.items()
+        if not same
+    ]

@@ -205,11 +205,18 @@ class LiteRTProgram:
         self.outputs = tuple(_port(entry) for entry in notes["outputs"])
         self.fixed = {int(position): value for position, value in notes["fixed"].items()}
         kinds = OpResolverType
-        self._interpreter = Interpreter(
-            model_content=contents,
-            experimental_op_resolver_type=kinds.AUTO if optimised else kinds.BUILTIN_REF,
-            num_threads=threads,
-        )
+        try:
+            self._interpreter = Interpreter(
+                model_content=contents,
+                experimental_op_resolver_type=kinds.AUTO if optimised else kinds.BUILTIN_REF,
+                num_threads=threads,
+            )
+        except ValueError as error:
+            if optimised or "builtin opcode 'ELU'" not in str(error):
+                raise
+            raise ValueError(
+                f"{path} has an ELU, and LiteRT has no reference kernel of it: give optimised=True"
+            ) from error
         self._interpreter.allocate_tensors()
         details = self._interpreter.get_input_details(), self._interpreter.get_output_details()
         self._details = {each["name"]: each for side in details for each in side}

@@ -435,11 +435,30 @@ class Emulator:
                 key,
             )
 
-    def count_overflow(self, site: str, accumulator: Tensor, limit: float) -> None:
-        """Note the share of sums that left the accumulator's range."""
+    def watches_overflow(self, site: str) -> bool:
+        """Whether a site's overflows are counted, or none of them has been reported."""
+        return self.telemetry is not None or f"{site} overflows" not in self._warned
+
+    def count_overflow(self, site: str, lost: int, sums: int) -> None:
+        """Note how many sums left the chip's range; warn, once, of a site."""
         if self.telemetry is not None:
-            outside = (accumulator >= limit) | (accumulator < -limit)
-            self.telemetry.overflow(site, int(outside.sum()), outside.numel())
+            self.telemetry.overflow(site, lost, sums)
+        if lost and f"{site} overflows" not in self._warned:
+            self._warned.add(f"{site} overflows")
+            log.warning(
+                "%s: %d of %d sums do not fit the integers of %s: they %s, as in its kernels; "
+                "scale the operator's input down, or calibrate with inputs of this size",
+                site,
+                lost,
+                sums,
+                self.spec.name,
+                "wrap around" if self.spec.accumulator_overflow == "wrap" else "saturate",
+            )
+
+    def count_biases(self, site: str, smallest: Tensor, scales: Tensor) -> None:
+        """Note how many channels need a larger scale for their bias."""
+        if self.telemetry is not None:
+            self.telemetry.biases(site, int((smallest > scales).sum()), len(scales))
 
     # --- what the interception calls -----------------------------------------------------------
 

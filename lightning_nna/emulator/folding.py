@@ -38,6 +38,7 @@ class Foldable:
         x: The layer's input.
         rounding: Of the layer's kernel.
         exact: Whether the sums are needed.
+        sums_of: Forms the sums with another weight of the same shape.
         record: Reports the instruction, given the call, the folded weight and bias and the output.
     """
 
@@ -47,6 +48,7 @@ class Foldable:
     x: Activation
     rounding: KernelRounding
     exact: bool
+    sums_of: Callable[[QuantizedWeight], Tensor]
     record: Callable[[Call, QuantizedWeight, Tensor, Activation], None]
 
 

@@ -76,8 +76,12 @@ class QParams:
         return self if self.bits == 16 else QParams(self.scale / 128, 0, INT16_MIN, INT16_MAX)
 
 
+class _Pending(QParams):
+    """No parameters yet: equal to those of no grid, whatever their values."""
+
+
 #: Stands in the place of parameters while ranges are being observed.
-PENDING = QParams(1.0, 0)
+PENDING: QParams = _Pending(1.0, 0)
 
 #: Outputs that the reference fixes, whatever the data.
 SIGMOID_OUTPUT = QParams(1 / 256, -128)

@@ -55,10 +55,15 @@ Rounding = Literal["reference", "double", "single", "shift"]
 KernelRounding = Rounding | Literal["real", "reduced"]
 Overflow = Literal["saturate", "wrap"]
 
+#: Widths of the accumulators of LiteRT's kernels, by the width of their activations.
+LITERT_ACCUMULATOR = {8: 32, 16: 64}
+#: The same of biases. Those beside 16 bits are stored in 64, of which processors read 40.
+LITERT_BIAS = {8: 32, 16: 40}
+
 _CHOICES: dict[str, tuple[Any, ...]] = {
     "activation_bits": (8, 16),
     "weight_bits": (2, 3, 4, 5, 6, 7, 8),
-    "bias_bits": (8, 16, 20, 24, 32),
+    "bias_bits": (8, 16, 20, 24, 32, 40),
     "accumulator_bits": (16, 20, 24, 32, 40, 48, 64),
     "accumulator_overflow": ("saturate", "wrap"),
     "weight_granularity": ("per_channel", "per_tensor"),
@@ -76,10 +81,12 @@ class NNASpec:
         activation_bits: Width of activations between operators: 8 (with zero points) or 16
             (symmetric).
         weight_bits: Width of weights, 2 to 8; values are symmetric, in ±(2^(b-1) - 1).
-        bias_bits: Width of biases, which have the scale of the accumulator; they saturate.
+        bias_bits: Width of biases, which have the scale of the accumulator. The weight scale of a
+            channel whose bias would not fit is raised until it does.
         accumulator_bits: Width of the sum of a fully connected layer, a convolution or a matrix
             product, 16 to 64.
-        accumulator_overflow: What a sum beyond that width does: ``"saturate"`` or ``"wrap"``.
+        accumulator_overflow: What a sum beyond that width does: ``"wrap"``, as LiteRT's kernels
+            do, or ``"saturate"``.
         weight_granularity: One scale per output channel of a layer, or one per tensor. LSTM
             gates and embeddings always have one per tensor, as their kernels do.
         rounding: Of the requantisation: ``"reference"``, what LiteRT's reference kernel of each
@@ -108,7 +115,7 @@ class NNASpec:
     weight_bits: int = 8
     bias_bits: int = 32
     accumulator_bits: int = 32
-    accumulator_overflow: Overflow = "saturate"
+    accumulator_overflow: Overflow = "wrap"
     weight_granularity: Granularity = "per_channel"
     rounding: Rounding = "reference"
     table_entries: int = 0
@@ -131,6 +138,39 @@ class NNASpec:
     def power_of_two_scales(self) -> bool:
         """Whether every scale is a power of two."""
         return self.rounding == "shift"
+
+    def accumulator_width(self, bits: int) -> int:
+        """Width of the accumulators of an operator whose activations have ``bits`` bits.
+
+        LiteRT's kernels of 8 bits sum in 32 bits and those of 16 in 64, whatever the other
+        operators of the network have; a chip of another width has it everywhere.
+
+        Example:
+            >>> NNASpec().accumulator_width(16), NNASpec(accumulator_bits=24).accumulator_width(16)
+            (64, 24)
+        """
+        own = self.accumulator_bits
+        return LITERT_ACCUMULATOR[bits] if own == LITERT_ACCUMULATOR[self.activation_bits] else own
+
+    def bias_width(self, bits: int) -> int:
+        """Width of the biases of an operator whose activations have ``bits`` bits.
+
+        Example:
+            >>> NNASpec().bias_width(16), NNASpec(bias_bits=16).bias_width(16)
+            (40, 16)
+        """
+        own = self.bias_bits
+        return LITERT_BIAS[bits] if own == LITERT_BIAS[self.activation_bits] else own
+
+    def largest_bias(self, bits: int) -> float:
+        """Largest bias, in units of the accumulator: it fits, and leaves half of the accumulator.
+
+        Example:
+            >>> NNASpec().largest_bias(8) == 2**30
+            True
+        """
+        half = 2.0 ** (self.accumulator_width(bits) - 2)
+        return min(half, 2.0 ** (self.bias_width(bits) - 1) - 1)
 
     def rounding_of(self, reference: KernelRounding) -> KernelRounding:
         """The rounding of an operator whose reference kernel does as ``reference`` says."""
@@ -225,8 +265,14 @@ PRESETS: dict[str, NNASpec] = {
     spec.name: spec
     for spec in (
         NNASpec(),
-        NNASpec("litert-int16x8", activation_bits=16, accumulator_bits=64),
+        NNASpec("litert-int16x8", activation_bits=16, accumulator_bits=64, bias_bits=40),
         NNASpec("ethos-u", rounding="double"),
-        NNASpec("shift", rounding="shift", accumulator_bits=24, table_entries=256),
+        NNASpec(
+            "shift",
+            rounding="shift",
+            accumulator_bits=24,
+            accumulator_overflow="saturate",
+            table_entries=256,
+        ),
     )
 }

@@ -33,6 +33,8 @@ class SiteTelemetry:
         noise: Sum of the squared differences.
         overflows: Sums that left the accumulator's range.
         accumulated: Sums that were looked at for it.
+        coarser: Channels whose scale was raised, since their bias would have saturated.
+        channels: Channels with a bias.
     """
 
     results: int = 0
@@ -41,6 +43,8 @@ class SiteTelemetry:
     noise: float = 0.0
     overflows: int = 0
     accumulated: int = 0
+    coarser: int = 0
+    channels: int = 0
 
     @property
     def clip_rate(self) -> float:
@@ -51,6 +55,11 @@ class SiteTelemetry:
     def overflow_rate(self) -> float:
         """Share of overflowed accumulators, 0 to 1."""
         return self.overflows / max(self.accumulated, 1)
+
+    @property
+    def large_bias_rate(self) -> float:
+        """Share of channels whose bias was too large for the scale of their weights, 0 to 1."""
+        return self.coarser / max(self.channels, 1)
 
     @property
     def sqnr_db(self) -> float:
@@ -105,12 +114,19 @@ class Telemetry:
         row.overflows += overflowed
         row.accumulated += accumulated
 
+    def biases(self, site: str, coarser: int, channels: int) -> None:
+        """Take in how many channels of a site got a larger scale for their bias."""
+        row = self.sites.setdefault(site, SiteTelemetry())
+        row.coarser += coarser
+        row.channels += channels
+
     def rows(self) -> dict[str, dict[str, float]]:
         """Rates and SQNR by site, in the order in which sites first ran."""
         return {
             site: {
                 "clip_rate": row.clip_rate,
                 "overflow_rate": row.overflow_rate,
+                "large_bias_rate": row.large_bias_rate,
                 "sqnr_db": row.sqnr_db,
             }
             for site, row in self.sites.items()
@@ -118,11 +134,11 @@ class Telemetry:
 
     def __str__(self) -> str:
         width = max([len(site) for site in self.sites], default=4)
-        lines = [f"{'site':{width}}  clipped  overflowed  SQNR dB"]
+        lines = [f"{'site':{width}}  clipped  overflowed  large biases  SQNR dB"]
         for site, row in self.sites.items():
             lines.append(
                 f"{site:{width}}  {row.clip_rate:7.2%}  {row.overflow_rate:10.2%}  "
-                f"{row.sqnr_db:7.1f}"
+                f"{row.large_bias_rate:12.2%}  {row.sqnr_db:7.1f}"
             )
         return "\n".join(lines)
 

@@ -22,8 +22,10 @@ from torch import Tensor
 from lightning_nna.emulator.integer_products import ByteProduct
 from lightning_nna.functional.elementary import power_of_two
 
-# Below this a channel counts as all zeros; its scale then only sets the step of its bias.
-_SMALLEST_SCALE = 2.0**-24
+#: Scale of a channel of zeros, which has to be raised for its bias if it has one.
+SMALLEST_SCALE = 2.0**-60
+# Integers of a tensor up to which encoders of weights take them for centroids.
+_CENTROIDS = 32
 
 
 @dataclass(frozen=True)
@@ -142,6 +144,53 @@ def quantize_onto(
     return QuantizedWeight(integers.clamp_(-maximum, maximum).to(torch.int8), scales)
 
 
+def with_scales_of_at_least(
+    weight: QuantizedWeight,
+    smallest: Float[Tensor, " rows"],
+    *,
+    rows_per_scale: int = 1,
+    power_of_two: bool = False,
+) -> QuantizedWeight:
+    """Raise the scales of rows whose scale is too small, and round their integers again.
+
+    A bias has the scale of input times weight: a row of tiny weights has so fine a scale that no
+    integer of the bias's width can hold its bias. What is lost of the weights is nothing beside
+    that bias. Where the tensor has so few integers that it is compressed by them (centroids), the
+    row takes the nearest of them, or 0.
+
+    Args:
+        weight: A weight on the chip's grid.
+        smallest: Smallest scale of each row, float64, at least 0.
+        rows_per_scale: Rows that share a scale.
+        power_of_two: Round scales up to powers of two.
+
+    Returns:
+        ``weight`` itself where every scale is large enough.
+
+    Example:
+        >>> weight = QuantizedWeight(torch.tensor([[100], [100]]).to(torch.int8), torch.ones(2))
+        >>> raised = with_scales_of_at_least(weight, torch.tensor([0.5, 4.0]).double())
+        >>> raised.integers.flatten(), raised.scales
+        (tensor([100.,  25.]), tensor([1., 4.]))
+    """
+    needed = smallest.reshape(-1, rows_per_scale).amax(1).repeat_interleave(rows_per_scale)
+    raised = needed > weight.scales
+    if not bool(raised.any()):
+        return weight
+    # A scale in float32 must not fall below what is needed.
+    upper = powers_of_two(needed) if power_of_two else _significands_above(needed)
+    scales = torch.where(raised, upper.float(), weight.scales)
+    ratio = per_row(weight.scales.double() / scales.double(), weight.stored)
+    integers = (weight.stored.double() * ratio).round_()
+    centroids = weight.stored.unique()
+    if len(centroids) <= _CENTROIDS:
+        own = torch.cat([centroids, centroids.new_zeros(1)]).double().unique()
+        borders = (own[1:] + own[:-1]) / 2
+        integers = own[torch.bucketize(integers, borders)]
+    stored = torch.where(per_row(raised, weight.stored), integers.to(torch.int8), weight.stored)
+    return QuantizedWeight(stored, scales)
+
+
 def largest_steps(
     groups: Float[Tensor, "groups weights"], *, maximum: int, power_of_two: bool = False
 ) -> Float[Tensor, " groups"]:
@@ -153,7 +202,7 @@ def largest_steps(
     magnitude = groups.abs().amax(1).double()
     _require_finite(magnitude)
     rounded = powers_of_two if power_of_two else round_significands
-    return rounded(magnitude / maximum).clamp_min(_SMALLEST_SCALE).float()
+    return rounded((magnitude / maximum).clamp_min(SMALLEST_SCALE)).float()
 
 
 def _require_finite(values: Tensor) -> None:
@@ -174,6 +223,12 @@ def round_significands(scale: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"
     """
     mantissa, exponent = torch.frexp(scale)
     return ((mantissa * 2**16).round() * power_of_two(exponent - 16)).to(scale.dtype)
+
+
+def _significands_above(scale: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """Round up to 16-bit significands, float64."""
+    mantissa, exponent = torch.frexp(scale)
+    return (mantissa * 2**16).ceil() * power_of_two(exponent - 16)
 
 
 def powers_of_two(scale: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:

@@ -125,7 +125,7 @@ def multiply_by_quantized_multiplier(
     (ties up); then a negative shift divides and rounds (ties away from zero).
 
     Args:
-        x: Accumulators that fit 32 bits after the left shift, as int64.
+        x: Accumulators of 32 bits, as int64; the left shift wraps around where it leaves them.
         multiplier: Mantissa from :func:`quantize_multiplier`; a tensor broadcasts (per channel).
         shift: Exponent from :func:`quantize_multiplier`.
 
@@ -139,10 +139,21 @@ def multiply_by_quantized_multiplier(
     """
     if isinstance(shift, Tensor):
         left, right = shift.clamp_min(0), (-shift).clamp_min(0)
-        high = ((x << left) * multiplier + 2**30) >> 31
+        high = (wrapped_int32(x << left) * multiplier + 2**30) >> 31
         return rounding_divide_by_power_of_two(high, right)
-    high = ((x << max(shift, 0)) * multiplier + 2**30) >> 31
+    shifted = wrapped_int32(x << shift) if shift > 0 else x
+    high = (shifted * multiplier + 2**30) >> 31
     return rounding_divide_by_power_of_two(high, max(-shift, 0))
+
+
+def wrapped_int32(x: Int[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:
+    """Wrap int64 values around, as integers of 32 bits do.
+
+    Example:
+        >>> wrapped_int32(torch.tensor([2**31, -5]))
+        tensor([-2147483648,          -5])
+    """
+    return ((x + 2**31) & (2**32 - 1)) - 2**31
 
 
 def multiply_in_float(

@@ -26,10 +26,12 @@ from lightning_nna.functional import elementary
 from lightning_nna.functional.fixed_point import (
     INT16_MAX,
     INT16_MIN,
+    INT32_MIN,
     multiply_by_quantized_multiplier,
     quantize_multiplier,
     round_half_away,
     rounding_divide_by_power_of_two,
+    wrapped_int32,
 )
 
 _F = np.float32
@@ -116,7 +118,8 @@ def hard_swish(
     Args:
         x: 8-bit integers less the zero point, int64.
         scale: Scale of the input.
-        output_scale: Scale of the output.
+        output_scale: Scale of the output, at least 1/64 of the input's: the kernel has no left
+            shift.
 
     Returns:
         Integers of the output less its zero point, not clipped, int64.
@@ -236,8 +239,10 @@ def _to_table(x: Tensor, scale: float) -> Tensor:
     factor, right = _F(scale) * 4096.0 * 3.0, 0
     while factor <= INT16_MAX / 2 and right <= 30:
         factor, right = factor * 2, right + 1
+    # The kernel works in 32 bits, which hold inputs up to about 1.7e5, and wraps around beyond.
+    multiplier = int(factor) if factor < 2**31 else INT32_MIN
     half = (1 << right) >> 1
-    return (x * int(factor) + half) >> right
+    return wrapped_int32(x * multiplier + half) >> right
 
 
 def _sixteen_bits(factor: float) -> tuple[int, int]:

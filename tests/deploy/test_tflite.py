@@ -21,6 +21,7 @@ from lightning_nna.deploy import (
     verify,
 )
 from lightning_nna.deploy.capture import capture
+from lightning_nna.emulator.attachment import attached
 from tests.emulator.random_networks import BATCH, INPUTS, LABELS, TIME, Network, plans
 from tests.recipes.asr.test_on_chip import batch, conformer
 
@@ -39,7 +40,7 @@ FEW = settings(
 )
 
 
-def calibrated(net: nn.Module, *example: Any, spec: str = "litert-int8") -> nn.Module:
+def calibrated(net: nn.Module, *example: Any, spec: Any = "litert-int8") -> nn.Module:
     calibrate(net, [example], forward=lambda module, batch: module(*batch), spec=spec)
     return net
 
@@ -323,10 +324,65 @@ def test_paths_without_ranges_are_refused_and_leave_none() -> None:
             capture(net, [torch.randn(2, 3)], forward=lambda module, x: module[1](2 * x + x))
 
 
-def test_a_chip_without_programs_is_refused() -> None:
-    net = calibrated(nn.Linear(3, 3), torch.randn(2, 3), spec="shift")
-    with pytest.raises(CaptureError, match=r"no \.tflite program in the arithmetic of 'shift'"):
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"preset": "shift"}, "rounding is 'shift'"),
+        ({"rounding": "single"}, "rounding is 'single'"),
+        ({"preset": "litert-int16x8", "rounding": "double"}, "rounding is 'double'"),
+        ({"accumulator_bits": 16}, "accumulator_bits is 16, and .* 8-bit activations have 32"),
+        ({"activation_bits": 16}, "accumulator_bits is 32, and .* 16-bit activations have 64"),
+        ({"accumulator_overflow": "saturate"}, "accumulator_overflow is 'saturate'"),
+        ({"table_entries": 256}, "table_entries is 256"),
+        ({"bias_bits": 40}, "bias_bits is 40"),
+    ],
+)
+def test_an_arithmetic_that_no_program_has_is_refused_whatever_its_name(
+    settings: dict[str, Any], named: str
+) -> None:
+    spec = {**settings, "name": "litert-int8"}
+    net = calibrated(nn.Linear(3, 3), torch.randn(2, 3), spec=spec)
+    with pytest.raises(CaptureError, match=named):
         capture(net, [torch.randn(2, 3)])
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"weight_bits": 4},
+        {"bias_bits": 16},
+        {"weight_granularity": "per_tensor"},
+        {"preset": "litert-int16x8"},
+        {"preset": "litert-int16x8", "bias_bits": 32, "weight_bits": 3},
+    ],
+)
+def test_what_the_kernels_compute_is_a_program_under_any_name(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(20, 6)
+    net = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
+    with torch.no_grad():
+        net[0].bias.mul_(50.0)
+    calibrated(net, x, spec={**settings, "name": "of-our-own"})
+    path = export_tflite(net, [x], tmp_path / "net.tflite").path
+    with emulate(net, attached(net).spec), torch.no_grad():
+        expected = net(x)
+    torch.testing.assert_close(torch.as_tensor(run_tflite(path, [x])[0]), expected, rtol=0, atol=0)
+
+
+def test_an_elu_runs_on_the_only_kernel_that_there_is(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(20, 6)
+    net = calibrated(nn.Sequential(nn.ELU()), x)
+    path = export_tflite(net, [x], tmp_path / "net.tflite").path
+    with pytest.raises(ValueError, match=r"no reference kernel of it: give optimised=True"):
+        run_tflite(path, [x])
+    with emulate(net), torch.no_grad():
+        expected = net(x)
+    (found,) = run_tflite(path, [x], optimised=True)
+    torch.testing.assert_close(torch.as_tensor(found), expected, rtol=0, atol=0)
 
 
 def test_arguments_that_do_not_fit(tmp_path: Path) -> None:

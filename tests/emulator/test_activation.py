@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_nna import emulate
-from tests.emulator.replay import replays
+from lightning_nna.emulator.program import Instruction
+from tests import litert
+from tests.emulator.replay import replays, tensor_spec
 
 MODULES: dict[str, tuple[nn.Module, set[str]]] = {
     "sigmoid": (nn.Sigmoid(), {"LOGISTIC"}),
@@ -48,6 +51,33 @@ def test_equals_litert_in_sixteen_bits(name: str, span: float) -> None:
     x = span * torch.linspace(-1.0, 0.8, 65_536).view(256, 256)
     compared = replays(nn.Sequential(module), x, spec="litert-int16x8")
     assert set(compared) == kernels | {"QUANTIZE"}
+
+
+@pytest.mark.exactness
+@pytest.mark.parametrize("span", [0.1, 3.0, 30.0])
+def test_elu_equals_the_only_kernel_that_litert_has(span: float) -> None:
+    """There is none among the reference kernels; the other one is a table of 256 entries, too."""
+    module, x = nn.Sequential(nn.ELU()), span * torch.linspace(-1.0, 1.0, 512).view(2, 256)
+    recorded: list[Instruction] = []
+    with emulate(module) as chip, torch.no_grad():
+        with chip.observing():
+            module(x)
+        chip.recorder = recorded.append
+        module(x)
+    (elu,) = (each for each in recorded if each.operator == "ELU")
+    with pytest.raises(ValueError, match="ELU"):
+        litert.run_model(*elu_program(elu))
+    (found,) = litert.run_model(*elu_program(elu), optimised=True)
+    assert len(set(found.flatten().tolist())) > 100
+    torch.testing.assert_close(
+        torch.from_numpy(found).long(), elu.outputs[0].integers, rtol=0, atol=0
+    )
+
+
+def elu_program(elu: Instruction) -> tuple[bytes, list[np.ndarray]]:
+    """The instruction alone, and its input."""
+    (x, values), (y, _) = tensor_spec(elu.inputs[0]), tensor_spec(elu.outputs[0])
+    return litert.unary_model("ELU", x, y), [values]
 
 
 @pytest.mark.parametrize("name", MODULES)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_nna import emulate
-from tests.emulator.replay import replays
+from tests.emulator.replay import check_instructions, replays
 
 SPECS = {8: "litert-int8", 16: "litert-int16x8"}
 LAYERS: dict[str, nn.Module] = {
@@ -152,3 +152,33 @@ def test_what_is_normalised_already_equals_litert(spec: str) -> None:
     torch.manual_seed(0)
     twice = nn.Sequential(nn.LayerNorm(24), nn.LayerNorm(24))
     assert replays(twice, torch.randn(50, 24), spec=spec)["MEAN"] == 200
+
+
+@pytest.mark.exactness
+@pytest.mark.parametrize("grid", ["layers_of_zeros", "raw_features"])
+@pytest.mark.parametrize("module", [nn.LayerNorm(12), nn.RMSNorm(12)], ids=["layer", "rms"])
+def test_an_input_in_steps_of_one(module: nn.Module, grid: str) -> None:
+    """A real grid of scale 1 and zero point 0 is no absent one: it widens to 16 bits, too."""
+    torch.manual_seed(0)
+    layer = nn.Linear(12, 12)
+    with torch.no_grad():
+        layer.weight.zero_()
+        layer.bias.zero_()
+    integers = torch.randint(-127, 128, (40, 12)).float()
+    integers[0, 0], integers[0, 1] = -128, 127
+    net = {
+        "layers_of_zeros": nn.Sequential(layer, module),
+        "raw_features": nn.Sequential(module),
+    }[grid]
+    recorded: list = []
+    with emulate(net) as chip:
+        with chip.observing(), torch.no_grad():
+            net(integers)
+        chip.recorder = recorded.append
+        first = net(integers)
+        chip.recorder = None
+        trained = net.train()(integers)
+    assert {"MUL", "RSQRT"} <= set(check_instructions(recorded))
+    assert all(x.dtype == "int16" for op in recorded if op.operator == "MUL" for x in op.inputs)
+    torch.testing.assert_close(first, trained, rtol=0, atol=0)
+    torch.testing.assert_close(first, module(net[:-1](integers)), rtol=0, atol=0.02)

@@ -30,6 +30,7 @@ from lightning_nna.emulator.ranges import (
     SIGMOID_OUTPUT,
     TANH_OUTPUT,
     QParams,
+    no_finer,
     round_significand,
 )
 from lightning_nna.functional import elementary, pointwise
@@ -38,6 +39,8 @@ from lightning_nna.functional.interpolated_tables import interpolate, interpolat
 
 #: Sigmoid and tanh of 16 bits, in steps of 2^-15.
 WIDE_OUTPUT = QParams(2.0**-15, 0, INT16_MIN, INT16_MAX)
+# The kernels of 16 bits multiply an input with 3 * 4096 times its scale, in 32 bits.
+_WIDEST_SCALE = 2**31 / (2**15 * 3 * 4096)
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,9 @@ class Function:
             ``x.low`` … ``x.high``: takes the two grids and the parameters.
         fixed: Grid of the output, where the reference fixes it.
         options: Options of the instruction, from the parameters.
+        derivative: The derivative times a gradient, where one is faster than autograd.
+        finest: Smallest scale of the output that the kernel can write, in scales of the input;
+            None for any.
     """
 
     kernel: str
@@ -58,8 +64,8 @@ class Function:
     integers: Callable[..., Tensor]
     fixed: QParams | None = None
     options: Callable[..., dict[str, Any]] = lambda *parameters: {}
-    #: The derivative times a gradient, where there is one faster than by autograd.
     derivative: Callable[..., Tensor] | None = None
+    finest: float | None = None
 
 
 def _from_real(function: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
@@ -97,6 +103,8 @@ FUNCTIONS: dict[str, Function] = {
         "HARD_SWISH",
         F.hardswish,
         lambda x, y: pointwise.hard_swish(_inputs(x), x.scale, y.scale).float(),
+        # Its multiplier, of a 128th of the input's scale, only shifts to the right.
+        finest=1 / 64,
     ),
     "silu": Function(
         "",
@@ -269,6 +277,9 @@ def _apply(call: Call, input: Tensor, name: str, *parameters: Any) -> Tensor:
         return call.observed(result) if function.fixed is None else call.unchanged(result, fixed)
     if function.fixed is None:
         y = call.output(lambda: function.in_float(x.value, *parameters))
+        if function.finest is not None:
+            step = x.qparams.scale * function.finest
+            y = no_finer(y, step, power_of_two=call.host.spec.power_of_two_scales)
     else:
         y = function.fixed if x.qparams.bits == 8 else WIDE_OUTPUT
     with float32_arithmetic(x.value):
@@ -305,7 +316,7 @@ class _Pointwise(torch.autograd.Function):
     ) -> Tensor:
         function = FUNCTIONS[name]
         if activation.qparams.bits == 16:
-            rounded = _wide(name, activation, y, parameters, call.host.spec.table_entries)
+            rounded = _wide(call, name, activation, y, parameters)
         elif call.exact or function.fixed is None:
             table = table_of(name, activation.qparams, y, parameters).to(x.device)
             index = (activation.integers() - activation.qparams.bounds[0]).int()
@@ -347,15 +358,16 @@ def table_of(name: str, x: QParams, y: QParams, parameters: tuple[Any, ...] = ()
     return FUNCTIONS[name].integers(x, y, *parameters)
 
 
-def _wide(
-    name: str, x: Activation, y: QParams, parameters: tuple[Any, ...], segments: int
-) -> Tensor:
+def _wide(call: Call, name: str, x: Activation, y: QParams, parameters: tuple[Any, ...]) -> Tensor:
     """A function of 16-bit integers."""
-    integers = x.integers().long()
+    integers, segments = x.integers().long(), call.host.spec.table_entries
     if name == "leaky_relu":
         return pointwise.leaky_relu(integers, parameters[0], x.qparams.scale, y.scale).double()
     if segments:
         return interpolate(_segments(name, x.qparams.scale, segments), integers).double()
+    if x.qparams.scale >= _WIDEST_SCALE and call.host.watches_overflow(call.site):
+        lost = (x.value.abs() >= _WIDEST_SCALE * 2**15).sum()
+        call.host.count_overflow(call.site, int(lost), integers.numel())
     function = {"sigmoid": pointwise.logistic_int16, "tanh": pointwise.tanh_int16}[name]
     return function(integers, x.qparams.scale).double()
 

@@ -24,7 +24,7 @@ statistics are those of the float weight.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -35,10 +35,16 @@ from lightning_nna.emulator.operators.call import Activation, Call, float32_arit
 from lightning_nna.emulator.operators.clipping import clip, inside
 from lightning_nna.emulator.operators.convolution import convolve
 from lightning_nna.emulator.operators.convolution_layout import Geometry
-from lightning_nna.emulator.operators.linear import integer_bias, overflowed
-from lightning_nna.emulator.operators.rescaling import rescale, round_fast, rounding_factors
+from lightning_nna.emulator.operators.linear import (
+    accumulator_limit,
+    holding_bias,
+    integer_bias,
+    needs_exact,
+    settled,
+)
+from lightning_nna.emulator.operators.rescaling import round_fast, rounding_factors
 from lightning_nna.emulator.ranges import QParams
-from lightning_nna.emulator.weights import QuantizedWeight, round_significands
+from lightning_nna.emulator.weights import SMALLEST_SCALE, QuantizedWeight, round_significands
 from lightning_nna.functional.elementary import square_root
 
 
@@ -126,12 +132,12 @@ class _Folded(torch.autograd.Function):
         factor = inverse.detach() if weight is None else inverse.detach() * weight.detach()
         offset = -mean.detach() if layer.bias is None else layer.bias.detach() - mean.detach()
         shift = offset * factor if bias is None else bias.detach() + offset * factor
-        folded, scales = _folded_weight(layer, factor)
-        rounded = _output(call, layer, x.detach(), factor, shift, scales, y)
+        folded = _folded(call, layer, factor, shift)
+        rounded = _output(call, layer, x.detach(), shift, folded, y)
         centred, clipped = clip(rounded, y, any(ctx.needs_input_grad))
         result = centred.mul_(y.scale)
         if call.recording:
-            layer.record(call, folded, shift, Activation(result, y))
+            layer.record(call, folded.weight, shift, Activation(result, y))
         ctx.training, ctx.has_bias = training, bias is not None
         ctx.save_for_backward(x, weight, mean.detach(), inverse.detach(), clipped)
         return result
@@ -158,37 +164,55 @@ class _Folded(torch.autograd.Function):
         return *(found if need else None for found, need in wanted), *(None,) * 6
 
 
-def _folded_weight(layer: Foldable, factor: Tensor) -> tuple[QuantizedWeight, Tensor]:
-    """The weight with the norm's factor, and the scales of its sums."""
+class _FoldedWeight(NamedTuple):
+    """A layer's weight with the norm's factor.
+
+    Args:
+        weight: On the chip.
+        signs: Of the factor; 0 where the norm multiplies with nothing.
+        kept: Whether the integers are the layer's but for the signs, and so its sums are.
+    """
+
+    weight: QuantizedWeight
+    signs: Tensor
+    kept: bool
+
+
+def _folded(call: Call, layer: Foldable, factor: Tensor, shift: Tensor) -> _FoldedWeight:
+    """Put the norm's factor into the scales, which grow where they could not hold the shift."""
     held = layer.weight
     scales = round_significands(held.scales.double() * factor.double().abs())
-    # A channel that the norm multiplies with nothing: any scale will do.
-    scales = scales.clamp_min(2.0**-30)
-    signs = factor.sign().to(torch.int8).view(-1, *[1] * (held.stored.dim() - 1))
-    weight = QuantizedWeight(held.stored * signs, scales.float())
-    return weight, layer.x.qparams.scale * scales
+    nothing = scales < SMALLEST_SCALE
+    signs = factor.sign().masked_fill_(nothing, 0.0)
+    integers = held.stored * signs.to(torch.int8).view(-1, *[1] * (held.stored.dim() - 1))
+    weight = QuantizedWeight(integers, scales.masked_fill_(nothing, SMALLEST_SCALE).float())
+    fitting = holding_bias(call, weight, shift, layer.x.qparams)
+    return _FoldedWeight(fitting, signs, fitting is weight)
 
 
 def _output(
-    call: Call,
-    layer: Foldable,
-    result: Tensor,
-    factor: Tensor,
-    shift: Tensor,
-    scales: Tensor,
-    y: QParams,
+    call: Call, layer: Foldable, result: Tensor, shift: Tensor, folded: _FoldedWeight, y: QParams
 ) -> Tensor:
-    """The rounded output in units of its scale, from the layer's sums or its result."""
-    shape = (-1, *[1] * (result.dim() - 2))
-    biases = integer_bias(shift, scales, call.host.spec.bias_bits)
-    signs = factor.sign()
-    if layer.exact:
-        total = layer.sums.double() * signs.double().view(shape) + biases.view(shape)
+    """The rounded output in units of its scale, from the layer's sums or its result.
+
+    Where the integers are not those that the sums were formed with, they are formed once more.
+    """
+    shape, bits = (-1, *[1] * (result.dim() - 2)), layer.x.qparams.bits
+    scales = layer.x.qparams.scale * folded.weight.scales.double()
+    biases = integer_bias(shift, scales, call.host.spec.bias_width(bits))
+    signs = folded.signs
+    if layer.exact or not folded.kept or needs_exact(call, layer.x, folded.weight, y):
+        if layer.exact and folded.kept:
+            total = layer.sums.double() * signs.double().view(shape)
+        else:
+            total = layer.sums_of(folded.weight).double()
+        total += biases.view(shape)
         largest = layer.weight.largest_sum() * layer.x.qparams.largest
         largest += float(biases.abs().max())
-        total = overflowed(call, total, largest)
-        factors = (scales / y.scale).view(shape)
-        return rescale(total, factors, rounding=layer.rounding, largest=largest)
+        factors, limit = (scales / y.scale).view(shape), accumulator_limit(call, bits)
+        return settled(
+            call, total, factors, y, largest=largest, limit=limit, rounding=layer.rounding
+        )
     first, second = rounding_factors(scales / y.scale, rounding=layer.rounding)
     first = first.to(result.device)
     to_units = signs * first / (layer.x.qparams.scale * layer.weight.scales)

@@ -14,7 +14,12 @@ from torch import Tensor
 
 from lightning_nna.emulator.folding import Folding
 from lightning_nna.emulator.operators.clipping import clip, inside
-from lightning_nna.emulator.operators.rescaling import rescale, rescale_fast, round_half_away
+from lightning_nna.emulator.operators.rescaling import (
+    rescale,
+    rescale_fast,
+    round_half_away,
+    spills,
+)
 from lightning_nna.emulator.program import Instruction, Stored
 from lightning_nna.emulator.ranges import (
     PENDING,
@@ -62,8 +67,14 @@ class Host(Protocol):
     def first_run_after_freeze(self, key: str) -> None:
         """Report a site that no calibration has seen."""
 
-    def count_overflow(self, site: str, accumulator: Tensor, limit: float) -> None:
-        """Note how many sums left the accumulator's range."""
+    def watches_overflow(self, site: str) -> bool:
+        """Whether anybody wants to know of a site's overflows."""
+
+    def count_overflow(self, site: str, lost: int, sums: int) -> None:
+        """Note how many sums left the accumulator's range; warn of the first."""
+
+    def count_biases(self, site: str, smallest: Tensor, scales: Tensor) -> None:
+        """Note how many channels need a larger scale than their weights for their bias."""
 
 
 @dataclass(frozen=True)
@@ -381,9 +392,11 @@ class _Requantize(torch.autograd.Function):
         factor = activation.qparams.scale / y.scale
         rounding = call.host.spec.rounding_of("double")
         integers = activation.integers()
-        if call.exact:
-            largest = float(activation.qparams.largest)
-            rounded = rescale(integers, factor, rounding=rounding, largest=largest)
+        largest = float(activation.qparams.largest)
+        if call.exact or spills(factor, rounding=rounding, largest=largest):
+            rounded = rescale(
+                integers, factor, rounding=rounding, largest=largest, zero_point=y.zero_point
+            )
         else:
             rounded = rescale_fast(integers, factor, rounding=rounding)
         centred, clipped = clip(rounded, y, keep=True)

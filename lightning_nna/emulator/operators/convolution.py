@@ -26,11 +26,13 @@ from lightning_nna.emulator.operators.call import Activation, Call, float32_arit
 from lightning_nna.emulator.operators.clipping import clip, inside
 from lightning_nna.emulator.operators.convolution_layout import Geometry, record_convolution
 from lightning_nna.emulator.operators.linear import (
+    accumulator_limit,
+    holding_bias,
     integer_bias,
     needs_exact,
-    overflowed,
+    settled,
 )
-from lightning_nna.emulator.operators.rescaling import rescale, round_fast, rounding_factors
+from lightning_nna.emulator.operators.rescaling import round_fast, rounding_factors
 from lightning_nna.emulator.ranges import QParams
 from lightning_nna.emulator.weights import QuantizedWeight, values_of
 
@@ -75,14 +77,15 @@ def _waiting(
         trained = call.host.trainable(weight, 1)
         result, sums = _Sums.apply(padded.value, trained, bias, *arguments)
 
+    def sums_of(other: QuantizedWeight) -> Tensor:
+        return _accumulate(padded, other, geometry, other.largest_sum() * x.qparams.largest)
+
     def record(at: Call, folded: QuantizedWeight, shift: Tensor, y: Activation) -> None:
         record_convolution(at, x, shift, folded, geometry, y)
 
-    rounding = _rounding(call, x)
-    return call.host.folding.produced(
-        result,
-        Foldable(sums, bias, quantized, x, rounding, needs_exact(call, x, quantized), record),
-    )
+    exact = needs_exact(call, x, quantized)
+    waiting = Foldable(sums, bias, quantized, x, _rounding(call, x), exact, sums_of, record)
+    return call.host.folding.produced(result, waiting)
 
 
 def supports_convolution(input: Any, weight: Tensor, *args: Any, **kwargs: Any) -> bool:
@@ -115,6 +118,8 @@ def convolve(
 ) -> Tensor:
     """One CONV_2D or DEPTHWISE_CONV_2D instruction.
 
+    A channel whose bias its accumulator could not hold gets a coarser scale.
+
     Args:
         call: The call.
         x: Input, shape ``(N, C, L)`` or ``(N, C, H, W)``, or without the first axis.
@@ -133,6 +138,7 @@ def convolve(
     with float32_arithmetic(x.value):
         if any(geometry.rest):
             padded = replace(batch, value=F.pad(batch.value, geometry.rest))
+        quantized = holding_bias(call, quantized, bias, x.qparams)
         result = _Convolution.apply(
             padded.value, weight, bias, padded, quantized, geometry, y, call
         )
@@ -196,7 +202,8 @@ class _Convolution(torch.autograd.Function):
         call: Call,
     ) -> Tensor:
         needs_grad = any(ctx.needs_input_grad)
-        compute = _exact_output if needs_exact(call, activation, quantized) else _fast_output
+        exact = needs_exact(call, activation, quantized, y)
+        compute = _exact_output if exact else _fast_output
         rounded = compute(call, activation, quantized, bias, geometry, y)
         centred, clipped = clip(rounded, y, needs_grad)
         if needs_grad:
@@ -242,17 +249,16 @@ def _exact_output(
     y: QParams,
 ) -> Tensor:
     """The rounded output in units of its scale, float64: as the reference kernel computes it."""
-    spec = call.host.spec
+    bits, rounding = x.qparams.bits, _rounding(call, x)
     largest = weight.largest_sum() * x.qparams.largest
     accumulator = _accumulate(x, weight, geometry, largest)
     scales = x.qparams.scale * weight.scales.double()
     if bias is not None:
-        biases = integer_bias(bias, scales, spec.bias_bits)
+        biases = integer_bias(bias, scales, call.host.spec.bias_width(bits))
         accumulator = accumulator.double().add_(_per_channel(biases, accumulator))
         largest += float(biases.abs().max())
-    accumulator = overflowed(call, accumulator, largest)
-    factors = _per_channel(scales / y.scale, accumulator)
-    return rescale(accumulator, factors, rounding=_rounding(call, x), largest=largest)
+    factors, limit = _per_channel(scales / y.scale, accumulator), accumulator_limit(call, bits)
+    return settled(call, accumulator, factors, y, largest=largest, limit=limit, rounding=rounding)
 
 
 def _accumulate(
@@ -298,7 +304,8 @@ def _fast_output(
     first = first.to(x.value.device)
     biases = None
     if bias is not None:
-        biases = integer_bias(bias, scales, call.host.spec.bias_bits).mul_(first).float()
+        width = call.host.spec.bias_width(x.qparams.bits)
+        biases = integer_bias(bias, scales, width).mul_(first).float()
     # The small tensor takes the factor.
     factor = (first / x.qparams.scale).view(-1, *[1] * (weight.stored.dim() - 1))
     sums = _sums(x.value.detach(), weight.stored * factor, biases, geometry)

@@ -31,7 +31,12 @@ from lightning_nna.emulator.operators.call import (
     requantize,
 )
 from lightning_nna.emulator.operators.clipping import clip, inside
-from lightning_nna.emulator.operators.rescaling import RoundingKind, rescale, rescale_fast
+from lightning_nna.emulator.operators.rescaling import (
+    RoundingKind,
+    rescale,
+    rescale_fast,
+    spills,
+)
 from lightning_nna.emulator.ranges import QParams
 from lightning_nna.functional.fixed_point import INT32_MAX
 
@@ -159,7 +164,7 @@ class _Binary(torch.autograd.Function):
     ) -> Tensor:
         needs_grad = any(ctx.needs_input_grad)
         rounding: RoundingKind = call.host.spec.rounding_of("double")
-        if not call.exact:
+        if not call.exact and not _spills(kind, left.qparams, right.qparams, y, rounding):
             rounded = _fast(kind, left, right, y, rounding)
         elif not call.host.moving_grids and all(map(_has_table, (left, right))) and y.bits == 8:
             rounded = _look_up(kind, left, right, y, rounding)
@@ -198,6 +203,14 @@ def _fast(kind: Kind, a: Activation, b: Activation, y: QParams, rounding: Roundi
     # The operands are small before broadcasting: scale them there.
     sign = 1.0 if kind == "ADD" else -1.0
     return (left * (1 / y.scale) + right * (sign / y.scale)).round_()
+
+
+def _spills(kind: Kind, a: QParams, b: QParams, y: QParams, rounding: RoundingKind) -> bool:
+    """Whether a product's result may leave 32 bits; a sum has a grid that prevents it."""
+    if kind != "MUL":
+        return False
+    largest = float(a.largest * b.largest)
+    return spills(product_factor(a, b, y), rounding=rounding, largest=largest)
 
 
 def _look_up(
@@ -245,7 +258,8 @@ def pairwise(
     if kind == "MUL":
         factor = product_factor(q_a, q_b, y)
         largest = float(q_a.largest * q_b.largest)
-        return rescale(a.double() * b.double(), factor, rounding=rounding, largest=largest)
+        product = a.double() * b.double()
+        return rescale(product, factor, rounding=rounding, largest=largest, zero_point=y.zero_point)
     return _exact_sum(kind, a, b, q_a, q_b, y, rounding)
 
 

@@ -21,11 +21,11 @@ from lightning_nna.emulator.folding import Foldable
 from lightning_nna.emulator.integer_products import FLOAT32_INTEGERS, has_byte_products
 from lightning_nna.emulator.operators.call import Activation, Call, float32_arithmetic, stored_bytes
 from lightning_nna.emulator.operators.clipping import clip, inside, rescale_rows
-from lightning_nna.emulator.operators.rescaling import Rescaler
+from lightning_nna.emulator.operators.rescaling import Rescaler, rescale, spills, wrap
 from lightning_nna.emulator.program import Stored
 from lightning_nna.emulator.ranges import QParams
-from lightning_nna.emulator.spec import NNASpec
-from lightning_nna.emulator.weights import QuantizedWeight, values_of
+from lightning_nna.emulator.spec import KernelRounding, NNASpec
+from lightning_nna.emulator.weights import QuantizedWeight, values_of, with_scales_of_at_least
 
 
 def linear(call: Call, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -48,16 +48,20 @@ def _waiting(call: Call, x: Activation, weight: Tensor, bias: Tensor | None) -> 
     """The result of a layer before its rounding, for the batch norm that folds it."""
     quantized = call.host.weight(weight, 1)
     exact = needs_exact(call, x, quantized)
+
+    def sums_of(other: QuantizedWeight) -> Tensor:
+        return integer_matmul(x.integers(), other, x.qparams.largest)
+
     with float32_arithmetic(x.value):
         values = _StraightThrough.apply(call.host.trainable(weight, 1), quantized.values)
         result = F.linear(x.value, values, bias)
-        sums = integer_matmul(x.integers(), quantized, x.qparams.largest) if exact else result
+        sums = sums_of(quantized) if exact else result
 
     def record(at: Call, folded: QuantizedWeight, shift: Tensor, y: Activation) -> None:
         _record(at, x, shift, folded, y)
 
     rounding = call.host.spec.rounding_of("real")
-    waiting = Foldable(sums.detach(), bias, quantized, x, rounding, exact, record)
+    waiting = Foldable(sums.detach(), bias, quantized, x, rounding, exact, sums_of, record)
     return call.host.folding.produced(result, waiting)
 
 
@@ -71,6 +75,8 @@ def fully_connected(
 ) -> Tensor:
     """One FULLY_CONNECTED instruction over the last axis.
 
+    A channel whose bias its accumulator could not hold gets a coarser scale.
+
     Args:
         call: The call.
         x: Input, shape ``(*, in)``.
@@ -83,6 +89,7 @@ def fully_connected(
         Tensor of shape ``(*, out)`` on ``y``.
     """
     with float32_arithmetic(x.value):
+        quantized = holding_bias(call, quantized, bias, x.qparams)
         result = _FullyConnected.apply(x.value, weight, bias, x, quantized, y, call)
     if call.recording:
         _record(call, x, bias, quantized, Activation(result, y))
@@ -143,28 +150,122 @@ def integer_bias(bias: Tensor, scales: Tensor, bits: int = 32) -> Tensor:
     Raises:
         FloatingPointError: If a bias is not finite.
     """
-    if not bool(torch.isfinite(bias).all()):
-        raise FloatingPointError("a bias is not finite: it cannot be put on the chip's grid")
+    _require_finite(bias)
     limit = 2.0 ** (bits - 1)
     return (bias.detach().double() / scales).round_().clamp_(-limit, limit - 1)
 
 
-def overflowed(call: Call, accumulator: Tensor, largest: float) -> Tensor:
-    """An accumulator of the width that the spec has: saturated or wrapped beyond it.
+def _require_finite(bias: Tensor) -> None:
+    if not bool(torch.isfinite(bias).all()):
+        raise FloatingPointError("a bias is not finite: it cannot be put on the chip's grid")
+
+
+def holding_bias(
+    call: Call,
+    weight: QuantizedWeight,
+    bias: Tensor | None,
+    x: QParams,
+    rows_per_scale: int | None = None,
+) -> QuantizedWeight:
+    """A weight whose scales are so large that the bias fits into the accumulator's units.
+
+    Args:
+        call: The call; its telemetry counts the channels whose scale was raised.
+        weight: The weight on the chip.
+        bias: Shape ``(out,)``, or None.
+        x: Grid of the input.
+        rows_per_scale: Rows that share a scale; None for what the spec says of a layer.
+
+    Returns:
+        ``weight`` itself where the bias fits, which it nearly always does.
+
+    Raises:
+        FloatingPointError: If a bias is not finite.
+    """
+    if bias is None:
+        return weight
+    spec = call.host.spec
+    smallest = bias.detach().abs().double() / (x.scale * spec.largest_bias(x.bits))
+    call.host.count_biases(call.site, smallest, weight.scales)
+    if bool((smallest <= weight.scales).all()):
+        return weight
+    _require_finite(bias)
+    if rows_per_scale is None:
+        rows_per_scale = 1 if spec.weight_granularity == "per_channel" else len(smallest)
+    return with_scales_of_at_least(
+        weight, smallest, rows_per_scale=rows_per_scale, power_of_two=spec.power_of_two_scales
+    )
+
+
+def overflowed(
+    call: Call,
+    accumulator: Tensor,
+    largest: float,
+    *,
+    limit: float,
+    factors: float | Tensor,
+    rounding: KernelRounding,
+) -> Tensor:
+    """An accumulator of the width that the chip has: saturated or wrapped beyond it.
 
     Args:
         call: The call, whose site overflows are counted for.
         accumulator: Whole numbers, float32 or float64.
         largest: Bound on their absolute value: below the width nothing needs a look.
+        limit: What the accumulator holds, 2^(b - 1).
+        factors: What the kernel rescales with: its result may be too wide as well.
+        rounding: Of the rescaling.
     """
-    limit = 2.0 ** (call.host.spec.accumulator_bits - 1)
+    too_far = spills(factors, rounding=rounding, largest=min(largest, limit))
+    if call.host.watches_overflow(call.site) and (largest >= limit or too_far):
+        lost = (accumulator >= limit) | (accumulator < -limit)
+        if too_far:
+            lost |= (accumulator.double() * factors).abs() >= 2.0**31
+        call.host.count_overflow(call.site, int(lost.sum()), lost.numel())
     if largest < limit:
         return accumulator
-    call.host.count_overflow(call.site, accumulator, limit)
     if call.host.spec.accumulator_overflow == "saturate":
         return accumulator.clamp_(-limit, limit - 1)
-    wide = accumulator.double()
-    return wide - torch.floor((wide + limit) / (2 * limit)) * (2 * limit)
+    return wrap(accumulator.double(), limit)
+
+
+def settled(
+    call: Call,
+    accumulator: Tensor,
+    factors: float | Tensor,
+    y: QParams,
+    *,
+    largest: float,
+    limit: float,
+    rounding: KernelRounding,
+) -> Tensor:
+    """Rescale sums to an output's grid, by way of the accumulator that the chip has.
+
+    Args:
+        call: The call.
+        accumulator: Whole numbers.
+        factors: See :func:`.rescaling.rescale`.
+        y: Grid of the output.
+        largest: Bound on the absolute value of the sums.
+        limit: What the accumulator holds, 2^(b - 1).
+        rounding: Of the kernel.
+
+    Returns:
+        Whole numbers, float64, not clipped.
+    """
+    held = overflowed(call, accumulator, largest, limit=limit, factors=factors, rounding=rounding)
+    return rescale(
+        held,
+        factors,
+        rounding=rounding,
+        largest=min(largest, limit),
+        zero_point=y.zero_point,
+    )
+
+
+def accumulator_limit(call: Call, bits: int) -> float:
+    """What an accumulator holds beside activations of a width: 2^(b - 1)."""
+    return 2.0 ** (call.host.spec.accumulator_width(bits) - 1)
 
 
 def stored_weight(weight: QuantizedWeight) -> Stored:
@@ -177,7 +278,7 @@ def stored_weight(weight: QuantizedWeight) -> Stored:
 
 def stored_bias(bias: Tensor, scales: Tensor, spec: NNASpec, bits: int) -> Stored:
     """A bias for an instruction: 32 bits, beside 16-bit activations 64."""
-    integers = integer_bias(bias, scales, spec.bias_bits).long()
+    integers = integer_bias(bias, scales, spec.bias_width(bits)).long()
     shared = bool((scales == scales[0]).all())
     scale = float(scales[0]) if shared else scales
     return Stored(integers, "int64" if bits == 16 else "int32", scale, constant=True)
@@ -198,9 +299,9 @@ class _FullyConnected(torch.autograd.Function):
         call: Call,
     ) -> Tensor:
         needs_grad = any(ctx.needs_input_grad)
-        exact = needs_exact(call, activation, quantized)
-        if exact or _multiplies_bytes(activation):
-            sums, offset = _integer_sums(activation, quantized)
+        exact = needs_exact(call, activation, quantized, y)
+        if exact or _multiplies_bytes(call, activation, quantized):
+            sums, offset = _integer_sums(call, activation, quantized)
             rescaler = _rescaler(call, activation, quantized, bias, offset, y, exact)
             result, clipped = rescale_rows(sums, rescaler, y, keep=needs_grad)
         else:
@@ -223,20 +324,39 @@ class _FullyConnected(torch.autograd.Function):
         return grad_x, grad_w, grad_b, None, None, None, None
 
 
-def needs_exact(call: Call, x: Activation, weight: QuantizedWeight) -> bool:
-    """Whether a product must be formed in integers: always if exact, else where it may overflow."""
-    limit = 2.0 ** (call.host.spec.accumulator_bits - 1)
-    return call.exact or weight.exceeds(limit / x.qparams.largest)
+def needs_exact(
+    call: Call, x: Activation, weight: QuantizedWeight, y: QParams | None = None
+) -> bool:
+    """Whether a product must be formed in integers: always if exact, else where it may overflow.
+
+    Args:
+        call: The call.
+        x: Input.
+        weight: The weight on the chip; the bias takes half of the accumulator at most.
+        y: Grid of the output, if the result is rescaled to it at once.
+    """
+    if call.exact:
+        return True
+    half = accumulator_limit(call, x.qparams.bits) / 2
+    if weight.exceeds(half / x.qparams.largest):
+        return True
+    # Without that, a result leaves 32 bits only where the output is that much finer.
+    return y is not None and x.qparams.scale * float(weight.scales.max()) >= y.scale
 
 
-def _multiplies_bytes(x: Activation) -> bool:
-    return x.qparams.bits == 8 and x.value.is_cpu and has_byte_products()
+def _multiplies_bytes(call: Call, x: Activation, weight: QuantizedWeight) -> bool:
+    """Whether to multiply bytes: their sums have 32 bits, which wrap around."""
+    # The largest sum of products of bytes; a wrapped sum is right where the chip's wraps, too.
+    fits = weight.bound * 128 < 2**31 or call.host.spec.accumulator_overflow == "wrap"
+    return x.qparams.bits == 8 and x.value.is_cpu and fits and has_byte_products()
 
 
-def _integer_sums(x: Activation, weight: QuantizedWeight) -> tuple[Tensor, Tensor | None]:
+def _integer_sums(
+    call: Call, x: Activation, weight: QuantizedWeight
+) -> tuple[Tensor, Tensor | None]:
     """Sums of products of a layer, and what is still to be added for the input's zero point."""
     columns = weight.stored.shape[1]
-    if _multiplies_bytes(x):
+    if _multiplies_bytes(call, x, weight):
         stored = stored_bytes(x.value, x.qparams).reshape(-1, columns)
         offset = weight.row_sums * -x.qparams.zero_point if x.qparams.zero_point else None
         return weight.byte_product(stored), offset
@@ -254,22 +374,27 @@ def _rescaler(
 ) -> Rescaler:
     """From a layer's sums to its output: as the reference kernel computes it, if exact."""
     spec = call.host.spec
+    bits, rounding = x.qparams.bits, spec.rounding_of("real")
     scales = x.qparams.scale * weight.scales.double()
     largest = weight.bound * x.qparams.largest
     if bias is not None:
-        biases = integer_bias(bias, scales, spec.bias_bits)
+        biases = integer_bias(bias, scales, spec.bias_width(bits))
         offset = biases if offset is None else offset + biases
         largest += float(biases.abs().max())
-    settle = None
-    if largest >= 2.0 ** (spec.accumulator_bits - 1):
-        settle = partial(overflowed, call, largest=largest)
+    factors, limit = scales / y.scale, accumulator_limit(call, bits)
+    settle, held = None, min(largest, limit)
+    if largest >= limit or spills(factors, rounding=rounding, largest=held):
+        settle = partial(
+            overflowed, call, largest=largest, limit=limit, factors=factors, rounding=rounding
+        )
     return Rescaler(
-        scales / y.scale,
-        rounding=spec.rounding_of("real"),
-        largest=largest,
+        factors,
+        rounding=rounding,
+        largest=held,
         offset=offset,
         exact=exact,
         settle=settle,
+        zero_point=y.zero_point,
     )
 
 
@@ -279,7 +404,8 @@ def _fast_output(
     """The same in float32: equal but for results that lie within rounding error of a tie."""
     if bias is not None:
         scales = x.qparams.scale * weight.scales.double()
-        bias = integer_bias(bias, scales, call.host.spec.bias_bits).mul_(scales).float()
+        width = call.host.spec.bias_width(x.qparams.bits)
+        bias = integer_bias(bias, scales, width).mul_(scales).float()
     values = weight.values
     product = F.linear(x.value.detach().reshape(-1, values.shape[1]), values, bias)
     return product.mul_(1 / y.scale).round_()

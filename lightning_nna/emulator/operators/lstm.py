@@ -35,7 +35,12 @@ from lightning_nna.emulator.operators.call import (
     float32_arithmetic,
     stored_bytes,
 )
-from lightning_nna.emulator.operators.linear import overflowed, stored_bias
+from lightning_nna.emulator.operators.linear import (
+    accumulator_limit,
+    holding_bias,
+    overflowed,
+    stored_bias,
+)
 from lightning_nna.emulator.operators.lstm_cell import (
     GATE_OUTPUT_SCALE,
     Grids,
@@ -122,6 +127,7 @@ def _cell(
         projection = call.host.weight(weights.projection, weights.projection.shape[0])
         hidden = call.output(float_output, "hidden")
     bias = None if weights.bias is None else weights.bias.detach().float()
+    w_ih = holding_bias(call, w_ih, bias, x.qparams, len(w_ih.stored) // 4)
     spec = call.host.spec
     cell = LSTMCell(
         w_ih,
@@ -130,8 +136,8 @@ def _cell(
         Grids(x.qparams, y, hidden, exponent),
         projection=projection,
         rounding=spec.rounding_of("double"),
-        bias_bits=spec.bias_bits,
-        accumulator_limit=2.0 ** (spec.accumulator_bits - 1),
+        bias_bits=spec.bias_width(8),
+        accumulator_limit=accumulator_limit(call, 8),
         overflowed=partial(overflowed, call),
     )
     return cell, y

@@ -17,7 +17,13 @@ from torch import Tensor
 
 from lightning_nna.emulator.operators.call import Activation, stored_bytes
 from lightning_nna.emulator.operators.linear import integer_bias
-from lightning_nna.emulator.operators.rescaling import TIES_AWAY, Rescaler, RoundingKind
+from lightning_nna.emulator.operators.rescaling import (
+    TIES_AWAY,
+    Rescaler,
+    RoundingKind,
+    spills,
+    wrap,
+)
 from lightning_nna.emulator.operators.sequences import Layout
 from lightning_nna.emulator.ranges import QParams
 from lightning_nna.emulator.weights import QuantizedWeight
@@ -100,8 +106,7 @@ class LSTMCell:
         rounding: Of every requantisation.
         bias_bits: Width of a bias.
         accumulator_limit: What the accumulator holds, 2^(bits - 1).
-        overflowed: Takes accumulators and a bound on them that passes the limit; gives back what
-            the chip has.
+        overflowed: See :func:`.linear.overflowed`, without the call.
     """
 
     def __init__(
@@ -115,7 +120,7 @@ class LSTMCell:
         rounding: RoundingKind,
         bias_bits: int,
         accumulator_limit: float,
-        overflowed: Callable[[Tensor, float], Tensor],
+        overflowed: Callable[..., Tensor],
     ) -> None:
         self.w_ih, self.w_hh, self.projection, self.grids = w_ih, w_hh, projection, grids
         self.size = w_hh.stored.shape[0] // 4
@@ -127,17 +132,24 @@ class LSTMCell:
         form = partial(_rescaler, rounding=rounding, limit=accumulator_limit, overflowed=overflowed)
         self.of_input = form(w_ih, grids.x, GATE_SCALE, biases)
         self.of_recurrent = form(w_hh, grids.h, GATE_SCALE, None)
-        # Whether a recurrent part may lead beyond the table; at its end nothing changes any more.
+        # Whether a recurrent part may lead beyond the table; at its end nothing changes any more,
+        # but for sums that do not fit into 32 bits.
         largest = float(self.of_recurrent.factors.max()) * self.of_recurrent.largest
         self.far = largest >= _MARGIN - 1
         if projection is not None:
             self.projection_product = projection.byte_product
-            self.of_projection = form(projection, grids.hidden, grids.h.scale, None)
+            out = grids.h
+            self.of_projection = form(
+                projection, grids.hidden, out.scale, None, zero_point=out.zero_point
+            )
         scale = np.float32(grids.hidden.scale)
         factor = np.float32(GATE_OUTPUT_SCALE) / scale * np.float32(GATE_OUTPUT_SCALE)
         like = w_ih.scales.new_tensor
         self.of_hidden = Rescaler(
-            like(float(factor), dtype=torch.float64), rounding=rounding, largest=2.0**30
+            like(float(factor), dtype=torch.float64),
+            rounding=rounding,
+            largest=2.0**30,
+            zero_point=grids.hidden.zero_point,
         )
         # Products of two gates: i g is in Q0.30, f c has the cell's scale; ties go away from zero.
         shifts = like([[-30 - grids.cell_exponent], [-15]], dtype=torch.int64)
@@ -221,6 +233,9 @@ class LSTMCell:
             room.sums.copy_(self.product(before, room.accumulator))
             recurrent = self.of_recurrent(room.sums)
             if self.far:
+                if self.of_recurrent.spills:
+                    gates_in = pre - self.zeros
+                    recurrent = wrap(recurrent + gates_in) - gates_in
                 recurrent.clamp_(-_MARGIN, _MARGIN)
             pre.add_(room.recurrent.copy_(recurrent))
             torch.index_select(gate_table, 0, pre.view(-1), out=gates.view(-1))
@@ -293,7 +308,8 @@ def _rescaler(
     *,
     rounding: RoundingKind,
     limit: float,
-    overflowed: Callable[[Tensor, float], Tensor],
+    overflowed: Callable[..., Tensor],
+    zero_point: int = 0,
 ) -> Rescaler:
     """From the accumulators of stored bytes to a scale; the kernel forms its factors in float32."""
     of_x, of_y = (torch.tensor(s, device=weight.scales.device) for s in (x.scale, scale))
@@ -303,8 +319,19 @@ def _rescaler(
     if biases is not None:
         offset += biases
         largest += float(biases.abs().max())
-    settle = (lambda sums: overflowed(sums, largest)) if largest >= limit else None
-    return Rescaler(factors, rounding=rounding, largest=largest, offset=offset, settle=settle)
+    settle, held = None, min(largest, limit)
+    if largest >= limit or spills(factors, rounding=rounding, largest=held):
+        settle = partial(
+            overflowed, largest=largest, limit=limit, factors=factors, rounding=rounding
+        )
+    return Rescaler(
+        factors,
+        rounding=rounding,
+        largest=held,
+        offset=offset,
+        settle=settle,
+        zero_point=zero_point,
+    )
 
 
 def _between(x: Tensor, low: int, high: int) -> Tensor | None:

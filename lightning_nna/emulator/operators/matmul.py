@@ -21,15 +21,16 @@ from lightning_nna.emulator.integer_products import FLOAT32_INTEGERS
 from lightning_nna.emulator.operators.call import Activation, Call, float32_arithmetic
 from lightning_nna.emulator.operators.clipping import clip, inside
 from lightning_nna.emulator.operators.linear import (
+    accumulator_limit,
     fully_connected,
     linear,
-    overflowed,
+    settled,
 )
 from lightning_nna.emulator.operators.rescaling import (
     RoundingKind,
-    rescale,
     round_fast,
     rounding_factors,
+    spills,
 )
 from lightning_nna.emulator.ranges import QParams
 from lightning_nna.emulator.weights import QuantizedWeight
@@ -120,9 +121,13 @@ class _BatchMatmul(torch.autograd.Function):
         largest = float(a.shape[-1] * left.qparams.largest * right.qparams.largest)
         factor = float(np.float32(left.qparams.scale) * np.float32(right.qparams.scale)) / y.scale
         rounding = call.host.spec.rounding_of("double" if y.bits == 8 else "reduced")
-        if call.exact or largest >= 2.0 ** (call.host.spec.accumulator_bits - 1):
-            sums = overflowed(call, _accumulate(left, right, largest), largest)
-            rounded = rescale(sums, factor, rounding=rounding, largest=largest)
+        limit = accumulator_limit(call, y.bits)
+        held = min(largest, limit)
+        if call.exact or largest >= limit or spills(factor, rounding=rounding, largest=held):
+            sums = _accumulate(left, right, largest)
+            rounded = settled(
+                call, sums, factor, y, largest=largest, limit=limit, rounding=rounding
+            )
         else:
             rounded = _fast(left, right, factor, rounding)
         centred, clipped = clip(rounded, y, needs_grad)

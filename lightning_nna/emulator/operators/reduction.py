@@ -25,6 +25,7 @@ from torch import Tensor
 from lightning_nna.emulator.integer_products import FLOAT32_INTEGERS
 from lightning_nna.emulator.operators.call import Activation, Call, float32_arithmetic
 from lightning_nna.emulator.operators.clipping import clip, inside
+from lightning_nna.emulator.operators.linear import overflowed
 from lightning_nna.emulator.operators.rescaling import Multiplier, rescale
 from lightning_nna.emulator.program import Stored
 from lightning_nna.emulator.ranges import QParams, no_finer
@@ -32,6 +33,8 @@ from lightning_nna.functional.fixed_point import quantize_multiplier
 
 # How many times finer than its input a mean may be: 16 bits then hold 8 steps of the input.
 _FINEST = 2**12
+# What the kernel's sums hold.
+_SUM_LIMIT = 2.0**31
 
 Axes = int | tuple[int, ...] | list[int] | None
 
@@ -199,7 +202,8 @@ class _Mean(torch.autograd.Function):
         integers = activation.integers()
         dtype = torch.float32 if largest < FLOAT32_INTEGERS else torch.float64
         total = integers.sum(axes, keepdim, dtype=dtype)
-        rounded = average(call, total, count, activation.qparams.scale / grid.scale, largest)
+        factor = activation.qparams.scale / grid.scale
+        rounded = average(call, total, count, factor, largest, grid.zero_point)
         centred, clipped = clip(rounded, grid, any(ctx.needs_input_grad))
         ctx.axes, ctx.shape = () if keepdim else axes, x.shape
         ctx.slope = scale / (grid.scale * count)
@@ -216,8 +220,13 @@ class _Mean(torch.autograd.Function):
             return passed.expand(ctx.shape), None, None, None, None, None, None
 
 
-def average(call: Call, total: Tensor, count: int, factor: float, largest: float) -> Tensor:
+def average(
+    call: Call, total: Tensor, count: int, factor: float, largest: float, zero_point: int = 0
+) -> Tensor:
     """``total * factor / count``, rounded as the chip does.
+
+    The kernel's sums have 32 bits whatever the width of the elements: 65,537 elements of 16 bits
+    may leave them.
 
     Args:
         call: The call.
@@ -225,22 +234,26 @@ def average(call: Call, total: Tensor, count: int, factor: float, largest: float
         count: Number of elements in each.
         factor: Scale of the elements over that of the output.
         largest: Bound on the absolute value of a sum.
+        zero_point: Of the output.
 
     Returns:
-        Whole numbers, float64.
+        Whole numbers, float64, without the zero point.
     """
-    rounding = call.host.spec.rounding_of("double")
+    rounding, whole = call.host.spec.rounding_of("double"), factor / count
+    total = overflowed(call, total, largest, limit=_SUM_LIMIT, factors=whole, rounding=rounding)
+    largest = min(largest, _SUM_LIMIT)
     if rounding != "double":
-        return rescale(total, factor / count, rounding=rounding, largest=largest)
-    return _divider(factor, count, largest)(total.double())
+        return rescale(total, whole, rounding=rounding, largest=largest)
+    return _divider(factor, count, largest, zero_point)(total.double())
 
 
 @lru_cache(maxsize=1024)
-def _divider(factor: float, count: int, largest: float) -> Multiplier:
+def _divider(factor: float, count: int, largest: float, zero_point: int) -> Multiplier:
     mantissa, shift = quantize_multiplier(factor)
     bits = min(count.bit_length() - 1, 32, 31 + shift)
     multiplier = torch.tensor((mantissa << bits) // count)
-    return Multiplier(multiplier, torch.tensor(shift - bits), largest=largest)
+    exponent = torch.tensor(shift - bits)
+    return Multiplier(multiplier, exponent, largest=largest, zero_point=zero_point)
 
 
 def _axes(x: Tensor, dim: Axes) -> tuple[int, ...]:
