@@ -31,6 +31,7 @@ from lightning_nna.compression.selection import (
 )
 from lightning_nna.emulator.non_finite import require_finite_weights
 from lightning_nna.files import write_whole
+from lightning_nna.settings_files import read_json
 
 
 @dataclass(frozen=True)
@@ -79,8 +80,16 @@ class BitAllocation:
 
     @classmethod
     def load(cls, path: str | Path) -> BitAllocation:
-        """Read what :meth:`save` wrote."""
-        held = json.loads(Path(path).read_text(encoding="utf-8"))["measured"]
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            FileNotFoundError: If there is no such file.
+            ValueError: If the file is damaged or another one; names it.
+        """
+        content = read_json(path)
+        if not isinstance(content, dict) or "measured" not in content:
+            raise ValueError(f"{path} was not written by BitAllocation.save: it has no 'measured'")
+        held = content["measured"]
         for key in ("losses", "sizes"):
             held[key] = {n: {int(b): x for b, x in row.items()} for n, row in held[key].items()}
         return cls(**held)

@@ -17,7 +17,6 @@ pattern that fits nothing else takes what it names: ``targets=["backbone"]``, ``
 
 from __future__ import annotations
 
-import json
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
@@ -30,6 +29,7 @@ from torchmetrics import Metric
 from typing_extensions import override
 
 from lightning_nna.emulator.selection import matches, select
+from lightning_nna.settings_files import read_json
 
 V = TypeVar("V")
 Granularity = Literal["tensor", "channel"]
@@ -318,10 +318,7 @@ def _is_loss_or_metric(module: nn.Module) -> bool:
 
 def _read(path: Path) -> dict[str, Any]:
     """Numbers by pattern from a JSON file."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not a JSON file: {error}") from error
+    content = read_json(path)
     found = content.get("overrides", content) if isinstance(content, dict) else None
     if not isinstance(found, dict):
         raise ValueError(f"{path} holds no numbers by pattern, but {type(content).__name__}")

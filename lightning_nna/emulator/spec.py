@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
+from lightning_nna.settings_files import read_yaml
 
 #: The operators that the emulator has, by the name that coverage and call sites use.
 OPERATORS = (
@@ -212,15 +212,16 @@ class NNASpec:
             path: A file whose top level is a mapping of field names to values.
 
         Raises:
-            ValueError: If the file is not a mapping, or a key or value is not allowed; the
-                message names the file.
+            FileNotFoundError: If there is no such file.
+            ValueError: If the file is no YAML, has a key twice, is not a mapping, or a key or value
+                is not allowed; the message names the file.
         """
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        content = read_yaml(path)
         if not isinstance(content, Mapping):
             raise ValueError(f"{path}: a spec file holds a mapping of keys, got {content!r}")
         try:
             return cls.from_mapping(content)
-        except ValueError as error:
+        except (ValueError, TypeError) as error:
             raise ValueError(f"{path}: {error}") from error
 
 
