@@ -32,14 +32,14 @@ def whole_file(path: Path) -> Iterator[Path]:
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         yield unfinished
-        _flush(unfinished)
+        flush(unfinished)
         unfinished.replace(path)
-        _flush(path.parent)
+        flush(path.parent)
     finally:
         unfinished.unlink(missing_ok=True)
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
     """Wait until the disk has a file, or the names in a folder."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

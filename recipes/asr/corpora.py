@@ -27,6 +27,9 @@ from tqdm import tqdm
 
 from recipes.asr.vocabulary import normalise_text
 
+# A recording in floating point may pass full scale by a little; beyond this it has another unit.
+LOUDEST = 8.0
+
 
 class CorpusError(ValueError):
     """A corpus, or a file of it, cannot be used; the message names the file and the remedy."""
@@ -64,6 +67,8 @@ class Utterance(NamedTuple):
     speaker: str
     text: str
     path: Path
+    source: str = ""
+    """File and line of the transcript, for messages."""
 
 
 @dataclass
@@ -92,6 +97,8 @@ class BadFiles:
 
     def add(self, name: str, reason: str) -> None:
         """Note that the file ``name`` cannot be used because it ``reason``."""
+        while name in self.reasons:  # A file may be listed more than once.
+            name = f"{name} (again)"
         self.reasons[name] = reason
 
     def settle(self, total: int) -> None:
@@ -121,14 +128,32 @@ def read_audio(path: str | Path) -> np.ndarray:
     """Decode a mono recording to float32 samples in [-1, 1].
 
     Raises:
-        CorpusError: If the file is missing, unreadable or truncated; the message names it.
+        CorpusError: If the file is missing, unreadable or truncated, or if it holds samples that
+            are no sound: NaN, infinite, or far beyond full scale. One of them would spoil the
+            normalization of the whole corpus. The message names the file.
     """
     if not Path(path).is_file():
         raise CorpusError(f"{path} is missing")
     try:
-        samples, _ = soundfile.read(path, dtype="float32")
+        with soundfile.SoundFile(path) as file:
+            expected = file.frames
+            samples = file.read(dtype="float32")
     except (soundfile.LibsndfileError, OSError) as error:
         raise CorpusError(f"{path} is unreadable or truncated ({error})") from error
+    if len(samples) != expected:
+        raise CorpusError(
+            f"{path} is unreadable or truncated (its header tells of {expected} samples, "
+            f"{len(samples)} are there)"
+        )
+    if not np.isfinite(samples).all():
+        (where,) = np.nonzero(~np.isfinite(samples.reshape(len(samples), -1)).all(axis=1))
+        raise CorpusError(
+            f"{path} holds {len(where)} samples that are NaN or infinite, the first at {where[0]}"
+        )
+    if samples.size and (peak := float(np.abs(samples).max())) > LOUDEST:
+        raise CorpusError(
+            f"{path} reaches {peak:g}, and full scale is 1: divide its samples by their full scale"
+        )
     return samples
 
 
@@ -169,9 +194,19 @@ def make_cut(utterance: Utterance, *, sample_rate_hz: int) -> MonoCut:
 
 
 def make_cuts(utterances: Sequence[Utterance], *, sample_rate_hz: int, bad: BadFiles) -> CutSet:
-    """The manifest of many utterances; unusable ones are noted in ``bad`` and left out."""
+    """The manifest of many utterances; unusable ones are noted in ``bad`` and left out.
+
+    Of several utterances with one id the first is taken and the others are noted.
+    """
     cuts = []
+    sources: dict[str, str] = {}
     for utterance in tqdm(utterances, desc=f"reading headers of {bad.of}", delay=2, mininterval=1):
+        source = utterance.source or str(utterance.path)
+        if utterance.id in sources:
+            first = sources[utterance.id]
+            bad.add(source, f"has the utterance id {utterance.id!r} again, first in {first}")
+            continue
+        sources[utterance.id] = source
         try:
             cuts.append(make_cut(utterance, sample_rate_hz=sample_rate_hz))
         except CorpusError as error:
@@ -329,10 +364,12 @@ def _existing_folder(root: str | Path, *, of: str) -> Path:
 
 def _read_lines(path: Path) -> Iterator[tuple[int, str]]:
     try:
-        text = path.read_text(encoding="utf-8")
+        # Spreadsheets begin a file with a byte-order mark.
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise CorpusError(f"the transcripts {path} cannot be read ({error})") from error
-    for number, line in enumerate(text.splitlines(), start=1):
+    # Not splitlines: that breaks a transcript at a form feed or a Unicode line separator, too.
+    for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             yield number, line
 
@@ -346,7 +383,10 @@ def _read_tsv(path: Path, *, audio: Path) -> Iterable[Utterance]:
                 f"tabs, got {line!r}"
             )
         name, speaker, text = (*fields, "")[:3]
-        yield Utterance(name, speaker, text, audio / speaker / f"{name}.flac")
+        source = f"{path}, line {number}"
+        for kind, value in (("utterance id", name), ("speaker", speaker)):
+            _require_plain(value, f"{source}: the {kind}")
+        yield Utterance(name, speaker, text, audio / speaker / f"{name}.flac", source)
 
 
 def _read_subset(root: Path, name: str) -> list[Utterance]:
@@ -354,13 +394,23 @@ def _read_subset(root: Path, name: str) -> list[Utterance]:
     if not subset.is_dir():
         found = sorted(path.name for path in root.iterdir() if path.is_dir())
         raise CorpusError(f"there is no subset {subset}; {root} holds the folders {found}")
-    texts = {}
+    utterances: list[Utterance] = []
     for transcripts in sorted(subset.rglob("*.trans.txt")):
-        for _, line in _read_lines(transcripts):
-            utterance, _, text = line.partition(" ")
-            texts[transcripts.parent / f"{utterance}.flac"] = text
+        for number, line in _read_lines(transcripts):
+            name, _, text = line.partition(" ")
+            source = f"{transcripts}, line {number}"
+            _require_plain(name, f"{source}: the utterance id")
+            path = transcripts.parent / f"{name}.flac"
+            utterances.append(Utterance(name, name.split("-")[0], text, path, source))
     # A recording without a transcript counts as one with an empty transcript.
-    paths = sorted({*texts, *subset.rglob("*.flac")})
-    if not paths:
+    silent = set(subset.rglob("*.flac")) - {utterance.path for utterance in utterances}
+    utterances += [Utterance(path.stem, path.stem.split("-")[0], "", path) for path in silent]
+    if not utterances:
         raise CorpusError(f"{subset} holds neither *.trans.txt nor *.flac")
-    return [Utterance(p.stem, p.stem.split("-")[0], texts.get(p, ""), p) for p in paths]
+    return sorted(utterances, key=lambda utterance: utterance.path)
+
+
+def _require_plain(name: str, what: str) -> None:
+    """Raise unless a name that becomes a part of a path is one: no folder, no way out of one."""
+    if name in (".", "..") or any(mark in name for mark in "/\\\0"):
+        raise CorpusError(f"{what} {name!r} is not the name of a file: it may not hold / or \\")

@@ -8,6 +8,7 @@ corpus each; they are the targets of the files in ``conf/data``.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -99,7 +100,7 @@ class SpeechDataModule(pl.LightningDataModule):
 
     def prepare_data(self) -> None:
         """Make what is missing in the cache: once per machine, before ``setup``."""
-        self._load()
+        self.setup()
 
     def setup(self, stage: str | None = None) -> None:
         """Open manifests and features of all three parts, and make the vocabulary.
@@ -124,14 +125,28 @@ class SpeechDataModule(pl.LightningDataModule):
         return self._loader("test", shuffle=False)
 
     def state_dict(self) -> dict[str, Any]:
-        """Vocabulary and normalisation."""
+        """Vocabulary, normalisation, and of which features they are."""
         return {
+            "features": asdict(self.log_mel),
             "vocabulary": self.vocabulary.to_dict(),
             "normalisation": self.normalisation.to_dict(),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Use the vocabulary and the normalisation that a model was trained with."""
+        """Use the vocabulary and the normalisation that a model was trained with.
+
+        Raises:
+            ValueError: If these are of other features than this module delivers.
+        """
+        # Files that were written before this was noted have no features.
+        trained, given = state_dict.get("features"), asdict(self.log_mel)
+        if trained is not None and trained != given:
+            differing = ", ".join(
+                f"{key}={given[key]} (trained with {trained.get(key)})"
+                for key in given
+                if given[key] != trained.get(key)
+            )
+            raise ValueError(f"the model was trained on other features than data has: {differing}")
         self.vocabulary = Vocabulary.from_dict(state_dict["vocabulary"])
         self.normalisation = Normalisation.from_dict(state_dict["normalisation"])
 

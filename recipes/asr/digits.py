@@ -25,7 +25,7 @@ import torchaudio
 from lhotse import CutSet, MonoCut
 from tqdm import tqdm
 
-from recipes.asr.atomic import folder_made_whole
+from recipes.asr.atomic import check_folder, folder_made_whole
 from recipes.asr.corpora import Splits, Utterance, make_cut
 from recipes.asr.espeak import Speech, synthesise
 
@@ -51,7 +51,7 @@ VARIANTS = {
 }
 
 # Raised when the way utterances are made changes, so that an old cache is not taken for a new.
-_FORMAT = 4
+_FORMAT = 5
 
 
 class Take(NamedTuple):
@@ -109,6 +109,7 @@ class Digits:
         if not folder.is_dir():
             with folder_made_whole(folder) as temporary:
                 self.make(temporary, sample_rate_hz=sample_rate_hz)
+        check_folder(folder, *(f"{part}.jsonl" for part in Splits._fields))
         manifests = (CutSet.from_file(folder / f"{part}.jsonl") for part in Splits._fields)
         return Splits(*(cuts.with_recording_path_prefix(folder) for cuts in manifests))
 

@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import shutil
+import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from fractions import Fraction
@@ -29,12 +30,15 @@ from lhotse import CutSet
 from torch import Tensor
 from tqdm import tqdm
 
-from recipes.asr.atomic import folder_made_whole
+from recipes.asr.atomic import check_folder, folder_made_whole
 from recipes.asr.corpora import BadFiles, CorpusError, read_audio
 
 # About the power that the rounding to 16-bit samples leaves in a mel band: what is below it is
 # not in the recording, and digital silence gets a value near that of a quiet room.
 POWER_FLOOR = 1e-8
+
+# Raised when the way features are made or kept changes, so that an old cache is not read.
+_FORMAT = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,6 +190,8 @@ class Example(NamedTuple):
     speed: float
     offset: int
     frames: int
+    checksum: int
+    """CRC-32 of the frames as they are stored."""
 
 
 class FeatureStore:
@@ -198,9 +204,14 @@ class FeatureStore:
         examples: All (utterance, speed) pairs, utterance by utterance.
         normalisation: Mean and deviation over all frames of this store.
         reasons: Files that could not be used, and why.
+
+    Raises:
+        CorpusError: If a file of the folder is missing, cut off or altered.
     """
 
     def __init__(self, folder: Path) -> None:
+        check_folder(folder, "index.json")
+        self._folder = folder
         index = json.loads((folder / "index.json").read_text())
         self.examples = [Example(*fields) for fields in index["examples"]]
         self.normalisation = Normalisation.from_dict(index["normalisation"])
@@ -213,9 +224,18 @@ class FeatureStore:
         return len(self.examples)
 
     def __getitem__(self, position: int) -> Float[Tensor, "frames mels"]:
-        """Features of example ``position`` in float32, not normalised."""
+        """Features of example ``position`` in float32, not normalised.
+
+        Raises:
+            CorpusError: If they are not as they were written.
+        """
         example = self.examples[position]
         stored = self._frames[example.offset : example.offset + example.frames]
+        if zlib.crc32(stored.data) != example.checksum:
+            raise CorpusError(
+                f"the features of {example.utterance} in {self._folder} have changed since they "
+                f"were written: remove {self._folder}, then they are made again"
+            )
         return torch.from_numpy(stored.astype(np.float32))
 
     @classmethod
@@ -250,8 +270,15 @@ class FeatureStore:
         paths = _audio_paths(cuts)
         if not paths:
             raise CorpusError(f"{name} holds no utterances")
+        if len(paths) < len(cuts):
+            raise CorpusError(f"{name} holds {len(cuts)} utterances and {len(paths)} ids for them")
         padding = round(tail_padding_ms * log_mel.sample_rate_hz / 1000)
-        settings = {"log_mel": asdict(log_mel), "speeds": list(speeds), "padding": padding}
+        settings = {
+            "log_mel": asdict(log_mel),
+            "speeds": list(speeds),
+            "padding": padding,
+            "format": _FORMAT,
+        }
         folder = cache_dir / "features" / _hash(settings, paths)
         bad = BadFiles(of=name, max_share=max_bad_share)
         if not folder.is_dir():
@@ -291,7 +318,8 @@ class _Writer:
                     bad.add(path, str(error).removeprefix(path).strip())
                     continue
                 for speed, row in zip(self.resamplers, rows, strict=True):
-                    self.append(Example(utterance, speed, self.num_frames, len(row)), row)
+                    place = (self.num_frames, len(row), zlib.crc32(row.data))
+                    self.append(Example(utterance, speed, *place), row)
                     file.write(row.tobytes())
         index = {
             "num_mels": self.log_mel.num_mels,
@@ -308,7 +336,10 @@ class _Writer:
             audio = torch.nn.functional.pad(resample(samples), (0, self.padding))
             if audio.numel() < self.log_mel.fft_size:
                 raise CorpusError(f"{path} is too short ({samples.numel()} samples)")
-            rows.append(self.log_mel(audio).numpy().astype(np.float16))
+            row = self.log_mel(audio).numpy().astype(np.float16)
+            if not np.isfinite(row).all():
+                raise CorpusError(f"{path} has features that are NaN or infinite")
+            rows.append(row)
         return rows
 
     def append(self, example: Example, row: np.ndarray) -> None:

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import soundfile
 from lhotse import CutSet
@@ -243,3 +244,87 @@ class TestHoldOut:
     def test_the_share_is_checked(self, share: float) -> None:
         with pytest.raises(ValueError, match="validation_share"):
             AN4(root=".", validation_share=share)
+
+
+class TestWrongTranscripts:
+    def test_an_id_that_occurs_twice_is_named_with_both_lines(self, tmp_path: Path) -> None:
+        write_an4(tmp_path)
+        tsv = tmp_path / "train.tsv"
+        tsv.write_text(tsv.read_text() + "train-002\ttrain0\tA\ntrain-002\ttrain0\tB\n")
+        where = rf"{tsv}, line 13 has the utterance id 'train-002' again, first in {tsv}, line 3"
+        with pytest.raises(CorpusError, match=rf"^2 of 14 files .*{where}"):
+            load(AN4(root=tmp_path))
+        with pytest.warns(UserWarning, match=rf"^2 of 14 files .*{where}") as caught:
+            splits = load(AN4(root=tmp_path), max_bad_share=0.2)
+        assert len(caught) == 1
+        [text] = [
+            cut.supervisions[0].text for cuts in splits[:2] for cut in cuts if cut.id == "train-002"
+        ]
+        assert text == "C BB"  # The first of them, as before.
+
+    def test_a_transcript_that_occurs_twice_in_librispeech(self, tmp_path: Path) -> None:
+        write_librispeech(tmp_path, "a")
+        transcripts = next(tmp_path.rglob("*.trans.txt"))
+        transcripts.write_text(transcripts.read_text() + "12-345-0000 ANOTHER\n")
+        corpus = LibriSpeech(root=tmp_path, train="a", validation="a", test="a")
+        with pytest.raises(CorpusError, match=r"trans\.txt, line 4 has the utterance id '12-345-0"):
+            load(corpus)
+        with pytest.raises(CorpusError, match=r"^5 of 8 files .*12-345-0000"):
+            load(LibriSpeech(root=tmp_path, train=["a", "a"], validation="a", test="a"))
+
+    @pytest.mark.parametrize("name", ["../../secret", "a/b", "..", "/etc/passwd", "a\\b"])
+    @pytest.mark.parametrize("row", ["{}\ttrain0\tA\n", "train-000\t{}\tA\n"])
+    def test_a_name_that_leads_elsewhere_is_refused(
+        self, tmp_path: Path, name: str, row: str
+    ) -> None:
+        write_an4(tmp_path)
+        tsv = tmp_path / "train.tsv"
+        tsv.write_text(tsv.read_text() + row.format(name))
+        with pytest.raises(CorpusError, match=rf"{tsv}, line 13: the .* is not the name of a file"):
+            load(AN4(root=tmp_path))
+
+    def test_so_is_one_in_librispeech(self, tmp_path: Path) -> None:
+        write_librispeech(tmp_path, "a")
+        rewrite(next(tmp_path.rglob("*.trans.txt")), "12-345-0001", "../0001")
+        with pytest.raises(
+            CorpusError, match=r"line 2: the utterance id '\.\./0001' is not the na"
+        ):
+            load(LibriSpeech(root=tmp_path, train="a", validation="a", test="a"))
+
+    def test_a_byte_order_mark_is_no_part_of_an_id(self, tmp_path: Path) -> None:
+        write_an4(tmp_path)
+        before = {cut.id for cut in load(AN4(root=tmp_path)).test}
+        tsv = tmp_path / "test.tsv"
+        tsv.write_text(tsv.read_text(), encoding="utf-8-sig")
+        assert tsv.read_bytes().startswith(b"\xef\xbb\xbf")
+        assert {cut.id for cut in load(AN4(root=tmp_path)).test} == before
+
+    def test_other_line_separators_belong_to_the_text(self, tmp_path: Path) -> None:
+        write_an4(tmp_path)
+        rewrite(tmp_path / "test.tsv", "A DB", "A\u2028DB")
+        assert len(load(AN4(root=tmp_path)).test) == 3
+
+    def test_another_encoding_is_named(self, tmp_path: Path) -> None:
+        write_an4(tmp_path)
+        tsv = tmp_path / "test.tsv"
+        tsv.write_text(tsv.read_text(), encoding="utf-16")
+        with pytest.raises(CorpusError, match=r"test\.tsv cannot be read"):
+            load(AN4(root=tmp_path))
+
+
+class TestSamples:
+    @pytest.mark.parametrize(
+        ("value", "complaint"),
+        [
+            (np.nan, r"holds 1 samples that are NaN or infinite, the first at 7"),
+            (np.inf, r"holds 1 samples that are NaN or infinite, the first at 7"),
+            (1e20, r"reaches 1e\+20, and full scale is 1"),
+            (32767.0, r"reaches 32767, and full scale is 1"),
+        ],
+    )
+    def test_what_is_no_sound_is_named(self, tmp_path: Path, value: float, complaint: str) -> None:
+        samples = np.zeros(100, np.float32)
+        samples[7] = value
+        soundfile.write(tmp_path / "a.wav", samples, 16000, subtype="FLOAT")
+        with pytest.raises(CorpusError, match=rf"a\.wav {complaint}"):
+            read_audio(tmp_path / "a.wav")

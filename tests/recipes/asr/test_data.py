@@ -177,6 +177,18 @@ class TestState:
         [expected], [got] = trained.test_dataloader(), other.test_dataloader()
         assert_equal(got, expected)
 
+    def test_a_model_of_other_features_is_refused(self, make: Make) -> None:
+        trained, other = make(), make(num_mels=21)
+        with pytest.raises(ValueError, match=r"other features .*: num_mels=21 \(trained with 20\)"):
+            other.load_state_dict(trained.state_dict())
+
+    def test_a_state_that_does_not_tell_its_features_is_read(self, make: Make) -> None:
+        data = make()
+        state = data.state_dict()
+        del state["features"]
+        data.load_state_dict(state)
+        assert data.state_dict()["normalisation"] == state["normalisation"]
+
 
 class Recorder(LightningModule):
     """Learns nothing to speak of, and remembers what it was given."""

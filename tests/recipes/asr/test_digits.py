@@ -10,7 +10,7 @@ import espeakng_loader
 import numpy as np
 import pytest
 
-from recipes.asr.corpora import Splits, read_audio
+from recipes.asr.corpora import CorpusError, Splits, read_audio
 from recipes.asr.digits import ACCENTS, DIGITS, VARIANTS, Digits, coloured_noise, mix
 from recipes.asr.espeak import Speech, synthesise
 
@@ -35,7 +35,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_same_seed_makes_the_same_bytes(made: Path, tmp_path: Path) -> None:
     load(SMALL, tmp_path)
-    assert len(contents(made)) == 11 + 3
+    assert len(contents(made)) == 11 + 3 + 1  # recordings, manifests, checksums
     assert contents(tmp_path) == contents(made)
 
 
@@ -74,6 +74,22 @@ def test_a_cache_can_be_moved(made: Path, tmp_path: Path) -> None:
     [source] = load(SMALL, tmp_path).train[0].recording.sources
     assert Path(source.source).is_relative_to(tmp_path)
     assert read_audio(source.source).any()
+
+
+def test_a_cache_that_was_cut_off_is_not_read(made: Path, tmp_path: Path) -> None:
+    shutil.copytree(made, tmp_path, dirs_exist_ok=True)
+    [manifest] = tmp_path.rglob("train.jsonl")
+    whole = manifest.read_text()
+    lines = whole.splitlines(keepends=True)
+    for damaged in ("".join(lines[:-1]), whole.replace("ONE", "TWO"), whole[:-9]):
+        manifest.write_text(damaged)
+        with pytest.raises(CorpusError, match=r"train\.jsonl .*: remove .*then it is made again"):
+            load(SMALL, tmp_path)
+    manifest.write_text(whole)
+    [recording, *_] = tmp_path.rglob("*.flac")
+    recording.unlink()
+    with pytest.raises(CorpusError, match=rf"{recording.name} is missing: remove"):
+        load(SMALL, tmp_path)
 
 
 def test_no_voice_is_in_two_parts() -> None:

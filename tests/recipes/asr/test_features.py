@@ -191,6 +191,60 @@ class TestStore:
         with pytest.raises(CorpusError, match=r"short\.flac is too short \(320 samples\)"):
             build(cuts)
 
+    @pytest.mark.parametrize("value", [np.nan, np.inf, 1e20])
+    def test_a_sample_that_is_no_sound_spoils_nothing(
+        self, tmp_path: Path, build: Build, value: float
+    ) -> None:
+        cuts = cuts_of(tmp_path)
+        sound = build(CutSet.from_cuts([cuts[0], cuts[2]]))
+        samples = np.zeros(8000, np.float32)
+        samples[5] = value
+        soundfile.write(tmp_path / "u1.flac", samples, 16000, format="WAV", subtype="FLOAT")
+        with pytest.raises(CorpusError, match=r"u1\.flac (holds 1 samples|reaches 1e\+20)"):
+            build(cuts)
+        assert len(list((tmp_path / "cache" / "features").iterdir())) == 1
+        with pytest.warns(UserWarning, match=r"^1 of 3 files") as caught:
+            store = build(cuts, max_bad_share=0.5)
+        assert len(caught) == 1
+        assert torch.equal(store.normalisation.mean, sound.normalisation.mean)
+        assert torch.equal(store.normalisation.deviation, sound.normalisation.deviation)
+        with pytest.warns(UserWarning, match=r"^1 of 3 files"):  # Also of the cache.
+            build(cuts, max_bad_share=0.5)
+
+    @pytest.mark.parametrize("name", ["frames.f16", "index.json", "contents.json"])
+    @pytest.mark.parametrize("damage", [truncate, Path.unlink])
+    def test_a_cache_that_was_cut_off_is_not_read(
+        self, tmp_path: Path, build: Build, name: str, damage: Callable[[Path], None]
+    ) -> None:
+        cuts = cuts_of(tmp_path)
+        build(cuts)
+        [path] = (tmp_path / "cache").rglob(name)
+        damage(path)
+        with pytest.raises(CorpusError, match=rf"{path} .*: remove {path.parent}, then it is made"):
+            build(cuts)
+
+    def test_a_flipped_bit_is_noticed(self, tmp_path: Path, build: Build) -> None:
+        cuts = cuts_of(tmp_path)
+        build(cuts)
+        [frames] = (tmp_path / "cache").rglob("frames.f16")
+        [index] = (tmp_path / "cache").rglob("index.json")
+        content = bytearray(frames.read_bytes())
+        content[-3] ^= 1
+        frames.write_bytes(content)
+        store = build(cuts)
+        assert store[0].isfinite().all()
+        with pytest.raises(CorpusError, match=rf"features of u2 in {frames.parent} have changed"):
+            store[2]
+        index.write_text(index.read_text().replace('"u1"', '"u7"'))
+        with pytest.raises(CorpusError, match=rf"{index} has changed since it was written"):
+            build(cuts)
+
+    def test_two_cuts_of_one_id_are_an_error(self, tmp_path: Path, build: Build) -> None:
+        cuts = list(cuts_of(tmp_path))
+        twice = CutSet([*cuts, cuts[0]])
+        with pytest.raises(CorpusError, match="it holds 4 utterances and 3 ids for them"):
+            build(twice, name="it")
+
     def test_no_cuts_are_an_error(self, build: Build) -> None:
         with pytest.raises(CorpusError, match="it holds no utterances"):
             build(CutSet.from_cuts([]), name="it")
