@@ -21,6 +21,7 @@ from lightning_nna.compression import BitAllocation, allocate_bits
 from recipes.asr.batches import Batch
 from recipes.asr.recogniser import TransducerRecogniser
 from recipes.evaluate import recipe_of
+from recipes.settings import check_settings
 from recipes.train import build_recogniser
 from recipes.weights import load_weights
 
@@ -43,6 +44,7 @@ def allocate(config: DictConfig) -> BitAllocation:
         FileNotFoundError: If ``ckpt`` does not exist.
         ValueError: See :func:`.allocate_bits`.
     """
+    check_settings(config, "allocate")
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     weights = load_weights(config.ckpt)

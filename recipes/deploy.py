@@ -41,6 +41,7 @@ from recipes.asr.scoring import word_errors
 from recipes.asr.vocabulary import BLANK
 from recipes.evaluate import put_on_chip, recipe_of
 from recipes.run_folder import provenance, size_of, write_summary
+from recipes.settings import check_settings
 from recipes.train import build_recogniser, score_test
 from recipes.weights import TrainedWeights, load_weights
 
@@ -89,6 +90,7 @@ def deploy(config: DictConfig) -> dict[str, Any]:
         ValueError: If ``ckpt`` was not written by ``recipes.train``, or the network has no program.
         VelaError: If Vela is missing or refuses a program.
     """
+    check_settings(config, "deploy")
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     weights = load_weights(config.ckpt)

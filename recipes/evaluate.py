@@ -28,6 +28,7 @@ from recipes.asr.batches import Batch
 from recipes.asr.data import SpeechDataModule
 from recipes.asr.recogniser import TransducerRecogniser
 from recipes.run_folder import provenance, size_of, write_summary
+from recipes.settings import check_settings
 from recipes.train import build_callbacks, build_recogniser, score_test
 from recipes.weights import TrainedWeights, load_weights
 
@@ -53,8 +54,9 @@ def evaluate(config: DictConfig) -> dict[str, Any]:
     Raises:
         FileNotFoundError: If ``ckpt`` does not exist.
         ValueError: If ``ckpt`` was not written by ``recipes.train``, or if ``data`` asks for other
-            features than it was trained on.
+            features than it was trained on; see :func:`.check_settings` too.
     """
+    check_settings(config, "evaluate")
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     weights = load_weights(config.ckpt)

@@ -12,14 +12,20 @@ import platform
 import shlex
 import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
-from torch import nn
+from torch import Tensor, nn
 
+from lightning_nna.deploy import save_packed
+from lightning_nna.deploy.read_packed import width_of
+from lightning_nna.emulator.attachment import attached
+from lightning_nna.emulator.weight_pipeline import pipeline_of
 from lightning_nna.files import write_whole
+from recipes.asr.recogniser import TransducerRecogniser
 
 # Settings that do not change what is learned; a resumed run may have others.
 _MAY_CHANGE = frozenset({"run_dir", "threads", "resume", "logger", "test", "beam_width"})
@@ -128,6 +134,54 @@ def size_of(module: nn.Module) -> dict[str, int]:
         "parameters": sum(parameter.numel() for parameter in parameters),
         "size_bytes": sum(parameter.numel() * parameter.element_size() for parameter in parameters),
     }
+
+
+def weight_figures(recogniser: TransducerRecogniser) -> dict[str, float]:
+    """Bits, zeros and bytes of the network as it is deployed now, not as it was asked for.
+
+    Args:
+        recogniser: A recogniser that has run; emulated weights count as the accelerator holds them.
+
+    Returns:
+        ``bits`` (of an index of a weight's values, or of the number where neither emulation nor a
+        weight method restricts them; the mean over the weights of all matrices), ``sparsity`` (the
+        share of these weights that are zero) and ``packed_bytes`` (of the whole network in the file
+        that :func:`.save_packed` writes, its header left out).
+    """
+    emulator, pipeline = attached(recogniser), pipeline_of(recogniser)
+    used = {} if emulator is None else emulator.used_weights
+    matrices: list[Tensor] = []
+    bits = 0
+    for parameter in recogniser.model.parameters():
+        if parameter.ndim < 2:
+            continue
+        if emulator is not None and id(parameter) in used:
+            matrix = emulator.weight(parameter, used[id(parameter)]).stored
+            width = emulator.spec.weight_bits
+        else:
+            matrix = pipeline.deployed(parameter).detach()
+            width = 8 * matrix.element_size()
+        if pipeline.grid_of(parameter) is not None:
+            width = width_of(matrix.unique().numel())
+        bits += width * matrix.numel()
+        matrices.append(matrix)
+    weights = sum(matrix.numel() for matrix in matrices)
+    with tempfile.TemporaryDirectory() as folder:
+        source = recogniser if used else _deployed_tensors(recogniser)
+        report = save_packed(source, Path(folder) / "packed.safetensors")
+    packed = [size for name, size in report.packed.items() if name.startswith("model.")]
+    return {
+        "bits": round(bits / weights, 4),
+        "sparsity": sum(int((matrix == 0).sum()) for matrix in matrices) / weights,
+        "packed_bytes": sum(packed),
+    }
+
+
+def _deployed_tensors(recogniser: TransducerRecogniser) -> dict[str, Tensor]:
+    """Parameters and buffers of a recogniser that is not emulated, after its weight methods."""
+    pipeline = pipeline_of(recogniser)
+    parameters = {n: pipeline.deployed(p) for n, p in recogniser.named_parameters()}
+    return {**dict(recogniser.named_buffers()), **parameters}
 
 
 def write_summary(run_dir: Path, summary: Mapping[str, Any]) -> Path:

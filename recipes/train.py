@@ -21,12 +21,21 @@ import torch
 from hydra.utils import instantiate
 from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.callbacks import Timer
+from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig
 
 from recipes.asr.data import SpeechDataModule
 from recipes.asr.recogniser import TransducerRecogniser
-from recipes.run_folder import provenance, record_config, settings_of, size_of, write_summary
-from recipes.weights import TrainedWeights, load_weights, put_into
+from recipes.run_folder import (
+    provenance,
+    record_config,
+    settings_of,
+    size_of,
+    weight_figures,
+    write_summary,
+)
+from recipes.settings import check_settings, instantiate_all
+from recipes.weights import TrainedWeights, load_checkpoint, load_weights, put_into
 
 _log = logging.getLogger(__name__)
 
@@ -48,9 +57,11 @@ def train(config: DictConfig) -> dict[str, Any]:
         What ``summary.json`` in the run folder holds.
 
     Raises:
-        ValueError: If the run folder holds a run with other settings.
+        ValueError: If the run folder holds a run with other settings; see :func:`.check_settings`
+            too.
     """
-    record_config(Path(config.run_dir), config)
+    check_settings(config, "train")
+    rank_zero_only(record_config)(Path(config.run_dir), config)
     # Now: by the end of training the checkout may have moved on.
     origin = provenance(config.seed)
     if config.threads is not None:
@@ -61,10 +72,11 @@ def train(config: DictConfig) -> dict[str, Any]:
     recogniser = build_recogniser(config, datamodule, weights)
     callbacks = build_callbacks(config)
     trainer = build_trainer(config, callbacks)
+    start = _last_checkpoint(config) if config.resume else None
+    if start is not None:
+        load_checkpoint(start)  # Says in its own words what is wrong with the file.
     began = time.monotonic()
-    trainer.fit(
-        recogniser, datamodule, ckpt_path=_last_checkpoint(config) if config.resume else None
-    )
+    trainer.fit(recogniser, datamodule, ckpt_path=start, weights_only=True)
     # Of the clocks only the timer's counts what a resumed run took before.
     timer = callbacks.get("timer")
     seconds = timer.time_elapsed() if isinstance(timer, Timer) else time.monotonic() - began
@@ -83,7 +95,9 @@ def train(config: DictConfig) -> dict[str, Any]:
     }
     if config.test:
         summary |= score_test(trainer, recogniser, datamodule)
-    write_summary(Path(config.run_dir), summary)
+    summary |= weight_figures(recogniser)
+    if trainer.is_global_zero:
+        write_summary(Path(config.run_dir), summary)
     return summary
 
 
@@ -118,13 +132,12 @@ def build_recogniser(
 
 def build_callbacks(config: DictConfig) -> dict[str, Callback]:
     """The callbacks of ``config.callbacks`` that are not null, by their keys."""
-    nodes = {str(key): node for key, node in config.callbacks.items()}
-    return {key: instantiate(node) for key, node in nodes.items() if node is not None}
+    return instantiate_all(config.callbacks, "callbacks")
 
 
 def build_trainer(config: DictConfig, callbacks: Mapping[str, Callback]) -> Trainer:
     """The trainer of ``config.trainer`` with the loggers that are not null."""
-    loggers = [instantiate(node) for node in config.logger.values() if node is not None]
+    loggers = list(instantiate_all(config.logger, "logger").values())
     trainer: Trainer = instantiate(
         config.trainer, callbacks=list(callbacks.values()), logger=loggers
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -52,15 +53,15 @@ def load_weights(path: str | Path) -> TrainedWeights:
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If the file was not written by this recipe.
+        ValueError: If the file was not written by this recipe, is damaged, or holds objects that
+            could run code.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"there is no weights file {path}; train one with recipes.train")
     if path.suffix == ".safetensors":
         return _load_safetensors(path)
-    # Callback states hold plain containers and tensors, but also Lightning's own small classes.
-    checkpoint = torch.load(path, map_location="cpu", weights_only=False)
+    checkpoint = load_checkpoint(path)
     if not {"state_dict", "recipe", _DATA} <= checkpoint.keys():
         raise ValueError(f"{path} was not written by recipes.train: it names no recipe")
     network = {
@@ -71,6 +72,30 @@ def load_weights(path: str | Path) -> TrainedWeights:
     return TrainedWeights(
         network, checkpoint["recipe"], checkpoint[_DATA], checkpoint.get("callbacks", {})
     )
+
+
+def load_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Read a checkpoint of tensors and plain containers; code in it does not run.
+
+    Args:
+        path: A file that Lightning or ``torch.save`` wrote.
+
+    Raises:
+        ValueError: If the file is damaged, or holds objects of any other class: reading these can
+            run code of whoever wrote the file.
+    """
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{path} is not read: it is damaged, or holds objects other than tensors and plain "
+            f"containers, which could run code: {str(error).splitlines()[-1]}"
+        ) from error
+    except (RuntimeError, EOFError, ValueError) as error:
+        raise ValueError(f"{path} is damaged or no checkpoint: {error}") from error
+    if not isinstance(checkpoint, dict):
+        raise ValueError(f"{path} is no checkpoint: it holds a {type(checkpoint).__name__}")
+    return checkpoint
 
 
 def save_weights(path: str | Path, weights: TrainedWeights, *, command: str) -> None:

@@ -6,32 +6,37 @@ auxiliary CTC layer, the metrics) stays outside of it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 import torchaudio
 from jaxtyping import Float, Int
 from lightning.pytorch import LightningModule
+from lightning.pytorch.plugins.precision import MixedPrecision
+from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
-from torchmetrics.text import WordErrorRate
 from typing_extensions import override
 
 from recipes.asr.batches import Batch, seed_of
 from recipes.asr.beam import beam_decode
 from recipes.asr.decoding import greedy_decode
 from recipes.asr.rnnt import Transducer
-from recipes.asr.scoring import WordErrors, word_errors
+from recipes.asr.scoring import Scored, WordErrors, gather_scored, word_errors, word_rate
 from recipes.asr.vocabulary import BLANK, Vocabulary
 
 
 class TransducerRecogniser(LightningModule):
     """Trains and scores a transducer.
 
-    Logs ``train/loss`` (nats per label, with the CTC part), ``val/loss`` and ``val/loss_per_token``
-    (the transducer's negative log-likelihood in nats over the number of labels), ``val/wer``,
-    ``test/loss_per_token``, ``test/wer`` (a fraction), and ``test/wer_greedy`` beside it.
+    Logs ``train/loss`` (nats per label, with the CTC part; the mean over the processes),
+    ``val/loss`` and ``val/loss_per_token`` (the transducer's negative log-likelihood in nats over
+    the number of labels), ``val/wer``, ``test/loss_per_token``, ``test/wer`` (a fraction), and
+    ``test/wer_greedy``. What validation and test log counts every utterance once, however many
+    processes share them and whichever of them pads its share with utterances of another.
 
     Args:
         network: Builds the transducer; called with ``num_mels`` and ``num_labels``.
@@ -46,8 +51,8 @@ class TransducerRecogniser(LightningModule):
         recipe: What made this model, kept in every checkpoint so that one can be loaded alone.
 
     Attributes:
-        score: Word errors of the last test run.
-        hypotheses: What was recognised in the last test run, by utterance id.
+        score: Word errors of the last test run, of all processes.
+        hypotheses: What was recognised in the last test run, by utterance id, of all processes.
 
     Raises:
         ValueError: If ``ctc_weight`` is negative or ``beam_width`` is not positive.
@@ -81,21 +86,24 @@ class TransducerRecogniser(LightningModule):
         self.recipe = dict(recipe or {})
         size = self.model.joint.output.in_features
         self.ctc_output = nn.Linear(size, len(vocabulary)) if ctc_weight else None
-        self.val_wer = WordErrorRate()
-        self.test_wer = WordErrorRate()
-        self.test_wer_greedy = WordErrorRate()
         self.score: WordErrors | None = None
         self.hypotheses: dict[str, str] = {}
-        self._references: dict[str, str] = {}
+        # By utterance id: processes may share an utterance, and it counts once.
+        self._scored: dict[str, Scored] = {}
 
     def losses(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return the transducer's and the CTC's negative log-likelihood of ``batch``, in nats."""
+        transducer, ctc = self._losses(batch)
+        return transducer.sum(), ctc
+
+    def _losses(self, batch: Batch) -> tuple[Float[Tensor, " batch"], Float[Tensor, ""]]:
+        """The transducer's loss of each utterance, and the CTC's of all together."""
         encodings, steps = self.model.transcribe(batch.features, batch.feature_lengths)
         start = torch.full_like(batch.targets[:, :1], BLANK)
         labels = torch.cat([start, batch.targets], dim=1)
         predictions, _, _ = self.model.predict(labels, batch.target_lengths + 1, None)
         logits, _, _ = self.model.join(encodings, steps, predictions, batch.target_lengths + 1)
-        transducer = transducer_loss(logits, batch.targets, steps, batch.target_lengths)
+        transducer = transducer_losses(logits, batch.targets, steps, batch.target_lengths)
         return transducer, self._ctc(encodings, steps, batch)
 
     def decode(self, batch: Batch, *, beam_width: int = 1) -> list[str]:
@@ -114,42 +122,41 @@ class TransducerRecogniser(LightningModule):
         transducer, ctc = self.losses(batch)
         # Per label, not per utterance: batches of short and of long utterances weigh alike.
         loss = (transducer + self.ctc_weight * ctc) / batch.target_lengths.sum()
-        self.log("train/loss", loss, prog_bar=True, batch_size=len(batch.texts))
+        self.log("train/loss", loss, prog_bar=True, batch_size=len(batch.texts), sync_dist=True)
         return loss
 
     @override
+    def on_validation_epoch_start(self) -> None:
+        self._scored = {}
+
+    @override
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        self._log_loss("val", batch)
-        self.val_wer.update(self.decode(batch), list(batch.texts))
-        self.log("val/wer", self.val_wer, prog_bar=True, batch_size=len(batch.texts))
+        self._score(batch, beam_width=1)
+
+    @override
+    def on_validation_epoch_end(self) -> None:
+        self._log_scored("val")
 
     @override
     def on_test_epoch_start(self) -> None:
-        self.hypotheses, self._references = {}, {}
+        self._scored = {}
 
     @override
     def test_step(self, batch: Batch, batch_idx: int) -> None:
-        self._log_loss("test", batch)
-        greedy = self.decode(batch)
-        texts = greedy if self.beam_width == 1 else self.decode(batch, beam_width=self.beam_width)
-        self.test_wer_greedy.update(greedy, list(batch.texts))
-        self.log("test/wer_greedy", self.test_wer_greedy, batch_size=len(batch.texts))
-        self.test_wer.update(texts, list(batch.texts))
-        self.hypotheses.update(zip(batch.ids, texts, strict=True))
-        self._references.update(zip(batch.ids, batch.texts, strict=True))
-        self.log("test/wer", self.test_wer, batch_size=len(batch.texts))
+        self._score(batch, beam_width=self.beam_width)
 
     @override
     def on_test_epoch_end(self) -> None:
-        # By id: the interval must not depend on how the utterances were batched.
-        ids = sorted(self.hypotheses)
-        self.score = word_errors(
-            [self.hypotheses[id_] for id_ in ids], [self._references[id_] for id_ in ids]
-        )
+        scored = self._log_scored("test")
+        references = [one.reference for one in scored.values()]
+        greedy = word_rate([one.greedy for one in scored.values()], references)
+        self._log_once("test/wer_greedy", greedy)
+        self.hypotheses = {id_: one.hypothesis for id_, one in scored.items()}
+        self.score = word_errors(list(self.hypotheses.values()), references)
 
     @override
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        optimizer = self.optimizer(self.parameters())
+        optimizer = self.optimizer(self.parameters(), **self._unfused())
         if self.schedule is None:
             return {"optimizer": optimizer}
         total_steps = int(self.trainer.estimated_stepping_batches)
@@ -163,6 +170,22 @@ class TransducerRecogniser(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["recipe"] = self.recipe
 
+    def _unfused(self) -> dict[str, bool]:
+        """What the optimizer is called with besides: ``fused=False`` where it cannot be fused.
+
+        Lightning takes every fused optimizer for one that unscales its gradients itself, and does
+        not clip gradients for it in mixed precision.
+        """
+        mixed = isinstance(self.trainer.precision_plugin, MixedPrecision)
+        fused = isinstance(self.optimizer, partial) and self.optimizer.keywords.get("fused")
+        if not (mixed and fused and self.trainer.gradient_clip_val):
+            return {}
+        rank_zero_info(
+            "the optimizer is not fused in this run: in mixed precision Lightning clips the "
+            "gradients of a fused one not at all"
+        )
+        return {"fused": False}
+
     def _ctc(self, encodings: Tensor, steps: Tensor, batch: Batch) -> Tensor:
         if self.ctc_output is None:
             return encodings.new_zeros(())
@@ -173,13 +196,40 @@ class TransducerRecogniser(LightningModule):
             scores, batch.targets, steps, batch.target_lengths, BLANK, "sum", zero_infinity=True
         )
 
-    def _log_loss(self, stage: str, batch: Batch) -> None:
-        transducer, _ = self.losses(batch)
-        labels = int(batch.target_lengths.sum())
-        per_token = transducer / labels
-        # Weighted by labels, so that the mean over batches is the sum over the sum.
-        self.log(f"{stage}/loss", per_token, batch_size=labels)
-        self.log(f"{stage}/loss_per_token", per_token, prog_bar=True, batch_size=labels)
+    def _score(self, batch: Batch, *, beam_width: int) -> None:
+        """Keep loss and transcripts of each utterance of ``batch``."""
+        losses, _ = self._losses(batch)
+        greedy = self.decode(batch)
+        texts = greedy if beam_width == 1 else self.decode(batch, beam_width=beam_width)
+        rows = zip(
+            batch.ids,
+            batch.texts,
+            greedy,
+            texts,
+            losses.tolist(),
+            batch.target_lengths.tolist(),
+            strict=True,
+        )
+        for id_, *values in rows:
+            self._scored[id_] = Scored(*values)
+
+    def _log_scored(self, stage: str) -> dict[str, Scored]:
+        """Log loss and word error rate of all utterances of all processes; return them by id."""
+        scored = gather_scored(self._scored)
+        labels = sum(one.labels for one in scored.values())
+        loss = math.fsum(one.loss for one in scored.values()) / labels
+        rate = word_rate(
+            [one.hypothesis for one in scored.values()], [one.reference for one in scored.values()]
+        )
+        self._log_once(f"{stage}/loss", loss)
+        self._log_once(f"{stage}/loss_per_token", loss, prog_bar=True)
+        self._log_once(f"{stage}/wer", rate, prog_bar=stage == "val")
+        return scored
+
+    def _log_once(self, name: str, value: float, *, prog_bar: bool = False) -> None:
+        """Log what is the same in all processes."""
+        # The greatest of equal values is the value, to the bit; their mean need not be.
+        self.log(name, value, prog_bar=prog_bar, sync_dist=True, reduce_fx="max")
 
 
 def transducer_loss(
@@ -188,7 +238,17 @@ def transducer_loss(
     steps: Int[Tensor, " batch"],
     target_lengths: Int[Tensor, " batch"],
 ) -> Float[Tensor, ""]:
-    r"""Negative log-likelihood of ``targets``, summed over the batch, in nats.
+    """Sum of :func:`transducer_losses` over the batch, in nats."""
+    return transducer_losses(logits, targets, steps, target_lengths).sum()
+
+
+def transducer_losses(
+    logits: Float[Tensor, "batch steps labels_and_one vocabulary"],
+    targets: Int[Tensor, "batch labels"],
+    steps: Int[Tensor, " batch"],
+    target_lengths: Int[Tensor, " batch"],
+) -> Float[Tensor, " batch"]:
+    r"""Negative log-likelihood of each row of ``targets``, in nats.
 
     An alignment needs two scores at each place: blank's and the next label's. With these two alone
     ``torchaudio.functional.rnnt_loss`` takes half the time that it takes with the vocabulary.
@@ -202,8 +262,8 @@ def transducer_loss(
     Example:
         >>> logits = torch.zeros(1, 1, 2, 4)  # one step, one label: both of probability 1/4
         >>> one = torch.tensor([1])
-        >>> transducer_loss(logits, torch.tensor([[2]]), one, one).exp()
-        tensor(16.)
+        >>> transducer_losses(logits, torch.tensor([[2]]), one, one).exp()
+        tensor([16.])
 
     Reference:
         Graves, "Sequence transduction with recurrent neural networks", arXiv 1211.3711, 2012.
@@ -218,6 +278,6 @@ def transducer_loss(
         steps.int(),
         target_lengths.int(),
         blank=0,
-        reduction="sum",
+        reduction="none",
         fused_log_softmax=False,
     )

@@ -13,10 +13,12 @@ Reference:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
+from torch import distributed
 from torchaudio.functional import edit_distance
 
 
@@ -37,6 +39,53 @@ class WordErrors:
     high: float
     errors: int
     words: int
+
+
+class Scored(NamedTuple):
+    """What is known of an utterance after it was scored."""
+
+    reference: str
+    greedy: str
+    """Transcript of the greedy search."""
+    hypothesis: str
+    """Transcript of the search that is scored."""
+    loss: float
+    """Negative log-likelihood of the reference, in nats."""
+    labels: int
+    """Labels of the reference."""
+
+
+def gather_scored(scored: Mapping[str, Scored]) -> dict[str, Scored]:
+    """Utterances of all processes by id, each once, sorted by id.
+
+    Args:
+        scored: Utterances of this process. Shares may overlap: samplers pad them.
+
+    Example:
+        >>> list(gather_scored({"b": Scored("", "", "", 0.0, 0), "a": Scored("", "", "", 0.0, 0)}))
+        ['a', 'b']
+    """
+    parts = [dict(scored)]
+    if distributed.is_available() and distributed.is_initialized():
+        parts = [{} for _ in range(distributed.get_world_size())]
+        distributed.all_gather_object(parts, dict(scored))
+    merged = {id_: one for part in parts for id_, one in part.items()}
+    return dict(sorted(merged.items()))
+
+
+def word_rate(hypotheses: Sequence[str], references: Sequence[str]) -> float:
+    """Word error rate without an interval; 0 errors of 0 words are a rate of 0.
+
+    Raises:
+        ValueError: If the numbers of texts differ.
+
+    Example:
+        >>> word_rate(["one two", "three"], ["one two", "tree"])
+        0.3333333333333333
+    """
+    pairs = [(h.split(), r.split()) for h, r in zip(hypotheses, references, strict=True)]
+    errors = sum(edit_distance(hypothesis, reference) for hypothesis, reference in pairs)
+    return errors / max(sum(len(reference) for _, reference in pairs), 1)
 
 
 def word_errors(

@@ -27,6 +27,7 @@ from lightning_nna.callbacks.weight_method import BitsMethod
 from lightning_nna.emulator.keyed_adam import KeyedAdam
 from lightning_nna.emulator.weight_pipeline import Stage, WeightGrid
 from lightning_nna.emulator.weights import round_significands
+from recipes import require_extra
 
 _MAXIMUM = 127
 
@@ -201,7 +202,11 @@ def parq(
         bits: 1 to 8.
         total_steps: Steps of the run; values are hard from 80 % of it on.
         adamw: Settings of ``torch.optim.AdamW``.
+
+    Raises:
+        ImportError: If torchao is missing; names the extra that has it.
     """
+    require_extra("bench", "torchao")
     from torchao.prototype.parq import LSBQuantizer, ProxPARQ, QuantOptimizer, UnifQuantizer
 
     class AfterClosure(QuantOptimizer):

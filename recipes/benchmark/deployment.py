@@ -112,7 +112,7 @@ CELLS = (
     Cell("nna8", 8, 0.0, "sizes/rnnt_small_nna8_8", _SIZES, model="rnnt_small"),
 )
 _TRAINED_BY = {
-    "gq_rate": ("compression=gq", f"callbacks.gq.rate_bits={RATE_BITS}"),
+    "gq_rate": ("compression=gq", "bits=5", f"callbacks.gq.rate_bits={RATE_BITS}"),
     "nna8": ("compression=nna8",),
 }
 
@@ -168,7 +168,6 @@ def fine_tuning_command(cell: Cell, runs: Path) -> list[str]:
         runs / cell.trained / f"seed{cell.seed}",
         f"model.network.encoder_size={SIZES[cell.model]}",
         *_TRAINED_BY[cell.method],
-        f"bits={cell.bits}",
         start=_float_folder(cell, runs) / "checkpoints" / "last.ckpt",
     )
 

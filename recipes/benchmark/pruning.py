@@ -31,6 +31,7 @@ from recipes.benchmark.fine_tuning import (
 from recipes.benchmark.fine_tuning_page import write_page
 from recipes.benchmark.pruning_page import draw, page
 from recipes.benchmark.rows import append_row, has_row, read_rows
+from recipes.weights import load_checkpoint
 
 ROWS = Path("docs/results/pruning.jsonl")
 RUNS = Path("runs/pruning")
@@ -114,7 +115,9 @@ class Cell:
         chosen = [f"compression={method.compression}", *method.settings]
         if self.method == "float":
             return evaluation(self.folder, *chosen)
-        return training(self.seed, self.folder, *chosen, f"sparsity={self.sparsity}")
+        if method.compression != "nna8":
+            chosen.append(f"sparsity={self.sparsity}")
+        return training(self.seed, self.folder, *chosen)
 
 
 def cells(
@@ -151,7 +154,7 @@ def run_cell(cell: Cell, *, threads: int) -> None:
     """Run ``cell`` and append its row."""
     summary = summary_of(cell.folder, cell.command, threads=threads)
     checkpoint = cell.folder / "checkpoints" / "last.ckpt"
-    held = torch.load(checkpoint, weights_only=False) if checkpoint.exists() else {}
+    held = load_checkpoint(checkpoint) if checkpoint.exists() else {}
     kept = kept_by_tensor(held) if held else {}
     row = {
         "corpus": "an4",

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from lightning_nna.functional.drift import DriftDetector
+from recipes import require_extra
 
 EPOCHS, ONSET, IN_TIME = 60, 30, 5
 SLOW_ONSET = 20
@@ -88,6 +89,7 @@ def of_river(name: str, **settings: Any) -> Update:
     Raises:
         ImportError: If river is missing: install the extra ``bench``.
     """
+    require_extra("bench", "river")
     from river import drift
 
     detector = getattr(drift, name)(**settings)

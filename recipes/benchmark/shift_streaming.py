@@ -13,6 +13,7 @@ from lightning_nna.functional.streaming_haar import StreamingHaar
 from lightning_nna.functional.total_variation import taut_string, tv_denoise
 from lightning_nna.functional.wavelets import HaarEstimator
 from lightning_nna.functional.windows import FixedWindow
+from recipes import require_extra
 
 LENGTHS = (1_000, 10_000, 100_000, 1_000_000)
 UPDATES = 2_000
@@ -135,6 +136,7 @@ def by_scikit_image(y: np.ndarray, **settings: str) -> np.ndarray:
     Raises:
         ImportError: If scikit-image is missing: install the extra ``bench``.
     """
+    require_extra("bench", "skimage")
     from skimage.restoration import denoise_wavelet
 
     return np.asarray(denoise_wavelet(y, sigma=_RATE_SIGMA, wavelet="db1", **settings))

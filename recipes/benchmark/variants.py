@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_nna import emulate
+from recipes import require_extra
 from recipes.benchmark.works import Work
 
 Step = Callable[[], None]
@@ -81,6 +82,7 @@ def _calibrated(module: nn.Module, batch: tuple[Tensor, ...]) -> nn.Module:
 
 
 def _brevitas(module: nn.Module, batch: tuple[Tensor, ...]) -> nn.Module:
+    require_extra("bench", "brevitas")
     from brevitas.graph.quantize import layerwise_quantize
 
     quantized: nn.Module = layerwise_quantize(module)
@@ -88,6 +90,7 @@ def _brevitas(module: nn.Module, batch: tuple[Tensor, ...]) -> nn.Module:
 
 
 def _torchao(module: nn.Module, batch: tuple[Tensor, ...]) -> nn.Module:
+    require_extra("bench", "torchao")
     from torchao.quantization import quantize_
     from torchao.quantization.qat import IntxFakeQuantizeConfig, QATConfig
 
@@ -101,6 +104,7 @@ def _torchao(module: nn.Module, batch: tuple[Tensor, ...]) -> nn.Module:
 
 
 def _modelopt(module: nn.Module, batch: tuple[Tensor, ...]) -> nn.Module:
+    require_extra("bench", "modelopt")
     import modelopt.torch.quantization as mtq
 
     config = copy.deepcopy(mtq.INT8_DEFAULT_CFG)

@@ -23,7 +23,7 @@ Compose = Callable[..., DictConfig]
 SUMMARY = {
     *("experiment", "method", "command", "commit", "seed", "versions", "parameters", "size_bytes"),
     *("epochs", "train_seconds", "threads", "wer", "wer_low", "wer_high", "errors", "words"),
-    *("loss_per_token", "beam_width", "wer_greedy"),
+    *("loss_per_token", "beam_width", "wer_greedy", "bits", "sparsity", "packed_bytes"),
 }
 
 
@@ -64,7 +64,8 @@ def test_a_run_leaves_config_metrics_checkpoints_and_summary(
     assert summary.keys() == SUMMARY
     assert summary["wer_low"] <= summary["wer"] <= summary["wer_high"]
     assert (summary["epochs"], summary["method"], summary["words"]) == (2, "float", 8)
-    assert summary["size_bytes"] == 4 * summary["parameters"]
+    assert summary["size_bytes"] == summary["packed_bytes"] == 4 * summary["parameters"]
+    assert (summary["bits"], summary["sparsity"]) == (32.0, 0.0)
     with (run / "metrics" / "version_0" / "metrics.csv").open() as file:
         columns = set(next(csv.reader(file)))
     assert columns >= {"train/loss", "val/loss_per_token", "val/wer", "test/wer"}

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from omegaconf import DictConfig
 from safetensors.torch import save_file
 
 from recipes.asr.rnnt import transducer
+from recipes.train import train
 from recipes.weights import TrainedWeights, load_weights, put_into, save_weights
 
 
@@ -48,6 +51,52 @@ def test_files_of_others_are_refused(tmp_path: Path) -> None:
     for name in ("other.ckpt", "other.safetensors"):
         with pytest.raises(ValueError, match="was not written by"):
             load_weights(tmp_path / name)
+
+
+class Harmful:
+    """Makes a file when it is unpickled, as any other code could run."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.path,)
+
+
+def test_code_in_a_checkpoint_does_not_run(tmp_path: Path) -> None:
+    trace, ckpt = tmp_path / "trace", tmp_path / "harmful.ckpt"
+    torch.save({"state_dict": {}, "recipe": Harmful(trace)}, ckpt)
+    with pytest.raises(ValueError, match=r"harmful\.ckpt is not read: .* could run code"):
+        load_weights(ckpt)
+    assert not trace.exists()
+    torch.load(ckpt, weights_only=False)  # The file is what it is said to be.
+    assert trace.exists()
+
+
+def test_a_run_does_not_resume_from_code(
+    compose_config: Callable[..., DictConfig], small_an4: Path, tmp_path: Path
+) -> None:
+    trace, folder = tmp_path / "trace", tmp_path / "run" / "checkpoints"
+    folder.mkdir(parents=True)
+    torch.save({"state_dict": {}, "recipe": Harmful(trace)}, folder / "last.ckpt")
+    settings = [f"data.root={small_an4}", f"data.cache_dir={tmp_path}", "trainer.accelerator=cpu"]
+    with pytest.raises(ValueError, match=r"last\.ckpt is not read: .* could run code"):
+        train(compose_config("train", "experiment=an4_rnnt", "data.speeds=[1.0]", *settings))
+    assert not trace.exists()
+
+
+def test_a_checkpoint_that_was_cut_off_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "short.ckpt"
+    torch.save({"state_dict": {"weight": torch.zeros(1000)}}, path)
+    path.write_bytes(path.read_bytes()[:2000])
+    with pytest.raises(ValueError, match=r"short\.ckpt is damaged or no checkpoint"):
+        load_weights(path)
+    path.write_bytes(b"")
+    with pytest.raises(ValueError, match=r"short\.ckpt is damaged or no checkpoint"):
+        load_weights(path)
+    torch.save([1, 2], path)
+    with pytest.raises(ValueError, match="it holds a list"):
+        load_weights(path)
 
 
 def test_another_network_is_refused(weights: TrainedWeights) -> None:

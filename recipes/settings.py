@@ -1,0 +1,112 @@
+"""Settings that are complete and used: a run does what its command says, or does not start.
+
+Hydra composes what it is told to; nobody would notice that ``bits=2`` goes to a method without
+bits. So every recipe checks its configuration before it does anything else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+
+CONF = Path(__file__).resolve().parents[1] / "conf"
+
+#: What the groups of compression read; each group gives a value to those that it uses.
+METHOD_SETTINGS = ("bits", "sparsity", "pattern", "bit_overrides", "parq_steps")
+#: The group nna has a choice in every run; only another one than this was asked for.
+_DEFAULT_SPEC = "litert-int8"
+
+
+def check_settings(config: DictConfig, name: str) -> None:
+    """Raise unless every setting of ``config`` has a value and is used.
+
+    Args:
+        config: A composed configuration of ``conf/``.
+        name: Its name there, such as ``"train"``.
+
+    Raises:
+        ValueError: If a mandatory setting has no value, if there is a setting that the recipe does
+            not know, or if there is one that the chosen group of compression does not use.
+    """
+    if missing := sorted(OmegaConf.missing_keys(config)):
+        raise ValueError(
+            f"{', '.join(missing)} must be set: add {missing[0]}=<value> to the command"
+        )
+    if unknown := sorted({str(key) for key in config} - _known(name)):
+        raise ValueError(f"recipes.{name} has no setting {', '.join(unknown)}")
+    plain = OmegaConf.to_container(config, resolve=False)
+    assert isinstance(plain, dict)
+    read = "\n".join(_strings(plain))
+    for key in METHOD_SETTINGS:
+        if plain.get(key) is not None and f"${{{key}}}" not in read:
+            raise ValueError(
+                f"{key}={plain[key]} is not used: {_users(key)} read it, and this command has "
+                "compression=none or another group, or overrides what reads it; choose such a "
+                f"group, or leave {key} out"
+            )
+    spec = plain.get("nna", {}).get("spec", _DEFAULT_SPEC)
+    if spec != _DEFAULT_SPEC and "${nna.spec}" not in read:
+        raise ValueError(
+            f"nna={spec} is not used: nothing is emulated; add compression=nna8 or another group "
+            "of compression, or leave nna out"
+        )
+
+
+def instantiate_all(nodes: Mapping[Any, Any] | DictConfig, group: str) -> dict[str, Any]:
+    """The objects of a keyed group such as ``callbacks``; what is null is left out.
+
+    Args:
+        nodes: Configurations with a ``_target_`` each, by key.
+        group: For messages.
+
+    Raises:
+        ValueError: If a node has no ``_target_``: an override that adds to nothing.
+    """
+    given = {str(key): node for key, node in nodes.items() if node is not None}
+    for key, node in given.items():
+        if "_target_" not in node:
+            raise ValueError(
+                f"{group}.{key} has settings ({', '.join(map(str, node))}) and no _target_: no "
+                f"chosen group defines {group}.{key}"
+            )
+    return {key: instantiate(node) for key, node in given.items()}
+
+
+def _known(name: str) -> set[str]:
+    """Settings and groups of the top level of a configuration."""
+    primary = OmegaConf.load(CONF / f"{name}.yaml")
+    assert isinstance(primary, DictConfig)
+    groups = {
+        str(key) for entry in primary.get("defaults", []) if entry != "_self_" for key in entry
+    }
+    # `start` puts its key on the top level.
+    return {str(key) for key in primary} | groups | {"init_from"}
+
+
+def _users(key: str) -> str:
+    """The groups of compression that read a setting, by name."""
+    folder = sorted((CONF / "compression").glob("*.yaml"))
+    return ", ".join(f"compression={path.stem}" for path in folder if _sets(path, key))
+
+
+def _sets(path: Path, key: str) -> bool:
+    """Whether a group, or one that it is based on, gives a setting its value."""
+    group = OmegaConf.load(path)
+    assert isinstance(group, DictConfig)
+    bases = [base for base in group.get("defaults", []) if base != "_self_"]
+    return key in group or any(_sets(path.with_name(f"{base}.yaml"), key) for base in bases)
+
+
+def _strings(node: Any) -> Iterator[str]:
+    if isinstance(node, Mapping):
+        for value in node.values():
+            yield from _strings(value)
+    elif isinstance(node, list):
+        for value in node:
+            yield from _strings(value)
+    elif isinstance(node, str):
+        yield node
