@@ -116,6 +116,25 @@ class TransducerRecogniser(LightningModule):
         return [self.vocabulary.decode(sequence) for sequence in labels]
 
     @override
+    def on_fit_start(self) -> None:
+        """Raise where this processor cannot run what every transducer here has: an LSTM.
+
+        Raises:
+            RuntimeError: If there is none in the Trainer's precision; says what to set.
+        """
+        if self.device.type != "cpu" or self.trainer.precision == "32-true":
+            return
+        context = self.trainer.precision_plugin.forward_context()
+        try:
+            with torch.random.fork_rng(devices=[]), context:
+                nn.LSTM(8, 8)(torch.zeros(1, 1, 8))
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"this processor has no LSTM in precision {self.trainer.precision}: set "
+                "trainer.precision=32-true, or train on another device"
+            ) from error
+
+    @override
     def training_step(self, batch: Batch, batch_idx: int) -> Float[Tensor, ""]:
         # A checkpoint does not keep the generator, so every step starts one of its own.
         torch.manual_seed(seed_of(self.seed, self.global_step, batch_idx, self.global_rank))

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torchaudio
+from lightning.pytorch import Trainer
 from torch import Tensor
 
 from recipes.asr.batches import Batch, Item, collate
@@ -96,3 +97,39 @@ def test_texts_are_those_of_the_vocabulary(batch: Batch) -> None:
 def test_settings_out_of_range_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         _recogniser(**settings)
+
+
+def _fit(recogniser: TransducerRecogniser, batch: Batch) -> None:
+    Trainer(
+        precision="bf16-mixed",
+        gradient_clip_val=5.0,
+        max_steps=2,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    ).fit(recogniser, [batch], [batch])
+
+
+@pytest.mark.filterwarnings("ignore:TF32 acceleration on top of oneDNN")
+def test_mixed_precision_clips_gradients_of_an_optimizer_that_would_be_fused(batch: Batch) -> None:
+    recogniser = _recogniser(optimizer=partial(torch.optim.AdamW, lr=0.01, fused=True))
+    before = recogniser.model.joint.output.weight.detach().clone()
+    with torch.backends.mkldnn.flags(enabled=False):  # Some processors have no bfloat16 LSTM.
+        _fit(recogniser, batch)
+    assert not recogniser.optimizers().optimizer.defaults["fused"]  # type: ignore[union-attr]
+    after = recogniser.model.joint.output.weight
+    assert after.isfinite().all()
+    assert not torch.equal(after, before)
+
+
+def test_a_processor_without_such_an_lstm_is_named(
+    batch: Batch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("could not create a primitive descriptor")
+
+    monkeypatch.setattr(torch.nn.LSTM, "forward", fail)
+    with pytest.raises(RuntimeError, match=r"no LSTM in precision bf16-mixed: set trainer\.precis"):
+        _fit(_recogniser(), batch)
