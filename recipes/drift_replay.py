@@ -74,22 +74,37 @@ def read_column(source: Path, column: str | None) -> tuple[str, list[float]]:
 
     Raises:
         FileNotFoundError: If a folder has no metrics.
-        ValueError: If the column is missing or not named, or a value is no number.
+        ValueError: If the column is missing, not named or there twice, if a value is no number, or
+            if a folder holds several logs; the message names the file and the line.
     """
     if source.is_dir():
         found = sorted(source.rglob("metrics.csv"))
         if not found:
             raise FileNotFoundError(f"{source} has no metrics.csv in it")
-        source = found[-1]
-    with source.open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    names = list(rows[0]) if rows else []
+        if len(found) > 1:
+            logs = ", ".join(str(path.relative_to(source)) for path in found)
+            raise ValueError(f"{source} holds a log for every start of its run; name one: {logs}")
+        source = found[0]
+    # Spreadsheets begin a file with a byte-order mark.
+    with source.open(newline="", encoding="utf-8-sig") as file:
+        reader = csv.DictReader(file)
+        rows = [(reader.line_num, row) for row in reader]
+    names = list(reader.fieldnames or []) if rows else []
     if column is None and len(names) == 1:
         column = names[0]
     if column not in names:
         raise ValueError(f"{source} has no column {column!r}; name one of {names} by --column")
     assert column is not None, "it is one of the names"
-    return column, [float(row[column]) for row in rows if row[column]]
+    if names.count(column) > 1:
+        raise ValueError(f"{source} has {names.count(column)} columns {column!r}")
+    return column, [_number(row[column], source, line) for line, row in rows if row[column]]
+
+
+def _number(text: str, source: Path, line: int) -> float:
+    try:
+        return float(text)
+    except ValueError as error:
+        raise ValueError(f"{source}, line {line}: {text!r} is no number") from error
 
 
 def replay(

@@ -18,6 +18,8 @@ from typing import Any
 
 import hydra
 import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from hydra.utils import instantiate
 from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.callbacks import Timer
@@ -72,6 +74,7 @@ def train(config: DictConfig) -> dict[str, Any]:
     recogniser = build_recogniser(config, datamodule, weights)
     callbacks = build_callbacks(config)
     trainer = build_trainer(config, callbacks)
+    check_processes(trainer)
     start = _last_checkpoint(config) if config.resume else None
     if start is not None:
         load_checkpoint(start)  # Says in its own words what is wrong with the file.
@@ -142,6 +145,21 @@ def build_trainer(config: DictConfig, callbacks: Mapping[str, Callback]) -> Trai
         config.trainer, callbacks=list(callbacks.values()), logger=loggers
     )
     return trainer
+
+
+def check_processes(trainer: Trainer) -> None:
+    """Raise where the processes of a run would not do the same run.
+
+    Raises:
+        ValueError: If a sweep is to be run by several processes: each of those that Lightning
+            starts would run the whole sweep again.
+    """
+    sweeps = HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
+    if sweeps and trainer.world_size > 1:
+        raise ValueError(
+            f"a sweep cannot be run by {trainer.world_size} processes: start its runs one by one, "
+            "or set trainer.devices=1"
+        )
 
 
 def _last_checkpoint(config: DictConfig) -> str | None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -134,9 +134,12 @@ def put_into(model: Transducer, weights: TrainedWeights) -> None:
 
 
 def _load_safetensors(path: Path) -> TrainedWeights:
-    with safe_open(path, framework="pt") as file:
-        header = file.metadata() or {}
-        if not {"recipe", "data"} <= header.keys():
-            raise ValueError(f"{path} was not written by this recipe: its header names none")
-        network = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = file.metadata() or {}
+            network = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged or no safetensors file: {error}") from error
+    if not {"recipe", "data"} <= header.keys():
+        raise ValueError(f"{path} was not written by this recipe: its header names none")
     return TrainedWeights(network, json.loads(header["recipe"]), json.loads(header["data"]))

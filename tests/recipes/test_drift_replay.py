@@ -69,3 +69,30 @@ def test_what_is_missing_is_named(tmp_path: Path) -> None:
     empty.write_text("a\nnan\n")
     with pytest.raises(ValueError, match="has no finite value"):
         main([str(empty)])
+
+
+def test_a_byte_order_mark_is_no_part_of_a_name(tmp_path: Path) -> None:
+    path = tmp_path / "log.csv"
+    path.write_text("wer\n0.5\n", encoding="utf-8-sig")
+    assert read_column(path, "wer") == ("wer", [0.5])
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("wer\n0.5\nhalf\n", r"log\.csv, line 3: 'half' is no number"),
+        ("wer,wer\n0.5,0.6\n", r"log\.csv has 2 columns 'wer'"),
+    ],
+)
+def test_a_log_that_is_wrong_is_named(tmp_path: Path, text: str, complaint: str) -> None:
+    path = tmp_path / "log.csv"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=complaint):
+        read_column(path, "wer")
+
+
+def test_a_folder_of_several_logs_is_refused(tmp_path: Path) -> None:
+    for version in ("version_0", "version_1"):
+        written(tmp_path / "metrics" / version / "metrics.csv")
+    with pytest.raises(ValueError, match=r"version_0/metrics\.csv, metrics/version_1/metrics\.csv"):
+        read_column(tmp_path, "val/wer")

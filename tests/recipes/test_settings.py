@@ -5,16 +5,20 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 from hydra import compose, initialize_config_dir
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import ConfigCompositionException
+from hydra.types import RunMode
+from lightning.pytorch import Trainer
 from omegaconf import DictConfig, OmegaConf
 
 from recipes import require_extra
 from recipes.settings import CONF, check_settings, instantiate_all
-from recipes.train import build_callbacks, train
+from recipes.train import build_callbacks, check_processes, train
 
 Compose = Callable[..., DictConfig]
 PRIMARY = ("allocate", "deploy", "evaluate", "train")
@@ -135,6 +139,18 @@ def test_a_key_that_occurs_twice_is_named_with_its_line(tmp_path: Path) -> None:
 def test_a_mistyped_setting_is_refused(compose_config: Compose) -> None:
     with pytest.raises(ConfigCompositionException, match="bist"):
         compose_config("train", "bist=2")
+
+
+def test_a_sweep_of_several_processes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    mode = SimpleNamespace(mode=RunMode.MULTIRUN)
+    monkeypatch.setattr(HydraConfig, "initialized", lambda: True)
+    monkeypatch.setattr(HydraConfig, "get", lambda: mode)
+    one, two = (cast(Trainer, SimpleNamespace(world_size=size)) for size in (1, 2))
+    check_processes(one)
+    with pytest.raises(ValueError, match="a sweep cannot be run by 2 processes"):
+        check_processes(two)
+    mode.mode = RunMode.RUN
+    check_processes(two)
 
 
 def test_an_extra_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -99,6 +99,14 @@ def test_a_checkpoint_that_was_cut_off_is_named(tmp_path: Path) -> None:
         load_weights(path)
 
 
+def test_small_weights_that_were_cut_off_are_named(weights: TrainedWeights, tmp_path: Path) -> None:
+    path = tmp_path / "short.safetensors"
+    save_weights(path, weights, command="a test")
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(ValueError, match=r"short\.safetensors is damaged or no safetensors file"):
+        load_weights(path)
+
+
 def test_another_network_is_refused(weights: TrainedWeights) -> None:
     other = transducer(num_mels=4, num_labels=6, encoder_size=8, joint_size=8)
     with pytest.raises(ValueError, match=r"(?s)another network.*size mismatch"):

@@ -21,6 +21,7 @@ from recipes.benchmark.compression_page import draw, page, verdicts
 from recipes.benchmark.fine_tuning import START
 from recipes.benchmark.fine_tuning_page import write_page
 from recipes.benchmark.rows import append_row
+from recipes.settings import check_settings
 
 TITLES = {name: method.title for name, method in METHODS.items()}
 
@@ -72,8 +73,10 @@ def test_every_command_composes(cell: Cell) -> None:
     kept = [word for word in overrides if not word.startswith("hydra.")]
     with initialize(version_base="1.3", config_path="../../../conf"):
         config = compose(config_name=name, overrides=kept)
-    expected = {32: 8, SMALL_ONE_BIT: 4} | dict.fromkeys(ALLOCATIONS, 8)
-    assert config.bits == expected.get(cell.bits, cell.bits)
+    check_settings(config, name)
+    expected = {SMALL_ONE_BIT: 4} | dict.fromkeys(ALLOCATIONS, 8)
+    has_bits = METHODS[cell.method].compression not in ("none", "nna8")
+    assert config.bits == (expected.get(cell.bits, cell.bits) if has_bits else None)
 
 
 def test_a_target_that_is_missed_is_called_so() -> None:

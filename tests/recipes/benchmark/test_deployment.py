@@ -20,6 +20,7 @@ from recipes.benchmark.deployment import (
     rows_of,
 )
 from recipes.benchmark.deployment_page import page, verdicts
+from recipes.settings import check_settings
 
 KEYS = (
     "model method bits sparsity accelerator system wer tflite_bytes encoded_bytes memory_bytes "
@@ -94,9 +95,11 @@ def test_every_command_composes() -> None:
 
 
 @pytest.mark.parametrize(
-    ("model", "units", "bits"), [("rnnt_large", 400, 5), ("rnnt_small", 256, 8)]
+    ("model", "units", "bits"), [("rnnt_large", 400, 5), ("rnnt_small", 256, None)]
 )
-def test_other_sizes_are_trained_where_their_cells_look(model: str, units: int, bits: int) -> None:
+def test_other_sizes_are_trained_where_their_cells_look(
+    model: str, units: int, bits: int | None
+) -> None:
     runs, configs = Path("runs"), []
     cell = next(cell for cell in cells() if cell.model == model)
     with initialize(version_base="1.3", config_path="../../../conf"):
@@ -104,6 +107,7 @@ def test_other_sizes_are_trained_where_their_cells_look(model: str, units: int, 
             module, *overrides = command
             assert module == "recipes.train"
             configs.append(compose("train", [o for o in overrides if "hydra." not in o]))
+            check_settings(configs[-1], "train")
             assert configs[-1].model.network.encoder_size == units
     assert configs[1].init_from == f"runs/an4_{model}/seed1/checkpoints/last.ckpt"
     assert configs[1].bits == bits

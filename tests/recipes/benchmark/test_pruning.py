@@ -15,6 +15,7 @@ from recipes.benchmark.fine_tuning_page import write_page
 from recipes.benchmark.pruning import METHODS, Cell, cells, kept_by_tensor, packed_bytes
 from recipes.benchmark.pruning_page import draw, page, verdicts
 from recipes.benchmark.rows import append_row
+from recipes.settings import check_settings
 
 TITLES = {name: method.title for name, method in METHODS.items()}
 
@@ -60,6 +61,7 @@ def test_every_command_composes_and_its_callback_can_be_made(method: str) -> Non
     kept = [word for word in overrides if not word.startswith("hydra.")]
     with initialize(version_base="1.3", config_path="../../../conf"):
         config = compose(config_name=module.removeprefix("recipes."), overrides=kept)
+    check_settings(config, module.removeprefix("recipes."))
     prune = instantiate(config.callbacks.get("prune"))
     numbers = getattr(getattr(prune, "selection", None), "default", cell.sparsity)
     assert numbers == cell.sparsity
