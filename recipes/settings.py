@@ -32,15 +32,16 @@ def check_settings(config: DictConfig, name: str) -> None:
         ValueError: If a mandatory setting has no value, if there is a setting that the recipe does
             not know, or if there is one that the chosen group of compression does not use.
     """
-    if missing := sorted(OmegaConf.missing_keys(config)):
+    plain = OmegaConf.to_container(config, resolve=False)
+    assert isinstance(plain, dict)
+    leaves = list(_leaves(plain))
+    if missing := [path for path, value in leaves if value == "???"]:
         raise ValueError(
             f"{', '.join(missing)} must be set: add {missing[0]}=<value> to the command"
         )
     if unknown := sorted({str(key) for key in config} - _known(name)):
         raise ValueError(f"recipes.{name} has no setting {', '.join(unknown)}")
-    plain = OmegaConf.to_container(config, resolve=False)
-    assert isinstance(plain, dict)
-    read = "\n".join(_strings(plain))
+    read = "\n".join(str(value) for _, value in leaves)
     for key in METHOD_SETTINGS:
         if plain.get(key) is not None and f"${{{key}}}" not in read:
             raise ValueError(
@@ -101,12 +102,13 @@ def _sets(path: Path, key: str) -> bool:
     return key in group or any(_sets(path.with_name(f"{base}.yaml"), key) for base in bases)
 
 
-def _strings(node: Any) -> Iterator[str]:
+def _leaves(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Values of a tree of settings, by their dotted keys."""
     if isinstance(node, Mapping):
-        for value in node.values():
-            yield from _strings(value)
+        for key, value in node.items():
+            yield from _leaves(value, f"{path}.{key}" if path else str(key))
     elif isinstance(node, list):
-        for value in node:
-            yield from _strings(value)
-    elif isinstance(node, str):
-        yield node
+        for place, value in enumerate(node):
+            yield from _leaves(value, f"{path}[{place}]")
+    else:
+        yield path, node

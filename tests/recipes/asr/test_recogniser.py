@@ -10,6 +10,7 @@ import torch
 import torchaudio
 from lightning.pytorch import Trainer
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from recipes.asr.batches import Batch, Item, collate
 from recipes.asr.recogniser import TransducerRecogniser, transducer_loss
@@ -109,9 +110,10 @@ def _fit(recogniser: TransducerRecogniser, batch: Batch) -> None:
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-    ).fit(recogniser, [batch], [batch])
+    ).fit(recogniser, DataLoader([batch], batch_size=None), DataLoader([batch], batch_size=None))
 
 
+@pytest.mark.filterwarnings("ignore:.*does not have many workers")
 @pytest.mark.filterwarnings("ignore:TF32 acceleration on top of oneDNN")
 def test_mixed_precision_clips_gradients_of_an_optimizer_that_would_be_fused(batch: Batch) -> None:
     recogniser = _recogniser(optimizer=partial(torch.optim.AdamW, lr=0.01, fused=True))
@@ -124,6 +126,7 @@ def test_mixed_precision_clips_gradients_of_an_optimizer_that_would_be_fused(bat
     assert not torch.equal(after, before)
 
 
+@pytest.mark.filterwarnings("ignore:.*does not have many workers")
 def test_a_processor_without_such_an_lstm_is_named(
     batch: Batch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
