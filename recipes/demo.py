@@ -24,7 +24,7 @@ from hydra import compose, initialize_config_dir
 from matplotlib.figure import Figure
 from omegaconf import DictConfig
 
-from lightning_nna.files import write_whole
+from lightning_nna.files import whole_file, write_whole
 from recipes.deploy import deploy
 from recipes.deploy import table as deployment
 from recipes.evaluate import evaluate
@@ -127,7 +127,8 @@ def draw(results: Mapping[str, Mapping[str, Any]], path: Path) -> None:
         axes.bar(range(len(names)), rates, yerr=[below, above], capsize=6, color="#4878a8")
         axes.set_xticks(range(len(names)), [TITLES[name].replace(", ", ",\n") for name in names])
         axes.set_ylabel("word error rate, %")
-        figure.savefig(path, dpi=150)
+        with whole_file(path) as unfinished:
+            figure.savefig(unfinished, dpi=150, format="png")
 
 
 def _config(name: str, *overrides: str) -> DictConfig:
