@@ -74,7 +74,7 @@ def mracos_gradient(
     :math:`\pm 1` outside of the centroids, and 0 at a centroid, where the penalty has a kink.
 
     Args:
-        weight: Any weights.
+        weight: Any weights; what is not a number stays so.
         centroids: Ascending, in the unit of the weights.
         scaled: As of the penalty.
 
@@ -95,6 +95,7 @@ def mracos_gradient(
     if not scaled:
         slope = slope * (math.pi / width)
     slope = torch.where(inside, slope, torch.sgn(weight - lower))
+    slope.masked_fill_(weight.isnan(), math.nan)  # Its sign would be 0.
     return slope.masked_fill_((weight == lower) | (weight == lower + width), 0.0)
 
 
@@ -121,7 +122,8 @@ def _gradient_on_integers(weight: Tensor, centroids: Tensor, scaled: bool) -> Te
     rate = math.pi / (centroids[(below + 1).clamp(max=len(centroids) - 1)] - lower)
     lower[0], rate[0], rate[-1] = first - 1, math.pi, 0.0
     w = weight.detach().clamp(first - _BEYOND, last + _BEYOND)
-    cell = w.floor().sub_(first - 1).int().flatten()
+    # A weight that is not a number is in some cell, and its distance is not a number either.
+    cell = w.floor().sub_(first - 1).int().clamp_(0, len(rate) - 1).flatten()
     factor = rate.index_select(0, cell).view_as(w)
     distance = w.sub_(lower.index_select(0, cell).view_as(w))
     at_centroid = distance == 0

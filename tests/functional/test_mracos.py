@@ -21,6 +21,16 @@ def test_the_gradient_is_that_of_the_penalty(scaled: bool) -> None:
 
 
 @pytest.mark.parametrize("scaled", [True, False])
+@pytest.mark.parametrize("centroids", [CENTROIDS, torch.tensor([-1.0, 0.0, 3.0])], ids=str)
+def test_what_is_not_a_number_stays_so(centroids: torch.Tensor, scaled: bool) -> None:
+    w = torch.tensor([0.2, torch.nan, torch.inf, -torch.inf], dtype=centroids.dtype)
+    found = mracos_gradient(w, centroids, scaled=scaled)
+    assert found.isnan().tolist() == [False, True, False, False]
+    assert found[2:].tolist() == pytest.approx([1.0, -1.0], abs=1e-6)
+    assert mracos(w, centroids, scaled=scaled).isnan().tolist() == [False, True, False, False]
+
+
+@pytest.mark.parametrize("scaled", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(
     "levels", [[-127, -126, -3, 0, 5, 127], [2, 3], [-1, 0, 1, 40], [-9, -4, -2]], ids=str
