@@ -10,11 +10,11 @@ export MKL_NUM_THREADS ?= 1
 export WANDB_MODE ?= offline
 export NO_MKDOCS_2_WARNING := 1
 
-.PHONY: install demo bench test check types docs format constraints clean help
+.PHONY: install demo bench test test-isa check types docs format constraints clean help
 .DEFAULT_GOAL := help
 
 help:  ## List the targets
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1\t\2/p' Makefile | expand -t 20
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' Makefile | expand -t 20
 
 install: .venv/.installed  ## Create .venv and install everything in it
 
@@ -36,6 +36,15 @@ bench: .venv/.installed  ## Measure time and memory of training steps, beside ot
 
 test: .venv/.installed  ## Run the whole suite, doctests and the code blocks of the documentation
 	$(BIN)/python -m pytest -n $(WORKERS)
+
+# Emulation must not depend on the processor. These stand in for others: PyTorch's kernels without
+# vector instructions and with AVX2, and oneDNN's likewise.
+ISAS := ATEN_CPU_CAPABILITY=default ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=SSE41 ONEDNN_MAX_CPU_ISA=AVX2
+ISA_TESTS := tests/test_processors.py tests/functional/test_elementary.py tests/functional/test_pointwise.py \
+	tests/emulator tests/deploy/test_tflite.py tests/callbacks
+
+test-isa: .venv/.installed  ## Run exactness, learned scales, pipeline, export and contract as on other processors
+	@for isa in $(ISAS); do echo "$$isa"; env $$isa $(BIN)/python -m pytest -n $(WORKERS) $(ISA_TESTS) || exit 1; done
 
 check: .venv/.installed  ## Check format, lint, types and import rules
 	$(BIN)/ruff format --check .

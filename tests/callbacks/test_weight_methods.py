@@ -28,7 +28,7 @@ from lightning_nna.emulator.weight_pipeline import pipeline_of
 from lightning_nna.functional.mracos import mracos
 from lightning_nna.functional.schedule import Schedule
 from lightning_nna.testing import SmallRecurrentModule
-from lightning_nna.testing.contract import CHECKS, assert_same, module, trainer
+from lightning_nna.testing.contract import CHECKS, assert_same, module, trainer, two_processes
 
 
 def gq(**settings: object) -> GeneralQuantizer:
@@ -170,6 +170,7 @@ class WithoutTerm(ExplicitTerm):
     """The same without."""
 
 
+@pytest.mark.filterwarnings("ignore:.*sync_dist=True.*")
 @pytest.mark.parametrize(
     "settings",
     [
@@ -177,7 +178,7 @@ class WithoutTerm(ExplicitTerm):
         {"accumulate_grad_batches": 2},
         {"gradient_clip_val": 0.1},
         {"precision": "bf16-mixed"},
-        {"devices": 2, "strategy": "ddp_spawn"},
+        {"devices": 2, "strategy": two_processes()},
     ],
     ids=["plain", "accumulated", "clipped", "bf16-mixed", "two processes"],
 )
