@@ -168,10 +168,11 @@ def with_scales_of_at_least(
         ``weight`` itself where every scale is large enough.
 
     Example:
-        >>> weight = QuantizedWeight(torch.tensor([[100], [100]]).to(torch.int8), torch.ones(2))
+        >>> stored = torch.arange(-50, 50, dtype=torch.int8).view(2, 50)
+        >>> weight = QuantizedWeight(stored, torch.ones(2))
         >>> raised = with_scales_of_at_least(weight, torch.tensor([0.5, 4.0]).double())
-        >>> raised.integers.flatten(), raised.scales
-        (tensor([100.,  25.]), tensor([1., 4.]))
+        >>> raised.scales, raised.integers[:, -1]
+        (tensor([1., 4.]), tensor([-1., 12.]))
     """
     needed = smallest.reshape(-1, rows_per_scale).amax(1).repeat_interleave(rows_per_scale)
     raised = needed > weight.scales
