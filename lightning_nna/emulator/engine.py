@@ -28,7 +28,7 @@ from lightning_nna.emulator.observers import Observer
 from lightning_nna.emulator.operators.call import Call
 from lightning_nna.emulator.operators.registry import Operator
 from lightning_nna.emulator.program import Instruction, choice
-from lightning_nna.emulator.ranges import QParams, RangeTable
+from lightning_nna.emulator.ranges import QParams, RangeTable, is_distributed
 from lightning_nna.emulator.scope import (
     compiled_modules,
     forward_codes,
@@ -258,7 +258,19 @@ class Emulator:
         return "the module" if module is None else type(module).__name__
 
     def reduce_ranges(self) -> None:
-        """Let every range cover what any rank of a distributed run has seen."""
+        """Let every rank of a distributed run know the sites and ranges that any has seen."""
+        if not is_distributed():
+            return
+        own = {"locations": self.sites.locations, "folding": self.folding.state_dict()}
+        ranks: list[Any] = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(ranks, own)
+        tables = [rank["locations"] for rank in ranks]
+        seen = [
+            _renamed(rank["folding"], SiteTable(rank["locations"]).unite(tables)) for rank in ranks
+        ]
+        self.ranges.rename(self.sites.unite(tables))
+        self.interception.forget_keys()
+        self.folding.load_state_dict(_union(seen))
         self.ranges.share()
 
     def freeze(self) -> None:
@@ -589,3 +601,22 @@ class Emulator:
         if self.listener is not None:
             self.listener(key, False, (args, kwargs), result)
         return result
+
+
+def _renamed(value: Any, sites: Mapping[str, str]) -> Any:
+    """Nested plain values with other keys of sites."""
+    if isinstance(value, dict):
+        return {_renamed(key, sites): _renamed(held, sites) for key, held in value.items()}
+    if isinstance(value, list):
+        return [_renamed(held, sites) for held in value]
+    return sites.get(value, value) if isinstance(value, str) else value
+
+
+def _union(states: Sequence[Any]) -> Any:
+    """What any of some plain states has; of numbers that of the first."""
+    if isinstance(states[0], dict):
+        keys = dict.fromkeys(key for state in states for key in state)
+        return {key: _union([state[key] for state in states if key in state]) for key in keys}
+    if isinstance(states[0], list):
+        return sorted({held for state in states for held in state})
+    return states[0]

@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import sys
 import threading
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from inspect import CO_VARARGS
@@ -92,6 +92,37 @@ class SiteTable:
         if location not in known:
             known.append(location)
         return f"{path}/{operator}#{known.index(location)}"
+
+    def unite(self, tables: Sequence[Mapping[str, Sequence[str]]]) -> dict[str, str]:
+        """Take in the locations of every rank of a distributed run, in the order of the ranks.
+
+        Ranks on different data may run locations in different orders, and one key must not name
+        different code.
+
+        Args:
+            tables: ``locations`` of every rank; this rank's own is among them.
+
+        Returns:
+            The new key by the old one, for keys of this rank that change.
+
+        Example:
+            >>> mine = SiteTable({"./mul": ["f:2:0"]})
+            >>> mine.unite([{"./mul": ["f:1:0"]}, mine.locations])
+            {'./mul#0': './mul#1'}
+        """
+        united: dict[str, list[str]] = {}
+        for table in tables:
+            for kind, locations in table.items():
+                known = united.setdefault(kind, [])
+                known.extend(location for location in locations if location not in known)
+        renamed = {
+            f"{kind}#{old}": f"{kind}#{united[kind].index(location)}"
+            for kind, locations in self.locations.items()
+            for old, location in enumerate(locations)
+            if united[kind].index(location) != old
+        }
+        self.locations = united
+        return renamed
 
 
 class Scope(threading.local):

@@ -244,6 +244,14 @@ class RangeTable:
         for table in tables:
             table.setdefault(key, new_range(self.observer)).update(x, low, high)
 
+    def rename(self, sites: Mapping[str, str]) -> None:
+        """Let what this rank has seen since the ranks last shared belong to sites of other keys."""
+        self._fresh = {
+            "/".join((sites.get(site, site), *rest)): seen
+            for key, seen in self._fresh.items()
+            for site, *rest in [_site_and_rest(key)]
+        }
+
     def share(self) -> None:
         """Let every rank of a distributed run have what any of them has seen."""
         if not is_distributed():
@@ -290,6 +298,13 @@ class RangeTable:
         """Replace every range by the saved ones."""
         self.ranges = {key: restore(saved) for key, saved in state.items()}
         self._fresh, self._shared = {}, dict(state)
+
+
+def _site_and_rest(key: str) -> list[str]:
+    """A key's site, and what follows it."""
+    path, mark, rest = key.partition("#")
+    ordinal, *others = rest.split("/", 1)
+    return [path + mark + ordinal, *others]
 
 
 def not_finite(key: str, low: float, high: float) -> str:

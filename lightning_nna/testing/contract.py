@@ -250,6 +250,33 @@ def logs_under_its_own_names(factory: Factory, folder: Path) -> None:
     assert all(key.startswith(("nna/", "drift/")) for key in own), f"names of others: {sorted(own)}"
 
 
+def strategy_changes_nothing(factory: Factory, folder: Path) -> None:
+    """``ddp`` with one process trains, logs and remembers what ``auto`` does, in every bit."""
+    results: list[Any] = []
+    try:
+        for strategy in ("auto", "ddp"):
+            fitted, callback = module(), factory()
+            run = trainer(callback, steps=8, strategy=strategy)
+            run.fit(fitted)
+            results.append([dict(fitted.state_dict()), callback.state_dict(), run.logged_metrics])
+    finally:
+        if torch.distributed.is_initialized():  # Lightning leaves it to the end of the process.
+            torch.distributed.destroy_process_group()
+    assert_same(*results)
+
+
+def copies_carry_on(factory: Factory, folder: Path) -> None:
+    """Deep copies of module and callback evaluate as those do, whatever becomes of those."""
+    callback, fitted = factory(), module()
+    trainer(callback, steps=_STOP).fit(fitted)
+    (expected,) = trainer(callback).test(fitted, verbose=False)
+    fitted.trainer = None  # A Trainer holds loaders, loggers and processes; Lightning drops it too.
+    twin, its = copy.deepcopy(fitted), copy.deepcopy(callback)
+    trainer(callback, steps=_STOP).fit(fitted)
+    (found,) = trainer(its).test(twin, verbose=False)
+    assert found == expected, f"{found} differs from {expected}"
+
+
 def two_processes_agree(factory: Factory, folder: Path) -> None:
     """Two ranks on different data end with equal weights and equal callback state."""
     run = trainer(factory(), _SaveState(str(folder)), steps=3, devices=2, strategy=two_processes())
@@ -344,6 +371,8 @@ CHECKS: tuple[Callable[[Factory, Path], None], ...] = (
     manual_optimisation_equals_automatic,
     runs_under_bf16_mixed,
     logs_under_its_own_names,
+    strategy_changes_nothing,
+    copies_carry_on,
     two_processes_agree,
     resume_with_dropout,
     layers_of_configure_model_count,

@@ -7,16 +7,20 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.overrides import _get_current_function_mode
 
-from lightning_nna import calibrate, strip
+from lightning_nna import calibrate, emulate, strip
 from lightning_nna.callbacks import NNAEmulation
+from lightning_nna.emulator.attachment import attached
 from lightning_nna.testing import SmallRecurrentModule
 from lightning_nna.testing.contract import (
     CHECKS,
+    _SaveState,
     accumulation_counts_optimiser_steps,
     assert_same,
     averaged_weights_are_evaluated,
     checkpointed_activations_change_nothing,
+    copies_carry_on,
     is_unhooked,
     module,
     resume_equals_uninterrupted,
@@ -335,3 +339,117 @@ def test_a_run_with_another_observer_resumes_within_its_calibration(
 def test_a_wrong_setting_is_named(settings: dict[str, object], named: str) -> None:
     with pytest.raises(ValueError, match=named):
         NNAEmulation(**settings)
+
+
+def test_copies_of_module_and_callback_carry_on(tmp_path: Path) -> None:
+    copies_carry_on(lambda: NNAEmulation(calibration_steps=2, learned_steps="all"), tmp_path)
+
+
+def test_two_processes_observe_what_one_does(tmp_path: Path) -> None:
+    """On the same batches, with weights that stay: the same sites and ranges, to the bit."""
+    still, callbacks = module(learning_rate=0.0), [NNAEmulation(calibration_steps=2)]
+    trainer(*callbacks, _SaveState(str(tmp_path)), steps=3, devices=2, strategy="ddp_spawn").fit(
+        still
+    )
+    one = NNAEmulation(calibration_steps=4)
+    trainer(one, steps=5).fit(module(learning_rate=0.0))
+    for rank in range(2):
+        state = torch.load(tmp_path / f"rank{rank}.pt", weights_only=True)["callbacks"][0]
+        assert state["emulator"] == one.state_dict()["emulator"]
+
+
+# --- a second module ----------------------------------------------------------------------------
+
+
+def test_a_second_module_starts_anew_and_the_first_keeps_its_own() -> None:
+    used, fresh, first = (
+        NNAEmulation(calibration_steps=2),
+        NNAEmulation(calibration_steps=2),
+        module(),
+    )
+    trainer(used, steps=5).fit(first)
+    own = used.emulator.state_dict()
+    second, other = module(seed=1), module(seed=1)
+    trainer(used, steps=5).fit(second)
+    trainer(fresh, steps=5).fit(other)
+    assert_same(dict(second.state_dict()), dict(other.state_dict()))
+    assert_same(used.state_dict(), fresh.state_dict())
+    assert attached(first).state_dict() == own
+    # Back to the first: its ranges are there, and nothing is observed again.
+    trainer(used).test(first, verbose=False)
+    assert used.emulator.state_dict() == own
+
+
+def test_another_module_is_not_evaluated_in_float() -> None:
+    chip = NNAEmulation(calibration_steps=2)
+    trainer(chip, steps=5).fit(module())
+    with pytest.raises(RuntimeError, match="test on the chip needs ranges, and none were observed"):
+        trainer(chip).test(module(seed=1), verbose=False)
+
+
+def test_what_a_checkpoint_holds_goes_to_the_module_it_is_loaded_for(tmp_path: Path) -> None:
+    chip, first = NNAEmulation(calibration_steps=2), module()
+    trainer(chip, steps=5).fit(first)
+    own = chip.emulator.state_dict()
+    run = trainer(NNAEmulation(calibration_steps=3), steps=5)
+    run.fit(module(seed=1))
+    run.save_checkpoint(tmp_path / "second.ckpt")
+    (expected,) = run.test(run.lightning_module, verbose=False)
+    other = module(seed=2)
+    (found,) = trainer(chip).test(other, ckpt_path=tmp_path / "second.ckpt", verbose=False)
+    assert found == expected
+    assert attached(first).state_dict() == own
+    assert attached(other) is chip.emulator
+
+
+def test_a_module_that_was_stripped_is_emulated_with_the_same_ranges() -> None:
+    chip, fitted = NNAEmulation(calibration_steps=2), module()
+    trainer(chip, steps=5).fit(fitted)
+    (expected,) = trainer(chip).test(fitted, verbose=False)
+    strip(fitted)
+    assert trainer(chip).test(fitted, verbose=False) == [expected]
+
+
+def test_a_run_inside_a_block_leaves_the_block_as_it_was() -> None:
+    chip, fitted, x = NNAEmulation(calibration_steps=2), module(), torch.randn(3, 6, 4)
+    trainer(chip, steps=5).fit(fitted)
+    fitted.eval()
+    with emulate(fitted), torch.no_grad():
+        expected = fitted(x)
+        trainer(chip).test(fitted, verbose=False)
+        assert torch.equal(fitted(x), expected)
+    assert not torch.equal(fitted(x), expected)
+
+
+class SkipsTheRest(SmallRecurrentModule):
+    """Ends the epoch at its third batch, so that the batch's end is never announced."""
+
+    def on_train_batch_start(self, batch: object, batch_index: int) -> int | None:
+        return -1 if batch_index == 3 else None
+
+
+def test_a_skipped_epoch_leaves_no_mode_behind() -> None:
+    chip = NNAEmulation(calibration_steps=1)
+    trainer(chip, max_steps=-1, max_epochs=2).fit(SkipsTheRest())
+    assert _get_current_function_mode() is None
+    assert chip.emulator.phase == "float"
+
+
+# --- what a fit says at its end -----------------------------------------------------------------
+
+
+def test_a_fit_says_how_much_of_it_ran_emulated(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    trainer(NNAEmulation(calibration_steps=2), steps=5).fit(module())
+    assert "3 of 5 optimiser steps of this fit ran emulated" in caplog.text
+
+
+def test_sites_that_clip_much_are_named_once() -> None:
+    fitted = module()
+    calibrate(fitted, [0.02 * torch.randn(8, 6, 4)])
+    chip = NNAEmulation(calibration_steps=0, telemetry_every_n_steps=1)
+    with pytest.warns(UserWarning, match="sites clip more than 5%") as caught:
+        trainer(chip, steps=8).fit(fitted)
+    (message,) = [str(w.message) for w in caught if "sites clip" in str(w.message)]
+    assert "head.first/fully_connected#0" in message
+    assert chip.telemetry["head.first/fully_connected#0"].clip_rate > 0.05

@@ -16,7 +16,7 @@ from torch.overrides import _get_current_function_mode
 
 from lightning_nna import bake, calibrate, coverage, emulate, strip
 from lightning_nna.deploy.tflite import export_tflite, verify
-from lightning_nna.emulator.attachment import attached
+from lightning_nna.emulator.attachment import attach, attached
 from lightning_nna.testing import SmallNet
 from lightning_nna.testing.contract import assert_same, is_unhooked
 from tests.emulator.modules import Function
@@ -237,6 +237,66 @@ def test_replicas_of_data_parallel_are_an_error() -> None:
     replica = net._replicate_for_data_parallel()
     with emulate(net), pytest.raises(RuntimeError, match="use DistributedDataParallel"):
         in_threads(lambda: replica(x) and None)
+
+
+# --- ranks --------------------------------------------------------------------------------------
+
+
+class Ranks:
+    """``all_gather_object`` among threads that stand for the processes of a run."""
+
+    def __init__(self, size: int) -> None:
+        self.size, self.rank = size, threading.local()
+        self.gathered: list[object] = [None] * size
+        self.barrier = threading.Barrier(size)
+
+    def all_gather_object(self, found: list[object], own: object) -> None:
+        self.gathered[self.rank.number] = copy.deepcopy(own)
+        self.barrier.wait()
+        found[:] = copy.deepcopy(self.gathered)
+        self.barrier.wait()
+
+
+class Branches(nn.Module):
+    """Which of two products runs first depends on the data; so does who reads a result."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.layer(x)
+        if float(x.detach().sum()) > 0:
+            return torch.relu(y) * 0.5
+        return torch.relu(y) * 7.0 + y * 3.0
+
+
+def test_ranks_that_take_other_branches_agree_on_sites_and_ranges(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    torch.manual_seed(0)
+    nets = [Branches(), Branches()]
+    nets[1].load_state_dict(nets[0].state_dict())
+    x, ranks = torch.randn(16, 4).abs(), Ranks(2)
+    batches = [[x, -x], [-2 * x, 3 * x]]
+    alone = Branches()
+    alone.load_state_dict(nets[0].state_dict())
+    expected = calibrate(alone, [x, -2 * x, -x, 3 * x]).state_dict()
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "all_gather_object", ranks.all_gather_object)
+
+    def observe(number: int) -> None:
+        ranks.rank.number = number
+        chip = attach(nets[number])
+        for batch in batches[number]:
+            with chip.running("observe"):
+                nets[number](batch)
+            chip.reduce_ranges()
+        chip.freeze()
+
+    in_threads(lambda: observe(0), lambda: observe(1))
+    assert attached(nets[0]).state_dict() == attached(nets[1]).state_dict() == expected
 
 
 # --- copies -------------------------------------------------------------------------------------
