@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -34,7 +34,8 @@ def whole_file(path: Path) -> Iterator[Path]:
         yield unfinished
         flush(unfinished)
         unfinished.replace(path)
-        flush(path.parent)
+        with suppress(OSError):  # Not every file system can flush a folder, and the file is there.
+            flush(path.parent)
     finally:
         unfinished.unlink(missing_ok=True)
 

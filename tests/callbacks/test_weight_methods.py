@@ -120,8 +120,11 @@ class Spoiled(SmallRecurrentModule):
         return loss * torch.nan if self.global_step == 4 else loss
 
 
-@pytest.mark.parametrize("emulated", [False, True], ids=["float", "emulated"])
-@pytest.mark.parametrize("make", [*METHODS.values(), *PRUNING.values()], ids=[*METHODS, *PRUNING])
+@pytest.mark.parametrize(
+    ("make", "emulated"),
+    [*((make, False) for make in (*METHODS.values(), *PRUNING.values())), (gq, True)],
+    ids=[*METHODS, *PRUNING, "gq, emulated"],
+)
 def test_a_batch_that_is_no_number_is_an_error_that_names_the_weights(
     make: Callable[[], WeightMethod], emulated: bool
 ) -> None:
