@@ -9,6 +9,7 @@ the call stack.
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import threading
@@ -21,6 +22,7 @@ from types import CodeType, FrameType
 from typing import Any
 
 import torch
+import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torchmetrics import Metric
@@ -35,6 +37,8 @@ from lightning_nna.emulator.operators.movement import (
 from lightning_nna.emulator.operators.registry import TABLE
 from lightning_nna.functional.elementary import square_root
 
+log = logging.getLogger(__name__)
+
 #: Path of the module that the emulator is attached to.
 ROOT = "."
 
@@ -43,6 +47,7 @@ _TORCH_FOLDER = str(Path(torch.__file__).parent) + os.sep
 #: Files of other function modes, which may stand between a call and the interception.
 TRANSPARENT_FILES: set[str] = set()
 _MODULE_CALL = nn.Module.__call__.__code__.co_filename
+_CHECKPOINT = torch.utils.checkpoint.checkpoint_sequential.__code__.co_filename
 _BACKWARD = frozenset({"backward", "grad"})
 #: A LightningModule's steps compute losses and metrics, also where another module calls them.
 _STEPS = frozenset({"training_step", "validation_step", "test_step", "predict_step"})
@@ -181,6 +186,7 @@ class Interception(TorchFunctionMode):
         self._keys: dict[tuple[object, ...], str] = {}
         self._code: list[CodeType] = []
         self._naming = threading.Lock()
+        self._warned_of_checkpointing = False
 
     def enter(self) -> None:
         """Start intercepting in this thread; calls nest.
@@ -276,6 +282,14 @@ class Interception(TorchFunctionMode):
         """Key of a call site; code locations are turned into text once."""
         identity = (path, operator, *((id(code), at) for code, at in location))
         if identity not in self._keys:
+            if not self._warned_of_checkpointing and _is_checkpointed_function():
+                self._warned_of_checkpointing = True
+                log.warning(
+                    "torch.utils.checkpoint is given a function in %s: the backward computes it "
+                    "again in float, and gradients are wrong or PyTorch raises CheckpointError; "
+                    "give it a module (nn.Module) that has these operators in its forward",
+                    "the module" if path == ROOT else path,
+                )
             with self._naming:
                 self._code.extend(code for code, _ in location)  # An id must not be used again.
                 text = ">".join(_describe(code, at) for code, at in reversed(location))
@@ -433,6 +447,19 @@ def _callers() -> Iterator[FrameType]:
     while frame is not None:
         yield frame
         frame = frame.f_back
+
+
+def _is_checkpointed_function() -> bool:
+    """Whether activation checkpointing runs the code of a module whose forward it has not called.
+
+    The hooks of a module that it calls tell the interception that its forward runs again.
+    """
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None and frame.f_code.co_filename != _MODULE_CALL:
+        if frame.f_code.co_filename == _CHECKPOINT:
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _describe(code: CodeType, instruction: int) -> str:

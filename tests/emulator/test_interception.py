@@ -372,3 +372,29 @@ def test_a_method_of_another_module_is_a_site_of_that_module_inside_a_forward_to
         result = module.model.transcribe(x)
         assert torch.equal(module(x), result)
     assert set(chip.sites.locations) == {"model.layer/fully_connected", "model/tanh"}
+
+
+@pytest.mark.parametrize(("of_a_module", "warnings"), [(True, 0), (False, 1)])
+def test_a_function_that_is_checkpointed_is_named_once(
+    of_a_module: bool, warnings: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its recomputation passes no module, so that nothing says that it is to be emulated."""
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def method(self, x: Tensor) -> Tensor:
+            return torch.tanh(x) * 0.5
+
+        def forward(self, x: Tensor) -> Tensor:
+            inner = self.layer if of_a_module else self.method
+            return checkpoint(inner, x, use_reentrant=False)
+
+    net, x = Block(), torch.randn(8, 4)
+    with emulate(net) as chip:
+        with chip.observing():
+            net(x)
+        net(x)
+    assert caplog.text.count("torch.utils.checkpoint is given a function in the module") == warnings
