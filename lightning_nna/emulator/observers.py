@@ -246,9 +246,10 @@ def _percentile(counts: Tensor, edges: Tensor) -> tuple[float, float]:
 def _least_squares(counts: Tensor, edges: Tensor) -> tuple[float, float]:
     """Bounds whose 8-bit grid has the least squared error; searched side by side."""
     filled = counts.nonzero()[:, 0]
-    centres = (edges[:-1] + edges[1:]) / 2
     low, high = float(edges[filled[0]]), float(edges[filled[-1] + 1])
-    shares = torch.linspace(1.0, 0.1, 91, dtype=torch.float64)
+    centres, counts = ((edges[:-1] + edges[1:]) / 2)[filled], counts[filled]
+    # From 1 down to 0.1, rounded correctly: evenly spaced numbers of a library may not be.
+    shares = torch.arange(100, 9, -1, dtype=torch.float64) / 100
     best_low, best_high = low, high
     for _ in range(2):  # One side after the other, twice.
         if low < 0:
@@ -265,4 +266,5 @@ def _error(counts: Tensor, centres: Tensor, low: float, high: float) -> float:
     low, high = min(low, 0.0), max(high, 0.0)
     step = max((high - low) / 255, 1e-30)
     rounded = (centres.clamp(low, high) / step).round() * step
-    return float(((centres - rounded).square() * counts).sum())
+    # One after the other: the order of a sum depends on the processor.
+    return float(((centres - rounded).square() * counts).cumsum(0)[-1])
