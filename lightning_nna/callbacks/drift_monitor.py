@@ -8,7 +8,7 @@ Reference:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import astuple
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -163,6 +163,7 @@ class DriftMonitor(Callback):
             return
         from lightning_nna.callbacks.drift_figure import draw
 
+        stems = _stems(self.readings)
         with warned_of("DriftMonitor", folder):
             for name, readings in self.readings.items():
                 if readings:
@@ -170,7 +171,7 @@ class DriftMonitor(Callback):
                     save_figure(
                         trainer,
                         figure,
-                        folder / f"{name.replace('/', '_')}.png",
+                        folder / f"{stems[name]}.png",
                         key=f"drift/{name}/figure",
                         step=self.steps[name][-1],
                     )
@@ -277,3 +278,14 @@ class DriftMonitor(Callback):
 def _is_early_stopping(callback: Any) -> bool:
     """Say whether a callback is one, of either name of Lightning's package."""
     return any(parent.__name__ == "EarlyStopping" for parent in type(callback).__mro__)
+
+
+def _stems(names: Iterable[str]) -> dict[str, str]:
+    """Names of files by names of metrics, all different; ``a/b`` and ``a_b`` would have one."""
+    found: dict[str, str] = {}
+    for name in names:
+        stem = name.replace("/", "_")
+        while stem in found.values():
+            stem += "_"
+        found[name] = stem
+    return found

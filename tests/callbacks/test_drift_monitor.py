@@ -267,6 +267,13 @@ def test_a_figure_of_each_metric_goes_to_disk_and_to_loggers(tmp_path: Path) -> 
     assert b"drift/val/wer/figure" in next(tmp_path.rglob("events.*")).read_bytes()
 
 
+def test_two_metrics_have_two_figures(tmp_path: Path) -> None:
+    names = ["val/wer", "val_wer"]
+    run = watched(DriftMonitor(names, dirpath=tmp_path), epochs=2)
+    run.fit(Told(dict.fromkeys(names, FLAT)))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["val_wer.png", "val_wer_.png"]
+
+
 def test_without_a_folder_figures_stand_beside_the_log(tmp_path: Path) -> None:
     watched(DriftMonitor("val/wer"), epochs=3, default_root_dir=tmp_path).fit(
         Told({"val/wer": FLAT})
