@@ -1,5 +1,6 @@
 """Lightning callbacks that train a network in the arithmetic of the chip that will run it."""
 
+from lightning_nna.compression.deployed import load_deployed
 from lightning_nna.emulator import (
     Coverage,
     Emulator,
@@ -13,4 +14,14 @@ from lightning_nna.emulator import (
 
 __version__ = "0.1.0"
 
-__all__ = ["Coverage", "Emulator", "NNASpec", "bake", "calibrate", "coverage", "emulate", "strip"]
+__all__ = [
+    "Coverage",
+    "Emulator",
+    "NNASpec",
+    "bake",
+    "calibrate",
+    "coverage",
+    "emulate",
+    "load_deployed",
+    "strip",
+]

@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from lightning_nna import calibrate
 from lightning_nna.callbacks import NNAEmulation
+from lightning_nna.callbacks.weight_method import WeightMethod
 from recipes.asr.batches import Batch
 from recipes.asr.data import SpeechDataModule
 from recipes.asr.recogniser import TransducerRecogniser
@@ -64,6 +65,9 @@ def evaluate(config: DictConfig) -> dict[str, Any]:
     datamodule = instantiate(recipe.data)
     recogniser = build_recogniser(recipe, datamodule, weights)
     callbacks = build_callbacks(config)
+    for callback in callbacks.values():
+        if isinstance(callback, WeightMethod) and callback.state_key in weights.callbacks:
+            callback.load_state_dict(weights.callbacks[callback.state_key])
     emulation = callbacks.get("nna")
     if isinstance(emulation, NNAEmulation):
         batches = config.calibration_batches
@@ -135,7 +139,8 @@ def _every_path(module: nn.Module, batch: Batch) -> None:
 def _method(config: DictConfig, weights: TrainedWeights) -> str:
     """``chip`` is a float model on the chip; what trained on it keeps its method's name."""
     on_chip = config.callbacks.get("nna") is not None
-    if not on_chip:
+    is_compressed = any("latents" in state for state in weights.callbacks.values())
+    if not on_chip and not is_compressed:
         return "float"
     trained = str(weights.recipe.get("method", "float"))
     return "chip" if trained == "float" else trained

@@ -26,6 +26,7 @@ from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig
 
+from lightning_nna.compression.deployed import deploy_weights
 from recipes.asr.data import SpeechDataModule
 from recipes.asr.recogniser import TransducerRecogniser
 from recipes.run_folder import (
@@ -130,6 +131,8 @@ def build_recogniser(
     recogniser.recipe = settings_of(config)
     if weights is not None:
         put_into(recogniser.model, weights)
+        # What a run has compressed is used so: a checkpoint may hold what it goes on from.
+        deploy_weights(recogniser, weights.callbacks)
     return recogniser
 
 

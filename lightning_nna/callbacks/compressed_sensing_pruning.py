@@ -145,6 +145,13 @@ class CompressedSensingPruning(PruningMethod):
         self._moments = InputMoments(self._parameters, self._sums, self._counts)
 
     @override
+    def forget(self) -> None:
+        super().forget()
+        for known in (self.nmse, self._kept, self._sums, self._counts, self._powers):
+            known.clear()
+        self._moments = None
+
+    @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_fit_start(trainer, pl_module)
         if self._moments is None:

@@ -7,11 +7,13 @@ Reference:
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import astuple
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
+from weakref import ref
 
 import lightning.pytorch as pl
 import torch
@@ -127,6 +129,9 @@ class DriftMonitor(Callback):
         self._warned: set[tuple[str, str]] = set()
         # Where the figures of this run go, once its training has ended.
         self._folder: Path | None = None
+        # Whose metrics were read, unless a state was loaded since; and the state before that.
+        self._module: ref[pl.LightningModule] | None = None
+        self._at_first = self.state_dict()
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -138,6 +143,14 @@ class DriftMonitor(Callback):
         for each in others:
             if _is_early_stopping(each) and str(each.monitor).startswith(own):
                 each.strict = False  # A metric may come later than the first validation.
+
+    @override
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # What was read of one module is no history of another's.
+        if self._module is not None and self._module() is not pl_module:
+            self.load_state_dict(copy.deepcopy(self._at_first))
+            self._warned.clear()
+        self._module = ref(pl_module)
 
     @override
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -193,6 +206,7 @@ class DriftMonitor(Callback):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._module = None
         for name in self.detectors.keys() & state_dict.keys():
             state = state_dict[name]
             self.detectors[name].load_state_dict(state["detector"])
@@ -202,6 +216,10 @@ class DriftMonitor(Callback):
                 for each in state["readings"]
             ]
             self.readings[name] = [DriftReading(*each) for each in restored]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy or pickle has what was read, not the module."""
+        return {**self.__dict__, "_module": None}
 
     def _read(self, trainer: pl.Trainer, name: str, detector: DriftDetector) -> bool:
         """Take in the metric's value; say whether a drift begins."""

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_nna.callbacks.weight_method import BitsMethod
+from lightning_nna.callbacks.weight_method import BitsMethod, require_levels
 from lightning_nna.compression.general_quantizer import GeneralQuantizerStage, Scale
 from lightning_nna.compression.selection import Granularity, groups_of
 from lightning_nna.emulator.keyed_adam import KeyedAdam
@@ -133,6 +133,35 @@ class GeneralQuantizer(BitsMethod):
         self._saved: dict[str, Any] = {}
 
     @override
+    def settings(self) -> dict[str, Any]:
+        return {
+            **super().settings(),
+            "mu": self.mu,
+            "scale": self.scale,
+            "granularity": self.granularity,
+            "grid_bits": self.grid_bits,
+            "power_of_two_steps": self.power_of_two_steps,
+            "pin_zero": self.pin_zero,
+        }
+
+    @override
+    def missed(self) -> list[str]:
+        # Evaluation and deployment are hard: what training was not, has never seen the loss.
+        hard_from = step_of(self.hard_from, self._total_steps)
+        if self.steps >= hard_from:
+            return []
+        return [
+            f"weights take their values in training from step {hard_from:.0f} on (hard_from), and "
+            f"the sharpness is {self._sharpness():.3g}, not {self.sharpness.last:.3g}"
+        ]
+
+    @override
+    def forget(self) -> None:
+        super().forget()
+        self._stages, self._saved = {}, {}
+        self._adam = KeyedAdam(self.centroid_lr.start)
+
+    @override
     def stages(self) -> dict[str, Stage]:
         return {**self._stages}
 
@@ -156,20 +185,32 @@ class GeneralQuantizer(BitsMethod):
                 pin_zero=self.pin_zero and self.bits[name] > 1,
                 rate_bits=self.rate_of(name),
             )
-            if name in self._saved:
-                stage.load_state_dict(self._saved[name])
             self._stages[name] = stage
+        self.rejoin()
+
+    @override
+    def rejoin(self) -> None:
+        for name, state in self._saved.items():
+            if name in self._stages:
+                require_levels(name, len(state["centroids"]), self.bits[name])
+                self._stages[name].load_state_dict(state)
         self._saved = {}
         self._schedule()
 
     @override
+    def located(self) -> None:
+        self._schedule()
+
+    @override
+    def learn(self) -> None:
+        self._adam.learning_rate = self.centroid_lr.at(self.steps, total=self._total_steps)
+        self._adam.update(self._learned())
+        for stage in self._stages.values():
+            stage.settle()
+
+    @override
     def stepped(self) -> None:
-        if self._stages:
-            self._adam.learning_rate = self.centroid_lr.at(self.steps, total=self._total_steps)
-            self._adam.update(self._learned())
-            for stage in self._stages.values():
-                stage.settle()
-            self._schedule()
+        self._schedule()
 
     @override
     def figures(self) -> dict[str, float]:
@@ -185,7 +226,7 @@ class GeneralQuantizer(BitsMethod):
         stages = {name: stage.state_dict() for name, stage in self._stages.items()}
         return {
             **super().state_dict(),
-            "centroids": stages or self._saved,
+            "centroids": self._saved or stages,
             "adam": self._adam.state_dict(),
         }
 
@@ -194,8 +235,6 @@ class GeneralQuantizer(BitsMethod):
         super().load_state_dict(state_dict)
         self._saved = dict(state_dict["centroids"])
         self._adam.load_state_dict(state_dict["adam"])
-        for name, stage in self._stages.items():
-            stage.load_state_dict(self._saved[name])
 
     def _learned(self) -> dict[str, Tensor]:
         return {

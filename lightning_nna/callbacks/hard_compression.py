@@ -7,6 +7,7 @@ Reference:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
@@ -105,6 +106,8 @@ class HardCompression(S8BQATMethod):
         self.every_n_steps, self.start_step = every_n_steps, start_step
         self.momentum = momentum
         self.compressions = 0
+        # Step of the last one; None before the first.
+        self._compressed: int | None = None
 
     @override
     def stages(self) -> dict[str, Stage]:
@@ -114,15 +117,29 @@ class HardCompression(S8BQATMethod):
     @torch.no_grad()
     def stepped(self) -> None:
         self.refresh()
-        start = round(step_of(self.start_step, self._total_steps))
-        if self.steps < max(start, 1) or (self.steps - start) % self.every_n_steps:
+        if self.steps < self._due():
             return
         self.compressions += 1
+        self._compressed = self.steps
         require_finite_weights(self._parameters)  # What is not would become a centroid.
         for name, parameter in self._parameters.items():
             parameter.copy_(self.centroids[name].codebook.project(parameter))
             if self.momentum == "reset":
                 self._forget(parameter)
+
+    @override
+    def missed(self) -> list[str]:
+        if self.compressions:
+            return []
+        return [
+            f"the first compression is at step {self._due():.0f} (start_step, every_n_steps), so "
+            f"that weights were compressed 0 times before they were deployed"
+        ]
+
+    @override
+    def forget(self) -> None:
+        super().forget()
+        self.compressions, self._compressed = 0, None
 
     @override
     def figures(self) -> dict[str, float]:
@@ -138,12 +155,23 @@ class HardCompression(S8BQATMethod):
 
     @override
     def state_dict(self) -> dict[str, object]:
-        return {**super().state_dict(), "compressions": self.compressions}
+        own = {"compressions": self.compressions, "compressed": self._compressed}
+        return {**super().state_dict(), **own}
 
     @override
     def load_state_dict(self, state_dict: dict[str, object]) -> None:
         super().load_state_dict(state_dict)
         self.compressions = int(str(state_dict["compressions"]))
+        compressed = state_dict.get("compressed")
+        self._compressed = None if compressed is None else int(str(compressed))
+
+    def _due(self) -> float:
+        """Step of the next compression."""
+        start = step_of(self.start_step, self._total_steps)
+        start = round(start) if math.isfinite(start) else start
+        if self._compressed is None:
+            return start or self.every_n_steps
+        return max(start, self._compressed + self.every_n_steps)
 
     def _forget(self, parameter: Tensor) -> None:
         for optimizer in self._optimizers:

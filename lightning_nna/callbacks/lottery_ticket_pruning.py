@@ -9,11 +9,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import lightning.pytorch as pl
 from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_nna.callbacks.magnitude_pruning import MagnitudePruning
+from lightning_nna.callbacks.resumed_settings import require_same
 
 
 class LotteryTicketPruning(MagnitudePruning):
@@ -44,6 +46,22 @@ class LotteryTicketPruning(MagnitudePruning):
             raise ValueError(f"rewind_step must be at least 0, got {rewind_step}")
         self.rewind_step = rewind_step
         self._rewound: dict[str, Tensor] = {}
+
+    @override
+    def settings(self) -> dict[str, Any]:
+        return {**super().settings(), "rewind_step": self.rewind_step}
+
+    @override
+    def require_settings(self, trainer: pl.Trainer | None) -> None:
+        super().require_settings(trainer)
+        if self._rewound and "rewind_step" in self._saved_settings:
+            saved = {"rewind_step": self._saved_settings["rewind_step"]}
+            require_same(type(self).__name__, saved, self.settings())
+
+    @override
+    def forget(self) -> None:
+        super().forget()
+        self._rewound = {}
 
     @override
     def step_begins(self, optimizer: Optimizer) -> None:

@@ -116,6 +116,15 @@ class MRACosRegularization(S8BQATMethod):
         penalty = sum(float(self._penalty(n, p).sum()) for n, p in self._parameters.items())
         return {"penalty": penalty, "strength": self._factor()}
 
+    @override
+    def missed(self) -> list[str]:
+        now, last = self._factor(), self.strength * self.schedule.last
+        # The schedule of a run in steps may end a step after it.
+        reach = abs(last - self.strength * self.schedule.start)
+        if abs(last - now) <= 0.01 * reach:
+            return []
+        return [f"the strength is {now:.3g}, not {last:.3g}"]
+
     def _factor(self) -> float:
         return self.strength * self.schedule.at(self.steps, total=self._total_steps)
 

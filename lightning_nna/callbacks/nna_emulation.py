@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import asdict
 from statistics import fmean
 from typing import Any
 from weakref import ref
@@ -23,6 +24,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_nna.callbacks.resumed_settings import require_same
 from lightning_nna.callbacks.step_counter import StepCounter
 from lightning_nna.emulator.attachment import attach, attached
 from lightning_nna.emulator.engine import Emulator, Fidelity, Phase
@@ -140,6 +142,8 @@ class NNAEmulation(Callback):
         # Optimiser steps of this fit, and those of them that ran emulated.
         self._fit_steps = self._emulated_steps = 0
         self._warned_of_clipping = False
+        # Of the run that has observed the ranges, where a checkpoint tells.
+        self._observed_steps: int | None = None
 
     @property
     def steps(self) -> int:
@@ -172,6 +176,9 @@ class NNAEmulation(Callback):
                 "calibration_steps=0, and no ranges were observed before: call "
                 "lightning_nna.calibrate(module, batches), or set calibration_steps"
             )
+        if emulator.calibrated and self._observed_steps is not None and self.calibration_steps:
+            saved, now = self._observed_steps, self.calibration_steps
+            require_same("NNAEmulation", {"calibration_steps": saved}, {"calibration_steps": now})
         # That of fp16 mixed precision; others have none.
         self._scaler = getattr(trainer.precision_plugin, "scaler", None)
         # Attached here and not earlier: optimisers exist only now, some are built in __init__.
@@ -296,11 +303,17 @@ class NNAEmulation(Callback):
             "telemetry": self.telemetry.state_dict(),
             "sampled": self._sampled,
             "step_optimizer": self._step_optimizer.state_dict(),
+            "settings": self._settings(),
+            "calibration_steps": self._observed_steps or self.calibration_steps,
+            "clock": self._counter.state_dict(),
         }
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._counter.steps, self._saved = int(state_dict["steps"]), state_dict["emulator"]
+        require_same("NNAEmulation", state_dict.get("settings", {}), self._settings())
+        self._observed_steps = state_dict.get("calibration_steps")
+        self._counter.load_state_dict(state_dict.get("clock", {"steps": state_dict["steps"]}))
+        self._saved = state_dict["emulator"]
         self.telemetry.load_state_dict(state_dict["telemetry"])
         self._sampled = int(state_dict["sampled"])
         self._step_optimizer.load_state_dict(state_dict.get("step_optimizer", {}))
@@ -317,11 +330,17 @@ class NNAEmulation(Callback):
         """Start anew where the module is not the one of the runs before."""
         if self._module is not None and self._module() is not pl_module:
             if self._saved is None:
-                self._counter.steps, self._sampled = 0, -1
+                self._counter.reset()
+                self._sampled, self._observed_steps = -1, None
                 self.telemetry = Telemetry()
                 self._step_optimizer = KeyedAdam(self.step_lr)
             self._emulator, self._warned_of_clipping = None, False
         self._module = ref(pl_module)
+
+    def _settings(self) -> dict[str, Any]:
+        """What observed ranges belong to, in plain values."""
+        spec = {**asdict(self.spec), "operators": list(self.spec.operators)}
+        return {"spec": spec, "targets": list(self.targets), "observer": self.observer}
 
     def _attach(self, pl_module: pl.LightningModule) -> Emulator:
         """Attach when the run starts: ``setup`` and ``configure_model`` may still add layers."""

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_nna.callbacks.resumed_settings import require_same
 from lightning_nna.callbacks.weight_method import WeightMethod
 from lightning_nna.compression.masks import MaskStage, MatrixLayout, global_sparsities
 from lightning_nna.compression.selection import Sparsities
@@ -91,6 +92,8 @@ class PruningMethod(WeightMethod, ABC):
         #: How each selected weight is seen as a matrix, once a run has started.
         self.layouts: dict[str, MatrixLayout] = {}
         self._saved: dict[str, Any] = {}
+        # The last choice of masks was made; nothing changes them any more.
+        self._is_final = False
 
     # --- what a method says -------------------------------------------------------------------
 
@@ -141,6 +144,41 @@ class PruningMethod(WeightMethod, ABC):
         return {**self.masks}
 
     @override
+    def settings(self) -> dict[str, Any]:
+        schedule = self.schedule
+        return {
+            "sparsity": dict(self.numbers),
+            "pattern": self.pattern.name,
+            "scope": self.scope,
+            "schedule": [schedule.start, schedule.last],
+        }
+
+    @override
+    def require_settings(self, trainer: pl.Trainer | None) -> None:
+        if trainer is None:
+            super().require_settings(trainer)
+            return
+        # Until masks freeze the next choice of masks honors what has changed.
+        saved, now = self._saved_settings.get("sparsity", self.numbers), self.numbers
+        tensors = {"tensors": sorted(saved)}, {"tensors": sorted(now)}
+        require_same(type(self).__name__, *tensors)
+
+    @override
+    def missed(self) -> list[str]:
+        wanted = sum(self.numbers[n] * stage.mask.numel() for n, stage in self.masks.items())
+        wanted *= self.schedule.last
+        zeros = sum(stage.mask.numel() - stage.kept for stage in self.masks.values())
+        weights = sum(stage.mask.numel() for stage in self.masks.values())
+        # Less than one unit of a weight cannot be zeroed; with N:M, one weight of every group.
+        units = 0.0
+        for name, stage in self.masks.items():
+            each = self.pattern.group or self.pattern.units(self.layouts[name].matrix_shape)
+            units += stage.mask.numel() / each
+        if wanted - zeros <= units:
+            return []
+        return [f"sparsity is {zeros / weights:.1%}, not {wanted / weights:.1%}"]
+
+    @override
     def prepare(self) -> None:
         assert self._module is not None, "a run has started"
         self.layouts = {}
@@ -153,22 +191,59 @@ class PruningMethod(WeightMethod, ABC):
             name: MaskStage(self.method, parameter, revives=self.revives)
             for name, parameter in self._parameters.items()
         }
+        self.rejoin()
+
+    @override
+    def rejoin(self) -> None:
         for name, state in self._saved.items():
-            self.masks[name].load_state_dict(state)
+            if name in self.masks:
+                self.masks[name].load_state_dict(state)
         self._saved = {}
         self._settle()
 
     @override
+    def located(self) -> None:
+        if self.steps < self._freezes() < math.inf:
+            self._is_final = False  # The run has become longer.
+        if self._is_final:
+            require_same(type(self).__name__, self._saved_settings, self.settings())
+        self._settle()
+
+    @override
+    def forget(self) -> None:
+        super().forget()
+        self.masks, self.layouts, self._saved, self._is_final = {}, {}, {}, False
+
+    @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_fit_start(trainer, pl_module)
-        self._settle()
         if self.steps == 0:
             unseen(self._advance)()
+            # What needs a measurement chooses its masks after the first step.
+            self._is_final = self._freezes() <= 0 and self.sparsity > 0
+        self._settle()
+
+    @override
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_validation_start(trainer, pl_module)
+        if trainer.state.fn != "fit":
+            self._warn_of_dense()
+
+    @override
+    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_test_start(trainer, pl_module)
+        self._warn_of_dense()
+
+    @override
+    def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_predict_start(trainer, pl_module)
+        self._warn_of_dense()
 
     @override
     def stepped(self) -> None:
-        if self._steps_to_choice(self.steps - 1) == 1:
+        if self._steps_to_choice(self.steps - 1) <= 1:
             self._advance()
+            self._is_final = self.steps >= self._freezes()
         self._settle()
 
     @override
@@ -178,16 +253,22 @@ class PruningMethod(WeightMethod, ABC):
     @override
     def state_dict(self) -> dict[str, Any]:
         masks = {name: stage.state_dict() for name, stage in self.masks.items()}
-        return {**super().state_dict(), "masks": masks or self._saved}
+        return {**super().state_dict(), "masks": self._saved or masks, "final": self._is_final}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
         self._saved = dict(state_dict["masks"])
-        if self.masks:
-            for name, state in self._saved.items():
-                self.masks[name].load_state_dict(state)
-            self._saved = {}
+        self._is_final = bool(state_dict.get("final", False))
+
+    def _warn_of_dense(self) -> None:
+        """Say so where no mask was ever chosen for the module."""
+        wanted = any(self.numbers.values()) and self.schedule.last > 0
+        if wanted and all(stage.keeps_all for stage in self.masks.values()):
+            rank_zero_warn(
+                f"{type(self).__name__} has no masks for this module, which is evaluated dense: "
+                f"fit it first, or pass ckpt_path of a run with the callback"
+            )
 
     def _require_fit(self) -> None:
         """Raise unless the pattern divides every weight; name all that it does not divide."""
@@ -204,14 +285,25 @@ class PruningMethod(WeightMethod, ABC):
             )
 
     def _is_frozen(self) -> bool:
-        return self.steps >= step_of(self.freeze_step, self._total_steps)
+        return self._is_final or self.steps >= self._freezes()
+
+    def _freezes(self) -> float:
+        """The step of the last choice of masks."""
+        freezes = step_of(self.freeze_step, self._total_steps)
+        if not math.isfinite(freezes):
+            return freezes
+        return math.ceil(freezes - 1e-9)
 
     def _steps_to_choice(self, step: int) -> float:
-        """Optimiser steps from ``step`` to the next choice of masks; the last is at freezing."""
-        freezes = step_of(self.freeze_step, self._total_steps)
-        freezes = math.ceil(freezes - 1e-9) if math.isfinite(freezes) else freezes
-        if step >= freezes:
+        """Optimizer steps from ``step`` to the next choice of masks; the last is at freezing.
+
+        One that was jumped over, since the run has become shorter, is due at once.
+        """
+        if self._is_final:
             return math.inf
+        freezes = self._freezes()
+        if step >= freezes:
+            return 1
         regular = self.every_n_steps - step % self.every_n_steps
         # One just before the last would be for nothing.
         is_late = freezes - (step + regular) < self.every_n_steps / 2

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 from typing_extensions import override
 
+from lightning_nna.callbacks.resumed_settings import require_same
 from lightning_nna.callbacks.step_counter import StepCounter
 from lightning_nna.compression.selection import BitWidths, ByTensor, candidates_of, frozen_in
 from lightning_nna.emulator.weight_pipeline import Stage, WeightPipeline, pipeline_of, unseen
@@ -24,9 +25,13 @@ class WeightMethod(Callback):
     """Chooses parameters, puts stages on them, and keeps the latent weights safe.
 
     In training the parameters hold what the stages make of them from a batch's first forward to
-    the optimiser's step; in validation, test and prediction they hold what would be deployed.
+    the optimizer's step; in validation, test and prediction they hold what would be deployed.
     When ``fit`` ends they are left as deployed, for good; should training go on, from the same
-    objects or from a checkpoint, it goes on from the latent weights.
+    objects or from a checkpoint, it goes on from the latent weights. The ``state_dict`` of a
+    checkpoint holds the deployed weights as well, and the callback's state the latent ones.
+
+    A callback that meets a second module begins anew there. Several callbacks of one class share a
+    Trainer if they have other ``targets`` or ``exclude``.
 
     Args:
         selection: Which parameters, and a number for each.
@@ -42,12 +47,13 @@ class WeightMethod(Callback):
         #: The number of each selected parameter, by its name, once a run has started.
         self.numbers: dict[str, Any] = {}
         self._counter = StepCounter(self._stepped)
+        #: In log keys, where a Trainer has several callbacks of the class.
+        self._label = ""
         self._module: pl.LightningModule | None = None
         self._pipeline: WeightPipeline | None = None
         self._parameters: dict[str, nn.Parameter] = {}
         self._handles: list[Any] = []
         self._optimizers: list[Optimizer] = []
-        self._total_steps = float("inf")
         # What was trained, while the parameters hold what is deployed after a fit.
         self._latents: dict[str, Tensor] = {}
         # Names that were frozen when the run began, also where a resumed one has thawed them
@@ -55,11 +61,32 @@ class WeightMethod(Callback):
         self._frozen: list[str] = []
         self._saved_frozen: list[str] | None = None
         self._left_frozen: list[str] = []
+        # Of a state that was loaded: its settings, and whether a module has taken it.
+        self._saved_settings: dict[str, Any] = {}
+        self._is_loaded = False
+        # The parameters are those of the checkpoint that the latent weights are of.
+        self._is_resumed = False
 
     @property
     def steps(self) -> int:
-        """Optimiser steps so far."""
+        """Optimizer steps since the callback took part in the run."""
         return self._counter.steps
+
+    @property
+    def state_key(self) -> str:
+        """Name of the callback's state in a checkpoint: with its targets, unless they are all."""
+        patterns = {"targets": self.selection.targets, "exclude": self.selection.exclude}
+        given = {
+            key: list(value)
+            for key, value in patterns.items()
+            if list(value) != (["*"] if key == "targets" else [])
+        }
+        return self._generate_state_key(**given) if given else type(self).__qualname__
+
+    @property
+    def _total_steps(self) -> float:
+        """Optimizer steps of the run, as :attr:`steps` counts them."""
+        return self._counter.total
 
     @property
     def selected(self) -> list[str]:
@@ -76,10 +103,35 @@ class WeightMethod(Callback):
         """Find the state of the method, unless it was loaded; the latent weights are in place."""
 
     def step_begins(self, optimizer: Optimizer) -> None:
-        """The optimiser is about to step: latent weights and their gradients are in place."""
+        """The optimizer is about to step: latent weights and their gradients are in place."""
 
     def stepped(self) -> None:
         """The count of steps has advanced."""
+
+    def learn(self) -> None:
+        """Update what is learned besides the weights, after the step of any optimizer."""
+
+    def settings(self) -> dict[str, Any]:
+        """What a run cannot change once it has begun, in plain values; see :func:`require_same`.
+
+        It is what :func:`.load_deployed` needs, too.
+        """
+        return {}
+
+    def missed(self) -> list[str]:
+        """Targets that were not reached, with both numbers, when ``fit`` ends."""
+        return []
+
+    def forget(self) -> None:
+        """Forget what is known of a module and its run: another module comes."""
+        self._counter.reset()
+        self._latents, self._saved_settings, self._saved_frozen = {}, {}, None
+
+    def rejoin(self) -> None:
+        """A run begins on the module of the run before, or with a state that was loaded."""
+
+    def located(self) -> None:
+        """The length of the run is known, and where in it the callback is."""
 
     def figures(self) -> dict[str, float]:
         """What to log, by the quantity's name."""
@@ -89,21 +141,36 @@ class WeightMethod(Callback):
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._optimizers = list(trainer.optimizers)
+        self._attach(pl_module, fit=trainer)
         for optimizer in trainer.optimizers:
             if isinstance(optimizer, LBFGS) and self.stages():
                 raise ValueError(
-                    f"{type(self).__name__} needs an optimiser that takes one gradient a step; "
+                    f"{type(self).__name__} needs an optimizer that takes one gradient a step; "
                     f"LBFGS takes several"
                 )
-        self._optimizers = list(trainer.optimizers)
-        self._total_steps = trainer.estimated_stepping_batches
-        self._attach(pl_module)
         self._resume()
-        self.pipeline.attend(self.place, self.stepped)
-        self._counter.attach(trainer.optimizers)
-        # With several optimisers, a forward follows a step within one batch.
+        self.pipeline.attend(self.place, self._after_step)
+        # With several optimizers, a forward follows a step within one batch.
         for child in pl_module.children():
             self._handles.append(child.register_forward_pre_hook(ModuleHook(self._substitute)))
+        same = [one for one in trainer.callbacks if type(one) is type(self)]  # type: ignore[attr-defined]
+        patterns = [*self.selection.targets, *(f"!{one}" for one in self.selection.exclude)]
+        self._label = "+".join(patterns) + "/" if len(same) > 1 else ""
+        if self.stages():
+            _warn_of_weights_only(trainer)
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # Now that every callback has taken its own again.
+        self.pipeline.forget_ended()
+        if self._counter.locate(trainer):
+            rank_zero_info(
+                f"{type(self).__name__} joins the run at step {trainer.global_step}: its schedule "
+                f"is that of the {self._total_steps:.0f} steps that are left"
+            )
+        self.located()
+        self._saved_settings = {}
 
     @override
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -121,6 +188,7 @@ class WeightMethod(Callback):
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._release()
         self._deploy()
+        self._end()
         held = candidates_of(pl_module)
         thawed = [name for name in self._left_frozen if held[name].requires_grad]
         if thawed:
@@ -128,12 +196,32 @@ class WeightMethod(Callback):
                 f"{type(self).__name__}: {', '.join(thawed)} was frozen when the run began and has "
                 f"been left alone, but was trained later: name it in targets"
             )
+        missed = self.missed()
+        if missed and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            rank_zero_warn(
+                f"{type(self).__name__} ended at optimizer step {self.steps} and missed its "
+                f"target: {'; '.join(missed)}"
+            )
+
+    @override
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.state.fn != "fit":
+            self._end()
+
+    @override
+    def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._end()
+
+    @override
+    def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._end()
 
     @override
     def on_exception(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
     ) -> None:
         self._release()
+        self._end()
 
     # --- batches ------------------------------------------------------------------------------
 
@@ -142,6 +230,7 @@ class WeightMethod(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         self._training = True
+        self._counter.batch_begins()
         self._substitute()
 
     @override
@@ -165,6 +254,7 @@ class WeightMethod(Callback):
     ) -> None:
         self._training = False
         self.pipeline.restore()
+        self._counter.measure(trainer)
         every = getattr(trainer, "log_every_n_steps", 0)
         if every and (trainer.global_step + 1) % every == 0:
             self._log(pl_module)
@@ -202,28 +292,71 @@ class WeightMethod(Callback):
     @override
     def state_dict(self) -> dict[str, Any]:
         return {
+            "method": self.method,
             "steps": self.steps,
+            "clock": self._counter.state_dict(),
             "latents": dict(self._latents),
             "frozen": list(self._frozen),
+            "settings": self.settings() if self.numbers else self._saved_settings,
         }
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._counter.steps = int(state_dict["steps"])
+        self._counter.load_state_dict(state_dict.get("clock", {"steps": state_dict["steps"]}))
         self._latents = dict(state_dict["latents"])
-        if self._module is None:
-            self._saved_frozen = state_dict.get("frozen")
+        self._saved_frozen = state_dict.get("frozen")
+        self._saved_settings = dict(state_dict.get("settings", {}))
+        self._is_loaded = True
+
+    def require_settings(self, trainer: pl.Trainer | None) -> None:
+        """Raise if the callback's settings are not those of the state that it has loaded.
+
+        Args:
+            trainer: Of the ``fit`` that is about to begin, which may honor what evaluation cannot;
+                else None.
+
+        Raises:
+            ValueError: Names the settings, and both values of each.
+        """
+        require_same(type(self).__name__, self._saved_settings, self.settings())
+
+    @override
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        self._is_resumed = True
+        saved = checkpoint["callbacks"]
+        taken = {one.state_key for one in trainer.callbacks}  # type: ignore[attr-defined]
+        name = type(self).__qualname__
+        if self.state_key not in saved and "settings" not in saved.get(name, {"settings": {}}):
+            saved[self.state_key] = saved[name]  # Of a version that left targets out of the key.
+        others = [key for key in saved if key == name or str(key).startswith(f"{name}{{")]
+        if self.state_key not in saved and (others := [key for key in others if key not in taken]):
+            raise ValueError(
+                f"the checkpoint has the state of {' and '.join(map(str, others))}, and the "
+                f"Trainer has {self.state_key}: resume with the targets of the checkpoint, or "
+                f"begin a new run from its weights (lightning_nna.load_deployed)"
+            )
 
     @override
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        # In the middle of accumulation the parameters hold transformed weights.
-        if self._pipeline is None or self._pipeline.phase == "latent":
+        if self._pipeline is None:
             return
-        for name in self._parameters:
-            if name in checkpoint["state_dict"]:
-                checkpoint["state_dict"][name] = self._pipeline.latent(name).clone()
+        # Beside an average of the weights that is in their place; it stays as it is, since training
+        # goes on from it.
+        weights = checkpoint.get("current_model_state", checkpoint["state_dict"])
+        latents = checkpoint["callbacks"][self.state_key]["latents"]
+        latents.clear()  # Those of a weight that was changed after the fit are of no use.
+        aliases = _names_of(pl_module)
+        for name in self._owned():
+            latent = self._latents.get(name, self._pipeline.latent(name)).clone()
+            latents[name] = latent
+            deployed = self._pipeline.hard_of(name, latent)
+            for alias in aliases[id(self._parameters[name])]:
+                if alias in weights:
+                    weights[alias] = deployed
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy or pickle has the state, not the module."""
@@ -247,38 +380,66 @@ class WeightMethod(Callback):
             )
         return self._pipeline
 
-    def _attach(self, pl_module: pl.LightningModule) -> None:
+    def _attach(self, pl_module: pl.LightningModule, *, fit: pl.Trainer | None = None) -> None:
         """Select and claim when a run starts: ``configure_model`` may still add layers."""
-        if self._module is pl_module:
-            return
-        self._detach()
-        frozen = frozen_in(pl_module) if self._saved_frozen is None else self._saved_frozen
-        self._frozen, self._saved_frozen = frozen, None
-        self.numbers = self.selection.of(pl_module, frozen)
+        is_new = self._module is not pl_module
+        if is_new:
+            self._end()
+            if self._module is not None and not self._is_loaded:
+                self.forget()
+            frozen = frozen_in(pl_module) if self._saved_frozen is None else self._saved_frozen
+            self._frozen = frozen
+            self.numbers = self.selection.of(pl_module, frozen)
+            self._module, self._pipeline = pl_module, pipeline_of(pl_module)
+        self._saved_frozen = None
+        # Also on the same module: loading a state may have replaced its parameters.
         held = candidates_of(pl_module)
         self._parameters = {name: held[name] for name in self.numbers}
-        self._module, self._pipeline = pl_module, pipeline_of(pl_module)
-        with torch.inference_mode(False):  # What is made for a test may be trained later.
-            self.prepare()
+        self.require_settings(fit)
+        if fit is not None:
+            self._counter.start(fit)
+        if is_new:
+            with torch.inference_mode(False):  # What is made for a test may be trained later.
+                self.prepare()
+        else:
+            self.rejoin()
+        self._is_loaded = False
+        if fit is None:
+            # Weights that are changed before the next fit are no longer the checkpoint's.
+            self._saved_settings, self._is_resumed = {}, False
         for name, stage in self.stages().items():
-            self._pipeline.claim(name, self._parameters[name], stage)
-        shown = ", ".join(f"{name} ({number})" for name, number in self.numbers.items())
-        rank_zero_info(
-            f"{type(self).__name__}: {self.selection.quantity} of {len(self.numbers)} tensors: "
-            f"{shown}"
-        )
+            self.pipeline.claim(name, self._parameters[name], stage)
+        if is_new:
+            self._say(pl_module)
+
+    def _say(self, pl_module: pl.LightningModule) -> None:
+        """Tell which tensors are selected, and which are left alone and why."""
+        name = type(self).__name__
+        shown = ", ".join(f"{tensor} ({number})" for tensor, number in self.numbers.items())
+        rank_zero_info(f"{name}: {self.selection.quantity} of {len(self.numbers)} tensors: {shown}")
         self._left_frozen = []
-        for reason, names in self.selection.left_alone(pl_module, frozen).items():
+        for reason, names in self.selection.left_alone(pl_module, self._frozen).items():
             self._left_frozen += names if reason == "frozen" else []
             rank_zero_info(
-                f"{type(self).__name__}: left alone, since {reason}: {', '.join(names)}; "
-                f"name in targets what is to be taken"
+                f"{name}: left alone, since {reason}: {', '.join(names)}; name in targets what is "
+                f"to be taken"
             )
 
-    def _detach(self) -> None:
+    def _end(self) -> None:
+        """The run is over: stages make room for those of other methods."""
         if self._pipeline is not None:
             for stage in self.stages().values():
-                self._pipeline.release(stage)
+                self._pipeline.end(stage)
+
+    def _owned(self) -> list[str]:
+        """Parameters whose last stage is the method's: of several, one sees to what is deployed."""
+        mine = {id(stage) for stage in self.stages().values()}
+        found = []
+        for name, parameter in self._parameters.items():
+            stages = self.pipeline.stages_of(parameter)
+            if stages and id(stages[-1]) in mine:
+                found.append(name)
+        return found
 
     def _substitute(self) -> None:
         if self._training and self.pipeline.phase == "latent":
@@ -286,33 +447,37 @@ class WeightMethod(Callback):
 
     @unseen
     def _stepped(self, advanced: bool) -> None:
+        self.pipeline.has_stepped(self._after_step, advanced)
+
+    def _after_step(self, advanced: bool) -> None:
+        self.learn()
         if advanced:
-            self.pipeline.has_stepped(self.stepped)
+            self.stepped()
 
     def _log(self, pl_module: pl.LightningModule) -> None:
         for quantity, figure in unseen(self.figures)().items():
-            pl_module.log(f"nna/{self.method}/{quantity}", figure)
+            pl_module.log(f"nna/{self.method}/{self._label}{quantity}", figure)
 
     @torch.no_grad()
     def _deploy(self) -> None:
         """Leave the parameters as deployed, and keep what was trained."""
-        for name, parameter in self._parameters.items():
-            stages = self.pipeline.stages_of(parameter)
-            if stages and stages[-1] in self.stages().values():
-                self._latents[name] = parameter.detach().clone()
-                parameter.copy_(self.pipeline.hard(parameter))
+        for name in self._owned():
+            parameter = self._parameters[name]
+            self._latents[name] = parameter.detach().clone()
+            parameter.copy_(self.pipeline.hard(parameter))
 
     @torch.no_grad()
     def _resume(self) -> None:
         """Go on from the latent weights, where nobody has changed what was deployed of them."""
         for name, latent in self._latents.items():
-            parameter = self._parameters[name]
-            now = parameter.detach().clone()
-            parameter.copy_(latent)
-            if not torch.equal(self.pipeline.hard(parameter), now):
-                parameter.copy_(now)
+            if (parameter := self._parameters.get(name)) is None:
+                continue  # Of a tensor that is not selected any more: its settings are refused.
+            # A checkpoint has both, and another processor may deploy another last bit.
+            if self._is_resumed or torch.equal(self.pipeline.hard_of(name, latent), parameter):
+                parameter.copy_(latent)
+            else:
                 rank_zero_info(f"{type(self).__name__}: {name} has changed since the last fit")
-        self._latents = {}
+        self._latents, self._is_resumed = {}, False
 
     def _release(self) -> None:
         """Take every hook off, and put latent weights that an exception left aside back."""
@@ -322,8 +487,40 @@ class WeightMethod(Callback):
             handle.remove()
         self._handles.clear()
         if self._pipeline is not None:
-            self._pipeline.leave(self.stepped)
+            self._pipeline.leave(self._after_step)
             self._pipeline.restore()
+
+
+def require_levels(name: str, levels: int, bits: int) -> None:
+    """Raise if a codebook of a checkpoint is of other bits than a tensor is to have.
+
+    Raises:
+        ValueError: Names the tensor, and both numbers.
+    """
+    if levels != 2**bits:
+        raise ValueError(
+            f"{name} has {levels} values in the checkpoint, and {bits} bits are 2**{bits}: resume "
+            f"with its bits, or begin a new run from its weights (lightning_nna.load_deployed)"
+        )
+
+
+def _names_of(module: nn.Module) -> dict[int, list[str]]:
+    """All names of each parameter, by its id: a tied weight has several."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return names
+
+
+def _warn_of_weights_only(trainer: pl.Trainer) -> None:
+    """Lightning asks no callback for what it writes there."""
+    # ``pytorch_lightning`` has a class of its own, and users have others.
+    if any(getattr(one, "save_weights_only", False) for one in trainer.checkpoint_callbacks):
+        rank_zero_warn(
+            "ModelCheckpoint(save_weights_only=True) writes the latent weights alone, without what "
+            "the weight methods make of them: set save_weights_only=False, or save the module's "
+            "state_dict when fit has ended"
+        )
 
 
 class BitsMethod(WeightMethod):
@@ -352,6 +549,10 @@ class BitsMethod(WeightMethod):
         if rate_bits is not None:
             require_rate(rate_bits, bits)
         self.rate_bits = rate_bits
+
+    @override
+    def settings(self) -> dict[str, Any]:
+        return {"bits": dict(self.numbers), "rate_bits": self.rate_bits}
 
     @property
     def bits(self) -> dict[str, int]:

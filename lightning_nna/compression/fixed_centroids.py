@@ -124,9 +124,23 @@ _SHARED: WeakKeyDictionary[nn.Module, dict[str, FixedCentroids]] = WeakKeyDictio
 
 @torch.no_grad()
 def shared_centroids(
-    module: nn.Module, name: str, weight: Tensor, bits: int, settings: CentroidSettings
+    module: nn.Module,
+    name: str,
+    weight: Tensor,
+    bits: int,
+    settings: CentroidSettings,
+    *,
+    known: FixedCentroids | None = None,
 ) -> FixedCentroids:
     """The centroids of a parameter, found now unless another callback has done so.
+
+    Args:
+        module: That the parameter belongs to.
+        name: Of the parameter.
+        weight: The parameter.
+        bits: 1 to 8.
+        settings: How centroids are found.
+        known: Those of an earlier run, used where no other callback of this one has any.
 
     Raises:
         ValueError: If they were found with other bits or settings; says which.
@@ -134,7 +148,7 @@ def shared_centroids(
     """
     held = _SHARED.setdefault(module, {})
     if name not in held:
-        held[name] = FixedCentroids(module, name, weight, bits, settings)
+        held[name] = known or FixedCentroids(module, name, weight, bits, settings)
     found = held[name]
     mine, theirs = (
         {"bits": b, **asdict(s)} for b, s in ((bits, settings), (found.bits, found.settings))

@@ -299,7 +299,7 @@ class GeneralQuantizerStage:
         return {
             "centroids": self.centroids.detach().clone(),
             "scale_log2": self.scale_log2.detach().clone(),
-            "steps": self._fixed_steps.clone(),
+            "steps": self.steps.clone(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

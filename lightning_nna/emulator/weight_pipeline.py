@@ -7,6 +7,10 @@ when the optimiser steps. So no layer is replaced and no function is wrapped: fu
 scripted and compiled modules, recurrent layers, an emulated chip and a plain one see the same
 values. The gradient that reaches the transformed weight is pulled back through the stages once,
 when the optimiser is about to step: it is linear, so accumulated gradients need no more.
+
+A stage is *live* during a run of its method, and *ended* after it. An ended stage makes room for
+another method, and no longer takes part in training. It still counts where the module is exported
+or emulated, as long as nobody changes the weight that its run left.
 """
 
 from __future__ import annotations
@@ -15,7 +19,7 @@ import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, ParamSpec, Protocol, TypeVar, runtime_checkable
-from weakref import WeakKeyDictionary
+from weakref import ReferenceType, WeakKeyDictionary, ref
 
 import torch
 from jaxtyping import Float
@@ -30,6 +34,10 @@ R = TypeVar("R")
 
 #: ``latent``: parameters hold what is trained; ``train`` and ``hard``: what stages make of it.
 PipelinePhase = Literal["latent", "train", "hard"]
+
+
+#: Tensors without stages that are remembered.
+_STRANGERS = 4096
 
 
 def unseen(function: Callable[P, R]) -> Callable[P, R]:
@@ -98,12 +106,17 @@ class Masking(Protocol):
 class WeightPipeline:
     """The stages of one module's parameters. Use :func:`pipeline_of`.
 
+    Args:
+        module: Parameters are looked up in it by their names, since loading a state with
+            ``assign=True`` replaces them; None keeps those that were claimed.
+
     Attributes:
         phase: What the parameters hold now.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, module: nn.Module | None = None) -> None:
         self.phase: PipelinePhase = "latent"
+        self._module = None if module is None else ref(module)
         self._stages: dict[str, list[Stage]] = {}
         self._parameters: dict[str, nn.Parameter] = {}
         self._by_id: dict[int, str] = {}
@@ -113,74 +126,158 @@ class WeightPipeline:
         self._spare: dict[str, Tensor] = {}
         # Parameters whose gradient is that of a transformed weight.
         self._pending: set[str] = set()
-        self._steppers: list[tuple[int, Callable[[], None]]] = []
-        self._stepped: list[Callable[[], None]] = []
+        self._steppers: list[tuple[int, Callable[[bool], None]]] = []
+        self._stepped: list[functools.partial[None]] = []
+        # Of stages whose run has ended, by their ids; and which version of a parameter they left.
+        self._ended: set[int] = set()
+        self._left: dict[str, int | None] = {}
+        # Tensors that were asked for and have no stages, by their ids.
+        self._strangers: dict[int, ReferenceType[Tensor]] = {}
 
     # --- claims -------------------------------------------------------------------------------
 
     def claim(self, name: str, parameter: nn.Parameter, stage: Stage) -> None:
-        """Put a stage on a parameter; again the same one changes nothing.
+        """Put a stage on a parameter for a run; again the same one changes nothing.
+
+        A stage whose run has ended makes room.
 
         Raises:
             ValueError: If another method has that place.
         """
+        self._strangers.clear()
         held = self._stages.setdefault(name, [])
-        for other in held:
-            if other is stage:
-                self._parameters[name] = parameter
-                self._by_id[id(parameter)] = name
-                return
-            if other.place == stage.place:
-                raise ValueError(
-                    f"{name} is claimed by {other.method} and by {stage.method}: a tensor takes "
-                    f"one of them; narrow the targets of either"
-                )
-        held.append(stage)
-        held.sort(key=lambda one: one.place)
-        self._parameters[name] = parameter
-        self._by_id[id(parameter)] = name
+        for other in list(held):
+            if other is not stage and other.place == stage.place:
+                if id(other) not in self._ended:
+                    raise ValueError(
+                        f"{name} is claimed by {other.method} and by {stage.method}: a tensor "
+                        f"takes one of them; narrow the targets of either"
+                    )
+                held.remove(other)
+                self._ended.discard(id(other))
+        self._ended.discard(id(stage))
+        if not any(other is stage for other in held):
+            held.append(stage)
+            held.sort(key=lambda one: one.place)
+        self._holds(name, parameter)
 
     def release(self, stage: Stage) -> None:
         """Take a stage off its parameter."""
-        for name in [n for n, stages in self._stages.items() if stage in stages]:
-            self._stages[name].remove(stage)
-            if not self._stages[name]:
-                del self._stages[name]
-                self._by_id.pop(id(self._parameters.pop(name)), None)
+        for name, stages in list(self._stages.items()):
+            self._keep(name, [one for one in stages if one is not stage])
+        self._ended.discard(id(stage))
+
+    def end(self, stage: Stage) -> None:
+        """Note that the run of a stage is over: see the module on what it still does."""
+        for name, stages in self._stages.items():
+            if any(one is stage for one in stages):
+                self._ended.add(id(stage))
+                self._left[name] = self._parameters[name]._version
+
+    def forget_ended(self) -> None:
+        """Take stages of earlier runs off: weights are about to be trained."""
+        for name, stages in list(self._stages.items()):
+            self._keep(name, [one for one in stages if id(one) not in self._ended])
+        self._ended.clear()
+        self._left.clear()
+
+    def refresh(self) -> None:
+        """Take the module's parameters of now: another object may have a name."""
+        module = None if self._module is None else self._module()
+        if module is None:
+            return
+        for name, held in list(self._parameters.items()):
+            now = _parameter_of(module, name)
+            if now is not None and now is not held:
+                self._holds(name, now)
+                if name in self._left:
+                    self._left[name] = None
 
     def stages_of(self, weight: Tensor) -> list[Stage]:
         """Stages of a parameter, in order; none for any other tensor."""
-        name = self._by_id.get(id(weight))
-        if name is None or self._parameters[name] is not weight:
-            return []
-        return self._stages[name]
+        name = self._name_of(weight)
+        return [] if name is None else self._counting(name)
 
     def claims(self) -> Iterator[tuple[str, nn.Parameter, list[Stage]]]:
         """Name, parameter and stages of all that is claimed, in the order of the first claims."""
-        for name, stages in self._stages.items():
-            yield name, self._parameters[name], stages
+        self.refresh()
+        for name in list(self._stages):
+            if stages := self._counting(name):
+                yield name, self._parameters[name], stages
+
+    def _holds(self, name: str, parameter: nn.Parameter) -> None:
+        before = self._parameters.get(name)
+        if before is not None and before is not parameter:
+            self._by_id.pop(id(before), None)
+        self._parameters[name] = parameter
+        self._by_id[id(parameter)] = name
+
+    def _keep(self, name: str, stages: list[Stage]) -> None:
+        """Leave a parameter the stages that are given; without any it is forgotten."""
+        self._stages[name] = stages
+        if not stages:
+            del self._stages[name]
+            self._left.pop(name, None)
+            self._by_id.pop(id(self._parameters.pop(name)), None)
+
+    def _name_of(self, weight: Tensor) -> str | None:
+        name = self._by_id.get(id(weight))
+        if name is not None and self._parameters[name] is weight:
+            return name
+        seen = self._strangers.get(id(weight))
+        if not self._stages or (seen is not None and seen() is weight):
+            return None
+        self.refresh()
+        name = self._by_id.get(id(weight))
+        if name is not None and self._parameters[name] is weight:
+            return name
+        if len(self._strangers) > _STRANGERS:
+            self._strangers.clear()  # Weights that a parametrization makes anew in every forward.
+        self._strangers[id(weight)] = ref(weight)
+        return None
+
+    def _counting(self, name: str) -> list[Stage]:
+        """Stages of a parameter; ended ones are taken off once the weight has changed."""
+        stages = self._stages.get(name, [])
+        if self.phase != "latent" or not any(id(one) in self._ended for one in stages):
+            return stages
+        weight = self._parameters[name].detach()
+        if self._left.get(name) == weight._version:
+            return stages
+        if torch.equal(unseen(_transformed)(weight, stages, hard=True), weight):
+            self._left[name] = weight._version
+            return stages
+        self._keep(name, [one for one in stages if id(one) not in self._ended])
+        return self._stages.get(name, [])
 
     # --- steps --------------------------------------------------------------------------------
 
-    def attend(self, place: int, stepped: Callable[[], None]) -> None:
-        """Let a method say what it does after an optimiser step; masks do it first."""
+    def attend(self, place: int, stepped: Callable[[bool], None]) -> None:
+        """Let a method say what it does after the step of any optimiser; masks do it first.
+
+        Args:
+            place: Of the method.
+            stepped: Called with whether the clock has advanced: with several optimisers the step
+                of one of them counts.
+        """
         self._steppers.append((place, stepped))
         self._steppers.sort(key=lambda one: one[0])
 
-    def leave(self, stepped: Callable[[], None]) -> None:
+    def leave(self, stepped: Callable[[bool], None]) -> None:
         """Undo :meth:`attend`."""
         self._steppers = [one for one in self._steppers if one[1] != stepped]
         self._stepped = []
         if not self._steppers:
             self._spare = {}
 
-    def has_stepped(self, stepped: Callable[[], None]) -> None:
-        """A method has seen the optimiser step; when all have, they act in their order."""
-        self._stepped.append(stepped)
+    def has_stepped(self, stepped: Callable[[bool], None], advanced: bool) -> None:
+        """A method has seen an optimiser step; when all have, they act in their order."""
+        self._stepped.append(functools.partial(stepped, advanced))
         if len(self._stepped) == len(self._steppers):
+            acts = {one.func: one for one in self._stepped}
             self._stepped = []
             for _, act in self._steppers:
-                act()
+                acts[act]()
 
     # --- phases -------------------------------------------------------------------------------
 
@@ -198,9 +295,13 @@ class WeightPipeline:
             return
         if self.phase != "latent":
             raise RuntimeError(f"weights are substituted for {self.phase!r} already: restore first")
+        self.refresh()
+        counting = {name: self._counting(name) for name in list(self._stages)}
         require_finite_weights({name: self._parameters[name] for name in self._stages})
         self.phase = phase
-        for name, stages in self._stages.items():
+        for name, stages in counting.items():
+            if not stages:
+                continue
             weight = self._parameters[name].detach()
             mask = _mask_of(stages)
             if mask is not None and len(stages) == 1:
@@ -222,6 +323,8 @@ class WeightPipeline:
         """Let the parameters hold the latent weights again."""
         for name, latent in self._latent.items():
             self._parameters[name].copy_(latent)
+            if name in self._left:
+                self._left[name] = self._parameters[name]._version
         if self._latent:
             self._spare = dict(self._latent) if self._steppers else {}
         self._latent.clear()
@@ -279,7 +382,12 @@ class WeightPipeline:
     @unseen
     def hard_latent(self, name: str) -> Tensor:
         """What is deployed of a parameter, whatever it holds now."""
-        return _transformed(self.latent(name), self._stages[name], hard=True)
+        return self.hard_of(name, self.latent(name))
+
+    @unseen
+    def hard_of(self, name: str, latent: Tensor) -> Tensor:
+        """What the stages of a parameter make of any latent weight of its shape."""
+        return _transformed(latent, self._counting(name), hard=True)
 
     def grid_of(self, weight: Tensor) -> WeightGrid | None:
         """The grid on which the last stage leaves a parameter, if it is on one."""
@@ -316,6 +424,17 @@ def _pulled_back(weight: Tensor, stages: Sequence[Stage], grad: Tensor) -> Tenso
     return grad
 
 
+def _parameter_of(module: nn.Module, name: str) -> nn.Parameter | None:
+    """The parameter that a module has under a name, if it has one."""
+    path, _, leaf = name.rpartition(".")
+    for part in path.split(".") if path else ():
+        child = module._modules.get(part)
+        if child is None:
+            return None
+        module = child
+    return module._parameters.get(leaf)
+
+
 _PIPELINES: WeakKeyDictionary[nn.Module, WeightPipeline] = WeakKeyDictionary()
 
 
@@ -329,7 +448,10 @@ def pipeline_of(module: nn.Module) -> WeightPipeline:
         >>> pipeline_of(module) is pipeline_of(module)
         True
     """
-    return _PIPELINES.setdefault(module, WeightPipeline())
+    held = _PIPELINES.get(module)
+    if held is None:
+        held = _PIPELINES[module] = WeightPipeline(module)
+    return held
 
 
 def on_grid(

@@ -26,7 +26,11 @@ from torch import nn
 from torch.utils._pytree import tree_flatten
 
 from lightning_nna.callbacks.weight_method import WeightMethod
-from lightning_nna.testing.modules import LateModule, SmallRecurrentModule
+from lightning_nna.testing.modules import (
+    LateModule,
+    SeveralOptimizersModule,
+    SmallRecurrentModule,
+)
 
 Factory = Callable[[], Callback]
 
@@ -299,6 +303,41 @@ def two_processes() -> str:
     return "ddp_spawn" if torch.cuda.is_available() else "ddp_fork"
 
 
+def several_optimizers_resume(factory: Factory, folder: Path) -> None:
+    """A run with two optimizers, of which one steps less often, resumes to the bit."""
+    _resumes(factory, folder, SeveralOptimizersModule)
+
+
+def joined_run_resumes(factory: Factory, folder: Path) -> None:
+    """A callback that joins a float run counts from there, and resumes to the bit."""
+    first = trainer(steps=_STOP)
+    first.fit(module())
+    first.save_checkpoint(folder / "float.ckpt")
+    whole, callback = module(), factory()
+    trainer(callback).fit(whole, ckpt_path=folder / "float.ckpt")
+    joined = trainer(factory(), steps=_STOP + 4)
+    joined.fit(module(seed=1), ckpt_path=folder / "float.ckpt")
+    joined.save_checkpoint(folder / "joined.ckpt")
+    resumed, again = module(seed=2), factory()
+    trainer(again).fit(resumed, ckpt_path=folder / "joined.ckpt")
+    assert_same(dict(whole.state_dict()), dict(resumed.state_dict()))
+    assert_same(callback.state_dict(), again.state_dict())
+
+
+def second_module_is_as_the_first(factory: Factory, folder: Path) -> None:
+    """A callback that has trained a module trains another as a fresh one, or a copy, does."""
+    used, fresh = factory(), factory()
+    twin = copy.deepcopy(used)
+    trainer(used, steps=_STOP).fit(module())
+    results = []
+    for callback in (used, fresh, twin):
+        other = module(seed=1)
+        trainer(callback).fit(other)
+        results.append((dict(other.state_dict()), callback.state_dict()))
+    for found in results[1:]:
+        assert_same(results[0], found)
+
+
 class _SaveCheckpoint(Callback):
     """Write a checkpoint where the run is to stop; without a state, so that nobody misses it."""
 
@@ -380,4 +419,7 @@ CHECKS: tuple[Callable[[Factory, Path], None], ...] = (
     layers_of_configure_model_count,
     averaged_weights_are_evaluated,
     checkpointed_activations_change_nothing,
+    several_optimizers_resume,
+    joined_run_resumes,
+    second_module_is_as_the_first,
 )

@@ -191,3 +191,30 @@ class LateModule(SmallRecurrentModule):
         """Build the head, once."""
         if "head" not in dict(self.named_children()):
             self.head = SmallNet(8, 8, 2)
+
+
+class SeveralOptimizersModule(SmallRecurrentModule):
+    """Two optimizers in manual optimization; that of the head steps after every second batch."""
+
+    def __init__(self) -> None:
+        super().__init__(manual=True)
+
+    def training_step(  # type: ignore[override]
+        self, batch: tuple[Tensor, Tensor], batch_index: int
+    ) -> None:
+        """A forward for each optimizer, as in adversarial training."""
+        x, y = batch
+        optimizers: Any = self.optimizers()
+        for place, optimizer in enumerate(optimizers):
+            if place and batch_index % 2:
+                continue
+            optimizer.zero_grad()
+            loss = self.loss(self(x), y)
+            self.manual_backward(loss)
+            optimizer.step()
+        self.log("train/loss", loss.detach())
+
+    def configure_optimizers(self) -> list[torch.optim.Optimizer]:  # type: ignore[override]
+        """AdamW for the LSTM, and one for the head."""
+        parts = (self.lstm, self.head)
+        return [torch.optim.AdamW(part.parameters(), lr=self.learning_rate) for part in parts]

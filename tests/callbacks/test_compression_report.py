@@ -26,6 +26,9 @@ from lightning_nna.testing.contract import assert_same, module, trainer
 
 _STEPS = 12
 
+# Runs are stopped before their schedules end; test_runs.py has the warning.
+pytestmark = pytest.mark.filterwarnings("ignore:.*missed its target")
+
 
 def gq() -> GeneralQuantizer:
     return GeneralQuantizer(2, overrides={"head.first": 1}, sharpness=4.0, hard_from=100)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -453,3 +454,34 @@ def test_sites_that_clip_much_are_named_once() -> None:
     (message,) = [str(w.message) for w in caught if "sites clip" in str(w.message)]
     assert "head.first/fully_connected#0" in message
     assert chip.telemetry["head.first/fully_connected#0"].clip_rate > 0.05
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        ({"spec": "litert-int16x8"}, r"spec\['activation_bits'\] is 8 there and 16 here"),
+        ({"observer": "percentile"}, "observer is 'min_max' there and 'percentile' here"),
+        ({"targets": ["head"]}, r"targets is \['\*'\] there and \['head'\] here"),
+        ({"calibration_steps": 6}, "calibration_steps is 2 there and 6 here"),
+    ],
+)
+def test_what_a_checkpoint_has_fixed_cannot_be_changed(
+    changed: dict[str, Any], named: str, tmp_path: Path
+) -> None:
+    first = trainer(NNAEmulation(calibration_steps=2), steps=5)
+    first.fit(module())
+    first.save_checkpoint(tmp_path / "stopped.ckpt")
+    with pytest.raises(ValueError, match=named):
+        trainer(NNAEmulation(**({"calibration_steps": 2} | changed))).fit(
+            module(), ckpt_path=tmp_path / "stopped.ckpt"
+        )
+
+
+def test_ranges_of_a_checkpoint_need_no_calibration_steps(tmp_path: Path) -> None:
+    first = trainer(NNAEmulation(calibration_steps=2), steps=5)
+    first.fit(module())
+    first.save_checkpoint(tmp_path / "stopped.ckpt")
+    again = NNAEmulation(calibration_steps=0, fidelity="fast", learned_steps="all")
+    trainer(again).fit(module(), ckpt_path=tmp_path / "stopped.ckpt")
+    assert again.emulator.calibrated
+    assert again.emulator.steps.tensors()

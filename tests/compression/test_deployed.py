@@ -1,0 +1,134 @@
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, ModelCheckpoint
+
+from lightning_nna import emulate, load_deployed
+from lightning_nna.callbacks import (
+    GeneralQuantizer,
+    HardCompression,
+    MagnitudePruning,
+    MRACosRegularization,
+    NNAEmulation,
+)
+from lightning_nna.emulator.attachment import attached
+from lightning_nna.testing import SmallRecurrentModule
+from lightning_nna.testing.contract import assert_same, module, trainer
+
+
+def pruned_and_quantized() -> list[Callback]:
+    return [
+        GeneralQuantizer(3, hard_from=2, granularity="channel", learn_scale=True),
+        MagnitudePruning(0.5, every_n_steps=2),
+    ]
+
+
+METHODS: dict[str, Callable[[], list[Callback]]] = {
+    "gq under masks": pruned_and_quantized,
+    "s8bqat": lambda: [
+        MRACosRegularization(3, pin_zero=True),
+        HardCompression(3, pin_zero=True, every_n_steps=2),
+    ],
+    "one bit": lambda: [GeneralQuantizer(1, mu=7.0, scale="centroids")],
+    "float": list,
+}
+
+
+def run(folder: Path, *callbacks: Callback) -> tuple[SmallRecurrentModule, list[Path]]:
+    """A fitted module, and the files that ModelCheckpoint and the Trainer write of it."""
+    fitted = module()
+    writer = ModelCheckpoint(folder, filename="within", every_n_train_steps=8)
+    one = trainer(*callbacks, writer, steps=8, enable_checkpointing=True)
+    one.fit(fitted)
+    one.save_checkpoint(folder / "after.ckpt")
+    return fitted, [folder / "within.ckpt", folder / "after.ckpt"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_checkpoint_is_loaded_as_it_is_deployed(method: str, tmp_path: Path) -> None:
+    emulation = NNAEmulation(calibration_steps=2)
+    fitted, paths = run(tmp_path, emulation, *METHODS[method]())
+    x = torch.randn(4, 6, 4)
+    with emulate(fitted), torch.no_grad():
+        expected = fitted(x)
+    for path in paths:
+        # What Lightning itself loads is deployed, too.
+        plain = SmallRecurrentModule.load_from_checkpoint(path, map_location="cpu")
+        assert_same(dict(fitted.state_dict()), dict(plain.state_dict()))
+        loaded = load_deployed(module(seed=1), path)
+        assert_same(dict(fitted.state_dict()), dict(loaded.state_dict()))
+        with emulate(loaded), torch.no_grad():
+            assert torch.equal(loaded(x), expected)
+        used = [attached(one).used_weights for one in (fitted, loaded)]
+        pairs = zip(fitted.parameters(), loaded.parameters(), strict=True)
+        for theirs, ours in ((a, b) for a, b in pairs if id(b) in used[1]):
+            rows = used[1][id(ours)]
+            held, same = attached(fitted).weight(theirs, rows), attached(loaded).weight(ours, rows)
+            assert torch.equal(held.stored, same.stored)
+            assert torch.equal(held.scales, same.scales)
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")  # Of ModelCheckpoint.
+def test_a_run_goes_on_from_either_file(tmp_path: Path) -> None:
+    _, paths = run(tmp_path, *pruned_and_quantized())
+    states = []
+    for path in paths:
+        resumed = module(seed=1)
+        trainer(*pruned_and_quantized()).fit(resumed, ckpt_path=path)
+        states.append(copy.deepcopy(dict(resumed.state_dict())))
+    assert_same(*states)
+
+
+@pytest.mark.parametrize("average_first", [True, False])
+def test_averaged_weights_are_deployed(average_first: bool, tmp_path: Path) -> None:
+    average = EMAWeightAveraging(decay=0.5)
+    methods: list[Any] = [average, *pruned_and_quantized()]
+    fitted, paths = run(tmp_path, *(methods if average_first else methods[::-1]))
+    for path in paths:
+        loaded = load_deployed(module(seed=1), path)
+        for name in ("lstm.weight_hh_l0", "head.first.weight"):
+            assert torch.equal(loaded.get_parameter(name), fitted.get_parameter(name))
+
+
+def test_without_the_emulation(tmp_path: Path) -> None:
+    _, paths = run(tmp_path, NNAEmulation(calibration_steps=2), GeneralQuantizer(2))
+    loaded = load_deployed(module(seed=1), torch.load(paths[0], weights_only=True), emulation=False)
+    assert attached(loaded) is None
+    assert len(loaded.head.first.weight.unique()) <= 4
+
+
+@pytest.mark.filterwarnings("ignore:.*0 of 2 .* ran emulated")  # It is stopped on purpose.
+def test_ranges_that_were_not_frozen_are_warned_of(tmp_path: Path) -> None:
+    one = trainer(NNAEmulation(calibration_steps=9), steps=2)
+    one.fit(module())
+    one.save_checkpoint(tmp_path / "early.ckpt")
+    with pytest.warns(UserWarning, match="not frozen when the checkpoint was written, after 2 opt"):
+        load_deployed(module(), tmp_path / "early.ckpt")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"weights": {}}, "no 'state_dict'"),
+        ({"state_dict": {}}, "weights alone"),
+        (
+            {"state_dict": None, "callbacks": {"GeneralQuantizer": {"latents": {}}}},
+            "the state of GeneralQuantizer was written by an older version",
+        ),
+        ([], "no checkpoint of a Trainer: it holds list"),
+        ({"state_dict": Path("here")}, "holds more than tensors and plain values"),
+    ],
+)
+def test_what_cannot_be_loaded_says_why(content: Any, message: str, tmp_path: Path) -> None:
+    net = module()
+    if isinstance(content, dict) and content.get("state_dict", 0) is None:
+        content = {**content, "state_dict": net.state_dict()}
+    torch.save(content, tmp_path / "file.ckpt")
+    with pytest.raises(ValueError, match=message):
+        load_deployed(net, tmp_path / "file.ckpt")
