@@ -38,6 +38,11 @@ def tensors_in(codes: Codes) -> list[int]:
     return [int(x) for x in np.unique(codes[codes >= 0] >> _ELEMENT_BITS)]
 
 
+def tensor_of(codes: Codes) -> Codes:
+    """The tensor that each code refers to; negative where it refers to none."""
+    return codes >> _ELEMENT_BITS
+
+
 def elements_in(codes: Codes) -> NDArray[np.int64]:
     """Elements that codes refer to."""
     return codes & ((1 << _ELEMENT_BITS) - 1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import pairwise
 from math import prod
 from typing import Any
 
@@ -33,6 +34,7 @@ from lightning_nna.deploy.movement import (
     codes_of,
     elements_in,
     same,
+    tensor_of,
     tensors_in,
 )
 from lightning_nna.deploy.provenance import CONSTANT
@@ -153,17 +155,37 @@ class Recorder:
                     f"result {position} is empty, of shape {tuple(x.shape)}: a program has the "
                     "shapes of its example, so export it with at least one of a batch"
                 )
-            kind = "float32" if tag is None else width_of_grid(tag)
+            parts = self.emulator.parts_of(x)
+            grid = tag if parts is None else parts.grids[0]
+            kind = "float32" if grid is None else width_of_grid(grid)
             codes = self.elements.resolve(x, kind, f"result {position}")
             sources = tensors_in(codes)
             if tag is None and sources and self._arguments.keys() >= set(sources):
                 return ()  # It is what the caller has.
             if not sources:
                 raise CaptureError(f"result {position} does not depend on the arguments")
+            if parts is not None:
+                return self._parts(position, x, codes, parts.which.numpy())
+            if len(sources) > 1 and self._cells.keys() >= set(sources):
+                return self._parts(position, x, codes, tensor_of(codes))
             made = self._as_made(codes)
             if made is None:
                 made = self._moved_result(position, x, codes)
             return (Port(self.graph.names[made], position, tuple(x.shape)),)
+
+    def _parts(self, position: int, x: Tensor, codes: Codes, which: Any) -> tuple[Port, ...]:
+        """The ports of a result that lies on several grids, as the states of several layers."""
+        flat, numbers = codes.reshape(-1), which.reshape(-1)
+        bounds = [0, *(np.flatnonzero(np.diff(numbers)) + 1).tolist(), flat.size]
+        ports = []
+        for start, end in pairwise(bounds):
+            piece, values = flat[start:end], x.reshape(-1)[start:end]
+            made = self._as_made(piece)
+            if made is None:
+                made = self._moved_result(position, values, piece)
+            shape = tuple(x.shape)
+            ports.append(Port(self.graph.names[made], position, shape, part=(start, end)))
+        return tuple(ports)
 
     def _moved_result(self, position: int, x: Tensor, codes: Codes) -> int:
         """A result that movements make of what is there, with constants among its elements."""
@@ -403,31 +425,60 @@ class Recorder:
             if held:
                 found.append(held[0])
             elif bool((codes == NO_TENSOR).all()):
-                if bool((stored.integers != stored.zero_point).any()):
-                    raise CaptureError(
-                        f"{name} starts at fixed values that are not 0: pass them as an argument"
-                    )
-                found.append(self.graph.add(name, form_of(stored), stored.integers.numpy()))
+                found.append(self._start(instruction.site, name, stored))
             else:
                 found.append(self._state_input(name, codes, stored))
         return found
 
+    def _start(self, site: str, name: str, stored: Stored) -> int:
+        """A variable that starts at fixed values, as learned ones, in every call.
+
+        Runtimes start variables at 0; MAXIMUM of equal operands writes other values, since no
+        runtime computes it of constants in advance and then no more.
+        """
+        values = stored.integers.numpy()
+        number = self.graph.add(name, form_of(stored), values)
+        if bool((stored.integers != stored.zero_point).any()):
+            start = self.graph.constant(f"{name}/start", form_of(stored), values)
+            self.graph.run("MAXIMUM", site, [start, start], [number], {})
+        return number
+
     def _state_input(self, name: str, codes: Codes, stored: Stored) -> int:
-        """An argument, whole and in order, that is read and overwritten."""
-        sources = tensors_in(codes)
-        whole = len(sources) == 1 and same(codes, codes_of(sources[0], np.arange(codes.size)))
-        if not whole or prod(self.graph.specs[sources[0]].shape) != codes.size:
+        """An argument, or the part of one that is a layer's state, read and overwritten."""
+        sources, flat = tensors_in(codes), codes.reshape(-1)
+        first = int(elements_in(flat[:1])[0])
+        run = np.arange(first, first + flat.size)
+        if len(sources) != 1 or not same(codes, codes_of(sources[0], run)):
             raise CaptureError(
-                f"{name} is no argument as a whole: pass the state of each layer as an argument of "
-                "its own, or start from zeros"
+                f"{name} is no argument, nor a part of one as it is: pass the states of each layer "
+                "as they come out, or start from zeros or parameters"
             )
         number = sources[0]
+        if prod(self.graph.specs[number].shape) != flat.size:
+            return self._part_input(name, number, (first, first + flat.size), stored)
         if number in self._arguments:
             number = self._port_of(number, stored)
         self.graph.demand_grid(number, form_of(stored), name)
         self.graph.specs[number] = form_of(stored)
         self.graph.values[number] = stored.integers.numpy()
         return number
+
+    def _part_input(self, name: str, number: int, part: tuple[int, int], stored: Stored) -> int:
+        """An input that is a part of an argument."""
+        ports = {self.graph.names.index(port.tensor): port for port in self.ports}
+        if number in self._arguments:
+            position = self._arguments[number]
+        elif number in ports:
+            position = ports[number].position
+        else:
+            raise CaptureError(
+                f"{name} is a part of {self.graph.names[number]}, which the chip has computed: "
+                "pass it as an argument, or start from zeros or parameters"
+            )
+        made = self.graph.add(f"input{position}", form_of(stored), stored.integers.numpy())
+        shape = self.graph.specs[number].shape
+        self.ports.append(Port(self.graph.names[made], position, shape, part=part))
+        return made
 
     def _leave(self, instruction: Instruction, inputs: Sequence[int | None]) -> None:
         """What the variables of an LSTM hold from now on."""

@@ -25,7 +25,7 @@ from lightning_nna.emulator.learned_steps import Learned, LearnedSteps, operands
 from lightning_nna.emulator.modes import Fidelity, Mode, Modes, Phase
 from lightning_nna.emulator.non_finite import with_cause
 from lightning_nna.emulator.observers import Observer
-from lightning_nna.emulator.operators.call import Call
+from lightning_nna.emulator.operators.call import Call, Parts
 from lightning_nna.emulator.operators.registry import Operator
 from lightning_nna.emulator.program import Instruction, choice
 from lightning_nna.emulator.ranges import QParams, RangeTable, is_distributed
@@ -93,6 +93,7 @@ class Emulator:
         self.folding = Folding()
         self.steps = LearnedSteps(module, self.spec)
         self._tags = WeakTensorKeyDictionary()
+        self._parts = WeakTensorKeyDictionary()
         self._weights: dict[tuple[int, int], tuple[Tensor, tuple[int, int], QuantizedWeight]] = {}
         self._handles: list[Any] = []
         self._warned: set[str] = set()
@@ -287,7 +288,7 @@ class Emulator:
         self.ranges.clamp(self.folding.rectified)
         self.learn(self.steps.learning)
         # An activation kept from an observed forward has no grid yet, whatever its mark says.
-        self._tags = WeakTensorKeyDictionary()
+        self._tags, self._parts = WeakTensorKeyDictionary(), WeakTensorKeyDictionary()
 
     def _why_no_ranges(self) -> str:
         if self._fallbacks:
@@ -404,6 +405,17 @@ class Emulator:
     def set_tag(self, x: Tensor, qparams: QParams) -> None:
         """Let parameters travel with a tensor."""
         self._tags[x] = qparams
+
+    def set_parts(self, x: Tensor, grids: Sequence[QParams | None]) -> None:
+        """Let parts of a tensor along its first axis carry parameters of their own."""
+        if all(grid is not None for grid in grids):
+            numbers = torch.arange(len(grids), device=x.device)
+            which = numbers.reshape(-1, *[1] * (x.dim() - 1)).expand(x.shape)
+            self._parts[x] = Parts(which.contiguous(), tuple(grids))
+
+    def parts_of(self, x: Tensor) -> Parts | None:
+        """Parameters of a tensor whose parts lie on several grids."""
+        return self._parts.get(x)
 
     def is_constant(self, x: Tensor) -> bool:
         """Whether a tensor is a parameter or buffer of the module."""
@@ -560,6 +572,8 @@ class Emulator:
         if source is not None:
             self.folding.reads(source, "a movement")
         tag = None if source is None else self.tag_of(source)
+        if tag is None and self._parts and source is not None and source in self._parts:
+            self._move_parts(self._parts[source], source, (func, args, kwargs), result)
         if tag is not None:
             for leaf in floats(result):
                 if leaf.dtype == torch.float32:  # Other types cannot hold every integer.
@@ -569,6 +583,25 @@ class Emulator:
                 if (chosen := choice(name, path, args, result, self.tag_of)) is not None:
                     self.recorder(chosen)
         return result
+
+    def _move_parts(
+        self,
+        parts: Parts,
+        source: Tensor,
+        call: tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]],
+        result: Any,
+    ) -> None:
+        """Follow which grid every element of a result lies on, by the same movement of numbers."""
+        func, args, kwargs = call
+        moved = func(*(parts.which if x is source else x for x in args), **kwargs)
+        leaves = moved if isinstance(moved, (tuple, list)) else [moved]
+        for leaf, which in zip(floats(result), leaves, strict=True):
+            found = Parts(which, parts.grids)
+            grid = found.one_grid() if which.numel() else None
+            if grid is not None:
+                self.set_tag(leaf, grid)
+            elif leaf is not source:
+                self._parts[leaf] = found
 
     def read(self, values: Any) -> None:
         """Note that something that is not on the chip reads activations, nested."""

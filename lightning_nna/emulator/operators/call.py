@@ -48,6 +48,12 @@ class Host(Protocol):
     def set_tag(self, x: Tensor, qparams: QParams) -> None:
         """Let quantisation parameters travel with an activation."""
 
+    def set_parts(self, x: Tensor, grids: Sequence[QParams | None]) -> None:
+        """Let parts of a tensor along its first axis carry parameters of their own."""
+
+    def parts_of(self, x: Tensor) -> Parts | None:
+        """Parameters of a tensor whose parts lie on several grids."""
+
     def is_constant(self, x: Tensor) -> bool:
         """Whether a tensor is a parameter or buffer of the module."""
 
@@ -75,6 +81,24 @@ class Host(Protocol):
 
     def count_biases(self, site: str, smallest: Tensor, scales: Tensor) -> None:
         """Note how many channels need a larger scale than their weights for their bias."""
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Grids of a tensor whose elements lie on several, as the last states of several layers.
+
+    Args:
+        which: Number of the grid of every element, of the tensor's shape.
+        grids: The grids; None for what is on none.
+    """
+
+    which: Tensor
+    grids: tuple[QParams | None, ...]
+
+    def one_grid(self) -> QParams | None:
+        """The grid of all elements; None where there are several, or none."""
+        numbers = self.which.unique().tolist()
+        return self.grids[numbers[0]] if len(numbers) == 1 else None
 
 
 @dataclass(frozen=True)
@@ -149,15 +173,22 @@ class Call:
             self.host.ranges.observe(key, x)
             return Activation(x, PENDING)
         qparams = self._frozen(key, x)
+        if (parts := self.host.parts_of(x)) is not None:
+            return Activation(self._joined(x, parts, qparams), qparams)
         with float32_arithmetic(x):
             result = Activation(quantize(x, qparams, key), qparams)
         if self.recording:
             self._record_quantize(x, result)
         return result
 
-    def observed(self, result: Tensor, name: str = "output") -> Tensor:
-        """Note a float result's range while observing, and mark it as the chip's."""
-        self.host.ranges.observe(f"{self.site}/{name}", result)
+    def observed(
+        self, result: Tensor, name: str = "output", *, seen: Tensor | None = None
+    ) -> Tensor:
+        """Note a float result's range while observing, and mark it as the chip's.
+
+        The range is that of ``seen``, if more than the result lies on its grid.
+        """
+        self.host.ranges.observe(f"{self.site}/{name}", result if seen is None else seen)
         self.host.set_tag(result, PENDING)
         if name == "output" and self.bits == 8:
             self.host.folding.observed(result, self.site)
@@ -201,13 +232,34 @@ class Call:
 
     def state(self, x: Tensor, y: QParams, name: str) -> Tensor:
         """Bring a state that comes from before the call onto the grid of the later ones."""
-        if self.recording and self.host.tag_of(x) == y:
-            return x
+        tag = self.host.tag_of(x)
+        if tag is not None and tag != PENDING:
+            return requantize(self, Activation(x, tag), y)
         with float32_arithmetic(x):
             result = quantize(x, y, f"{self.site}/{name}")
-        if self.recording and self.host.tag_of(x) is None:
+        if self.recording:
             self._record_quantize(x, Activation(result, y))
         return result
+
+    def selected(self, x: Tensor, index: int) -> Tensor:
+        """One part of a tensor along its first axis, with the parameters that it has there."""
+        result = self.viewed(x[index], x)
+        parts = self.host.parts_of(x)
+        grid = None if parts is None else Parts(parts.which[index], parts.grids).one_grid()
+        return result if grid is None else self.tagged(result, grid)
+
+    def _joined(self, x: Tensor, parts: Parts, y: QParams) -> Tensor:
+        """A tensor of several grids on one."""
+        values, which = x.reshape(-1), parts.which.reshape(-1)
+        moved, places = [], []
+        for number, grid in enumerate(parts.grids):
+            place = (which == number).nonzero().flatten()
+            if not len(place):
+                continue
+            assert grid is not None
+            moved.append(requantize(self, Activation(values[place], grid), y))
+            places.append(place)
+        return torch.cat(moved)[torch.cat(places).argsort()].reshape(x.shape)
 
     def constant(self, x: Tensor) -> Activation:
         """A tensor of the program used as an operand: on a symmetric grid of its values."""

@@ -90,7 +90,7 @@ def concatenate(call: Call, tensors: list[Tensor], dim: int = 0) -> Tensor:
 
     Float data that no operator has quantised yet are put together before they come to the chip.
     """
-    if all(call.host.tag_of(x) is None and not call.host.is_constant(x) for x in tensors):
+    if all(_is_plain(call, x) for x in tensors):
         return torch.cat(tensors, dim)
     parts = [call.operand(x, f"input{i}") for i, x in enumerate(tensors)]
     if call.observing:
@@ -105,6 +105,12 @@ def concatenate(call: Call, tensors: list[Tensor], dim: int = 0) -> Tensor:
         result = torch.cat([part.value for part in moved], dim)
     _record_concatenation(call, moved, Activation(result, y), dim)
     return call.tagged(result, y)
+
+
+def _is_plain(call: Call, x: Tensor) -> bool:
+    """Whether a tensor is float data that no operator has quantised."""
+    on_a_grid = call.host.tag_of(x) is not None or call.host.parts_of(x) is not None
+    return not on_a_grid and not call.host.is_constant(x)
 
 
 def stack(call: Call, tensors: list[Tensor], dim: int = 0) -> Tensor:

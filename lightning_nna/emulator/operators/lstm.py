@@ -93,11 +93,11 @@ def lstm_layer(
     if call.observing or f"{call.site}/cell" not in call.host.ranges:
         with float32_arithmetic(rows):
             outputs, hidden, cells = _float_layer(rows.float(), layout, h_0, c_0, weights)
-        call.host.ranges.observe(f"{call.site}/cell", cells)
+        call.host.ranges.observe(f"{call.site}/cell", _with_start(cells, c_0))
         if weights.projection is not None:
             call.host.ranges.observe(f"{call.site}/hidden", hidden)
         if call.observing:
-            result = call.observed(outputs)
+            result = call.observed(outputs, seen=_with_start(outputs, h_0))
             # The layer reads its output itself, as the state of the next step.
             call.host.folding.reads(result, f"{call.site}/state")
             return result, call.viewed(layout.last(outputs), result), layout.last(cells)
@@ -107,6 +107,11 @@ def lstm_layer(
         trained = _trainable(call, weights)
         result, h_n, c_n = _LSTM.apply(x.value, h_0, c_0, *trained, x, cell, layout, call)
     return call.tagged(result, y), call.tagged(h_n, y), c_n
+
+
+def _with_start(states: Tensor, start: Tensor) -> Tensor:
+    """States of all steps and the one before, unless that is zero, which every grid has."""
+    return torch.cat([states, start.float()]) if bool(start.any()) else states
 
 
 def _cell(

@@ -21,6 +21,7 @@ from lightning_nna.emulator.operators.rescaling import (
     TIES_AWAY,
     Rescaler,
     RoundingKind,
+    round_half_away,
     spills,
     wrap,
 )
@@ -157,8 +158,9 @@ class LSTMCell:
         self.zeros = like(_ZEROS, dtype=torch.float64).repeat_interleave(self.size)
 
     def start(self, c: Tensor) -> Tensor:
-        """Initial cells in units of their scale, rounded and saturated, float32."""
-        return (c.detach().float() / self.cell_scale).round_().clamp_(INT16_MIN, INT16_MAX)
+        """Initial cells in units of their scale, rounded as QUANTIZE has it, saturated, float32."""
+        scaled = c.detach().float() / self.cell_scale
+        return round_half_away(scaled).clamp_(INT16_MIN, INT16_MAX)
 
     def project(self, x: Activation) -> Tensor:
         """Input part of the gates' inputs for all steps, saturated, as indices of their table.

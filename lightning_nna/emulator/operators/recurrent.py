@@ -85,13 +85,14 @@ def _run(call: Call, args: tuple[Any, ...], *, kind: str) -> tuple[Tensor, State
     data = data.transpose(0, 1) if turned else data
     layout = Layout((data.shape[1],) * data.shape[0])
     rows = call.viewed(data.reshape(-1, data.shape[-1]), padded)
-    states = _states(hx) if batched else tuple(state.unsqueeze(1) for state in _states(hx))
+    states = _states(hx)
+    if not batched:
+        states = tuple(call.viewed(state.unsqueeze(1), state) for state in states)
     settings = (weights, has_biases, layers, dropout if train else 0.0, two_ways)
-    output, last = _stack(call, kind, rows, layout, states, *settings)
+    output, last = _stack(call, kind, rows, layout, states, *settings, batched=batched)
     shaped = output.reshape(len(layout.sizes), layout.batch, -1)
     if not batched:
         shaped = shaped.squeeze(1)
-        last = tuple(call.viewed(state.squeeze(1), state) for state in last)
     elif turned:
         shaped = shaped.transpose(0, 1)
     return call.viewed(shaped, output), last
@@ -112,6 +113,7 @@ def _stack(
     layers: int,
     dropout: float,
     two_ways: bool,
+    batched: bool = True,
 ) -> tuple[Tensor, States]:
     """Run the layers one after the other; each and each direction has its own ranges."""
     directions = 2 if two_ways else 1
@@ -124,7 +126,7 @@ def _stack(
             at = layer * directions + direction
             name = f"layer{layer}" + ("/reverse" if direction else "")
             taken = call.viewed(layout.reversed(rows), rows) if direction else rows
-            start = tuple(state[at] for state in states)
+            start = tuple(call.selected(state, at) for state in states)
             part = call.part(name, bits=8) if kind == "lstm" else call.part(name)
             result, end = _layer(part, kind, taken, layout, start, groups[at], has_biases)
             ways.append(call.viewed(layout.reversed(result), result) if direction else result)
@@ -132,13 +134,17 @@ def _stack(
         rows = concatenate(call.part(f"layer{layer}/join"), ways, 1) if two_ways else ways[0]
         if dropout and layer < layers - 1:
             rows = dropped(call, rows, dropout)
-    return rows, tuple(_together(call, each) for each in zip(*last, strict=True))
+    return rows, tuple(_together(call, each, batched) for each in zip(*last, strict=True))
 
 
-def _together(call: Call, states: States) -> Tensor:
+def _together(call: Call, states: States, batched: bool) -> Tensor:
     """Last states of all layers; where there are several, each is on a grid of its own."""
     result = torch.stack(states)
-    return call.viewed(result, states[0]) if len(states) == 1 else result
+    result = result if batched else result.squeeze(1)
+    if len(states) == 1:
+        return call.viewed(result, states[0])
+    call.host.set_parts(result, [call.host.tag_of(state) for state in states])
+    return result
 
 
 def _layer(
