@@ -17,6 +17,7 @@ from typing_extensions import override
 from lightning_nna.callbacks.resumed_settings import require_same
 from lightning_nna.callbacks.step_counter import StepCounter
 from lightning_nna.compression.selection import BitWidths, ByTensor, candidates_of, frozen_in
+from lightning_nna.emulator.non_finite import require_finite_weights
 from lightning_nna.emulator.weight_pipeline import Stage, WeightPipeline, pipeline_of, unseen
 from lightning_nna.functional.entropy_constrained import require_rate
 
@@ -455,6 +456,7 @@ class WeightMethod(Callback):
             self.stepped()
 
     def _log(self, pl_module: pl.LightningModule) -> None:
+        require_finite_weights(self._parameters)  # Figures look weights up in tables.
         for quantity, figure in unseen(self.figures)().items():
             pl_module.log(f"nna/{self.method}/{self._label}{quantity}", figure)
 

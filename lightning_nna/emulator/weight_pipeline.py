@@ -387,6 +387,7 @@ class WeightPipeline:
     @unseen
     def hard_of(self, name: str, latent: Tensor) -> Tensor:
         """What the stages of a parameter make of any latent weight of its shape."""
+        require_finite_weights({name: latent})
         return _transformed(latent, self._counting(name), hard=True)
 
     def grid_of(self, weight: Tensor) -> WeightGrid | None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lightning_nna import emulate
 from lightning_nna.callbacks import (
     CompressedSensingPruning,
+    CompressionReport,
     GeneralQuantizer,
     HardCompression,
     L1Pruning,
@@ -134,6 +135,15 @@ def test_a_batch_that_is_no_number_is_an_error_that_names_the_weights(
     chip = [NNAEmulation(calibration_steps=2)] if emulated else []
     with pytest.raises(FloatingPointError, match=r"lstm\.weight_ih_l0.*not finite"):
         trainer(*chip, make()).fit(Spoiled())
+
+
+@pytest.mark.parametrize("where", ["logged", "reported", "deployed"])
+def test_what_looks_at_weights_after_the_step_names_them_too(where: str, tmp_path: Path) -> None:
+    settings = {"log_every_n_steps": 5} if where == "logged" else {"log_every_n_steps": 100}
+    watch = [CompressionReport(tmp_path, snapshots=13, figures=False)] * (where == "reported")
+    steps = 5 if where == "deployed" else 12
+    with pytest.raises(FloatingPointError, match=r"lstm\.weight_ih_l0.*not finite"):
+        trainer(gq(), *watch, steps=steps, **settings).fit(Spoiled())
 
 
 @pytest.mark.parametrize("value", [torch.nan, -torch.inf])
