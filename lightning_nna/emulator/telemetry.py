@@ -109,16 +109,21 @@ class Telemetry:
             row.clipped += int(((exact < low - half) | (exact > high + half)).sum())
 
     def overflow(self, site: str, overflowed: int, accumulated: int) -> None:
-        """Take in how many sums of a site left the accumulator's range."""
-        row = self.sites.setdefault(site, SiteTelemetry())
+        """Take in how many sums of a site, or of a part of one, left the accumulator's range."""
+        row = self._whole(site)
         row.overflows += overflowed
         row.accumulated += accumulated
 
     def biases(self, site: str, coarser: int, channels: int) -> None:
-        """Take in how many channels of a site got a larger scale for their bias."""
-        row = self.sites.setdefault(site, SiteTelemetry())
+        """Take in how many channels of a site, or of a part, got a larger scale for their bias."""
+        row = self._whole(site)
         row.coarser += coarser
         row.channels += channels
+
+    def _whole(self, site: str) -> SiteTelemetry:
+        """The row of a site: parts of a composite (``lstm#0/layer0``) count for it."""
+        path, _, rest = site.partition("#")
+        return self.sites.setdefault(f"{path}#{rest.split('/')[0]}", SiteTelemetry())
 
     def rows(self) -> dict[str, dict[str, float]]:
         """Rates and SQNR by site, in the order in which sites first ran."""
@@ -134,11 +139,11 @@ class Telemetry:
 
     def __str__(self) -> str:
         width = max([len(site) for site in self.sites], default=4)
-        lines = [f"{'site':{width}}  clipped  overflowed  large biases  SQNR dB"]
+        lines = [f"{'site':{width}}  clipped  overflowed  SQNR dB  large biases"]
         for site, row in self.sites.items():
             lines.append(
                 f"{site:{width}}  {row.clip_rate:7.2%}  {row.overflow_rate:10.2%}  "
-                f"{row.large_bias_rate:12.2%}  {row.sqnr_db:7.1f}"
+                f"{row.sqnr_db:7.1f}  {row.large_bias_rate:12.2%}"
             )
         return "\n".join(lines)
 
