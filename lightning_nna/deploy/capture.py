@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from lightning_nna.deploy.graph import CaptureError, Program
-from lightning_nna.deploy.recorder import Recorder
+from lightning_nna.deploy.recorder import Recorder, attributes_of
 from lightning_nna.emulator.attachment import attached, emulate
 from lightning_nna.emulator.engine import Emulator
 from lightning_nna.emulator.spec import LITERT_ACCUMULATOR, NNASpec
@@ -73,16 +73,18 @@ def capture(
         )
     recorder = Recorder(emulator, allow_cpu=allow_cpu)
     with recorder.asked(), on_chip(module, emulator), recorder.listening():
+        kept = attributes_of(module)
+        recorder.follow_state(kept)
         copies = [recorder.argument(k, x) for k, x in enumerate(leaves)]
         result = called(module, forward)(*tree_unflatten(copies, form))
-        recorder.refuse_state(module)
         results = tree_leaves(result)
         outputs = [recorder.result(k, x) for k, x in enumerate(results)]
-    kept = [port for ports in outputs for port in ports]
-    if not kept:
+        recorder.refuse_state(module, kept)
+    ports = [port for each in outputs for port in each]
+    if not ports:
         raise CaptureError("no result of the forward is an activation: there is nothing to export")
     program = recorder.graph.finish(
-        recorder.ports, kept, recorder.fixed(leaves), emulator.spec.name
+        recorder.ports, ports, recorder.fixed(leaves), emulator.spec.name
     )
     left_out = [k for k, x in enumerate(results) if isinstance(x, Tensor) and not outputs[k]]
     return replace(program, left_out=tuple(left_out))

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from lightning_nna.deploy.graph import CaptureError
 from lightning_nna.deploy.movement import NO_TENSOR, Codes
-from lightning_nna.deploy.provenance import CONSTANT, MOST_ARGUMENTS, RANDOM, Provenance
+from lightning_nna.deploy.provenance import CONSTANT, KEPT, MOST_ARGUMENTS, RANDOM, Provenance
 from lightning_nna.emulator.program import Stored
 
 # Code of an element that no instruction has made.
@@ -65,6 +65,11 @@ class Elements:
         self._causes = 0
         # By type, too: one tensor of the forward may have two on the chip.
         self._codes: dict[str, Codes] = {}
+
+    @property
+    def reads_kept(self) -> bool:
+        """Whether the program holds what a module keeps in an attribute."""
+        return bool((self._causes | self.provenance.moved_by) & KEPT)
 
     @property
     def steering(self) -> set[int]:

@@ -30,6 +30,8 @@ CONSTANT = -1
 STEERING = -2
 #: Cause: a random number.
 RANDOM = 1 << 60
+#: Cause: what a module keeps in an attribute, perhaps from an earlier call.
+KEPT = 1 << 61
 #: Integer arguments beyond so many share the last bit.
 MOST_ARGUMENTS = 48
 
@@ -131,6 +133,10 @@ class Provenance(TorchDispatchMode):
             bit = 1 << min(len(self._integers), MOST_ARGUMENTS - 1)
             self._integers.append((first, self._next, bit))
         return self.addresses(x)
+
+    def keep(self, x: Tensor) -> None:
+        """Follow what is computed of a tensor that a module keeps."""
+        self._write(x, torch.full(x.shape, CONSTANT - KEPT))
 
     def complete(self, x: Tensor) -> Tensor:
         """Give the elements of a tensor that are no data addresses, too, and return all."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import pairwise
@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from lightning_nna.deploy.cpu_operators import CPU_OPERATORS, CpuOperators, operator_of
 from lightning_nna.deploy.elements import Asked, Elements, unseen
@@ -62,6 +63,19 @@ _REMEDIES = {
         "norm over the channels"
     ),
 }
+
+
+def attributes_of(module: nn.Module) -> dict[str, list[Tensor]]:
+    """Tensors in attributes of modules that are neither parameters nor buffers, by name."""
+    found = {}
+    for path, each in module.named_modules():
+        for name, value in vars(each).items():
+            if name.startswith("_") or not isinstance(value, (Tensor, tuple, list, dict)):
+                continue
+            tensors = [x for x in tree_leaves(value) if isinstance(x, Tensor)]
+            if tensors:
+                found[f"{path}.{name}".lstrip(".")] = tensors
+    return found
 
 
 class Recorder:
@@ -214,19 +228,37 @@ class Recorder:
             values = integers
         return self._moved.tensor(codes, values, grid, "result")
 
-    def refuse_state(self, module: nn.Module) -> None:
-        """Refuse a module that keeps data in a buffer: its program would not.
+    def follow_state(self, kept: Mapping[str, Sequence[Tensor]]) -> None:
+        """Follow what modules keep in attributes: it may be of an earlier call."""
+        with unseen():
+            for tensors in kept.values():
+                for x in tensors:
+                    self.elements.provenance.keep(x)
+
+    def refuse_state(self, module: nn.Module, before: Mapping[str, Sequence[Tensor]]) -> None:
+        """Refuse a module that keeps data from call to call: its program would not.
+
+        Args:
+            module: After its forward.
+            before: What its attributes held before, by name.
 
         Raises:
-            CaptureError: If it does.
+            CaptureError: If it writes data to a buffer, or to an attribute that held tensors while
+                the program reads such attributes.
         """
+        causes, remedy = self.elements.provenance.causes, "pass what it keeps as an argument and "
         with unseen():
             for name, buffer in module.named_buffers():
-                if self.elements.provenance.causes((buffer,)) is None:
+                if causes((buffer,)) is None:
                     raise CaptureError(
                         f"the forward writes data to the buffer {name}, and a program would start "
-                        "from the example's in every call: pass what it keeps as an argument and "
-                        "return it"
+                        f"from the example's in every call: {remedy}return it"
+                    )
+            for name, tensors in attributes_of(module).items():
+                if self.elements.reads_kept and name in before and causes(tensors) is None:
+                    raise CaptureError(
+                        f"the forward reads what an earlier call has left in the attribute {name}, "
+                        f"and a program would start from that in every call: {remedy}return it"
                     )
 
     def fixed(self, leaves: Sequence[Any]) -> dict[int, Any]:

@@ -208,3 +208,27 @@ def test_a_state_that_is_shuffled_is_refused(tmp_path: Path) -> None:
     calibrate(net, [(x, zeros, zeros)], forward=lambda module, batch: module(*batch))
     with pytest.raises(CaptureError, match="is no argument, nor a part of one as it is"):
         export_tflite(net, [x, zeros, zeros], tmp_path / "net.tflite")
+
+
+class Keeping(nn.Module):
+    """Goes on where the last call ended, without saying so."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer, self.state, self.offset = layer, None, torch.full((4,), 0.1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, self.state = self.layer(x + self.offset, self.state)
+        return x
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_state_that_a_module_keeps_is_refused(kind: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net, x = Keeping(KINDS[kind](4, 5, batch_first=True)), torch.randn(2, 3, 4)
+    calibrate(net, [x, x])
+    with pytest.raises(CaptureError, match="an earlier call has left in the attribute state"):
+        export_tflite(net, [x], tmp_path / "net.tflite")
+    net.state = None
+    model = export_tflite(net, [x], tmp_path / "net.tflite")  # From zero; the offset is a constant.
+    assert model.fixed == ()
