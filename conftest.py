@@ -10,15 +10,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from jaxtyping import install_import_hook
 from sybil import Sybil
 from sybil.parsers.markdown import PythonCodeBlockParser
+
+from tests import check_packages
 
 # Nothing that a test starts may ask the network or a terminal.
 os.environ.setdefault("WANDB_MODE", "offline")
 
 # From here on, every annotated shape in these packages is checked at every call.
-install_import_hook(["lightning_nna", "recipes"], "tests.check_shapes")
+check_packages(["lightning_nna", "recipes"])
 
 
 def _enter_folder_of_page(namespace: dict[str, Any]) -> None:

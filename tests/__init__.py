@@ -1,5 +1,5 @@
 """Tests; the folders mirror ``lightning_nna/`` and ``recipes/``."""
 
-from tests.shapes import check_shapes
+from tests.shapes import check_packages, check_shapes
 
-__all__ = ["check_shapes"]
+__all__ = ["check_packages", "check_shapes"]

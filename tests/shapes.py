@@ -1,19 +1,66 @@
 """Check the shapes that jaxtyping annotations state, and nothing else, while tests run.
 
-The root ``conftest.py`` has jaxtyping put :func:`check_shapes` around every function of the
-packages. General type checkers would do as well, but they also refuse annotations that mypy
-accepts, and what is no shape is mypy's to check.
+The root ``conftest.py`` has jaxtyping put :func:`check_shapes` around the functions of the packages
+whose annotations state a shape. Around the others it would put as much: most of a call's time where
+functions are short, and of an import's. General type checkers would do as well, but they also
+refuse annotations that mypy accepts, and what is no shape is mypy's to check.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
+import re
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from types import UnionType
 from typing import Any, Union, get_args, get_origin
 
-from jaxtyping import AbstractArray
+import jaxtyping
+from jaxtyping import AbstractArray, AbstractDtype, install_import_hook, jaxtyped
+
+
+def check_packages(packages: Sequence[str]) -> None:
+    """Have the shapes of packages checked that are imported from here on."""
+    # What jaxtyping's import hook writes before every function.
+    jaxtyping.jaxtyped = where_stated
+    install_import_hook(packages, "tests.check_shapes")
+
+
+def where_stated(target: Any = None, *, typechecker: Any) -> Any:
+    """``jaxtyping.jaxtyped``, and nothing where no annotation mentions a shape."""
+    if target is None:
+        return functools.partial(where_stated, typechecker=typechecker)
+    return jaxtyped(target, typechecker=typechecker) if mentions_shape(target) else target
+
+
+def mentions_shape(target: Any) -> bool:
+    """Say whether an annotation of a function, or of a class's attributes, mentions a shape."""
+    if isinstance(target, property):
+        return any(mentions_shape(part) for part in (target.fget, target.fset, target.fdel) if part)
+    if inspect.isclass(target):
+        known = vars(sys.modules[target.__module__])
+        annotations = [each for owner in target.__mro__ for each in _own_annotations(owner)]
+    else:
+        function = inspect.unwrap(getattr(target, "__func__", target))
+        known, annotations = function.__globals__, list(function.__annotations__.values())
+    return any(_mentions(annotation, known) for annotation in annotations)
+
+
+def _own_annotations(owner: type) -> list[Any]:
+    return list(vars(owner).get("__annotations__", {}).values())
+
+
+def _mentions(annotation: Any, known: Mapping[str, Any]) -> bool:
+    if not isinstance(annotation, str):
+        return states_shape(annotation)
+    return any(_is_shape(known.get(word)) for word in re.findall(r"\w+", annotation))
+
+
+def _is_shape(value: Any) -> bool:
+    """Whether a name's value is one of jaxtyping's types, or an alias of some."""
+    is_type = inspect.isclass(value) and issubclass(value, AbstractDtype)
+    return is_type or states_shape(value)
 
 
 def check_shapes(function: Callable[..., Any]) -> Callable[..., Any]:

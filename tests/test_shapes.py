@@ -9,7 +9,10 @@ import torch
 from jaxtyping import Float, TypeCheckError, jaxtyped
 from torch import Tensor
 
-from tests.shapes import check_shapes
+from lightning_nna.emulator import engine, weights
+from lightning_nna.functional import lloyd_max
+from lightning_nna.functional.optimal_cells import Line
+from tests.shapes import check_shapes, mentions_shape
 
 
 @jaxtyped(typechecker=check_shapes)
@@ -52,3 +55,15 @@ def test_refuses_a_wrong_element_and_a_wrong_result() -> None:
 
     with pytest.raises(TypeCheckError, match="return value"):
         flat(torch.ones(2, 3))
+
+
+def test_functions_that_state_a_shape_are_checked_and_no_others() -> None:
+    """In the packages: functions, methods, properties and the constructors of dataclasses."""
+    with pytest.raises(TypeCheckError, match="parameters"):
+        lloyd_max.nearest(torch.ones(2), torch.ones(2, 2))
+    with pytest.raises(TypeCheckError, match="parameters"):
+        weights.QuantizedWeight(torch.ones(2, 2), torch.ones(2))
+    assert mentions_shape(weights.QuantizedWeight.values)
+    assert not mentions_shape(engine.Emulator.state_dict)
+    assert not hasattr(engine.Emulator.state_dict, "__wrapped__")
+    assert not mentions_shape(Line)
