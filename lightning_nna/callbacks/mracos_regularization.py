@@ -59,7 +59,8 @@ class MRACosRegularization(S8BQATMethod):
         >>> from lightning_nna.callbacks import HardCompression
         >>> from lightning_nna.testing import SmallRecurrentModule
         >>> pull = MRACosRegularization(3, strength=1e-4, schedule={"start": 0.0, "end": 1.0})
-        >>> trainer = pl.Trainer(max_steps=4, callbacks=[pull, HardCompression(3)],
+        >>> squeeze = HardCompression(3, every_n_steps=2)
+        >>> trainer = pl.Trainer(max_steps=4, callbacks=[pull, squeeze],
         ...     accelerator="cpu", logger=False, enable_checkpointing=False,
         ...     enable_progress_bar=False, enable_model_summary=False)
         >>> trainer.fit(SmallRecurrentModule())
