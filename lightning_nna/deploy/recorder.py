@@ -39,7 +39,7 @@ from lightning_nna.deploy.movement import (
     tensors_in,
 )
 from lightning_nna.deploy.provenance import CONSTANT
-from lightning_nna.emulator.engine import Emulator
+from lightning_nna.emulator.engine import Emulator, Place
 from lightning_nna.emulator.program import Instruction, Stored, activation
 
 _LSTM = "UNIDIRECTIONAL_SEQUENCE_LSTM"
@@ -285,9 +285,9 @@ class Recorder:
 
     # --- instructions ---------------------------------------------------------------------------
 
-    def _refuse(self, key: str, on_chip: bool, operands: Any, result: Any) -> None:
+    def _refuse(self, key: str, where: Place, operands: Any, result: Any) -> None:
         with unseen():
-            if on_chip or not self.elements.provenance.reaches(result):
+            if where != "cpu" or not self.elements.provenance.reaches(result):
                 return
             computed_of_data = self.elements.provenance.causes(result) is None
             if not computed_of_data and operator_of(key) not in _REMEDIES:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
+from functools import cache
 from typing import Any
 
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-#: Place of the argument ``inplace`` of functions that have one.
-_INPLACE_ARGUMENT = {
-    "relu": 1, "relu6": 1, "silu": 1, "hardswish": 1, "hardsigmoid": 1, "leaky_relu": 2, "elu": 2,
-    "hardtanh": 3, "dropout": 3, "feature_dropout": 3,
-}  # fmt: skip
+# In-place functions by name that change no value, but a shape or what autograd does.
+_WRITE_NOTHING = frozenset(
+    """
+    as_strided_ detach_ requires_grad_ share_memory_ squeeze_ swapaxes_ swapdims_ t_ transpose_
+    unsqueeze_
+    """.split()
+)
 
 
 def floats(values: Any) -> list[Tensor]:
@@ -21,10 +25,51 @@ def floats(values: Any) -> list[Tensor]:
     return [x for x in leaves if isinstance(x, Tensor) and x.is_floating_point()]
 
 
+def first_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """The first argument of a function, which every torch function calls ``input``."""
+    return args[0] if args else kwargs.get("input")
+
+
 def is_in_place(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
-    """Whether a call overwrites its first argument."""
+    """Whether a call overwrites its first argument.
+
+    Example:
+        >>> x = torch.zeros(1)
+        >>> is_in_place(torch.Tensor.add_, (x, 1), {}), is_in_place(torch.add, (x, 1), {})
+        (True, False)
+        >>> is_in_place(torch.nn.functional.celu, (x, 1.0, True), {})
+        True
+    """
+    position = _place_of_inplace(func)
+    if position is None:
+        return False
+    if position < 0:
+        return True
+    return bool(kwargs.get("inplace", len(args) > position and args[position]))
+
+
+def written(
+    func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> list[Tensor]:
+    """Tensors that a call writes to: its first argument, or what ``out`` names."""
+    out = kwargs.get("out")
+    if out is not None:
+        return [x for x in tree_leaves(out) if isinstance(x, Tensor)]
+    if is_in_place(func, args, kwargs):
+        return [x for x in [first_of(args, kwargs)] if isinstance(x, Tensor)]
+    return []
+
+
+@cache
+def _place_of_inplace(func: Callable[..., Any]) -> int | None:
+    """Place of the argument ``inplace``; None without one, -1 for what always works in place."""
     name = getattr(func, "__name__", "")
-    position = _INPLACE_ARGUMENT.get(name)
-    if position is not None:
-        return bool(kwargs.get("inplace", len(args) > position and args[position]))
-    return name.endswith("_") and not name.endswith("__")
+    if name == "__set__":
+        return -1 if getattr(getattr(func, "__self__", None), "__name__", "") == "data" else None
+    if name == "__setitem__" or (name.endswith("_") and not name.endswith("__")):
+        return None if name in _WRITE_NOTHING else -1
+    try:
+        parameters = list(inspect.signature(func).parameters)
+    except (TypeError, ValueError):  # Built-in functions tell by their name.
+        return None
+    return parameters.index("inplace") if "inplace" in parameters else None

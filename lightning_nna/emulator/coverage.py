@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from lightning_nna.emulator.attachment import attach, attached, strip
+from lightning_nna.emulator.engine import Place
 from lightning_nna.emulator.spec import PRESETS, NNASpec
 
 
@@ -20,16 +21,22 @@ class CoverageRow:
 
     Args:
         site: ``path/operator#ordinal``.
-        on_chip: Whether the chip runs it.
+        where: ``"chip"`` for the accelerator, ``"cpu"``, or ``"constant"`` for what depends on no
+            activation and is a constant of the program.
         calls: How often it ran.
         crossing_bytes: Bytes of 8-bit activations that go from the chip to the CPU and back, all
-            calls together; 0 on the chip.
+            calls together; 0 for what does not run on the CPU.
     """
 
     site: str
-    on_chip: bool
+    where: Place
     calls: int
     crossing_bytes: int
+
+    @property
+    def on_chip(self) -> bool:
+        """Whether it is part of the accelerator's program, be it as a constant."""
+        return self.where != "cpu"
 
     @property
     def operator(self) -> str:
@@ -51,10 +58,10 @@ class Coverage:
 
     def __str__(self) -> str:
         width = max([len(row.site) for row in self.rows], default=4)
-        lines = [f"{'site':{width}}  where  calls  crossing bytes"]
+        lines = [f"{'site':{width}}  where     calls  crossing bytes"]
         for row in self.rows:
-            where = "chip" if row.on_chip else "CPU"
-            lines.append(f"{row.site:{width}}  {where:5}  {row.calls:5}  {row.crossing_bytes:14}")
+            where = {"chip": "chip", "cpu": "CPU", "constant": "constant"}[row.where]
+            lines.append(f"{row.site:{width}}  {where:8}  {row.calls:5}  {row.crossing_bytes:14}")
         lines.extend(f"{name}: scripted, its operators cannot be seen" for name in self.scripted)
         return "\n".join(lines)
 
@@ -85,9 +92,9 @@ def coverage(
 
     Example:
         >>> print(coverage(nn.Sequential(nn.Linear(4, 2), nn.Softplus()), torch.zeros(1, 4)))
-        site                 where  calls  crossing bytes
-        0/fully_connected#0  chip       1               0
-        1/softplus#0         CPU        1               4
+        site                 where     calls  crossing bytes
+        0/fully_connected#0  chip          1               0
+        1/softplus#0         CPU           1               4
     """
     if example and _is_spec(example[-1]):
         *example, spec = example  # type: ignore[assignment]
@@ -100,13 +107,15 @@ def coverage(
         )
     emulator = attach(module, spec)
     found: dict[str, list[int]] = {}
-    places: dict[str, bool] = {}
+    places: dict[str, Place] = {}
 
-    def listen(key: str, on_chip: bool, operands: Any, result: Any) -> None:
+    def listen(key: str, where: Place, operands: Any, result: Any) -> None:
         row = found.setdefault(key, [0, 0])
         row[0] += 1
-        row[1] += 0 if on_chip else _elements(operands, emulator) + _elements(result)
-        places[key] = on_chip
+        row[1] += _elements(operands, emulator) + _elements(result) if where == "cpu" else 0
+        # A site that is a constant in one call need not be one in another.
+        if places.get(key, "constant") == "constant":
+            places[key] = where
 
     emulator.listener = listen
     try:

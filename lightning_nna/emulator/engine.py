@@ -8,20 +8,23 @@ nothing of the module but hooks, which ``strip`` takes away.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from functools import partial
+from typing import Any, Literal
 from weakref import ref
 
 import torch
 from torch import Tensor, nn
-from torch.utils.weak import WeakTensorKeyDictionary
+from torch.utils._pytree import tree_map
 
-from lightning_nna.emulator.arguments import floats, is_in_place
+from lightning_nna.emulator.arguments import first_of, floats, written
+from lightning_nna.emulator.constants import Constants, Kind
 from lightning_nna.emulator.folding import Folding
 from lightning_nna.emulator.forward_hooks import Emulation, ForwardHooks
 from lightning_nna.emulator.interception import ROOT, Interception, SiteTable
 from lightning_nna.emulator.learned_steps import Learned, LearnedSteps, operands_on_chip
+from lightning_nna.emulator.marks import Marks, Writes
 from lightning_nna.emulator.modes import Fidelity, Mode, Modes, Phase
 from lightning_nna.emulator.non_finite import with_cause
 from lightning_nna.emulator.observers import Observer
@@ -42,6 +45,8 @@ from lightning_nna.emulator.telemetry import Telemetry, in_float
 from lightning_nna.emulator.weight_pipeline import on_grid
 from lightning_nna.emulator.weights import QuantizedWeight
 
+#: Where a site runs: on the accelerator, on the CPU, or nowhere, being a constant of the program.
+Place = Literal["chip", "cpu", "constant"]
 #: What a saved state must have.
 _STATE = frozenset({"calibrated", "folding", "locations", "observer", "ranges"})
 
@@ -82,18 +87,20 @@ class Emulator:
         self.calibrated = False
         self.ranges = RangeTable(observer)
         self.sites = SiteTable()
-        #: Called with ``(key, on chip, operands, result)`` for every site, while coverage listens.
-        self.listener: Callable[[str, bool, Any, Any], None] | None = None
+        #: Called with ``(key, where it runs, operands, result)`` for every site, while coverage
+        #: listens.
+        self.listener: Callable[[str, Place, Any, Any], None] | None = None
         #: Called with every instruction that runs in exact fidelity, while somebody listens.
         self.recorder: Callable[[Instruction], None] | None = None
         #: Figures of every site, gathered while it is there.
         self.telemetry: Telemetry | None = None
         #: Rows per scale of the weights that operators of the chip have used, by ``id``.
         self.used_weights: dict[int, int] = {}
-        self.folding = Folding()
+        self._writes = Writes()
+        self._tags = Marks(self._writes)
+        self.folding = Folding(self._writes)
         self.steps = LearnedSteps(module, self.spec)
-        self._tags = WeakTensorKeyDictionary()
-        self._parts = WeakTensorKeyDictionary()
+        self._parts = Marks(self._writes)
         self._weights: dict[tuple[int, int], tuple[Tensor, tuple[int, int], QuantizedWeight]] = {}
         self._handles: list[Any] = []
         self._warned: set[str] = set()
@@ -117,6 +124,7 @@ class Emulator:
             log.warning("torch.compile is set aside while on the chip: %s", ", ".join(compiled))
         constants = [*module.named_parameters(), *module.named_buffers()]
         self._constants = {id(tensor): name for name, tensor in constants}
+        self.constants = Constants(self._constants)
         self.interception = Interception(
             {id(child): name for name, child in named.items()},
             allowed,
@@ -129,6 +137,9 @@ class Emulator:
             read=self.read,
             fallback=self._fall_back,
             in_backward=self.modes.in_backward,
+            constants=self.constants,
+            fold=self._fold,
+            wrote=self.wrote,
         )
         emulation = Emulation(self)
         for name, child in named.items():
@@ -288,7 +299,8 @@ class Emulator:
         self.ranges.clamp(self.folding.rectified)
         self.learn(self.steps.learning)
         # An activation kept from an observed forward has no grid yet, whatever its mark says.
-        self._tags, self._parts = WeakTensorKeyDictionary(), WeakTensorKeyDictionary()
+        self._tags.clear()
+        self._parts.clear()
 
     def _why_no_ranges(self) -> str:
         if self._fallbacks:
@@ -399,8 +411,9 @@ class Emulator:
     # --- what operators ask for (``Host``) -----------------------------------------------------
 
     def tag_of(self, x: Tensor) -> QParams | None:
-        """Quantisation parameters that travel with a tensor."""
-        return self._tags.get(x)
+        """Quantisation parameters that travel with a tensor, until something is written to it."""
+        tag: QParams | None = self._tags.get(x)
+        return tag
 
     def set_tag(self, x: Tensor, qparams: QParams) -> None:
         """Let parameters travel with a tensor."""
@@ -415,11 +428,16 @@ class Emulator:
 
     def parts_of(self, x: Tensor) -> Parts | None:
         """Parameters of a tensor whose parts lie on several grids."""
-        return self._parts.get(x)
+        parts: Parts | None = self._parts.get(x)
+        return parts
 
     def is_constant(self, x: Tensor) -> bool:
-        """Whether a tensor is a parameter or buffer of the module."""
-        return id(x) in self._constants
+        """Whether a tensor is a parameter or buffer of the module, or computed of these alone."""
+        return self.constants.is_constant(x)
+
+    def in_program(self, x: Tensor) -> bool:
+        """Whether a tensor is a constant, or computed of integers: no activation."""
+        return self.constants.in_program(x)
 
     def weight(self, weight: Tensor, rows_per_scale: int) -> QuantizedWeight:
         """A weight after the weight pipeline, computed once per outermost scope."""
@@ -433,7 +451,8 @@ class Emulator:
                 quantized = on_grid(self.steps.pipeline, weight, rows_per_scale, self.spec)
             held = (weight, versions, quantized)
             self._weights[key] = held
-            self.used_weights[id(weight)] = rows_per_scale
+            if id(weight) in self._constants:
+                self.used_weights[id(weight)] = rows_per_scale
         return held[2]
 
     def trainable(self, weight: Tensor, rows_per_scale: int) -> Tensor:
@@ -512,35 +531,42 @@ class Emulator:
             self.fidelity == "exact" or self.spec.activation_bits == 16,
             self.spec.activation_bits,
         )
-        sampled = self.telemetry is not None and operator.name and phase == "emulate"
-        # Before the chip's: what works in place overwrites its operand.
-        exact = self._in_float(operator, func, args, kwargs) if sampled else None
+        targets = written(func, args, kwargs)
+        if targets:
+            return self._run_writing(targets, operator, call, func, args, kwargs)
+        result = self._emulate(operator, call, func, args, kwargs)
+        if not isinstance(result, Tensor):  # Indices of extremes, say.
+            self.constants.mark(result, None)
+        if self.listener is not None and operator.name:
+            self.listener(key, "chip", (args, kwargs), result)
+        return result
+
+    def _emulate(
+        self,
+        operator: Operator,
+        call: Call,
+        func: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """The operator's result, a new tensor; ``func`` is the same in float."""
+        key = call.site
+        sampled = self.telemetry is not None and operator.name and self.phase == "emulate"
+        # Batch statistics in training would be counted twice.
+        sampled = sampled and operator.name != "batch_norm"
         try:
             result = operator.emulate(call, *args, **kwargs)
         except FloatingPointError as error:
             raise with_cause(error, key, (args, kwargs), self._constants) from error
-        if exact is not None and self.telemetry is not None:
+        if sampled and self.telemetry is not None:
+            exact = in_float(func, args, kwargs)
             first = result if isinstance(result, Tensor) else result[0]
-            exact = self.folding.rectify(key, exact)
-            self.telemetry.compare(key, exact, first, self.tag_of(first))
-        if is_in_place(func, args, kwargs):
-            result = self._store_in_place(args[0], result)
-        elif self.steps.learning == "all" and f"{key}/output" in self.steps.activations:
+            if exact is not None:
+                exact = self.folding.rectify(key, exact)
+                self.telemetry.compare(key, exact, first, self.tag_of(first))
+        if self.steps.learning == "all" and f"{key}/output" in self.steps.activations:
             result = self._learn_output(key, result, func, args, kwargs)
-        if self.listener is not None and operator.name:
-            self.listener(key, True, (args, kwargs), result)
         return result
-
-    def _in_float(
-        self, operator: Operator, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]
-    ) -> Tensor | None:
-        """What a function gives in float, if it may be called a second time."""
-        if is_in_place(func, args, kwargs):
-            args = (args[0].clone(), *args[1:])
-        # Batch statistics in training would be counted twice.
-        if operator.name == "batch_norm":
-            return None
-        return in_float(func, args, kwargs)
 
     def _learn_output(
         self, key: str, result: Tensor, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]
@@ -554,26 +580,111 @@ class Emulator:
         self.set_tag(learned, tag)
         return learned
 
-    def _store_in_place(self, target: Tensor, result: Tensor) -> Tensor:
-        """Give an in-place function's result to the tensor it was called on."""
-        tag = self.tag_of(result)
-        target.copy_(result)
-        self.folding.overwritten(target, result)
-        if tag is not None:
-            self.set_tag(target, tag)
+    # --- what is written in place ---------------------------------------------------------------
+
+    def _run_writing(
+        self,
+        targets: list[Tensor],
+        operator: Operator,
+        call: Call,
+        func: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """An operator whose result goes into a tensor that is there already.
+
+        The operator gives a new tensor, as any other call, which is then copied: what autograd
+        has kept of the operands must stay as it was, so that an operand which is overwritten is
+        copied first, where there will be a backward.
+        """
+        if kwargs.get("out") is not None:
+            return self._run_into(targets, operator, call, func, args, kwargs)
+        target = targets[0]
+        if not args:
+            args, kwargs = (target,), {k: v for k, v in kwargs.items() if k != "input"}
+        has_backward = torch.is_grad_enabled() and any(
+            x.requires_grad for x in floats((args, kwargs))
+        )
+        operand = self._copied(target) if has_backward else target
+        args, kwargs = tree_map(lambda x: operand if x is target else x, (args, kwargs))
+        result = self._emulate(operator, call, partial(_on_a_copy, func), args, kwargs)
+        self._store(target, result)
+        if self.listener is not None and operator.name:
+            self.listener(call.site, "chip", (args, kwargs), target)
         return target
 
+    def _run_into(
+        self,
+        targets: list[Tensor],
+        operator: Operator,
+        call: Call,
+        func: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """An operator with ``out=``, as torch has it: without gradients, and of any shape."""
+        others = {key: value for key, value in kwargs.items() if key != "out"}
+        if torch.is_grad_enabled() and any(x.requires_grad for x in floats((args, others))):
+            return func(*args, **kwargs)  # Raises what torch raises.
+        result = self._emulate(operator, call, func, args, others)
+        results = [result] if isinstance(result, Tensor) else list(result)
+        for target, each in zip(targets, results, strict=True):
+            if target.shape != each.shape:
+                target.resize_(each.shape)
+            self._store(target, each)
+        if self.listener is not None and operator.name:
+            self.listener(call.site, "chip", (args, others), kwargs["out"])
+        return kwargs["out"]
+
+    def _copied(self, x: Tensor) -> Tensor:
+        """A copy of a tensor of which all is known that is known of the tensor."""
+        copy, tag = x.clone(), self.tag_of(x)
+        if tag is not None:
+            self.set_tag(copy, tag)
+        self.folding.copied(x, copy)
+        return copy
+
+    def _store(self, target: Tensor, result: Tensor) -> None:
+        """Write an operator's result, and what is known of it, to another tensor.
+
+        What was known of the target, and of every tensor that shares its memory, is forgotten.
+        """
+        tag = self.tag_of(result)
+        target.copy_(result)
+        self.wrote([target])
+        self.folding.copied(result, target)
+        # Other types cannot hold every integer.
+        if tag is not None and target.dtype == torch.float32:
+            self.set_tag(target, tag)
+
+    def wrote(self, targets: Iterable[Tensor], kind: Kind | None = None) -> None:
+        """Data, or what is none, were written to tensors: forget what was known of them."""
+        for target in targets:
+            self._writes.note(target)
+            if kind is None:
+                self.constants.wrote(target)
+
     def _move(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """A movement: parameters of the first tensor (not a condition) go to float results."""
-        result = func(*args, **kwargs)
-        first = args[0] if args else None
+        """A movement: parameters of the first tensor (not a condition) go to float results.
+
+        Those of the second where it is copied into the first.
+        """
+        copies = func.__name__ == "copy_"
+        first = args[1] if copies else first_of(args, kwargs)
+        given = first if copies else (args, kwargs)
         holds = isinstance(first, Tensor) and first.is_floating_point()
         source = next(iter(floats(first if holds else args)), None)
         if source is not None:
             self.folding.reads(source, "a movement")
         tag = None if source is None else self.tag_of(source)
-        if tag is None and self._parts and source is not None and source in self._parts:
-            self._move_parts(self._parts[source], source, (func, args, kwargs), result)
+        kind = None if tag is not None else self.constants.kind_of(given)
+        result = func(*args, **kwargs)
+        self.wrote(written(func, args, kwargs), kind)
+        if kind is None or self.interception.in_scope():
+            self.constants.mark(result, kind)
+        parts = self._parts.get(source) if tag is None and source is not None else None
+        if parts is not None and source is not None and not copies:
+            self._move_parts(parts, source, (func, args, kwargs), result)
         if tag is not None:
             for leaf in floats(result):
                 if leaf.dtype == torch.float32:  # Other types cannot hold every integer.
@@ -619,6 +730,23 @@ class Emulator:
         tags = [self.tag_of(leaf) for leaf in floats(args)]
         return bool(tags) and tags[0] is not None and all(tag == tags[0] for tag in tags)
 
+    def _fold(
+        self,
+        key: str,
+        func: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        kind: Kind,
+    ) -> Any:
+        """What depends on no activation, in float: a constant of the program."""
+        result = func(*args, **kwargs)
+        targets = written(func, args, kwargs)
+        self.wrote(targets, kind)
+        self.constants.mark((result, targets), kind)
+        if self.listener is not None:
+            self.listener(key, "constant", (args, kwargs), result)
+        return result
+
     def _fall_back(
         self, key: str, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
@@ -628,11 +756,10 @@ class Emulator:
         for operand in floats(args):
             self.folding.reads(operand, key)
         result = func(*args, **kwargs)
-        name = getattr(func, "__name__", "")
-        if name == "__setitem__" or (name.endswith("_") and not name.endswith("__")):
-            self._tags.pop(args[0], None)
+        self.wrote(written(func, args, kwargs))
+        self.constants.mark(result, None)
         if self.listener is not None:
-            self.listener(key, False, (args, kwargs), result)
+            self.listener(key, "cpu", (args, kwargs), result)
         return result
 
 
@@ -653,3 +780,8 @@ def _union(states: Sequence[Any]) -> Any:
     if isinstance(states[0], list):
         return sorted({held for state in states for held in state})
     return states[0]
+
+
+def _on_a_copy(func: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """What an in-place function makes of a tensor, which stays as it is."""
+    return func(x.clone(), *args, **kwargs)

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
+from lightning_nna.emulator.marks import Marks, Writes
 from lightning_nna.emulator.spec import KernelRounding
 from lightning_nna.emulator.weights import QuantizedWeight
 
@@ -53,14 +53,18 @@ class Foldable:
 
 
 class Folding:
-    """What is known of layers and the norms after them."""
+    """What is known of layers and the norms after them.
 
-    def __init__(self) -> None:
+    Args:
+        writes: What was written to in place, see :mod:`.marks`.
+    """
+
+    def __init__(self, writes: Writes) -> None:
         self._sites: set[str] = set()
         self._candidates: set[str] = set()
         self._readers: dict[str, set[str]] = {}
-        self._producers = WeakTensorKeyDictionary()
-        self._outputs = WeakTensorKeyDictionary()
+        self._producers = Marks(writes)
+        self._outputs = Marks(writes)
         #: Largest value that a ReLU leaves of an operator's results, by site.
         self.rectified: dict[str, float] = {}
         self._rectifiers: dict[str, float] = {}
@@ -69,12 +73,12 @@ class Folding:
         """Note an operator's result by its site."""
         self._outputs[result] = by
 
-    def overwritten(self, x: Tensor, result: Tensor) -> None:
-        """A tensor has taken in another operator's result, in place."""
+    def copied(self, source: Tensor, copy: Tensor) -> None:
+        """Another tensor holds the values of an operator's result now."""
         for known in (self._outputs, self._producers):
-            known.pop(x, None)
-        if result in self._outputs:
-            self._outputs[x] = self._outputs[result]
+            held = known.get(source)
+            if held is not None:
+                known[copy] = held
 
     def rectifies(self, x: Tensor, upper: float) -> None:
         """Note that a ReLU, with a largest value, takes a result in."""
@@ -112,7 +116,7 @@ class Folding:
         for site, upper in self._rectifiers.items():
             if len(self._readers[site]) == 1 and site not in self._sites:
                 self.rectified[site] = upper
-        self._outputs = WeakTensorKeyDictionary()
+        self._outputs.clear()
 
     def folds(self, site: str) -> bool:
         """Whether the layer at a site is folded."""

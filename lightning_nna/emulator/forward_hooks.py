@@ -77,7 +77,10 @@ class ForwardHooks:
             return
         emulator.require_ranges()
         emulator.enter_scope()
-        emulator.interception.scope.stack.append(self.path)
+        stack = emulator.interception.scope.stack
+        if not stack:
+            emulator.constants.begin()
+        stack.append(self.path)
 
     def after(self, module: nn.Module, args: Any, result: Any) -> None:
         """Forward ends, or raised."""

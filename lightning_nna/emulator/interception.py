@@ -27,6 +27,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torchmetrics import Metric
 
+from lightning_nna.emulator.arguments import first_of, written
+from lightning_nna.emulator.constants import Constants
 from lightning_nna.emulator.operators.movement import (
     JOINS,
     MOVEMENTS,
@@ -58,24 +60,43 @@ _DECISIONS = frozenset(
     __le__ __gt__ __ge__ isnan isinf isfinite any all argmax argmin nonzero equal allclose
     """.split()
 )
-# Functions that give shapes or fresh tensors.
+# Functions that give shapes or random tensors.
 _IGNORED = frozenset(
     """
     __len__ __get__ __set__ size dim numel stride is_contiguous storage_offset data_ptr
-    __hash__ is_floating_point is_complex
-    zeros ones empty full arange tensor zeros_like ones_like empty_like full_like new_zeros
-    new_ones new_empty new_full new_tensor rand randn rand_like randn_like randint linspace eye
+    __hash__ is_floating_point is_complex is_inference untyped_storage rand randn rand_like
+    randn_like randint
     is_same_size register_hook retain_grad
     record_stream is_tensor is_autocast_enabled get_device type element_size nelement
     _nested_tensor_from_mask_left_aligned
     """.split()
 )
+# Functions that give tensors of the code's own values.
+_FACTORIES = frozenset(
+    """
+    zeros ones empty full arange range tensor as_tensor scalar_tensor zeros_like ones_like
+    empty_like full_like new_zeros new_ones new_empty new_full new_tensor linspace logspace eye
+    bartlett_window blackman_window hamming_window hann_window kaiser_window
+    """.split()
+)
+# Functions whose result is random whatever they are given.
+_RANDOM = frozenset(
+    """
+    bernoulli bernoulli_ cauchy_ exponential_ geometric_ log_normal_ multinomial normal normal_
+    poisson random_ uniform_
+    """.split()
+)
+# Operators that are the accelerator's whatever they are given: layers with weights. What a layer
+# takes in is an activation, though it may have come in as integers.
+_LAYERS = frozenset("attention convolution embedding fully_connected gru lstm".split())
 
 
 _HIDDEN = (
     "compiled code calls a module on the chip, whose operators it would hide: call it "
     "inside `with emulate(module)`, where torch.compile is set aside, or strip(module)"
 )
+_FLOAT, _COMPLEX = 1, 2
+_FILLS = ("masked_fill", "masked_fill_")
 
 #: By function, see :func:`_kind_of`: asked for with every call.
 _KINDS: dict[Callable[..., Any], tuple[str, str]] = {}
@@ -158,6 +179,9 @@ class Interception(TorchFunctionMode):
         read: Called with what a function out of scope takes in, or one that decides by values.
         fallback: Called with ``(key, func, args, kwargs)`` for anything else in scope.
         in_backward: Threads that run a backward, which this keeps up to date.
+        constants: Of the emulator, see :mod:`.constants`.
+        fold: Called with ``(key, func, args, kwargs, kind)`` for what depends on constants alone.
+        wrote: Called with the tensors that a function out of scope has written to.
     """
 
     def __init__(
@@ -174,6 +198,9 @@ class Interception(TorchFunctionMode):
         read: Callable[[Any], None],
         fallback: Callable[..., Any],
         in_backward: list[int],
+        constants: Constants,
+        fold: Callable[..., Any],
+        wrote: Callable[[Iterable[Tensor]], None],
     ) -> None:
         super().__init__()
         # By identity: a code object computes its hash anew whenever it is asked.
@@ -181,7 +208,8 @@ class Interception(TorchFunctionMode):
         self._lightning, self._in_backward = lightning, in_backward
         self.paths, self.allowed = paths, allowed
         self.sites, self.run, self.fallback = sites, run, fallback
-        self.move, self.joins, self.read = move, joins, read
+        self.constants, self.fold = constants, fold
+        self.move, self.joins, self.read, self.wrote = move, joins, read, wrote
         self.scope = Scope()
         self._keys: dict[tuple[object, ...], str] = {}
         self._code: list[CodeType] = []
@@ -236,31 +264,76 @@ class Interception(TorchFunctionMode):
         if known is None:
             known = _KINDS[func] = _kind_of(func)
         name, kind = known
-        if kind == "ignored":
+        if kind == "ignored" and "out" not in kwargs:
             return func(*args, **kwargs)
+        if kind in ("ignored", "assignment"):
+            return self._plainly(func, args, kwargs)
         if kind == "backward":
             return self._outside(func, args, kwargs)
+        if kind == "factory":
+            return self._make(func, args, kwargs)
         if kind == "decision":
             self.read((args, kwargs))
-            return func(*args, **kwargs)
-        if kind == "movement" or _is_padding(name, args, kwargs):
+            return self._decide(func, args, kwargs)
+        if kind == "movement" or name == "copy_" or _is_padding(name, args, kwargs):
             return self.move(func, args, kwargs)
-        if name in JOINS and not chooses_a_number(name, args) and self.joins(name, args):
+        if name in JOINS and not chooses_a_number(name, args) and self.joins(name, (args, kwargs)):
             return self.move(func, args, kwargs)
-        if _makes_a_mask(name, args) and not self.joins(name, args[:1]):
-            return func(*args, **kwargs)
-        operator = TABLE.get(name)
-        if not _has_float(args) and not _has_float(kwargs.values()):
-            return func(*args, **kwargs)
+        types = _types_in(args) | _types_in(kwargs.values())
+        if not types:
+            return self._decide(func, args, kwargs)
         path, location = self._locate()
         if path is None:
             self.read((args, kwargs))
-            return func(*args, **kwargs)
-        if operator is None:
-            run = _IN_DOUBLE.get(name, func)
-            return self.fallback(self._key(path, name.strip("_"), location), run, args, kwargs)
-        label = operator.name or name
+            return self._plainly(func, args, kwargs)
+        operator = TABLE.get(name)
+        label = name.strip("_") if operator is None else operator.name or name
+        run = _IN_DOUBLE.get(name, func)
+        if label not in _LAYERS and not label.startswith("embedding") and name not in _RANDOM:
+            kind = self.constants.kind_of((args, kwargs))
+            if kind is not None:
+                return self.fold(self._key(path, label, location), run, args, kwargs, kind)
+        if _makes_a_mask(name, args, kwargs) and not self.joins(name, first_of(args, kwargs)):
+            return self._plainly(func, args, kwargs)
+        if operator is None or types & _COMPLEX:
+            key = self._key(path, name.strip("_"), location)
+            return self.fallback(key, run, args, kwargs)
+        if label in _LAYERS:
+            self.constants.enters(args)
         return self.run(operator, self._key(path, label, location), func, args, kwargs)
+
+    def in_scope(self) -> bool:
+        """Whether the code that calls is part of what is emulated."""
+        if self.scope.stack:
+            return self.scope.stack[-1] in self.allowed
+        return self._locate()[0] is not None
+
+    def _make(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A tensor of the code's own values: a constant, if the code is emulated."""
+        result = self._plainly(func, args, kwargs)
+        # What a tensor is like says nothing of its values; what it is filled with does.
+        filled = (args[1:], kwargs) if func.__name__.startswith(("new_", "full")) else ()
+        filled = (args, kwargs) if func.__name__ in ("tensor", "as_tensor", "full") else filled
+        if isinstance(result, Tensor) and self.in_scope():
+            self.constants.made(result, filled)
+        return result
+
+    def _decide(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Integers and masks, or floats of them: they are data if they come from data."""
+        result = self._plainly(func, args, kwargs)
+        self.constants.follow(result, (args, kwargs), self.in_scope)
+        return result
+
+    def _plainly(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Run a function as torch does; what it writes to is no longer what it was."""
+        result = func(*args, **kwargs)
+        if targets := written(func, args, kwargs):
+            self.wrote(targets)
+        return result
 
     def _outside(
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -479,31 +552,51 @@ def _kind_of(func: Callable[..., Any]) -> tuple[str, str]:
     if name == "__get__":
         viewed = getattr(getattr(func, "__self__", None), "__name__", "") in VIEW_PROPERTIES
         return name, "movement" if viewed else "ignored"
+    if name == "__set__":
+        assigned = getattr(getattr(func, "__self__", None), "__name__", "")
+        return name, "assignment" if assigned == "data" else "ignored"
+    if name in _FACTORIES:
+        return name, "factory"
     if name in _DECISIONS:
         return name, "decision"
     return name, "ignored" if name in _IGNORED else ""
 
 
 def _is_padding(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    if name == "masked_fill":
-        return not isinstance(args[-1], Tensor) and args[-1] == 0
-    return name == "pad" and is_zero_padding(*args[1:], **kwargs)
+    if name in _FILLS:
+        return _filled_in(args, kwargs) == 0
+    if name != "pad":
+        return False
+    return is_zero_padding(*args[1:], **{k: v for k, v in kwargs.items() if k != "input"})
 
 
-def _makes_a_mask(name: str, args: tuple[Any, ...]) -> bool:
+def _makes_a_mask(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether minus infinity is filled in: in no activation, that makes a mask of scores."""
-    return name in ("masked_fill", "masked_fill_") and args[-1] == float("-inf")
+    return name in _FILLS and _filled_in(args, kwargs) == float("-inf")
 
 
-def _has_float(values: Iterable[Any]) -> bool:
-    """Whether a float tensor is among arguments: otherwise there is nothing to emulate."""
+def _filled_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> float | None:
+    """The number that ``masked_fill`` fills in; None for a tensor."""
+    value = kwargs["value"] if "value" in kwargs else args[-1]
+    return None if isinstance(value, Tensor) else value
+
+
+def _types_in(values: Iterable[Any]) -> int:
+    """Whether float tensors, complex tensors or complex numbers are among arguments, as bits.
+
+    Without any of them there is nothing to emulate.
+    """
+    found = 0
     for value in values:
         if isinstance(value, Tensor):
             if value.is_floating_point():
-                return True
+                found |= _FLOAT
+            elif value.is_complex():
+                found |= _COMPLEX
         elif isinstance(value, (tuple, list)):
-            if _has_float(value):
-                return True
-        elif isinstance(value, dict) and _has_float(value.values()):
-            return True
-    return False
+            found |= _types_in(value)
+        elif isinstance(value, dict):
+            found |= _types_in(value.values())
+        elif isinstance(value, complex):
+            found |= _COMPLEX
+    return found

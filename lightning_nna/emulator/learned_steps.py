@@ -33,7 +33,7 @@ from weakref import ref
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from lightning_nna.emulator.operators.call import float32_arithmetic
 from lightning_nna.emulator.ranges import (
@@ -242,9 +242,14 @@ class LearnedSteps:
         step = self.activations[key]
         if step.device != result.device:
             step = self.activations[key] = _leaf(step.to(result.device))
+        args, kwargs = operands
         with float32_arithmetic(result):
-            leaves, structure = tree_flatten(operands)
-            return _OutputOnStep.apply(result, step, grid, func, leaves, structure)
+            with torch.no_grad():
+                # Now, and not backward: by then, operands may have been overwritten.
+                v = func(*args, **kwargs) / grid.scale
+                factor = grid.scale * _per_log2(v.numel(), grid.largest)
+                slope = _slope(v, *grid.bounds).mul_(factor)
+            return _OutputOnStep.apply(result, step, slope)
 
     # --- state --------------------------------------------------------------------------------
 
@@ -336,38 +341,19 @@ class _WeightOnSteps(torch.autograd.Function):
 
 
 class _OutputOnStep(torch.autograd.Function):
-    """The result as it is; backward, the operator in float says what was rounded to it."""
+    """The result as it is; backward, the step gets the gradient of what was rounded to it."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        result: Tensor,
-        step: Tensor,
-        grid: QParams,
-        func: Callable[..., Any],
-        leaves: list[Any],
-        structure: TreeSpec,
-    ) -> Tensor:
-        ctx.grid, ctx.func, ctx.structure = grid, func, structure
-        # Saved as tensors are, so that activation checkpointing sees them.
-        ctx.leaves = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        ctx.places = [at for at, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
-        ctx.save_for_backward(*(leaves[at].detach() for at in ctx.places))
+    def forward(ctx: Any, result: Tensor, step: Tensor, slope: Tensor) -> Tensor:
+        ctx.save_for_backward(slope)
         # No view, so that what works in place on the result may.
         return result.detach()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        leaves = list(ctx.leaves)
-        for at, leaf in zip(ctx.places, ctx.saved_tensors, strict=True):
-            leaves[at] = leaf
-        args, kwargs = tree_unflatten(leaves, ctx.structure)
-        low, high = ctx.grid.bounds
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        (slope,) = ctx.saved_tensors
         with float32_arithmetic(grad):
-            v = ctx.func(*args, **kwargs) / ctx.grid.scale
-            factor = ctx.grid.scale * _per_log2(v.numel(), ctx.grid.largest)
-            d_step = _slope(v, low, high).mul_(grad).sum() * factor
-        return grad, d_step, None, None, None, None
+            return grad, (slope * grad).sum(), None
 
 
 def _leaf(step: Tensor) -> Tensor:

@@ -55,7 +55,10 @@ class Host(Protocol):
         """Parameters of a tensor whose parts lie on several grids."""
 
     def is_constant(self, x: Tensor) -> bool:
-        """Whether a tensor is a parameter or buffer of the module."""
+        """Whether a tensor is a parameter or buffer of the module, or computed of these alone."""
+
+    def in_program(self, x: Tensor) -> bool:
+        """Whether a tensor is a constant, or computed of integers: no activation."""
 
     def weight(self, weight: Tensor, rows_per_scale: int) -> QuantizedWeight:
         """A weight after the whole weight pipeline."""
@@ -107,7 +110,7 @@ class Activation:
 
     value: Tensor
     qparams: QParams
-    #: Whether it is a parameter, a buffer or a number, and so part of the program.
+    #: Whether it depends on no activation, as a parameter or a number: part of the program.
     constant: bool = False
 
     def integers(self) -> Tensor:
@@ -166,7 +169,7 @@ class Call:
         if tag is not None:
             self.host.folding.reads(x, self.site)
             return self._of_width(Activation(x, tag))
-        if self.host.is_constant(x):
+        if self.host.in_program(x):
             return self.constant(x)
         key = f"{self.site}/{name}"
         if self.observing:
@@ -203,7 +206,9 @@ class Call:
         """Parameters of the result; ``compute`` gives the float result for a site never seen."""
         key = f"{self.site}/{name}"
         if key not in self.host.ranges:
-            self._frozen(key, compute())
+            frozen = self._frozen(key, compute())
+            if key not in self.host.ranges:
+                return frozen
         grid = self._grid(key, self.floor)
         if name == "output" and self.site in self.host.folding.rectified:
             return replace(grid, rectified=True)
@@ -308,6 +313,8 @@ class Call:
     def _frozen(self, key: str, x: Tensor) -> QParams:
         """Parameters of a frozen range; a site that calibration never met takes this tensor's."""
         if key not in self.host.ranges:
+            if not x.numel():  # Says nothing of a range, and any grid holds it.
+                return QParams(1.0, 0) if self.bits == 8 else QParams(1.0, 0).widened()
             self.host.first_run_after_freeze(key)
             self.host.ranges.observe(key, x)
         return self._grid(key)

@@ -89,9 +89,11 @@ def concatenate(call: Call, tensors: list[Tensor], dim: int = 0) -> Tensor:
     """``torch.cat``: operands on another grid than the output's are requantised to it.
 
     Float data that no operator has quantised yet are put together before they come to the chip.
+    Empty tensors, with which caches begin, have no grid and are left out.
     """
     if all(_is_plain(call, x) for x in tensors):
         return torch.cat(tensors, dim)
+    tensors = [x for x in tensors if x.numel()] or list(tensors)
     parts = [call.operand(x, f"input{i}") for i, x in enumerate(tensors)]
     if call.observing:
         return call.observed(torch.cat([part.value for part in parts], dim))
@@ -180,7 +182,10 @@ class _Binary(torch.autograd.Function):
         centred, clipped = clip(rounded, y, needs_grad)
         ctx.kind, ctx.shapes = kind, (a.shape, b.shape)
         if needs_grad:
-            ctx.save_for_backward(clipped, *((a, b) if kind == "MUL" else ()))
+            # No more than is needed: what is not kept may be overwritten.
+            needs_a, needs_b = ctx.needs_input_grad[:2]
+            factors = (a if needs_b else None, b if needs_a else None)
+            ctx.save_for_backward(clipped, *(factors if kind == "MUL" else ()))
         return centred.mul_(y.scale)
 
     @staticmethod

@@ -310,7 +310,8 @@ class _FullyConnected(torch.autograd.Function):
             result = centred.mul_(y.scale)
         if needs_grad:
             ctx.save_for_backward(x, quantized.stored, quantized.scales, clipped)
-        return result.reshape(*x.shape[:-1], weight.shape[0])
+        # No view, so that what works in place on the result may.
+        return result.reshape(*x.shape[:-1], weight.shape[0]).detach()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -437,7 +438,8 @@ class _StraightThrough(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, replacement: Tensor) -> Tensor:
-        return replacement
+        # No view of it, so that what works in place on a result may.
+        return replacement.detach()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:

@@ -207,7 +207,8 @@ class _LSTM(torch.autograd.Function):
             ctx.kept = [name for name, kept in zip(_KEPT, tensors, strict=True) if kept is not None]
             ctx.cell, ctx.layout = cell, layout
             ctx.save_for_backward(x, *(kept for kept in tensors if kept is not None))
-        return states, layout.last(states), cells
+        # A copy: what works in place on the states must leave the last ones alone.
+        return states, layout.last(states).clone(), cells
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
