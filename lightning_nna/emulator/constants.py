@@ -14,10 +14,13 @@ activation, so that images of bytes are data as soon as a layer reads them.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from enum import Enum
+from itertools import count
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lightning_nna.emulator.marks import Marks, Writes
@@ -32,8 +35,16 @@ class Kind(Enum):
     DATA = "data"
 
 
+class _Forward(threading.local):
+    """The outermost forward of a thread, by its number."""
+
+    number = 0
+
+
 class Constants:
     """Kinds of tensors, for the time of one outermost forward.
+
+    What a backward computes again, as activation checkpointing does, it finds as it was.
 
     Args:
         names: Names of the module's parameters and buffers by ``id``.
@@ -44,10 +55,13 @@ class Constants:
         # A table of zeros stays a constant when constants are written to it.
         self._writes = Writes()
         self._kinds = Marks(self._writes, seen=True)
+        self._forward = _Forward()
+        self._numbers = count(1)
 
     def begin(self) -> None:
         """An outermost forward begins: what it is given is data, wherever it has come from."""
-        self._kinds.clear()
+        if not _in_backward():
+            self._forward.number = next(self._numbers)
 
     def is_constant(self, x: Tensor) -> bool:
         """Whether the values of a tensor depend on the module alone."""
@@ -58,10 +72,11 @@ class Constants:
         return self._kind(x) in (Kind.CONSTANT, Kind.INTEGER)
 
     def _kind(self, x: Tensor) -> Kind | None:
-        kind: Kind | None = self._kinds.get(x)
-        if kind is None and (id(x) in self._names or isinstance(x, nn.Parameter)):
-            return Kind.CONSTANT
-        return kind
+        held: tuple[Kind, int] | None = self._kinds.get(x)
+        if held is not None and (held[1] == self._forward.number or _in_backward()):
+            return held[0]
+        is_held = id(x) in self._names or isinstance(x, nn.Parameter)
+        return Kind.CONSTANT if is_held else None
 
     def kind_of(self, values: Any) -> Kind | None:
         """What a function of some arguments, nested, depends on; None for data.
@@ -85,9 +100,12 @@ class Constants:
         for x in _tensors(results):
             is_float = x.is_floating_point() or x.is_complex()
             if is_float and kind is not None:
-                self._kinds[x] = kind
+                self._set(x, kind)
             elif not is_float and kind is None:
-                self._kinds[x] = Kind.DATA
+                self._set(x, Kind.DATA)
+
+    def _set(self, x: Tensor, kind: Kind) -> None:
+        self._kinds[x] = (kind, self._forward.number)
 
     def made(self, result: Tensor, filled: Any) -> None:
         """Note a tensor of the code's own values, filled with some of these."""
@@ -114,7 +132,7 @@ class Constants:
     def enters(self, args: tuple[Any, ...]) -> None:
         """A layer takes arguments in: what was computed of integers is data from now on."""
         for x in args:
-            if isinstance(x, Tensor) and self._kinds.get(x) is Kind.INTEGER:
+            if isinstance(x, Tensor) and self._kind(x) is Kind.INTEGER:
                 self._kinds.pop(x)
 
     def wrote(self, target: Tensor) -> None:
@@ -122,7 +140,11 @@ class Constants:
         self._writes.note(target)
         for x in (target, target._base):
             if x is not None and id(x) in self._names and not isinstance(x, nn.Parameter):
-                self._kinds[x] = Kind.DATA
+                self._set(x, Kind.DATA)
+
+
+def _in_backward() -> bool:
+    return bool(torch._C._current_graph_task_id() != -1)
 
 
 def _tensors(values: Any) -> Iterator[Tensor]:

@@ -578,6 +578,7 @@ class Emulator:
         operands = operands_on_chip(self, args, kwargs)
         learned = self.steps.learn_output(f"{key}/output", result, tag, func, operands)
         self.set_tag(learned, tag)
+        self.folding.copied(result, learned)
         return learned
 
     # --- what is written in place ---------------------------------------------------------------
@@ -685,6 +686,9 @@ class Emulator:
         parts = self._parts.get(source) if tag is None and source is not None else None
         if parts is not None and source is not None and not copies:
             self._move_parts(parts, source, (func, args, kwargs), result)
+        if source is not None and tag is None and kind is None:
+            for leaf in floats(result):
+                self.folding.moved(source, leaf)
         if tag is not None:
             for leaf in floats(result):
                 if leaf.dtype == torch.float32:  # Other types cannot hold every integer.
@@ -716,7 +720,7 @@ class Emulator:
 
     def read(self, values: Any) -> None:
         """Note that something that is not on the chip reads activations, nested."""
-        if self.phase == "observe":
+        if self.phase != "float":
             for x in floats(values):
                 self.folding.reads(x, "something else")
 
@@ -753,8 +757,9 @@ class Emulator:
         """Whatever the chip does not have, in float; what it writes in place leaves the grid."""
         if not self.calibrated:
             self.require_ranges(key)
-        for operand in floats(args):
+        for operand in floats((args, kwargs)):
             self.folding.reads(operand, key)
+            self.folding.check_finished(operand, key)
         result = func(*args, **kwargs)
         self.wrote(written(func, args, kwargs))
         self.constants.mark(result, None)

@@ -12,6 +12,7 @@ reference kernel is, and the grid is twice as fine.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,8 @@ from lightning_nna.emulator.weights import QuantizedWeight
 
 if TYPE_CHECKING:
     from lightning_nna.emulator.operators.call import Activation, Call
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,7 @@ class Foldable:
         exact: Whether the sums are needed.
         sums_of: Forms the sums with another weight of the same shape.
         record: Reports the instruction, given the call, the folded weight and bias and the output.
+        site: Key of the layer's call site.
     """
 
     sums: Tensor
@@ -50,6 +54,7 @@ class Foldable:
     exact: bool
     sums_of: Callable[[QuantizedWeight], Tensor]
     record: Callable[[Call, QuantizedWeight, Tensor, Activation], None]
+    site: str
 
 
 class Folding:
@@ -65,6 +70,11 @@ class Folding:
         self._readers: dict[str, set[str]] = {}
         self._producers = Marks(writes)
         self._outputs = Marks(writes)
+        # Views and the like of what waits for its norm, by tensor.
+        self._moved = Marks(writes)
+        # Sites of results that end at 0 for their ReLU, by tensor.
+        self._clamped = Marks(writes)
+        self._warned: set[str] = set()
         #: Largest value that a ReLU leaves of an operator's results, by site.
         self.rectified: dict[str, float] = {}
         self._rectifiers: dict[str, float] = {}
@@ -75,10 +85,17 @@ class Folding:
 
     def copied(self, source: Tensor, copy: Tensor) -> None:
         """Another tensor holds the values of an operator's result now."""
-        for known in (self._outputs, self._producers):
+        self.passed_on(source, copy)
+        held = self._producers.get(source)
+        if held is not None:
+            self._producers[copy] = held
+
+    def passed_on(self, source: Tensor, result: Tensor) -> None:
+        """Another tensor stands for an operator's result now: some of its values, or dropout's."""
+        for known in (self._outputs, self._clamped):
             held = known.get(source)
             if held is not None:
-                known[copy] = held
+                known[result] = held
 
     def rectifies(self, x: Tensor, upper: float) -> None:
         """Note that a ReLU, with a largest value, takes a result in."""
@@ -103,6 +120,25 @@ class Folding:
             producer = self._outputs.get(x)
         if producer is not None:
             self._readers.setdefault(producer, set()).add(reader)
+        if len(self._clamped):
+            self._check_reader(x, reader)
+
+    def _check_reader(self, x: Tensor, reader: str) -> None:
+        """Warn, once for each site, of who takes in what has been clamped for another."""
+        site = self._clamped.get(x)
+        if site is None or site in self._warned or reader in self._readers.get(site, ()):
+            return
+        self._warned.add(site)
+        log.warning(
+            "%s ends at 0, because in calibration a ReLU alone read its result; now %s reads it, "
+            "too, and finds no value below 0: calibrate with batches that take this path",
+            site,
+            reader,
+        )
+
+    def clamped(self, result: Tensor, site: str) -> None:
+        """Note a result that has been clamped for its ReLU."""
+        self._clamped[result] = site
 
     def normalises(self, x: Tensor) -> None:
         """Note that a batch norm takes a result in."""
@@ -126,6 +162,26 @@ class Folding:
         """The layer that waits with this result for its batch norm."""
         producer = self._producers.get(x)
         return producer if isinstance(producer, Foldable) else None
+
+    def moved(self, x: Tensor, result: Tensor) -> None:
+        """Note what holds values of a result that waits for its batch norm."""
+        waiting = self.waiting(x) or self._moved.get(x)
+        if waiting is not None:
+            self._moved[result] = waiting
+
+    def check_finished(self, x: Tensor, reader: str) -> None:
+        """Refuse to read what waits for its batch norm.
+
+        Raises:
+            RuntimeError: If ``x`` is such a result; names both sites.
+        """
+        waiting = self.waiting(x) or self._moved.get(x)
+        if waiting is not None:
+            raise RuntimeError(
+                f"{reader} reads the result of {waiting.site}, which is folded into the batch norm "
+                f"after it, since in calibration nobody else read it: calibrate with batches that "
+                f"take this path"
+            )
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values."""

@@ -279,8 +279,8 @@ class Interception(TorchFunctionMode):
             return self.move(func, args, kwargs)
         if name in JOINS and not chooses_a_number(name, args) and self.joins(name, (args, kwargs)):
             return self.move(func, args, kwargs)
-        types = _types_in(args) | _types_in(kwargs.values())
-        if not types:
+        found = _types_in(args) | _types_in(kwargs.values())
+        if not found:
             return self._decide(func, args, kwargs)
         path, location = self._locate()
         if path is None:
@@ -290,12 +290,12 @@ class Interception(TorchFunctionMode):
         label = name.strip("_") if operator is None else operator.name or name
         run = _IN_DOUBLE.get(name, func)
         if label not in _LAYERS and not label.startswith("embedding") and name not in _RANDOM:
-            kind = self.constants.kind_of((args, kwargs))
-            if kind is not None:
-                return self.fold(self._key(path, label, location), run, args, kwargs, kind)
+            depends = self.constants.kind_of((args, kwargs))
+            if depends is not None:
+                return self.fold(self._key(path, label, location), run, args, kwargs, depends)
         if _makes_a_mask(name, args, kwargs) and not self.joins(name, first_of(args, kwargs)):
             return self._plainly(func, args, kwargs)
-        if operator is None or types & _COMPLEX:
+        if operator is None or found & _COMPLEX:
             key = self._key(path, name.strip("_"), location)
             return self.fallback(key, run, args, kwargs)
         if label in _LAYERS:
@@ -304,8 +304,6 @@ class Interception(TorchFunctionMode):
 
     def in_scope(self) -> bool:
         """Whether the code that calls is part of what is emulated."""
-        if self.scope.stack:
-            return self.scope.stack[-1] in self.allowed
         return self._locate()[0] is not None
 
     def _make(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

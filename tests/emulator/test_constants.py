@@ -107,7 +107,8 @@ def test_it_is_what_float_computes(name: str, spec: str) -> None:
         result = net(*inputs)
     seen = net.seen
     expected = net(*inputs).detach()
-    torch.testing.assert_close(seen, net.seen, rtol=0, atol=0)
+    # All but the last bit, which float itself has otherwise on other processors.
+    torch.testing.assert_close(seen, net.seen, rtol=2**-22, atol=2**-22)
     span = float(expected.max() - expected.min())
     torch.testing.assert_close(result, expected, rtol=0, atol=0.03 * span)
 

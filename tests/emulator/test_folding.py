@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
-from lightning_nna import emulate
+from lightning_nna import calibrate, emulate
+from lightning_nna.emulator.learned_steps import Learned
 from lightning_nna.emulator.ranges import QParams, affine_qparams
 from lightning_nna.emulator.telemetry import Telemetry
 from tests.emulator.replay import replays
@@ -164,3 +165,132 @@ def test_telemetry_does_not_count_what_the_relu_takes_away() -> None:
         row = chip.telemetry["0/fully_connected#0"]
     assert row.clip_rate < 0.001
     assert row.sqnr_db > 40
+
+
+class Auxiliary(nn.Module):
+    """A second reader of the first layer's result, on a path of its own."""
+
+    def __init__(self, after: nn.Module, read: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.first, self.after, self.read = nn.Linear(20, 40), after, read
+        self.takes_both = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x)
+        result: Tensor = self.after(y)
+        return result + self.read(y) if self.takes_both else result
+
+
+READERS: dict[str, Callable[[Tensor], Tensor]] = {
+    "an operator": torch.tanh,
+    "a movement": lambda y: y.flip(-1),
+    "the CPU": F.softplus,
+    "after a movement": lambda y: torch.sigmoid(y.view(y.shape)),
+}
+
+
+@pytest.mark.parametrize("reader", READERS)
+@pytest.mark.parametrize("learned", ["none", "all"])
+def test_a_new_reader_of_what_ends_at_zero_is_told_once(
+    reader: str, learned: Learned, caplog: pytest.LogCaptureFixture
+) -> None:
+    torch.manual_seed(0)
+    net, x = Auxiliary(nn.ReLU(), READERS[reader]), torch.randn(50, 20)
+    calibrate(net, [x])
+    with emulate(net, learned_steps=learned):
+        net(x)
+        assert not caplog.messages
+        net.takes_both = True
+        net(x).sum().backward()
+        net(x)
+    told = [text for text in caplog.messages if "ends at 0" in text]
+    assert len(told) == 1
+    assert "first/fully_connected#0" in told[0]
+    assert "calibrate with batches that take this path" in told[0]
+
+
+def test_who_calibrates_with_the_path_is_not_told(caplog: pytest.LogCaptureFixture) -> None:
+    torch.manual_seed(0)
+    net, x = Auxiliary(nn.ReLU(), torch.tanh), torch.randn(50, 20)
+    net.takes_both = True
+    calibrate(net, [x])
+    with emulate(net):
+        result = net(x)
+        net.takes_both = False
+        net(x)
+    assert not caplog.messages
+    net.takes_both = True
+    torch.testing.assert_close(result, net(x), rtol=0, atol=0.05)
+
+
+def test_results_that_leave_the_network_are_read_too(caplog: pytest.LogCaptureFixture) -> None:
+    torch.manual_seed(0)
+    net, x = Auxiliary(nn.ReLU(), torch.tanh), torch.randn(50, 20)
+    calibrate(net, [x])
+    taken: list[Tensor] = []
+    net.first.register_forward_hook(lambda module, args, result: taken.append(result > 0))
+    with emulate(net):
+        net(x)
+    assert taken[0].any()
+    assert [text for text in caplog.messages if "first/fully_connected#0 ends at 0" in text]
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_dropout_between_a_layer_and_its_relu_changes_nothing(
+    training: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(20, 40), nn.Dropout(0.5), nn.ReLU(), nn.Linear(40, 4))
+    net.train(training)
+    x = torch.randn(50, 20)
+    with emulate(net) as chip:
+        with chip.observing():
+            net(x)
+        net.train()(x).sum().backward()
+        result = net.eval()(x)
+    assert not caplog.messages
+    torch.testing.assert_close(result, net(x), rtol=0, atol=0.05)
+
+
+def test_dropout_of_what_another_reads_does_not_hide_the_reader() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Linear(20, 40)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.first(x)
+            return torch.relu(y) + torch.tanh(F.dropout(y, 0.5, self.training))
+
+    torch.manual_seed(0)
+    net, x = Net(), torch.randn(50, 20)
+    with emulate(net) as chip:
+        with chip.observing():
+            net(x)
+        result = net.eval()(x)
+    below = net(x) < 0
+    assert below.any()
+    torch.testing.assert_close(result[below], net(x)[below], rtol=0, atol=0.05)
+
+
+@pytest.mark.parametrize("reader", ["an operator", "the CPU", "after a movement"])
+@pytest.mark.parametrize("training", [False, True])
+def test_what_is_folded_into_a_batch_norm_has_no_other_reader(reader: str, training: bool) -> None:
+    torch.manual_seed(0)
+    net, x = Auxiliary(nn.BatchNorm1d(40), READERS[reader]).train(training), torch.randn(50, 20)
+    calibrate(net, [x])
+    with emulate(net):
+        net(x)
+        net.takes_both = True
+        with pytest.raises(RuntimeError, match="result of first/fully_connected#0, which is fold"):
+            net(x)
+
+
+def test_a_convolution_that_is_folded_has_no_other_reader() -> None:
+    net = Auxiliary(nn.BatchNorm2d(4), torch.sigmoid)
+    net.first = nn.Conv2d(3, 4, 3)  # type: ignore[assignment]
+    x = torch.randn(2, 3, 6, 6)
+    calibrate(net, [x])
+    net.takes_both = True
+    with emulate(net), pytest.raises(RuntimeError, match="calibrate with batches that take this"):
+        net(x)

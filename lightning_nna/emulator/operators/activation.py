@@ -231,16 +231,21 @@ def _dropped(call: Call, input: Tensor, p: float, training: bool, shape: tuple[i
     tag = call.host.tag_of(input)
     if not training or not 0 < p < 1:
         result = F.dropout(input, p, training)
-        return result if tag is None else call.tagged(result, tag)
+        if result is not input:
+            call.host.folding.passed_on(input, result)
+        return result if tag is None else call.unchanged(result, Activation(input, tag))
     kept = torch.empty(shape, dtype=input.dtype, device=input.device).bernoulli_(1 - p)
     if tag is None or tag == PENDING:
         result = input * kept.div_(1 - p)
+        call.host.folding.passed_on(input, result)
         return result if tag is None else call.tagged(result, tag)
-    grown = replace(tag, scale=round_significand(tag.scale / (1 - p), tag.bits))
+    grown = replace(tag, scale=round_significand(tag.scale / (1 - p), tag.bits), rectified=False)
     with float32_arithmetic(input):
         # By a tensor: a GPU would multiply by the inverse of a number.
         integers = input / torch.full((), tag.scale, device=input.device)
-        return call.tagged(integers * kept.mul_(grown.scale), grown)
+        result = call.tagged(integers * kept.mul_(grown.scale), grown)
+    call.host.folding.passed_on(input, result)
+    return result
 
 
 def _carrier(call: Call, x: Activation) -> Tensor:

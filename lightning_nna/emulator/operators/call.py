@@ -168,6 +168,8 @@ class Call:
         tag = self.host.tag_of(x)
         if tag is not None:
             self.host.folding.reads(x, self.site)
+            # The ReLU's backward takes care of what was clipped for it, and no other.
+            tag = replace(tag, rectified=False) if tag.rectified else tag
             return self._of_width(Activation(x, tag))
         if self.host.in_program(x):
             return self.constant(x)
@@ -175,6 +177,7 @@ class Call:
         if self.observing:
             self.host.ranges.observe(key, x)
             return Activation(x, PENDING)
+        self.host.folding.check_finished(x, self.site)
         qparams = self._frozen(key, x)
         if (parts := self.host.parts_of(x)) is not None:
             return Activation(self._joined(x, parts, qparams), qparams)
@@ -217,6 +220,8 @@ class Call:
     def tagged(self, result: Tensor, qparams: QParams) -> Tensor:
         """Let the result carry its parameters."""
         self.host.set_tag(result, qparams)
+        if qparams.rectified:
+            self.host.folding.clamped(result, self.site)
         return result
 
     def viewed(self, view: Tensor, of: Tensor) -> Tensor:
