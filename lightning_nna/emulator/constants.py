@@ -63,6 +63,10 @@ class Constants:
         if not _in_backward():
             self._forward.number = next(self._numbers)
 
+    def is_own(self, x: Tensor) -> bool:
+        """Whether a tensor is itself a parameter or buffer."""
+        return id(x) in self._names or isinstance(x, nn.Parameter)
+
     def is_constant(self, x: Tensor) -> bool:
         """Whether the values of a tensor depend on the module alone."""
         return self._kind(x) is Kind.CONSTANT
@@ -75,8 +79,7 @@ class Constants:
         held: tuple[Kind, int] | None = self._kinds.get(x)
         if held is not None and (held[1] == self._forward.number or _in_backward()):
             return held[0]
-        is_held = id(x) in self._names or isinstance(x, nn.Parameter)
-        return Kind.CONSTANT if is_held else None
+        return Kind.CONSTANT if self.is_own(x) else None
 
     def kind_of(self, values: Any) -> Kind | None:
         """What a function of some arguments, nested, depends on; None for data.

@@ -435,6 +435,10 @@ class Emulator:
         """Whether a tensor is a parameter or buffer of the module, or computed of these alone."""
         return self.constants.is_constant(x)
 
+    def is_own(self, x: Tensor) -> bool:
+        """Whether a tensor is itself a parameter or buffer of the module."""
+        return self.constants.is_own(x)
+
     def in_program(self, x: Tensor) -> bool:
         """Whether a tensor is a constant, or computed of integers: no activation."""
         return self.constants.in_program(x)

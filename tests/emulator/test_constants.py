@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from lightning_nna import calibrate, coverage, emulate
 from tests.emulator.modules import Function
@@ -223,6 +224,12 @@ def test_what_is_random_or_comes_of_data_is_data(function: Callable[[Tensor], Te
     assert any(key.endswith("/other") for key in emulator.ranges.ranges)
 
 
+def test_input_that_is_padded_stays_the_input() -> None:
+    net = Function(lambda x: torch.sigmoid(torch.cat([x, x.new_zeros(3, 2)], 1)))
+    emulator = calibrate(net, [torch.randn(3, 4)])
+    assert list(emulator.ranges.ranges) == ["./sigmoid#0/input"]
+
+
 class Cache(nn.Module):
     """A buffer that the forward fills with activations."""
 
@@ -333,3 +340,38 @@ def test_batches_may_be_empty(shape: tuple[int, ...]) -> None:
     with emulate(net):
         assert net(torch.zeros(shape)).shape == (*shape[:-1], 5)
         assert Function(lambda x: x * 2.0 + x)(torch.zeros(shape)).shape == shape
+
+
+def test_checkpointed_layers_find_tables_that_they_were_given_constant() -> None:
+    class Rotated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(8, 8)
+
+        def forward(self, x: Tensor, table: Tensor) -> Tensor:
+            return self.layer(x) * table
+
+    class Net(nn.Module):
+        def __init__(self, checkpoints: bool) -> None:
+            super().__init__()
+            self.rotated, self.checkpoints = Rotated(), checkpoints
+
+        def forward(self, x: Tensor) -> Tensor:
+            table = torch.arange(x.shape[0]).float().cos()[:, None]
+            if self.checkpoints:
+                result: Tensor = checkpoint(self.rotated, x, table, use_reentrant=False)
+                return result
+            return self.rotated(x, table)
+
+    gradients = []
+    for checkpoints in (False, True):
+        torch.manual_seed(0)
+        net, x = Net(checkpoints), torch.randn(6, 8)
+        emulator = calibrate(net, [x])
+        known = set(emulator.ranges.ranges)
+        with emulate(net):
+            net(x).square().sum().backward()
+        assert set(emulator.ranges.ranges) == known
+        assert "rotated/mul#0/other" not in known
+        gradients.append(net.rotated.layer.weight.grad)
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=0, atol=0)

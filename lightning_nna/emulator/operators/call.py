@@ -57,6 +57,9 @@ class Host(Protocol):
     def is_constant(self, x: Tensor) -> bool:
         """Whether a tensor is a parameter or buffer of the module, or computed of these alone."""
 
+    def is_own(self, x: Tensor) -> bool:
+        """Whether a tensor is itself a parameter or buffer of the module."""
+
     def in_program(self, x: Tensor) -> bool:
         """Whether a tensor is a constant, or computed of integers: no activation."""
 

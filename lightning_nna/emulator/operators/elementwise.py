@@ -88,8 +88,9 @@ def neg(call: Call, input: Tensor) -> Tensor:
 def concatenate(call: Call, tensors: list[Tensor], dim: int = 0) -> Tensor:
     """``torch.cat``: operands on another grid than the output's are requantised to it.
 
-    Float data that no operator has quantised yet are put together before they come to the chip.
-    Empty tensors, with which caches begin, have no grid and are left out.
+    Float data that no operator has quantised yet are put together before they come to the chip,
+    and padded with what the forward makes of numbers. Empty tensors, with which caches begin, have
+    no grid and are left out.
     """
     if all(_is_plain(call, x) for x in tensors):
         return torch.cat(tensors, dim)
@@ -112,7 +113,7 @@ def concatenate(call: Call, tensors: list[Tensor], dim: int = 0) -> Tensor:
 def _is_plain(call: Call, x: Tensor) -> bool:
     """Whether a tensor is float data that no operator has quantised."""
     on_a_grid = call.host.tag_of(x) is not None or call.host.parts_of(x) is not None
-    return not on_a_grid and not call.host.is_constant(x)
+    return not on_a_grid and not call.host.is_own(x)
 
 
 def stack(call: Call, tensors: list[Tensor], dim: int = 0) -> Tensor:
