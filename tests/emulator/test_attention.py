@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_nna import emulate
+from lightning_nna import calibrate, emulate
 from lightning_nna.emulator.coverage import coverage
+from tests.emulator.modules import Function
 from tests.emulator.replay import replays
 
 SPECS = {8: "litert-int8", 16: "litert-int16x8"}
@@ -314,3 +315,22 @@ def test_a_positional_bias_is_learned() -> None:
     module.bias.grad = None
     module(*inputs).square().sum().backward()
     assert float(F.cosine_similarity(found.flatten(), module.bias.grad.flatten(), 0)) > 0.98
+
+
+@pytest.mark.parametrize("spec", ["litert-int8", "litert-int16x8"])
+def test_a_row_of_which_all_is_masked_is_the_mean_of_the_values(spec: str) -> None:
+    def attend(x: Tensor, keep: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(x, x, x, attn_mask=keep)
+
+    torch.manual_seed(0)
+    x, keep = torch.randn(2, 5, 4), torch.ones(2, 5, 5, dtype=torch.bool)
+    keep[0, 3] = False
+    net = Function(attend)
+    calibrate(net, [x], lambda net, x: net(x, keep), spec)
+    with emulate(net, spec):
+        result = net(x, keep)
+    in_float = attend(x, keep)
+    assert not in_float[0, 3].any()
+    torch.testing.assert_close(result[0, 3], x[0].mean(0), rtol=0, atol=0.03)
+    others = keep.any(-1)
+    torch.testing.assert_close(result[others], in_float[others], rtol=0, atol=0.05)

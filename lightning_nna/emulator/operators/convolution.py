@@ -84,7 +84,9 @@ def _waiting(
         record_convolution(at, x, shift, folded, geometry, y)
 
     exact = needs_exact(call, x, quantized)
-    waiting = Foldable(sums, bias, quantized, x, _rounding(call, x), exact, sums_of, record, call.site)
+    waiting = Foldable(
+        sums, bias, quantized, x, _rounding(call, x), exact, sums_of, record, call.site
+    )
     return call.host.folding.produced(result, waiting)
 
 

@@ -61,7 +61,9 @@ def _waiting(call: Call, x: Activation, weight: Tensor, bias: Tensor | None) -> 
         _record(at, x, shift, folded, y)
 
     rounding = call.host.spec.rounding_of("real")
-    waiting = Foldable(sums.detach(), bias, quantized, x, rounding, exact, sums_of, record, call.site)
+    waiting = Foldable(
+        sums.detach(), bias, quantized, x, rounding, exact, sums_of, record, call.site
+    )
     return call.host.folding.produced(result, waiting)
 
 
