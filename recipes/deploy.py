@@ -40,8 +40,8 @@ from recipes.asr.recogniser import TransducerRecogniser, transducer_loss
 from recipes.asr.scoring import word_errors
 from recipes.asr.vocabulary import BLANK
 from recipes.evaluate import put_on_chip, recipe_of
-from recipes.run_folder import provenance, size_of, write_summary
-from recipes.settings import check_settings
+from recipes.run_folder import provenance, size_of, weight_figures, write_summary
+from recipes.settings import METHOD_SETTINGS, check_settings
 from recipes.train import build_recogniser, score_test
 from recipes.weights import TrainedWeights, load_weights
 
@@ -94,6 +94,7 @@ def deploy(config: DictConfig) -> dict[str, Any]:
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     weights = load_weights(config.ckpt)
+    check_asked(weights, config)
     recipe = recipe_of(weights, config)
     datamodule = instantiate(recipe.data)
     recogniser = build_recogniser(recipe, datamodule, weights)
@@ -104,6 +105,7 @@ def deploy(config: DictConfig) -> dict[str, Any]:
     put_on_chip(recogniser, datamodule, emulation, weights, batches=batches)
     emulated = _scored(recogniser, datamodule, callbacks)
     transcripts = dict(recogniser.hypotheses)
+    figures = weight_figures(recogniser)
     recogniser.eval()
     run_dir = Path(config.run_dir)
     models = export_transducer(recogniser, run_dir / "programs", chunk_steps=config.chunk_steps)
@@ -123,6 +125,7 @@ def deploy(config: DictConfig) -> dict[str, Any]:
         **_deployed_figures(found, transcripts),
         "float": in_float,
         "emulated": emulated,
+        **figures,
         "tflite_bytes": sum(model.size_bytes for model in models.values()),
         "programs": {part: model.size_bytes for part, model in models.items()},
         **speech,
@@ -130,6 +133,32 @@ def deploy(config: DictConfig) -> dict[str, Any]:
     }
     write_summary(run_dir, summary)
     return summary
+
+
+def check_asked(weights: TrainedWeights, config: DictConfig) -> None:
+    """Raise if ``config`` asks for another method than a checkpoint was trained with.
+
+    Raises:
+        ValueError: If the checkpoint was trained emulated, so that it brings its own methods, and
+            ``compression``, ``nna`` or a setting of theirs differs from them.
+    """
+    trained = (weights.recipe.get("callbacks") or {}).get("nna")
+    if not trained:
+        return
+    method, spec = str(weights.recipe.get("method")), trained.get("spec")
+    asked = {"compression": config.method, "nna": config.nna.spec}
+    held = {"compression": method, "nna": spec}
+    # What a command has without asking for it.
+    unasked = {"compression": "nna8", "nna": "litert-int8"}
+    for key in METHOD_SETTINGS:
+        asked[key], held[key] = config.get(key), weights.recipe.get(key)
+        unasked[key] = None
+    for key, value in asked.items():
+        if value not in (unasked[key], held[key]):
+            raise ValueError(
+                f"{key}={value} is not used: {config.ckpt} was trained with {key}={held[key]}, and "
+                "is deployed so; leave it out, or deploy a float checkpoint"
+            )
 
 
 def chip_callbacks(weights: TrainedWeights, config: DictConfig) -> list[Callback]:

@@ -28,7 +28,7 @@ from lightning_nna.callbacks.weight_method import WeightMethod
 from recipes.asr.batches import Batch
 from recipes.asr.data import SpeechDataModule
 from recipes.asr.recogniser import TransducerRecogniser
-from recipes.run_folder import provenance, size_of, write_summary
+from recipes.run_folder import provenance, size_of, weight_figures, write_summary
 from recipes.settings import check_settings
 from recipes.train import build_callbacks, build_recogniser, score_test
 from recipes.weights import TrainedWeights, load_weights
@@ -82,6 +82,7 @@ def evaluate(config: DictConfig) -> dict[str, Any]:
         **provenance(recipe.seed),
         **size_of(recogniser.model),
         **score_test(trainer, recogniser, datamodule),
+        **weight_figures(recogniser),
     }
     run_dir = Path(config.run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)

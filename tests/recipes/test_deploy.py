@@ -11,8 +11,9 @@ import torch
 from omegaconf import DictConfig
 
 from recipes.asr.deployed import DeployedTransducer, export_transducer
-from recipes.deploy import deploy, table
+from recipes.deploy import check_asked, deploy, table
 from recipes.train import train
+from recipes.weights import TrainedWeights
 from tests.recipes.asr.test_on_chip import conformer
 from tests.recipes.test_train import overrides
 
@@ -70,3 +71,27 @@ def test_what_has_no_streaming_program(tmp_path: Path) -> None:
         export_transducer(Recogniser(), tmp_path)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="chunk_steps must be at least 1, got 0"):
         export_transducer(Recogniser(), tmp_path, chunk_steps=0)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("asked", "complaint"),
+    [
+        (
+            ["compression=csp"],
+            r"compression=csp is not used: a\.ckpt was trained with compression=g",
+        ),
+        (["nna=ethos-u"], r"nna=ethos-u is not used: .* with nna=litert-int8"),
+        (["compression=gq", "bits=3"], r"bits=3 is not used: .* with bits=2"),
+    ],
+)
+def test_what_the_checkpoint_decides_is_not_asked_for(
+    asked: list[str], complaint: str, compose_config: Compose
+) -> None:
+    recipe = {"method": "gq", "bits": 2, "callbacks": {"nna": {"spec": "litert-int8"}}}
+    trained = TrainedWeights({}, {**recipe, "bit_overrides": {}}, {})
+    check_asked(trained, compose_config("deploy", "ckpt=a.ckpt"))
+    check_asked(trained, compose_config("deploy", "ckpt=a.ckpt", "compression=gq", "bits=2"))
+    config = compose_config("deploy", "ckpt=a.ckpt", *asked)
+    with pytest.raises(ValueError, match=complaint):
+        check_asked(trained, config)
+    check_asked(TrainedWeights({}, {"method": "float"}, {}), config)
