@@ -149,7 +149,7 @@ def check_asked(weights: TrainedWeights, config: DictConfig) -> None:
     asked = {"compression": config.method, "nna": config.nna.spec}
     held = {"compression": method, "nna": spec}
     # What a command has without asking for it.
-    unasked = {"compression": "nna8", "nna": "litert-int8"}
+    unasked: dict[str, Any] = {"compression": "nna8", "nna": "litert-int8"}
     for key in METHOD_SETTINGS:
         asked[key], held[key] = config.get(key), weights.recipe.get(key)
         unasked[key] = None
