@@ -12,6 +12,7 @@ from tests.recipes.conftest import SMALL_NETWORK
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Checkpoint directory")
+@pytest.mark.filterwarnings("ignore:NNAEmulation. 0 of")
 def test_the_demo_trains_puts_on_the_chip_trains_for_it_and_hands_over(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
