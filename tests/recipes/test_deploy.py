@@ -24,6 +24,7 @@ HIGH_END = "[ethos-u55-128,Ethos_U55_High_End_Embedded,Shared_Sram]"
 
 @pytest.mark.slow
 @pytest.mark.exactness
+@pytest.mark.filterwarnings("ignore:NNAEmulation. 0 of")  # Shorter than its calibration.
 @pytest.mark.parametrize("compression", ["none", "nna8", "csp_gq"])
 def test_the_programs_recognise_what_the_emulation_does(
     compression: str, compose_config: Compose, overrides: list[str], tmp_path: Path

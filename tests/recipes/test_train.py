@@ -98,6 +98,7 @@ def test_the_folder_of_another_run_is_refused(
         train(compose_config("train", *settings, "seed=5", "data.seed=1", "model.seed=1"))
 
 
+@pytest.mark.filterwarnings("ignore:NNAEmulation. 0 of")  # Shorter than its calibration.
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_every_experiment_runs(
     experiment: str, compose_config: Compose, overrides: list[str], tmp_path: Path
