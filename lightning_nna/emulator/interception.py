@@ -47,7 +47,8 @@ ROOT = "."
 # With the separator: torchaudio and its like are no part of torch.
 _TORCH_FOLDER = str(Path(torch.__file__).parent) + os.sep
 #: Files of other function modes, which may stand between a call and the interception.
-TRANSPARENT_FILES: set[str] = set()
+#: This one too: where two modules are emulated in nested blocks, one interception calls the other.
+TRANSPARENT_FILES: set[str] = {__file__}
 _MODULE_CALL = nn.Module.__call__.__code__.co_filename
 _CHECKPOINT = torch.utils.checkpoint.checkpoint_sequential.__code__.co_filename
 _BACKWARD = frozenset({"backward", "grad"})

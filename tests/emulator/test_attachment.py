@@ -310,3 +310,15 @@ def test_a_parameter_as_an_operand_is_a_constant() -> None:
     assert set(chip.ranges.ranges) == {"./tanh#0/input", "./add#0/output"}
     assert float((y - module(x)).detach().abs().max()) < 0.04
     assert torch.equal(module.shift.grad, torch.full((2,), 64.0))
+
+
+def test_two_modules_in_nested_blocks_have_the_sites_that_each_has_alone() -> None:
+    nets, x = [SmallNet(), SmallNet()], torch.randn(4, 4)
+    alone = []
+    for net in nets:
+        calibrate(net, [x])
+        with emulate(net):
+            alone.append(net(x))
+    with emulate(nets[0]), emulate(nets[1]):
+        assert torch.equal(nets[0](x), alone[0])
+        assert torch.equal(nets[1](x), alone[1])
