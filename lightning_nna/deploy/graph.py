@@ -78,7 +78,8 @@ class Program:
         fixed: Arguments that are part of the program, by position: what steered the forward, as
             nested lists, and what is no tensor.
         spec: Name of the chip.
-        left_out: Positions of results that are no activations, as arguments that are passed on.
+        left_out: Positions of results that are no activations, as arguments that are passed on, or
+            that are empty.
     """
 
     tensors: Mapping[str, TensorSpec]

@@ -159,16 +159,11 @@ class Recorder:
             self.elements.define(form.dtype, addresses, codes_of(number, np.arange(copy.numel())))
 
     def result(self, position: int, x: Any) -> tuple[Port, ...]:
-        """The ports of a result; none for what is no activation."""
-        if not isinstance(x, Tensor) or not x.is_floating_point():
+        """The ports of a result; none for what is no activation, or holds nothing."""
+        if not isinstance(x, Tensor) or not x.is_floating_point() or not x.numel():
             return ()
         with unseen():
             tag = self.emulator.tag_of(x)
-            if not x.numel():
-                raise CaptureError(
-                    f"result {position} is empty, of shape {tuple(x.shape)}: a program has the "
-                    "shapes of its example, so export it with at least one of a batch"
-                )
             parts = self.emulator.parts_of(x)
             grid = tag if parts is None else parts.grids[0]
             kind = "float32" if grid is None else width_of_grid(grid)

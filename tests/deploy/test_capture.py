@@ -278,6 +278,21 @@ def test_an_empty_batch_is_refused(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_an_empty_result_beside_others_is_left_out(tmp_path: Path) -> None:
+    # As the carried frames of a streaming encoder that needs none.
+    x = torch.randn(3, 6)
+    net = calibrated(lambda x, linear: (y := linear(x), y[:0]), (x,), nn.Linear(6, 6))
+    model = export_tflite(net, [x], tmp_path / "net.tflite")
+    assert model.left_out == (1,)
+    assert verify(net, model.path, [x]) == 1.0
+
+
+def test_results_that_are_all_empty_are_refused(tmp_path: Path) -> None:
+    net = calibrated(lambda x, linear: linear(x)[:0], (torch.randn(3, 6),), nn.Linear(6, 6))
+    with pytest.raises(CaptureError, match="no result of the forward is an activation"):
+        export_tflite(net, [torch.randn(3, 6)], tmp_path / "net.tflite")
+
+
 def test_a_constant_in_an_operand_is_joined_once(tmp_path: Path) -> None:
     torch.manual_seed(0)
     token = nn.Parameter(torch.randn(1, 6))
