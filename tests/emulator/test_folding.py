@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
-from lightning_nna import calibrate, emulate
+from lightning_nna import calibrate, coverage, emulate
 from lightning_nna.emulator.learned_steps import Learned
 from lightning_nna.emulator.ranges import QParams, affine_qparams
 from lightning_nna.emulator.telemetry import Telemetry
@@ -294,3 +294,24 @@ def test_a_convolution_that_is_folded_has_no_other_reader() -> None:
     net.takes_both = True
     with emulate(net), pytest.raises(RuntimeError, match="calibrate with batches that take this"):
         net(x)
+
+
+@pytest.mark.parametrize(
+    ("layer", "drop", "shape"),
+    [
+        (nn.Conv1d(3, 4, 3), nn.Dropout1d(0.5), (4, 3, 9)),
+        (nn.Conv2d(3, 4, 3), nn.Dropout2d(0.5), (4, 3, 6, 6)),
+        (nn.Conv2d(3, 4, 3), nn.Dropout2d(0.5, inplace=True), (4, 3, 6, 6)),
+    ],
+)
+def test_dropout_of_channels_stays_on_the_accelerator(
+    layer: nn.Module, drop: nn.Module, shape: tuple[int, ...]
+) -> None:
+    torch.manual_seed(0)
+    net, x = nn.Sequential(layer, drop, nn.ReLU()).eval(), torch.randn(shape)
+    assert not coverage(net, x).fallbacks
+    calibrate(net, [x])
+    with emulate(net):
+        result = net(x)
+        net.train()(x).sum().backward()
+    torch.testing.assert_close(result, net.eval()(x), rtol=0, atol=0.03)

@@ -226,6 +226,11 @@ def feature_dropout(
     return _dropped(call, input, p, training, shape)
 
 
+def has_batch(*dims: int) -> Callable[..., bool]:
+    """Tells whether an input has a batch axis before its channels, by its number of axes."""
+    return lambda input, *_, **__: input.dim() in dims
+
+
 def _dropped(call: Call, input: Tensor, p: float, training: bool, shape: tuple[int, ...]) -> Tensor:
     """Keep with probability 1 - p what one entry of ``shape`` stands for."""
     tag = call.host.tag_of(input)
