@@ -460,8 +460,8 @@ class Recorder:
     def _start(self, site: str, name: str, stored: Stored) -> int:
         """A variable that starts at fixed values, as learned ones, in every call.
 
-        Runtimes start variables at 0; MAXIMUM of equal operands writes other values, since no
-        runtime computes it of constants in advance and then no more.
+        Runtimes start variables at 0; MAXIMUM of equal constants writes other values, and LiteRT
+        runs it in every call.
         """
         values = stored.integers.numpy()
         number = self.graph.add(name, form_of(stored), values)
