@@ -98,12 +98,3 @@ def test_committed_text_names_no_registry_and_no_machine() -> None:
         if registry.search(line) or machine.search(line)
     ]
     assert found == []
-
-
-def test_files_stay_short_enough_to_read() -> None:
-    lengths = {
-        str(path.relative_to(ROOT)): len(path.read_text(encoding="utf-8").splitlines())
-        for path in committed_text()
-        if path.suffix == ".py"
-    }
-    assert {name: length for name, length in lengths.items() if length > 400} == {}

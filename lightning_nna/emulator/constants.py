@@ -58,6 +58,10 @@ class Constants:
         self._forward = _Forward()
         self._numbers = count(1)
 
+    def rename(self, names: Mapping[int, str]) -> None:
+        """Take other tensors for the module's parameters and buffers, by ``id``."""
+        self._names = names
+
     def begin(self) -> None:
         """An outermost forward begins: what it is given is data, wherever it has come from."""
         if not _in_backward():

@@ -122,8 +122,7 @@ class Emulator:
             )
         if compiled := compiled_modules(module):
             log.warning("torch.compile is set aside while on the chip: %s", ", ".join(compiled))
-        constants = [*module.named_parameters(), *module.named_buffers()]
-        self._constants = {id(tensor): name for name, tensor in constants}
+        self._constants = _names_of(module)
         self.constants = Constants(self._constants)
         self.interception = Interception(
             {id(child): name for name, child in named.items()},
@@ -162,7 +161,26 @@ class Emulator:
         """Start intercepting; weights are transformed anew for each outermost scope."""
         if self.interception.scope.entered == 0:
             self._weights.clear()
+            self._follow_tensors()
         self.interception.enter()
+
+    def _follow_tensors(self) -> None:
+        """Know parameters and buffers by their name, whichever tensors stand for them now.
+
+        ``load_state_dict(…, assign=True)`` and moving to another device put others in their place.
+        """
+        module = self.module()
+        if module is None:
+            return
+        names = _names_of(module)
+        self.steps.follow(module)
+        if names == self._constants:
+            return
+        tensors = {name: number for number, name in names.items()}
+        used = {self._constants.get(number): rows for number, rows in self.used_weights.items()}
+        self.used_weights = {tensors[name]: rows for name, rows in used.items() if name in tensors}
+        self._constants = names
+        self.constants.rename(names)
 
     def leave_scope(self) -> None:
         """Undo one :meth:`enter_scope`."""
@@ -331,6 +349,7 @@ class Emulator:
         return {
             "calibrated": self.calibrated,
             "spec": self.spec.name,
+            "arithmetic": self.spec.arithmetic,
             "targets": list(self.targets),
             "observer": self.ranges.observer,
             "ranges": self.ranges.state_dict(),
@@ -353,11 +372,16 @@ class Emulator:
                 f"lightning-nna has saved it; calibrate the module again (calibrate(module, "
                 f"batches), or a fit with calibration_steps)"
             )
-        for entry, own in (("spec", self.spec.name), ("targets", list(self.targets))):
+        for entry, own in (("arithmetic", self.spec.arithmetic), ("targets", list(self.targets))):
             if entry in state and state[entry] != own:
+                saved, name = state[entry], entry
+                if entry == "arithmetic":
+                    name = f"spec {state['spec']!r}, the emulator has {self.spec.name!r}:"
+                    saved = {key: x for key, x in saved.items() if x != own.get(key)}
+                    own = {key: own.get(key) for key in saved}
                 raise ValueError(
-                    f"the state was saved with {entry} {state[entry]!r}, the emulator has {own!r}: "
-                    f"ranges do not carry over; use the same {entry}, or calibrate again"
+                    f"the state was saved with {name} {saved!r}, the emulator has {own!r}: "
+                    f"ranges do not carry over; use the same, or calibrate again"
                 )
         self.ranges = RangeTable(state["observer"])
         self.ranges.load_state_dict(state["ranges"])
@@ -794,3 +818,9 @@ def _union(states: Sequence[Any]) -> Any:
 def _on_a_copy(func: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Any:
     """What an in-place function makes of a tensor, which stays as it is."""
     return func(x.clone(), *args, **kwargs)
+
+
+def _names_of(module: nn.Module) -> dict[int, str]:
+    """Names of a module's parameters and buffers by ``id``."""
+    tensors = [*module.named_parameters(), *module.named_buffers()]
+    return {id(tensor): name for name, tensor in tensors}

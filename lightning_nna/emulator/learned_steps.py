@@ -84,8 +84,12 @@ class LearnedSteps:
         self.learning: Learned = "none"
         self.weights: dict[str, Tensor] = {}
         self.activations: dict[str, Tensor] = {}
-        self._names = {id(p): (name, ref(p)) for name, p in module.named_parameters()}
         self._grids: dict[str, tuple[Tensor, int, QParams]] = {}
+        self.follow(module)
+
+    def follow(self, module: nn.Module) -> None:
+        """Know parameters by their name, whichever tensors stand for them now."""
+        self._names = {id(p): (name, ref(p)) for name, p in module.named_parameters()}
 
     def tensors(self) -> dict[str, Tensor]:
         """Every step by its key, in an order that is the same on all ranks."""

@@ -130,6 +130,17 @@ class NNASpec:
         object.__setattr__(self, "operators", tuple(self.operators))
 
     @property
+    def arithmetic(self) -> dict[str, Any]:
+        """Every field but the name, in plain values: specs with equal ones compute the same.
+
+        Example:
+            >>> NNASpec("mine").arithmetic == NNASpec().arithmetic
+            True
+        """
+        fields = {key: value for key, value in dataclasses.asdict(self).items() if key != "name"}
+        return {**fields, "operators": sorted(self.operators)}
+
+    @property
     def weight_max(self) -> int:
         """Largest integer a weight can take; the smallest is its negative."""
         return int(2 ** (self.weight_bits - 1) - 1)

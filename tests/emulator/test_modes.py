@@ -458,6 +458,48 @@ def test_a_state_of_another_spec_names_both() -> None:
         other.load_state_dict(state)
 
 
+def test_the_arithmetic_of_a_state_counts_and_not_its_name() -> None:
+    x = torch.randn(3, 4)
+    state = calibrate(SmallNet(), [x]).state_dict()
+    calibrate(SmallNet(), [x], spec={"name": "mine"}).load_state_dict(state)
+    other = calibrate(SmallNet(), [x], spec={"name": "litert-int8", "weight_bits": 4})
+    with pytest.raises(ValueError, match=r"'weight_bits': 8.*, the emulator has .*4"):
+        other.load_state_dict(state)
+
+
+class Scaled(nn.Module):
+    """A layer with a gain that is a parameter, and an offset that is a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.gain = nn.Linear(4, 4), nn.Parameter(torch.randn(4))
+        self.register_buffer("offset", torch.randn(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x) * self.gain + self.offset
+
+
+@pytest.mark.parametrize("spec", ["litert-int8", "litert-int16x8"])
+@pytest.mark.parametrize("learned", ["none", "all"])
+def test_tensors_that_others_took_the_place_of_keep_their_part(learned: str, spec: str) -> None:
+    net, x = Scaled(), torch.randn(8, 4)
+    chip = calibrate(net, [x], spec=spec)
+    with emulate(net, spec, learned_steps=learned):  # type: ignore[arg-type]
+        net(x)
+        for step in chip.steps.tensors().values():
+            step.data += 0.3
+    with torch.no_grad(), emulate(net, spec):
+        expected = net(x)
+    baked = bake(copy.deepcopy(net)).state_dict()
+    known = set(chip.ranges.ranges)
+    net.load_state_dict({k: v.clone() for k, v in net.state_dict().items()}, assign=True)
+    with torch.no_grad(), emulate(net, spec):
+        assert torch.equal(net(x), expected)
+    assert set(chip.ranges.ranges) == known
+    after = bake(net).state_dict()
+    assert all(torch.equal(after[key], value) for key, value in baked.items())
+
+
 @pytest.mark.parametrize("spec", ["litert-int16x8", "shift"])
 def test_coverage_takes_the_spec_by_position(spec: str) -> None:
     net, x = nn.Sequential(nn.Linear(4, 4), nn.GELU()), torch.randn(2, 4)
