@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import math
+import os
 import pickle
 import warnings
 from collections.abc import Callable
@@ -257,6 +258,7 @@ def logs_under_its_own_names(factory: Factory, folder: Path) -> None:
 def strategy_changes_nothing(factory: Factory, folder: Path) -> None:
     """``ddp`` with one process trains, logs and remembers what ``auto`` does, in every bit."""
     results: list[Any] = []
+    environment = dict(os.environ)
     try:
         for strategy in ("auto", "ddp"):
             fitted, callback = module(), factory()
@@ -268,6 +270,9 @@ def strategy_changes_nothing(factory: Factory, folder: Path) -> None:
     finally:
         if torch.distributed.is_initialized():  # Lightning leaves it to the end of the process.
             torch.distributed.destroy_process_group()
+        # And its address, which a run in another process would take for its own.
+        os.environ.clear()
+        os.environ.update(environment)
     assert_same(*results)
 
 
