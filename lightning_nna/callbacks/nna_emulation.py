@@ -19,6 +19,7 @@ from typing import Any
 from weakref import ref
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.optim import Optimizer
@@ -354,7 +355,8 @@ class NNAEmulation(Callback):
             modules = ", ".join(sorted(self._emulator.interception.allowed))
             rank_zero_info(f"NNAEmulation: {self.spec.name} under {modules}")
         if self._saved is not None:
-            self._emulator.load_state_dict(self._saved)
+            with torch.inference_mode(False):  # What a test loads may be trained later.
+                self._emulator.load_state_dict(self._saved)
             self._saved = None
         return self._emulator
 

@@ -399,11 +399,11 @@ class WeightMethod(Callback):
         self.require_settings(fit)
         if fit is not None:
             self._counter.start(fit)
-        if is_new:
-            with torch.inference_mode(False):  # What is made for a test may be trained later.
+        with torch.inference_mode(False):  # What is made or loaded for a test may be trained later.
+            if is_new:
                 self.prepare()
-        else:
-            self.rejoin()
+            else:
+                self.rejoin()
         self._is_loaded = False
         if fit is None:
             # Weights that are changed before the next fit are no longer the checkpoint's.

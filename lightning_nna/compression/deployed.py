@@ -85,6 +85,7 @@ def load_deployed(
     return module
 
 
+@torch.inference_mode(False)  # What is loaded for an evaluation may be trained later.
 @torch.no_grad()
 def deploy_weights(module: nn.Module, callbacks: Mapping[str, Any]) -> list[str]:
     """Let weights that were loaded from a checkpoint be what its weight methods deploy of them.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,13 @@ from lightning_nna.callbacks import (
     LotteryTicketPruning,
     MagnitudePruning,
     MRACosRegularization,
+    NNAEmulation,
 )
 from lightning_nna.callbacks.weight_method import WeightMethod
+from lightning_nna.compression.deployed import load_deployed
 from lightning_nna.emulator.weight_pipeline import pipeline_of
 from lightning_nna.testing import SmallRecurrentModule
-from lightning_nna.testing.contract import module, trainer
+from lightning_nna.testing.contract import assert_same, module, trainer
 from lightning_nna.testing.modules import RandomSequences, SeveralOptimizersModule
 
 #: A schedule in steps, so that a run that stops early has the same.
@@ -284,6 +287,61 @@ def test_two_callbacks_of_one_class_on_other_tensors(tmp_path: Path) -> None:
         "nna/magnitude/*+!head/sparsity": pytest.approx(0.5, abs=0.01),
         "nna/magnitude/head/sparsity": 0.75,
     }
+
+
+@pytest.mark.parametrize(
+    "callbacks",
+    [
+        lambda: [GeneralQuantizer(4, learn_scale=True)],
+        lambda: [HardCompression(3, every_n_steps=2)],
+        lambda: [MRACosRegularization(3)],
+        lambda: [CompressedSensingPruning(0.5, freeze_step=4, **STEPS)],
+        lambda: [LotteryTicketPruning(0.5, freeze_step=4, **STEPS)],
+        lambda: [GeneralQuantizer(3), NNAEmulation(calibration_steps=2)],
+        lambda: [NNAEmulation(calibration_steps=2, observer="mse", learned_steps="all")],
+    ],
+)
+@pytest.mark.parametrize("is_new", [False, True], ids=["same objects", "resumed"])
+def test_a_checkpoint_that_is_tested_on_the_way_changes_nothing(
+    callbacks: Any, is_new: bool, tmp_path: Path
+) -> None:
+    def states(*evaluations: str) -> list[Any]:
+        fitted, mine = module(), callbacks()
+        run = trainer(*mine, steps=5)
+        run.fit(fitted)
+        path = tmp_path / "run.ckpt"
+        run.save_checkpoint(path)
+        if is_new:
+            fitted, mine = module(1), callbacks()
+        for name in evaluations:
+            getattr(trainer(*mine), name)(fitted, ckpt_path=path, verbose=False)
+        trainer(*mine, steps=8).fit(fitted, ckpt_path=path if is_new else None)
+        return [fitted.state_dict(), *(one.state_dict() for one in mine)]
+
+    # Lightning evaluates in inference mode, whose tensors cannot be trained.
+    assert_same(states("test", "validate"), states())
+
+
+@pytest.mark.parametrize("best", ["best", "last"])
+def test_the_best_checkpoint_is_tested(best: str, tmp_path: Path) -> None:
+    writer = ModelCheckpoint(tmp_path, save_last=True)
+    fitted, run = module(), trainer(GeneralQuantizer(4), writer, enable_checkpointing=True)
+    run.fit(fitted)
+    weights = copy.deepcopy(fitted.state_dict())
+    first, second = (run.test(fitted, ckpt_path=best, verbose=False) for _ in range(2))
+    assert first == second
+    assert_same(fitted.state_dict(), weights)
+
+
+def test_what_is_loaded_in_inference_mode_is_evaluated_and_trained(tmp_path: Path) -> None:
+    path = stopped(tmp_path, GeneralQuantizer(3, hard_from=2), NNAEmulation(calibration_steps=2))
+    loaded = [module(1), module(2)]
+    load_deployed(loaded[0], path)
+    with torch.inference_mode():
+        load_deployed(loaded[1], path)
+    for one in loaded:
+        trainer(GeneralQuantizer(2), steps=4).fit(one)
+    assert_same(loaded[0].state_dict(), loaded[1].state_dict())
 
 
 class Values(SmallRecurrentModule):
