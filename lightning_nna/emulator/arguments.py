@@ -26,8 +26,8 @@ def floats(values: Any) -> list[Tensor]:
 
 
 def first_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """The first argument of a function, which every torch function calls ``input``."""
-    return args[0] if args else kwargs.get("input")
+    """Return the first argument: ``input`` by its name, or ``tensor`` in ``torch.nn.init``."""
+    return args[0] if args else kwargs.get("input", kwargs.get("tensor"))
 
 
 def is_in_place(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
@@ -51,19 +51,29 @@ def is_in_place(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping
 def written(
     func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> list[Tensor]:
-    """Tensors that a call writes to: its first argument, or what ``out`` names."""
+    """List the tensors that a call writes to: its first argument, or what ``out`` names.
+
+    Example:
+        >>> x = torch.zeros(1)
+        >>> len(written(torch._foreach_mul_, ([x, x], 2.0), {}))
+        2
+    """
     out = kwargs.get("out")
     if out is not None:
         return [x for x in tree_leaves(out) if isinstance(x, Tensor)]
     if is_in_place(func, args, kwargs):
-        return [x for x in [first_of(args, kwargs)] if isinstance(x, Tensor)]
+        first = first_of(args, kwargs)
+        # ``_foreach_mul_`` and ``_fused_adam_`` write to a list of tensors.
+        targets = first if isinstance(first, (list, tuple)) else [first]
+        return [x for x in targets if isinstance(x, Tensor)]
     return []
 
 
 @cache
 def _place_of_inplace(func: Callable[..., Any]) -> int | None:
     """Place of the argument ``inplace``; None without one, -1 for what always works in place."""
-    name = getattr(func, "__name__", "")
+    # ``mul_.Scalar`` is an overload that ``torch.ops`` names.
+    name = getattr(func, "__name__", "").partition(".")[0]
     if name == "__set__":
         return -1 if getattr(getattr(func, "__self__", None), "__name__", "") == "data" else None
     if name == "__setitem__" or (name.endswith("_") and not name.endswith("__")):

@@ -99,9 +99,9 @@ class Emulator:
         self._writes = Writes()
         self._tags = Marks(self._writes)
         self.folding = Folding(self._writes)
-        self.steps = LearnedSteps(module, self.spec)
+        self.steps = LearnedSteps(module, self.spec, self._writes)
         self._parts = Marks(self._writes)
-        self._weights: dict[tuple[int, int], tuple[Tensor, tuple[int, int], QuantizedWeight]] = {}
+        self._weights: dict[tuple[int, int], tuple[Tensor, Any, QuantizedWeight]] = {}
         self._handles: list[Any] = []
         self._warned: set[str] = set()
         # What an observed forward ran that no operator of the chip is, and whether one ran at all.
@@ -139,6 +139,8 @@ class Emulator:
             constants=self.constants,
             fold=self._fold,
             wrote=self.wrote,
+            # Hooks of a backward are not seen: they may have written to weights through ``.data``.
+            after_backward=self._weights.clear,
         )
         emulation = Emulation(self)
         for name, child in named.items():
@@ -372,6 +374,7 @@ class Emulator:
                 f"lightning-nna has saved it; calibrate the module again (calibrate(module, "
                 f"batches), or a fit with calibration_steps)"
             )
+        own: Any
         for entry, own in (("arithmetic", self.spec.arithmetic), ("targets", list(self.targets))):
             if entry in state and state[entry] != own:
                 saved, name = state[entry], entry
@@ -468,16 +471,19 @@ class Emulator:
         return self.constants.in_program(x)
 
     def weight(self, weight: Tensor, rows_per_scale: int) -> QuantizedWeight:
-        """A weight after the weight pipeline, computed once per outermost scope."""
+        """Return a weight after the weight pipeline.
+
+        It is computed once in each outermost scope, and again after a write that can be seen.
+        """
         key, step = (id(weight), rows_per_scale), self.steps.of_weight(weight, rows_per_scale)
         held = self._weights.get(key)
-        versions = self.steps.versions(weight, step)
-        if held is None or held[1] != versions:
+        stamps = self.steps.stamps(weight, step)
+        if held is None or held[1] != stamps:
             if step is not None:
                 quantized = self.steps.quantized(weight, step, rows_per_scale)
             else:
                 quantized = on_grid(self.steps.pipeline, weight, rows_per_scale, self.spec)
-            held = (weight, versions, quantized)
+            held = (weight, stamps, quantized)
             self._weights[key] = held
             if id(weight) in self._constants:
                 self.used_weights[id(weight)] = rows_per_scale
@@ -703,7 +709,8 @@ class Emulator:
         given = first if copies else (args, kwargs)
         holds = isinstance(first, Tensor) and first.is_floating_point()
         source = next(iter(floats(first if holds else args)), None)
-        if source is not None:
+        identity = _is_identity(func, args)
+        if source is not None and not identity:
             self.folding.reads(source, "a movement")
         tag = None if source is None else self.tag_of(source)
         kind = None if tag is not None else self.constants.kind_of(given)
@@ -717,6 +724,8 @@ class Emulator:
         if source is not None and tag is None and kind is None:
             for leaf in floats(result):
                 self.folding.moved(source, leaf)
+        if source is not None and identity:
+            self.folding.copied(source, result)
         if tag is not None:
             for leaf in floats(result):
                 if leaf.dtype == torch.float32:  # Other types cannot hold every integer.
@@ -818,6 +827,15 @@ def _union(states: Sequence[Any]) -> Any:
 def _on_a_copy(func: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Any:
     """What an in-place function makes of a tensor, which stays as it is."""
     return func(x.clone(), *args, **kwargs)
+
+
+def _is_identity(func: Callable[..., Any], args: tuple[Any, ...]) -> bool:
+    """Return whether a movement returns its tensor unchanged.
+
+    PyTorch calls ``x.view_as(x)`` on what an ``autograd.Function`` returns as it came in, which is
+    how the backward hooks of modules begin.
+    """
+    return func.__name__ == "view_as" and len(args) == 2 and args[0] is args[1]
 
 
 def _names_of(module: nn.Module) -> dict[int, str]:

@@ -183,6 +183,7 @@ class Interception(TorchFunctionMode):
         constants: Of the emulator, see :mod:`.constants`.
         fold: Called with ``(key, func, args, kwargs, kind)`` for what depends on constants alone.
         wrote: Called with the tensors that a function out of scope has written to.
+        after_backward: Called after a backward, whose hooks cannot be seen.
     """
 
     def __init__(
@@ -202,6 +203,7 @@ class Interception(TorchFunctionMode):
         constants: Constants,
         fold: Callable[..., Any],
         wrote: Callable[[Iterable[Tensor]], None],
+        after_backward: Callable[[], None],
     ) -> None:
         super().__init__()
         # By identity: a code object computes its hash anew whenever it is asked.
@@ -211,6 +213,7 @@ class Interception(TorchFunctionMode):
         self.sites, self.run, self.fallback = sites, run, fallback
         self.constants, self.fold = constants, fold
         self.move, self.joins, self.read, self.wrote = move, joins, read, wrote
+        self.after_backward = after_backward
         self.scope = Scope()
         self._keys: dict[tuple[object, ...], str] = {}
         self._code: list[CodeType] = []
@@ -349,6 +352,7 @@ class Interception(TorchFunctionMode):
         finally:
             self._in_backward.remove(threading.get_ident())
             self.scope.entered, self.scope.stack = entered, stack
+            self.after_backward()
 
     def _key(self, path: str, operator: str, location: tuple[tuple[CodeType, int], ...]) -> str:
         """Key of a call site; code locations are turned into text once."""

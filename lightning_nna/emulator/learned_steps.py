@@ -35,6 +35,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from lightning_nna.emulator.marks import Stamp, Writes
 from lightning_nna.emulator.operators.call import float32_arithmetic
 from lightning_nna.emulator.ranges import (
     QParams,
@@ -71,6 +72,7 @@ class LearnedSteps:
     Args:
         module: Its parameters may get steps.
         spec: The chip.
+        writes: Writes to tensors that the emulator has seen, see :mod:`.marks`.
 
     Attributes:
         learning: Which steps are being learned now. Those that exist are used in any case.
@@ -78,13 +80,13 @@ class LearnedSteps:
         activations: By the key of the output, ``site/output``; no axes.
     """
 
-    def __init__(self, module: nn.Module, spec: NNASpec) -> None:
-        self.spec = spec
+    def __init__(self, module: nn.Module, spec: NNASpec, writes: Writes) -> None:
+        self.spec, self._writes = spec, writes
         self.pipeline = pipeline_of(module)
         self.learning: Learned = "none"
         self.weights: dict[str, Tensor] = {}
         self.activations: dict[str, Tensor] = {}
-        self._grids: dict[str, tuple[Tensor, int, QParams]] = {}
+        self._grids: dict[str, tuple[Tensor, Stamp, QParams]] = {}
         self.follow(module)
 
     def follow(self, module: nn.Module) -> None:
@@ -159,14 +161,9 @@ class LearnedSteps:
             return None
         return _leaf(elementary.log2(torch.where(zero, scale.max(), scale)).float())
 
-    @staticmethod
-    def versions(weight: Tensor, step: Tensor | None) -> tuple[int, int]:
-        """Counts of changes in place: what was made of a weight and its step is still right.
-
-        A weight that an evaluation has just computed from parameters has no such count.
-        """
-        weight_version = 0 if weight.is_inference() else weight._version
-        return weight_version, -1 if step is None else step._version
+    def stamps(self, weight: Tensor, step: Tensor | None) -> tuple[Stamp, Stamp | None]:
+        """Return stamps of a weight and its scale: equal ones mean that neither has changed."""
+        return self._writes.stamp(weight), None if step is None else self._writes.stamp(step)
 
     def quantized(self, weight: Tensor, step: Tensor, rows_per_scale: int) -> QuantizedWeight:
         """A weight on the grid of its step."""
@@ -208,15 +205,15 @@ class LearnedSteps:
         step = self.activations.get(key)
         if step is None:
             return observed
-        held = self._grids.get(key)
-        if held is None or held[0] is not step or held[1] != step._version:
+        held, stamp = self._grids.get(key), self._writes.stamp(step)
+        if held is None or held[0] is not step or held[1] != stamp:
             exponent = float(step.detach())
             if self.spec.power_of_two_scales:
                 scale = math.ldexp(1.0, round(exponent))
             else:
                 scale = round_to_significand(elementary.exp2(exponent), observed.bits)
             qparams = QParams(scale, observed.zero_point, observed.low, observed.high)
-            held = self._grids[key] = (step, step._version, qparams)
+            held = self._grids[key] = (step, stamp, qparams)
         return held[2]
 
     def made(self, key: str, grid: QParams) -> bool:

@@ -15,6 +15,9 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+#: See :meth:`Writes.stamp`.
+Stamp = tuple[int, int, int, int]
+
 
 class Writes:
     """Times at which storages were written to, by address.
@@ -35,6 +38,20 @@ class Writes:
     def last(self, x: Tensor) -> int:
         """When the memory of a tensor was last written to; 0 for never."""
         return self._last.get(_storage_of(x), 0) if self._last else 0
+
+    def stamp(self, x: Tensor) -> Stamp:
+        """Return a value that differs once a tensor has been written to or given other memory.
+
+        Example:
+            >>> writes, x = Writes(), torch.zeros(4)
+            >>> before = writes.stamp(x)
+            >>> writes.stamp(x) == before
+            True
+            >>> x.data = torch.ones(4)
+            >>> writes.stamp(x) == before
+            False
+        """
+        return _version(x), self.last(x), _storage_of(x), _offset(x)
 
 
 class Marks:
@@ -89,6 +106,10 @@ def _version(x: Tensor) -> int:
 
 def _no_version(x: Tensor) -> int:
     return 0
+
+
+def _offset(x: Tensor) -> int:
+    return int(x.storage_offset()) if x.layout is torch.strided else 0
 
 
 def _storage_of(x: Tensor) -> int:

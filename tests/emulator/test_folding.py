@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 
@@ -232,6 +233,51 @@ def test_results_that_leave_the_network_are_read_too(caplog: pytest.LogCaptureFi
     with emulate(net):
         net(x)
     assert taken[0].any()
+    assert [text for text in caplog.messages if "first/fully_connected#0 ends at 0" in text]
+
+
+def watched(net: nn.Module) -> None:
+    """Give every module hooks that change no gradient."""
+    for module in net.modules():
+        module.register_full_backward_hook(lambda *_: None)
+        module.register_full_backward_pre_hook(lambda *_: None)
+
+
+@pytest.mark.parametrize("when", ["before calibration", "after calibration"])
+@pytest.mark.parametrize("between", [[nn.ReLU()], [nn.BatchNorm1d(40), nn.ReLU6()]])
+def test_hooks_of_the_backward_are_no_readers(
+    when: str, between: list[nn.Module], caplog: pytest.LogCaptureFixture
+) -> None:
+    def run(hooked: bool) -> tuple[Tensor, list[Tensor]]:
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(20, 40), *copy.deepcopy(between), nn.Linear(40, 4)).eval()
+        x = torch.randn(50, 20, requires_grad=True)
+        if hooked and when == "before calibration":
+            watched(net)
+        with emulate(net) as chip:
+            with chip.observing():  # With gradients, so that hooks take part.
+                net(x)
+            if hooked and when == "after calibration":
+                watched(net)
+            result = net(x)
+            result.square().sum().backward()
+        return result, [x.grad, *(weight.grad for weight in net.parameters())]
+
+    expected, expected_gradients = run(hooked=False)
+    result, gradients = run(hooked=True)
+    assert not caplog.messages
+    assert torch.equal(result, expected)
+    assert all(torch.equal(a, b) for a, b in zip(gradients, expected_gradients, strict=True))
+
+
+def test_a_reader_behind_a_hook_of_the_backward_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    torch.manual_seed(0)
+    net, x = Auxiliary(nn.ReLU(), torch.tanh), torch.randn(50, 20, requires_grad=True)
+    calibrate(net, [x])
+    watched(net)
+    net.takes_both = True
+    with emulate(net):
+        net(x).sum().backward()
     assert [text for text in caplog.messages if "first/fully_connected#0 ends at 0" in text]
 
 
