@@ -37,6 +37,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from lightning_nna.emulator.marks import Stamp, Writes
 from lightning_nna.emulator.operators.call import float32_arithmetic
+from lightning_nna.emulator.operators.first_order import first_order
 from lightning_nna.emulator.ranges import (
     QParams,
     RangeTable,
@@ -326,6 +327,7 @@ class _WeightOnSteps(torch.autograd.Function):
         return quantized.values.detach()
 
     @staticmethod
+    @first_order("learned scale of a weight")
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         weight, scales = ctx.saved_tensors
         with float32_arithmetic(grad):
@@ -351,6 +353,7 @@ class _OutputOnStep(torch.autograd.Function):
         return result.detach()
 
     @staticmethod
+    @first_order("learned scale of an output")
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         (slope,) = ctx.saved_tensors
         with float32_arithmetic(grad):

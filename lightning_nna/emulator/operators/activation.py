@@ -24,6 +24,7 @@ from torch import Tensor
 from lightning_nna.emulator.operators import elementwise
 from lightning_nna.emulator.operators.call import Activation, Call, float32_arithmetic, look_up
 from lightning_nna.emulator.operators.clipping import clip, inside
+from lightning_nna.emulator.operators.first_order import first_order
 from lightning_nna.emulator.operators.rescaling import RoundingKind
 from lightning_nna.emulator.ranges import (
     PENDING,
@@ -342,6 +343,7 @@ class _Pointwise(torch.autograd.Function):
         return result
 
     @staticmethod
+    @first_order("activation function")
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         nothing = (None,) * 5
         # Outside of the block: with activation checkpointing, asking for what was saved runs the

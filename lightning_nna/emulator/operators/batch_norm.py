@@ -35,6 +35,7 @@ from lightning_nna.emulator.operators.call import Activation, Call, float32_arit
 from lightning_nna.emulator.operators.clipping import clip, inside
 from lightning_nna.emulator.operators.convolution import convolve
 from lightning_nna.emulator.operators.convolution_layout import Geometry
+from lightning_nna.emulator.operators.first_order import first_order
 from lightning_nna.emulator.operators.linear import (
     accumulator_limit,
     holding_bias,
@@ -143,6 +144,7 @@ class _Folded(torch.autograd.Function):
         return result
 
     @staticmethod
+    @first_order("batch normalization of a layer")
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, mean, inverse, clipped = ctx.saved_tensors
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]

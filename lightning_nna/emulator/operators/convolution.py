@@ -25,6 +25,7 @@ from lightning_nna.emulator.integer_products import FLOAT32_INTEGERS
 from lightning_nna.emulator.operators.call import Activation, Call, float32_arithmetic
 from lightning_nna.emulator.operators.clipping import clip, inside
 from lightning_nna.emulator.operators.convolution_layout import Geometry, record_convolution
+from lightning_nna.emulator.operators.first_order import first_order
 from lightning_nna.emulator.operators.linear import (
     accumulator_limit,
     holding_bias,
@@ -179,6 +180,7 @@ class _Sums(torch.autograd.Function):
         return result, sums
 
     @staticmethod
+    @first_order("convolution")
     def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
         x, stored, scales = ctx.saved_tensors
         with float32_arithmetic(grad):
@@ -214,6 +216,7 @@ class _Convolution(torch.autograd.Function):
         return centred.mul_(y.scale)
 
     @staticmethod
+    @first_order("convolution")
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, stored, scales, clipped = ctx.saved_tensors
         with float32_arithmetic(grad):

@@ -31,6 +31,7 @@ from lightning_nna.emulator.operators.call import (
     requantize,
 )
 from lightning_nna.emulator.operators.clipping import clip, inside
+from lightning_nna.emulator.operators.first_order import first_order
 from lightning_nna.emulator.operators.rescaling import (
     RoundingKind,
     rescale,
@@ -190,6 +191,7 @@ class _Binary(torch.autograd.Function):
         return centred.mul_(y.scale)
 
     @staticmethod
+    @first_order("sum, difference or product")
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         clipped, *factors = ctx.saved_tensors
         with float32_arithmetic(grad):

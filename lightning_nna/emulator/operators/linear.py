@@ -21,6 +21,7 @@ from lightning_nna.emulator.folding import Foldable
 from lightning_nna.emulator.integer_products import FLOAT32_INTEGERS, has_byte_products
 from lightning_nna.emulator.operators.call import Activation, Call, float32_arithmetic, stored_bytes
 from lightning_nna.emulator.operators.clipping import clip, inside, rescale_rows
+from lightning_nna.emulator.operators.first_order import first_order
 from lightning_nna.emulator.operators.rescaling import Rescaler, rescale, spills, wrap
 from lightning_nna.emulator.program import Stored
 from lightning_nna.emulator.ranges import QParams
@@ -316,6 +317,7 @@ class _FullyConnected(torch.autograd.Function):
         return result.reshape(*x.shape[:-1], weight.shape[0]).detach()
 
     @staticmethod
+    @first_order("linear")
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, stored, scales, clipped = ctx.saved_tensors
         with float32_arithmetic(grad):

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lightning_nna.emulator.operators.call import Activation, Call, float32_arithmetic
+from lightning_nna.emulator.operators.first_order import first_order
 from lightning_nna.emulator.operators.softmax import along_last, implicit_axis
 from lightning_nna.emulator.ranges import PENDING, QParams
 from lightning_nna.functional.log_softmax import LOWEST, log_softmax_int8
@@ -66,6 +67,7 @@ class _LogSoftmax(torch.autograd.Function):
         return in_float.mul_(1 / OUTPUT.scale).round_().clamp_min_(LOWEST).mul_(OUTPUT.scale)
 
     @staticmethod
+    @first_order("log softmax")
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (x,) = ctx.saved_tensors
         with float32_arithmetic(grad):

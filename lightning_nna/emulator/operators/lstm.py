@@ -35,6 +35,7 @@ from lightning_nna.emulator.operators.call import (
     float32_arithmetic,
     stored_bytes,
 )
+from lightning_nna.emulator.operators.first_order import first_order
 from lightning_nna.emulator.operators.linear import (
     accumulator_limit,
     holding_bias,
@@ -211,6 +212,7 @@ class _LSTM(torch.autograd.Function):
         return states, layout.last(states).clone(), cells
 
     @staticmethod
+    @first_order("lstm")
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, *kept = ctx.saved_tensors
         cell, layout = ctx.cell, ctx.layout

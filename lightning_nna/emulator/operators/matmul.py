@@ -20,6 +20,7 @@ from torch import Tensor
 from lightning_nna.emulator.integer_products import FLOAT32_INTEGERS
 from lightning_nna.emulator.operators.call import Activation, Call, float32_arithmetic
 from lightning_nna.emulator.operators.clipping import clip, inside
+from lightning_nna.emulator.operators.first_order import first_order
 from lightning_nna.emulator.operators.linear import (
     accumulator_limit,
     fully_connected,
@@ -136,6 +137,7 @@ class _BatchMatmul(torch.autograd.Function):
         return centred.mul_(y.scale)
 
     @staticmethod
+    @first_order("matmul")
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         a, b, clipped = ctx.saved_tensors
         grad_a = grad_b = None

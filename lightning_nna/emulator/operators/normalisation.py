@@ -34,6 +34,7 @@ from lightning_nna.emulator.operators.call import (
     requantize,
 )
 from lightning_nna.emulator.operators.clipping import inside
+from lightning_nna.emulator.operators.first_order import first_order
 from lightning_nna.emulator.operators.fused_normalisation import (
     fused,
     fusible,
@@ -205,6 +206,7 @@ class _Normalise(torch.autograd.Function):
         return result.detach(), y
 
     @staticmethod
+    @first_order("normalization")
     def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
         x, weight, bias, clipped = ctx.saved_tensors
         with float32_arithmetic(grad):

@@ -25,6 +25,7 @@ from torch import Tensor
 from lightning_nna.emulator.integer_products import FLOAT32_INTEGERS
 from lightning_nna.emulator.operators.call import Activation, Call, float32_arithmetic
 from lightning_nna.emulator.operators.clipping import clip, inside
+from lightning_nna.emulator.operators.first_order import first_order
 from lightning_nna.emulator.operators.linear import overflowed
 from lightning_nna.emulator.operators.rescaling import Multiplier, rescale
 from lightning_nna.emulator.program import Stored
@@ -211,6 +212,7 @@ class _Mean(torch.autograd.Function):
         return centred.mul_(scale)
 
     @staticmethod
+    @first_order("mean")
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (clipped,) = ctx.saved_tensors
         with float32_arithmetic(grad):

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from lightning_nna.emulator.operators.call import Activation, Call, float32_arithmetic, look_up
+from lightning_nna.emulator.operators.first_order import first_order
 from lightning_nna.emulator.operators.rescaling import multiply
 from lightning_nna.emulator.program import Stored
 from lightning_nna.emulator.ranges import PENDING, SIGMOID_OUTPUT, QParams
@@ -116,6 +117,7 @@ class _Softmax(torch.autograd.Function):
         return result
 
     @staticmethod
+    @first_order("softmax")
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (y,) = ctx.saved_tensors
         with float32_arithmetic(grad):
