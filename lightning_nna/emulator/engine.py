@@ -378,7 +378,7 @@ class Emulator:
         for entry, own in (("arithmetic", self.spec.arithmetic), ("targets", list(self.targets))):
             if entry in state and state[entry] != own:
                 saved, name = state[entry], entry
-                if entry == "arithmetic":
+                if isinstance(own, dict):
                     name = f"spec {state['spec']!r}, the emulator has {self.spec.name!r}:"
                     saved = {key: x for key, x in saved.items() if x != own.get(key)}
                     own = {key: own.get(key) for key in saved}
