@@ -22,6 +22,7 @@ from lightning_nna.emulator.learned_steps import Learned
 from lightning_nna.emulator.observers import Observer
 from lightning_nna.emulator.spec import NNASpec, resolve_spec
 
+_DEFAULT = "litert-int8"
 _ATTACHED: WeakKeyDictionary[nn.Module, Emulator] = WeakKeyDictionary()
 
 
@@ -39,21 +40,25 @@ def attached(module: nn.Module) -> Emulator | None:
         emulator = _ATTACHED.get(module)
         if emulator is not None:
             return emulator
+        own = whole = None
         for hooks in hooks_of(module):
             if hooks.emulation.emulator is not None:
-                return hooks.emulation.emulator
-            if hooks.path == ROOT and hooks.emulation.carried is not None:
-                remove_copied_hooks(module)
-                emulator = _ATTACHED[module] = Emulator.restored(module, hooks.emulation.carried)
-                return emulator
-    return None
+                whole = hooks.emulation.emulator
+            elif hooks.path == ROOT and hooks.emulation.carried is not None:
+                own = hooks.emulation.carried
+        # A copy inside of a module that has observed nothing yet goes on with its own ranges.
+        if own is None or not (whole is None or whole.is_unused):
+            return whole
+        remove_copied_hooks(module)
+        emulator = _ATTACHED[module] = Emulator.restored(module, own)
+        return emulator
 
 
 def attach(
     module: nn.Module,
-    spec: str | NNASpec | Mapping[str, Any] = "litert-int8",
+    spec: str | NNASpec | Mapping[str, Any] | None = None,
     *,
-    targets: Sequence[str] = ("*",),
+    targets: Sequence[str] | None = None,
     fidelity: Fidelity = "exact",
     observer: Observer = "min_max",
 ) -> Emulator:
@@ -61,8 +66,10 @@ def attach(
 
     Args:
         module: Any module. What is part of a module with an emulator takes that one.
-        spec: The chip, see :class:`Emulator`.
+        spec: The chip, see :class:`Emulator`; None for the one that the module has, and for
+            ``"litert-int8"`` where it has none.
         targets: Modules that count, see :class:`Emulator`; of a part, the targets of the whole.
+            None for those that the module has, and for all where it has none.
         fidelity: See :class:`Emulator`; set anew where an emulator is there already.
         observer: See :class:`Emulator`; ranges that are there already stay as they are.
 
@@ -76,19 +83,29 @@ def attach(
 
 def _obtain(
     module: nn.Module,
-    spec: str | NNASpec | Mapping[str, Any],
+    spec: str | NNASpec | Mapping[str, Any] | None,
     *,
-    targets: Sequence[str],
+    targets: Sequence[str] | None,
     observer: Observer = "min_max",
 ) -> Emulator:
     """The emulator that a module has, or a new one."""
-    module, targets = _uncompiled(module), tuple(targets)
+    module = _uncompiled(module)
     with _LOCK:
         emulator = attached(module)
+        if emulator is not None and emulator.is_unused and emulator.module() is module:
+            # Of a calibration that failed, or of a block without ranges: it binds to nothing.
+            emulator.detach()
+            emulator = None
         if emulator is None:
-            remove_copied_hooks(module)
-            emulator = Emulator(module, spec, targets=targets, observer=observer)
+            emulator = Emulator(
+                module,
+                _DEFAULT if spec is None else spec,
+                targets=("*",) if targets is None else targets,
+                observer=observer,
+            )
             _ATTACHED[module] = emulator
+    spec = emulator.spec if spec is None else spec
+    targets = emulator.targets if targets is None else tuple(targets)
     whole = emulator.module()
     if whole is not module and whole is not None:
         path = emulator.interception.paths.get(id(module), "?")
@@ -106,7 +123,7 @@ def _obtain(
         raise ValueError(
             f"{held} is on {emulator.spec.name!r} with targets {list(emulator.targets)} already; "
             f"call strip({'module' if path is None else 'the ' + type(whole).__name__}) before "
-            f"another chip or other targets"
+            f"another chip or other targets, or leave spec and targets out for those that it has"
         )
     return emulator
 
@@ -136,9 +153,9 @@ def _uncompiled(module: nn.Module) -> nn.Module:
 @contextmanager
 def emulate(
     module: nn.Module,
-    spec: str | NNASpec | Mapping[str, Any] = "litert-int8",
+    spec: str | NNASpec | Mapping[str, Any] | None = None,
     *,
-    targets: Sequence[str] = ("*",),
+    targets: Sequence[str] | None = None,
     fidelity: Fidelity = "exact",
     learned_steps: Learned = "none",
 ) -> Iterator[Emulator]:
@@ -150,8 +167,10 @@ def emulate(
 
     Args:
         module: Any module. Of a part of a module with an emulator, that emulator is used.
-        spec: The chip, see :class:`Emulator`.
-        targets: Modules that count, see :class:`Emulator`.
+        spec: The chip, see :class:`Emulator`; None for the one that the module has, and for
+            ``"litert-int8"`` where it has none.
+        targets: Modules that count, see :class:`Emulator`; None for those that the module has, and
+            for all where it has none.
         fidelity: See :class:`Emulator`.
         learned_steps: Steps that the block trains: of ``"weights"``, of ``"all"``, or ``"none"``;
             see :mod:`.learned_steps` and :class:`.KeyedAdam`. Steps that were learned before
@@ -182,21 +201,25 @@ def calibrate(
     module: nn.Module,
     batches: Iterable[Any],
     forward: Callable[[nn.Module, Any], Any] = lambda module, batch: module(batch),
-    spec: str | NNASpec | Mapping[str, Any] = "litert-int8",
+    spec: str | NNASpec | Mapping[str, Any] | None = None,
     *,
-    targets: Sequence[str] = ("*",),
+    targets: Sequence[str] | None = None,
     observer: Observer = "min_max",
 ) -> Emulator:
     """Find ranges from float forwards, without training.
 
-    Modules run in evaluation mode meanwhile; then each is in training or not as before.
+    Modules run in evaluation mode meanwhile; then each is in training or not as before. Ranges that
+    the module has already are widened; where a batch raises they are as before. ``strip`` first to
+    begin anew.
 
     Args:
         module: Any module.
         batches: What to run; the ranges cover all of it.
         forward: How a batch runs through the module, on every path that will be used.
-        spec: The chip, see :class:`Emulator`.
-        targets: Modules that count, see :class:`Emulator`.
+        spec: The chip, see :class:`Emulator`; None for the one that the module has, and for
+            ``"litert-int8"`` where it has none.
+        targets: Modules that count, see :class:`Emulator`; None for those that the module has, and
+            for all where it has none.
         observer: How ranges follow from what is observed, see :class:`Emulator`.
 
     Returns:
@@ -204,8 +227,11 @@ def calibrate(
 
     Raises:
         RuntimeError: If nothing was observed, or another thread runs the module.
+        TypeError: If ``forward`` is no function.
         ValueError: If the module is part of one with an emulator, or see :func:`attach`.
     """
+    if not callable(forward):
+        raise TypeError(f"forward must be a function, got {forward!r}; give the chip as spec=…")
     _own(module, "calibrate")
     emulator = _obtain(module, spec, targets=targets, observer=observer)
     training = [(child, child.training) for child in module.modules()]

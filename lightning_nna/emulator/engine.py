@@ -7,6 +7,7 @@ nothing of the module but hooks, which ``strip`` takes away.
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -246,10 +247,25 @@ class Emulator:
                 "another thread runs this module while its ranges are to be observed: calibrate it "
                 "before other threads emulate it"
             )
-        with self.running("observe", fidelity=self.fidelity, learned_steps=self.steps.learning):
-            yield self
-        self.freeze()
+        ranges, folding = self.ranges.state_dict(), self.folding.state_dict()
+        before = copy.deepcopy((ranges, folding, self.sites.locations))
+        try:
+            with self.running("observe", fidelity=self.fidelity, learned_steps=self.steps.learning):
+                yield self
+            self.freeze()
+        except BaseException:
+            # What a failed calibration has seen must not stay in the ranges.
+            ranges, folding, self.sites.locations = before
+            self.ranges.load_state_dict(ranges)
+            self.folding.load_state_dict(folding)
+            self.interception.forget_keys()
+            raise
         self.phase = "emulate"
+
+    @property
+    def is_unused(self) -> bool:
+        """Whether nothing was observed yet, and no thread is about to."""
+        return not self.calibrated and not self.ranges.ranges and self.modes.idle
 
     def require_ranges(self, fallback: str | None = None) -> None:
         """Make sure that a module that is to be emulated can be; note that an observed one has run.

@@ -105,16 +105,20 @@ def hooks_of(module: nn.Module) -> list[ForwardHooks]:
 
 
 def remove_copied_hooks(module: nn.Module) -> None:
-    """Take hooks that a copy has brought along off a module and all it contains."""
+    """Take hooks that a copy has brought along off a module and all it contains.
+
+    Those of a part that is a copy by itself stay: it carries an emulation of its own.
+    """
+    copied = [hooks.emulation for hooks in hooks_of(module) if hooks.emulation.emulator is None]
     for child in module.modules():
         before, after = child._forward_pre_hooks, child._forward_hooks
-        for key in [key for key, hook in before.items() if _is_copied(hook)]:
+        for key in [key for key, hook in before.items() if _is_one_of(hook, copied)]:
             del before[key]
-        for key in [key for key, hook in after.items() if _is_copied(hook)]:
+        for key in [key for key, hook in after.items() if _is_one_of(hook, copied)]:
             del after[key]
             child._forward_hooks_always_called.pop(key, None)
 
 
-def _is_copied(hook: Any) -> bool:
+def _is_one_of(hook: Any, emulations: list[Emulation]) -> bool:
     owner = getattr(hook, "__self__", None)
-    return isinstance(owner, ForwardHooks) and owner.emulation.emulator is None
+    return isinstance(owner, ForwardHooks) and any(owner.emulation is one for one in emulations)

@@ -170,7 +170,8 @@ class Interception(TorchFunctionMode):
     Args:
         paths: Path of every module by ``id``.
         allowed: Paths that are emulated; not among them: losses, metrics, what no target selects.
-        forwards: Code of the modules' forwards, however these are called.
+        forwards: Code of the modules' forwards and of decorators around them, see
+            :func:`.forward_codes`.
         lightning: LightningModules by ``id``. Their steps do not count, nor do methods of a root
             among them that its forward has not called.
         run: Called with ``(operator, key, func, args, kwargs)`` for an operator in scope.
@@ -190,7 +191,7 @@ class Interception(TorchFunctionMode):
         self,
         paths: Mapping[int, str],
         allowed: set[str],
-        forwards: Iterable[CodeType],
+        forwards: Iterable[tuple[CodeType, Any]],
         lightning: Container[int],
         *,
         sites: SiteTable,
@@ -207,7 +208,13 @@ class Interception(TorchFunctionMode):
     ) -> None:
         super().__init__()
         # By identity: a code object computes its hash anew whenever it is asked.
-        self._forwards = {id(code): code for code in forwards}
+        self._forwards: dict[int, CodeType] = {}
+        self._decorators: dict[int, tuple[CodeType, dict[int, Any]]] = {}
+        for code, inner in forwards:
+            if inner is None:
+                self._forwards[id(code)] = code
+            else:
+                self._decorators.setdefault(id(code), (code, {}))[1][id(inner)] = inner
         self._lightning, self._in_backward = lightning, in_backward
         self.paths, self.allowed = paths, allowed
         self.sites, self.run, self.fallback = sites, run, fallback
@@ -401,7 +408,7 @@ class Interception(TorchFunctionMode):
             if stack and frame.f_back and frame.f_back.f_code.co_filename == _MODULE_CALL:
                 break  # The forward of the module that was called last.
             owner = self._owner(frame)
-            found = None if owner is None else self._path_of(owner, code)
+            found = None if owner is None else self._path_of(owner, frame)
             if found == "/":
                 return None, ()
             if found is not None and stack[-1:] != [found]:
@@ -418,7 +425,7 @@ class Interception(TorchFunctionMode):
         names = code.co_varnames
         if names[:1] == ("self",):
             return frame.f_locals.get("self")
-        if id(code) not in self._forwards:
+        if id(code) not in self._forwards and not self._decorates_forward(frame):
             return None
         if code.co_argcount:
             return frame.f_locals.get(names[0])
@@ -426,16 +433,25 @@ class Interception(TorchFunctionMode):
         positional = frame.f_locals.get(names[code.co_kwonlyargcount], ())
         return positional[0] if code.co_flags & CO_VARARGS and positional else None
 
-    def _path_of(self, owner: Any, code: CodeType) -> str | None:
+    def _decorates_forward(self, frame: FrameType) -> bool:
+        """Whether a frame runs a decorator around a module's forward, and not around another."""
+        known = self._decorators.get(id(frame.f_code))
+        if known is None:
+            return False
+        return any(id(value) in known[1] for value in frame.f_locals.values())
+
+    def _path_of(self, owner: Any, frame: FrameType) -> str | None:
         """Path of a module whose method runs; '/' where looking further is in vain."""
         if isinstance(owner, (torch.optim.Optimizer, Metric)):
             return "/"
         path = self.paths.get(id(owner))
         if path is None:
             return None
+        code = frame.f_code
         if code.co_name in _STEPS and id(owner) in self._lightning:
             return "/"
-        if path == ROOT and id(owner) in self._lightning and id(code) not in self._forwards:
+        is_forward = id(code) in self._forwards or self._decorates_forward(frame)
+        if path == ROOT and id(owner) in self._lightning and not is_forward:
             return None  # Its forward may have called this method, or one of its steps.
         return path if path in self.allowed else "/"
 

@@ -36,12 +36,16 @@ def is_redirected(module: nn.Module) -> bool:
     )
 
 
-def forward_codes(module: nn.Module) -> Iterator[CodeType]:
+def forward_codes(module: nn.Module) -> Iterator[tuple[CodeType, Any]]:
     """Code of a module's forward: of its classes, of decorators around it, of an instance's own.
 
+    Yields:
+        The code, and for a decorator's the function that it calls: one decorator has the same code
+        around every function.
+
     Example:
-        >>> [code.co_qualname for code in forward_codes(nn.Tanh())]
-        ['Tanh.forward']
+        >>> [(code.co_qualname, inner) for code, inner in forward_codes(nn.Tanh())]
+        [('Tanh.forward', None)]
     """
     found: list[Any] = [vars(base).get("forward") for base in type(module).__mro__[:-1]]
     if not is_redirected(module):
@@ -49,10 +53,11 @@ def forward_codes(module: nn.Module) -> Iterator[CodeType]:
     for function in found:
         while function is not None:
             function = getattr(function, "__func__", function)
+            inner = getattr(function, "__wrapped__", None)
             code = getattr(function, "__code__", None)
             if isinstance(code, CodeType) and code is not nn.Module.forward.__code__:
-                yield code
-            function = getattr(function, "__wrapped__", None)
+                yield code, inner
+            function = inner
 
 
 def modules_in_scope(named: Mapping[str, nn.Module], targets: Sequence[str]) -> set[str]:

@@ -29,6 +29,7 @@ from lightning_nna.testing.contract import (
     resume_within_calibration,
     runs_under_bf16_mixed,
     trainer,
+    two_processes,
     two_processes_agree,
 )
 
@@ -325,6 +326,7 @@ def test_telemetry_changes_nothing() -> None:
     assert_same(dict(with_telemetry.state_dict()), dict(without.state_dict()))
 
 
+@pytest.mark.filterwarnings("ignore:NNAEmulation. 0 of")  # As short as its calibration.
 @pytest.mark.parametrize("observer", ["moving_average", "percentile", "mse"])
 def test_a_run_with_another_observer_resumes_within_its_calibration(
     observer: str, tmp_path: Path
@@ -346,12 +348,12 @@ def test_copies_of_module_and_callback_carry_on(tmp_path: Path) -> None:
     copies_carry_on(lambda: NNAEmulation(calibration_steps=2, learned_steps="all"), tmp_path)
 
 
+@pytest.mark.filterwarnings("ignore:.*sync_dist=True")
 def test_two_processes_observe_what_one_does(tmp_path: Path) -> None:
     """On the same batches, with weights that stay: the same sites and ranges, to the bit."""
     still, callbacks = module(learning_rate=0.0), [NNAEmulation(calibration_steps=2)]
-    trainer(*callbacks, _SaveState(str(tmp_path)), steps=3, devices=2, strategy="ddp_spawn").fit(
-        still
-    )
+    saved = _SaveState(str(tmp_path))
+    trainer(*callbacks, saved, steps=3, devices=2, strategy=two_processes()).fit(still)
     one = NNAEmulation(calibration_steps=4)
     trainer(one, steps=5).fit(module(learning_rate=0.0))
     for rank in range(2):

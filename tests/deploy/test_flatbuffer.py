@@ -34,8 +34,8 @@ class Net(nn.Module):
 
 
 def permuted(x: Tensor) -> Tensor:
-    """Elements in an order that is no view."""
-    return x.reshape(-1)[torch.randperm(x.numel(), generator=torch.Generator().manual_seed(0))]
+    """Elements in an order that is no view; 31 has no factor in common with their number."""
+    return x.reshape(-1)[torch.arange(x.numel()) * 31 % x.numel()]
 
 
 IMAGE = (2, 4, 6, 6)

@@ -304,6 +304,21 @@ def test_a_forward_is_in_scope_however_it_is_called(kind: type[DirectlyCalled]) 
     assert torch.equal(*results)
 
 
+def test_a_decorator_around_a_forward_makes_nothing_else_one() -> None:
+    @decorated
+    def scored(module: nn.Module, y: Tensor) -> Tensor:
+        return torch.sigmoid(y) + 0.1
+
+    x, module = torch.randn(16, 4), Decorated(False)
+    with emulate(module) as chip:
+        with chip.observing():
+            module(x)
+        known = set(chip.ranges.ranges)
+        y = module(x)
+        assert torch.equal(scored(module, y), torch.sigmoid(y) + 0.1)
+    assert set(chip.ranges.ranges) == known
+
+
 def test_the_forward_of_a_root_has_the_same_sites_however_it_is_called() -> None:
     x, tables = torch.randn(16, 4), []
     for direct in (False, True):

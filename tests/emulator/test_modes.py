@@ -6,7 +6,8 @@ import contextlib
 import copy
 import pickle
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import lightning.pytorch as pl
 import pytest
@@ -504,3 +505,71 @@ def test_tensors_that_others_took_the_place_of_keep_their_part(learned: str, spe
 def test_coverage_takes_the_spec_by_position(spec: str) -> None:
     net, x = nn.Sequential(nn.Linear(4, 4), nn.GELU()), torch.randn(2, 4)
     assert coverage(net, x, spec) == coverage(net, x, spec=spec)
+
+
+# --- what a failed call leaves behind -------------------------------------------------------------
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
+
+
+def broken(batch: Tensor) -> Iterator[Tensor]:
+    yield batch * 1e4
+    raise OSError("the disk is gone")
+
+
+@pytest.mark.parametrize("observer", ["min_max", "mse"])
+@pytest.mark.parametrize("begun", [True, False])
+def test_a_calibration_that_fails_leaves_nothing_behind(begun: bool, observer: str) -> None:
+    x, net, other = torch.randn(20, 6), network(), network()
+    settings: dict[str, Any] = {"observer": observer}
+    for _ in range(1 + begun):
+        calibrate(other, [x], **settings)
+    if begun:
+        calibrate(net, [x], **settings)
+    with pytest.raises(OSError, match="disk"):
+        calibrate(net, broken(x), **settings)
+    calibrate(net, [x], **settings)
+    assert_same(attached(net).state_dict(), attached(other).state_dict())  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("spec", ["litert-int16x8", "shift"])
+def test_what_failed_before_it_observed_binds_a_module_to_nothing(spec: str) -> None:
+    x, net = torch.randn(20, 6), network()
+    with pytest.raises(TypeError, match="give the chip as spec="):
+        calibrate(net, [x], spec)  # type: ignore[arg-type]
+    with pytest.raises(RuntimeError, match="has no ranges"), emulate(net):
+        net(x)
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        calibrate(net, [x[:, :3]])
+    assert calibrate(net, [x], spec=spec).spec.name == spec
+
+
+def test_emulate_without_a_spec_takes_the_one_of_the_module_and_of_its_copies() -> None:
+    x, net = torch.randn(20, 6), network()
+    calibrate(net, [x], spec="litert-int16x8", targets=["0", "1"])
+    with torch.no_grad(), emulate(net, "litert-int16x8", targets=["0", "1"]):
+        expected = net(x)
+    for each in (net, copy.deepcopy(net)):
+        with torch.no_grad(), emulate(each):
+            assert torch.equal(each(x), expected)
+    with pytest.raises(ValueError, match="leave spec and targets out"), emulate(net, "shift"):
+        pass
+
+
+def test_a_copy_inside_of_another_module_keeps_its_ranges() -> None:
+    x, net = torch.randn(20, 6), network()
+    calibrate(net, [x])
+    with torch.no_grad(), emulate(net):
+        expected = net(x)
+    average = torch.optim.swa_utils.AveragedModel(net)
+    coverage(average, x)
+    with pytest.raises(RuntimeError, match="has no ranges"), emulate(average):
+        average(x)
+    with torch.no_grad(), emulate(average.module):
+        assert torch.equal(average.module(x), expected)
+    strip(average)
+    with torch.no_grad(), emulate(average.module):
+        assert torch.equal(average.module(x), expected)

@@ -19,6 +19,7 @@ Compose = Callable[..., DictConfig]
 __all__ = ["overrides"]
 
 
+@pytest.mark.filterwarnings("ignore:NNAEmulation. 0 of")  # Shorter than its calibration.
 def test_bits_are_chosen_saved_and_trained_with(
     compose_config: Compose,
     overrides: list[str],
