@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import hashlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -31,8 +32,10 @@ class WeightMethod(Callback):
     objects or from a checkpoint, it goes on from the latent weights. The ``state_dict`` of a
     checkpoint holds the deployed weights as well, and the callback's state the latent ones.
 
-    A callback that meets a second module begins anew there. Several callbacks of one class share a
-    Trainer if they have other ``targets`` or ``exclude``.
+    A callback that meets a second module begins anew there. A copy or pickle of a callback carries
+    on with a module whose selected weights are, in every bit, those that the callback's module had
+    when it was copied; with any other it begins anew, and says so. Several callbacks of one class
+    share a Trainer if they have other ``targets`` or ``exclude``.
 
     Args:
         selection: Which parameters, and a number for each.
@@ -67,6 +70,8 @@ class WeightMethod(Callback):
         self._is_loaded = False
         # The parameters are those of the checkpoint that the latent weights are of.
         self._is_resumed = False
+        # Of a copy that has met no module yet: digests of the weights that its state goes with.
+        self._copied_with: dict[str, str] | None = None
 
     @property
     def steps(self) -> int:
@@ -307,7 +312,7 @@ class WeightMethod(Callback):
         self._latents = dict(state_dict["latents"])
         self._saved_frozen = state_dict.get("frozen")
         self._saved_settings = dict(state_dict.get("settings", {}))
-        self._is_loaded = True
+        self._is_loaded, self._copied_with = True, None
 
     def require_settings(self, trainer: pl.Trainer | None) -> None:
         """Raise if the callback's settings are not those of the state that it has loaded.
@@ -360,9 +365,11 @@ class WeightMethod(Callback):
                     weights[alias] = deployed
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy or pickle has the state, not the module."""
+        """A copy or pickle has the state, not the module; and knows the module's copy by sight."""
         state = {**self.__dict__, "_handles": [], "_parameters": {}, "_optimizers": []}
-        return {**state, "_module": None, "_pipeline": None}
+        if self._module is not None and not self._is_loaded:
+            state["_copied_with"] = _digests(self._module, self.numbers)
+        return {**state, "_module": None, "_pipeline": None, "_training": False}
 
     # --- own ----------------------------------------------------------------------------------
 
@@ -386,7 +393,9 @@ class WeightMethod(Callback):
         is_new = self._module is not pl_module
         if is_new:
             self._end()
-            if self._module is not None and not self._is_loaded:
+            if self._copied_with is not None:
+                self._carry_on(pl_module)
+            elif self._module is not None and not self._is_loaded:
                 self.forget()
             frozen = frozen_in(pl_module) if self._saved_frozen is None else self._saved_frozen
             self._frozen = frozen
@@ -412,6 +421,20 @@ class WeightMethod(Callback):
             self.pipeline.claim(name, self._parameters[name], stage)
         if is_new:
             self._say(pl_module)
+
+    def _carry_on(self, pl_module: pl.LightningModule) -> None:
+        """A copy meets its first module: take the state along if it goes with the weights."""
+        selected = self.selection.of(pl_module, self._frozen)
+        if _digests(pl_module, selected) == self._copied_with:
+            with torch.inference_mode(False):  # What a test takes along may be trained on.
+                self.load_state_dict(self.state_dict())
+            return
+        self._copied_with = None
+        self.forget()
+        rank_zero_info(
+            f"{type(self).__name__} is a copy and begins anew: the weights of this module are not "
+            f"those that it was copied with; pass ckpt_path of the run to go on from there"
+        )
 
     def _say(self, pl_module: pl.LightningModule) -> None:
         """Tell which tensors are selected, and which are left alone and why."""
@@ -474,6 +497,7 @@ class WeightMethod(Callback):
         for name, latent in self._latents.items():
             if (parameter := self._parameters.get(name)) is None:
                 continue  # Of a tensor that is not selected any more: its settings are refused.
+            latent = latent.to(parameter.device)  # That of a copy may lie where it was trained.
             # A checkpoint has both, and another processor may deploy another last bit.
             if self._is_resumed or torch.equal(self.pipeline.hard_of(name, latent), parameter):
                 parameter.copy_(latent)
@@ -512,6 +536,17 @@ def _names_of(module: nn.Module) -> dict[int, list[str]]:
     for name, parameter in module.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
     return names
+
+
+@unseen
+def _digests(module: nn.Module, names: Iterable[str]) -> dict[str, str]:
+    """What tells the values of parameters from any others, by their names."""
+    held = candidates_of(module)
+    found = {}
+    for name in held.keys() & set(names):
+        values = held[name].detach().cpu().contiguous().flatten().view(torch.uint8)
+        found[name] = hashlib.sha256(values.numpy().data).hexdigest()
+    return found
 
 
 def _warn_of_weights_only(trainer: pl.Trainer) -> None:

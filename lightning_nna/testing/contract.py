@@ -277,7 +277,7 @@ def strategy_changes_nothing(factory: Factory, folder: Path) -> None:
 
 
 def copies_carry_on(factory: Factory, folder: Path) -> None:
-    """Deep copies of module and callback evaluate as those do, whatever becomes of those."""
+    """Deep copies of module and callback evaluate and train on as those do."""
     callback, fitted = factory(), module()
     trainer(callback, steps=_STOP).fit(fitted)
     (expected,) = trainer(callback).test(fitted, verbose=False)
@@ -286,6 +286,9 @@ def copies_carry_on(factory: Factory, folder: Path) -> None:
     trainer(callback, steps=_STOP).fit(fitted)
     (found,) = trainer(its).test(twin, verbose=False)
     assert found == expected, f"{found} differs from {expected}"
+    trainer(its, steps=_STOP).fit(twin)
+    assert_same(dict(fitted.state_dict()), dict(twin.state_dict()))
+    assert_same(callback.state_dict(), its.state_dict())
 
 
 def two_processes_agree(factory: Factory, folder: Path) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -63,6 +64,51 @@ PRUNING = {
 @pytest.mark.parametrize("method", METHODS)
 def test_contract(method: str, check: Callable[..., None], tmp_path: Path) -> None:
     check(METHODS[method], tmp_path)
+
+
+ALL = METHODS | PRUNING
+
+
+@pytest.mark.parametrize("method", ALL)
+def test_a_copy_of_a_used_callback_begins_anew_with_another_module(
+    method: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    used = ALL[method]()
+    trainer(used, steps=5).fit(module())
+    results = []
+    with caplog.at_level("INFO"):
+        for callback in (copy.deepcopy(used), ALL[method]()):
+            other = module(seed=1)
+            trainer(callback, steps=8).fit(other)
+            results.append((dict(other.state_dict()), callback.state_dict()))
+    assert_same(*results)
+    (said,) = (one for one in caplog.messages if "is a copy and begins anew" in one)
+    assert said.startswith(type(used).__name__)
+
+
+@pytest.mark.parametrize("method", ALL)
+def test_a_pickle_is_of_the_weights_that_it_was_made_beside(method: str) -> None:
+    """Any module that has them will do; a pickle of an unused pickle is the same."""
+    used, fitted = ALL[method](), module()
+    trainer(used, steps=5).fit(fitted)
+    twin, its = module(seed=1), pickle.loads(pickle.dumps(pickle.loads(pickle.dumps(used))))
+    twin.load_state_dict(fitted.state_dict())
+    for callback, one in ((used, fitted), (its, twin)):
+        trainer(callback, steps=8).fit(one)
+    assert used.steps == 13
+    assert_same(dict(fitted.state_dict()), dict(twin.state_dict()))
+    assert_same(used.state_dict(), its.state_dict())
+
+
+def test_a_state_that_is_loaded_goes_before_that_of_the_copy(tmp_path: Path) -> None:
+    used, fitted = gq(), module()
+    run = trainer(used, steps=5)
+    run.fit(fitted)
+    run.save_checkpoint(tmp_path / "stopped.ckpt")
+    its, whole = copy.deepcopy(used), gq()
+    trainer(its, steps=8).fit(module(seed=1), ckpt_path=tmp_path / "stopped.ckpt")
+    trainer(whole, steps=8).fit(module())
+    assert_same(whole.state_dict(), its.state_dict())
 
 
 @pytest.mark.parametrize("method", ["gq", "hard"])
