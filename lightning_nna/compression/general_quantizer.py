@@ -134,6 +134,11 @@ class GeneralQuantizerStage:
         # Rounding the logarithm would move a scale that nobody learns.
         self._fixed_steps = steps
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy or pickle has centroids and scales, not what is kept of them."""
+        kept = ("_kept_ascending", "_kept", "_kept_hard", "_cells")
+        return {**self.__dict__, **dict.fromkeys(kept)}
+
     # --- what the weight takes ------------------------------------------------------------------
 
     @property

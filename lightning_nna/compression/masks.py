@@ -41,6 +41,10 @@ class MaskStage:
         # All bits of what is kept: much faster to apply than a mask of truth values.
         self._bits: Tensor | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy or pickle has the mask once."""
+        return {**self.__dict__, "_bits": None}
+
     @property
     def sparsity(self) -> float:
         """Share of zeros."""

@@ -419,6 +419,7 @@ class Emulator:
             "targets": self.targets,
             "fidelity": self.modes.fidelity,
             "state": self.state_dict(),
+            "stages": self.steps.pipeline.carried(),
             "used_weights": {
                 name: self.used_weights[id(parameter)]
                 for name, parameter in parameters
@@ -443,6 +444,7 @@ class Emulator:
             observer=state["observer"],
         )
         emulator.load_state_dict(state)
+        emulator.steps.pipeline.adopt(carried.get("stages", {}))
         parameters = dict(module.named_parameters())
         emulator.used_weights = {
             id(parameters[name]): rows

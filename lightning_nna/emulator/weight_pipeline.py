@@ -15,8 +15,10 @@ or emulated, as long as nobody changes the weight that its run left.
 
 from __future__ import annotations
 
+import copy
 import functools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, ParamSpec, Protocol, TypeVar, runtime_checkable
 from weakref import ReferenceType, WeakKeyDictionary, ref
@@ -172,7 +174,7 @@ class WeightPipeline:
         for name, stages in self._stages.items():
             if any(one is stage for one in stages):
                 self._ended.add(id(stage))
-                self._left[name] = self._parameters[name]._version
+                self._left[name] = _version_of(self._parameters[name])
 
     def forget_ended(self) -> None:
         """Take stages of earlier runs off: weights are about to be trained."""
@@ -192,6 +194,30 @@ class WeightPipeline:
                 self._holds(name, now)
                 if name in self._left:
                     self._left[name] = None
+
+    @unseen
+    def carried(self) -> dict[str, tuple[list[Stage], str]]:
+        """Stages by parameter, for :meth:`adopt`, and a digest of what each parameter holds."""
+        return {name: (list(stages), _digest(held)) for name, held, stages in self.claims()}
+
+    @unseen
+    def adopt(self, carried: Mapping[str, tuple[list[Stage], str]]) -> None:
+        """Take the stages of the module that this one is a copy of, as those of an ended run.
+
+        Args:
+            carried: From :meth:`carried` of that module's pipeline. Stages of a weight that has
+                changed since are left out, as are those of one that a method has claimed here.
+        """
+        module = None if self._module is None else self._module()
+        for name, (stages, digest) in carried.items():
+            parameter = None if module is None else _parameter_of(module, name)
+            if parameter is None or name in self._stages or _digest(parameter) != digest:
+                continue
+            with torch.inference_mode(False):  # Weights may be trained, wherever they were loaded.
+                own = copy.deepcopy(stages)
+            for stage in own:
+                self.claim(name, parameter, stage)
+                self.end(stage)
 
     def stages_of(self, weight: Tensor) -> list[Stage]:
         """Stages of a parameter, in order; none for any other tensor."""
@@ -242,10 +268,11 @@ class WeightPipeline:
         if self.phase != "latent" or not any(id(one) in self._ended for one in stages):
             return stages
         weight = self._parameters[name].detach()
-        if self._left.get(name) == weight._version:
+        version = _version_of(weight)
+        if version is not None and self._left.get(name) == version:
             return stages
         if torch.equal(unseen(_transformed)(weight, stages, hard=True), weight):
-            self._left[name] = weight._version
+            self._left[name] = version
             return stages
         self._keep(name, [one for one in stages if id(one) not in self._ended])
         return self._stages.get(name, [])
@@ -324,7 +351,7 @@ class WeightPipeline:
         for name, latent in self._latent.items():
             self._parameters[name].copy_(latent)
             if name in self._left:
-                self._left[name] = self._parameters[name]._version
+                self._left[name] = _version_of(self._parameters[name])
         if self._latent:
             self._spare = dict(self._latent) if self._steppers else {}
         self._latent.clear()
@@ -396,6 +423,17 @@ class WeightPipeline:
         return stages[-1].grid if stages else None
 
 
+def _version_of(weight: Tensor) -> int | None:
+    """Count of changes in place; None where there is none, as for a copy in inference mode."""
+    return None if weight.is_inference() else weight._version
+
+
+def _digest(weight: Tensor) -> str:
+    """What a weight holds, in a few bytes; the same on every device."""
+    held = weight.detach().cpu().contiguous().flatten().view(torch.uint8)
+    return hashlib.blake2b(held.numpy().data, digest_size=16).hexdigest()
+
+
 def _mask_of(stages: Sequence[Stage]) -> Masking | None:
     return stages[0] if isinstance(stages[0], Masking) else None
 
@@ -442,7 +480,8 @@ _PIPELINES: WeakKeyDictionary[nn.Module, WeightPipeline] = WeakKeyDictionary()
 def pipeline_of(module: nn.Module) -> WeightPipeline:
     """The pipeline of a module; an empty one is made where there is none.
 
-    It is remembered here and not on the module, so that nothing is copied, pickled or saved.
+    It is remembered here and not on the module, so that nothing is saved with its weights. A copy
+    or pickle of an emulated module brings the stages along with the emulation.
 
     Example:
         >>> module = nn.Linear(2, 2)

@@ -1,15 +1,18 @@
 from __future__ import annotations
 
 import copy
+import io
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, ModelCheckpoint
+from torch import Tensor, nn
 
-from lightning_nna import emulate, load_deployed
+from lightning_nna import bake, emulate, load_deployed
 from lightning_nna.callbacks import (
     GeneralQuantizer,
     HardCompression,
@@ -17,6 +20,7 @@ from lightning_nna.callbacks import (
     MRACosRegularization,
     NNAEmulation,
 )
+from lightning_nna.deploy import export_tflite
 from lightning_nna.emulator.attachment import attached
 from lightning_nna.testing import SmallRecurrentModule
 from lightning_nna.testing.contract import assert_same, module, trainer
@@ -132,3 +136,99 @@ def test_what_cannot_be_loaded_says_why(content: Any, message: str, tmp_path: Pa
     torch.save(content, tmp_path / "file.ckpt")
     with pytest.raises(ValueError, match=message):
         load_deployed(net, tmp_path / "file.ckpt")
+
+
+# --- copies ---------------------------------------------------------------------------------------
+
+
+def pickled(original: nn.Module) -> Any:
+    file = io.BytesIO()
+    torch.save(original, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+def emulated(one: nn.Module, x: Tensor, spec: str = "litert-int8") -> Tensor:
+    with emulate(one, spec), torch.no_grad():
+        return cast(Tensor, one(x))
+
+
+@pytest.mark.parametrize(
+    ("method", "spec"),
+    [
+        ("gq under masks", "litert-int8"),
+        ("gq under masks", "litert-int16x8"),
+        ("s8bqat", "litert-int8"),
+        ("one bit", "litert-int16x8"),
+    ],
+)
+def test_a_copy_is_the_accelerators_original(method: str, spec: str, tmp_path: Path) -> None:
+    run = trainer(NNAEmulation(spec, calibration_steps=2), *METHODS[method](), steps=6)
+    fitted, x = module(), torch.randn(4, 6, 4)
+    run.fit(fitted)
+    run.save_checkpoint(tmp_path / "run.ckpt")
+    fitted.trainer = None  # It is no part of a pickle.
+    loaded = load_deployed(module(seed=1), tmp_path / "run.ckpt")
+    copies = [
+        copy.deepcopy(fitted),
+        pickled(fitted),
+        copy.deepcopy(pickled(loaded)),
+    ]
+    originals = [fitted, *copies]
+    outputs = [emulated(one, x, spec) for one in originals]
+    programs = []
+    for number, one in enumerate(originals):
+        path = tmp_path / f"{number}.tflite"
+        export_tflite(one, [x], path)
+        programs.append(path.read_bytes())
+    weights = [bake(one).state_dict() for one in originals]
+    for output, program, weight in zip(outputs[1:], programs[1:], weights[1:], strict=True):
+        assert torch.equal(output, outputs[0])
+        assert program == programs[0]
+        assert_same(dict(weight), dict(weights[0]))
+
+
+def test_a_copy_within_a_fit_is_emulated_as_the_original() -> None:
+    class Copies(Callback):
+        outputs: list[Tensor]
+
+        def on_train_epoch_end(self, _: pl.Trainer, pl_module: pl.LightningModule) -> None:
+            twin = copy.deepcopy(pl_module)
+            self.outputs = [emulated(one, x) for one in (pl_module, twin)]
+
+    x, copies = torch.randn(4, 6, 4), Copies()
+    emulation = NNAEmulation(calibration_steps=2)
+    trainer(emulation, *pruned_and_quantized(), copies, steps=6).fit(module())
+    assert torch.equal(*copies.outputs)
+
+
+@pytest.mark.parametrize("is_met", [True, False], ids=["after its first run", "before"])
+def test_a_weight_of_a_copy_that_is_changed_is_a_plain_one(is_met: bool, tmp_path: Path) -> None:
+    fitted, _ = run(tmp_path, NNAEmulation(calibration_steps=2), GeneralQuantizer(2))
+    fitted.trainer = None
+    twin, x = copy.deepcopy(fitted), torch.randn(4, 6, 4)
+    before = emulated(twin, x) if is_met else None
+    assert before is None or torch.equal(before, emulated(fitted, x))
+    with torch.no_grad():
+        twin.head.first.weight.add_(torch.randn_like(twin.head.first.weight))
+    emulated(twin, x)
+    bake(twin)
+    assert len(twin.head.first.weight.unique()) > 8
+    assert_same(twin.head.second.weight, fitted.head.second.weight)
+
+
+def test_a_copy_is_made_used_and_compressed_in_inference_mode(tmp_path: Path) -> None:
+    fitted, _ = run(tmp_path, NNAEmulation(calibration_steps=2), *pruned_and_quantized())
+    fitted.trainer = None
+    x = torch.randn(4, 6, 4)
+    with torch.inference_mode():
+        for twin in (copy.deepcopy(fitted), pickled(fitted)):
+            assert torch.equal(emulated(twin, x), emulated(fitted, x))
+
+
+def test_a_copy_is_compressed_anew(tmp_path: Path) -> None:
+    fitted, _ = run(tmp_path, NNAEmulation(calibration_steps=2), GeneralQuantizer(3))
+    twin = copy.deepcopy(fitted)
+    attached(twin)
+    trainer(HardCompression(1, every_n_steps=1), steps=2).fit(twin)
+    assert len(twin.head.first.weight.unique()) == 2
