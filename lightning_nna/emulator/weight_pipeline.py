@@ -130,9 +130,9 @@ class WeightPipeline:
         self._pending: set[str] = set()
         self._steppers: list[tuple[int, Callable[[bool], None]]] = []
         self._stepped: list[functools.partial[None]] = []
-        # Of stages whose run has ended, by their ids; and which version of a parameter they left.
+        # Of stages whose run has ended, by their ids; and digests of the values that they left.
         self._ended: set[int] = set()
-        self._left: dict[str, int | None] = {}
+        self._left: dict[str, str | None] = {}
         # Tensors that were asked for and have no stages, by their ids.
         self._strangers: dict[int, ReferenceType[Tensor]] = {}
 
@@ -174,7 +174,7 @@ class WeightPipeline:
         for name, stages in self._stages.items():
             if any(one is stage for one in stages):
                 self._ended.add(id(stage))
-                self._left[name] = _version_of(self._parameters[name])
+                self._left[name] = _digest(self.latent(name))
 
     def forget_ended(self) -> None:
         """Take stages of earlier runs off: weights are about to be trained."""
@@ -268,11 +268,12 @@ class WeightPipeline:
         if self.phase != "latent" or not any(id(one) in self._ended for one in stages):
             return stages
         weight = self._parameters[name].detach()
-        version = _version_of(weight)
-        if version is not None and self._left.get(name) == version:
+        # By values: PyTorch does not count writes through ``.data``.
+        left = _digest(weight)
+        if self._left.get(name) == left:
             return stages
         if torch.equal(unseen(_transformed)(weight, stages, hard=True), weight):
-            self._left[name] = version
+            self._left[name] = left
             return stages
         self._keep(name, [one for one in stages if id(one) not in self._ended])
         return self._stages.get(name, [])
@@ -350,8 +351,6 @@ class WeightPipeline:
         """Let the parameters hold the latent weights again."""
         for name, latent in self._latent.items():
             self._parameters[name].copy_(latent)
-            if name in self._left:
-                self._left[name] = _version_of(self._parameters[name])
         if self._latent:
             self._spare = dict(self._latent) if self._steppers else {}
         self._latent.clear()
@@ -423,11 +422,7 @@ class WeightPipeline:
         return stages[-1].grid if stages else None
 
 
-def _version_of(weight: Tensor) -> int | None:
-    """Count of changes in place; None where there is none, as for a copy in inference mode."""
-    return None if weight.is_inference() else weight._version
-
-
+@unseen
 def _digest(weight: Tensor) -> str:
     """What a weight holds, in a few bytes; the same on every device."""
     held = weight.detach().cpu().contiguous().flatten().view(torch.uint8)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -149,3 +150,46 @@ def test_a_copy_of_the_module_has_no_stages() -> None:
     pipeline_of(layer).claim("weight", layer.weight, Softened())
     twin = copy.deepcopy(layer)
     assert pipeline_of(twin).stages_of(twin.weight) == []
+
+
+def write_in_place(weight: nn.Parameter, values: Tensor) -> None:
+    with torch.no_grad():
+        weight.copy_(values)
+
+
+def write_through_data(weight: nn.Parameter, values: Tensor) -> None:
+    weight.data.copy_(values)
+
+
+def assign_data(weight: nn.Parameter, values: Tensor) -> None:
+    weight.data = values
+
+
+def write_through_numpy(weight: nn.Parameter, values: Tensor) -> None:
+    weight.detach().numpy()[:] = values.numpy()
+
+
+@pytest.mark.parametrize("hard", [True, False])
+@pytest.mark.parametrize(
+    "write", [write_in_place, write_through_data, assign_data, write_through_numpy]
+)
+def test_an_ended_stage_counts_until_the_weight_is_changed_in_whatever_way(
+    write: Callable[[nn.Parameter, Tensor], None], hard: bool
+) -> None:
+    layer, spec = linear(), resolve_spec("litert-int8")
+    pipeline, stage = pipeline_of(layer), Softened()
+    pipeline.claim("weight", layer.weight, stage)
+    write_in_place(layer.weight, pipeline.hard(layer.weight) if hard else layer.weight)
+    pipeline.end(stage)
+    deployed = stage.transform(layer.weight.detach(), hard=True)
+    assert torch.equal(on_grid(pipeline, layer.weight, 1, spec).values, deployed)
+    pipeline.substitute("hard")
+    pipeline.restore()
+    write(layer.weight, layer.weight.detach().clone())  # The same values.
+    assert torch.equal(on_grid(pipeline, layer.weight, 1, spec).values, deployed)
+    values = torch.randn(4, 6)
+    write(layer.weight, values)
+    fresh = nn.Parameter(values.clone())
+    expected = on_grid(WeightPipeline(), fresh, 1, spec)
+    assert torch.equal(on_grid(pipeline, layer.weight, 1, spec).values, expected.values)
+    assert pipeline.stages_of(layer.weight) == []
