@@ -93,8 +93,9 @@ class CompressionReport(Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not any(codebook_stages(pipeline_of(pl_module))):
             raise ValueError(
-                "CompressionReport found no weights with centroids: add a weight method, such as "
-                "GeneralQuantizer or HardCompression, to the Trainer's callbacks"
+                "CompressionReport found no weights with centroids, which neither pruning nor "
+                "regularization alone gives them: add a weight method, such as GeneralQuantizer or "
+                "HardCompression, to the Trainer's callbacks"
             )
         self._folder = None
         if self.snapshots and self.snapshots[-1].step > trainer.global_step:

@@ -150,10 +150,9 @@ class GeneralQuantizer(BitsMethod):
         hard_from = step_of(self.hard_from, self._total_steps)
         if self.steps >= hard_from:
             return []
-        return [
-            f"weights take their values in training from step {hard_from:.0f} on (hard_from), and "
-            f"the sharpness is {self._sharpness():.3g}, not {self.sharpness.last:.3g}"
-        ]
+        told = f"weights take their values in training from step {hard_from:.0f} on (hard_from)"
+        now, last = f"{self._sharpness():.3g}", f"{self.sharpness.last:.3g}"
+        return [told if now == last else f"{told}, and the sharpness is {now}, not {last}"]
 
     @override
     def forget(self) -> None:

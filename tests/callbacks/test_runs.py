@@ -118,6 +118,10 @@ class StopAfterThree(Callback):
     [
         (MagnitudePruning(0.5), r"MagnitudePruning ended at .* 3 .*: sparsity is 0.0%, not 50.0%"),
         (GeneralQuantizer(3), r"from step 8 on \(hard_from\), and the sharpness is .*, not 32"),
+        (
+            GeneralQuantizer(3, hard_from=99, sharpness={"start": 1.0, "end": 32.0, "until": 2}),
+            r"training from step 99 on \(hard_from\)$",
+        ),
         (HardCompression(3), r"first compression is at step 100 .* compressed 0 times"),
         (
             MRACosRegularization(3, strength=2.0, schedule={"start": 0.0, "end": 1.0}),
