@@ -27,6 +27,7 @@ from typing_extensions import override
 
 from lightning_nna.callbacks.resumed_settings import require_same
 from lightning_nna.callbacks.step_counter import StepCounter
+from lightning_nna.callbacks.weight_digests import digests
 from lightning_nna.emulator.attachment import attach, attached
 from lightning_nna.emulator.engine import Emulator, Fidelity, Phase
 from lightning_nna.emulator.keyed_adam import KeyedAdam, agree_on_keys
@@ -138,6 +139,8 @@ class NNAEmulation(Callback):
         self._module: ref[pl.LightningModule] | None = None
         # A state that waits for the module that it belongs to.
         self._saved: dict[str, Any] | None = None
+        # Of a copy that has met no module yet: digests of the weights that its ranges go with.
+        self._copied_with: dict[str, str] | None = None
         # What is to be undone when the batch ends.
         self._batch = ExitStack()
         # Optimiser steps of this fit, and those of them that ran emulated.
@@ -313,6 +316,7 @@ class NNAEmulation(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         require_same("NNAEmulation", state_dict.get("settings", {}), self._settings())
         self._observed_steps = state_dict.get("calibration_steps")
+        self._copied_with = None
         self._counter.load_state_dict(state_dict.get("clock", {"steps": state_dict["steps"]}))
         self._saved = state_dict["emulator"]
         self.telemetry.load_state_dict(state_dict["telemetry"])
@@ -320,8 +324,11 @@ class NNAEmulation(Callback):
         self._step_optimizer.load_state_dict(state_dict.get("step_optimizer", {}))
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy or pickle has the ranges, not the module."""
+        """A copy or pickle has the ranges, not the module; and knows the module's copy by sight."""
         state = dict(self.__dict__)
+        module = None if self._module is None else self._module()
+        if module is not None and self._saved is None:
+            state["_copied_with"] = digests(module.named_parameters())
         state.update(_emulator=None, _module=None, _saved=self.state_dict()["emulator"])
         return {**state, "_scaler": None, "_batch": ExitStack()}
 
@@ -331,12 +338,24 @@ class NNAEmulation(Callback):
         """Start anew where the module is not the one of the runs before."""
         if self._module is not None and self._module() is not pl_module:
             if self._saved is None:
-                self._counter.reset()
-                self._sampled, self._observed_steps = -1, None
-                self.telemetry = Telemetry()
-                self._step_optimizer = KeyedAdam(self.step_lr)
+                self._forget()
             self._emulator, self._warned_of_clipping = None, False
+        elif self._copied_with and self._copied_with != digests(pl_module.named_parameters()):
+            self._saved = None
+            self._forget()
+            rank_zero_info(
+                "NNAEmulation is a copy and begins anew: the weights of this module are not those "
+                "that it was copied with; pass ckpt_path of the run to go on from there"
+            )
+        self._copied_with = None
         self._module = ref(pl_module)
+
+    def _forget(self) -> None:
+        """Have no state, as before the first run."""
+        self._counter.reset()
+        self._sampled, self._observed_steps = -1, None
+        self.telemetry = Telemetry()
+        self._step_optimizer = KeyedAdam(self.step_lr)
 
     def _settings(self) -> dict[str, Any]:
         """What observed ranges belong to, in plain values."""

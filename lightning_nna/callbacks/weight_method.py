@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -17,6 +16,7 @@ from typing_extensions import override
 
 from lightning_nna.callbacks.resumed_settings import require_same
 from lightning_nna.callbacks.step_counter import StepCounter
+from lightning_nna.callbacks.weight_digests import digests
 from lightning_nna.compression.selection import BitWidths, ByTensor, candidates_of, frozen_in
 from lightning_nna.emulator.non_finite import require_finite_weights
 from lightning_nna.emulator.weight_pipeline import Stage, WeightPipeline, pipeline_of, unseen
@@ -538,15 +538,10 @@ def _names_of(module: nn.Module) -> dict[int, list[str]]:
     return names
 
 
-@unseen
 def _digests(module: nn.Module, names: Iterable[str]) -> dict[str, str]:
-    """What tells the values of parameters from any others, by their names."""
+    """What tells the weights of a module from any others, by their names."""
     held = candidates_of(module)
-    found = {}
-    for name in held.keys() & set(names):
-        values = held[name].detach().cpu().contiguous().flatten().view(torch.uint8)
-        found[name] = hashlib.sha256(values.numpy().data).hexdigest()
-    return found
+    return digests((name, held[name]) for name in held.keys() & set(names))
 
 
 def _warn_of_weights_only(trainer: pl.Trainer) -> None:

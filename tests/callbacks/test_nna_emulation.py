@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import copy
 import logging
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -362,6 +364,21 @@ def test_two_processes_observe_what_one_does(tmp_path: Path) -> None:
 
 
 # --- a second module ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("learned", ["none", "all"])
+def test_a_copy_of_a_used_callback_begins_anew_with_another_module(learned: str) -> None:
+    settings: dict[str, Any] = {"calibration_steps": 2, "learned_steps": learned}
+    used, fresh = NNAEmulation(**settings), NNAEmulation(**settings)
+    trainer(used, steps=5).fit(module())
+    twins = [copy.deepcopy(used), pickle.loads(pickle.dumps(used)), fresh]
+    states = []
+    for callback in twins:
+        other = module(seed=1)
+        trainer(callback, steps=5).fit(other)
+        states.append((dict(other.state_dict()), callback.state_dict()))
+    assert_same(states[0], states[2])
+    assert_same(states[1], states[2])
 
 
 def test_a_second_module_starts_anew_and_the_first_keeps_its_own() -> None:
