@@ -7,7 +7,7 @@ module's code: whatever it does in Python, the program is what has run.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -52,6 +52,7 @@ def capture(
         The program.
 
     Raises:
+        TypeError: If ``example_inputs`` is a tensor or a mapping.
         CaptureError: If the module is not on a chip or not calibrated, if an operator is not the
             chip's, or if a value comes from one that is not.
 
@@ -63,6 +64,12 @@ def capture(
         >>> [operator.name for operator in program.operators]
         ['FULLY_CONNECTED', 'TANH']
     """
+    if isinstance(example_inputs, (Tensor, Mapping)):
+        raise TypeError(
+            f"example_inputs is a list of the forward's arguments, got a "
+            f"{type(example_inputs).__name__}: pass [x], and for arguments by keyword "
+            f"forward=lambda module, x: module(name=x)"
+        )
     emulator = emulator_of(module)
     leaves, form = tree_flatten(list(example_inputs))
     floats = [x for x in leaves if isinstance(x, Tensor) and x.is_floating_point()]

@@ -172,7 +172,11 @@ class Recorder:
             if tag is None and sources and self._arguments.keys() >= set(sources):
                 return ()  # It is what the caller has.
             if not sources:
-                raise CaptureError(f"result {position} does not depend on the arguments")
+                fixed = ", which are floats: integers are constants of a program, so pass floats"
+                raise CaptureError(
+                    f"result {position} does not depend on the arguments"
+                    f"{fixed if self.elements.integers else ''}"
+                )
             if parts is not None:
                 return self._parts(position, x, codes, parts.which.numpy())
             if len(sources) > 1 and self._cells.keys() >= set(sources):

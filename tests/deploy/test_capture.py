@@ -271,6 +271,21 @@ def test_labels_that_decide_as_well_are_refused(tmp_path: Path) -> None:
         export_tflite(net, [labels], tmp_path / "net.tflite")
 
 
+def test_arguments_that_are_no_list_are_named(tmp_path: Path) -> None:
+    x = torch.randn(3, 6)
+    net = calibrated(lambda x, linear: linear(x), (x,), nn.Linear(6, 6))
+    for given in (x, {"x": x}):
+        with pytest.raises(TypeError, match=r"pass \[x\]"):
+            export_tflite(net, given, tmp_path / "net.tflite")  # type: ignore[arg-type]
+
+
+def test_a_network_of_integers_alone_is_told_to_take_floats(tmp_path: Path) -> None:
+    image = torch.randint(0, 256, (3, 6), dtype=torch.uint8)
+    net = calibrated(lambda x, linear: linear(x / 255.0), (image,), nn.Linear(6, 6))
+    with pytest.raises(CaptureError, match="integers are constants of a program, so pass floats"):
+        export_tflite(net, [image], tmp_path / "net.tflite")
+
+
 def test_an_empty_batch_is_refused(tmp_path: Path) -> None:
     net = calibrated(lambda x, linear: linear(x), (torch.randn(3, 6),), nn.Linear(6, 6))
     with pytest.raises(CaptureError, match=r"arguments are empty, of shape \(0, 6\)"):
