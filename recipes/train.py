@@ -26,6 +26,7 @@ from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig
 
+from lightning_nna.compression.checkpoints import load_checkpoint
 from lightning_nna.compression.deployed import deploy_weights
 from recipes.asr.data import SpeechDataModule
 from recipes.asr.recogniser import TransducerRecogniser
@@ -38,7 +39,7 @@ from recipes.run_folder import (
     write_summary,
 )
 from recipes.settings import check_settings, instantiate_all
-from recipes.weights import TrainedWeights, load_checkpoint, load_weights, put_into
+from recipes.weights import TrainedWeights, load_weights, put_into
 
 _log = logging.getLogger(__name__)
 

@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from lightning_nna.compression.checkpoints import load_checkpoint
 from recipes.asr.data import SpeechDataModule
 from recipes.asr.rnnt import Transducer
 
@@ -72,30 +71,6 @@ def load_weights(path: str | Path) -> TrainedWeights:
     return TrainedWeights(
         network, checkpoint["recipe"], checkpoint[_DATA], checkpoint.get("callbacks", {})
     )
-
-
-def load_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Read a checkpoint of tensors and plain containers; code in it does not run.
-
-    Args:
-        path: A file that Lightning or ``torch.save`` wrote.
-
-    Raises:
-        ValueError: If the file is damaged, or holds objects of any other class: reading these can
-            run code of whoever wrote the file.
-    """
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"{path} is not read: it is damaged, or holds objects other than tensors and plain "
-            f"containers, which could run code: {str(error).splitlines()[-1]}"
-        ) from error
-    except (RuntimeError, EOFError, ValueError) as error:
-        raise ValueError(f"{path} is damaged or no checkpoint: {error}") from error
-    if not isinstance(checkpoint, dict):
-        raise ValueError(f"{path} is no checkpoint: it holds a {type(checkpoint).__name__}")
-    return checkpoint
 
 
 def save_weights(path: str | Path, weights: TrainedWeights, *, command: str) -> None:

@@ -27,7 +27,6 @@ from typing_extensions import override
 
 from lightning_nna.callbacks.resumed_settings import require_same
 from lightning_nna.callbacks.step_counter import StepCounter
-from lightning_nna.callbacks.weight_digests import digests
 from lightning_nna.emulator.attachment import attach, attached
 from lightning_nna.emulator.engine import Emulator, Fidelity, Phase
 from lightning_nna.emulator.keyed_adam import KeyedAdam, agree_on_keys
@@ -35,6 +34,7 @@ from lightning_nna.emulator.learned_steps import LEARNED, Learned
 from lightning_nna.emulator.observers import OBSERVERS, Observer
 from lightning_nna.emulator.spec import NNASpec, resolve_spec
 from lightning_nna.emulator.telemetry import Telemetry
+from lightning_nna.emulator.weight_pipeline import digest_of
 
 #: Share of clipped results above which a site is worth a warning, and of how many results.
 _CLIPS_MUCH, _ENOUGH_RESULTS = 0.05, 256
@@ -328,7 +328,7 @@ class NNAEmulation(Callback):
         state = dict(self.__dict__)
         module = None if self._module is None else self._module()
         if module is not None and self._saved is None:
-            state["_copied_with"] = digests(module.named_parameters())
+            state["_copied_with"] = _digests(module)
         state.update(_emulator=None, _module=None, _saved=self.state_dict()["emulator"])
         return {**state, "_scaler": None, "_batch": ExitStack()}
 
@@ -340,7 +340,7 @@ class NNAEmulation(Callback):
             if self._saved is None:
                 self._forget()
             self._emulator, self._warned_of_clipping = None, False
-        elif self._copied_with and self._copied_with != digests(pl_module.named_parameters()):
+        elif self._copied_with and self._copied_with != _digests(pl_module):
             self._saved = None
             self._forget()
             rank_zero_info(
@@ -457,6 +457,11 @@ class NNAEmulation(Callback):
             f"frozen before the network settled: set more calibration_steps, start from trained "
             f"weights, or lower the learning rate"
         )
+
+
+def _digests(module: pl.LightningModule) -> dict[str, str]:
+    """Compute what tells a module's weights from any others, by name."""
+    return {name: digest_of(parameter) for name, parameter in module.named_parameters()}
 
 
 def _summary(telemetry: Telemetry) -> dict[str, float]:

@@ -16,10 +16,15 @@ from typing_extensions import override
 
 from lightning_nna.callbacks.resumed_settings import require_same
 from lightning_nna.callbacks.step_counter import StepCounter
-from lightning_nna.callbacks.weight_digests import digests
 from lightning_nna.compression.selection import BitWidths, ByTensor, candidates_of, frozen_in
 from lightning_nna.emulator.non_finite import require_finite_weights
-from lightning_nna.emulator.weight_pipeline import Stage, WeightPipeline, pipeline_of, unseen
+from lightning_nna.emulator.weight_pipeline import (
+    Stage,
+    WeightPipeline,
+    digest_of,
+    pipeline_of,
+    unseen,
+)
 from lightning_nna.functional.entropy_constrained import require_rate
 
 
@@ -541,7 +546,7 @@ def _names_of(module: nn.Module) -> dict[int, list[str]]:
 def _digests(module: nn.Module, names: Iterable[str]) -> dict[str, str]:
     """What tells the weights of a module from any others, by their names."""
     held = candidates_of(module)
-    return digests((name, held[name]) for name in held.keys() & set(names))
+    return {name: digest_of(held[name]) for name in held.keys() & set(names)}
 
 
 def _warn_of_weights_only(trainer: pl.Trainer) -> None:

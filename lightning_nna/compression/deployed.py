@@ -6,7 +6,6 @@ ranges that the callbacks know. What the accelerator gets follows from all of th
 
 from __future__ import annotations
 
-import pickle
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import fields
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lightning_nna.compression.checkpoints import load_checkpoint
 from lightning_nna.compression.fixed_centroids import CentroidSettings, FixedCentroids
 from lightning_nna.compression.general_quantizer import GeneralQuantizerStage
 from lightning_nna.compression.masks import MaskStage
@@ -64,7 +64,7 @@ def load_deployed(
         >>> round(float((loaded.lstm.weight_hh_l0 == 0).float().mean()), 2)
         0.5
     """
-    content = checkpoint if isinstance(checkpoint, Mapping) else _read(Path(checkpoint))
+    content = checkpoint if isinstance(checkpoint, Mapping) else load_checkpoint(checkpoint)
     if "state_dict" not in content:
         raise ValueError(
             "this is no checkpoint of a Trainer: it has no 'state_dict'; load plain weights with "
@@ -153,19 +153,6 @@ def put_ranges_back(module: nn.Module, callbacks: Mapping[str, Any]) -> None:
             observer=settings["observer"],
         )
         emulator.load_state_dict(saved)
-
-
-def _read(path: Path) -> Mapping[str, Any]:
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"{path} holds more than tensors and plain values: if you trust it, pass "
-            f"torch.load(path, weights_only=False) instead of the path ({error})"
-        ) from error
-    if not isinstance(content, Mapping):
-        raise ValueError(f"{path} is no checkpoint of a Trainer: it holds {type(content).__name__}")
-    return content
 
 
 def _stages_of(module: nn.Module, state: Mapping[str, Any]) -> Iterator[tuple[str, Stage]]:

@@ -174,7 +174,7 @@ class WeightPipeline:
         for name, stages in self._stages.items():
             if any(one is stage for one in stages):
                 self._ended.add(id(stage))
-                self._left[name] = _digest(self.latent(name))
+                self._left[name] = digest_of(self.latent(name))
 
     def forget_ended(self) -> None:
         """Take stages of earlier runs off: weights are about to be trained."""
@@ -198,7 +198,7 @@ class WeightPipeline:
     @unseen
     def carried(self) -> dict[str, tuple[list[Stage], str]]:
         """Stages by parameter, for :meth:`adopt`, and a digest of what each parameter holds."""
-        return {name: (list(stages), _digest(held)) for name, held, stages in self.claims()}
+        return {name: (list(stages), digest_of(held)) for name, held, stages in self.claims()}
 
     @unseen
     def adopt(self, carried: Mapping[str, tuple[list[Stage], str]]) -> None:
@@ -211,7 +211,7 @@ class WeightPipeline:
         module = None if self._module is None else self._module()
         for name, (stages, digest) in carried.items():
             parameter = None if module is None else _parameter_of(module, name)
-            if parameter is None or name in self._stages or _digest(parameter) != digest:
+            if parameter is None or name in self._stages or digest_of(parameter) != digest:
                 continue
             with torch.inference_mode(False):  # Weights may be trained, wherever they were loaded.
                 own = copy.deepcopy(stages)
@@ -269,7 +269,7 @@ class WeightPipeline:
             return stages
         weight = self._parameters[name].detach()
         # By values: PyTorch does not count writes through ``.data``.
-        left = _digest(weight)
+        left = digest_of(weight)
         if self._left.get(name) == left:
             return stages
         if torch.equal(unseen(_transformed)(weight, stages, hard=True), weight):
@@ -423,10 +423,18 @@ class WeightPipeline:
 
 
 @unseen
-def _digest(weight: Tensor) -> str:
-    """What a weight holds, in a few bytes; the same on every device."""
-    held = weight.detach().cpu().contiguous().flatten().view(torch.uint8)
-    return hashlib.blake2b(held.numpy().data, digest_size=16).hexdigest()
+def digest_of(weight: Tensor) -> str:
+    """Compute a few bytes that tell a weight's values from any others, on every device alike.
+
+    Args:
+        weight: Any tensor, of any shape and type.
+
+    Example:
+        >>> digest_of(torch.zeros(2)) == digest_of(torch.ones(2))
+        False
+    """
+    values = weight.detach().cpu().contiguous().flatten().view(torch.uint8)
+    return hashlib.blake2b(values.numpy().data, digest_size=16).hexdigest()
 
 
 def _mask_of(stages: Sequence[Stage]) -> Masking | None:

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from lightning_nna.compression.checkpoints import load_checkpoint
 from recipes.benchmark.fine_tuning import (
     SEEDS,
     evaluation,
@@ -31,7 +32,6 @@ from recipes.benchmark.fine_tuning import (
 from recipes.benchmark.fine_tuning_page import write_page
 from recipes.benchmark.pruning_page import draw, page
 from recipes.benchmark.rows import append_row, has_row, read_rows
-from recipes.weights import load_checkpoint
 
 ROWS = Path("docs/results/pruning.jsonl")
 RUNS = Path("runs/pruning")

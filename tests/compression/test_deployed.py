@@ -125,8 +125,8 @@ def test_ranges_that_were_not_frozen_are_warned_of(tmp_path: Path) -> None:
             {"state_dict": None, "callbacks": {"GeneralQuantizer": {"latents": {}}}},
             "the state of GeneralQuantizer was written by an older version",
         ),
-        ([], "no checkpoint of a Trainer: it holds list"),
-        ({"state_dict": Path("here")}, "holds more than tensors and plain values"),
+        ([], "no checkpoint of a Trainer: it holds a list"),
+        ({"state_dict": Path("here")}, "holds objects other than tensors and plain"),
     ],
 )
 def test_what_cannot_be_loaded_says_why(content: Any, message: str, tmp_path: Path) -> None:
