@@ -95,7 +95,7 @@ def _users(key: str) -> str:
 
 
 def _sets(path: Path, key: str) -> bool:
-    """Whether a group, or one that it is based on, gives a setting its value."""
+    """Tell whether a group, or one that it is based on, gives a setting its value."""
     group = OmegaConf.load(path)
     assert isinstance(group, DictConfig)
     bases = [base for base in group.get("defaults", []) if base != "_self_"]

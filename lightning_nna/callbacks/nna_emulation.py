@@ -358,7 +358,7 @@ class NNAEmulation(Callback):
         self._step_optimizer = KeyedAdam(self.step_lr)
 
     def _settings(self) -> dict[str, Any]:
-        """What observed ranges belong to, in plain values."""
+        """Return the settings that observed ranges belong to, in plain values."""
         spec = {**asdict(self.spec), "operators": list(self.spec.operators)}
         return {"spec": spec, "targets": list(self.targets), "observer": self.observer}
 

@@ -112,7 +112,7 @@ class PruningMethod(WeightMethod, ABC):
         return False
 
     def shares_budget(self, name: str) -> bool:
-        """Whether a weight takes part in the budget of all; else it loses its own share."""
+        """Tell whether a weight takes part in the budget of all; else it loses its own share."""
         return True
 
     def measure(self) -> None:

@@ -123,7 +123,7 @@ class WeightMethod(Callback):
         """Update what is learned besides the weights, after the step of any optimizer."""
 
     def settings(self) -> dict[str, Any]:
-        """What a run cannot change once it has begun, in plain values; see :func:`require_same`.
+        """Return settings that a run cannot change once it has begun; see :func:`require_same`.
 
         It is what :func:`.load_deployed` needs, too.
         """
@@ -544,7 +544,7 @@ def _names_of(module: nn.Module) -> dict[int, list[str]]:
 
 
 def _digests(module: nn.Module, names: Iterable[str]) -> dict[str, str]:
-    """What tells the weights of a module from any others, by their names."""
+    """Compute digests that tell the weights of a module from any others, by their names."""
     held = candidates_of(module)
     return {name: digest_of(held[name]) for name in held.keys() & set(names)}
 

@@ -96,7 +96,7 @@ class MaskStage:
 
 @dataclass(frozen=True)
 class MatrixLayout:
-    """How a weight is seen as a matrix: outputs are rows, and input channels lie side by side.
+    """Layout of a weight as a matrix: outputs are rows, and input channels lie side by side.
 
     A kernel ``(out, in, *places)`` becomes rows of ``places`` times ``in``, as accelerators store
     it: N neighbours of M, and the columns of a block, are input channels at one place. A weight

@@ -1,4 +1,4 @@
-"""Which parameters a method takes, and a number for each: bits, or a share of zeros.
+"""Selection of a method's parameters, and a number for each: bits, or a share of zeros.
 
 By default a method takes the *weights of operators* that are trained. What an operator multiplies
 with shows in the layer that owns a parameter, and where a module of one's own does, in its shape:

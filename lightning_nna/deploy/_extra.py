@@ -1,4 +1,4 @@
-"""What deployment needs beyond the package itself."""
+"""Packages that deployment needs beyond this one."""
 
 from __future__ import annotations
 

@@ -68,7 +68,7 @@ class Elements:
 
     @property
     def reads_kept(self) -> bool:
-        """Whether the program holds what a module keeps in an attribute."""
+        """Tell whether the program holds what a module keeps in an attribute."""
         return bool((self._causes | self.provenance.moved_by) & KEPT)
 
     @property

@@ -152,7 +152,7 @@ class Provenance(TorchDispatchMode):
         return held.as_strided(x.shape, x.stride(), x.storage_offset()).clone()
 
     def reaches(self, values: Any) -> bool:
-        """Whether data or a cause is in any tensor among values, nested."""
+        """Tell whether data or a cause is in any tensor among values, nested."""
         return bool(self._reached(values))
 
     def causes(self, values: Any) -> int | None:
@@ -304,7 +304,7 @@ class Provenance(TorchDispatchMode):
         return [x for x in _tensors(values) if _key(x) in self._held]
 
     def _may_steer(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Whether no data decide what moves where; what does decide is part of the program."""
+        """Tell whether no data decide what moves where; what does decide is part of the program."""
         places = _COPIES.get(name, (0,))
         rest = [value for position, value in enumerate(args) if position not in places]
         causes = self.causes((rest, kwargs))
@@ -341,7 +341,7 @@ def _tensors(values: Any) -> list[Tensor]:
 
 
 def _is_random(func: Any) -> bool:
-    """Whether a function draws random numbers."""
+    """Tell whether a function draws random numbers."""
     seeded = torch.Tag.nondeterministic_seeded in func.tags
     return seeded and not any(word in func._schema.name for word in _NOT_RANDOM)
 

@@ -350,7 +350,7 @@ class Recorder:
                 self._leave(instruction, inputs)
 
     def _depends(self, instruction: Instruction) -> bool:
-        """Whether an instruction reads anything but constants.
+        """Tell whether an instruction reads anything but constants.
 
         Indices that were computed of an argument are none: with them the argument would be fixed.
         """

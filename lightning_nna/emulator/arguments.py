@@ -31,7 +31,7 @@ def first_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
 
 
 def is_in_place(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
-    """Whether a call overwrites its first argument.
+    """Tell whether a call overwrites its first argument.
 
     Example:
         >>> x = torch.zeros(1)

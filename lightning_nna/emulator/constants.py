@@ -1,4 +1,4 @@
-"""Which tensors are no activations: what they hold is part of the program, whatever comes in.
+"""Tensors that are no activations: their values are part of the program, whatever comes in.
 
 - *Constants* are parameters, buffers, what a forward makes of numbers (``arange``, ``zeros``), and
   what is computed of these alone.
@@ -27,7 +27,7 @@ from lightning_nna.emulator.marks import Marks, Writes
 
 
 class Kind(Enum):
-    """What the values of a tensor depend on."""
+    """Dependence of the values of a tensor."""
 
     CONSTANT = "constant"
     INTEGER = "integer"
@@ -68,15 +68,15 @@ class Constants:
             self._forward.number = next(self._numbers)
 
     def is_own(self, x: Tensor) -> bool:
-        """Whether a tensor is itself a parameter or buffer."""
+        """Tell whether a tensor is itself a parameter or buffer."""
         return id(x) in self._names or isinstance(x, nn.Parameter)
 
     def is_constant(self, x: Tensor) -> bool:
-        """Whether the values of a tensor depend on the module alone."""
+        """Tell whether the values of a tensor depend on the module alone."""
         return self._kind(x) is Kind.CONSTANT
 
     def in_program(self, x: Tensor) -> bool:
-        """Whether the values of a tensor are no data: a constant, or computed of integers."""
+        """Tell whether the values of a tensor are no data: a constant, or computed of integers."""
         return self._kind(x) in (Kind.CONSTANT, Kind.INTEGER)
 
     def _kind(self, x: Tensor) -> Kind | None:
@@ -86,7 +86,7 @@ class Constants:
         return Kind.CONSTANT if self.is_own(x) else None
 
     def kind_of(self, values: Any) -> Kind | None:
-        """What a function of some arguments, nested, depends on; None for data.
+        """Return what a function of some arguments, nested, depends on; None for data.
 
         Also None where there is no tensor at all.
         """

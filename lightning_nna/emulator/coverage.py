@@ -35,7 +35,7 @@ class CoverageRow:
 
     @property
     def on_chip(self) -> bool:
-        """Whether it is part of the accelerator's program, be it as a constant."""
+        """Tell whether it is part of the accelerator's program, be it as a constant."""
         return self.where != "cpu"
 
     @property
@@ -129,7 +129,7 @@ def coverage(
 
 
 def _is_spec(value: Any) -> bool:
-    """Whether an argument can only be a chip."""
+    """Tell whether an argument can only be a chip."""
     if isinstance(value, str):
         return value in PRESETS or value.endswith((".yaml", ".yml"))
     return isinstance(value, NNASpec)

@@ -191,7 +191,7 @@ class Emulator:
 
     @property
     def phase(self) -> Phase:
-        """How the module runs in this thread."""
+        """Mode in which the module runs in this thread."""
         return self.modes.phase
 
     @phase.setter
@@ -264,7 +264,7 @@ class Emulator:
 
     @property
     def is_unused(self) -> bool:
-        """Whether nothing was observed yet, and no thread is about to."""
+        """Tell whether nothing was observed yet, and no thread is about to."""
         return not self.calibrated and not self.ranges.ranges and self.modes.idle
 
     def require_ranges(self, fallback: str | None = None) -> None:
@@ -477,15 +477,15 @@ class Emulator:
         return parts
 
     def is_constant(self, x: Tensor) -> bool:
-        """Whether a tensor is a parameter or buffer of the module, or computed of these alone."""
+        """Tell whether a tensor is a parameter or buffer, or computed of these alone."""
         return self.constants.is_constant(x)
 
     def is_own(self, x: Tensor) -> bool:
-        """Whether a tensor is itself a parameter or buffer of the module."""
+        """Tell whether a tensor is itself a parameter or buffer of the module."""
         return self.constants.is_own(x)
 
     def in_program(self, x: Tensor) -> bool:
-        """Whether a tensor is a constant, or computed of integers: no activation."""
+        """Tell whether a tensor is a constant, or computed of integers: no activation."""
         return self.constants.in_program(x)
 
     def weight(self, weight: Tensor, rows_per_scale: int) -> QuantizedWeight:
@@ -531,7 +531,7 @@ class Emulator:
             )
 
     def watches_overflow(self, site: str) -> bool:
-        """Whether a site's overflows are counted, or none of them has been reported."""
+        """Tell whether a site's overflows are counted, or none of them has been reported."""
         return self.telemetry is not None or f"{site} overflows" not in self._warned
 
     def count_overflow(self, site: str, lost: int, sums: int) -> None:
@@ -780,7 +780,7 @@ class Emulator:
                 self.folding.reads(x, "something else")
 
     def _share_a_grid(self, name: str, args: tuple[Any, ...]) -> bool:
-        """Whether every float tensor among arguments carries the same parameters.
+        """Tell whether every float tensor among arguments carries the same parameters.
 
         While ranges are observed nobody knows: what can join different grids notes its range then.
         """
@@ -797,7 +797,7 @@ class Emulator:
         kwargs: dict[str, Any],
         kind: Kind,
     ) -> Any:
-        """What depends on no activation, in float: a constant of the program."""
+        """Run in float a function of no activation: its result is a constant of the program."""
         result = func(*args, **kwargs)
         targets = written(func, args, kwargs)
         self.wrote(targets, kind)
@@ -833,7 +833,7 @@ def _renamed(value: Any, sites: Mapping[str, str]) -> Any:
 
 
 def _union(states: Sequence[Any]) -> Any:
-    """What any of some plain states has; of numbers that of the first."""
+    """Merge plain states: all that any of them has, and of numbers those of the first."""
     if isinstance(states[0], dict):
         keys = dict.fromkeys(key for state in states for key in state)
         return {key: _union([state[key] for state in states if key in state]) for key in keys}
@@ -843,7 +843,7 @@ def _union(states: Sequence[Any]) -> Any:
 
 
 def _on_a_copy(func: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Any:
-    """What an in-place function makes of a tensor, which stays as it is."""
+    """Compute what an in-place function writes to a tensor, and leave the tensor unchanged."""
     return func(x.clone(), *args, **kwargs)
 
 

@@ -58,7 +58,7 @@ class Foldable:
 
 
 class Folding:
-    """What is known of layers and the norms after them.
+    """Record of layers and the norms after them.
 
     Args:
         writes: What was written to in place, see :mod:`.marks`.

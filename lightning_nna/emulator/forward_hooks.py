@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class Emulation:
-    """What the hooks of one module share: its emulator, or what a copy needs to build its own.
+    """Shared part of a module's hooks: its emulator, or the state from which a copy builds one.
 
     Args:
         emulator: The emulator; None in a copy or pickle of the module.

@@ -314,7 +314,7 @@ class Interception(TorchFunctionMode):
         return self.run(operator, self._key(path, label, location), func, args, kwargs)
 
     def in_scope(self) -> bool:
-        """Whether the code that calls is part of what is emulated."""
+        """Tell whether the code that calls is part of what is emulated."""
         return self._locate()[0] is not None
 
     def _make(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -434,7 +434,7 @@ class Interception(TorchFunctionMode):
         return positional[0] if code.co_flags & CO_VARARGS and positional else None
 
     def _decorates_forward(self, frame: FrameType) -> bool:
-        """Whether a frame runs a decorator around a module's forward, and not around another."""
+        """Tell whether a frame runs a decorator of a module's forward, and of no other function."""
         known = self._decorators.get(id(frame.f_code))
         if known is None:
             return False
@@ -542,7 +542,7 @@ def _callers() -> Iterator[FrameType]:
 
 
 def _is_checkpointed_function() -> bool:
-    """Whether activation checkpointing runs the code of a module whose forward it has not called.
+    """Tell whether checkpointing runs the code of a module whose forward it has not called.
 
     The hooks of a module that it calls tell the interception that its forward runs again.
     """
@@ -601,7 +601,7 @@ def _filled_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> float | None:
 
 
 def _types_in(values: Iterable[Any]) -> int:
-    """Whether float tensors, complex tensors or complex numbers are among arguments, as bits.
+    """Tell whether float tensors, complex tensors or complex numbers are among arguments, as bits.
 
     Without any of them there is nothing to emulate.
     """

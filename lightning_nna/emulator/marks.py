@@ -1,4 +1,4 @@
-"""What is known of a tensor, for as long as nobody writes to its memory.
+"""Marks of a tensor, for as long as nobody writes to its memory.
 
 A grid, or the site that has made a result, is remembered by tensor. Views share memory: what is
 written through one of them changes all, and what was known of the others is wrong from then on. So

@@ -20,7 +20,7 @@ Phase = Literal["float", "observe", "emulate"]
 
 @dataclass(frozen=True)
 class Mode:
-    """How a module runs.
+    """Return the function that runs a module.
 
     Args:
         phase: In float, in float with its ranges observed, or emulated.
@@ -52,7 +52,7 @@ class Modes:
 
     @property
     def idle(self) -> bool:
-        """Whether no thread has entered a mode."""
+        """Tell whether no thread has entered a mode."""
         return not self._by_thread
 
     @property
@@ -91,7 +91,7 @@ class Modes:
         return before
 
     def others_run(self) -> bool:
-        """Whether another thread has entered a mode."""
+        """Tell whether another thread has entered a mode."""
         alive = {thread.ident for thread in enumerate_threads()} - {get_ident()}
         return any(thread in alive for thread in list(self._by_thread))
 

@@ -22,7 +22,7 @@ def lightning_classes() -> tuple[type, ...]:
 
 
 def is_redirected(module: nn.Module) -> bool:
-    """Whether a call of a module runs one of its steps and not its forward.
+    """Tell whether a call of a module runs one of its steps and not its forward.
 
     Strategies with a wrapper around the module (DDP, FSDP, DeepSpeed) let ``training_step`` and its
     like run through the wrapper's forward: for that one call, Lightning puts a function of its own

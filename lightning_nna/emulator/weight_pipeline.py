@@ -412,7 +412,7 @@ class WeightPipeline:
 
     @unseen
     def hard_of(self, name: str, latent: Tensor) -> Tensor:
-        """What the stages of a parameter make of any latent weight of its shape."""
+        """Transform any latent weight of a parameter's shape by the parameter's stages."""
         require_finite_weights({name: latent})
         return _transformed(latent, self._counting(name), hard=True)
 

@@ -190,7 +190,7 @@ class TransducerRecogniser(LightningModule):
         checkpoint["recipe"] = self.recipe
 
     def _unfused(self) -> dict[str, bool]:
-        """What the optimizer is called with besides: ``fused=False`` where it cannot be fused.
+        """Return further arguments of the optimizer: ``fused=False`` where it cannot be fused.
 
         Lightning takes every fused optimizer for one that unscales its gradients itself, and does
         not clip gradients for it in mixed precision.

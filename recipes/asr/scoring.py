@@ -42,7 +42,7 @@ class WordErrors:
 
 
 class Scored(NamedTuple):
-    """What is known of an utterance after it was scored."""
+    """Result of one utterance after it was scored."""
 
     reference: str
     greedy: str

@@ -55,13 +55,13 @@ class Host(Protocol):
         """Parameters of a tensor whose parts lie on several grids."""
 
     def is_constant(self, x: Tensor) -> bool:
-        """Whether a tensor is a parameter or buffer of the module, or computed of these alone."""
+        """Tell whether a tensor is a parameter or buffer, or computed of these alone."""
 
     def is_own(self, x: Tensor) -> bool:
-        """Whether a tensor is itself a parameter or buffer of the module."""
+        """Tell whether a tensor is itself a parameter or buffer of the module."""
 
     def in_program(self, x: Tensor) -> bool:
-        """Whether a tensor is a constant, or computed of integers: no activation."""
+        """Tell whether a tensor is a constant, or computed of integers: no activation."""
 
     def weight(self, weight: Tensor, rows_per_scale: int) -> QuantizedWeight:
         """A weight after the whole weight pipeline."""
@@ -80,7 +80,7 @@ class Host(Protocol):
         """Report a site that no calibration has seen."""
 
     def watches_overflow(self, site: str) -> bool:
-        """Whether anybody wants to know of a site's overflows."""
+        """Tell whether anybody wants to know of a site's overflows."""
 
     def count_overflow(self, site: str, lost: int, sums: int) -> None:
         """Note how many sums left the accumulator's range; warn of the first."""

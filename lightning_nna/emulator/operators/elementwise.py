@@ -112,7 +112,7 @@ def concatenate(call: Call, tensors: list[Tensor], dim: int = 0) -> Tensor:
 
 
 def _is_plain(call: Call, x: Tensor) -> bool:
-    """Whether a tensor is float data that no operator has quantised."""
+    """Tell whether a tensor is float data that no operator has quantised."""
     on_a_grid = call.host.tag_of(x) is not None or call.host.parts_of(x) is not None
     return not on_a_grid and not call.host.is_own(x)
 
@@ -220,7 +220,7 @@ def _fast(kind: Kind, a: Activation, b: Activation, y: QParams, rounding: Roundi
 
 
 def _spills(kind: Kind, a: QParams, b: QParams, y: QParams, rounding: RoundingKind) -> bool:
-    """Whether a product's result may leave 32 bits; a sum has a grid that prevents it."""
+    """Tell whether a product's result may leave 32 bits; a sum has a grid that prevents it."""
     if kind != "MUL":
         return False
     largest = float(a.largest * b.largest)

@@ -121,7 +121,7 @@ def embedding(call: Call, input: Tensor, weight: Tensor, *args: Any, **kwargs: A
 
 
 def supports_embedding(input: Any, weight: Any, *args: Any, **kwargs: Any) -> bool:
-    """Whether a table is looked up as it is: a limit of norms changes rows as they are read."""
+    """Tell whether a table is looked up unchanged: a limit of norms changes rows when read."""
     max_norm = args[1] if len(args) > 1 else kwargs.get("max_norm")
     return max_norm is None
 
@@ -267,7 +267,7 @@ def settled(
 
 
 def accumulator_limit(call: Call, bits: int) -> float:
-    """What an accumulator holds beside activations of a width: 2^(b - 1)."""
+    """Return the limit of an accumulator beside activations of a width: 2^(b - 1)."""
     return 2.0 ** (call.host.spec.accumulator_width(bits) - 1)
 
 
@@ -332,7 +332,7 @@ class _FullyConnected(torch.autograd.Function):
 def needs_exact(
     call: Call, x: Activation, weight: QuantizedWeight, y: QParams | None = None
 ) -> bool:
-    """Whether a product must be formed in integers: always if exact, else where it may overflow.
+    """Tell whether a product must be formed in integers: if exact, or where it may overflow.
 
     Args:
         call: The call.
@@ -350,7 +350,7 @@ def needs_exact(
 
 
 def _multiplies_bytes(call: Call, x: Activation, weight: QuantizedWeight) -> bool:
-    """Whether to multiply bytes: their sums have 32 bits, which wrap around."""
+    """Tell whether to multiply bytes: their sums have 32 bits, which wrap around."""
     # The largest sum of products of bytes; a wrapped sum is right where the chip's wraps, too.
     fits = weight.bound * 128 < 2**31 or call.host.spec.accumulator_overflow == "wrap"
     return x.qparams.bits == 8 and x.value.is_cpu and fits and has_byte_products()

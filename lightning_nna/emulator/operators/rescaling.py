@@ -162,7 +162,7 @@ def round_half_away(x: Tensor) -> Tensor:
 
 
 def spills(factors: float | Tensor, *, rounding: RoundingKind, largest: float) -> bool:
-    """Whether a result, or a step on the way to it, may leave the kernel's 32 bits.
+    """Tell whether a result, or a step on the way to it, may leave the kernel's 32 bits.
 
     Args:
         factors: See :func:`rescale`.
@@ -267,7 +267,7 @@ class Rescaler:
         return self._as_int32(rounded) if self.spills else rounded
 
     def _as_int32(self, x: Tensor) -> Tensor:
-        """What the conversion of a double to 32 bits makes of whole numbers, less the zero point.
+        """Convert whole numbers from double to 32 bits, less the zero point.
 
         A result of 2^31 becomes -2^31; with a zero point of -3 that is 2^31 - 3.
         """
