@@ -149,14 +149,14 @@ def weight_figures(recogniser: TransducerRecogniser) -> dict[str, float]:
         that :func:`.save_packed` writes, its header left out).
     """
     emulator, pipeline = attached(recogniser), pipeline_of(recogniser)
-    used = {} if emulator is None else emulator.used_weights
     matrices: list[Tensor] = []
     bits = 0
     for parameter in recogniser.model.parameters():
         if parameter.ndim < 2:
             continue
-        if emulator is not None and id(parameter) in used:
-            matrix = emulator.weight(parameter, used[id(parameter)]).stored
+        rows = None if emulator is None else emulator.rows_of(parameter)
+        if emulator is not None and rows is not None:
+            matrix = emulator.weight(parameter, rows).stored
             width = emulator.spec.weight_bits
         else:
             matrix = pipeline.deployed(parameter).detach()

@@ -166,7 +166,7 @@ def _grids(module: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
         return {}
     found = {}
     for name, parameter in module.named_parameters(remove_duplicate=False):
-        rows = emulator.used_weights.get(id(parameter))
+        rows = emulator.rows_of(parameter)
         if rows is not None:
             held = emulator.weight(parameter, rows)
             steps = held.scales.reshape(-1, rows)[:, 0]

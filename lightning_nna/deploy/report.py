@@ -49,7 +49,7 @@ def layer_figures(module: nn.Module, reports: Sequence[VelaReport] = ()) -> list
     pipeline = pipeline_of(module)
     rows = []
     for name, parameter in module.named_parameters():
-        count = emulator.used_weights.get(id(parameter))
+        count = emulator.rows_of(parameter)
         if count is None:
             continue
         held = emulator.weight(parameter, count)

@@ -38,20 +38,27 @@ def attached(module: nn.Module) -> Emulator | None:
     module = _uncompiled(module)
     with _LOCK:
         emulator = _ATTACHED.get(module)
-        if emulator is not None:
-            return emulator
-        own = whole = None
-        for hooks in hooks_of(module):
-            if hooks.emulation.emulator is not None:
-                whole = hooks.emulation.emulator
-            elif hooks.path == ROOT and hooks.emulation.carried is not None:
-                own = hooks.emulation.carried
-        # A copy inside of a module that has observed nothing yet goes on with its own ranges.
-        if own is None or not (whole is None or whole.is_unused):
-            return whole
-        remove_copied_hooks(module)
-        emulator = _ATTACHED[module] = Emulator.restored(module, own)
-        return emulator
+        if emulator is None:
+            emulator = _carried_or_whole(module)
+    if emulator is not None:
+        emulator.follow_tensors()
+    return emulator
+
+
+def _carried_or_whole(module: nn.Module) -> Emulator | None:
+    """The emulator that a copy has brought along, or that of the module around this one."""
+    carried = whole = None
+    for hooks in hooks_of(module):
+        if hooks.emulation.emulator is not None:
+            whole = hooks.emulation.emulator
+        elif hooks.path == ROOT and hooks.emulation.carried is not None:
+            carried = hooks.emulation.carried
+    # A copy inside of a module that has observed nothing yet goes on with its own ranges.
+    if carried is None or not (whole is None or whole.is_unused):
+        return whole
+    remove_copied_hooks(module)
+    emulator = _ATTACHED[module] = Emulator.restored(module, carried)
+    return emulator
 
 
 def attach(
@@ -284,20 +291,20 @@ def bake(module: nn.Module) -> nn.Module:
         RuntimeError: If the module has no emulator, or has not run emulated.
         ValueError: If the module is part of one with an emulator.
     """
-    held = _own(module, "bake")
-    if held is None:
+    emulator = _own(module, "bake")
+    if emulator is None:
         raise RuntimeError(
             "nothing to bake: the module has no emulator; call calibrate(module, batches), then "
             "run it once inside `with emulate(module)`"
         )
-    if not held.used_weights:
+    if not emulator.used_weights:
         raise RuntimeError(
             "nothing to bake: the module has not run emulated; calibrate only observes it in "
             "float. Run it once inside `with emulate(module)`"
         )
     with torch.no_grad():
         for parameter in module.parameters():
-            rows = held.used_weights.get(id(parameter))
+            rows = emulator.rows_of(parameter)
             if rows is not None:
-                parameter.copy_(held.weight(parameter, rows).values)
+                parameter.copy_(emulator.weight(parameter, rows).values)
     return strip(module)

@@ -95,8 +95,8 @@ class Emulator:
         self.recorder: Callable[[Instruction], None] | None = None
         #: Figures of every site, gathered while it is there.
         self.telemetry: Telemetry | None = None
-        #: Rows per scale of the weights that operators of the chip have used, by ``id``.
-        self.used_weights: dict[int, int] = {}
+        #: Rows per scale of the weights that operators of the chip have used, by name.
+        self.used_weights: dict[str, int] = {}
         self._writes = Writes()
         self._tags = Marks(self._writes)
         self.folding = Folding(self._writes)
@@ -164,10 +164,10 @@ class Emulator:
         """Start intercepting; weights are transformed anew for each outermost scope."""
         if self.interception.scope.entered == 0:
             self._weights.clear()
-            self._follow_tensors()
+            self.follow_tensors()
         self.interception.enter()
 
-    def _follow_tensors(self) -> None:
+    def follow_tensors(self) -> None:
         """Know parameters and buffers by their name, whichever tensors stand for them now.
 
         ``load_state_dict(…, assign=True)`` and moving to another device put others in their place.
@@ -175,15 +175,9 @@ class Emulator:
         module = self.module()
         if module is None:
             return
-        names = _names_of(module)
+        self._constants = _names_of(module)
+        self.constants.rename(self._constants)
         self.steps.follow(module)
-        if names == self._constants:
-            return
-        tensors = {name: number for number, name in names.items()}
-        used = {self._constants.get(number): rows for number, rows in self.used_weights.items()}
-        self.used_weights = {tensors[name]: rows for name, rows in used.items() if name in tensors}
-        self._constants = names
-        self.constants.rename(names)
 
     def leave_scope(self) -> None:
         """Undo one :meth:`enter_scope`."""
@@ -340,11 +334,11 @@ class Emulator:
 
     def _why_no_ranges(self) -> str:
         if self._fallbacks:
-            found = sorted(self._fallbacks)
-            more = f" and {len(found) - 8} more" if len(found) > 8 else ""
+            sites = sorted(self._fallbacks)
+            more = f" and {len(sites) - 8} more" if len(sites) > 8 else ""
             return (
                 f"forwards were observed, but {self.spec.name!r} has no operator for any of their "
-                f"functions: {', '.join(found[:8])}{more} run in float on the CPU, so there is "
+                f"functions: {', '.join(sites[:8])}{more} run in float on the CPU, so there is "
                 f"nothing to emulate; coverage(module, x) shows this table"
             )
         if self._observed:
@@ -390,18 +384,19 @@ class Emulator:
                 f"lightning-nna has saved it; calibrate the module again (calibrate(module, "
                 f"batches), or a fit with calibration_steps)"
             )
-        own: Any
-        for entry, own in (("arithmetic", self.spec.arithmetic), ("targets", list(self.targets))):
-            if entry in state and state[entry] != own:
-                saved, name = state[entry], entry
-                if isinstance(own, dict):
-                    name = f"spec {state['spec']!r}, the emulator has {self.spec.name!r}:"
-                    saved = {key: x for key, x in saved.items() if x != own.get(key)}
-                    own = {key: own.get(key) for key in saved}
-                raise ValueError(
-                    f"the state was saved with {name} {saved!r}, the emulator has {own!r}: "
-                    f"ranges do not carry over; use the same, or calibrate again"
-                )
+        own = {**self.spec.arithmetic, "targets": list(self.targets)}
+        saved = {**state.get("arithmetic", {}), "targets": state.get("targets", own["targets"])}
+        differing = [
+            f"{entry} is {value!r} there and {own.get(entry)!r} here"
+            for entry, value in saved.items()
+            if value != own.get(entry)
+        ]
+        if differing:
+            raise ValueError(
+                f"the state was saved with spec {state.get('spec')!r}, the emulator has "
+                f"{self.spec.name!r}: {', '.join(differing)}; ranges do not carry over: use the "
+                f"same, or calibrate again"
+            )
         self.ranges = RangeTable(state["observer"])
         self.ranges.load_state_dict(state["ranges"])
         self.folding.load_state_dict(state["folding"])
@@ -412,19 +407,13 @@ class Emulator:
 
     def carried(self) -> dict[str, Any]:
         """Plain values from which :meth:`restored` builds the emulator of a copied module."""
-        module = self.module()
-        parameters = [] if module is None else list(module.named_parameters())
         return {
             "spec": self.spec,
             "targets": self.targets,
             "fidelity": self.modes.fidelity,
             "state": self.state_dict(),
             "stages": self.steps.pipeline.carried(),
-            "used_weights": {
-                name: self.used_weights[id(parameter)]
-                for name, parameter in parameters
-                if id(parameter) in self.used_weights
-            },
+            "used_weights": dict(self.used_weights),
         }
 
     @classmethod
@@ -445,12 +434,7 @@ class Emulator:
         )
         emulator.load_state_dict(state)
         emulator.steps.pipeline.adopt(carried.get("stages", {}))
-        parameters = dict(module.named_parameters())
-        emulator.used_weights = {
-            id(parameters[name]): rows
-            for name, rows in carried["used_weights"].items()
-            if name in parameters
-        }
+        emulator.used_weights = dict(carried["used_weights"])
         return emulator
 
     # --- what operators ask for (``Host``) -----------------------------------------------------
@@ -494,18 +478,21 @@ class Emulator:
         It is computed once in each outermost scope, and again after a write that can be seen.
         """
         key, step = (id(weight), rows_per_scale), self.steps.of_weight(weight, rows_per_scale)
-        held = self._weights.get(key)
+        cached = self._weights.get(key)
         stamps = self.steps.stamps(weight, step)
-        if held is None or held[1] != stamps:
+        if cached is None or cached[1] != stamps:
             if step is not None:
                 quantized = self.steps.quantized(weight, step, rows_per_scale)
             else:
                 quantized = on_grid(self.steps.pipeline, weight, rows_per_scale, self.spec)
-            held = (weight, stamps, quantized)
-            self._weights[key] = held
-            if id(weight) in self._constants:
-                self.used_weights[id(weight)] = rows_per_scale
-        return held[2]
+            cached = self._weights[key] = (weight, stamps, quantized)
+            if (name := self._constants.get(id(weight))) is not None:
+                self.used_weights[name] = rows_per_scale
+        return cached[2]
+
+    def rows_of(self, weight: Tensor) -> int | None:
+        """Return the rows per scale of a weight that an operator has used; None for any other."""
+        return self.used_weights.get(self._constants.get(id(weight), ""))
 
     def trainable(self, weight: Tensor, rows_per_scale: int) -> Tensor:
         """What the gradient of a weight goes to."""
@@ -691,11 +678,11 @@ class Emulator:
 
     def _copied(self, x: Tensor) -> Tensor:
         """A copy of a tensor of which all is known that is known of the tensor."""
-        copy, tag = x.clone(), self.tag_of(x)
+        twin, tag = x.clone(), self.tag_of(x)
         if tag is not None:
-            self.set_tag(copy, tag)
-        self.folding.copied(x, copy)
-        return copy
+            self.set_tag(twin, tag)
+        self.folding.copied(x, twin)
+        return twin
 
     def _store(self, target: Tensor, result: Tensor) -> None:
         """Write an operator's result, and what is known of it, to another tensor.
@@ -766,12 +753,12 @@ class Emulator:
         moved = func(*(parts.which if x is source else x for x in args), **kwargs)
         leaves = moved if isinstance(moved, (tuple, list)) else [moved]
         for leaf, which in zip(floats(result), leaves, strict=True):
-            found = Parts(which, parts.grids)
-            grid = found.one_grid() if which.numel() else None
+            moved_parts = Parts(which, parts.grids)
+            grid = moved_parts.one_grid() if which.numel() else None
             if grid is not None:
                 self.set_tag(leaf, grid)
             elif leaf is not source:
-                self._parts[leaf] = found
+                self._parts[leaf] = moved_parts
 
     def read(self, values: Any) -> None:
         """Note that something that is not on the chip reads activations, nested."""
@@ -826,9 +813,9 @@ class Emulator:
 def _renamed(value: Any, sites: Mapping[str, str]) -> Any:
     """Nested plain values with other keys of sites."""
     if isinstance(value, dict):
-        return {_renamed(key, sites): _renamed(held, sites) for key, held in value.items()}
+        return {_renamed(key, sites): _renamed(entry, sites) for key, entry in value.items()}
     if isinstance(value, list):
-        return [_renamed(held, sites) for held in value]
+        return [_renamed(entry, sites) for entry in value]
     return sites.get(value, value) if isinstance(value, str) else value
 
 
@@ -838,7 +825,7 @@ def _union(states: Sequence[Any]) -> Any:
         keys = dict.fromkeys(key for state in states for key in state)
         return {key: _union([state[key] for state in states if key in state]) for key in keys}
     if isinstance(states[0], list):
-        return sorted({held for state in states for held in state})
+        return sorted({entry for state in states for entry in state})
     return states[0]
 
 

@@ -280,10 +280,8 @@ class LearnedSteps:
 class OnChip(Protocol):
     """What :func:`operands_on_chip` needs of the emulator."""
 
-    used_weights: dict[int, int]
-
-    def is_constant(self, x: Tensor) -> bool:
-        """Whether a tensor is a parameter or buffer of the module."""
+    def rows_of(self, weight: Tensor) -> int | None:
+        """Rows per scale of a weight that an operator has used; None for any other tensor."""
 
     def weight(self, weight: Tensor, rows_per_scale: int) -> QuantizedWeight:
         """A weight after the whole weight pipeline."""
@@ -299,7 +297,7 @@ def operands_on_chip(
             return leaf
         # What may be a view of a parameter, as in ``x @ w.T``.
         whole = leaf if leaf._base is None else leaf._base
-        rows = emulator.used_weights.get(id(whole)) if emulator.is_constant(whole) else None
+        rows = emulator.rows_of(whole)
         if rows is None:
             return leaf
         values = emulator.weight(whole, rows).values

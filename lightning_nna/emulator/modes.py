@@ -20,7 +20,7 @@ Phase = Literal["float", "observe", "emulate"]
 
 @dataclass(frozen=True)
 class Mode:
-    """Return the function that runs a module.
+    """A way to run a module.
 
     Args:
         phase: In float, in float with its ranges observed, or emulated.

@@ -69,13 +69,12 @@ def test_every_checkpoint_is_loaded_as_it_is_deployed(method: str, tmp_path: Pat
         assert_same(dict(fitted.state_dict()), dict(loaded.state_dict()))
         with emulate(loaded), torch.no_grad():
             assert torch.equal(loaded(x), expected)
-        used = [attached(one).used_weights for one in (fitted, loaded)]
-        pairs = zip(fitted.parameters(), loaded.parameters(), strict=True)
-        for theirs, ours in ((a, b) for a, b in pairs if id(b) in used[1]):
-            rows = used[1][id(ours)]
-            held, same = attached(fitted).weight(theirs, rows), attached(loaded).weight(ours, rows)
-            assert torch.equal(held.stored, same.stored)
-            assert torch.equal(held.scales, same.scales)
+        for name, rows in attached(loaded).used_weights.items():
+            theirs, ours = (
+                attached(one).weight(one.get_parameter(name), rows) for one in (fitted, loaded)
+            )
+            assert torch.equal(theirs.stored, ours.stored)
+            assert torch.equal(theirs.scales, ours.scales)
 
 
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")  # Of ModelCheckpoint.

@@ -352,7 +352,7 @@ def test_a_copy_carries_its_emulation(
         assert torch.equal(twin(x), expected)
     assert other is not chip
     assert_same(other.state_dict(), chip.state_dict())
-    assert other.used_weights.keys() <= {id(parameter) for parameter in twin.parameters()}
+    assert other.used_weights.keys() <= {name for name, _ in twin.named_parameters()}
     # A copy of the copy; and the copy is free of the original.
     strip(net)
     with emulate(twin_of(twin), **chosen), emulate(twin, **chosen):
@@ -464,7 +464,7 @@ def test_the_arithmetic_of_a_state_counts_and_not_its_name() -> None:
     state = calibrate(SmallNet(), [x]).state_dict()
     calibrate(SmallNet(), [x], spec={"name": "mine"}).load_state_dict(state)
     other = calibrate(SmallNet(), [x], spec={"name": "litert-int8", "weight_bits": 4})
-    with pytest.raises(ValueError, match=r"'weight_bits': 8.*, the emulator has .*4"):
+    with pytest.raises(ValueError, match="weight_bits is 8 there and 4 here"):
         other.load_state_dict(state)
 
 
