@@ -167,7 +167,8 @@ def weight_figures(recogniser: TransducerRecogniser) -> dict[str, float]:
         matrices.append(matrix)
     weights = sum(matrix.numel() for matrix in matrices)
     with tempfile.TemporaryDirectory() as folder:
-        source = recogniser if used else _deployed_tensors(recogniser)
+        is_emulated = emulator is not None and bool(emulator.used_weights)
+        source = recogniser if is_emulated else _deployed_tensors(recogniser)
         report = save_packed(source, Path(folder) / "packed.safetensors")
     packed = [size for name, size in report.packed.items() if name.startswith("model.")]
     return {
