@@ -1,7 +1,7 @@
 """Lightning callbacks that train a network in the arithmetic of the chip that will run it."""
 
-from lightning_nna.compression.deployed import load_deployed
-from lightning_nna.emulator import (
+from lightning_nna.checkpoints import load_deployed
+from lightning_nna.emulation import (
     Coverage,
     Emulator,
     NNASpec,

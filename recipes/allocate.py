@@ -1,4 +1,4 @@
-"""Choose bits for every weight of a trained recogniser, from the loss of some training batches.
+"""Choose bits for every weight of a trained recognizer, from the loss of some training batches.
 
 python -m recipes.allocate ckpt=runs/an4_rnnt/seed1/checkpoints/last.ckpt target_mean_bits=4
 python -m recipes.train experiment=an4_rnnt_finetune compression=gq bit_overrides=<run>/bits.json
@@ -17,12 +17,12 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 from torch import nn
 
-from lightning_nna.compression import BitAllocation, allocate_bits
+from lightning_nna.weights.allocation import BitAllocation, allocate_bits
 from recipes.asr.batches import Batch
-from recipes.asr.recogniser import TransducerRecogniser
+from recipes.asr.recognizer import TransducerRecognizer
 from recipes.evaluate import recipe_of
 from recipes.settings import check_settings
-from recipes.train import build_recogniser
+from recipes.train import build_recognizer
 from recipes.weights import load_weights
 
 _log = logging.getLogger(__name__)
@@ -50,11 +50,11 @@ def allocate(config: DictConfig) -> BitAllocation:
     weights = load_weights(config.ckpt)
     recipe = recipe_of(weights, config)
     datamodule = instantiate(recipe.data)
-    recogniser = build_recogniser(recipe, datamodule, weights)
+    recognizer = build_recognizer(recipe, datamodule, weights)
     torch.manual_seed(0)  # Augmentation draws from it.
     batches = list(itertools.islice(datamodule.train_dataloader(), config.batches))
     found = allocate_bits(
-        recogniser,
+        recognizer,
         lambda module: _loss(module, batches),
         target_bytes=config.target_bytes,
         target_mean_bits=config.target_mean_bits,
@@ -69,7 +69,7 @@ def allocate(config: DictConfig) -> BitAllocation:
 
 def _loss(module: nn.Module, batches: Sequence[Batch]) -> float:
     """Of the transducer, in nats per label."""
-    assert isinstance(module, TransducerRecogniser)
+    assert isinstance(module, TransducerRecognizer)
     total = sum(float(module.losses(batch)[0]) for batch in batches)
     return total / sum(int(batch.target_lengths.sum()) for batch in batches)
 

@@ -1,4 +1,4 @@
-"""The project in a few minutes: a speech recogniser in float, on the chip, and trained for it.
+"""The project in a few minutes: a speech recognizer in float, on the chip, and trained for it.
 
     python -m recipes.demo
 

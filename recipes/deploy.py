@@ -1,4 +1,4 @@
-"""A trained recogniser on its way to the chip: programs, what the chip recognises, what it costs.
+"""A trained recognizer on its way to the chip: programs, what the chip recognizes, what it costs.
 
     python -m recipes.deploy ckpt=runs/an4_rnnt_finetune/seed1/checkpoints/last.ckpt
     python -m recipes.deploy ckpt=recipes/pretrained/an4_rnnt.safetensors
@@ -28,21 +28,21 @@ from tqdm import tqdm
 
 from lightning_nna import emulate
 from lightning_nna.callbacks import NNAEmulation
-from lightning_nna.callbacks.weight_method import WeightMethod
 from lightning_nna.deploy import TFLiteModel, VelaReport, vela_report, write_report
-from lightning_nna.emulator.attachment import attached
+from lightning_nna.emulation.attachment import attached
+from lightning_nna.weights.method import WeightMethod
 from recipes.asr.batches import Batch
 from recipes.asr.beam import beam_decode
 from recipes.asr.data import SpeechDataModule
 from recipes.asr.decoding import Decodable, greedy_decode
 from recipes.asr.deployed import DeployedTransducer, export_transducer
-from recipes.asr.recogniser import TransducerRecogniser, transducer_loss
+from recipes.asr.recognizer import TransducerRecognizer, transducer_loss
 from recipes.asr.scoring import word_errors
 from recipes.asr.vocabulary import BLANK
 from recipes.evaluate import put_on_chip, recipe_of
 from recipes.run_folder import provenance, size_of, weight_figures, write_summary
 from recipes.settings import METHOD_SETTINGS, check_settings
-from recipes.train import build_recogniser, score_test
+from recipes.train import build_recognizer, score_test
 from recipes.weights import TrainedWeights, load_weights
 
 _log = logging.getLogger(__name__)
@@ -56,14 +56,14 @@ def main(config: DictConfig) -> None:
 
 @dataclass
 class Comparison:
-    """The deployed recogniser beside the emulated one, on the same utterances.
+    """The deployed recognizer beside the emulated one, on the same utterances.
 
     Args:
         outputs: Activations that left a program.
         equal_outputs: How many of them the emulation has, in every bit.
         loss: Negative log-likelihood of all references through the programs, nats.
         labels: Labels of the references.
-        hypotheses: What was recognised, by utterance.
+        hypotheses: What was recognized, by utterance.
         references: What was said.
     """
 
@@ -97,30 +97,30 @@ def deploy(config: DictConfig) -> dict[str, Any]:
     check_asked(weights, config)
     recipe = recipe_of(weights, config)
     datamodule = instantiate(recipe.data)
-    recogniser = build_recogniser(recipe, datamodule, weights)
-    in_float = _scored(recogniser, datamodule, []) if config.score_float else None
+    recognizer = build_recognizer(recipe, datamodule, weights)
+    in_float = _scored(recognizer, datamodule, []) if config.score_float else None
     callbacks = chip_callbacks(weights, config)
     emulation = next(c for c in callbacks if isinstance(c, NNAEmulation))
     batches = config.calibration_batches
-    put_on_chip(recogniser, datamodule, emulation, weights, batches=batches)
-    emulated = _scored(recogniser, datamodule, callbacks)
-    transcripts = dict(recogniser.hypotheses)
-    figures = weight_figures(recogniser)
-    recogniser.eval()
+    put_on_chip(recognizer, datamodule, emulation, weights, batches=batches)
+    emulated = _scored(recognizer, datamodule, callbacks)
+    transcripts = dict(recognizer.hypotheses)
+    figures = weight_figures(recognizer)
+    recognizer.eval()
     run_dir = Path(config.run_dir)
-    models = export_transducer(recogniser, run_dir / "programs", chunk_steps=config.chunk_steps)
+    models = export_transducer(recognizer, run_dir / "programs", chunk_steps=config.chunk_steps)
     deployed = DeployedTransducer(run_dir / "programs")
-    found = compare(recogniser, deployed, datamodule.test_dataloader())
-    speech = speed(recogniser, run_dir / "programs", datamodule)
+    found = compare(recognizer, deployed, datamodule.test_dataloader())
+    speech = speed(recognizer, run_dir / "programs", datamodule)
     compiled = [compile_for(models, *system) for system in config.systems]
     reports = [cost(parts, speech["calls_per_second"]) for parts in compiled]
-    write_report(recogniser, run_dir, list(compiled[0].values()) if compiled else [])
+    write_report(recognizer, run_dir, list(compiled[0].values()) if compiled else [])
     summary = {
         "ckpt": str(config.ckpt),
         "experiment": recipe.name,
         "method": _method(weights),
         **provenance(recipe.seed),
-        **size_of(recogniser.model),
+        **size_of(recognizer.model),
         "threads": torch.get_num_threads(),
         **_deployed_figures(found, transcripts),
         "float": in_float,
@@ -194,18 +194,18 @@ def _found(node: dict[str, Any], ckpt: Path) -> dict[str, Any]:
 
 
 def compare(
-    recogniser: TransducerRecogniser, deployed: DeployedTransducer, batches: Any
+    recognizer: TransducerRecognizer, deployed: DeployedTransducer, batches: Any
 ) -> Comparison:
     """Score and decode batches through the programs, and compare every output.
 
     Args:
-        recogniser: On the chip.
+        recognizer: On the chip.
         deployed: Its programs.
         batches: Of the test set.
     """
     found = Comparison(0, 0, 0.0, 0, {}, {})
     for batch in tqdm(batches, desc="through the programs", delay=2):
-        theirs = _outputs(recogniser, recogniser.model, batch)
+        theirs = _outputs(recognizer, recognizer.model, batch)
         ours = _outputs(None, deployed, batch)
         steps = ours[3]
         for kind, (mine, other) in enumerate(zip(ours[:3], theirs[:3], strict=True)):
@@ -215,12 +215,12 @@ def compare(
         loss = transducer_loss(ours[2], batch.targets, steps, batch.target_lengths)
         found.loss += float(loss)
         found.labels += int(batch.target_lengths.sum())
-        features, width = batch.features, recogniser.beam_width
+        features, width = batch.features, recognizer.beam_width
         if width == 1:
             labels = greedy_decode(deployed, features, batch.feature_lengths)
         else:
             labels = beam_decode(deployed, features, batch.feature_lengths, beam_width=width)
-        texts = [recogniser.vocabulary.decode(sequence) for sequence in labels]
+        texts = [recognizer.vocabulary.decode(sequence) for sequence in labels]
         found.hypotheses.update(zip(batch.ids, texts, strict=True))
         found.references.update(zip(batch.ids, batch.texts, strict=True))
     return found
@@ -228,13 +228,13 @@ def compare(
 
 @torch.no_grad()
 def _outputs(
-    recogniser: TransducerRecogniser | None, model: Decodable, batch: Batch
+    recognizer: TransducerRecognizer | None, model: Decodable, batch: Batch
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Encodings, predictions, logits of every pair, and the steps of each utterance."""
-    if recogniser is not None:
-        emulator = attached(recogniser)
+    if recognizer is not None:
+        emulator = attached(recognizer)
         assert emulator is not None
-        with emulate(recogniser, emulator.spec, targets=emulator.targets):
+        with emulate(recognizer, emulator.spec, targets=emulator.targets):
             return _outputs(None, model, batch)
     encodings, steps = model.transcribe(batch.features, batch.feature_lengths)
     start = torch.full_like(batch.targets[:, :1], BLANK)
@@ -256,10 +256,10 @@ def _valid(batch: Batch, steps: Tensor, kind: int, shape: Sequence[int]) -> Tens
 
 
 def speed(
-    recogniser: TransducerRecogniser, folder: Path, datamodule: SpeechDataModule
+    recognizer: TransducerRecognizer, folder: Path, datamodule: SpeechDataModule
 ) -> dict[str, Any]:
     """How long LiteRT's fast kernels take for a second of speech, greedily, and what they run."""
-    fast = DeployedTransducer(folder, optimised=True)
+    fast = DeployedTransducer(folder, optimized=True)
     seconds = spent = 0.0
     for batch in datamodule.test_dataloader():
         began = time.perf_counter()
@@ -336,11 +336,11 @@ def table(summary: Mapping[str, Any]) -> str:
 
 
 def _scored(
-    recogniser: TransducerRecogniser, datamodule: SpeechDataModule, callbacks: list[Callback]
+    recognizer: TransducerRecognizer, datamodule: SpeechDataModule, callbacks: list[Callback]
 ) -> dict[str, Any]:
     """Figures of the test set."""
     trainer = Trainer(accelerator="cpu", devices=1, logger=False, callbacks=callbacks)
-    return score_test(trainer, recogniser, datamodule)
+    return score_test(trainer, recognizer, datamodule)
 
 
 def _deployed_figures(found: Comparison, emulated: Mapping[str, str]) -> dict[str, Any]:

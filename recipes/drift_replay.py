@@ -18,9 +18,9 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from lightning_nna.callbacks.drift_figure import draw
+from lightning_nna.drift.detector import DriftDetector, DriftReading
+from lightning_nna.drift.figure import draw
 from lightning_nna.files import whole_file, write_whole
-from lightning_nna.functional.drift import DriftDetector, DriftReading
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

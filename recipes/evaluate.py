@@ -24,13 +24,13 @@ from tqdm import tqdm
 
 from lightning_nna import calibrate
 from lightning_nna.callbacks import NNAEmulation
-from lightning_nna.callbacks.weight_method import WeightMethod
+from lightning_nna.weights.method import WeightMethod
 from recipes.asr.batches import Batch
 from recipes.asr.data import SpeechDataModule
-from recipes.asr.recogniser import TransducerRecogniser
+from recipes.asr.recognizer import TransducerRecognizer
 from recipes.run_folder import provenance, size_of, weight_figures, write_summary
 from recipes.settings import check_settings
-from recipes.train import build_callbacks, build_recogniser, score_test
+from recipes.train import build_callbacks, build_recognizer, score_test
 from recipes.weights import TrainedWeights, load_weights
 
 _log = logging.getLogger(__name__)
@@ -63,7 +63,7 @@ def evaluate(config: DictConfig) -> dict[str, Any]:
     weights = load_weights(config.ckpt)
     recipe = recipe_of(weights, config)
     datamodule = instantiate(recipe.data)
-    recogniser = build_recogniser(recipe, datamodule, weights)
+    recognizer = build_recognizer(recipe, datamodule, weights)
     callbacks = build_callbacks(config)
     for callback in callbacks.values():
         if isinstance(callback, WeightMethod) and callback.state_key in weights.callbacks:
@@ -71,7 +71,7 @@ def evaluate(config: DictConfig) -> dict[str, Any]:
     emulation = callbacks.get("nna")
     if isinstance(emulation, NNAEmulation):
         batches = config.calibration_batches
-        put_on_chip(recogniser, datamodule, emulation, weights, batches=batches)
+        put_on_chip(recognizer, datamodule, emulation, weights, batches=batches)
     trainer = Trainer(
         accelerator="auto", devices=1, logger=False, callbacks=list(callbacks.values())
     )
@@ -80,9 +80,9 @@ def evaluate(config: DictConfig) -> dict[str, Any]:
         "experiment": recipe.name,
         "method": _method(config, weights),
         **provenance(recipe.seed),
-        **size_of(recogniser.model),
-        **score_test(trainer, recogniser, datamodule),
-        **weight_figures(recogniser),
+        **size_of(recognizer.model),
+        **score_test(trainer, recognizer, datamodule),
+        **weight_figures(recognizer),
     }
     run_dir = Path(config.run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
@@ -101,7 +101,7 @@ def recipe_of(weights: TrainedWeights, config: DictConfig) -> DictConfig:
 
 
 def put_on_chip(
-    recogniser: TransducerRecogniser,
+    recognizer: TransducerRecognizer,
     datamodule: SpeechDataModule,
     emulation: NNAEmulation,
     weights: TrainedWeights,
@@ -111,7 +111,7 @@ def put_on_chip(
     """Give ``emulation`` its ranges: those of the checkpoint, or those of training batches.
 
     Args:
-        recogniser: The recogniser that will be scored.
+        recognizer: The recognizer that will be scored.
         datamodule: Where the training batches come from.
         emulation: The callback of the coming test run.
         weights: The checkpoint.
@@ -122,7 +122,7 @@ def put_on_chip(
         return
     first = itertools.islice(datamodule.train_dataloader(), batches)
     calibrate(
-        recogniser,
+        recognizer,
         tqdm(first, total=batches, desc="observing ranges", delay=2),
         forward=_every_path,
         spec=emulation.spec,
@@ -132,7 +132,7 @@ def put_on_chip(
 
 def _every_path(module: nn.Module, batch: Batch) -> None:
     """Score and decode: decoding runs predictor and joint label by label, a path of its own."""
-    assert isinstance(module, TransducerRecogniser)
+    assert isinstance(module, TransducerRecognizer)
     module.losses(batch)
     module.decode(batch)
 

@@ -21,11 +21,11 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from torch import Tensor, nn
 
 from lightning_nna.deploy import save_packed
-from lightning_nna.deploy.read_packed import width_of
-from lightning_nna.emulator.attachment import attached
-from lightning_nna.emulator.weight_pipeline import pipeline_of
+from lightning_nna.emulation.attachment import attached
 from lightning_nna.files import write_whole
-from recipes.asr.recogniser import TransducerRecogniser
+from lightning_nna.weights.pipeline import pipeline_of
+from lightning_nna.weights.read_packed import width_of
+from recipes.asr.recognizer import TransducerRecognizer
 
 # Settings that do not change what is learned; a resumed run may have others.
 _MAY_CHANGE = frozenset({"run_dir", "threads", "resume", "logger", "test", "beam_width"})
@@ -136,11 +136,11 @@ def size_of(module: nn.Module) -> dict[str, int]:
     }
 
 
-def weight_figures(recogniser: TransducerRecogniser) -> dict[str, float]:
+def weight_figures(recognizer: TransducerRecognizer) -> dict[str, float]:
     """Bits, zeros and bytes of the network as it is deployed now, not as it was asked for.
 
     Args:
-        recogniser: A recogniser that has run; emulated weights count as the accelerator holds them.
+        recognizer: A recognizer that has run; emulated weights count as the accelerator holds them.
 
     Returns:
         ``bits`` (of an index of a weight's values, or of the number where neither emulation nor a
@@ -148,10 +148,10 @@ def weight_figures(recogniser: TransducerRecogniser) -> dict[str, float]:
         share of these weights that are zero) and ``packed_bytes`` (of the whole network in the file
         that :func:`.save_packed` writes, its header left out).
     """
-    emulator, pipeline = attached(recogniser), pipeline_of(recogniser)
+    emulator, pipeline = attached(recognizer), pipeline_of(recognizer)
     matrices: list[Tensor] = []
     bits = 0
-    for parameter in recogniser.model.parameters():
+    for parameter in recognizer.model.parameters():
         if parameter.ndim < 2:
             continue
         rows = None if emulator is None else emulator.rows_of(parameter)
@@ -168,7 +168,7 @@ def weight_figures(recogniser: TransducerRecogniser) -> dict[str, float]:
     weights = sum(matrix.numel() for matrix in matrices)
     with tempfile.TemporaryDirectory() as folder:
         is_emulated = emulator is not None and bool(emulator.used_weights)
-        source = recogniser if is_emulated else _deployed_tensors(recogniser)
+        source = recognizer if is_emulated else _deployed_tensors(recognizer)
         report = save_packed(source, Path(folder) / "packed.safetensors")
     packed = [size for name, size in report.packed.items() if name.startswith("model.")]
     return {
@@ -178,11 +178,11 @@ def weight_figures(recogniser: TransducerRecogniser) -> dict[str, float]:
     }
 
 
-def _deployed_tensors(recogniser: TransducerRecogniser) -> dict[str, Tensor]:
-    """Parameters and buffers of a recogniser that is not emulated, after its weight methods."""
-    pipeline = pipeline_of(recogniser)
-    parameters = {n: pipeline.deployed(p) for n, p in recogniser.named_parameters()}
-    return {**dict(recogniser.named_buffers()), **parameters}
+def _deployed_tensors(recognizer: TransducerRecognizer) -> dict[str, Tensor]:
+    """Parameters and buffers of a recognizer that is not emulated, after its weight methods."""
+    pipeline = pipeline_of(recognizer)
+    parameters = {n: pipeline.deployed(p) for n, p in recognizer.named_parameters()}
+    return {**dict(recognizer.named_buffers()), **parameters}
 
 
 def write_summary(run_dir: Path, summary: Mapping[str, Any]) -> Path:

@@ -1,4 +1,4 @@
-"""Train a recogniser and score it.
+"""Train a recognizer and score it.
 
     python -m recipes.train experiment=an4_rnnt compression=nna8 seed=2
 
@@ -26,10 +26,9 @@ from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig
 
-from lightning_nna.compression.checkpoints import load_checkpoint
-from lightning_nna.compression.deployed import deploy_weights
+from lightning_nna.checkpoints import deploy_weights, load_checkpoint
 from recipes.asr.data import SpeechDataModule
-from recipes.asr.recogniser import TransducerRecogniser
+from recipes.asr.recognizer import TransducerRecognizer
 from recipes.run_folder import (
     provenance,
     record_config,
@@ -73,7 +72,7 @@ def train(config: DictConfig) -> dict[str, Any]:
     seed_everything(config.seed, verbose=False)
     datamodule = instantiate(config.data)
     weights = None if config.init_from is None else load_weights(config.init_from)
-    recogniser = build_recogniser(config, datamodule, weights)
+    recognizer = build_recognizer(config, datamodule, weights)
     callbacks = build_callbacks(config)
     trainer = build_trainer(config, callbacks)
     check_processes(trainer)
@@ -81,40 +80,40 @@ def train(config: DictConfig) -> dict[str, Any]:
     if start is not None:
         load_checkpoint(start)  # Says in its own words what is wrong with the file.
     began = time.monotonic()
-    trainer.fit(recogniser, datamodule, ckpt_path=start, weights_only=True)
+    trainer.fit(recognizer, datamodule, ckpt_path=start, weights_only=True)
     # Of the clocks only the timer's counts what a resumed run took before.
     timer = callbacks.get("timer")
     seconds = timer.time_elapsed() if isinstance(timer, Timer) else time.monotonic() - began
     # Score what the checkpoint holds: a run that was finished before leaves the average of the
     # weights to its checkpoint alone.
     if (last := _last_checkpoint(config)) is not None:
-        put_into(recogniser.model, load_weights(last))
+        put_into(recognizer.model, load_weights(last))
     summary: dict[str, Any] = {
         "experiment": config.name,
         "method": config.method,
         **origin,
-        **size_of(recogniser.model),
+        **size_of(recognizer.model),
         "epochs": trainer.current_epoch,
         "train_seconds": round(seconds, 1),
         "threads": torch.get_num_threads(),
     }
     if config.test:
-        summary |= score_test(trainer, recogniser, datamodule)
-    summary |= weight_figures(recogniser)
+        summary |= score_test(trainer, recognizer, datamodule)
+    summary |= weight_figures(recognizer)
     if trainer.is_global_zero:
         write_summary(Path(config.run_dir), summary)
     return summary
 
 
-def build_recogniser(
+def build_recognizer(
     config: DictConfig, datamodule: SpeechDataModule, weights: TrainedWeights | None = None
-) -> TransducerRecogniser:
-    """Build the recogniser of ``config.model`` for what ``datamodule`` delivers.
+) -> TransducerRecognizer:
+    """Build the recognizer of ``config.model`` for what ``datamodule`` delivers.
 
     Args:
-        config: The settings of the run; the recogniser keeps them for its checkpoints.
+        config: The settings of the run; the recognizer keeps them for its checkpoints.
         datamodule: Read from disk here.
-        weights: Weights to start from; their vocabulary and normalisation become the data's.
+        weights: Weights to start from; their vocabulary and normalization become the data's.
 
     Raises:
         ValueError: If the weights are those of another network.
@@ -123,18 +122,18 @@ def build_recogniser(
     datamodule.setup("fit")
     if weights is not None:
         datamodule.load_state_dict(weights.data)
-    recogniser: TransducerRecogniser = instantiate(
+    recognizer: TransducerRecognizer = instantiate(
         config.model,
         vocabulary=datamodule.vocabulary,
         num_mels=datamodule.num_mels,
         beam_width=config.beam_width,
     )
-    recogniser.recipe = settings_of(config)
+    recognizer.recipe = settings_of(config)
     if weights is not None:
-        put_into(recogniser.model, weights)
+        put_into(recognizer.model, weights)
         # What a run has compressed is used so: a checkpoint may hold what it goes on from.
-        deploy_weights(recogniser, weights.callbacks)
-    return recogniser
+        deploy_weights(recognizer, weights.callbacks)
+    return recognizer
 
 
 def build_callbacks(config: DictConfig) -> dict[str, Callback]:
@@ -173,16 +172,16 @@ def _last_checkpoint(config: DictConfig) -> str | None:
 
 
 def score_test(
-    trainer: Trainer, recogniser: TransducerRecogniser, datamodule: SpeechDataModule
+    trainer: Trainer, recognizer: TransducerRecognizer, datamodule: SpeechDataModule
 ) -> dict[str, Any]:
-    """Score ``recogniser`` as it is on the test set.
+    """Score ``recognizer`` as it is on the test set.
 
     Returns:
         ``wer``, ``wer_low``, ``wer_high`` (fractions), ``errors``, ``words``, ``beam_width``,
         ``wer_greedy`` (of the greedy search) and ``loss_per_token``.
     """
-    figures = trainer.test(recogniser, datamodule, verbose=False)[0]
-    score = recogniser.score
+    figures = trainer.test(recognizer, datamodule, verbose=False)[0]
+    score = recognizer.score
     assert score is not None, "a test run leaves a score"
     counts = asdict(score)
     return {
@@ -191,7 +190,7 @@ def score_test(
         "wer_high": counts["high"],
         "errors": counts["errors"],
         "words": counts["words"],
-        "beam_width": recogniser.beam_width,
+        "beam_width": recognizer.beam_width,
         "wer_greedy": figures["test/wer_greedy"],
         "loss_per_token": figures["test/loss_per_token"],
     }

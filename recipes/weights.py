@@ -1,4 +1,4 @@
-"""Weights of a recogniser with all that is needed to use them, in one file.
+"""Weights of a recognizer with all that is needed to use them, in one file.
 
 Two kinds of file are read: a Lightning checkpoint of ``recipes.train``, and a ``.safetensors`` file
 with the network's weights in half precision and, in its header, the settings and the vocabulary.
@@ -16,11 +16,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lightning_nna.compression.checkpoints import load_checkpoint
+from lightning_nna.checkpoints import load_checkpoint
 from recipes.asr.data import SpeechDataModule
 from recipes.asr.rnnt import Transducer
 
-# Settings that a small file keeps: what is needed to build the data and the recogniser again.
+# Settings that a small file keeps: what is needed to build the data and the recognizer again.
 # The others say where and how fast a run went, down to folders of that machine.
 _KEPT = ("name", "method", "seed", "beam_width", "data", "model")
 _NETWORK = "model."
@@ -34,7 +34,7 @@ class TrainedWeights:
     Attributes:
         network: Weights of the transducer, float32, by their names in it.
         recipe: Every setting of the run that trained them.
-        data: State of the data module: vocabulary and normalisation as plain dictionaries.
+        data: State of the data module: vocabulary and normalization as plain dictionaries.
         callbacks: State of the run's callbacks; empty for a ``.safetensors`` file.
     """
 

@@ -24,24 +24,24 @@ __all__ = ["OperatorSpec", "TensorSpec", "build_model"]
 
 
 def run_model(
-    model: bytes, inputs: Sequence[np.ndarray], *, optimised: bool = False
+    model: bytes, inputs: Sequence[np.ndarray], *, optimized: bool = False
 ) -> list[np.ndarray]:
     """Run a program once, from its initial state, on LiteRT's reference kernels.
 
-    ``optimised`` takes the other kernels of LiteRT, for operators that have no reference (ELU).
+    ``optimized`` takes the other kernels of LiteRT, for operators that have no reference (ELU).
     """
-    return run_calls(model, [inputs], optimised=optimised)[-1]
+    return run_calls(model, [inputs], optimized=optimized)[-1]
 
 
 def run_calls(
-    model: bytes, calls: Sequence[Sequence[np.ndarray]], *, optimised: bool = False
+    model: bytes, calls: Sequence[Sequence[np.ndarray]], *, optimized: bool = False
 ) -> list[list[np.ndarray]]:
     """Run a program once for each element of ``calls``; variables live on from call to call."""
-    optimised_kernels = OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES
+    optimized_kernels = OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES
     interpreter = Interpreter(
         model_content=model,
-        experimental_op_resolver_type=optimised_kernels
-        if optimised
+        experimental_op_resolver_type=optimized_kernels
+        if optimized
         else OpResolverType.BUILTIN_REF,
         num_threads=1,
     )
@@ -89,7 +89,7 @@ def unary_model(name: str, x: TensorSpec, y: TensorSpec) -> bytes:
 
 
 def concatenation_model(parts: Sequence[TensorSpec], y: TensorSpec, *, axis: int) -> bytes:
-    """Return the concatenation of ``parts``; all of them have the quantisation of ``y``."""
+    """Return the concatenation of ``parts``; all of them have the quantization of ``y``."""
     names = tuple(f"x{position}" for position in range(len(parts)))
     operator = OperatorSpec("CONCATENATION", names, ("y",), schema.ConcatenationOptionsT(axis=axis))
     tensors = dict(zip(names, parts, strict=True)) | {"y": y}
@@ -125,7 +125,7 @@ def lstm_model(
     The four gates come in the order input, forget, cell, output, which is PyTorch's. Weights are
     int8 with one scale a tensor (the kernel zeroes the gate otherwise), biases int32 of scale
     x * input weight. ``hidden`` (int8) and ``cell`` (int16, zero point 0, scale a power of two
-    from 2^-15 to 2^-9) are (batch, units). The output has the quantisation of ``hidden``; the
+    from 2^-15 to 2^-9) are (batch, units). The output has the quantization of ``hidden``; the
     state is kept from call to call.
     """
     gates = ("input", "forget", "cell", "output")

@@ -20,10 +20,10 @@ import torch
 from torch import Tensor, nn
 
 from lightning_nna import calibrate, emulate
-from lightning_nna.compression.codebook import Codebook
-from lightning_nna.compression.general_quantizer import GeneralQuantizerStage
 from lightning_nna.deploy import export_tflite
-from lightning_nna.emulator.weight_pipeline import pipeline_of
+from lightning_nna.quantization.general_quantizer_transform import GeneralQuantizerStage
+from lightning_nna.weights.codebook import Codebook
+from lightning_nna.weights.pipeline import pipeline_of
 
 #: The farthest from any processor of today; ``make test-isa`` compares others with it.
 PLAINEST = {"ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "SSE41"}
@@ -98,7 +98,7 @@ class Fixed:
     method, place = "HardCompression", 1
 
     def __init__(self, name: str, weight: Tensor) -> None:
-        self.codebook = Codebook.fit(weight, 4, rate_bits=2.6)
+        self.codebook = Codebook.fit(weight, 4, max_entropy_bits=2.6)
         self.grid = self.codebook.grid
 
     def transform(self, weight: Tensor, *, hard: bool) -> Tensor:
@@ -156,7 +156,7 @@ def digests(path: Path) -> dict[str, list[str]]:
                 with torch.enable_grad():
                     chip.learn("all")
                     net(state["x"])
-                for step in chip.steps.tensors().values():
+                for step in chip.scales.tensors().values():
                     step -= 0.137
                 chip.learn("none")
             output = net(state["x"])

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from lightning_nna.emulator.operators.registry import TABLE
+from lightning_nna.emulation.operators.registry import TABLE
 from tests.conftest import ROOT
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]

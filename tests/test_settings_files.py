@@ -11,10 +11,10 @@ import pytest
 import yaml
 
 from lightning_nna import NNASpec
-from lightning_nna.compression.allocation import BitAllocation
-from lightning_nna.compression.selection import BitWidths
-from lightning_nna.emulator.spec import resolve_spec
+from lightning_nna.emulation.spec import resolve_spec
 from lightning_nna.settings_files import read_json, read_yaml
+from lightning_nna.weights.allocation import BitAllocation
+from lightning_nna.weights.selection import BitWidths
 
 Read = Callable[[Path], Any]
 

@@ -9,9 +9,10 @@ import torch
 from jaxtyping import Float, TypeCheckError, jaxtyped
 from torch import Tensor
 
-from lightning_nna.emulator import engine, weights
-from lightning_nna.functional import lloyd_max
-from lightning_nna.functional.optimal_cells import Line
+from lightning_nna.emulation import emulator as engine
+from lightning_nna.emulation.arithmetic import quantized_weight as weights
+from lightning_nna.quantization import lloyd_max
+from lightning_nna.quantization.optimal_cells import Line
 from tests.shapes import check_shapes, mentions_shape
 
 

@@ -3,7 +3,6 @@
 # First: without the extra nothing below can be imported.
 from lightning_nna.deploy import _extra as _extra
 from lightning_nna.deploy.graph import CaptureError
-from lightning_nna.deploy.packed import PackedReport, load_packed, save_packed
 from lightning_nna.deploy.report import layer_figures, write_report
 from lightning_nna.deploy.tflite import (
     Agreement,
@@ -14,6 +13,7 @@ from lightning_nna.deploy.tflite import (
     verify,
 )
 from lightning_nna.deploy.vela import VelaError, VelaOperator, VelaReport, vela_report
+from lightning_nna.weights.packed import PackedReport, load_packed, save_packed
 
 __all__ = [
     "Agreement",

@@ -19,10 +19,10 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from lightning_nna.deploy.graph import CaptureError, Program
 from lightning_nna.deploy.recorder import Recorder, attributes_of
-from lightning_nna.emulator.attachment import attached, emulate
-from lightning_nna.emulator.engine import Emulator
-from lightning_nna.emulator.spec import LITERT_ACCUMULATOR, NNASpec
-from lightning_nna.emulator.weight_pipeline import pipeline_of
+from lightning_nna.emulation.attachment import attached, emulate
+from lightning_nna.emulation.emulator import Emulator
+from lightning_nna.emulation.spec import LITERT_ACCUMULATOR, NNASpec
+from lightning_nna.weights.pipeline import pipeline_of
 
 
 def capture(

@@ -22,8 +22,8 @@ from torch import Tensor
 
 from lightning_nna.deploy.elements import Elements
 from lightning_nna.deploy.graph import CaptureError, Graph, form_of
-from lightning_nna.deploy.movement import codes_of, same, tensors_in
-from lightning_nna.emulator.program import Stored
+from lightning_nna.deploy.layout import codes_of, same, tensors_in
+from lightning_nna.emulation.program import Stored
 
 #: Operators of one operand by the name of the torch function.
 CPU_OPERATORS = {

@@ -17,9 +17,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
 
 from lightning_nna.deploy.graph import CaptureError
-from lightning_nna.deploy.movement import NO_TENSOR, Codes
+from lightning_nna.deploy.layout import NO_TENSOR, Codes
 from lightning_nna.deploy.provenance import CONSTANT, KEPT, MOST_ARGUMENTS, RANDOM, Provenance
-from lightning_nna.emulator.program import Stored
+from lightning_nna.emulation.program import Stored
 
 # Code of an element that no instruction has made.
 _UNKNOWN = -2
@@ -36,10 +36,10 @@ _WITHOUT_RANDOM = (
 _TORCH = str(Path(torch.__file__).parent)
 # Frames of them stand between a function and the code that calls it.
 _OURS = (
-    *(str(Path(__file__).parents[1] / part) for part in ("deploy", "emulator")),
+    *(str(Path(__file__).parents[1] / part) for part in ("deploy", "emulation", "weights")),
     str(Path(jaxtyping.__file__).parent),
 )
-_OPERATORS = str(Path(__file__).parents[1] / "emulator" / "operators")
+_OPERATORS = str(Path(__file__).parents[1] / "emulation" / "operators")
 _CAPTURE = str(Path(__file__).with_name("capture.py"))
 _MODULE_CALL = nn.Module.__call__.__code__.co_filename
 

@@ -115,7 +115,7 @@ class TensorSpec:
     """One tensor of a program: real value = scale (stored value - zero point).
 
     ``scale`` is one number, or one for each index of ``quantized_dimension`` (then every zero
-    point is ``zero_point``), or 0 for a tensor that is not quantised. A tensor with ``data`` is
+    point is ``zero_point``), or 0 for a tensor that is not quantized. A tensor with ``data`` is
     a constant; one with ``is_variable`` keeps its value from call to call.
     """
 

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from lightning_nna.deploy.flatbuffer import OperatorSpec, TensorSpec, options_of
-from lightning_nna.deploy.movement import (
+from lightning_nna.deploy.layout import (
     Codes,
     Movements,
     belong,
@@ -20,8 +20,8 @@ from lightning_nna.deploy.movement import (
     moved_integers,
     tensors_in,
 )
-from lightning_nna.emulator.program import Stored
-from lightning_nna.emulator.ranges import QParams
+from lightning_nna.emulation.program import Stored
+from lightning_nna.emulation.ranges import QParams
 
 Integers = NDArray[np.int64]
 

@@ -28,7 +28,7 @@ from lightning_nna.deploy.graph import (
     quantized,
     width_of_grid,
 )
-from lightning_nna.deploy.movement import (
+from lightning_nna.deploy.layout import (
     NO_TENSOR,
     Codes,
     belong,
@@ -39,8 +39,8 @@ from lightning_nna.deploy.movement import (
     tensors_in,
 )
 from lightning_nna.deploy.provenance import CONSTANT
-from lightning_nna.emulator.engine import Emulator, Place
-from lightning_nna.emulator.program import Instruction, Stored, activation
+from lightning_nna.emulation.emulator import Emulator, Place
+from lightning_nna.emulation.program import Instruction, Stored, activation
 
 _LSTM = "UNIDIRECTIONAL_SEQUENCE_LSTM"
 # Where it has its hidden state and its cell among its operands.
@@ -109,7 +109,7 @@ class Recorder:
     # --- the forward ----------------------------------------------------------------------------
 
     def asked(self) -> Asked:
-        """A mode that sees what Python takes out of tensors; it goes below the interception."""
+        """A mode that sees what Python takes out of tensors; it goes below the dispatch."""
         return Asked(self.elements.decides)
 
     @contextmanager
@@ -142,12 +142,12 @@ class Recorder:
         return copy
 
     def _follow_argument(self, position: int, x: Tensor, copy: Tensor) -> None:
-        tag = self.emulator.tag_of(x)
+        tag = self.emulator.qparams_of(x)
         addresses = self.elements.begin(copy)
         if not x.is_floating_point():
             self.elements.integers.append(position)
         if tag is not None:
-            self.emulator.set_tag(copy, tag)
+            self.emulator.set_qparams(copy, tag)
             number = self._port(position, activation(copy, tag), from_chip=True)
             self.elements.define(
                 width_of_grid(tag), addresses, codes_of(number, np.arange(copy.numel()))
@@ -163,7 +163,7 @@ class Recorder:
         if not isinstance(x, Tensor) or not x.is_floating_point() or not x.numel():
             return ()
         with unseen():
-            tag = self.emulator.tag_of(x)
+            tag = self.emulator.qparams_of(x)
             parts = self.emulator.parts_of(x)
             grid = tag if parts is None else parts.grids[0]
             kind = "float32" if grid is None else width_of_grid(grid)
@@ -307,7 +307,7 @@ class Recorder:
 
     def _on_chip(self, key: str, x: Tensor) -> int | None:
         """The tensor that holds an activation; None for what is on no grid."""
-        tag = self.emulator.tag_of(x)
+        tag = self.emulator.qparams_of(x)
         if tag is None:
             return None
         stored = activation(x, tag)

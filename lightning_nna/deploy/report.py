@@ -7,14 +7,14 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from lightning_nna.compression.layers import LayerFigures, as_csv, as_html, entropy_bits
-from lightning_nna.deploy.packed import packed_size
-from lightning_nna.deploy.read_packed import width_of
 from lightning_nna.deploy.vela import VelaReport
-from lightning_nna.emulator.attachment import attached
-from lightning_nna.emulator.telemetry import SiteTelemetry
-from lightning_nna.emulator.weight_pipeline import pipeline_of
+from lightning_nna.emulation.attachment import attached
+from lightning_nna.emulation.telemetry import SiteTelemetry
 from lightning_nna.files import write_whole
+from lightning_nna.weights.layers import LayerFigures, as_csv, as_html, entropy_bits
+from lightning_nna.weights.packed import packed_size
+from lightning_nna.weights.pipeline import pipeline_of
+from lightning_nna.weights.read_packed import width_of
 
 # What Vela calls the parts of an LSTM does not say of which layer they are.
 _LSTM = "UnidirectionalSequenceLstm"

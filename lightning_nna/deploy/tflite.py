@@ -2,7 +2,7 @@
 
 The file is fully integer and holds, beside the program, what is needed to call it from floats:
 which of the caller's tensors goes where. Its results are those of the module on the chip, in every
-bit, on LiteRT's *reference* kernels; the optimised ones are faster and may differ.
+bit, on LiteRT's *reference* kernels; the optimized ones are faster and may differ.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from lightning_nna.deploy.capture import called, capture, emulator_of, on_chip
 from lightning_nna.deploy.flatbuffer import build_model
 from lightning_nna.deploy.graph import Port, Program, quantized
-from lightning_nna.deploy.read_packed import NO_DIGEST, checked, sealed
-from lightning_nna.emulator.ranges import QParams
+from lightning_nna.emulation.ranges import QParams
 from lightning_nna.files import whole_file
+from lightning_nna.weights.read_packed import NO_DIGEST, checked, sealed
 
 _FORMAT = "lightning-nna program 1"
 _METADATA = "lightning-nna"
@@ -184,8 +184,8 @@ class LiteRTProgram:
 
     Args:
         path: The file.
-        optimised: Take the kernels that are made for speed; their outputs may differ.
-        threads: Of the optimised kernels.
+        optimized: Take the kernels that are made for speed; their outputs may differ.
+        threads: Of the optimized kernels.
 
     Attributes:
         inputs: Where arguments enter.
@@ -197,7 +197,7 @@ class LiteRTProgram:
         ValueError: If the file is not one of :func:`export_tflite`, or not as it was written.
     """
 
-    def __init__(self, path: str | Path, *, optimised: bool = False, threads: int = 1) -> None:
+    def __init__(self, path: str | Path, *, optimized: bool = False, threads: int = 1) -> None:
         contents = checked(Path(path))
         notes = _notes(contents, path)
         self.spec = str(notes["spec"])
@@ -208,14 +208,14 @@ class LiteRTProgram:
         try:
             self._interpreter = Interpreter(
                 model_content=contents,
-                experimental_op_resolver_type=kinds.AUTO if optimised else kinds.BUILTIN_REF,
+                experimental_op_resolver_type=kinds.AUTO if optimized else kinds.BUILTIN_REF,
                 num_threads=threads,
             )
         except ValueError as error:
-            if optimised or "builtin opcode 'ELU'" not in str(error):
+            if optimized or "builtin opcode 'ELU'" not in str(error):
                 raise
             raise ValueError(
-                f"{path} has an ELU, and LiteRT has no reference kernel of it: give optimised=True"
+                f"{path} has an ELU, and LiteRT has no reference kernel of it: give optimized=True"
             ) from error
         self._interpreter.allocate_tensors()
         details = self._interpreter.get_input_details(), self._interpreter.get_output_details()
@@ -283,8 +283,8 @@ class LiteRTProgram:
         integers = self._interpreter.get_tensor(self._details[port.tensor]["index"])
         if grid is None:  # Of an operator of the CPU.
             return np.asarray(integers)
-        centred = integers.astype(np.int32) - grid.zero_point
-        return np.asarray(centred.astype(np.float32) * np.float32(grid.scale))
+        centered = integers.astype(np.int32) - grid.zero_point
+        return np.asarray(centered.astype(np.float32) * np.float32(grid.scale))
 
 
 def _demand_fixed(position: int, value: Any, given: Sequence[NDArray[Any]]) -> None:
@@ -298,14 +298,14 @@ def _demand_fixed(position: int, value: Any, given: Sequence[NDArray[Any]]) -> N
 
 
 def run_tflite(
-    path: str | Path, inputs: Sequence[Any], *, optimised: bool = False
+    path: str | Path, inputs: Sequence[Any], *, optimized: bool = False
 ) -> list[NDArray[Any]]:
     """Run a program of :func:`export_tflite` once; see :class:`LiteRTProgram`.
 
     Args:
         path: The file.
         inputs: Arguments as the module takes them.
-        optimised: Take the kernels that are made for speed; their outputs may differ.
+        optimized: Take the kernels that are made for speed; their outputs may differ.
 
     Returns:
         Results that are activations, as float32 on their grids.
@@ -315,7 +315,7 @@ def run_tflite(
         ValueError: If the file is not one of :func:`export_tflite`, or not as it was written, or
             an argument does not fit.
     """
-    return LiteRTProgram(path, optimised=optimised)(inputs)
+    return LiteRTProgram(path, optimized=optimized)(inputs)
 
 
 def verify(
@@ -324,7 +324,7 @@ def verify(
     inputs: Sequence[Any],
     *,
     forward: Callable[..., Any] | None = None,
-    optimised: bool = False,
+    optimized: bool = False,
     random_inputs: int = 4,
 ) -> Agreement:
     """Compare a program with the module on the chip, in every bit.
@@ -338,7 +338,7 @@ def verify(
         path: The file.
         inputs: Arguments of its forward.
         forward: How the module runs, as it was exported.
-        optimised: Look at the kernels that are made for speed.
+        optimized: Look at the kernels that are made for speed.
         random_inputs: Sets of random inputs, the same in every call; 0 for none.
 
     Returns:
@@ -348,7 +348,7 @@ def verify(
         ValueError: If results of the module have another shape or type than the program's, or
             see :func:`run_tflite`.
     """
-    program = LiteRTProgram(path, optimised=optimised)
+    program = LiteRTProgram(path, optimized=optimized)
     emulator = emulator_of(module)
     leaves, form = tree_flatten(list(inputs))
     random = np.random.default_rng(0)
@@ -362,7 +362,7 @@ def verify(
                 grid = program.grid_of(port)
                 if port.from_chip and grid is not None:
                     arguments[port.position] = on_grid(arguments[port.position], grid)
-                    emulator.set_tag(arguments[port.position], grid)
+                    emulator.set_qparams(arguments[port.position], grid)
             found = program(leaves)
             try:
                 results = tree_leaves(called(module, forward)(*tree_unflatten(arguments, form)))
@@ -422,8 +422,8 @@ def on_grid(x: Tensor, grid: QParams) -> Tensor:
     """Floats as the chip has them."""
     kind = "int8" if grid.bits == 8 else "int16"
     integers = quantized(x.detach().numpy(), kind, grid.scale, grid.zero_point)
-    centred = torch.from_numpy(integers - grid.zero_point).float()
-    return centred * torch.tensor(grid.scale, dtype=torch.float32)
+    centered = torch.from_numpy(integers - grid.zero_point).float()
+    return centered * torch.tensor(grid.scale, dtype=torch.float32)
 
 
 def _notes(contents: bytes, path: str | Path) -> dict[str, Any]:

@@ -26,12 +26,12 @@ from lightning.pytorch.callbacks import Callback, EMAWeightAveraging
 from torch import nn
 from torch.utils._pytree import tree_flatten
 
-from lightning_nna.callbacks.weight_method import WeightMethod
 from lightning_nna.testing.modules import (
     LateModule,
     SeveralOptimizersModule,
     SmallRecurrentModule,
 )
+from lightning_nna.weights.method import WeightMethod
 
 Factory = Callable[[], Callback]
 
@@ -40,7 +40,7 @@ _STOP, _END = 5, 13
 
 
 def trainer(*callbacks: Callback, steps: int = _END, **settings: Any) -> pl.Trainer:
-    """A quiet CPU Trainer for a few optimiser steps."""
+    """A quiet CPU Trainer for a few optimizer steps."""
     chosen: dict[str, Any] = {
         "accelerator": "cpu",
         "devices": 1,
@@ -173,8 +173,8 @@ def pickles_before_and_after(factory: Factory, folder: Path) -> None:
     assert_same(dict(pickle.loads(pickle.dumps(twin)).state_dict()), dict(fitted.state_dict()))
 
 
-def accumulation_counts_optimiser_steps(factory: Factory, folder: Path) -> None:
-    """With accumulated gradients the run has half the optimiser steps, and resumes as well."""
+def accumulation_counts_optimizer_steps(factory: Factory, folder: Path) -> None:
+    """With accumulated gradients the run has half the optimizer steps, and resumes as well."""
     whole, callback = module(), factory()
     trainer(callback, steps=6, accumulate_grad_batches=2).fit(whole)
     first = trainer(factory(), steps=3, accumulate_grad_batches=2)
@@ -224,8 +224,8 @@ def checkpointed_activations_change_nothing(factory: Factory, folder: Path) -> N
         assert_same(dict(plain.state_dict()), dict(other.state_dict()))
 
 
-def manual_optimisation_equals_automatic(factory: Factory, folder: Path) -> None:
-    """Who calls the optimiser's step makes no difference."""
+def manual_optimization_equals_automatic(factory: Factory, folder: Path) -> None:
+    """Who calls the optimizer's step makes no difference."""
     automatic, manual = module(), module(manual=True)
     first, second = factory(), factory()
     trainer(first).fit(automatic)
@@ -295,7 +295,7 @@ def two_processes_agree(factory: Factory, folder: Path) -> None:
     """Two ranks on different data end with equal weights and equal callback state."""
     run = trainer(factory(), _SaveState(str(folder)), steps=3, devices=2, strategy=two_processes())
     with warnings.catch_warnings():
-        # Lightning advises to synchronise what is logged, also where it is the same on all ranks.
+        # Lightning advises to synchronize what is logged, also where it is the same on all ranks.
         warnings.filterwarnings("ignore", ".*sync_dist=True.*")
         run.fit(module())
     states = [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
@@ -416,8 +416,8 @@ CHECKS: tuple[Callable[[Factory, Path], None], ...] = (
     checkpoint_carries_the_callback_to_test,
     untrained_tensors_are_untouched,
     pickles_before_and_after,
-    accumulation_counts_optimiser_steps,
-    manual_optimisation_equals_automatic,
+    accumulation_counts_optimizer_steps,
+    manual_optimization_equals_automatic,
     runs_under_bf16_mixed,
     logs_under_its_own_names,
     strategy_changes_nothing,

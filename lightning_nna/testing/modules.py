@@ -97,10 +97,10 @@ class ResumableLoader:
 
 
 class SmallRecurrentModule(pl.LightningModule):
-    """Embedding-free recurrent classifier; automatic or manual optimisation.
+    """Embedding-free recurrent classifier; automatic or manual optimization.
 
     Args:
-        manual: Step the optimiser in ``training_step``.
+        manual: Step the optimizer in ``training_step``.
         dropout: Between the two LSTM layers.
         learning_rate: Of AdamW.
         dropout_seed: With the step, the seed of its dropout: no checkpoint keeps the generator.

@@ -31,7 +31,7 @@ class Batch(NamedTuple):
     """Padded utterances; a named tuple, so that Lightning moves its tensors to the device."""
 
     features: Float[Tensor, "batch frames mels"]
-    """Normalised log-mel features in float32, padded with zeros (the mean)."""
+    """Normalized log-mel features in float32, padded with zeros (the mean)."""
     feature_lengths: Int64[Tensor, " batch"]
     """Frames of each utterance."""
     targets: Int64[Tensor, "batch labels"]

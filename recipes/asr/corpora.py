@@ -25,7 +25,7 @@ from lhotse import CutSet, MonoCut, Recording, SupervisionSegment
 from lhotse.audio import AudioSource
 from tqdm import tqdm
 
-from recipes.asr.vocabulary import normalise_text
+from recipes.asr.vocabulary import normalize_text
 
 # A recording in floating point may pass full scale by a little; beyond this it has another unit.
 LOUDEST = 8.0
@@ -187,7 +187,7 @@ def make_cut(utterance: Utterance, *, sample_rate_hz: int) -> MonoCut:
         raise CorpusError(f"{name} has {header.channels} channels, not one; mix it down")
     if header.frames == 0:
         raise CorpusError(f"{name} holds no audio")
-    text = normalise_text(utterance.text)
+    text = normalize_text(utterance.text)
     if not text:
         raise CorpusError(f"{name} has an empty transcript")
     return _whole_recording(utterance._replace(text=text), sample_rate_hz, header.frames)

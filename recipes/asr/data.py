@@ -1,4 +1,4 @@
-"""The data of a speech recogniser, as Lightning wants it.
+"""The data of a speech recognizer, as Lightning wants it.
 
 `SpeechDataModule` turns a corpus into batches: manifests, vocabulary, cached features at several
 speeds, SpecAugment, buckets of similar duration. `digits`, `an4` and `librispeech` make it for one
@@ -19,7 +19,7 @@ from lhotse import CutSet, MonoCut
 from recipes.asr.batches import Batch, BatchLoader, BatchPlan, Item, seed_of
 from recipes.asr.corpora import AN4, BadFiles, Corpus, LibriSpeech, Splits
 from recipes.asr.digits import Digits
-from recipes.asr.features import FeatureStore, LogMel, Normalisation, SpecAugment, check_speeds
+from recipes.asr.features import FeatureStore, LogMel, Normalization, SpecAugment, check_speeds
 from recipes.asr.vocabulary import UnitKind, Vocabulary
 
 __all__ = ["Batch", "SpeechDataModule", "an4", "digits", "librispeech"]
@@ -30,7 +30,7 @@ class SpeechDataModule(pl.LightningDataModule):
 
     Everything a batch holds follows from the settings, the epoch and its place in the epoch, so a
     run that was resumed sees what the uninterrupted one would have seen. A checkpoint carries the
-    vocabulary and the normalisation: they are the model's, also on another corpus.
+    vocabulary and the normalization: they are the model's, also on another corpus.
 
     Args:
         corpus: Where utterances come from.
@@ -53,12 +53,12 @@ class SpeechDataModule(pl.LightningDataModule):
 
     Attributes:
         vocabulary: The labels; after ``setup``.
-        normalisation: Of the training features; after ``setup``.
+        normalization: Of the training features; after ``setup``.
         num_mels: Width of the features.
     """
 
     vocabulary: Vocabulary
-    normalisation: Normalisation
+    normalization: Normalization
 
     def __init__(
         self,
@@ -110,7 +110,7 @@ class SpeechDataModule(pl.LightningDataModule):
         """
         if not self._parts:
             self._parts, self.vocabulary = self._load()
-            self.normalisation = self._parts["train"].store.normalisation
+            self.normalization = self._parts["train"].store.normalization
 
     def train_dataloader(self) -> BatchLoader:
         """Shuffled, masked batches; every utterance at every speed."""
@@ -125,15 +125,15 @@ class SpeechDataModule(pl.LightningDataModule):
         return self._loader("test", shuffle=False)
 
     def state_dict(self) -> dict[str, Any]:
-        """Vocabulary, normalisation, and of which features they are."""
+        """Vocabulary, normalization, and of which features they are."""
         return {
             "features": asdict(self.log_mel),
             "vocabulary": self.vocabulary.to_dict(),
-            "normalisation": self.normalisation.to_dict(),
+            "normalization": self.normalization.to_dict(),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Use the vocabulary and the normalisation that a model was trained with.
+        """Use the vocabulary and the normalization that a model was trained with.
 
         Raises:
             ValueError: If these are of other features than this module delivers.
@@ -148,7 +148,7 @@ class SpeechDataModule(pl.LightningDataModule):
             )
             raise ValueError(f"the model was trained on other features than data has: {differing}")
         self.vocabulary = Vocabulary.from_dict(state_dict["vocabulary"])
-        self.normalisation = Normalisation.from_dict(state_dict["normalisation"])
+        self.normalization = Normalization.from_dict(state_dict["normalization"])
 
     def _load(self) -> tuple[dict[str, _Part], Vocabulary]:
         splits = self.corpus.load(
@@ -199,7 +199,7 @@ class SpeechDataModule(pl.LightningDataModule):
 
     def _item(self, part: _Part, augment: SpecAugment | None, position: int, epoch: int) -> Item:
         example = part.store.examples[position]
-        features = self.normalisation(part.store[position])
+        features = self.normalization(part.store[position])
         if augment is not None:
             seed = seed_of(self.seed, epoch, example.utterance, example.speed)
             features = augment(features, seed=seed)

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from lightning_nna import emulate
 from lightning_nna.deploy import LiteRTProgram, TFLiteModel, export_tflite
-from lightning_nna.emulator.attachment import attached
-from recipes.asr.recogniser import TransducerRecogniser
+from lightning_nna.emulation.attachment import attached
+from recipes.asr.recognizer import TransducerRecognizer
 from recipes.asr.rnnt import Encoder, State, Transducer
 from recipes.asr.vocabulary import BLANK
 
@@ -28,12 +28,12 @@ PARTS = ("encoder", "predictor", "joint")
 
 
 def export_transducer(
-    recogniser: TransducerRecogniser, folder: Path, *, chunk_steps: int = 1
+    recognizer: TransducerRecognizer, folder: Path, *, chunk_steps: int = 1
 ) -> dict[str, TFLiteModel]:
     """Write ``encoder.tflite``, ``predictor.tflite`` and ``joint.tflite``.
 
     Args:
-        recogniser: On the chip, calibrated.
+        recognizer: On the chip, calibrated.
         folder: Where the programs go.
         chunk_steps: Steps of the encoder in one call of its program.
 
@@ -41,7 +41,7 @@ def export_transducer(
         ValueError: If ``chunk_steps`` is not positive, or the encoder is none that hands its whole
             state from chunk to chunk at a fixed shape.
     """
-    model = recogniser.model
+    model = recognizer.model
     if chunk_steps < 1:
         raise ValueError(f"chunk_steps must be at least 1, got {chunk_steps}")
     if not isinstance(model.encoder, Encoder):
@@ -49,48 +49,48 @@ def export_transducer(
             f"a streaming {type(model.encoder).__name__} has a state that grows; its program would "
             "have to start with all of it: export its forward at the length of an utterance"
         )
-    emulator = attached(recogniser)
+    emulator = attached(recognizer)
     if emulator is None:
-        raise ValueError("the recogniser is not on the chip: calibrate it first")
+        raise ValueError("the recognizer is not on the chip: calibrate it first")
     chunk = torch.zeros(1, chunk_steps * model.encoder.frames_per_step, _mels(model))
     label = torch.full((1, 1), BLANK)
-    with emulate(recogniser, emulator.spec, targets=emulator.targets), torch.no_grad():
+    with emulate(recognizer, emulator.spec, targets=emulator.targets), torch.no_grad():
         encodings, _, heard = model.transcribe_streaming(chunk, _length(chunk), None)
         prediction, _, said = model.predict(label, _length(label), None)
         step = encodings[:, :1]
-        copied = emulator.tag_of(encodings)
+        copied = emulator.qparams_of(encodings)
         if copied is not None:
-            emulator.set_tag(step, copied)
+            emulator.set_qparams(step, copied)
     starts = [_zeros(heard), _zeros(said)]
     return {
         "encoder": export_tflite(
-            recogniser, [chunk, starts[0]], folder / "encoder.tflite", forward=encode
+            recognizer, [chunk, starts[0]], folder / "encoder.tflite", forward=encode
         ),
         "predictor": export_tflite(
-            recogniser, [label, starts[1]], folder / "predictor.tflite", forward=predict
+            recognizer, [label, starts[1]], folder / "predictor.tflite", forward=predict
         ),
         "joint": export_tflite(
-            recogniser, [step, prediction], folder / "joint.tflite", forward=join
+            recognizer, [step, prediction], folder / "joint.tflite", forward=join
         ),
     }
 
 
-def encode(recogniser: TransducerRecogniser, chunk: Tensor, state: State) -> tuple[Tensor, State]:
+def encode(recognizer: TransducerRecognizer, chunk: Tensor, state: State) -> tuple[Tensor, State]:
     """The encoder's program."""
-    encodings, _, after = recogniser.model.transcribe_streaming(chunk, _length(chunk), state)
+    encodings, _, after = recognizer.model.transcribe_streaming(chunk, _length(chunk), state)
     return encodings, after
 
 
-def predict(recogniser: TransducerRecogniser, label: Tensor, state: State) -> tuple[Tensor, State]:
+def predict(recognizer: TransducerRecognizer, label: Tensor, state: State) -> tuple[Tensor, State]:
     """The predictor's program."""
-    prediction, _, after = recogniser.model.predict(label, _length(label), state)
+    prediction, _, after = recognizer.model.predict(label, _length(label), state)
     return prediction, after
 
 
-def join(recogniser: TransducerRecogniser, step: Tensor, prediction: Tensor) -> Tensor:
+def join(recognizer: TransducerRecognizer, step: Tensor, prediction: Tensor) -> Tensor:
     """The joint network's program."""
     one = torch.ones(1, dtype=torch.long)
-    return recogniser.model.join(step, one, prediction, one)[0]
+    return recognizer.model.join(step, one, prediction, one)[0]
 
 
 class DeployedTransducer(nn.Module):
@@ -98,7 +98,7 @@ class DeployedTransducer(nn.Module):
 
     Args:
         folder: Where they are.
-        optimised: Take LiteRT's kernels that are made for speed.
+        optimized: Take LiteRT's kernels that are made for speed.
 
     Attributes:
         calls: How often each program ran.
@@ -108,10 +108,10 @@ class DeployedTransducer(nn.Module):
         ValueError: If one is not as it was written.
     """
 
-    def __init__(self, folder: Path, *, optimised: bool = False) -> None:
+    def __init__(self, folder: Path, *, optimized: bool = False) -> None:
         super().__init__()
         self.programs = {
-            part: LiteRTProgram(folder / f"{part}.tflite", optimised=optimised) for part in PARTS
+            part: LiteRTProgram(folder / f"{part}.tflite", optimized=optimized) for part in PARTS
         }
         self.calls: Counter[str] = Counter()
 

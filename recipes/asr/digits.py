@@ -2,7 +2,7 @@
 
 Every utterance is a string of one to seven digits in one of many voices (an accent of English
 and a variant of the vocal tract), at its own rate, pitch, liveliness and level, in noise of its
-own colour. Training, validation and test have voices of their own. It is made once, as FLAC files
+own color. Training, validation and test have voices of their own. It is made once, as FLAC files
 with Lhotse manifests, and the same seed makes the same bytes.
 """
 
@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from recipes.asr.atomic import check_folder, folder_made_whole
 from recipes.asr.corpora import Splits, Utterance, make_cut
-from recipes.asr.espeak import Speech, synthesise
+from recipes.asr.espeak import Speech, synthesize
 
 DIGITS = ("ZERO", "ONE", "TWO", "THREE", "FOUR", "FIVE", "SIX", "SEVEN", "EIGHT", "NINE")
 
@@ -167,7 +167,7 @@ class Digits:
     def _record(
         self, takes: list[Take], folder: Path, part: str, sample_rate_hz: int
     ) -> Iterator[MonoCut]:
-        spoken = synthesise([take.speech for take in takes], seed=self.corpus_seed + 1)
+        spoken = synthesize([take.speech for take in takes], seed=self.corpus_seed + 1)
         for take, samples in zip(takes, spoken, strict=True):
             speaker = take.speech.voice
             path = folder / part / speaker / f"{take.id}.flac"
@@ -213,17 +213,17 @@ def mix(take: Take, speech: np.ndarray, sample_rate_hz: int) -> np.ndarray:
     before, after = (round(pause * sample_rate_hz) for pause in take.pauses_s)
     scaled = speech * (level / np.sqrt(np.mean(np.square(speech))))
     audio = np.pad(scaled, (before, after))
-    audio += coloured_noise(len(audio), take.noise_slope, take.noise_seed) * (
+    audio += colored_noise(len(audio), take.noise_slope, take.noise_seed) * (
         level * 10 ** (-take.snr_db / 20)
     )
     return audio / max(1.0, np.abs(audio).max())
 
 
-def coloured_noise(num_samples: int, slope: float, seed: int) -> np.ndarray:
+def colored_noise(num_samples: int, slope: float, seed: int) -> np.ndarray:
     """Noise of unit power whose spectrum falls with frequency to the power ``slope``.
 
     Example:
-        >>> noise = coloured_noise(16000, slope=1.0, seed=0)
+        >>> noise = colored_noise(16000, slope=1.0, seed=0)
         >>> bool(abs((noise**2).mean() - 1) < 1e-6)
         True
     """

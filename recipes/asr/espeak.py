@@ -6,7 +6,7 @@ twice in one process. A fresh process, a fixed seed and a fixed order are. So th
 programme: it reads jobs as JSON from its standard input and writes samples to its standard
 output. It imports nothing of the recipes, so it starts at once.
 
-`synthesise` runs it and yields the samples as they come.
+`synthesize` runs it and yields the samples as they come.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Speech(NamedTuple):
     """0 (monotonous) to 100."""
 
 
-def synthesise(jobs: Sequence[Speech], *, seed: int) -> Iterator[np.ndarray]:
+def synthesize(jobs: Sequence[Speech], *, seed: int) -> Iterator[np.ndarray]:
     """Speak jobs in their order, in a process of their own.
 
     Args:
@@ -70,7 +70,7 @@ def synthesise(jobs: Sequence[Speech], *, seed: int) -> Iterator[np.ndarray]:
             has its own words.
 
     Example:
-        >>> [samples] = synthesise([Speech("one two", "en-us+m3")], seed=1)
+        >>> [samples] = synthesize([Speech("one two", "en-us+m3")], seed=1)
         >>> samples.dtype, len(samples) > SAMPLE_RATE_HZ // 2
         (dtype('int16'), True)
     """
@@ -108,7 +108,7 @@ def _read_samples(stream: IO[bytes]) -> np.ndarray | None:
     return np.frombuffer(samples, dtype="<i2") if len(samples) == 2 * count else None
 
 
-class _Synthesiser:
+class _Synthesizer:
     """The library's one voice at a time, called through ctypes."""
 
     def __init__(self, data_path: Path, *, seed: int) -> None:
@@ -160,9 +160,9 @@ def _main() -> None:
             short = Path(folder) / "espeak-ng-data"
             short.symlink_to(data_path)
             data_path = short
-        synthesiser = _Synthesiser(data_path, seed=order["seed"])
+        synthesizer = _Synthesizer(data_path, seed=order["seed"])
         for fields in order["jobs"]:
-            samples = synthesiser.speak(Speech(*fields))
+            samples = synthesizer.speak(Speech(*fields))
             header = struct.pack("<I", len(samples))
             sys.stdout.buffer.write(header + samples.astype("<i2").tobytes())
 

@@ -5,7 +5,7 @@ A frame is :math:`x_m = \ln \max(\sum_k M_{mk} |X_k|^2, \epsilon)` with :math:`X
 and never look ahead of their own window, as a device that listens cannot.
 
 `FeatureStore` holds the frames of every utterance at every speed as one float16 memory map, so
-that reading an epoch costs almost nothing. Normalisation and `SpecAugment` happen on reading.
+that reading an epoch costs almost nothing. Normalization and `SpecAugment` happen on reading.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ class LogMel:
 
 
 @dataclass(frozen=True, eq=False)
-class Normalisation:
+class Normalization:
     """Shift and scale that give each mel band zero mean and unit variance.
 
     Args:
@@ -120,7 +120,7 @@ class Normalisation:
     deviation: Float[Tensor, " mels"]
 
     def __call__(self, features: Float[Tensor, "frames mels"]) -> Float[Tensor, "frames mels"]:
-        """Normalised features."""
+        """Normalized features."""
         return (features - self.mean) / self.deviation
 
     def to_dict(self) -> dict[str, list[float]]:
@@ -128,8 +128,8 @@ class Normalisation:
         return {"mean": self.mean.tolist(), "deviation": self.deviation.tolist()}
 
     @classmethod
-    def from_dict(cls, state: dict[str, Sequence[float]]) -> Normalisation:
-        """The normalisation that `to_dict` described."""
+    def from_dict(cls, state: dict[str, Sequence[float]]) -> Normalization:
+        """The normalization that `to_dict` described."""
         return cls(torch.tensor(state["mean"]), torch.tensor(state["deviation"]))
 
 
@@ -202,7 +202,7 @@ class FeatureStore:
 
     Attributes:
         examples: All (utterance, speed) pairs, utterance by utterance.
-        normalisation: Mean and deviation over all frames of this store.
+        normalization: Mean and deviation over all frames of this store.
         reasons: Files that could not be used, and why.
 
     Raises:
@@ -214,7 +214,7 @@ class FeatureStore:
         self._folder = folder
         index = json.loads((folder / "index.json").read_text())
         self.examples = [Example(*fields) for fields in index["examples"]]
-        self.normalisation = Normalisation.from_dict(index["normalisation"])
+        self.normalization = Normalization.from_dict(index["normalization"])
         self.reasons: dict[str, str] = index["reasons"]
         self._frames = np.memmap(folder / "frames.f16", dtype=np.float16, mode="r").reshape(
             -1, index["num_mels"]
@@ -224,7 +224,7 @@ class FeatureStore:
         return len(self.examples)
 
     def __getitem__(self, position: int) -> Float[Tensor, "frames mels"]:
-        """Features of example ``position`` in float32, not normalised.
+        """Features of example ``position`` in float32, not normalized.
 
         Raises:
             CorpusError: If they are not as they were written.
@@ -324,7 +324,7 @@ class _Writer:
         index = {
             "num_mels": self.log_mel.num_mels,
             "examples": self.examples,
-            "normalisation": self.normalisation().to_dict(),
+            "normalization": self.normalization().to_dict(),
             "reasons": bad.reasons,
         }
         (self.folder / "index.json").write_text(json.dumps(index))
@@ -348,11 +348,11 @@ class _Writer:
         wide = row.astype(np.float64)
         self.sums += np.stack([wide.sum(axis=0), np.square(wide).sum(axis=0)])
 
-    def normalisation(self) -> Normalisation:
+    def normalization(self) -> Normalization:
         mean, square = self.sums / max(self.num_frames, 1)
         # A band that never changes carries nothing; a floor keeps it finite.
         deviation = np.sqrt(np.maximum(square - mean**2, 1e-4))
-        return Normalisation(torch.tensor(mean).float(), torch.tensor(deviation).float())
+        return Normalization(torch.tensor(mean).float(), torch.tensor(deviation).float())
 
 
 def check_speeds(speeds: Sequence[float]) -> None:

@@ -6,7 +6,7 @@ labels up to :math:`u`, and the joint network scores the next label:
 .. math:: z_{t,u} = W \tanh(A h_t + B g_u + b)
 
 Nothing but LSTM, linear, embedding, tanh, addition, concatenation and views is computed here;
-inputs are normalised before they come in, the loss is computed outside. :class:`Transducer` has the
+inputs are normalized before they come in, the loss is computed outside. :class:`Transducer` has the
 methods of ``torchaudio.models.RNNT`` (``transcribe``, ``transcribe_streaming``, ``predict`` and
 ``join``), so that decoders written for that class decode this one.
 

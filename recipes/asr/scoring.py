@@ -99,7 +99,7 @@ def word_errors(
     """Score ``hypotheses`` against ``references``, word by word.
 
     Args:
-        hypotheses: What was recognised, one text per utterance.
+        hypotheses: What was recognized, one text per utterance.
         references: What was said, in the same order.
         confidence: Share of resampled rates inside the interval.
         resamples: Bootstrap samples.
@@ -123,7 +123,7 @@ def word_errors(
     if len(hypotheses) != len(references):
         raise ValueError(
             f"got {len(hypotheses)} hypotheses for {len(references)} references; pass one of each "
-            "per utterance, '' where nothing was recognised"
+            "per utterance, '' where nothing was recognized"
         )
     if not 0 < confidence < 1:
         raise ValueError(f"confidence must be in (0, 1), got {confidence}")

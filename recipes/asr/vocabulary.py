@@ -16,18 +16,18 @@ BLANK = 0
 UnitKind = Literal["character", "word"]
 
 
-def normalise_text(text: str) -> str:
+def normalize_text(text: str) -> str:
     r"""Bring a transcript to upper case with single spaces between words.
 
     Example:
-        >>> normalise_text("  turn  left\t")
+        >>> normalize_text("  turn  left\t")
         'TURN LEFT'
     """
     return " ".join(text.upper().split())
 
 
 class Vocabulary:
-    """The units that a recogniser writes, and their indices. It does not change.
+    """The units that a recognizer writes, and their indices. It does not change.
 
     Not a dataclass: Hydra would take one that it is given for a configuration.
 
@@ -80,8 +80,8 @@ class Vocabulary:
 
     def split(self, text: str) -> list[str]:
         """Cut a transcript into units, whether they are in the vocabulary or not."""
-        normalised = normalise_text(text)
-        return list(normalised) if self.kind == "character" else normalised.split()
+        normalized = normalize_text(text)
+        return list(normalized) if self.kind == "character" else normalized.split()
 
     def unknown(self, text: str) -> list[str]:
         """The units of ``text`` that this vocabulary lacks, sorted.

@@ -1,4 +1,4 @@
-"""AN4: float recognisers, the same on the chip, and trained for the chip; three seeds.
+"""AN4: float recognizers, the same on the chip, and trained for the chip; three seeds.
 
     python -m recipes.benchmark.an4              # what is missing of the grid, then the page
     python -m recipes.benchmark.an4 --page-only  # the page from the rows that are there
@@ -219,11 +219,11 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     with mpl.rc_context({"axes.spines.top": False, "axes.spines.right": False}):
         figure = Figure(figsize=(6.4, 3.4), layout="constrained")
         axes = figure.subplots()
-        for method, offset, colour in zip(methods, _OFFSETS, _COLOURS, strict=False):
+        for method, offset, color in zip(methods, _OFFSETS, _COLORS, strict=False):
             bars = [(at + offset, _of(rows, model, method)) for at, model in enumerate(models)]
             bars = [(at, here) for at, here in bars if here]
             means = [100 * spread(row["wer"] for row in here)[0] for _, here in bars]
-            axes.bar([at for at, _ in bars], means, 0.24, color=colour, label=TITLES[method])
+            axes.bar([at for at, _ in bars], means, 0.24, color=color, label=TITLES[method])
             dots = [(at, 100 * row["wer"]) for at, here in bars for row in here]
             places, rates = zip(*dots, strict=True)
             axes.scatter(places, rates, color="black", s=12, zorder=3)
@@ -244,7 +244,7 @@ def _minutes(row: Row) -> str:
 
 
 _OFFSETS = (-0.26, 0.0, 0.26)
-_COLOURS = ("#1f3b5c", "#7fa6cf", "#e0a458")
+_COLORS = ("#1f3b5c", "#7fa6cf", "#e0a458")
 
 _HEAD = """# AN4
 

@@ -23,10 +23,10 @@ from lightning.pytorch.callbacks import ModelPruning
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_nna.callbacks.weight_method import BitsMethod
-from lightning_nna.emulator.keyed_adam import KeyedAdam
-from lightning_nna.emulator.weight_pipeline import Stage, WeightGrid
-from lightning_nna.emulator.weights import round_significands
+from lightning_nna.emulation.arithmetic.quantized_weight import round_significands
+from lightning_nna.keyed_adam import KeyedAdam
+from lightning_nna.weights.method import BitsMethod
+from lightning_nna.weights.pipeline import Stage, WeightGrid
 from recipes import require_extra
 
 _MAXIMUM = 127
@@ -136,7 +136,7 @@ class UniformQuantization(BitsMethod):
     Args:
         bits: Of every selected tensor, 1 to 8.
         learned: Whether steps are learned (LSQ).
-        step_lr: Learning rate of the logarithms of the steps.
+        scale_lr: Learning rate of the logarithms of the steps.
         targets: As of the weight methods.
         overrides: As of the weight methods.
     """
@@ -148,13 +148,13 @@ class UniformQuantization(BitsMethod):
         bits: int,
         *,
         learned: bool,
-        step_lr: float = 0.003,
+        scale_lr: float = 0.003,
         targets: Sequence[str] = ("*",),
         overrides: Mapping[str, int] | str = {},
     ) -> None:
         super().__init__(bits, targets=targets, overrides=overrides)
         self.learned = learned
-        self._adam = KeyedAdam(step_lr)
+        self._adam = KeyedAdam(scale_lr)
         self._stages: dict[str, UniformStage] = {}
         self._saved: dict[str, Tensor] = {}
 
@@ -210,7 +210,7 @@ def parq(
     from torchao.prototype.parq import LSBQuantizer, ProxPARQ, QuantOptimizer, UnifQuantizer
 
     class AfterClosure(QuantOptimizer):
-        """With the closure before the step: the forward is to see the quantised weights."""
+        """With the closure before the step: the forward is to see the quantized weights."""
 
         @torch.no_grad()
         def step(self, closure: Callable[[], float] | None = None) -> float | None:

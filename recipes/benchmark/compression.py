@@ -21,7 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lightning_nna.compression.selection import matches_path
+from lightning_nna.weights.selection import matches_path
 from recipes.benchmark.compression_page import draw, page
 from recipes.benchmark.fine_tuning import (
     SEEDS,
@@ -90,13 +90,13 @@ METHODS: dict[str, Method] = {
     "gq_rate": Method(
         f"GQ, entropy of at most {RATE_BITS} bits",
         "gq",
-        settings=(f"{_GQ}.rate_bits={RATE_BITS}",),
+        settings=(f"{_GQ}.max_entropy_bits={RATE_BITS}",),
         widths=(5,),
     ),
     "gq_higher_rate": Method(
         f"GQ, entropy of at most {HIGHER_RATE_BITS} bits",
         "gq",
-        settings=(f"{_GQ}.rate_bits={HIGHER_RATE_BITS}",),
+        settings=(f"{_GQ}.max_entropy_bits={HIGHER_RATE_BITS}",),
         widths=(5,),
     ),
     "mracos_only": Method(

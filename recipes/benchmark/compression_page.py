@@ -204,7 +204,7 @@ without training. *Against float* compares the mean loss with that of the start,
 trained on* with that of the same training in float.
 
 On this corpus the loss says more than damage: the float model is over-confident on new speakers,
-so that training it on makes its loss no better, and coarse weights act as a regulariser, most of
+so that training it on makes its loss no better, and coarse weights act as a regularizer, most of
 all where many of them are zero. So the targets are looked at in word errors, too.
 
 The General Quantizer has the settings of `conf/compression/gq.yaml`: fixed values, hard from the

@@ -112,7 +112,7 @@ CELLS = (
     Cell("nna8", 8, 0.0, "sizes/rnnt_small_nna8_8", _SIZES, model="rnnt_small"),
 )
 _TRAINED_BY = {
-    "gq_rate": ("compression=gq", "bits=5", f"callbacks.gq.rate_bits={RATE_BITS}"),
+    "gq_rate": ("compression=gq", "bits=5", f"callbacks.gq.max_entropy_bits={RATE_BITS}"),
     "nna8": ("compression=nna8",),
 }
 

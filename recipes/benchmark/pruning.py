@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from lightning_nna.compression.checkpoints import load_checkpoint
+from lightning_nna.checkpoints import load_checkpoint
 from recipes.benchmark.fine_tuning import (
     SEEDS,
     evaluation,

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from lightning_nna.functional.drift import DriftDetector
+from lightning_nna.drift.detector import DriftDetector
 from recipes import require_extra
 
 EPOCHS, ONSET, IN_TIME = 60, 30, 5

@@ -16,13 +16,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_nna.functional.aligator import Aligator
-from lightning_nna.functional.estimate import LatestEstimator
-from lightning_nna.functional.interval_latest import IntervalWaveletEstimator
-from lightning_nna.functional.symmetric_wavelets import SymmetricWaveletEstimator
-from lightning_nna.functional.wavelet_mixture import WaveletMixture
-from lightning_nna.functional.wavelets import HaarEstimator
-from lightning_nna.functional.windows import (
+from lightning_nna.drift.aligator import Aligator
+from lightning_nna.drift.estimate import LatestEstimator
+from lightning_nna.drift.interval_latest import IntervalWaveletEstimator
+from lightning_nna.drift.symmetric_wavelets import SymmetricWaveletEstimator
+from lightning_nna.drift.wavelet_mixture import WaveletMixture
+from lightning_nna.drift.wavelets import HaarEstimator
+from lightning_nna.drift.windows import (
     AdaptiveRollingWindow,
     DoublingWindow,
     ExponentialAverage,

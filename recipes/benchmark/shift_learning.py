@@ -1,6 +1,6 @@
 """Learning under shift: prequential error and its cost, window by window or by ``WaveletRisk``.
 
-A stream is cut into periods. Before each, models are trained anew on what came before, standardised
+A stream is cut into periods. Before each, models are trained anew on what came before, standardized
 by it, and foretell the labels of the period; the error is the share of wrong ones over all periods
 but the first. A training is 60 steps of Adam over all its examples.
 """
@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from lightning_nna.functional.model_selection import tournament
-from lightning_nna.functional.risk import WaveletRisk
-from lightning_nna.functional.windows import AdaptiveRollingWindow
+from lightning_nna.drift.model_selection import tournament
+from lightning_nna.drift.risk import WaveletRisk
+from lightning_nna.drift.windows import AdaptiveRollingWindow
 
 STREAMS_FOLDER = Path("../shared/data/streams")
 #: Examples a period; half-hours, days, and points.
@@ -40,7 +40,7 @@ class History:
     """What is known before a period.
 
     Args:
-        x: Standardised features, in the order of time.
+        x: Standardized features, in the order of time.
         y: Labels, 0 or 1.
         period: Examples a period.
         build: An untrained model.

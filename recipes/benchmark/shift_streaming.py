@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pywt
 
-from lightning_nna.functional.streaming_haar import StreamingHaar
-from lightning_nna.functional.total_variation import taut_string, tv_denoise
-from lightning_nna.functional.wavelets import HaarEstimator
-from lightning_nna.functional.windows import FixedWindow
+from lightning_nna.drift.streaming_haar import StreamingHaar
+from lightning_nna.drift.total_variation import taut_string, tv_denoise
+from lightning_nna.drift.wavelets import HaarEstimator
+from lightning_nna.drift.windows import FixedWindow
 from recipes import require_extra
 
 LENGTHS = (1_000, 10_000, 100_000, 1_000_000)

@@ -1,4 +1,4 @@
-"""Ways to train a network: in float, on the chip, and with the quantisers of other libraries.
+"""Ways to train a network: in float, on the chip, and with the quantizers of other libraries.
 
 The others come with the extra ``bench``. Each is asked for 8-bit weights and activations of every
 layer that it knows, by its own call for a whole network.
@@ -95,7 +95,7 @@ def _torchao(module: nn.Module, batch: tuple[Tensor, ...]) -> nn.Module:
     from torchao.quantization.qat import IntxFakeQuantizeConfig, QATConfig
 
     if not any(isinstance(child, nn.Linear) for child in module.modules()):
-        raise NotPossibleError("it quantises linear layers alone, and there are none")
+        raise NotPossibleError("it quantizes linear layers alone, and there are none")
     activations = IntxFakeQuantizeConfig(torch.int8, "per_token", is_symmetric=False)
     weights = IntxFakeQuantizeConfig(torch.int8, "per_channel")
     config = QATConfig(activation_config=activations, weight_config=weights, step="prepare")

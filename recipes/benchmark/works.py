@@ -1,6 +1,6 @@
 """What the speed of training is measured on: small networks with a batch and a loss.
 
-Sizes are those of a layer or two of a recogniser; data are random, so that nothing is needed but
+Sizes are those of a layer or two of a recognizer; data are random, so that nothing is needed but
 the packages.
 """
 
@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 from torchaudio.models.conformer import ConformerLayer
 
-from recipes.asr.recogniser import transducer_loss
+from recipes.asr.recognizer import transducer_loss
 from recipes.asr.rnnt import transducer
 
 
 @dataclass(frozen=True)
 class Work:
-    """A network, what it is given, and what its training step minimises.
+    """A network, what it is given, and what its training step minimizes.
 
     Args:
         title: Name in tables.

@@ -23,12 +23,12 @@ from lightning_nna.callbacks import (
     MRACosRegularization,
     NNAEmulation,
 )
-from lightning_nna.callbacks.weight_method import WeightMethod
-from lightning_nna.compression.deployed import load_deployed
-from lightning_nna.emulator.weight_pipeline import pipeline_of
+from lightning_nna.checkpoints import load_deployed
 from lightning_nna.testing import SmallRecurrentModule
 from lightning_nna.testing.contract import assert_same, module, trainer
 from lightning_nna.testing.modules import RandomSequences, SeveralOptimizersModule
+from lightning_nna.weights.method import WeightMethod
+from lightning_nna.weights.pipeline import pipeline_of
 
 #: A schedule in steps, so that a run that stops early has the same.
 STEPS: dict[str, Any] = {"schedule": {"start": 0.0, "end": 1.0, "until": 4}, "every_n_steps": 2}
@@ -302,7 +302,7 @@ def test_two_callbacks_of_one_class_on_other_tensors(tmp_path: Path) -> None:
         lambda: [CompressedSensingPruning(0.5, freeze_step=4, **STEPS)],
         lambda: [LotteryTicketPruning(0.5, freeze_step=4, **STEPS)],
         lambda: [GeneralQuantizer(3), NNAEmulation(calibration_steps=2)],
-        lambda: [NNAEmulation(calibration_steps=2, observer="mse", learned_steps="all")],
+        lambda: [NNAEmulation(calibration_steps=2, observer="mse", learned_scales="all")],
     ],
 )
 @pytest.mark.parametrize("is_new", [False, True], ids=["same objects", "resumed"])

@@ -156,7 +156,7 @@ def test_movements_of_many_axes_are_loaded_and_equal(name: str, bits: int, tmp_p
 def test_elu_runs_on_the_other_kernels(tmp_path: Path) -> None:
     _, x, model = exported((F.elu, ROWS, ()), 8, tmp_path / "net.tflite")
     assert "ELU" in model.operators
-    assert np.isfinite(run_tflite(model.path, [x], optimised=True)[0]).all()
+    assert np.isfinite(run_tflite(model.path, [x], optimized=True)[0]).all()
 
 
 def test_every_operator_that_can_be_written_is_among_them() -> None:

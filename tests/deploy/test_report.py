@@ -13,9 +13,9 @@ import torch
 from torch import nn
 
 from lightning_nna import calibrate, emulate
-from lightning_nna.compression.layers import LayerFigures, as_csv, as_html, entropy_bits
 from lightning_nna.deploy import layer_figures, write_report
 from lightning_nna.deploy.vela import VelaOperator, VelaReport
+from lightning_nna.weights.layers import LayerFigures, as_csv, as_html, entropy_bits
 
 
 class Net(nn.Module):

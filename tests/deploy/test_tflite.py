@@ -21,8 +21,8 @@ from lightning_nna.deploy import (
     verify,
 )
 from lightning_nna.deploy.capture import capture
-from lightning_nna.emulator.attachment import attached
-from tests.emulator.random_networks import BATCH, INPUTS, LABELS, TIME, Network, plans
+from lightning_nna.emulation.attachment import attached
+from tests.emulation.random_networks import BATCH, INPUTS, LABELS, TIME, Network, plans
 from tests.recipes.asr.test_on_chip import batch, conformer
 
 pytestmark = [
@@ -377,11 +377,11 @@ def test_an_elu_runs_on_the_only_kernel_that_there_is(tmp_path: Path) -> None:
     x = torch.randn(20, 6)
     net = calibrated(nn.Sequential(nn.ELU()), x)
     path = export_tflite(net, [x], tmp_path / "net.tflite").path
-    with pytest.raises(ValueError, match=r"no reference kernel of it: give optimised=True"):
+    with pytest.raises(ValueError, match=r"no reference kernel of it: give optimized=True"):
         run_tflite(path, [x])
     with emulate(net), torch.no_grad():
         expected = net(x)
-    (found,) = run_tflite(path, [x], optimised=True)
+    (found,) = run_tflite(path, [x], optimized=True)
     torch.testing.assert_close(torch.as_tensor(found), expected, rtol=0, atol=0)
 
 
@@ -394,12 +394,12 @@ def test_arguments_that_do_not_fit(tmp_path: Path) -> None:
         run_tflite(path, [])
 
 
-def test_optimised_kernels_run_and_may_differ(tmp_path: Path) -> None:
+def test_optimized_kernels_run_and_may_differ(tmp_path: Path) -> None:
     torch.manual_seed(0)
     x = torch.randn(8, 16)
     net = calibrated(nn.Sequential(nn.Linear(16, 64), nn.Tanh(), nn.Linear(64, 8)), x)
     path = export_tflite(net, [x], tmp_path / "net.tflite").path
-    assert 0.9 < verify(net, path, [x], optimised=True) <= 1.0
+    assert 0.9 < verify(net, path, [x], optimized=True) <= 1.0
 
 
 ALTERED = 500

@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from lightning_nna import calibrate
-from lightning_nna.compression.masks import MatrixLayout
 from lightning_nna.deploy import VelaError, export_tflite, vela_report
-from lightning_nna.functional.sparsity_pattern import SparsityPattern
+from lightning_nna.pruning.masks import MatrixLayout
+from lightning_nna.pruning.sparsity_pattern import SparsityPattern
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("ethosu") is None, reason="ethos-u-vela is not installed"

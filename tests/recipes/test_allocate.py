@@ -1,4 +1,4 @@
-"""Bits for a trained recogniser, and training with them."""
+"""Bits for a trained recognizer, and training with them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from omegaconf import DictConfig
 
-from lightning_nna.compression import BitAllocation
+from lightning_nna.weights.allocation import BitAllocation
 from recipes.allocate import allocate
 from recipes.train import train
 from recipes.weights import load_weights

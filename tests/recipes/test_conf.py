@@ -21,7 +21,7 @@ CHOICES = sorted(
 )
 # What train.py adds to the arguments in the configuration.
 ADDED = {
-    "recipes.asr.recogniser.TransducerRecogniser": ("vocabulary", "num_mels"),
+    "recipes.asr.recognizer.TransducerRecognizer": ("vocabulary", "num_mels"),
     "lightning.pytorch.Trainer": ("callbacks", "logger"),
 }
 

@@ -1,4 +1,4 @@
-"""A recogniser of noise as programs: the same outputs, the same transcripts, and their cost."""
+"""A recognizer of noise as programs: the same outputs, the same transcripts, and their cost."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ HIGH_END = "[ethos-u55-128,Ethos_U55_High_End_Embedded,Shared_Sram]"
 @pytest.mark.exactness
 @pytest.mark.filterwarnings("ignore:NNAEmulation. 0 of")  # Shorter than its calibration.
 @pytest.mark.parametrize("compression", ["none", "nna8", "csp_gq"])
-def test_the_programs_recognise_what_the_emulation_does(
+def test_the_programs_recognize_what_the_emulation_does(
     compression: str, compose_config: Compose, overrides: list[str], tmp_path: Path
 ) -> None:
     pytest.importorskip("ethosu")
@@ -63,15 +63,15 @@ def _altered(programs: Path) -> DeployedTransducer:
 
 
 def test_what_has_no_streaming_program(tmp_path: Path) -> None:
-    class Recogniser(torch.nn.Module):
+    class Recognizer(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.model = conformer(1)
 
     with pytest.raises(ValueError, match="has a state that grows"):
-        export_transducer(Recogniser(), tmp_path)  # type: ignore[arg-type]
+        export_transducer(Recognizer(), tmp_path)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="chunk_steps must be at least 1, got 0"):
-        export_transducer(Recogniser(), tmp_path, chunk_steps=0)  # type: ignore[arg-type]
+        export_transducer(Recognizer(), tmp_path, chunk_steps=0)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

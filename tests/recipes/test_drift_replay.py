@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lightning_nna.functional.drift import DriftDetector
+from lightning_nna.drift.detector import DriftDetector
 from recipes.drift_replay import main, read_column, replay
 
 VALUES = 0.2 + 0.1 * (np.arange(40) >= 20) + 0.02 * np.random.default_rng(0).standard_normal(40)

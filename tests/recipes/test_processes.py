@@ -16,7 +16,7 @@ from lightning.pytorch import Trainer
 from omegaconf import DictConfig
 
 from recipes.evaluate import evaluate
-from recipes.train import build_recogniser
+from recipes.train import build_recognizer
 from recipes.weights import load_weights
 from tests.recipes.asr.small_corpus import write_an4
 from tests.recipes.conftest import SMALL_NETWORK
@@ -58,9 +58,9 @@ def test_what_two_processes_score_is_the_whole_of_each_part(
     weights = load_weights(run / "checkpoints" / "last.ckpt")
     recipe = DictConfig(weights.recipe)
     datamodule = instantiate(recipe.data)
-    recogniser = build_recogniser(recipe, datamodule, weights)
+    recognizer = build_recognizer(recipe, datamodule, weights)
     trainer = Trainer(accelerator="cpu", devices=1, logger=False, enable_progress_bar=False)
-    [expected] = trainer.validate(recogniser, datamodule, verbose=False)
+    [expected] = trainer.validate(recognizer, datamodule, verbose=False)
     with (run / "metrics" / "version_0" / "metrics.csv").open() as file:
         logged = {k: float(v) for row in csv.DictReader(file) for k, v in row.items() if v}
     for name in ("val/loss", "val/loss_per_token", "val/wer"):

@@ -21,7 +21,7 @@ def weights() -> TrainedWeights:
     network = transducer(num_mels=4, num_labels=5, encoder_size=8, joint_size=8)
     recipe: dict[str, Any] = {"name": "x", "method": "float", "seed": 1, "beam_width": 2}
     recipe |= {"data": {}, "model": {}}
-    data = {"vocabulary": {"kind": "character", "units": ["A"]}, "normalisation": {"mean": [0.1]}}
+    data = {"vocabulary": {"kind": "character", "units": ["A"]}, "normalization": {"mean": [0.1]}}
     return TrainedWeights(network.state_dict(), {**recipe, "run_dir": "somewhere"}, data)
 
 

@@ -171,7 +171,7 @@ class TestErrors:
 
 
 class TestState:
-    def test_a_checkpoint_brings_vocabulary_and_normalisation(self, make: Make) -> None:
+    def test_a_checkpoint_brings_vocabulary_and_normalization(self, make: Make) -> None:
         trained, other = make(), make(units="word", speeds=(0.7,))
         other.load_state_dict(trained.state_dict())
         [expected], [got] = trained.test_dataloader(), other.test_dataloader()
@@ -187,7 +187,7 @@ class TestState:
         state = data.state_dict()
         del state["features"]
         data.load_state_dict(state)
-        assert data.state_dict()["normalisation"] == state["normalisation"]
+        assert data.state_dict()["normalization"] == state["normalization"]
 
 
 class Recorder(LightningModule):

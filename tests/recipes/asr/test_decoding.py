@@ -12,7 +12,7 @@ from recipes.asr.rnnt import Transducer, transducer
 
 @pytest.fixture
 def model() -> Transducer:
-    """An untrained transducer that emits now and then: blank is favoured a little."""
+    """An untrained transducer that emits now and then: blank is favored a little."""
     model = transducer(
         num_mels=5,
         num_labels=6,

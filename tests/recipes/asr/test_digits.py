@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from recipes.asr.corpora import CorpusError, Splits, read_audio
-from recipes.asr.digits import ACCENTS, DIGITS, VARIANTS, Digits, coloured_noise, mix
-from recipes.asr.espeak import Speech, synthesise
+from recipes.asr.digits import ACCENTS, DIGITS, VARIANTS, Digits, colored_noise, mix
+from recipes.asr.espeak import Speech, synthesize
 
 SMALL = Digits(train_size=6, validation_size=2, test_size=3)
 
@@ -113,14 +113,14 @@ def test_espeak_has_every_voice_and_they_differ() -> None:
     variants = [variant for part in VARIANTS.values() for variant in part]
     jobs = [Speech("five", f"{ACCENTS[0]}+{variant}") for variant in variants]
     jobs += [Speech("five", f"{accent}+m3") for accent in ACCENTS]
-    spoken = list(synthesise(jobs, seed=1))
+    spoken = list(synthesize(jobs, seed=1))
     assert min(np.abs(samples.astype(int)).max() for samples in spoken) > 1000
 
 
 def test_an_unknown_voice_is_named() -> None:
     jobs = [Speech("one", "en-us+m3"), Speech("one", "en-us+nobody-of-this-name")]
     with pytest.raises(RuntimeError, match="nobody-of-this-name"):
-        list(synthesise(jobs, seed=1))
+        list(synthesize(jobs, seed=1))
 
 
 def test_strings_are_as_long_as_said() -> None:
@@ -136,7 +136,7 @@ def test_level_and_noise_are_as_drawn(index: int) -> None:
     speech = np.sin(np.arange(8000) / 3)
     audio = mix(take, speech, 16000)
     before = round(take.pauses_s[0] * 16000)
-    noise = coloured_noise(len(audio), take.noise_slope, take.noise_seed)
+    noise = colored_noise(len(audio), take.noise_slope, take.noise_seed)
     noise *= 10 ** ((take.level_db - take.snr_db) / 20)
     alone = audio - noise
     assert np.abs(alone[:before]).max() < 1e-12
@@ -148,7 +148,7 @@ def test_level_and_noise_are_as_drawn(index: int) -> None:
 
 @pytest.mark.parametrize("slope", [0.0, 0.5, 1.0, 1.5])
 def test_the_noise_falls_as_fast_as_said(slope: float) -> None:
-    noise = coloured_noise(1 << 17, slope, seed=3)
+    noise = colored_noise(1 << 17, slope, seed=3)
     power = np.abs(np.fft.rfft(noise)) ** 2
     octaves = [power[1 << k : 2 << k].mean() for k in range(10, 16)]
     fitted = -np.polyfit(np.arange(6), np.log2(octaves), 1)[0]

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from lightning_nna import emulate
-from lightning_nna.emulator.engine import Emulator
-from lightning_nna.emulator.ranges import TANH_OUTPUT, QParams
+from lightning_nna.emulation.emulator import Emulator
+from lightning_nna.emulation.ranges import TANH_OUTPUT, QParams
 from recipes.asr.rnnt import Transducer, transducer
 from tests import litert
-from tests.emulator.oracle import fully_connected_program, grid, integers, lstm_program, spec
+from tests.emulation.oracle import fully_connected_program, grid, integers, lstm_program, spec
 
 pytestmark = pytest.mark.exactness
 

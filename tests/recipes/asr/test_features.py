@@ -17,7 +17,7 @@ from lhotse import CutSet
 from scipy.signal import get_window, stft
 
 from recipes.asr.corpora import CorpusError, Utterance, make_cut
-from recipes.asr.features import POWER_FLOOR, FeatureStore, LogMel, Normalisation, SpecAugment
+from recipes.asr.features import POWER_FLOOR, FeatureStore, LogMel, Normalization, SpecAugment
 from tests.recipes.asr.small_corpus import truncate, write_noise
 
 
@@ -117,15 +117,15 @@ class TestStore:
         store = build(CutSet.from_cuts([cut]), speeds=(0.5, 1.0, 2.0), log_mel=LogMel())
         corners = np.linspace(mel_of(np.float64(20)), mel_of(np.float64(8000)), 82)
         for i, frequency in enumerate((500.0, 1000.0, 2000.0)):
-            # The band whose centre, corner i + 1, is nearest to the tone.
+            # The band whose center, corner i + 1, is nearest to the tone.
             band = np.abs(corners[1:-1] - mel_of(np.float64(frequency))).argmin()
             assert abs(int(store[i].mean(dim=0).argmax()) - band) <= 1
 
-    def test_normalised_frames_have_mean_0_and_variance_1(
+    def test_normalized_frames_have_mean_0_and_variance_1(
         self, tmp_path: Path, build: Build
     ) -> None:
         store = build(cuts_of(tmp_path), speeds=(0.9, 1.1))
-        frames = torch.cat([store.normalisation(store[i]) for i in range(len(store))])
+        frames = torch.cat([store.normalization(store[i]) for i in range(len(store))])
         torch.testing.assert_close(frames.mean(dim=0), torch.zeros(20), rtol=0, atol=1e-4)
         torch.testing.assert_close(
             frames.var(dim=0, correction=0), torch.ones(20), rtol=1e-3, atol=0
@@ -206,8 +206,8 @@ class TestStore:
         with pytest.warns(UserWarning, match=r"^1 of 3 files") as caught:
             store = build(cuts, max_bad_share=0.5)
         assert len(caught) == 1
-        assert torch.equal(store.normalisation.mean, sound.normalisation.mean)
-        assert torch.equal(store.normalisation.deviation, sound.normalisation.deviation)
+        assert torch.equal(store.normalization.mean, sound.normalization.mean)
+        assert torch.equal(store.normalization.deviation, sound.normalization.deviation)
         with pytest.warns(UserWarning, match=r"^1 of 3 files"):  # Also of the cache.
             build(cuts, max_bad_share=0.5)
 
@@ -257,12 +257,12 @@ class TestStore:
             build(cuts_of(tmp_path, 1), speeds=speeds)
 
 
-class TestNormalisation:
+class TestNormalization:
     def test_it_survives_a_plain_dictionary(self) -> None:
-        normalisation = Normalisation(torch.randn(5), torch.rand(5) + 0.1)
-        again = Normalisation.from_dict(normalisation.to_dict())
-        assert torch.equal(again.mean, normalisation.mean)
-        assert torch.equal(again.deviation, normalisation.deviation)
+        normalization = Normalization(torch.randn(5), torch.rand(5) + 0.1)
+        again = Normalization.from_dict(normalization.to_dict())
+        assert torch.equal(again.mean, normalization.mean)
+        assert torch.equal(again.deviation, normalization.deviation)
 
 
 class TestSpecAugment:

@@ -63,7 +63,7 @@ def test_more_confidence_is_a_wider_interval(texts: tuple[list[str], list[str]])
     assert wide.low < narrow.low < narrow.high < wide.high
 
 
-def test_nothing_recognised_is_every_word_deleted() -> None:
+def test_nothing_recognized_is_every_word_deleted() -> None:
     score = word_errors(["", ""], ["one two", "three"])
     assert (score.rate, score.low, score.high) == (1.0, 1.0, 1.0)
 

@@ -10,21 +10,21 @@ from hydra.utils import instantiate
 from hypothesis import given
 from hypothesis import strategies as st
 
-from recipes.asr.vocabulary import BLANK, Vocabulary, normalise_text
+from recipes.asr.vocabulary import BLANK, Vocabulary, normalize_text
 
 LETTERS = Vocabulary(tuple(" ABCDEFGHIJKLMNOPQRSTUVWXYZ'"))
 NUMBERS = Vocabulary(("ONE", "TWO", "THREE"), "word")
 
 
 @given(st.text(alphabet=" abcdefghijklmnopqrstuvwxyz'\t"))
-def test_characters_come_back_as_normalised_text(text: str) -> None:
-    assert LETTERS.decode(LETTERS.encode(text)) == normalise_text(text)
+def test_characters_come_back_as_normalized_text(text: str) -> None:
+    assert LETTERS.decode(LETTERS.encode(text)) == normalize_text(text)
 
 
 @given(st.lists(st.sampled_from(["one", "TWO", "Three"])))
-def test_words_come_back_as_normalised_text(words: list[str]) -> None:
+def test_words_come_back_as_normalized_text(words: list[str]) -> None:
     text = "  ".join(words)
-    assert NUMBERS.decode(NUMBERS.encode(text)) == normalise_text(text)
+    assert NUMBERS.decode(NUMBERS.encode(text)) == normalize_text(text)
 
 
 @pytest.mark.parametrize("vocabulary", [LETTERS, NUMBERS])

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_nna.functional.windows import FixedWindow, WholeAverage
+from lightning_nna.drift.windows import FixedWindow, WholeAverage
 from recipes.benchmark import (
     shift,
     shift_detection,

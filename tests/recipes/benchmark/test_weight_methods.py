@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_nna.emulator.weight_pipeline import pipeline_of
+from lightning_nna.weights.pipeline import pipeline_of
 from recipes.benchmark import lloyd_max, weight_methods
 from recipes.benchmark.comparators import DKMStage
 from recipes.benchmark.weight_methods import METHODS
@@ -62,9 +62,9 @@ def test_targets_are_judged_by_the_worst_row() -> None:
 @pytest.mark.parametrize("method", lloyd_max.METHODS)
 def test_every_k_means_comes_near_to_the_least_error(method: str) -> None:
     weights = torch.randn(3000, generator=torch.Generator().manual_seed(0))
-    _, quantise = lloyd_max.METHODS[method]
+    _, quantize = lloyd_max.METHODS[method]
     least = lloyd_max.distortion(weights, lloyd_max.ours(weights, 4))
-    assert least <= lloyd_max.distortion(weights, quantise(weights, 4)) * (1 + 1e-6) <= 1.2 * least
+    assert least <= lloyd_max.distortion(weights, quantize(weights, 4)) * (1 + 1e-6) <= 1.2 * least
 
 
 def test_the_page_compares_with_the_least_error_of_the_row() -> None:

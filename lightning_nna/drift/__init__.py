@@ -1,0 +1,1 @@
+"""Estimates of a metric under temporal shift, and the callback that watches one."""

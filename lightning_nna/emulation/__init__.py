@@ -1,0 +1,8 @@
+"""The chip: its arithmetic, put under the torch functions that a module calls."""
+
+from lightning_nna.emulation.attachment import bake, calibrate, emulate, strip
+from lightning_nna.emulation.coverage import Coverage, coverage
+from lightning_nna.emulation.emulator import Emulator
+from lightning_nna.emulation.spec import NNASpec
+
+__all__ = ["Coverage", "Emulator", "NNASpec", "bake", "calibrate", "coverage", "emulate", "strip"]

@@ -1,0 +1,420 @@
+r"""Requantization: from an accumulator's scale to the output's.
+
+A chip multiplies the accumulator by :math:`s_x s_w / s_y` with a fixed-point multiplier rounded
+twice (``"double"``), rounded once (``"single"``), by a shift (``"shift"``), or, as LiteRT's fully
+connected kernel, in double precision (``"real"``). Where 64 bits have accumulated, as beside 16-bit
+activations, the multiplier keeps 16 bits (``"reduced"``). The integer arithmetic of
+:mod:`lightning_nna.emulation.arithmetic.fixed_point` is done here in float64, which holds every
+integer to :math:`2^{53}`: on a CPU a 64-bit integer product takes many times as long.
+
+The reference kernels do all this in 32-bit integers, which wrap around: where a multiplier shifts
+to the left before it multiplies, where a 64-bit product becomes a 32-bit result, and where the zero
+point is added. A double that no 32-bit integer can hold becomes :math:`-2^{31}`, as on x86-64.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lightning_nna.elementary import power_of_two
+from lightning_nna.emulation.arithmetic.fixed_point import float_factors, quantize_multipliers
+
+RoundingKind = Literal["real", "reference", "double", "reduced", "single", "shift"]
+
+# float64 holds every integer up to here.
+_FLOAT64_INTEGERS = 2.0**53
+# An accumulator below this times a 31-bit mantissa is exact in float64.
+_ONE_PRODUCT = 2.0**22
+# The same for a 16-bit mantissa.
+_ONE_REDUCED_PRODUCT = 2.0**37
+# A 32-bit integer is at least minus this, and below it.
+_INT32 = 2.0**31
+# The largest number below one half: what it does not lift to the next whole number, one half would
+# not, but for rounding in the sum.
+_BELOW_HALF = {torch.float64: math.nextafter(0.5, 0.0), torch.float32: 0.5 - 2.0**-25}
+#: Raises a tie above itself and moves no other quotient across one.
+TIES_AWAY = 1 + 2.0**-40
+
+
+def rescale(
+    accumulator: Tensor,
+    factors: float | Tensor,
+    *,
+    rounding: RoundingKind,
+    largest: float,
+    zero_point: int = 0,
+) -> Tensor:
+    r"""Multiply integers by positive factors and round as the chip does, exactly.
+
+    Args:
+        accumulator: Whole numbers, float32, float64 or int; may be overwritten if it is float64.
+        factors: One factor, or float64 factors that broadcast against the accumulator.
+        rounding: ``"double"``, ``"reduced"``, ``"single"``, ``"shift"`` (the factor is a power of
+            two) or ``"real"``.
+        largest: Bound on the absolute value of the accumulator, at most :math:`2^{31}`;
+            :math:`2^{47}` if ``rounding`` is ``"reduced"``.
+        zero_point: What the kernel adds to the result, in 32 bits.
+
+    Returns:
+        Whole numbers, float64, without the zero point.
+
+    Example:
+        >>> rescale(torch.tensor([8.0, 24.0, -8.0]), 0.0625, rounding="double", largest=24)
+        tensor([ 1.,  2., -1.], dtype=torch.float64)
+    """
+    x = accumulator.double()
+    if isinstance(factors, float):
+        return prepared(factors, rounding, largest, zero_point=zero_point)(x)
+    return Rescaler(factors, rounding=rounding, largest=largest, zero_point=zero_point)(x)
+
+
+def rescale_fast(accumulator: Tensor, factors: float | Tensor, *, rounding: RoundingKind) -> Tensor:
+    """The same in the accumulator's own float type: equal but near a tie.
+
+    Args:
+        accumulator: Whole numbers, float; overwritten.
+        factors: See :func:`rescale`.
+        rounding: See :func:`rescale`.
+
+    Returns:
+        ``accumulator``, rescaled and rounded.
+    """
+    first, second = rounding_factors(factors, rounding=rounding)
+    return round_fast(accumulator.mul_(first.to(accumulator.device)), second)
+
+
+def rounding_factors(
+    factors: float | Tensor, *, rounding: RoundingKind
+) -> tuple[Tensor, Tensor | None]:
+    """What to multiply with before the first rounding, and before the second if there are two.
+
+    An operator may put the first into an operand of its product and so save a pass.
+
+    Args:
+        factors: See :func:`rescale`.
+        rounding: See :func:`rescale`.
+
+    Returns:
+        float32 factors; None for the second where the kind rounds once.
+
+    Example:
+        >>> rounding_factors(1 / 16, rounding="real")
+        (tensor(0.0625), None)
+    """
+    if isinstance(factors, float):
+        return _number_factors(factors, rounding)
+    return _factors(factors, rounding)
+
+
+@lru_cache(maxsize=4096)
+def _number_factors(factor: float, rounding: RoundingKind) -> tuple[Tensor, Tensor | None]:
+    with torch.inference_mode(False):
+        return _factors(torch.tensor(factor, dtype=torch.float64), rounding)
+
+
+def _factors(exact: Tensor, rounding: RoundingKind) -> tuple[Tensor, Tensor | None]:
+    exact = exact.double()
+    if rounding == "double":
+        return float_factors(*quantize_multipliers(exact.cpu()))
+    if rounding == "reduced":
+        reduced, shifts = _reduced_multipliers(exact)
+        return (reduced * power_of_two(shifts - 15)).float(), None
+    return exact.float(), None
+
+
+def round_fast(scaled: Tensor, second: Tensor | None) -> Tensor:
+    """Round what the first factor has scaled, and again after the second.
+
+    Args:
+        scaled: Float; overwritten.
+        second: See :func:`rounding_factors`.
+
+    Returns:
+        ``scaled``, whole numbers.
+    """
+    scaled.round_()
+    return scaled if second is None else scaled.mul_(second.to(scaled.device)).round_()
+
+
+def round_half_away(x: Tensor) -> Tensor:
+    """Round float32 or float64 to nearest, ties away from zero.
+
+    Args:
+        x: Any values; overwritten.
+
+    Returns:
+        ``x``, rounded.
+
+    Example:
+        >>> round_half_away(torch.tensor([0.5, -2.5, 0.49999999999999994], dtype=torch.float64))
+        tensor([ 1., -3.,  0.], dtype=torch.float64)
+    """
+    # Truncation and the copying of signs have no fast kernels on a CPU; these have.
+    half = _BELOW_HALF[x.dtype]
+    above = (x + half).floor_().clamp_min_(0)
+    return x.sub_(half).ceil_().clamp_max_(0).add_(above)
+
+
+def spills(factors: float | Tensor, *, rounding: RoundingKind, largest: float) -> bool:
+    """Tell whether a result, or a step on the way to it, may leave the kernel's 32 bits.
+
+    Args:
+        factors: See :func:`rescale`.
+        rounding: See :func:`rescale`; a chip of another arithmetic has no such bound.
+        largest: Bound on the absolute value of the accumulator.
+
+    Example:
+        >>> spills(0.01, rounding="real", largest=2.0**31)
+        False
+    """
+    if rounding in ("single", "shift"):
+        return False
+    factor = factors if isinstance(factors, float) else float(factors.max())
+    # A mantissa is at least one half: what is shifted is at most twice the result.
+    return 2 * factor * largest >= _INT32
+
+
+def wrap(x: Tensor, limit: float = _INT32) -> Tensor:
+    """Whole numbers, float64, as the integers from ``-limit`` to ``limit - 1`` that wrap around.
+
+    Example:
+        >>> wrap(torch.tensor([2.0**31, -(2.0**31) - 1, 5.0], dtype=torch.float64)).tolist()
+        [-2147483648.0, 2147483647.0, 5.0]
+    """
+    return x - torch.floor((x + limit) / (2 * limit)) * (2 * limit)
+
+
+def multiply(x: Tensor, mantissas: Tensor, shifts: Tensor, *, largest: float) -> Tensor:
+    """Whole numbers, float64, by a multiplier of their own each; see :class:`Multiplier`."""
+    return Multiplier(mantissas, shifts, largest=largest)(x)
+
+
+class Rescaler:
+    """round(factor (x + offset)) as the chip rounds.
+
+    Args:
+        factors: Positive factors, float64, that broadcast against the accumulators.
+        rounding: See :func:`.rescaling.rescale`.
+        largest: Bound on the absolute value of ``x + offset`` and of ``x``.
+        offset: Whole numbers (a bias, the zero point's share of a product), float64, that
+            broadcast like the factors; None for none.
+        exact: Every bit; otherwise in float32, equal but near a tie.
+        settle: What an accumulator too narrow makes of its sums, if it may overflow.
+        zero_point: What the kernel adds to the result, in 32 bits.
+
+    Attributes:
+        dtype: What accumulators must be given in.
+
+    Example:
+        >>> rescaler = Rescaler(torch.tensor(0.25).double(), rounding="double", largest=100.0)
+        >>> rescaler(torch.tensor([6.0, 5.0, -6.0]).double())
+        tensor([ 2.,  1., -2.], dtype=torch.float64)
+    """
+
+    def __init__(
+        self,
+        factors: Tensor,
+        *,
+        rounding: RoundingKind,
+        largest: float,
+        offset: Tensor | None = None,
+        exact: bool = True,
+        settle: Callable[[Tensor], Tensor] | None = None,
+        zero_point: int = 0,
+    ) -> None:
+        self.factors, self.rounding, self.largest = factors, rounding, largest
+        self.offset, self.settle, self.zero_point = offset, settle, zero_point
+        self.spills = spills(factors, rounding=rounding, largest=largest)
+        exactly = exact or settle is not None or self.spills
+        self.dtype = torch.float64 if exactly else torch.float32
+        self._compute: Callable[[Tensor], Tensor] = self._generally
+        if self.dtype == torch.float32:
+            self._prepare_fast()
+        elif rounding == "double":
+            multiplier = quantize_multipliers(factors.cpu())
+            mantissas, shifts = (part.to(factors.device) for part in multiplier)
+            added = offset if settle is None else None
+            self._multiply = Multiplier(
+                mantissas, shifts, largest=largest, offset=added, zero_point=zero_point
+            )
+            if settle is None:
+                self._compute = self._multiply
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Rescale whole numbers of :attr:`dtype`, in place."""
+        return self._compute(x)
+
+    def _generally(self, x: Tensor) -> Tensor:
+        if self.offset is not None:
+            x += self.offset
+        if self.settle is not None:
+            x = self.settle(x)
+        if self.rounding == "double":
+            return self._multiply(x)
+        if self.rounding == "single":
+            return x.copy_(_single(x, self.factors, self.largest))
+        if self.rounding == "reduced":
+            if self.spills:
+                return x.copy_(_reduced_integers(x, self.factors, self.zero_point))
+            return x.copy_(_reduced(x, self.factors, self.largest))
+        rounded = round_half_away(x.mul_(self.factors))
+        return self._as_int32(rounded) if self.spills else rounded
+
+    def _as_int32(self, x: Tensor) -> Tensor:
+        """Convert whole numbers from double to 32 bits, less the zero point.
+
+        A result of 2^31 becomes -2^31; with a zero point of -3 that is 2^31 - 3.
+        """
+        held = x.masked_fill_((x >= _INT32) | (x < -_INT32), -_INT32).add_(self.zero_point)
+        return x.copy_(wrap(held)).sub_(self.zero_point)
+
+    def _prepare_fast(self) -> None:
+        first, self.second = rounding_factors(self.factors, rounding=self.rounding)
+        self.first = _to(self.factors, first)
+        self.constant = self.first.new_zeros(())
+        if self.offset is not None:
+            self.constant = (self.offset * self.first).float()
+        self._compute = self._fast
+
+    def _fast(self, x: Tensor) -> Tensor:
+        return round_fast(torch.addcmul(self.constant, x, self.first, out=x), self.second)
+
+
+class Multiplier:
+    """The doubling high multiplication (ties up), then the division by 2^r (ties away).
+
+    Args:
+        mantissas: 31-bit mantissas, int64.
+        shifts: Exponents, int64, both of a shape that broadcasts against the accumulators.
+        largest: Bound on the absolute value of ``x + offset`` and of ``x``; up to 2^31 they are
+            integers of 32 bits.
+        offset: Whole numbers, float64, of the shape of the mantissas.
+        zero_point: What the kernel adds to the result, in 32 bits.
+
+    Example:
+        >>> multiplier = Multiplier(torch.tensor(2**30), torch.tensor(-3), largest=24)  # 1/16
+        >>> multiplier(torch.tensor([8.0, 24.0, -8.0]).double())
+        tensor([ 1.,  2., -1.], dtype=torch.float64)
+    """
+
+    def __init__(
+        self,
+        mantissas: Tensor,
+        shifts: Tensor,
+        *,
+        largest: float,
+        offset: Tensor | None = None,
+        zero_point: int = 0,
+    ) -> None:
+        like = mantissas if offset is None else offset
+        offset = torch.zeros_like(mantissas, dtype=torch.float64) if offset is None else offset
+        mantissas, shifts = mantissas.to(like.device), shifts.to(like.device)
+        left = shifts.clamp_min(0)
+        shifted = largest * float(power_of_two(left).max())
+        reach = largest * float((mantissas * power_of_two(shifts - 31)).max())
+        # What is shifted, or the result with its zero point, may need more than 32 bits.
+        too_wide = (shifted > largest and shifted >= _INT32) or reach >= _INT32 - 2**8
+        self.wraps = largest <= _INT32 and too_wide
+        self.zero_point = zero_point
+        if self.wraps:
+            # A processor shifts by the lowest five bits of what it is told.
+            self.before, self.left = offset, power_of_two(left % 32)
+            offset, left, largest = torch.zeros_like(offset), torch.zeros_like(left), _INT32
+        self.twice = bool((shifts < 0).any())
+        self.second = power_of_two(shifts.clamp_max(0)) * TIES_AWAY
+        # A factor formed in float32 has a short mantissa: one product in float64 is exact.
+        odd = mantissas // (mantissas & -mantissas).clamp_min(1)
+        self.short = 4 * float(odd.max()) * largest < _FLOAT64_INTEGERS
+        if self.short:
+            self.first = mantissas * power_of_two(left - 31)
+            self.constant = offset * self.first + 0.5
+            return
+        # Two products of half the mantissa each, both exact.
+        upper, lower = mantissas >> 16, mantissas & 0xFFFF
+        self.upper = upper * power_of_two(left - 15)
+        self.lower = lower * power_of_two(left - 16)
+        self.of_upper, self.of_lower = offset * self.upper, offset * self.lower + 2.0**14
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Multiply whole numbers, float64, in place."""
+        if self.wraps:
+            x.copy_(wrap((x + self.before).mul_(self.left)))
+            result = wrap(self._multiply(x).add_(self.zero_point))
+            return x.copy_(result).sub_(self.zero_point)
+        return self._multiply(x)
+
+    def _multiply(self, x: Tensor) -> Tensor:
+        if self.short:
+            torch.addcmul(self.constant, x, self.first, out=x).floor_()
+        else:
+            # The lower product is floored at 2^-15, which no later floor can see.
+            low = torch.addcmul(self.of_lower, x, self.lower).floor_().mul_(2.0**-15)
+            torch.addcmul(self.of_upper, x, self.upper, out=x).add_(low).floor_()
+        return x.mul_(self.second).round_() if self.twice else x
+
+
+@lru_cache(maxsize=1024)
+def prepared(
+    factor: float,
+    rounding: RoundingKind,
+    largest: float,
+    exact: bool = True,
+    zero_point: int = 0,
+) -> Rescaler:
+    """A :class:`Rescaler` for one factor, made once."""
+    factors = torch.tensor(factor, dtype=torch.float64)
+    return Rescaler(factors, rounding=rounding, largest=largest, exact=exact, zero_point=zero_point)
+
+
+def _to(like: Tensor, x: Tensor) -> Tensor:
+    return x.to(like.device)
+
+
+def _single(x: Tensor, factors: Tensor, largest: float) -> Tensor:
+    """floor(x m 2^(e - 31) + 1/2), rounded once."""
+    mantissas, shifts = quantize_multipliers(factors.cpu())
+    # A larger factor leads out of every grid, as this one does.
+    shifts = shifts.clamp_max(30)
+    if largest < _ONE_PRODUCT:
+        scaled = mantissas * power_of_two(shifts - 31)
+        return (x * scaled.to(x.device)).add_(0.5).floor_()
+    product = x.long() * mantissas.to(x.device)
+    right = (31 - shifts).to(x.device)
+    return ((product + (torch.ones_like(right) << (right - 1))) >> right).double()
+
+
+def _reduced(x: Tensor, factors: Tensor, largest: float) -> Tensor:
+    """floor(x r 2^(e - 15) + 1/2) with a mantissa r of 16 bits."""
+    reduced, shifts = _reduced_multipliers(factors)
+    factor = (reduced * power_of_two(shifts - 15)).to(x.device)
+    if largest < _ONE_REDUCED_PRODUCT:
+        return x.mul_(factor).add_(0.5).floor_()
+    # Upper bits and the lower 16 apart: what the floor of the lower product drops is below the
+    # half that rounds, but for factors so large that the result may leave 32 bits.
+    upper = (x * 2.0**-16).floor_()
+    reduced = reduced.to(x.device)
+    lower = ((x - upper * 2.0**16) * reduced).mul_(2.0**-16).floor_()
+    product = (upper * reduced).add_(lower)
+    return (product * power_of_two(shifts + 1).to(x.device)).add_(0.5).floor_()
+
+
+def _reduced_integers(x: Tensor, factors: Tensor, zero_point: int) -> Tensor:
+    """The same in integers of 64 bits, whose lowest 32 are the result; shifts are of six bits."""
+    reduced, shifts = _reduced_multipliers(factors)
+    right = 15 - shifts.to(x.device)
+    half = torch.ones_like(right) << ((right - 1) % 64)
+    product = (x.long() * reduced.long().to(x.device)).add_(half) >> (right % 64)
+    low = (product.add_(zero_point + 2**31) & (2**32 - 1)) - 2**31
+    return low.sub_(zero_point).double()
+
+
+def _reduced_multipliers(factors: Tensor) -> tuple[Tensor, Tensor]:
+    """Mantissas of 16 bits as float64, and exponents."""
+    mantissas, shifts = quantize_multipliers(factors.cpu())
+    return ((mantissas + 2**15) >> 16).clamp_max(2**15 - 1).double(), shifts

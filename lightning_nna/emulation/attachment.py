@@ -1,0 +1,310 @@
+"""Emulate a module, calibrate it, and let it be a float module again.
+
+A module has at most one emulator. It is remembered here and not on the module; a copy or pickle of
+the module carries plain state of it, from which an emulator of its own is built on demand.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from threading import RLock
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+
+from lightning_nna.emulation.dispatch import ROOT
+from lightning_nna.emulation.emulator import Emulator, Fidelity
+from lightning_nna.emulation.forward_hooks import hooks_of, remove_copied_hooks
+from lightning_nna.emulation.learned_scales import Learned
+from lightning_nna.emulation.observers import Observer
+from lightning_nna.emulation.spec import NNASpec, resolve_spec
+
+_DEFAULT = "litert-int8"
+_ATTACHED: WeakKeyDictionary[nn.Module, Emulator] = WeakKeyDictionary()
+
+
+# Two threads that meet a module at once must not both attach to it.
+_LOCK = RLock()
+
+
+def attached(module: nn.Module) -> Emulator | None:
+    """The emulator of a module: its own, or that of the module that it is part of.
+
+    A copy or pickle of a module with an emulator has one, too, with the same ranges.
+    """
+    module = _uncompiled(module)
+    with _LOCK:
+        emulator = _ATTACHED.get(module)
+        if emulator is None:
+            emulator = _carried_or_whole(module)
+    if emulator is not None:
+        emulator.follow_tensors()
+    return emulator
+
+
+def _carried_or_whole(module: nn.Module) -> Emulator | None:
+    """The emulator that a copy has brought along, or that of the module around this one."""
+    carried = whole = None
+    for hooks in hooks_of(module):
+        if hooks.emulation.emulator is not None:
+            whole = hooks.emulation.emulator
+        elif hooks.path == ROOT and hooks.emulation.carried is not None:
+            carried = hooks.emulation.carried
+    # A copy inside of a module that has observed nothing yet goes on with its own ranges.
+    if carried is None or not (whole is None or whole.is_unused):
+        return whole
+    remove_copied_hooks(module)
+    emulator = _ATTACHED[module] = Emulator.restored(module, carried)
+    return emulator
+
+
+def attach(
+    module: nn.Module,
+    spec: str | NNASpec | Mapping[str, Any] | None = None,
+    *,
+    targets: Sequence[str] | None = None,
+    fidelity: Fidelity = "exact",
+    observer: Observer = "min_max",
+) -> Emulator:
+    """Give a module an emulator, or return the one that it has.
+
+    Args:
+        module: Any module. What is part of a module with an emulator takes that one.
+        spec: The chip, see :class:`Emulator`; None for the one that the module has, and for
+            ``"litert-int8"`` where it has none.
+        targets: Modules that count, see :class:`Emulator`; of a part, the targets of the whole.
+            None for those that the module has, and for all where it has none.
+        fidelity: See :class:`Emulator`; set anew where an emulator is there already.
+        observer: See :class:`Emulator`; ranges that are there already stay as they are.
+
+    Raises:
+        ValueError: If the module has an emulator for another chip or other targets.
+    """
+    emulator = _obtain(module, spec, targets=targets, observer=observer)
+    emulator.fidelity = fidelity
+    return emulator
+
+
+def _obtain(
+    module: nn.Module,
+    spec: str | NNASpec | Mapping[str, Any] | None,
+    *,
+    targets: Sequence[str] | None,
+    observer: Observer = "min_max",
+) -> Emulator:
+    """The emulator that a module has, or a new one."""
+    module = _uncompiled(module)
+    with _LOCK:
+        emulator = attached(module)
+        if emulator is not None and emulator.is_unused and emulator.module() is module:
+            # Of a calibration that failed, or of a block without ranges: it binds to nothing.
+            emulator.detach()
+            emulator = None
+        if emulator is None:
+            emulator = Emulator(
+                module,
+                _DEFAULT if spec is None else spec,
+                targets=("*",) if targets is None else targets,
+                observer=observer,
+            )
+            _ATTACHED[module] = emulator
+    spec = emulator.spec if spec is None else spec
+    targets = emulator.targets if targets is None else tuple(targets)
+    whole = emulator.module()
+    if whole is not module and whole is not None:
+        path = emulator.dispatch.paths.get(id(module), "?")
+        if path not in emulator.dispatch.allowed:
+            raise ValueError(
+                f"{path!r} is part of a {type(whole).__name__} that is emulated with targets "
+                f"{list(emulator.targets)}, which leave it out; call strip on the "
+                f"{type(whole).__name__} first"
+            )
+        same = targets in (("*",), emulator.targets)
+    else:
+        path, same = None, targets == emulator.targets
+    if emulator.spec != resolve_spec(spec) or not same:
+        held = "the module" if path is None else f"the {type(whole).__name__} around {path!r}"
+        raise ValueError(
+            f"{held} is on {emulator.spec.name!r} with targets {list(emulator.targets)} already; "
+            f"call strip({'module' if path is None else 'the ' + type(whole).__name__}) before "
+            f"another chip or other targets, or leave spec and targets out for those that it has"
+        )
+    return emulator
+
+
+def _own(module: nn.Module, action: str) -> Emulator | None:
+    """The emulator of a module as a whole.
+
+    Raises:
+        ValueError: If the module is part of one with an emulator; says what is to be done.
+    """
+    emulator = attached(module)
+    whole = None if emulator is None else emulator.module()
+    if emulator is not None and whole is not None and whole is not _uncompiled(module):
+        path = emulator.dispatch.paths.get(id(_uncompiled(module)), "?")
+        raise ValueError(
+            f"the module is {path!r} of a {type(whole).__name__} that has an emulator: {action} "
+            f"the {type(whole).__name__}, or strip it first"
+        )
+    return emulator
+
+
+def _uncompiled(module: nn.Module) -> nn.Module:
+    """The module that ``torch.compile`` was given."""
+    return module._orig_mod if isinstance(module, torch._dynamo.OptimizedModule) else module
+
+
+@contextmanager
+def emulate(
+    module: nn.Module,
+    spec: str | NNASpec | Mapping[str, Any] | None = None,
+    *,
+    targets: Sequence[str] | None = None,
+    fidelity: Fidelity = "exact",
+    learned_scales: Learned = "none",
+) -> Iterator[Emulator]:
+    """Emulate a module inside a ``with`` block, whatever loop drives it.
+
+    Ranges stay with the module after the block, and go with its copies and pickles; outside of the
+    block the module runs in float. As with ``torch.no_grad``, the block is one of the thread that
+    enters it: other threads run the module in float, or in blocks of their own. Blocks nest.
+
+    Args:
+        module: Any module. Of a part of a module with an emulator, that emulator is used.
+        spec: The chip, see :class:`Emulator`; None for the one that the module has, and for
+            ``"litert-int8"`` where it has none.
+        targets: Modules that count, see :class:`Emulator`; None for those that the module has, and
+            for all where it has none.
+        fidelity: See :class:`Emulator`.
+        learned_scales: Steps that the block trains: of ``"weights"``, of ``"all"``, or ``"none"``;
+            see :mod:`.learned_scales` and :class:`.KeyedAdam`. Steps that were learned before
+            are used in any case.
+
+    Yields:
+        The emulator. Observe ranges first: ``with chip.observing(): module(batch)``.
+
+    Raises:
+        RuntimeError: At the first forward inside the block, if no ranges were observed.
+
+    Example:
+        >>> from lightning_nna.testing import SmallNet
+        >>> net, x = SmallNet(), torch.randn(8, 4)
+        >>> with emulate(net) as chip:
+        ...     with chip.observing():
+        ...         _ = net(x)
+        ...     on_chip = net(x)
+        >>> bool((on_chip - net(x)).abs().max() < 0.1)
+        True
+    """
+    emulator = _obtain(module, spec, targets=targets)
+    with emulator.running("emulate", fidelity=fidelity, learned_scales=learned_scales):
+        yield emulator
+
+
+def calibrate(
+    module: nn.Module,
+    batches: Iterable[Any],
+    forward: Callable[[nn.Module, Any], Any] = lambda module, batch: module(batch),
+    spec: str | NNASpec | Mapping[str, Any] | None = None,
+    *,
+    targets: Sequence[str] | None = None,
+    observer: Observer = "min_max",
+) -> Emulator:
+    """Find ranges from float forwards, without training.
+
+    Modules run in evaluation mode meanwhile; then each is in training or not as before. Ranges that
+    the module has already are widened; where a batch raises they are as before. ``strip`` first to
+    begin anew.
+
+    Args:
+        module: Any module.
+        batches: What to run; the ranges cover all of it.
+        forward: How a batch runs through the module, on every path that will be used.
+        spec: The chip, see :class:`Emulator`; None for the one that the module has, and for
+            ``"litert-int8"`` where it has none.
+        targets: Modules that count, see :class:`Emulator`; None for those that the module has, and
+            for all where it has none.
+        observer: How ranges follow from what is observed, see :class:`Emulator`.
+
+    Returns:
+        The emulator, attached and calibrated: ``emulate(module)`` and ``NNAEmulation`` use it.
+
+    Raises:
+        RuntimeError: If nothing was observed, or another thread runs the module.
+        TypeError: If ``forward`` is no function.
+        ValueError: If the module is part of one with an emulator, or see :func:`attach`.
+    """
+    if not callable(forward):
+        raise TypeError(f"forward must be a function, got {forward!r}; give the chip as spec=…")
+    _own(module, "calibrate")
+    emulator = _obtain(module, spec, targets=targets, observer=observer)
+    training = [(child, child.training) for child in module.modules()]
+    outer = emulator.modes.set(None)
+    module.eval()
+    try:
+        with torch.no_grad(), emulator.observing():
+            for batch in batches:
+                forward(module, batch)
+    finally:
+        emulator.modes.set(outer)
+        for child, mode in training:
+            child.training = mode
+    return emulator
+
+
+def strip(module: nn.Module) -> nn.Module:
+    """Take the emulator off a module: it is the float module it was, in every bit.
+
+    Args:
+        module: A module with or without an emulator.
+
+    Returns:
+        The same module.
+
+    Raises:
+        ValueError: If the module is part of one with an emulator.
+    """
+    emulator = _own(module, "strip")
+    _ATTACHED.pop(_uncompiled(module), None)
+    if emulator is not None:
+        emulator.detach()
+    remove_copied_hooks(module)
+    return module
+
+
+def bake(module: nn.Module) -> nn.Module:
+    """Fold what the chip does to the weights into plain weights, and take the module off it.
+
+    Every weight that an operator of the chip has used is replaced by the value that its integers
+    stand for. Activations run in float again.
+
+    Args:
+        module: A module on the chip that has run at least once.
+
+    Returns:
+        The same module.
+
+    Raises:
+        RuntimeError: If the module has no emulator, or has not run emulated.
+        ValueError: If the module is part of one with an emulator.
+    """
+    emulator = _own(module, "bake")
+    if emulator is None:
+        raise RuntimeError(
+            "nothing to bake: the module has no emulator; call calibrate(module, batches), then "
+            "run it once inside `with emulate(module)`"
+        )
+    if not emulator.used_weights:
+        raise RuntimeError(
+            "nothing to bake: the module has not run emulated; calibrate only observes it in "
+            "float. Run it once inside `with emulate(module)`"
+        )
+    with torch.no_grad():
+        for parameter in module.parameters():
+            rows = emulator.rows_of(parameter)
+            if rows is not None:
+                parameter.copy_(emulator.weight(parameter, rows).values)
+    return strip(module)

@@ -1,0 +1,479 @@
+"""``NNAEmulation``: train any LightningModule in the arithmetic of the chip.
+
+Accelerator-aware training runs every operator of the network as the accelerator does, so that the
+loss sees the chip's error and nothing has to be sent to the CPU.
+
+Reference:
+    Shakiah et al., "Accelerator-aware training for transducer-based speech recognition", SLT 2022,
+    arXiv 2305.07778.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict
+from statistics import fmean
+from typing import Any
+from weakref import ref
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from lightning_nna.emulation.attachment import attach, attached
+from lightning_nna.emulation.emulator import Emulator, Fidelity, Phase
+from lightning_nna.emulation.learned_scales import LEARNED, Learned, agree_on_keys
+from lightning_nna.emulation.observers import OBSERVERS, Observer
+from lightning_nna.emulation.spec import NNASpec, resolve_spec
+from lightning_nna.emulation.telemetry import Telemetry
+from lightning_nna.keyed_adam import KeyedAdam
+from lightning_nna.resumed_settings import require_same
+from lightning_nna.step_counter import StepCounter
+from lightning_nna.weights.pipeline import digest_of
+
+#: Share of clipped results above which a site is worth a warning, and of how many results.
+_CLIPS_MUCH, _ENOUGH_RESULTS = 0.05, 256
+
+
+class NNAEmulation(Callback):
+    """Put the chip under a LightningModule for the time of a Trainer's run.
+
+    In ``fit`` the first ``calibration_steps`` optimizer steps run in float while the ranges of
+    activations are observed; then the ranges freeze, for good, and every operator in scope
+    computes what the chip computes. Validation, test and prediction are always exact. The module
+    keeps its parameters, its ``state_dict`` and its forward.
+
+    With another module (the next fold, ``trainer.test(other)``) the callback starts anew: it
+    counts, observes and learns from the beginning. The same module goes on where it was. What a
+    checkpoint holds goes to the module that the checkpoint is loaded for.
+
+    Args:
+        spec: The chip: a preset's name, an ``NNASpec``, its keys, or a YAML file.
+        targets: Globs or ``re:…`` on module names; a selected module counts with all it contains.
+            Losses and torchmetrics are never emulated.
+        calibration_steps: Optimizer steps that are observed; 0 if ``calibrate`` was called before.
+        fidelity: In training: ``"exact"``, or ``"fast"`` for float rounding in requantization to
+            8 bits; a chip of 16-bit activations is exact all the same.
+        observer: How ranges follow from what is observed: ``"min_max"``, ``"moving_average"``,
+            ``"percentile"`` or ``"mse"``.
+        telemetry_every_n_steps: Optimizer steps from one sample of the telemetry to the next; 0
+            for none. A sampled step runs every operator in float, too.
+        learned_scales: Steps of grids that are trained once the ranges are frozen (LSQ): of
+            ``"weights"``, of ``"all"``, or ``"none"``. Of activations, those of sites that are one
+            instruction with an observed output; LSTM, GRU, attention, normalizations, inputs and
+            in-place calls keep their ranges. Evaluation uses what was learned.
+        scale_lr: Learning rate of the steps' own Adam: the change of a step's logarithm to base 2
+            in one update.
+
+    Every sample logs the mean and the worst of all call sites as ``nna/emulation/clip_rate``,
+    ``…/clip_rate_max``, ``…/overflow_rate_max``, ``…/sqnr_db`` and ``…/sqnr_db_min``; each epoch
+    logs every site's own, as ``nna/emulation/sqnr_db/<site>``. The fit ends with the table of all
+    sites, which :attr:`telemetry` keeps. One warning names the sites that clip more than 5 % of
+    their results, and one says so where no optimizer step of a fit ran emulated.
+
+    Raises:
+        ValueError: If an argument is out of range, a target selects nothing, or the module cannot
+            be emulated (parameters that are not float32).
+        RuntimeError: If validation, test or prediction starts and no range was ever observed.
+
+    Example:
+        >>> from lightning_nna.testing import SmallRecurrentModule
+        >>> chip = NNAEmulation("litert-int8", calibration_steps=2)
+        >>> trainer = pl.Trainer(max_steps=4, callbacks=[chip], accelerator="cpu", logger=False,
+        ...     enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
+        >>> trainer.fit(SmallRecurrentModule())
+        >>> chip.emulator.calibrated
+        True
+
+    Differs from the paper: the paper's accelerator is proprietary; the arithmetic here is that of
+    the chosen ``spec``. How learned steps differ from LSQ says
+    :mod:`lightning_nna.emulation.learned_scales`.
+    """
+
+    def __init__(
+        self,
+        spec: str | NNASpec | Mapping[str, Any] = "litert-int8",
+        *,
+        targets: Sequence[str] = ("*",),
+        calibration_steps: int = 32,
+        fidelity: Fidelity = "exact",
+        observer: Observer = "min_max",
+        telemetry_every_n_steps: int = 100,
+        learned_scales: Learned = "none",
+        scale_lr: float = 0.003,
+    ) -> None:
+        if telemetry_every_n_steps < 0:
+            raise ValueError(
+                f"telemetry_every_n_steps must be at least 0, got {telemetry_every_n_steps}"
+            )
+        if observer not in OBSERVERS:
+            raise ValueError(f"observer must be one of {list(OBSERVERS)}, got {observer!r}")
+        if learned_scales not in LEARNED:
+            raise ValueError(
+                f"learned_scales must be one of {list(LEARNED)}, got {learned_scales!r}"
+            )
+        if calibration_steps < 0:
+            raise ValueError(f"calibration_steps must be at least 0, got {calibration_steps}")
+        if fidelity not in ("exact", "fast"):
+            raise ValueError(f"fidelity must be 'exact' or 'fast', got {fidelity!r}")
+        self.spec = resolve_spec(spec)
+        self.targets = [targets] if isinstance(targets, str) else list(targets)
+        self.calibration_steps = calibration_steps
+        self.fidelity: Fidelity = fidelity
+        self.observer: Observer = observer
+        self.telemetry_every_n_steps = telemetry_every_n_steps
+        self.learned_scales: Learned = learned_scales
+        if scale_lr <= 0:
+            raise ValueError(f"scale_lr must be positive, got {scale_lr}")
+        self.scale_lr = scale_lr
+        self._scale_optimizer = KeyedAdam(scale_lr)
+        self._scaler: Any = None
+        #: Figures of every call site, summed over the samples of the whole run.
+        self.telemetry: Telemetry = Telemetry()
+        self._counter = StepCounter(self._stepped)
+        self._sampled = -1
+        self._emulator: Emulator | None = None
+        self._module: ref[pl.LightningModule] | None = None
+        # A state that waits for the module that it belongs to.
+        self._saved: dict[str, Any] | None = None
+        # Of a copy that has met no module yet: digests of the weights that its ranges go with.
+        self._copied_with: dict[str, str] | None = None
+        # What is to be undone when the batch ends.
+        self._batch = ExitStack()
+        # Optimizer steps of this fit, and those of them that ran emulated.
+        self._fit_steps = self._emulated_steps = 0
+        self._warned_of_clipping = False
+        # Of the run that has observed the ranges, where a checkpoint tells.
+        self._observed_steps: int | None = None
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps so far."""
+        return self._counter.steps
+
+    @property
+    def emulator(self) -> Emulator:
+        """The emulator of the module, from the start of a run on.
+
+        Raises:
+            RuntimeError: Before a Trainer has started a run with this callback.
+        """
+        if self._emulator is None:
+            raise RuntimeError("NNAEmulation has no module yet: a Trainer attaches it as it starts")
+        return self._emulator
+
+    # --- life cycle -----------------------------------------------------------------------------
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        # Before a checkpoint is loaded: its state is this module's.
+        self._meet(pl_module)
+
+    @override
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        emulator = self._attach(pl_module)
+        if self.calibration_steps == 0 and not emulator.calibrated:
+            raise RuntimeError(
+                "calibration_steps=0, and no ranges were observed before: call "
+                "lightning_nna.calibrate(module, batches), or set calibration_steps"
+            )
+        if emulator.calibrated and self._observed_steps is not None and self.calibration_steps:
+            saved, now = self._observed_steps, self.calibration_steps
+            require_same("NNAEmulation", {"calibration_steps": saved}, {"calibration_steps": now})
+        # That of fp16 mixed precision; others have none.
+        self._scaler = getattr(trainer.precision_plugin, "scaler", None)
+        # Attached here and not earlier: optimizers exist only now, some are built in __init__.
+        self._counter.attach(trainer.optimizers)
+        self._fit_steps = self._emulated_steps = 0
+
+    @override
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._attach(pl_module)
+        # In fit, validation before the ranges freeze is the float model's.
+        if trainer.state.fn != "fit":
+            self._require_ranges("validation")
+
+    @override
+    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._attach(pl_module)
+        self._require_ranges("test")
+
+    @override
+    def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._attach(pl_module)
+        self._require_ranges("prediction")
+
+    @override
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._release()
+        if self.telemetry.sites:
+            rank_zero_info(f"NNAEmulation: what the chip's arithmetic did\n{self.telemetry}")
+        self._report_steps()
+
+    @override
+    def on_exception(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+    ) -> None:
+        self._release()
+
+    # --- batches --------------------------------------------------------------------------------
+
+    @override
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        emulator = self.emulator
+        if not emulator.calibrated and self.steps >= self.calibration_steps:
+            emulator.freeze()
+            rank_zero_info(
+                f"NNAEmulation: ranges of {len(emulator.ranges.ranges)} activations frozen "
+                f"after {self.steps} optimizer steps; on {self.spec.name} from here on"
+            )
+        if emulator.calibrated and self._is_due():
+            self._sampled, emulator.telemetry = self.steps, self.telemetry
+        phase: Phase = "emulate" if emulator.calibrated else "observe"
+        self._enter(phase, self.fidelity, self.learned_scales)
+
+    @override
+    def on_before_zero_grad(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
+    ) -> None:
+        # What is left from a step that a gradient scaler skipped.
+        self._scale_optimizer.zero_grad(self.emulator.scales.tensors())
+
+    @override
+    def on_train_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        self._leave()
+        if self.emulator.telemetry is not None:
+            self.emulator.telemetry = None
+            pl_module.log_dict(_summary(self.telemetry))
+            self._warn_of_clipping()
+        if not self.emulator.calibrated:
+            # Every rank then saves the same ranges.
+            self.emulator.reduce_ranges()
+
+    @override
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._leave()  # A hook that skips the rest of an epoch skips the end of its batch, too.
+        pl_module.log("nna/emulation/calibrated", float(self.emulator.calibrated))
+        pl_module.log("nna/emulation/ranges", float(len(self.emulator.ranges.ranges)))
+        for site, figures in self.telemetry.rows().items():
+            pl_module.log_dict(
+                {f"nna/emulation/{name}/{site}": figure for name, figure in figures.items()}
+            )
+
+    @override
+    def on_validation_batch_start(self, *args: Any, **kwargs: Any) -> None:
+        self._enter_exact()
+
+    @override
+    def on_validation_batch_end(self, *args: Any, **kwargs: Any) -> None:
+        self._leave()
+
+    @override
+    def on_test_batch_start(self, *args: Any, **kwargs: Any) -> None:
+        self._enter_exact()
+
+    @override
+    def on_test_batch_end(self, *args: Any, **kwargs: Any) -> None:
+        self._leave()
+
+    @override
+    def on_predict_batch_start(self, *args: Any, **kwargs: Any) -> None:
+        self._enter_exact()
+
+    @override
+    def on_predict_batch_end(self, *args: Any, **kwargs: Any) -> None:
+        self._leave()
+
+    # --- state ----------------------------------------------------------------------------------
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        waits = self._emulator is None or self._saved is not None
+        return {
+            "emulator": self._saved if waits else self.emulator.state_dict(),
+            "steps": self.steps,
+            "telemetry": self.telemetry.state_dict(),
+            "sampled": self._sampled,
+            "scale_optimizer": self._scale_optimizer.state_dict(),
+            "settings": self._settings(),
+            "calibration_steps": self._observed_steps or self.calibration_steps,
+            "clock": self._counter.state_dict(),
+        }
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        require_same("NNAEmulation", state_dict.get("settings", {}), self._settings())
+        self._observed_steps = state_dict.get("calibration_steps")
+        self._copied_with = None
+        self._counter.load_state_dict(state_dict.get("clock", {"steps": state_dict["steps"]}))
+        self._saved = state_dict["emulator"]
+        self.telemetry.load_state_dict(state_dict["telemetry"])
+        self._sampled = int(state_dict["sampled"])
+        self._scale_optimizer.load_state_dict(state_dict.get("scale_optimizer", {}))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy or pickle has the ranges, not the module; and knows the module's copy by sight."""
+        state = dict(self.__dict__)
+        module = None if self._module is None else self._module()
+        if module is not None and self._saved is None:
+            state["_copied_with"] = _digests(module)
+        state.update(_emulator=None, _module=None, _saved=self.state_dict()["emulator"])
+        return {**state, "_scaler": None, "_batch": ExitStack()}
+
+    # --- own ------------------------------------------------------------------------------------
+
+    def _meet(self, pl_module: pl.LightningModule) -> None:
+        """Start anew where the module is not the one of the runs before."""
+        if self._module is not None and self._module() is not pl_module:
+            if self._saved is None:
+                self._forget()
+            self._emulator, self._warned_of_clipping = None, False
+        elif self._copied_with and self._copied_with != _digests(pl_module):
+            self._saved = None
+            self._forget()
+            rank_zero_info(
+                "NNAEmulation is a copy and begins anew: the weights of this module are not those "
+                "that it was copied with; pass ckpt_path of the run to go on from there"
+            )
+        self._copied_with = None
+        self._module = ref(pl_module)
+
+    def _forget(self) -> None:
+        """Have no state, as before the first run."""
+        self._counter.reset()
+        self._sampled, self._observed_steps = -1, None
+        self.telemetry = Telemetry()
+        self._scale_optimizer = KeyedAdam(self.scale_lr)
+
+    def _settings(self) -> dict[str, Any]:
+        """Return the settings that observed ranges belong to, in plain values."""
+        spec = {**asdict(self.spec), "operators": list(self.spec.operators)}
+        return {"spec": spec, "targets": list(self.targets), "observer": self.observer}
+
+    def _attach(self, pl_module: pl.LightningModule) -> Emulator:
+        """Attach when the run starts: ``setup`` and ``configure_model`` may still add layers."""
+        self._meet(pl_module)
+        if self._emulator is None or attached(pl_module) is not self._emulator:
+            if self._emulator is not None and self._saved is None and attached(pl_module) is None:
+                self._saved = self._emulator.state_dict()  # Somebody has stripped the module.
+            self._emulator = attach(
+                pl_module, self.spec, targets=self.targets, observer=self.observer
+            )
+            modules = ", ".join(sorted(self._emulator.dispatch.allowed))
+            rank_zero_info(f"NNAEmulation: {self.spec.name} under {modules}")
+        if self._saved is not None:
+            with torch.inference_mode(False):  # What a test loads may be trained later.
+                self._emulator.load_state_dict(self._saved)
+            self._saved = None
+        return self._emulator
+
+    def _is_due(self) -> bool:
+        """Whether this step is to be sampled: once, however many batches it accumulates."""
+        every = self.telemetry_every_n_steps
+        return every > 0 and self.steps % every == 0 and self.steps != self._sampled
+
+    def _require_ranges(self, stage: str) -> None:
+        emulator = self.emulator
+        if not emulator.calibrated and emulator.ranges.ranges:
+            # A fit that was shorter than its calibration: evaluation needs what it has seen.
+            emulator.freeze()
+            rank_zero_info(f"NNAEmulation: ranges frozen for {stage} after {self.steps} steps")
+        if not emulator.calibrated:
+            raise RuntimeError(
+                f"{stage} on the chip needs ranges, and none were observed: pass ckpt_path of a "
+                f"run with NNAEmulation, or call lightning_nna.calibrate(module, batches) first"
+            )
+
+    def _enter_exact(self) -> None:
+        self._enter("emulate" if self.emulator.calibrated else "float", "exact", "none")
+
+    def _enter(self, phase: Phase, fidelity: Fidelity, learned_scales: Learned) -> None:
+        self._leave()
+        self._batch.enter_context(
+            self.emulator.running(phase, fidelity=fidelity, learned_scales=learned_scales)
+        )
+
+    def _leave(self) -> None:
+        self._batch.close()
+
+    def _stepped(self, advanced: bool) -> None:
+        """Learned steps move with every optimizer; the second of a batch finds no gradient."""
+        if advanced:
+            self._fit_steps += 1
+            self._emulated_steps += int(self.emulator.calibrated)
+        if self.learned_scales != "none" and self.emulator.calibrated:
+            divisor = 1.0 if self._scaler is None else self._scaler.get_scale()
+            agree_on_keys(self.emulator.scales)
+            self._scale_optimizer.update(self.emulator.scales.tensors(), divisor=divisor)
+
+    def _release(self) -> None:
+        """Take hooks off the optimizers, and leave the scope that an exception left open."""
+        self._counter.detach()
+        self._leave()
+
+    def _report_steps(self) -> None:
+        """Say how much of a fit ran emulated, and warn where nothing did."""
+        told = f"{self._emulated_steps} of {self._fit_steps} optimizer steps of this fit"
+        if self._emulated_steps or not self._fit_steps:
+            rank_zero_info(f"NNAEmulation: {told} ran emulated")
+            return
+        rank_zero_warn(
+            f"NNAEmulation: {told} ran emulated, the network was trained in float: the first "
+            f"calibration_steps={self.calibration_steps} steps only observe ranges. Train longer, "
+            f"set fewer calibration_steps, or call lightning_nna.calibrate(module, batches) before "
+            f"the fit and set calibration_steps=0"
+        )
+
+    def _warn_of_clipping(self) -> None:
+        """Name the sites that clip much, once."""
+        ranges = self.emulator.ranges
+        rates = {
+            site: row.clip_rate
+            for site, row in self.telemetry.sites.items()
+            if row.clip_rate > _CLIPS_MUCH
+            and row.results >= _ENOUGH_RESULTS
+            and f"{site}/output" in ranges
+        }
+        if not rates or self._warned_of_clipping:
+            return
+        self._warned_of_clipping = True
+        worst = sorted(rates, key=lambda site: -rates[site])[:5]
+        rank_zero_warn(
+            f"NNAEmulation: {len(rates)} of {len(self.telemetry.sites)} sites clip more than "
+            f"{_CLIPS_MUCH:.0%} of their results after {self.steps} steps; the worst: "
+            f"{', '.join(f'{site} ({rates[site]:.0%})' for site in worst)}. Their ranges were "
+            f"frozen before the network settled: set more calibration_steps, start from trained "
+            f"weights, or lower the learning rate"
+        )
+
+
+def _digests(module: pl.LightningModule) -> dict[str, str]:
+    """Compute what tells a module's weights from any others, by name."""
+    return {name: digest_of(parameter) for name, parameter in module.named_parameters()}
+
+
+def _summary(telemetry: Telemetry) -> dict[str, float]:
+    """Mean and worst of all sites; a site without any noise has no SQNR to average."""
+    rows = list(telemetry.sites.values())
+    decibels = [row.sqnr_db for row in rows if math.isfinite(row.sqnr_db)] or [math.inf]
+    return {
+        "nna/emulation/clip_rate": fmean(row.clip_rate for row in rows),
+        "nna/emulation/clip_rate_max": max(row.clip_rate for row in rows),
+        "nna/emulation/overflow_rate_max": max(row.overflow_rate for row in rows),
+        "nna/emulation/sqnr_db": fmean(decibels),
+        "nna/emulation/sqnr_db_min": min(decibels),
+    }

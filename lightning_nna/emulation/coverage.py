@@ -1,0 +1,141 @@
+"""Which operators of a forward run on the chip, and what the others cost."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from lightning_nna.emulation.attachment import attach, attached, strip
+from lightning_nna.emulation.emulator import Place
+from lightning_nna.emulation.spec import PRESETS, NNASpec
+
+
+@dataclass(frozen=True)
+class CoverageRow:
+    """One call site.
+
+    Args:
+        site: ``path/operator#ordinal``.
+        where: ``"chip"`` for the accelerator, ``"cpu"``, or ``"constant"`` for what depends on no
+            activation and is a constant of the program.
+        calls: How often it ran.
+        crossing_bytes: Bytes of 8-bit activations that go from the chip to the CPU and back, all
+            calls together; 0 for what does not run on the CPU.
+    """
+
+    site: str
+    where: Place
+    calls: int
+    crossing_bytes: int
+
+    @property
+    def on_chip(self) -> bool:
+        """Tell whether it is part of the accelerator's program, be it as a constant."""
+        return self.where != "cpu"
+
+    @property
+    def operator(self) -> str:
+        """The operator's name, or the torch function's where the chip has none."""
+        return self.site.rsplit("/", 1)[1].split("#")[0]
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """All call sites of one forward, in the order in which they first ran."""
+
+    rows: tuple[CoverageRow, ...]
+    scripted: tuple[str, ...] = ()
+
+    @property
+    def fallbacks(self) -> tuple[CoverageRow, ...]:
+        """Sites that run on the CPU."""
+        return tuple(row for row in self.rows if not row.on_chip)
+
+    def __str__(self) -> str:
+        width = max([len(row.site) for row in self.rows], default=4)
+        lines = [f"{'site':{width}}  where     calls  crossing bytes"]
+        for row in self.rows:
+            where = {"chip": "chip", "cpu": "CPU", "constant": "constant"}[row.where]
+            lines.append(f"{row.site:{width}}  {where:8}  {row.calls:5}  {row.crossing_bytes:14}")
+        lines.extend(f"{name}: scripted, its operators cannot be seen" for name in self.scripted)
+        return "\n".join(lines)
+
+
+def coverage(
+    module: nn.Module,
+    *example: Any,
+    spec: str | NNASpec | Mapping[str, Any] = "litert-int8",
+    forward: Callable[..., Any] = lambda module, *example, **keywords: module(*example, **keywords),
+    **keywords: Any,
+) -> Coverage:
+    """Run a module once, in float, and report where each of its operators would run.
+
+    Args:
+        module: Any module; it is left as it was.
+        *example: Arguments of its forward. As in :func:`.emulate`, the chip may follow by position:
+            an ``NNASpec``, a preset's name or a YAML file.
+        spec: The chip.
+        forward: How the module runs, called with it and its arguments: for methods beside its
+            forward, as a decoder's.
+        **keywords: Keyword arguments of its forward.
+
+    Returns:
+        A table that prints; ``fallbacks`` has what the chip does not do.
+
+    Raises:
+        ValueError: If the module is on a chip already; call ``strip`` first.
+
+    Example:
+        >>> print(coverage(nn.Sequential(nn.Linear(4, 2), nn.Softplus()), torch.zeros(1, 4)))
+        site                 where     calls  crossing bytes
+        0/fully_connected#0  chip          1               0
+        1/softplus#0         CPU           1               4
+    """
+    if example and _is_spec(example[-1]):
+        *example, spec = example  # type: ignore[assignment]
+    held = attached(module)
+    if held is not None:
+        whole = type(held.module()).__name__
+        raise ValueError(
+            f"the module, or what it is part of (a {whole}), is on a chip already; call strip on "
+            f"the {whole} first"
+        )
+    emulator = attach(module, spec)
+    found: dict[str, list[int]] = {}
+    places: dict[str, Place] = {}
+
+    def listen(key: str, where: Place, operands: Any, result: Any) -> None:
+        row = found.setdefault(key, [0, 0])
+        row[0] += 1
+        row[1] += _elements(operands, emulator) + _elements(result) if where == "cpu" else 0
+        # A site that is a constant in one call need not be one in another.
+        if places.get(key, "constant") == "constant":
+            places[key] = where
+
+    emulator.listener = listen
+    try:
+        # As `observing` does, but nothing is frozen: no operator may be the chip's at all.
+        with torch.no_grad(), emulator.running("observe"):
+            forward(module, *example, **keywords)
+    finally:
+        strip(module)
+    rows = tuple(CoverageRow(key, places[key], *counts) for key, counts in found.items())
+    return Coverage(rows, tuple(emulator.scripted))
+
+
+def _is_spec(value: Any) -> bool:
+    """Tell whether an argument can only be a chip."""
+    if isinstance(value, str):
+        return value in PRESETS or value.endswith((".yaml", ".yml"))
+    return isinstance(value, NNASpec)
+
+
+def _elements(values: Any, emulator: Any = None) -> int:
+    """Float elements, one byte each; of operands only those that come from the chip."""
+    floats = [x for x in tree_leaves(values) if isinstance(x, Tensor) and x.is_floating_point()]
+    return sum(x.numel() for x in floats if emulator is None or emulator.qparams_of(x) is not None)

@@ -1,0 +1,34 @@
+"""Keep autocast and function modes off the emulated arithmetic."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def float32_arithmetic(x: Tensor) -> AbstractContextManager[None]:
+    """Keep autocast and function modes off the chip's own arithmetic."""
+    return _Float32Arithmetic(x)
+
+
+class _Float32Arithmetic(AbstractContextManager[None]):
+    """Entered for every instruction: a generator would take twice the time."""
+
+    def __init__(self, x: Tensor) -> None:
+        self.kind = x.device.type
+
+    def __enter__(self) -> None:
+        self.functions = torch._C.DisableTorchFunction()
+        self.functions.__enter__()
+        self.cast = None
+        if torch.is_autocast_enabled(self.kind):
+            self.cast = torch.autocast(self.kind, enabled=False)
+            self.cast.__enter__()
+
+    def __exit__(self, *exception: Any) -> None:
+        if self.cast is not None:
+            self.cast.__exit__(*exception)
+        self.functions.__exit__(*exception)

@@ -1,0 +1,263 @@
+r"""Attention as a sequence of the chip's instructions.
+
+.. math:: \mathrm{softmax}\Bigl(\frac{q k^\top}{\sqrt d} + b\Bigr) v
+
+Projections are fully connected layers, each with a grid of its own; the two products are batch
+matrix products. The factor :math:`1 / \sqrt d` is the softmax's own, or, where a bias :math:`b`
+comes between, the query's: for 8 bits a product with the integer 1 of that scale, onto a grid with
+that scale, which changes no integer. Masks are those of :mod:`.attention_mask`.
+
+Reference:
+    Vaswani et al., "Attention is all you need", NeurIPS 2017, arXiv 1706.03762.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lightning_nna.emulation.arithmetic.quantized_weight import QuantizedWeight
+from lightning_nna.emulation.float32_arithmetic import float32_arithmetic
+from lightning_nna.emulation.operators import elementwise
+from lightning_nna.emulation.operators.activation import dropout
+from lightning_nna.emulation.operators.attention_mask import Mask, masked_scores
+from lightning_nna.emulation.operators.call import Call
+from lightning_nna.emulation.operators.linear import fully_connected, linear
+from lightning_nna.emulation.operators.matmul import matmul
+from lightning_nna.emulation.operators.reduction import mean_onto
+from lightning_nna.emulation.operators.softmax import softmax
+from lightning_nna.emulation.program import Activation, Stored
+from lightning_nna.emulation.ranges import PENDING, round_significand
+
+# The rows of a weight that is one layer's alone.
+_ALL = slice(None)
+
+
+def scaled_dot_product_attention(
+    call: Call,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """``F.scaled_dot_product_attention`` on the chip."""
+    if is_causal:
+        mask = Mask.causal(query.shape[-2], key.shape[-2], query.device)
+    else:
+        mask = Mask.of([attn_mask], constant=call.state.is_constant)
+    factor = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+    return _attend(call, (query, key, value), mask, factor, dropout_p)[0]
+
+
+def supports_scaled_dot_product_attention(
+    query: Tensor, *args: Any, enable_gqa: bool = False, **kwargs: Any
+) -> bool:
+    """Whether every query has a key of its own, and the factor is positive."""
+    grouped = enable_gqa or (len(args) > 6 and args[6])
+    scale = kwargs.get("scale")
+    return not grouped and query.dim() <= 5 and (scale is None or scale > 0)
+
+
+def multi_head_attention(
+    call: Call,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    embed_dim_to_check: int,
+    num_heads: int,
+    in_proj_weight: Tensor | None,
+    in_proj_bias: Tensor | None,
+    bias_k: Tensor | None,
+    bias_v: Tensor | None,
+    add_zero_attn: bool,
+    dropout_p: float,
+    out_proj_weight: Tensor,
+    out_proj_bias: Tensor | None,
+    training: bool = True,
+    key_padding_mask: Tensor | None = None,
+    need_weights: bool = True,
+    attn_mask: Tensor | None = None,
+    use_separate_proj_weight: bool = False,
+    q_proj_weight: Tensor | None = None,
+    k_proj_weight: Tensor | None = None,
+    v_proj_weight: Tensor | None = None,
+    static_k: Tensor | None = None,
+    static_v: Tensor | None = None,
+    average_attn_weights: bool = True,
+    is_causal: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """``F.multi_head_attention_forward`` on the chip; ``is_causal`` only hints at the mask."""
+    mask = Mask.of(
+        [_over_heads(attn_mask, num_heads), _over_keys(key_padding_mask)],
+        true_is_masked=True,
+        constant=call.state.is_constant,
+    )
+    weights = (q_proj_weight, k_proj_weight, v_proj_weight)
+    packed = None if use_separate_proj_weight else in_proj_weight
+    heads = tuple(
+        call.viewed(_split_heads(projected, num_heads), projected)
+        for projected in _project(call, (query, key, value), packed, weights, in_proj_bias)
+    )
+    factor = 1 / math.sqrt(query.shape[-1] // num_heads)
+    joined, probabilities = _attend(call, heads, mask, factor, dropout_p if training else 0.0)
+    joined = call.viewed(joined.permute(2, 0, 1, 3).flatten(2), joined)
+    if query.dim() == 2:
+        joined = call.viewed(joined.squeeze(1), joined)
+    result = linear(call.child("out_projection"), joined, out_proj_weight, out_proj_bias)
+    if not need_weights:
+        return result, None
+    if average_attn_weights:
+        probabilities = _average(call.child("average"), probabilities)
+    if query.dim() == 2:
+        probabilities = call.viewed(probabilities.squeeze(0), probabilities)
+    return result, probabilities
+
+
+def supports_multi_head_attention(*args: Any, **kwargs: Any) -> bool:
+    """Whether nothing is appended to the keys, and none are given from outside."""
+    bias_k, bias_v, add_zero_attn = args[7:10]
+    extra = (bias_k, bias_v, kwargs.get("static_k"), kwargs.get("static_v"))
+    return all(x is None for x in extra) and not add_zero_attn
+
+
+def _attend(
+    call: Call,
+    operands: tuple[Tensor, ...],
+    mask: Mask,
+    factor: float,
+    dropout_p: float,
+) -> tuple[Tensor, Tensor]:
+    """The weighted values, and the weights: ``(*batch, T, d)`` and ``(*batch, T, S)``."""
+    query, key, value = operands
+    beta = factor
+    if mask.bias is not None:
+        query, beta = _scaled(call.child("scale"), query, factor), 1.0
+    scores = masked_scores(call, query, call.viewed(key.mT, key), mask, beta)
+    probabilities = softmax(call.child("softmax"), scores, -1, beta=beta)
+    if dropout_p > 0:
+        probabilities = dropout(call, probabilities, dropout_p)
+    return matmul(call.child("values"), probabilities, value), probabilities
+
+
+def _scaled(call: Call, query: Tensor, factor: float) -> Tensor:
+    """The query on a grid ``factor`` times as fine, with the same integers.
+
+    The grid's scale is rounded to the significand of every activation's. In 8 bits that is the
+    factor to 16 bits; elsewhere it would be too coarse.
+    """
+    if call.bits == 16 or call.state.spec.power_of_two_scales:
+        return elementwise.mul(call, query, factor)
+    x = call.operand(query, "input")
+    if call.observing:
+        return call.with_qparams(query * factor, PENDING)
+    finer = replace(x.qparams, scale=round_significand(x.qparams.scale * factor, call.bits))
+    with float32_arithmetic(query):
+        # By a tensor: a GPU would multiply by the inverse of a number.
+        integers = x.value / torch.full((), x.qparams.scale, device=query.device)
+        result = integers * finer.scale
+    if call.recording:
+        y = Activation(result, finer).stored()
+        unit = float(np.float32(finer.scale) / np.float32(x.qparams.scale))
+        one = Stored(torch.ones((), dtype=torch.int64), y.dtype, unit, constant=True)
+        call.record("MUL", [x.stored(), one], [y])
+    return call.with_qparams(result, finer)
+
+
+def _project(
+    call: Call,
+    inputs: tuple[Tensor, ...],
+    packed: Tensor | None,
+    separate: tuple[Tensor | None, ...],
+    bias: Tensor | None,
+) -> list[Tensor]:
+    """Query, key and value of all heads, each by a fully connected layer."""
+    names = ("query", "key", "value")
+    # One that comes in several roles is quantized once.
+    operands = {id(x): call.operand(x, name) for x, name in zip(inputs, names, strict=True)}
+    weights = separate if packed is None else packed.chunk(3)
+    trained = _trainable(call, separate, packed)
+    biases = (None,) * 3 if bias is None else bias.chunk(3)
+    projected = []
+    for index, (x, weight, shift) in enumerate(zip(inputs, weights, biases, strict=True)):
+        assert weight is not None, "torch asks for three weights or a packed one"
+        part = call.child(f"{names[index]}_projection")
+        whole = weight if packed is None else packed
+        rows = slice(index * len(weight), (index + 1) * len(weight)) if packed is not None else _ALL
+        layer = (weight, trained[index], shift)
+        projected.append(_projection(part, operands[id(x)], layer, whole, rows))
+    return projected
+
+
+def _trainable(
+    call: Call, separate: tuple[Tensor | None, ...], packed: Tensor | None
+) -> Sequence[Tensor | None]:
+    """What the gradients of the projections go to; a packed weight is asked for once."""
+    per_channel = call.state.spec.weight_granularity == "per_channel"
+    if call.observing:
+        return separate
+    if packed is not None:
+        return call.state.trainable(packed, 1 if per_channel else len(packed) // 3).chunk(3)
+    return [
+        None if w is None else call.state.trainable(w, 1 if per_channel else len(w))
+        for w in separate
+    ]
+
+
+def _projection(
+    call: Call,
+    x: Activation,
+    layer: tuple[Tensor, Tensor | None, Tensor | None],
+    whole: Tensor,
+    rows: slice,
+) -> Tensor:
+    """A layer whose weight is some rows of a parameter, with scales of its own.
+
+    Its weight, what the weight's gradient goes to, and its bias come together.
+    """
+    weight, trained, bias = layer
+
+    def in_float() -> Tensor:
+        return F.linear(x.value, weight, bias)
+
+    if call.observing:
+        return call.observed(in_float())
+    per_channel = call.state.spec.weight_granularity == "per_channel"
+    held = call.state.weight(whole, 1 if per_channel else len(weight))
+    quantized = QuantizedWeight(held.stored[rows], held.scales[rows])
+    assert trained is not None, "what is emulated has a place for its gradient"
+    return fully_connected(call, x, trained, bias, quantized, call.output(in_float))
+
+
+def _average(call: Call, probabilities: Tensor) -> Tensor:
+    """Mean over the heads, on the grid of probabilities."""
+    if call.observing:
+        return call.with_qparams(probabilities.mean(1), PENDING)
+    x = call.operand(probabilities, "input")
+    return mean_onto(call, x, (1,), False, x.qparams)
+
+
+def _split_heads(x: Tensor, heads: int) -> Tensor:
+    """``(T, N, E)`` or ``(T, E)`` as ``(N, heads, T, E / heads)``."""
+    batched = x.unsqueeze(1) if x.dim() == 2 else x
+    return batched.unflatten(-1, (heads, -1)).permute(1, 2, 0, 3)
+
+
+def _over_heads(mask: Tensor | None, heads: int) -> Tensor | None:
+    """``(T, S)`` for all, or ``(N heads, T, S)``, as what broadcasts to ``(N, heads, T, S)``."""
+    return mask if mask is None or mask.dim() == 2 else mask.unflatten(0, (-1, heads))
+
+
+def _over_keys(mask: Tensor | None) -> Tensor | None:
+    """``(N, S)`` or ``(S,)`` as ``(N, 1, 1, S)``."""
+    return None if mask is None else mask.reshape(-1, 1, 1, mask.shape[-1])

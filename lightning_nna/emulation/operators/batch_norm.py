@@ -1,0 +1,259 @@
+r"""Batch normalization, folded into the convolution or linear layer before it.
+
+On the chip there is no batch norm: its factor and shift are part of the weight and bias of the
+layer that it follows, per output channel,
+
+.. math:: w' = w f, \qquad b' = (b - m) f + \beta, \qquad f = \frac{\gamma}{\sqrt{v + \epsilon}}.
+
+A weight with a scale of its own for each channel keeps its integers when its channels are
+multiplied: :math:`|f|` goes into the scales and the sign of :math:`f` to the integers. So the
+layer's sums are formed once; in training :math:`m` and :math:`v` are theirs, in evaluation the
+running statistics, which follow as ever. The backward is batch norm's own.
+
+Which layers fold is seen while ranges are observed: those whose result goes straight into a batch
+norm and nowhere else. Any other batch norm, and each on a chip whose weights have one scale a
+tensor or powers of two for scales, is a depthwise convolution with one tap.
+
+Reference:
+    Jacob et al., "Quantization and training of neural networks for efficient integer-arithmetic-
+    only inference", CVPR 2018, arXiv 1712.05877, section 3.2.
+
+Differs from the paper: there the folded weight is quantized and convolved a second time; the
+statistics are those of the float weight.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lightning_nna.elementary import square_root
+from lightning_nna.emulation.arithmetic.quantized_weight import (
+    SMALLEST_SCALE,
+    QuantizedWeight,
+    round_significands,
+)
+from lightning_nna.emulation.arithmetic.rescaling import round_fast, rounding_factors
+from lightning_nna.emulation.clipping import clip, inside
+from lightning_nna.emulation.first_order import first_order
+from lightning_nna.emulation.float32_arithmetic import float32_arithmetic
+from lightning_nna.emulation.fusion import FusionCandidate
+from lightning_nna.emulation.operators.call import Call
+from lightning_nna.emulation.operators.convolution import convolve
+from lightning_nna.emulation.operators.convolution_layout import Geometry
+from lightning_nna.emulation.operators.linear import (
+    accumulator_limit,
+    holding_bias,
+    integer_bias,
+    needs_exact,
+    settled,
+)
+from lightning_nna.emulation.program import Activation
+from lightning_nna.emulation.ranges import QParams
+
+
+def batch_norm(
+    call: Call,
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """``F.batch_norm`` on the chip."""
+    if call.observing:
+        spec = call.state.spec
+        if spec.weight_granularity == "per_channel" and not spec.power_of_two_scales:
+            call.state.fusion.normalizes(input)
+        given = call.operand(input, "input").value
+        arguments = (running_mean, running_var, weight, bias, training, momentum, eps)
+        return call.observed(F.batch_norm(given, *arguments))
+    folded = call.state.fusion.waiting(input)
+    x = None if folded is not None else call.operand(input, "input")
+    values = input if x is None else x.value
+    with float32_arithmetic(values):
+        mean, variance = _statistics(values, running_mean, running_var, training, momentum)
+        inverse = square_root(variance + eps).reciprocal()
+        y = call.output(lambda: _normalized(values.detach(), mean, inverse, weight, bias))
+        if folded is not None:
+            result = _Folded.apply(input, weight, bias, mean, inverse, training, folded, y, call)
+            return call.with_qparams(result, y)
+    assert x is not None, "either the layer before folds, or there is an operand"
+    return _as_convolution(call, x, weight, bias, mean, inverse, y)
+
+
+def _statistics(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
+    momentum: float,
+) -> tuple[Tensor, Tensor]:
+    """Mean and variance per channel (second axis); the running ones follow in training."""
+    if not training:
+        assert running_mean is not None, "torch asks for statistics outside of training"
+        assert running_var is not None, "torch asks for statistics outside of training"
+        return running_mean, running_var
+    axes = [axis for axis in range(x.dim()) if axis != 1]
+    variance, mean = torch.var_mean(x, axes, correction=0)
+    if running_mean is not None and running_var is not None:
+        count = x.numel() // x.shape[1]
+        with torch.no_grad():
+            running_mean.lerp_(mean.detach(), momentum)
+            running_var.lerp_(variance.detach() * (count / max(count - 1, 1)), momentum)
+    return mean, variance
+
+
+def _normalized(
+    x: Tensor, mean: Tensor, inverse: Tensor, weight: Tensor | None, bias: Tensor | None
+) -> Tensor:
+    """Batch norm in float with given statistics."""
+    factor = inverse if weight is None else inverse * weight
+    shape = (-1, *[1] * (x.dim() - 2))
+    result = (x - mean.view(shape)) * factor.view(shape)
+    return result if bias is None else result + bias.view(shape)
+
+
+class _Folded(torch.autograd.Function):
+    """The layer's sums with the norm's scales and bias forward, batch norm's own backward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        mean: Tensor,
+        inverse: Tensor,
+        training: bool,
+        layer: FusionCandidate,
+        y: QParams,
+        call: Call,
+    ) -> Tensor:
+        factor = inverse.detach() if weight is None else inverse.detach() * weight.detach()
+        offset = -mean.detach() if layer.bias is None else layer.bias.detach() - mean.detach()
+        shift = offset * factor if bias is None else bias.detach() + offset * factor
+        folded = _folded(call, layer, factor, shift)
+        rounded = _output(call, layer, x.detach(), shift, folded, y)
+        centered, clipped = clip(rounded, y, any(ctx.needs_input_grad))
+        result = centered.mul_(y.scale)
+        if call.recording:
+            layer.record(call, folded.weight, shift, Activation(result, y))
+        ctx.training, ctx.has_bias = training, bias is not None
+        ctx.save_for_backward(x, weight, mean.detach(), inverse.detach(), clipped)
+        return result
+
+    @staticmethod
+    @first_order("batch normalization of a layer")
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, mean, inverse, clipped = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        with float32_arithmetic(grad):
+            # In evaluation the kernel takes the running statistics; the inverse is that of var + 0.
+            running = (mean, inverse.square().reciprocal())
+            grads = torch.ops.aten.native_batch_norm_backward(
+                inside(grad, clipped),
+                x,
+                weight,
+                *running,
+                mean,
+                inverse,
+                ctx.training,
+                0.0,
+                [needs_x, needs_weight, needs_bias],
+            )
+        wanted = zip(grads, (needs_x, needs_weight, needs_bias), strict=True)
+        return *(found if need else None for found, need in wanted), *(None,) * 6
+
+
+class _FoldedWeight(NamedTuple):
+    """A layer's weight with the norm's factor.
+
+    Args:
+        weight: On the chip.
+        signs: Of the factor; 0 where the norm multiplies with nothing.
+        kept: Whether the integers are the layer's but for the signs, and so its sums are.
+    """
+
+    weight: QuantizedWeight
+    signs: Tensor
+    kept: bool
+
+
+def _folded(call: Call, layer: FusionCandidate, factor: Tensor, shift: Tensor) -> _FoldedWeight:
+    """Put the norm's factor into the scales, which grow where they could not hold the shift."""
+    held = layer.weight
+    scales = round_significands(held.scales.double() * factor.double().abs())
+    nothing = scales < SMALLEST_SCALE
+    signs = factor.sign().masked_fill_(nothing, 0.0)
+    integers = held.stored * signs.to(torch.int8).view(-1, *[1] * (held.stored.dim() - 1))
+    weight = QuantizedWeight(integers, scales.masked_fill_(nothing, SMALLEST_SCALE).float())
+    fitting = holding_bias(call, weight, shift, layer.x.qparams)
+    return _FoldedWeight(fitting, signs, fitting is weight)
+
+
+def _output(
+    call: Call,
+    layer: FusionCandidate,
+    result: Tensor,
+    shift: Tensor,
+    folded: _FoldedWeight,
+    y: QParams,
+) -> Tensor:
+    """The rounded output in units of its scale, from the layer's sums or its result.
+
+    Where the integers are not those that the sums were formed with, they are formed once more.
+    """
+    shape, bits = (-1, *[1] * (result.dim() - 2)), layer.x.qparams.bits
+    scales = layer.x.qparams.scale * folded.weight.scales.double()
+    biases = integer_bias(shift, scales, call.state.spec.bias_width(bits))
+    signs = folded.signs
+    if layer.exact or not folded.kept or needs_exact(call, layer.x, folded.weight, y):
+        if layer.exact and folded.kept:
+            total = layer.sums.double() * signs.double().view(shape)
+        else:
+            total = layer.sums_of(folded.weight).double()
+        total += biases.view(shape)
+        largest = layer.weight.largest_sum() * layer.x.qparams.largest
+        largest += float(biases.abs().max())
+        factors, limit = (scales / y.scale).view(shape), accumulator_limit(call, bits)
+        return settled(
+            call, total, factors, y, largest=largest, limit=limit, rounding=layer.rounding
+        )
+    first, second = rounding_factors(scales / y.scale, rounding=layer.rounding)
+    first = first.to(result.device)
+    to_units = signs * first / (layer.x.qparams.scale * layer.weight.scales)
+    constant = (biases * first).float()
+    if layer.bias is not None:
+        constant -= layer.bias.detach() * to_units
+    scaled = torch.addcmul(constant.view(shape), result, to_units.view(shape))
+    return round_fast(scaled, None if second is None else second.view(shape))
+
+
+def _as_convolution(
+    call: Call,
+    x: Activation,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    inverse: Tensor,
+    y: QParams,
+) -> Tensor:
+    """A factor and a shift per channel: a depthwise convolution with one tap."""
+    with float32_arithmetic(x.value):
+        factor = inverse if weight is None else inverse * weight
+        shift = -mean * factor if bias is None else bias - mean * factor
+    value = x.value.unsqueeze(2) if x.value.dim() == 2 else x.value
+    # More than two axes in space are two to this layer.
+    shaped = value.flatten(3) if value.dim() > 4 else value
+    taps = factor.view(-1, *[1] * (shaped.dim() - 1))
+    geometry = Geometry.of(taps, groups=len(factor))
+    operand = Activation(shaped, x.qparams)
+    result = convolve(call, operand, taps, shift, call.quantized(taps), geometry, y)
+    return call.with_qparams(result.reshape(x.value.shape), y)

@@ -1,0 +1,412 @@
+"""What an operator is given: its site, its operands on the grid, and a place for its result."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from lightning_nna.emulation.arithmetic.quantized_weight import QuantizedWeight, quantize_weight
+from lightning_nna.emulation.arithmetic.rescaling import (
+    rescale,
+    rescale_fast,
+    round_half_away,
+    spills,
+)
+from lightning_nna.emulation.clipping import clip, inside
+from lightning_nna.emulation.float32_arithmetic import float32_arithmetic
+from lightning_nna.emulation.fusion import Fusion
+from lightning_nna.emulation.program import Activation, Instruction, Stored
+from lightning_nna.emulation.ranges import (
+    PENDING,
+    Parts,
+    QParams,
+    RangeTable,
+    affine_qparams,
+    not_finite,
+    symmetric_qparams,
+)
+from lightning_nna.emulation.spec import NNASpec
+
+
+class Host(Protocol):
+    """What operators need of the emulator that runs them."""
+
+    spec: NNASpec
+    ranges: RangeTable
+    fusion: Fusion
+    #: Called with every instruction, where somebody listens.
+    recorder: Callable[[Instruction], None] | None
+
+    def qparams_of(self, x: Tensor) -> QParams | None:
+        """Quantization parameters that travel with an activation, if it has any."""
+
+    def set_qparams(self, x: Tensor, qparams: QParams) -> None:
+        """Let quantization parameters travel with an activation."""
+
+    def set_parts(self, x: Tensor, grids: Sequence[QParams | None]) -> None:
+        """Let parts of a tensor along its first axis carry parameters of their own."""
+
+    def parts_of(self, x: Tensor) -> Parts | None:
+        """Parameters of a tensor whose parts lie on several grids."""
+
+    def is_constant(self, x: Tensor) -> bool:
+        """Tell whether a tensor is a parameter or buffer, or computed of these alone."""
+
+    def is_own(self, x: Tensor) -> bool:
+        """Tell whether a tensor is itself a parameter or buffer of the module."""
+
+    def in_program(self, x: Tensor) -> bool:
+        """Tell whether a tensor is a constant, or computed of integers: no activation."""
+
+    def weight(self, weight: Tensor, rows_per_scale: int) -> QuantizedWeight:
+        """A weight after the whole weight pipeline."""
+
+    def trainable(self, weight: Tensor, rows_per_scale: int) -> Tensor:
+        """What the gradient of a weight goes to; a tensor of the weight's shape."""
+
+    @property
+    def moving_grids(self) -> bool:
+        """Whether grids of activations change with every step of an optimizer."""
+
+    def learned_grid(self, key: str, observed: QParams) -> QParams:
+        """The grid of an output, given that of the range that was observed."""
+
+    def first_run_after_freeze(self, key: str) -> None:
+        """Report a site that no calibration has seen."""
+
+    def watches_overflow(self, site: str) -> bool:
+        """Tell whether anybody wants to know of a site's overflows."""
+
+    def count_overflow(self, site: str, lost: int, sums: int) -> None:
+        """Note how many sums left the accumulator's range; warn of the first."""
+
+    def count_biases(self, site: str, smallest: Tensor, scales: Tensor) -> None:
+        """Note how many channels need a larger scale than their weights for their bias."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of one operator.
+
+    Args:
+        state: What is known of the module.
+        site: Key of the call site.
+        observing: Ranges are being observed and the operator runs in float.
+        exact: Every output bit counts; otherwise requantization may round in float.
+        bits: Width of the activations of this operator.
+        min_value: What the output's grid reaches down to, if its range does not.
+        recorder: Receives every instruction that runs in exact fidelity, where somebody listens.
+    """
+
+    state: Host
+    site: str
+    observing: bool
+    exact: bool
+    bits: int = 8
+    min_value: float = 0.0
+    recorder: Callable[[Instruction], None] | None = None
+
+    def child(self, name: str, bits: int | None = None) -> Call:
+        """One instruction of a composite, with ranges and perhaps a width of its own."""
+        site, width = f"{self.site}/{name}", bits or self.bits
+        return replace(self, site=site, bits=width)
+
+    def operand(self, x: Tensor | float, name: str) -> Activation:
+        """Bring an operand onto the grid: it is there already, is a constant, or is quantized.
+
+        While observing, the value comes back unchanged, and the range of an operand that no
+        operator of the chip has produced is noted under ``site/name``.
+
+        Raises:
+            FloatingPointError: If a value that comes from float is not finite.
+        """
+        if not isinstance(x, Tensor):
+            return self._scalar(float(x))
+        tag = self.state.qparams_of(x)
+        if tag is not None:
+            self.state.fusion.reads(x, self.site)
+            # The ReLU's backward takes care of what was clipped for it, and no other.
+            tag = replace(tag, rectified=False) if tag.rectified else tag
+            return self._of_width(Activation(x, tag))
+        if self.state.in_program(x):
+            return self.constant(x)
+        key = f"{self.site}/{name}"
+        if self.observing:
+            self.state.ranges.observe(key, x)
+            return Activation(x, PENDING)
+        self.state.fusion.check_finished(x, self.site)
+        qparams = self._frozen(key, x)
+        if (parts := self.state.parts_of(x)) is not None:
+            return Activation(self._joined(x, parts, qparams), qparams)
+        with float32_arithmetic(x):
+            result = Activation(quantize(x, qparams, key), qparams)
+        if self.recording:
+            self._record_quantize(x, result)
+        return result
+
+    def observed(
+        self, result: Tensor, name: str = "output", *, seen: Tensor | None = None
+    ) -> Tensor:
+        """Note a float result's range while observing, and mark it as the chip's.
+
+        The range is that of ``seen``, if more than the result lies on its grid.
+        """
+        self.state.ranges.observe(f"{self.site}/{name}", result if seen is None else seen)
+        self.state.set_qparams(result, PENDING)
+        if name == "output" and self.bits == 8:
+            self.state.fusion.observed(result, self.site)
+        return result
+
+    def unchanged(self, result: Tensor, like: Activation) -> Tensor:
+        """Pass on the parameters of an operand to a result on the same grid."""
+        self.state.set_qparams(result, like.qparams)
+        return result
+
+    def output(self, compute: Callable[[], Tensor], name: str = "output") -> QParams:
+        """Parameters of the result; ``compute`` gives the float result for a site never seen."""
+        key = f"{self.site}/{name}"
+        if key not in self.state.ranges:
+            frozen = self._frozen(key, compute())
+            if key not in self.state.ranges:
+                return frozen
+        grid = self._grid(key, self.min_value)
+        if name == "output" and self.site in self.state.fusion.rectified:
+            return replace(grid, rectified=True)
+        return grid
+
+    def with_qparams(self, result: Tensor, qparams: QParams) -> Tensor:
+        """Let the result carry its parameters."""
+        self.state.set_qparams(result, qparams)
+        if qparams.rectified:
+            self.state.fusion.clamped(result, self.site)
+        return result
+
+    def viewed(self, view: Tensor, of: Tensor) -> Tensor:
+        """Let a view of an activation carry the activation's parameters, if it has any."""
+        tag = self.state.qparams_of(of)
+        return view if tag is None else self.with_qparams(view, tag)
+
+    def quantized(self, weight: Tensor) -> QuantizedWeight:
+        """A weight that is no parameter but was computed from some, on the chip's grid."""
+        spec = self.state.spec
+        per_channel = spec.weight_granularity == "per_channel"
+        return quantize_weight(
+            weight,
+            rows_per_scale=1 if per_channel else weight.shape[0],
+            maximum=spec.weight_max,
+            power_of_two=spec.power_of_two_scales,
+        )
+
+    def initial_state(self, x: Tensor, y: QParams, name: str) -> Tensor:
+        """Bring a state that comes from before the call onto the grid of the later ones."""
+        tag = self.state.qparams_of(x)
+        if tag is not None and tag != PENDING:
+            return requantize(self, Activation(x, tag), y)
+        with float32_arithmetic(x):
+            result = quantize(x, y, f"{self.site}/{name}")
+        if self.recording:
+            self._record_quantize(x, Activation(result, y))
+        return result
+
+    def selected(self, x: Tensor, index: int) -> Tensor:
+        """One part of a tensor along its first axis, with the parameters that it has there."""
+        result = self.viewed(x[index], x)
+        parts = self.state.parts_of(x)
+        grid = None if parts is None else Parts(parts.which[index], parts.grids).one_grid()
+        return result if grid is None else self.with_qparams(result, grid)
+
+    def _joined(self, x: Tensor, parts: Parts, y: QParams) -> Tensor:
+        """A tensor of several grids on one."""
+        values, which = x.reshape(-1), parts.which.reshape(-1)
+        moved, places = [], []
+        for number, grid in enumerate(parts.grids):
+            place = (which == number).nonzero().flatten()
+            if not len(place):
+                continue
+            assert grid is not None
+            moved.append(requantize(self, Activation(values[place], grid), y))
+            places.append(place)
+        return torch.cat(moved)[torch.cat(places).argsort()].reshape(x.shape)
+
+    def constant(self, x: Tensor) -> Activation:
+        """A tensor of the program used as an operand: on a symmetric grid of its values."""
+        if self.observing:
+            return Activation(x, PENDING, constant=True)
+        return _constant(x, self.bits, self.state.spec.power_of_two_scales)
+
+    @property
+    def recording(self) -> bool:
+        """Whether somebody wants to know the instructions of this call."""
+        return self.recorder is not None and self.exact and not self.observing
+
+    def record(
+        self,
+        operator: str,
+        inputs: Sequence[Stored | None],
+        outputs: Sequence[Stored],
+        intermediates: Sequence[Stored] = (),
+        left: Sequence[Stored] = (),
+        **options: Any,
+    ) -> None:
+        """Report an instruction, see :class:`Instruction`."""
+        if self.recording and self.recorder is not None:
+            rest = tuple(intermediates), tuple(left)
+            self.recorder(
+                Instruction(operator, self.site, tuple(inputs), tuple(outputs), options, *rest)
+            )
+
+    def _of_width(self, x: Activation) -> Activation:
+        """An activation of another width than this operator's: widened without loss, or narrowed.
+
+        Narrowing has no range of its own: the 8-bit grid covers what the 16-bit one does. Where
+        more is known of the range, requantize explicitly.
+        """
+        if x.qparams == PENDING or x.qparams.bits == self.bits:
+            return x
+        if self.bits == 16:
+            widened = Activation(x.value, x.qparams.widened(), x.constant)
+            if self.recording:
+                self.record("QUANTIZE", [x.stored()], [widened.stored()])
+            return widened
+        low, high = (bound * x.qparams.scale for bound in x.qparams.bounds)
+        grid = affine_qparams(low, high, power_of_two=self.state.spec.power_of_two_scales)
+        return Activation(requantize(self, x, grid), grid, x.constant)
+
+    def _frozen(self, key: str, x: Tensor) -> QParams:
+        """Parameters of a frozen range; a site that calibration never met takes this tensor's."""
+        if key not in self.state.ranges:
+            if not x.numel():  # Says nothing of a range, and any grid holds it.
+                return QParams(1.0, 0) if self.bits == 8 else QParams(1.0, 0).widened()
+            self.state.first_run_after_freeze(key)
+            self.state.ranges.observe(key, x)
+        return self._grid(key)
+
+    def _grid(self, key: str, min_value: float = 0.0) -> QParams:
+        observed = self.state.ranges[key]
+        grid = affine_qparams(
+            min(observed.minimum, min_value),
+            observed.maximum,
+            bits=self.bits,
+            power_of_two=self.state.spec.power_of_two_scales,
+        )
+        return grid if min_value else self.state.learned_grid(key, grid)
+
+    def _scalar(self, x: float) -> Activation:
+        """A Python number as a constant of one element."""
+        if self.observing:
+            return Activation(torch.tensor(x), PENDING, constant=True)
+        return _number(x, self.bits, self.state.spec.power_of_two_scales)
+
+    def _record_quantize(self, x: Tensor, result: Activation) -> None:
+        source = Stored(x.detach().float(), "float32", source=x)
+        self.record("QUANTIZE", [source], [result.stored()])
+
+
+def _constant(x: Tensor, bits: int, power_of_two: bool) -> Activation:
+    magnitude = float(x.detach().abs().max()) if x.numel() else 0.0
+    qparams = symmetric_qparams(magnitude, bits=bits, power_of_two=power_of_two)
+    with float32_arithmetic(x):
+        return Activation(quantize(x, qparams), qparams, constant=True)
+
+
+@lru_cache(maxsize=256)
+def _number(x: float, bits: int, power_of_two: bool) -> Activation:
+    # Kept for training, whoever asks first.
+    with torch.inference_mode(False):
+        return _constant(torch.tensor(x, dtype=torch.float32), bits, power_of_two)
+
+
+def stored_bytes(value: Tensor, qparams: QParams) -> Tensor:
+    """Integers with their zero point, int8, of values on an 8-bit grid."""
+    integers = (value.detach() / qparams.scale).add_(qparams.zero_point)
+    return (integers if integers.is_cpu else integers.round_()).to(torch.int8)
+
+
+def quantize(x: Tensor, qparams: QParams, key: str = "a constant") -> Tensor:
+    """Round a float tensor onto a grid; the gradient is 1 inside the range and 0 outside.
+
+    Args:
+        x: Any float tensor.
+        qparams: The grid.
+        key: What an error calls the tensor.
+
+    Raises:
+        FloatingPointError: If a value is not finite.
+    """
+    return _Quantize.apply(x, qparams, key)
+
+
+def requantize(call: Call, x: Activation, y: QParams) -> Tensor:
+    """The same value on another grid, by the chip's own requantization."""
+    if x.qparams == y:
+        return x.value
+    with float32_arithmetic(x.value):
+        result = _Requantize.apply(x.value, x, y, call)
+    if call.recording:
+        call.record("QUANTIZE", [x.stored()], [Activation(result, y).stored()])
+    return call.with_qparams(result, y)
+
+
+def look_up(table: Tensor, index: Tensor) -> Tensor:
+    """Entries of a table of one axis at indices of any shape; the result is no view."""
+    result = table.new_empty(index.shape)
+    torch.index_select(table, 0, index.flatten(), out=result.view(-1))
+    return result
+
+
+class _Quantize(torch.autograd.Function):
+    """float -> grid, straight through."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, qparams: QParams, key: str) -> Tensor:
+        # LiteRT's quantize divides in float32 and rounds ties away from zero.
+        scaled = x.detach().float() / qparams.scale
+        low, high = (float(x) for x in torch.aminmax(scaled)) if scaled.numel() else (0.0, 0.0)
+        if not math.isfinite(high - low):
+            raise FloatingPointError(not_finite(key, low, high))
+        centered = round_half_away(scaled)
+        clipped = None
+        if low < qparams.bounds[0] or high > qparams.bounds[1]:
+            centered, clipped = clip(centered, qparams, keep=True)
+        ctx.save_for_backward(clipped)
+        return centered.mul_(qparams.scale)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        # Outside of the block: with activation checkpointing, asking for what was saved runs the
+        # forward again.
+        (clipped,) = ctx.saved_tensors
+        with float32_arithmetic(grad):
+            return inside(grad, clipped), None, None
+
+
+class _Requantize(torch.autograd.Function):
+    """The same value on another grid."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, activation: Activation, y: QParams, call: Call) -> Tensor:
+        factor = activation.qparams.scale / y.scale
+        rounding = call.state.spec.rounding_of("double")
+        integers = activation.integers()
+        largest = float(activation.qparams.largest)
+        if call.exact or spills(factor, rounding=rounding, largest=largest):
+            rounded = rescale(
+                integers, factor, rounding=rounding, largest=largest, zero_point=y.zero_point
+            )
+        else:
+            rounded = rescale_fast(integers, factor, rounding=rounding)
+        centered, clipped = clip(rounded, y, keep=True)
+        ctx.save_for_backward(clipped)
+        return centered.mul_(y.scale)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (clipped,) = ctx.saved_tensors
+        with float32_arithmetic(grad):
+            return inside(grad, clipped), None, None, None

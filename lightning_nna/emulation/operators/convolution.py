@@ -1,0 +1,328 @@
+r"""Convolutions over one or two axes, with groups or depthwise.
+
+.. math:: y_o = \mathrm{clip}\Bigl(M_o\Bigl(\sum_{c, k} (q_{x,c,k} - o_x)\, q_{w,o,c,k} + q_{b,o}
+          \Bigr) + o_y\Bigr), \qquad M_o \approx s_x s_{w,o} / s_y
+
+:math:`M_o` rounds twice; beside 16-bit activations, where 64 bits accumulate, it has a 16-bit
+mantissa and rounds once. A convolution over time is one over height and width with height 1. Zeros
+around the input are the reference's ``SAME`` padding where that puts them in the same places, and
+else a ``PAD`` before a convolution without padding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from lightning_nna.emulation.arithmetic.integer_products import FLOAT32_INTEGERS
+from lightning_nna.emulation.arithmetic.quantized_weight import QuantizedWeight, values_of
+from lightning_nna.emulation.arithmetic.rescaling import round_fast, rounding_factors
+from lightning_nna.emulation.clipping import clip, inside
+from lightning_nna.emulation.first_order import first_order
+from lightning_nna.emulation.float32_arithmetic import float32_arithmetic
+from lightning_nna.emulation.fusion import FusionCandidate
+from lightning_nna.emulation.operators.call import Call
+from lightning_nna.emulation.operators.convolution_layout import Geometry, record_convolution
+from lightning_nna.emulation.operators.linear import (
+    accumulator_limit,
+    holding_bias,
+    integer_bias,
+    needs_exact,
+    settled,
+)
+from lightning_nna.emulation.program import Activation
+from lightning_nna.emulation.ranges import QParams
+
+
+def convolution(
+    call: Call,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: str | int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+) -> Tensor:
+    """``F.conv1d`` and ``F.conv2d`` on the chip."""
+    geometry = Geometry.of(weight, stride, padding, dilation, groups)
+    x = call.operand(input, "input")
+
+    def in_float() -> Tensor:
+        return convolve_in_float(input, weight, bias, geometry)
+
+    if call.observing:
+        return call.state.fusion.produced(call.observed(in_float()), call.site)
+    if call.state.fusion.folds(call.site):
+        return _waiting(call, x, weight, bias, geometry)
+    rows_per_scale = 1 if call.state.spec.weight_granularity == "per_channel" else weight.shape[0]
+    quantized = call.state.weight(weight, rows_per_scale)
+    trained = call.state.trainable(weight, rows_per_scale)
+    return convolve(call, x, trained, bias, quantized, geometry, call.output(in_float))
+
+
+def _waiting(
+    call: Call, x: Activation, weight: Tensor, bias: Tensor | None, geometry: Geometry
+) -> Tensor:
+    """The result of a convolution before its rounding, for the batch norm that folds it."""
+    quantized = call.state.weight(weight, 1)
+    with float32_arithmetic(x.value):
+        padded = x
+        if any(geometry.rest):
+            padded = replace(x, value=F.pad(x.value, geometry.rest))
+        arguments = (padded, quantized, geometry, call)
+        trained = call.state.trainable(weight, 1)
+        result, sums = _Sums.apply(padded.value, trained, bias, *arguments)
+
+    def sums_of(other: QuantizedWeight) -> Tensor:
+        return _accumulate(padded, other, geometry, other.largest_sum() * x.qparams.largest)
+
+    def record(at: Call, folded: QuantizedWeight, shift: Tensor, y: Activation) -> None:
+        record_convolution(at, x, shift, folded, geometry, y)
+
+    exact = needs_exact(call, x, quantized)
+    waiting = FusionCandidate(
+        sums, bias, quantized, x, _rounding(call, x), exact, sums_of, record, call.site
+    )
+    return call.state.fusion.produced(result, waiting)
+
+
+def supports_convolution(input: Any, weight: Tensor, *args: Any, **kwargs: Any) -> bool:
+    """Whether a convolution is over one or two axes."""
+    return weight.dim() in (3, 4)
+
+
+def convolve_in_float(x: Tensor, weight: Tensor, bias: Tensor | None, at: Geometry) -> Tensor:
+    """What ``F.conv1d`` or ``F.conv2d`` computes, with zeros that may differ before and after.
+
+    Args:
+        x: Shape ``(N, C, L)`` or ``(N, C, H, W)``, or without the first axis.
+        weight: Shape ``(out, C / groups, K)`` or ``(out, C / groups, K_H, K_W)``.
+        bias: Shape ``(out,)``, or None.
+        at: Where to look.
+    """
+    padded = F.pad(x, at.rest) if any(at.rest) else x
+    function = F.conv1d if weight.dim() == 3 else F.conv2d
+    return function(padded, weight, bias, at.stride, at.symmetric, at.dilation, at.groups)
+
+
+def convolve(
+    call: Call,
+    x: Activation,
+    weight: Tensor,
+    bias: Tensor | None,
+    quantized: QuantizedWeight,
+    geometry: Geometry,
+    y: QParams,
+) -> Tensor:
+    """One CONV_2D or DEPTHWISE_CONV_2D instruction.
+
+    A channel whose bias its accumulator could not hold gets a coarser scale.
+
+    Args:
+        call: The call.
+        x: Input, shape ``(N, C, L)`` or ``(N, C, H, W)``, or without the first axis.
+        weight: What the gradient goes to, shape ``(out, C / groups, *kernel)``.
+        bias: Shape ``(out,)``, or None.
+        quantized: The weight on the chip.
+        geometry: Where to look.
+        y: Grid of the output.
+
+    Returns:
+        Tensor of the convolution's shape on ``y``.
+    """
+    single = x.value.dim() < weight.dim()
+    batch = replace(x, value=x.value.unsqueeze(0)) if single else x
+    padded = batch
+    with float32_arithmetic(x.value):
+        if any(geometry.rest):
+            padded = replace(batch, value=F.pad(batch.value, geometry.rest))
+        quantized = holding_bias(call, quantized, bias, x.qparams)
+        result = _Convolution.apply(
+            padded.value, weight, bias, padded, quantized, geometry, y, call
+        )
+    if call.recording:
+        record_convolution(call, batch, bias, quantized, geometry, Activation(result, y))
+    return call.with_qparams(result.squeeze(0) if single else result, y)
+
+
+class _Sums(torch.autograd.Function):
+    """Real values of the sums with the bias, and the sums themselves."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        activation: Activation,
+        quantized: QuantizedWeight,
+        geometry: Geometry,
+        call: Call,
+    ) -> tuple[Tensor, Tensor]:
+        ctx.geometry = geometry
+        ctx.save_for_backward(x, quantized.stored, quantized.scales)
+        if not needs_exact(call, activation, quantized):
+            result = _sums(x.detach(), quantized.values, bias, geometry)
+            ctx.mark_non_differentiable(sums := result.new_empty(0))
+            return result, sums
+        largest = quantized.largest_sum() * activation.qparams.largest
+        sums = _accumulate(activation, quantized, geometry, largest)
+        scales = _per_channel(activation.qparams.scale * quantized.scales, sums)
+        result = (sums * scales).float()
+        if bias is not None:
+            result += _per_channel(bias.detach(), sums)
+        ctx.mark_non_differentiable(sums)
+        return result, sums
+
+    @staticmethod
+    @first_order("convolution")
+    def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+        x, stored, scales = ctx.saved_tensors
+        with float32_arithmetic(grad):
+            grads = _gradients(
+                grad, x, values_of(stored, scales), ctx.geometry, ctx.needs_input_grad[:3]
+            )
+        return *grads, None, None, None, None
+
+
+class _Convolution(torch.autograd.Function):
+    """Integer forward, straight-through backward with the weights of the chip."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        activation: Activation,
+        quantized: QuantizedWeight,
+        geometry: Geometry,
+        y: QParams,
+        call: Call,
+    ) -> Tensor:
+        needs_grad = any(ctx.needs_input_grad)
+        exact = needs_exact(call, activation, quantized, y)
+        compute = _exact_output if exact else _fast_output
+        rounded = compute(call, activation, quantized, bias, geometry, y)
+        centered, clipped = clip(rounded, y, needs_grad)
+        if needs_grad:
+            ctx.geometry = geometry
+            ctx.save_for_backward(x, quantized.stored, quantized.scales, clipped)
+        return centered.mul_(y.scale)
+
+    @staticmethod
+    @first_order("convolution")
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, stored, scales, clipped = ctx.saved_tensors
+        with float32_arithmetic(grad):
+            needs, weight = ctx.needs_input_grad[:3], values_of(stored, scales)
+            grads = _gradients(inside(grad, clipped), x, weight, ctx.geometry, needs)
+        return *grads, None, None, None, None, None
+
+
+def _gradients(
+    grad: Tensor, x: Tensor, weight: Tensor, at: Geometry, needs: Sequence[bool]
+) -> tuple[Tensor | None, ...]:
+    """Of input, weight and bias."""
+    gradients: tuple[Tensor | None, ...] = torch.ops.aten.convolution_backward(
+        grad,
+        x,
+        weight,
+        [weight.shape[0]],
+        at.stride,
+        at.symmetric,
+        at.dilation,
+        False,
+        [0] * len(at.stride),
+        at.groups,
+        needs,
+    )
+    return gradients
+
+
+def _exact_output(
+    call: Call,
+    x: Activation,
+    weight: QuantizedWeight,
+    bias: Tensor | None,
+    geometry: Geometry,
+    y: QParams,
+) -> Tensor:
+    """The rounded output in units of its scale, float64: as the reference kernel computes it."""
+    bits, rounding = x.qparams.bits, _rounding(call, x)
+    largest = weight.largest_sum() * x.qparams.largest
+    accumulator = _accumulate(x, weight, geometry, largest)
+    scales = x.qparams.scale * weight.scales.double()
+    if bias is not None:
+        biases = integer_bias(bias, scales, call.state.spec.bias_width(bits))
+        accumulator = accumulator.double().add_(_per_channel(biases, accumulator))
+        largest += float(biases.abs().max())
+    factors, limit = _per_channel(scales / y.scale, accumulator), accumulator_limit(call, bits)
+    return settled(call, accumulator, factors, y, largest=largest, limit=limit, rounding=rounding)
+
+
+def _accumulate(
+    x: Activation, weight: QuantizedWeight, geometry: Geometry, largest: float
+) -> Float[Tensor, "batch channels *axes"]:
+    """Sums of products of integers, exact.
+
+    float64 convolutions have no good kernel on a CPU: the bytes of 16-bit inputs are convolved
+    apart, as long as each of the sums stays in float32.
+    """
+    integers = x.integers()
+    # The transforms that cuDNN may choose leave the integers.
+    with torch.backends.cudnn.flags(enabled=False, allow_tf32=False):
+        if largest < FLOAT32_INTEGERS:
+            return _sums(integers, weight.integers, None, geometry)
+        if weight.largest_sum() * 2**8 < FLOAT32_INTEGERS:
+            high = (integers * 2.0**-8).floor_()
+            low = integers - high * 2.0**8
+            upper = _sums(high, weight.integers, None, geometry).double().mul_(2.0**8)
+            return upper.add_(_sums(low, weight.integers, None, geometry))
+        return _sums(integers.double(), weight.integers.double(), None, geometry)
+
+
+def _sums(x: Tensor, weight: Tensor, bias: Tensor | None, at: Geometry) -> Tensor:
+    """A convolution without gradient over whatever axes there are."""
+    nothing = [0] * len(at.stride)
+    return torch.convolution(
+        x, weight, bias, at.stride, at.symmetric, at.dilation, False, nothing, at.groups
+    )
+
+
+def _fast_output(
+    call: Call,
+    x: Activation,
+    weight: QuantizedWeight,
+    bias: Tensor | None,
+    geometry: Geometry,
+    y: QParams,
+) -> Tensor:
+    """The same in float32: equal but for results that lie within rounding error of a tie."""
+    scales = x.qparams.scale * weight.scales.double()
+    first, second = rounding_factors(scales / y.scale, rounding=_rounding(call, x))
+    first = first.to(x.value.device)
+    biases = None
+    if bias is not None:
+        width = call.state.spec.bias_width(x.qparams.bits)
+        biases = integer_bias(bias, scales, width).mul_(first).float()
+    # The small tensor takes the factor.
+    factor = (first / x.qparams.scale).view(-1, *[1] * (weight.stored.dim() - 1))
+    sums = _sums(x.value.detach(), weight.stored * factor, biases, geometry)
+    return round_fast(sums, None if second is None else _per_channel(second, sums))
+
+
+def _rounding(call: Call, x: Activation) -> Any:
+    return call.state.spec.rounding_of("double" if x.qparams.bits == 8 else "reduced")
+
+
+def _per_channel(values: Tensor, like: Tensor) -> Tensor:
+    """One number a channel, shaped to broadcast over a convolution's output."""
+    return values.to(like.device).view(-1, *[1] * (like.dim() - 2))

@@ -1,0 +1,168 @@
+"""Where a convolution looks, and how the schema says so."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lightning_nna.emulation.arithmetic.quantized_weight import QuantizedWeight
+from lightning_nna.emulation.operators.call import Call
+from lightning_nna.emulation.operators.linear import stored_bias, stored_weight
+from lightning_nna.emulation.program import Activation, Stored
+
+# The schema's numbers for the two kinds of padding.
+_SAME, _VALID = 0, 1
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Where a convolution looks, each with one entry for every axis that it goes along.
+
+    Args:
+        stride: Steps between outputs.
+        padding: Zeros before and after.
+        dilation: Steps between the weight's elements.
+        groups: Groups of channels.
+    """
+
+    stride: tuple[int, ...]
+    padding: tuple[tuple[int, int], ...]
+    dilation: tuple[int, ...]
+    groups: int
+
+    @classmethod
+    def of(
+        cls,
+        weight: Tensor,
+        stride: int | Sequence[int] = 1,
+        padding: str | int | Sequence[int] = 0,
+        dilation: int | Sequence[int] = 1,
+        groups: int = 1,
+    ) -> Geometry:
+        """Take the arguments of ``F.conv1d`` or ``F.conv2d``.
+
+        Example:
+            >>> Geometry.of(torch.zeros(8, 8, 4), padding="same").padding
+            ((1, 2),)
+        """
+        axes = weight.dim() - 2
+        steps = _each(dilation, axes)
+        if padding == "same":
+            # What is odd of them goes to the end.
+            reaches = [d * (k - 1) for d, k in zip(steps, weight.shape[2:], strict=True)]
+            pads = tuple((reach // 2, reach - reach // 2) for reach in reaches)
+        else:
+            sides = _each(0 if isinstance(padding, str) else padding, axes)
+            pads = tuple((side, side) for side in sides)
+        return cls(_each(stride, axes), pads, steps, groups)
+
+    @property
+    def symmetric(self) -> list[int]:
+        """Zeros that both ends of each axis have."""
+        return [min(pair) for pair in self.padding]
+
+    @property
+    def rest(self) -> list[int]:
+        """Zeros beyond these, as ``F.pad`` takes them: the last axis first."""
+        return [side - min(pair) for pair in reversed(self.padding) for side in pair]
+
+
+def record_convolution(
+    call: Call,
+    x: Activation,
+    bias: Tensor | None,
+    quantized: QuantizedWeight,
+    geometry: Geometry,
+    y: Activation,
+) -> None:
+    """Report a convolution: zeros around the input are ``SAME``, or an instruction before it.
+
+    Args:
+        call: The call.
+        x: Input, shape ``(N, C, L)`` or ``(N, C, H, W)``.
+        bias: Shape ``(out,)``, or None.
+        quantized: The weight on the chip.
+        geometry: Where to look.
+        y: Output.
+    """
+    scales = x.qparams.scale * quantized.scales.double()
+    # CONV_2D has no form without a bias.
+    zeros = torch.zeros(len(scales)) if bias is None else bias
+    biases = stored_bias(zeros, scales, call.state.spec, x.qparams.bits)
+    given, result = _channels_last(x.stored()), _channels_last(y.stored())
+    padding = _VALID
+    if any(side for pair in geometry.padding for side in pair):
+        if _is_same(geometry, x.value.shape[2:], quantized.stored.shape[2:], y.value.shape[2:]):
+            padding = _SAME
+        else:
+            given = _record_padding(call, given, geometry)
+    operator, weight, options = _kernel(quantized, geometry, x.value.shape[1])
+    options |= _by_axis("stride{}", geometry.stride)
+    options |= _by_axis("dilation{}Factor", geometry.dilation)
+    call.record(operator, [given, weight, biases], [result], padding=padding, **options)
+
+
+def _kernel(
+    quantized: QuantizedWeight, geometry: Geometry, channels: int
+) -> tuple[str, Stored, dict[str, Any]]:
+    """The instruction, its weight, and options of its own."""
+    stored = stored_weight(quantized)
+    integers = stored.integers
+    if integers.dim() == 3:
+        integers = integers.unsqueeze(2)
+    if geometry.groups == channels > 1:
+        weight = replace(stored, integers=integers.permute(1, 2, 3, 0), channel_axis=3)
+        return "DEPTHWISE_CONV_2D", weight, {"depthMultiplier": integers.shape[0] // channels}
+    return "CONV_2D", replace(stored, integers=integers.permute(0, 2, 3, 1)), {}
+
+
+def _is_same(
+    at: Geometry, inputs: Sequence[int], kernel: Sequence[int], outputs: Sequence[int]
+) -> bool:
+    """Whether the reference's ``SAME``, ceil(inputs / stride) outputs, pads as asked."""
+    axes = zip(inputs, kernel, outputs, at.stride, at.dilation, at.padding, strict=True)
+    for size, taps, result, stride, dilation, (before, _) in axes:
+        total = max((result - 1) * stride + dilation * (taps - 1) + 1 - size, 0)
+        if result != -(-size // stride) or before != total // 2:
+            return False
+    return True
+
+
+def _record_padding(call: Call, x: Stored, geometry: Geometry) -> Stored:
+    """Zeros around the height and width of a tensor, as an instruction."""
+    pairs = [(0, 0)] * (3 - len(geometry.padding)) + [*geometry.padding, (0, 0)]
+    sides = [side for pair in reversed(pairs) for side in pair]
+    integers = F.pad(x.integers, sides, value=x.zero_point)
+    # The result has a place of its own, though the forward never holds it.
+    place = torch.empty(integers.shape)
+    padded = replace(x, integers=integers, constant=False, source=place)
+    call.record("PAD", [x, Stored(torch.tensor(pairs), "int32", constant=True)], [padded])
+    return padded
+
+
+def _channels_last(x: Stored) -> Stored:
+    """Batch, height, width, channels: the layout of the schema."""
+    source = None if x.source is None else _last(x.source)
+    return replace(x, integers=_last(x.integers), source=source)
+
+
+def _last(x: Tensor) -> Tensor:
+    whole = x.unsqueeze(2) if x.dim() == 3 else x
+    return whole.permute(0, 2, 3, 1)
+
+
+def _by_axis(name: str, values: Sequence[int]) -> dict[str, Any]:
+    """Options for height and width."""
+    height, width = values if len(values) == 2 else (1, *values)
+    return {name.format("H"): height, name.format("W"): width}
+
+
+def _each(value: int | Sequence[int], axes: int) -> tuple[int, ...]:
+    """One entry for every axis."""
+    entries = (value,) if isinstance(value, int) else tuple(value)
+    return entries * axes if len(entries) == 1 else entries

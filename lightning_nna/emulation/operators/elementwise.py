@@ -1,0 +1,326 @@
+r"""Addition, subtraction, multiplication and concatenation of activations on different grids.
+
+Addition rescales both operands to a common grid :math:`2^{20}` finer than twice the coarser one
+(:math:`2^{15}` for 16 bits), adds, and rescales to the output; each of the three factors is a
+fixed-point multiplier below 1, so that no output has a grid finer than the common one.
+
+.. math:: y = M(M(q_a 2^{20}) + M(q_b 2^{20}))
+
+Multiplication rescales the product of the integers once, by :math:`s_a s_b / s_y`.
+
+Two 8-bit operands have 65536 pairs of values: in exact fidelity their result is looked up in a
+table that this arithmetic has filled.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from functools import lru_cache
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lightning_nna.emulation.arithmetic.fixed_point import INT32_MAX
+from lightning_nna.emulation.arithmetic.rescaling import (
+    RoundingKind,
+    rescale,
+    rescale_fast,
+    spills,
+)
+from lightning_nna.emulation.clipping import clip, inside
+from lightning_nna.emulation.first_order import first_order
+from lightning_nna.emulation.float32_arithmetic import float32_arithmetic
+from lightning_nna.emulation.operators.call import Call, look_up, requantize
+from lightning_nna.emulation.program import Activation
+from lightning_nna.emulation.ranges import QParams
+
+Kind = Literal["ADD", "SUB", "MUL"]
+
+#: Left shift of the operands of a sum, by the width of the output.
+LEFT_SHIFT = {8: 20, 16: 15}
+
+
+def add(call: Call, input: Tensor | float, other: Tensor | float, *, alpha: float = 1) -> Tensor:
+    """``input + alpha * other`` on the chip; ``alpha`` other than ±1 is folded into the operand."""
+    if abs(alpha) != 1:
+        other = mul(call.child("alpha"), other, abs(alpha))
+    return _binary(call, "ADD" if alpha > 0 else "SUB", input, other)
+
+
+def sub(call: Call, input: Tensor | float, other: Tensor | float, *, alpha: float = 1) -> Tensor:
+    """``input - alpha * other`` on the chip."""
+    return add(call, input, other, alpha=-alpha)
+
+
+def reversed_sub(call: Call, input: Tensor, other: Tensor | float) -> Tensor:
+    """``other - input``, as ``1 - x`` calls it."""
+    return sub(call, other, input)
+
+
+def mul(call: Call, input: Tensor | float, other: Tensor | float) -> Tensor:
+    """``input * other`` on the chip."""
+    return _binary(call, "MUL", input, other)
+
+
+def div(call: Call, input: Tensor, other: float, *, rounding_mode: str | None = None) -> Tensor:
+    """``input / other`` for a number: a product with its inverse."""
+    return mul(call, input, 1.0 / other)
+
+
+def supports_div(
+    input: Any, other: Any, *args: Any, rounding_mode: str | None = None, **kwargs: Any
+) -> bool:
+    """Whether a quotient is one that the chip has: by a number, unrounded."""
+    return not isinstance(other, Tensor) and rounding_mode is None and other != 0
+
+
+def neg(call: Call, input: Tensor) -> Tensor:
+    """``-input`` as a product with -1."""
+    return mul(call, input, -1.0)
+
+
+def concatenate(call: Call, tensors: list[Tensor], dim: int = 0) -> Tensor:
+    """``torch.cat``: operands on another grid than the output's are requantized to it.
+
+    Float data that no operator has quantized yet are put together before they come to the chip,
+    and padded with what the forward makes of numbers. Empty tensors, with which caches begin, have
+    no grid and are left out.
+    """
+    if all(_is_plain(call, x) for x in tensors):
+        return torch.cat(tensors, dim)
+    tensors = [x for x in tensors if x.numel()] or list(tensors)
+    parts = [call.operand(x, f"input{i}") for i, x in enumerate(tensors)]
+    if call.observing:
+        return call.observed(torch.cat([part.value for part in parts], dim))
+    if len({part.qparams for part in parts}) == 1:
+        result = call.unchanged(torch.cat([part.value for part in parts], dim), parts[0])
+        _record_concatenation(call, parts, Activation(result, parts[0].qparams), dim)
+        return result
+    y = call.output(lambda: torch.cat([part.value for part in parts], dim))
+    moved = [Activation(requantize(call, part, y), y, part.constant) for part in parts]
+    with float32_arithmetic(parts[0].value):
+        result = torch.cat([part.value for part in moved], dim)
+    _record_concatenation(call, moved, Activation(result, y), dim)
+    return call.with_qparams(result, y)
+
+
+def _is_plain(call: Call, x: Tensor) -> bool:
+    """Tell whether a tensor is float data that no operator has quantized."""
+    on_a_grid = call.state.qparams_of(x) is not None or call.state.parts_of(x) is not None
+    return not on_a_grid and not call.state.is_own(x)
+
+
+def stack(call: Call, tensors: list[Tensor], dim: int = 0) -> Tensor:
+    """``torch.stack``: a concatenation along a new axis."""
+    new = dim if dim >= 0 else dim + tensors[0].dim() + 1
+    expanded = []
+    for x in tensors:
+        view = x.unsqueeze(new)
+        tag = call.state.qparams_of(x)
+        expanded.append(view if tag is None else call.with_qparams(view, tag))
+    return concatenate(call, expanded, new)
+
+
+def _record_concatenation(call: Call, parts: list[Activation], y: Activation, dim: int) -> None:
+    if call.recording:
+        axis = dim if dim >= 0 else dim + y.value.dim()
+        call.record("CONCATENATION", [p.stored() for p in parts], [y.stored()], axis=axis)
+
+
+def _binary(call: Call, kind: Kind, input: Tensor | float, other: Tensor | float) -> Tensor:
+    """One instruction of two operands that broadcast."""
+    a, b = call.operand(input, "input"), call.operand(other, "other")
+    if call.observing:
+        return call.observed(_in_float(kind, a.value, b.value))
+    y = call.output(lambda: _in_float(kind, a.value, b.value))
+    if kind != "MUL":
+        y = grid_of_sum(a.qparams, b.qparams, y)
+    with float32_arithmetic(a.value):
+        result = _Binary.apply(a.value, b.value, kind, a, b, y, call)
+    if call.recording:
+        # Without this the kernel takes another path where all scales are powers of two.
+        options: dict[str, Any] = {} if kind == "MUL" else {"potScaleInt16": False}
+        stored = Activation(result, y).stored()
+        call.record(kind, [a.stored(), b.stored()], [stored], **options)
+    return call.with_qparams(result, y)
+
+
+def _in_float(kind: Kind, a: Tensor, b: Tensor) -> Tensor:
+    if kind == "MUL":
+        return a * b
+    return a + b if kind == "ADD" else a - b
+
+
+class _Binary(torch.autograd.Function):
+    """Sum, difference or product with broadcasting."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        a: Tensor,
+        b: Tensor,
+        kind: Kind,
+        left: Activation,
+        right: Activation,
+        y: QParams,
+        call: Call,
+    ) -> Tensor:
+        needs_grad = any(ctx.needs_input_grad)
+        rounding: RoundingKind = call.state.spec.rounding_of("double")
+        if not call.exact and not _spills(kind, left.qparams, right.qparams, y, rounding):
+            rounded = _fast(kind, left, right, y, rounding)
+        elif not call.state.moving_grids and all(map(_has_table, (left, right))) and y.bits == 8:
+            rounded = _look_up(kind, left, right, y, rounding)
+        else:
+            grids = (left.qparams, right.qparams, y)
+            rounded = pairwise(kind, left.integers(), right.integers(), grids, rounding)
+        centered, clipped = clip(rounded, y, needs_grad)
+        ctx.kind, ctx.shapes = kind, (a.shape, b.shape)
+        if needs_grad:
+            # No more than is needed: what is not kept may be overwritten.
+            needs_a, needs_b = ctx.needs_input_grad[:2]
+            factors = (a if needs_b else None, b if needs_a else None)
+            ctx.save_for_backward(clipped, *(factors if kind == "MUL" else ()))
+        return centered.mul_(y.scale)
+
+    @staticmethod
+    @first_order("sum, difference or product")
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        clipped, *factors = ctx.saved_tensors
+        with float32_arithmetic(grad):
+            passed = inside(grad, clipped)
+            grads: list[Tensor | None] = []
+            for index, shape in enumerate(ctx.shapes):
+                if not ctx.needs_input_grad[index]:
+                    grads.append(None)
+                    continue
+                own = passed * factors[1 - index] if factors else passed
+                own = own.sum_to_size(shape)
+                grads.append(-own if ctx.kind == "SUB" and index == 1 else own)
+        return *grads, None, None, None, None, None
+
+
+def _fast(kind: Kind, a: Activation, b: Activation, y: QParams, rounding: RoundingKind) -> Tensor:
+    """Rounded in float32, in units of the output's scale."""
+    left, right = a.value.detach(), b.value.detach()
+    if kind == "MUL":
+        product = left * right
+        product *= 1 / (a.qparams.scale * b.qparams.scale)
+        return rescale_fast(product, product_factor(a.qparams, b.qparams, y), rounding=rounding)
+    # The operands are small before broadcasting: scale them there.
+    sign = 1.0 if kind == "ADD" else -1.0
+    return (left * (1 / y.scale) + right * (sign / y.scale)).round_()
+
+
+def _spills(kind: Kind, a: QParams, b: QParams, y: QParams, rounding: RoundingKind) -> bool:
+    """Tell whether a product's result may leave 32 bits; a sum has a grid that prevents it."""
+    if kind != "MUL":
+        return False
+    largest = float(a.largest * b.largest)
+    return spills(product_factor(a, b, y), rounding=rounding, largest=largest)
+
+
+def _look_up(
+    kind: Kind, a: Activation, b: Activation, y: QParams, rounding: RoundingKind
+) -> Tensor:
+    """The result of every pair, from a table of 65536."""
+    table = _table(kind, a.qparams, b.qparams, y, rounding).to(a.value.device)
+    first, second = a.qparams.bounds[0], b.qparams.bounds[0]
+    index = torch.add(b.integers(), a.integers(), alpha=256).sub_(256 * first + second).int()
+    return look_up(table, index)
+
+
+def _has_table(x: Activation) -> bool:
+    """Whether a table pays: not for a parameter, whose grid changes with every step."""
+    return x.qparams.bits == 8 and (not x.constant or x.value.numel() == 1)
+
+
+@lru_cache(maxsize=512)
+def _table(kind: Kind, a: QParams, b: QParams, y: QParams, rounding: RoundingKind) -> Tensor:
+    """Unclipped results for all pairs of 8-bit integers, the first operand's most significant."""
+    rows, columns = (torch.arange(256, dtype=torch.float32).add_(q.bounds[0]) for q in (a, b))
+    return pairwise(kind, rows[:, None], columns, (a, b, y), rounding).float().flatten()
+
+
+def pairwise(
+    kind: Kind,
+    a: Tensor,
+    b: Tensor,
+    grids: tuple[QParams, QParams, QParams],
+    rounding: RoundingKind,
+) -> Tensor:
+    """Integers of a sum, difference or product, rounded as the chip does, not clipped.
+
+    Args:
+        kind: What is computed.
+        a: Integers of the first operand less its zero point.
+        b: Those of the second; the two broadcast.
+        grids: Of the operands and the output.
+        rounding: Of the requantization.
+
+    Returns:
+        Integers of the output less its zero point, float64.
+    """
+    q_a, q_b, y = grids
+    if kind == "MUL":
+        factor = product_factor(q_a, q_b, y)
+        largest = float(q_a.largest * q_b.largest)
+        product = a.double() * b.double()
+        return rescale(product, factor, rounding=rounding, largest=largest, zero_point=y.zero_point)
+    return _exact_sum(kind, a, b, q_a, q_b, y, rounding)
+
+
+def _exact_sum(
+    kind: Kind, a: Tensor, b: Tensor, q_a: QParams, q_b: QParams, y: QParams, rounding: RoundingKind
+) -> Tensor:
+    """The sum or difference as the reference adds.
+
+    The subtraction kernel negates the second operand after its rescaling, not before: a doubly
+    rounded multiplier is not odd.
+    """
+    left_shift = LEFT_SHIFT[y.bits]
+    twice_coarser = 2 * max(q_a.scale, q_b.scale)
+    first, second = (
+        rescale(
+            x.double() * 2.0**left_shift,
+            q.scale / twice_coarser,
+            rounding=rounding,
+            largest=INT32_MAX,
+        )
+        for x, q in ((a, q_a), (b, q_b))
+    )
+    total = first + second if kind == "ADD" else first - second
+    factor = twice_coarser / ((1 << left_shift) * y.scale)
+    return rescale(total, factor, rounding=rounding, largest=INT32_MAX)
+
+
+def grid_of_sum(a: QParams, b: QParams, y: QParams) -> QParams:
+    """The grid of a sum or difference, coarser where the kernels could not write it.
+
+    With a last multiplier of 1 or more LiteRT's ADD aborts and its SUB gives other integers. So the
+    steps must be longer than those in which the operands are added; where these nearly cancel,
+    the range that was observed may ask for shorter ones, which could hold nothing more.
+
+    Args:
+        a: Grid of the first operand.
+        b: Of the second.
+        y: What the observed range asks for.
+
+    Example:
+        >>> grid = QParams(1.0, 0, -32768, 32767)
+        >>> grid_of_sum(grid, grid, QParams(1e-9, 0, -32768, 32767)).scale == 2**-13
+        True
+    """
+    finest = 2 * max(a.scale, b.scale) / 2 ** LEFT_SHIFT[y.bits]
+    if y.scale > finest:
+        return y
+    # A power of two, which every chip has as a scale.
+    return replace(y, scale=math.ldexp(1.0, math.frexp(finest)[1]))
+
+
+def product_factor(a: QParams, b: QParams, y: QParams) -> float:
+    """Factor of a product; the reference forms it in float32."""
+    return float(np.float32(a.scale) * np.float32(b.scale) / np.float32(y.scale))

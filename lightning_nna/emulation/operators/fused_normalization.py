@@ -1,0 +1,339 @@
+r"""The instructions of a normalization in one go, where nobody listens to them.
+
+In exact fidelity the integers are those of :mod:`.normalization`'s sequence, bit for bit. Rows go
+through it in blocks that stay in the processor's cache, and what a row has one of (mean, variance,
+factor) is computed for all rows together. In fast fidelity every 16-bit instruction rounds once, in
+float32: its second rounding would be a thousand times finer. What a row has one of stays exact.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from lightning_nna.emulation.arithmetic.fixed_point import INT32_MAX
+from lightning_nna.emulation.arithmetic.interpolated_tables import (
+    interpolate,
+    interpolation_table,
+    inverse_square_root,
+)
+from lightning_nna.emulation.arithmetic.rescaling import RoundingKind, prepared
+from lightning_nna.emulation.clipping import Clipped
+from lightning_nna.emulation.operators.call import Call
+from lightning_nna.emulation.operators.elementwise import LEFT_SHIFT, grid_of_sum, product_factor
+from lightning_nna.emulation.operators.reduction import average, mean_grid
+from lightning_nna.emulation.program import Activation
+from lightning_nna.emulation.ranges import QParams, not_finite, symmetric_qparams
+
+#: Steps of the variance's grid that a straight line of the table cannot follow: two segments.
+BLIND_STEPS = 256
+# Elements at a time, and the same where they are float32.
+_BLOCK = 2**15
+_FLOAT32_BLOCK = 2**17
+
+# Integers of some rows less the zero point, and which rows they are.
+Step = Callable[[Tensor, slice], Tensor]
+
+
+def fusible(call: Call, x: Activation, *parameters: Tensor | None) -> bool:
+    """Whether every grid is known, and gain and shift belong to the program."""
+    known = f"{call.site}/wide/normalized/output" in call.state.ranges
+    constant = all(p is None or call.state.is_constant(p) for p in parameters)
+    return known and constant and f"{call.site}/output" in call.state.ranges
+
+
+def fused(
+    call: Call,
+    x: Activation,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    axes: tuple[int, ...],
+    eps: float,
+    *,
+    centered: bool,
+) -> tuple[Tensor, QParams, Tensor | None]:
+    """The normalized activation, its grid, and what was clipped to it (see :func:`.clip`).
+
+    Args:
+        call: The call.
+        x: Any shape.
+        weight: Gain, of the shape of the last axes, or None.
+        bias: Shift, likewise.
+        axes: The last axes, which are normalized together.
+        eps: Added to the variance.
+        centered: Whether the mean is taken off.
+    """
+    columns = math.prod(x.value.shape[x.value.dim() - len(axes) :])
+    if not call.exact:
+        return _in_float32(call, x, weight, bias, columns, eps, centered)
+    wide = call.child("wide", bits=16)
+    line = _Line(call, x, columns)
+    if centered:
+        line.center(wide)
+    line.normalize(wide, eps)
+    if varies_widely(wide):
+        line.normalize(wide.child("again"), 0.0)
+    if weight is not None:
+        line.gain(wide.child("gain"), weight)
+    if bias is not None:
+        line.shift(wide.child("shift"), bias)
+    y = grid_of(call)
+    clipped = line.onto(y)
+    result = line.run().mul_(y.scale).view(x.value.shape)
+    return result, y, clipped.joined()
+
+
+def grid_of(call: Call) -> QParams:
+    """Grid of an instruction's output, which calibration has seen."""
+
+    def never() -> Tensor:
+        raise AssertionError(f"{call.site} was not calibrated")
+
+    return call.output(never)
+
+
+def varies_widely(call: Call) -> bool:
+    """Whether calibration has seen variances that the table cannot follow."""
+    seen = call.state.ranges[f"{call.site}/variance/output"]
+    return seen.minimum < seen.maximum * BLIND_STEPS / 2**15
+
+
+def inverse_root(call: Call, v: Tensor, grid: QParams) -> tuple[Tensor, QParams]:
+    """RSQRT of 16-bit integers that are not negative: integers, float32, and their grid."""
+    spec = call.state.spec
+    largest = 1 / math.sqrt(BLIND_STEPS * grid.scale)
+    y = symmetric_qparams(largest, bits=16, power_of_two=spec.power_of_two_scales)
+    table = _inverse_table(grid.scale, y.scale, spec.table_entries or 512)
+    return interpolate(table, v.long()).float(), y
+
+
+@lru_cache(maxsize=256)
+def _inverse_table(input_scale: float, output_scale: float, segments: int) -> Tensor:
+    return interpolation_table(inverse_square_root, input_scale, output_scale, segments=segments)
+
+
+def _in_float32(
+    call: Call,
+    x: Activation,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    columns: int,
+    eps: float,
+    centered: bool,
+) -> tuple[Tensor, QParams, Tensor | None]:
+    """The same with one rounding an instruction, in float32."""
+    wide = call.child("wide", bits=16)
+    program = _Float32(wide, x.qparams.widened(), columns, eps, centered)
+    gain, shift = (None if p is None else _constant(wide, p) for p in (weight, bias))
+    y = grid_of(call)
+    rows = x.value.detach().reshape(-1, columns)
+    result = torch.empty_like(rows)
+    size = max(1, _FLOAT32_BLOCK // columns) if rows.is_cpu else max(len(rows), 1)
+    clipped, first = Clipped(keep=True), 0
+    for source, target in zip(rows.split(size), result.split(size), strict=True):
+        normalized, grid = program(source)
+        if gain is not None:
+            normalized, grid = program.scaled(normalized, grid, gain)
+        if shift is not None:
+            normalized, grid = program.shifted(normalized, grid, shift)
+        rescaler = prepared(
+            grid.scale / y.scale, program.rounding, float(grid.largest), exact=False
+        )
+        moved = normalized if grid == y else rescaler(normalized)
+        torch.mul(clipped.clip(moved, y, first * columns), y.scale, out=target)
+        first += len(source)
+    return result.view(x.value.shape), y, clipped.joined()
+
+
+def _constant(call: Call, x: Tensor) -> Activation:
+    """A constant without a gradient; see :meth:`.Call.constant`."""
+    x = x.detach()
+    power_of_two, largest = call.state.spec.power_of_two_scales, float(x.abs().max())
+    if not math.isfinite(largest):
+        raise FloatingPointError(not_finite("a constant", -largest, largest))
+    grid = symmetric_qparams(largest, bits=call.bits, power_of_two=power_of_two)
+    return Activation((x / grid.scale).round_().mul_(grid.scale), grid, constant=True)
+
+
+class _Float32:
+    """A block of rows through the instructions, in float32; integers of 16 bits in between."""
+
+    def __init__(
+        self, wide: Call, entered: QParams, columns: int, eps: float, centered: bool
+    ) -> None:
+        self.call, self.entered, self.columns = wide, entered, columns
+        self.centered = centered
+        self.rounding: RoundingKind = wide.state.spec.rounding_of("double")
+        self.passes = [(wide, eps)]
+        if varies_widely(wide):
+            self.passes.append((wide.child("again"), 0.0))
+
+    def __call__(self, rows: Tensor) -> tuple[Tensor, QParams]:
+        """Center and normalize rows of values: integers and their grid."""
+        if self.centered:
+            entered, y = self.entered, grid_of(self.call.child("deviation"))
+            total = rows.sum(1, keepdim=True, dtype=torch.float64).div_(entered.scale).round_()
+            mean, grid = _mean(self.call.child("mean"), total, self.columns, entered)
+            y = grid_of_sum(entered, grid, y)
+            taken = mean.mul_(-grid.scale / y.scale).float()
+            integers = torch.add(taken, rows, alpha=1 / y.scale).round_().clamp_(*y.bounds)
+        else:
+            integers, y = rows / self.entered.scale, self.entered
+        for call, eps in self.passes:
+            squares = grid_of(call.child("square"))
+            rounded = torch.mul(integers, integers).mul_(y.scale**2 / squares.scale).round_()
+            total = rounded.clamp_(max=squares.bounds[1]).sum(1, keepdim=True, dtype=torch.float64)
+            factor, grid = _factor(call, total, self.columns, squares, eps)
+            after = grid_of(call.child("normalized"))
+            integers.mul_(factor.mul_(y.scale * grid.scale / after.scale))
+            integers.round_().clamp_(*after.bounds)
+            y = after
+        return integers, y
+
+    def scaled(self, integers: Tensor, grid: QParams, gain: Activation) -> tuple[Tensor, QParams]:
+        """Multiply by a value for each column."""
+        y = grid_of(self.call.child("gain"))
+        factors = gain.value.flatten() * (grid.scale / y.scale)
+        return integers.mul_(factors).round_().clamp_(*y.bounds), y
+
+    def shifted(self, integers: Tensor, grid: QParams, shift: Activation) -> tuple[Tensor, QParams]:
+        """Add a value for each column."""
+        y = grid_of_sum(grid, shift.qparams, grid_of(self.call.child("shift")))
+        shifts = shift.value.flatten() / y.scale
+        total = torch.add(shifts, integers, alpha=grid.scale / y.scale, out=integers)
+        return total.round_().clamp_(*y.bounds), y
+
+
+def _mean(call: Call, total: Tensor, count: int, x: QParams) -> tuple[Tensor, QParams]:
+    """Means of rows from the sums of their integers, float64, exact, and their grid."""
+    y = mean_grid(call, x, grid_of(call))
+    largest = float(count * x.largest)
+    return average(call, total, count, x.scale / y.scale, largest).clamp_(*y.bounds), y
+
+
+def _factor(
+    call: Call, total: Tensor, count: int, squares: QParams, eps: float
+) -> tuple[Tensor, QParams]:
+    """The inverse root of rows' mean squares from the squares' sums: integers and their grid."""
+    variance, grid = _mean(call.child("variance"), total, count, squares)
+    if eps:
+        part = call.child("epsilon")
+        constant = part.operand(eps, "other")
+        y = grid_of_sum(grid, constant.qparams, grid_of(part))
+        first, second, last = _sum(call, grid, constant.qparams, y)
+        raised = first(variance).add_(second(constant.integers().double()))
+        variance, grid = last(raised).clamp_(*y.bounds), y
+    return inverse_root(call.child("inverse"), variance, grid)
+
+
+def _sum(call: Call, a: QParams, b: QParams, y: QParams) -> list[Callable[[Tensor], Tensor]]:
+    """What rescales the operands of a sum to their common grid, and the sum to its own."""
+    rounding: RoundingKind = call.state.spec.rounding_of("double")
+    shift = 2.0 ** LEFT_SHIFT[16]
+    twice_coarser = 2 * max(a.scale, b.scale)
+    last = prepared(twice_coarser / (shift * y.scale), rounding, INT32_MAX)
+    factors = [prepared(q.scale / twice_coarser, rounding, INT32_MAX) for q in (a, b)]
+    return [*(lambda x, f=f: f(x.mul_(shift)) for f in factors), last]
+
+
+class _Line:
+    """Rows on their way through the instructions."""
+
+    def __init__(self, call: Call, x: Activation, columns: int) -> None:
+        self.call, self.grid = call, x.qparams.widened()
+        self.rounding: RoundingKind = call.state.spec.rounding_of("double")
+        self.dtype = torch.float64
+        self.rows = (x.value.detach() / self.grid.scale).reshape(-1, columns)
+        if not self.rows.is_cpu:
+            self.rows.round_()
+        self.steps: list[Step] = []
+
+    def center(self, wide: Call) -> None:
+        """Take the mean off."""
+        total = self.rows.sum(1, keepdim=True, dtype=torch.float64)
+        mean, grid = _mean(wide.child("mean"), total, self.rows.shape[1], self.grid)
+        self._add_sum(mean, grid, grid_of(wide.child("deviation")), -1.0)
+
+    def normalize(self, call: Call, eps: float) -> None:
+        """Divide by the root of the mean square and eps."""
+        rows, y = self.run(), grid_of(call.child("square"))
+        squares = self._product(self.grid, self.grid, y)
+        sums = rows.new_empty((len(rows), 1), dtype=torch.float64)
+        for at, block in self._blocks(rows):
+            torch.sum(squares(block.mul_(block)), 1, keepdim=True, dtype=sums.dtype, out=sums[at])
+        factor, factor_grid = _factor(call, sums, rows.shape[1], y, eps)
+        factor = factor.to(self.dtype)
+        y = grid_of(call.child("normalized"))
+        product = self._product(self.grid, factor_grid, y)
+        self._then(lambda block, at: product(block.mul_(factor[at])), y)
+
+    def gain(self, call: Call, weight: Tensor) -> None:
+        """Multiply by a constant for each column."""
+        constant, y = call.constant(weight), grid_of(call)
+        factors = constant.integers().flatten().to(self.dtype)
+        product = self._product(self.grid, constant.qparams, y)
+        self._then(lambda block, _: product(block.mul_(factors)), y)
+
+    def shift(self, call: Call, bias: Tensor) -> None:
+        """Add a constant for each column."""
+        constant, y = call.constant(bias), grid_of(call)
+        self._add_sum(constant.integers().view(1, -1), constant.qparams, y, 1.0)
+
+    def onto(self, y: QParams) -> Clipped:
+        """Requantize; gives back what will have been clipped once the steps have run."""
+        columns, clipped = self.rows.shape[1], Clipped(keep=True)
+        rescaler = self._prepared(self.grid.scale / y.scale, float(self.grid.largest))
+        same = self.grid == y
+        self._then(
+            lambda block, at: clipped.clip(
+                block if same else rescaler(block), y, at.start * columns
+            ),
+            y,
+        )
+        return clipped
+
+    def run(self) -> Tensor:
+        """Put the rows through the steps so far; integers, float32, shape ``(rows, columns)``."""
+        if self.steps:
+            result = torch.empty_like(self.rows)
+            for at, block in self._blocks(self.rows):
+                for step in self.steps:
+                    block = step(block, at)
+                result[at] = block
+            self.rows, self.steps = result, []
+        return self.rows
+
+    def _blocks(self, rows: Tensor) -> list[tuple[slice, Tensor]]:
+        size = max(1, _BLOCK // rows.shape[1])
+        starts = range(0, len(rows), size if rows.is_cpu else max(len(rows), 1))
+        slices = [slice(start, start + starts.step) for start in starts]
+        return ((at, rows[at].to(self.dtype, copy=True)) for at in slices)  # type: ignore
+
+    def _then(self, step: Step, y: QParams) -> None:
+        self.steps.append(step)
+        self.grid = y
+
+    def _prepared(self, factor: float, largest: float) -> Callable[[Tensor], Tensor]:
+        return prepared(factor, self.rounding, largest)
+
+    def _product(self, a: QParams, b: QParams, y: QParams) -> Callable[[Tensor], Tensor]:
+        largest = float(a.largest * b.largest)
+        rescaler = self._prepared(product_factor(a, b, y), largest)
+        return lambda products: rescaler(products).clamp_(*y.bounds)
+
+    def _add_sum(self, other: Tensor, grid: QParams, y: QParams, sign: float) -> None:
+        """Add a column or a row of integers on another grid."""
+        y = grid_of_sum(self.grid, grid, y)
+        first, second, last = _sum(self.call, self.grid, grid, y)
+        moved = second(other.to(self.dtype, copy=True))
+        whole = len(other) == 1
+
+        def step(block: Tensor, at: slice) -> Tensor:
+            total = first(block).add_(moved if whole else moved[at], alpha=sign)
+            return last(total).clamp_(*y.bounds)
+
+        self._then(step, y)

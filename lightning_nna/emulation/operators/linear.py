@@ -1,0 +1,455 @@
+r"""Fully connected layers and embedding look-ups.
+
+.. math:: y = \mathrm{clip}\Bigl(\mathrm{round}\Bigl(
+          \Bigl(\sum_i (q_{x,i} - o_x)\, q_{w,i} + q_b\Bigr) \frac{s_x s_w}{s_y}\Bigr) + o_y\Bigr)
+
+LiteRT's reference kernel of the fully connected operator computes the factor and the product in
+double precision and rounds ties away from zero, and so do we; the accumulator is an integer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lightning_nna.emulation.arithmetic.integer_products import FLOAT32_INTEGERS, has_byte_products
+from lightning_nna.emulation.arithmetic.quantized_weight import (
+    QuantizedWeight,
+    values_of,
+    with_scales_of_at_least,
+)
+from lightning_nna.emulation.arithmetic.rescaling import Rescaler, rescale, spills, wrap
+from lightning_nna.emulation.clipping import clip, inside, rescale_rows
+from lightning_nna.emulation.first_order import first_order
+from lightning_nna.emulation.float32_arithmetic import float32_arithmetic
+from lightning_nna.emulation.fusion import FusionCandidate
+from lightning_nna.emulation.operators.call import Call, stored_bytes
+from lightning_nna.emulation.program import Activation, Stored
+from lightning_nna.emulation.ranges import QParams
+from lightning_nna.emulation.spec import KernelRounding, NNASpec
+
+
+def linear(call: Call, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``F.linear`` on the chip."""
+    x = call.operand(input, "input")
+    if call.observing:
+        result = call.observed(F.linear(input, weight, bias))
+        # A batch norm over (batch, channels); elsewhere its channels are not the layer's.
+        return call.state.fusion.produced(result, call.site) if input.dim() == 2 else result
+    if call.state.fusion.folds(call.site):
+        return _waiting(call, x, weight, bias)
+    rows_per_scale = 1 if call.state.spec.weight_granularity == "per_channel" else weight.shape[0]
+    quantized = call.state.weight(weight, rows_per_scale)
+    y = call.output(lambda: F.linear(input, weight, bias))
+    trained = call.state.trainable(weight, rows_per_scale)
+    return fully_connected(call, x, trained, bias, quantized, y)
+
+
+def _waiting(call: Call, x: Activation, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The result of a layer before its rounding, for the batch norm that folds it."""
+    quantized = call.state.weight(weight, 1)
+    exact = needs_exact(call, x, quantized)
+
+    def sums_of(other: QuantizedWeight) -> Tensor:
+        return integer_matmul(x.integers(), other, x.qparams.largest)
+
+    with float32_arithmetic(x.value):
+        values = _StraightThrough.apply(call.state.trainable(weight, 1), quantized.values)
+        result = F.linear(x.value, values, bias)
+        sums = sums_of(quantized) if exact else result
+
+    def record(at: Call, folded: QuantizedWeight, shift: Tensor, y: Activation) -> None:
+        _record(at, x, shift, folded, y)
+
+    rounding = call.state.spec.rounding_of("real")
+    waiting = FusionCandidate(
+        sums.detach(), bias, quantized, x, rounding, exact, sums_of, record, call.site
+    )
+    return call.state.fusion.produced(result, waiting)
+
+
+def fully_connected(
+    call: Call,
+    x: Activation,
+    weight: Tensor,
+    bias: Tensor | None,
+    quantized: QuantizedWeight,
+    y: QParams,
+) -> Tensor:
+    """One FULLY_CONNECTED instruction over the last axis.
+
+    A channel whose bias its accumulator could not hold gets a coarser scale.
+
+    Args:
+        call: The call.
+        x: Input, shape ``(*, in)``.
+        weight: What the gradient goes to, shape ``(out, in)``.
+        bias: Shape ``(out,)``, or None.
+        quantized: The weight on the chip.
+        y: Grid of the output.
+
+    Returns:
+        Tensor of shape ``(*, out)`` on ``y``.
+    """
+    with float32_arithmetic(x.value):
+        quantized = holding_bias(call, quantized, bias, x.qparams)
+        result = _FullyConnected.apply(x.value, weight, bias, x, quantized, y, call)
+    if call.recording:
+        _record(call, x, bias, quantized, Activation(result, y))
+    return call.with_qparams(result, y)
+
+
+def embedding(call: Call, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """``F.embedding``: a look-up in an 8-bit table; the result has the table's scale."""
+    if call.observing:
+        return call.observed(F.embedding(input, weight, *args, **kwargs), "table")
+    quantized = call.state.weight(weight, weight.shape[0])
+    with float32_arithmetic(weight):
+        trained = call.state.trainable(weight, weight.shape[0])
+        table = _StraightThrough.apply(trained, quantized.values)
+        result = F.embedding(input, table, *args, **kwargs)
+    limit = call.state.spec.weight_max
+    y = QParams(float(quantized.scales[0]), 0, -limit, limit)
+    if call.recording:
+        call.record(
+            "GATHER",
+            [stored_weight(quantized), Stored(input.long(), "int32", source=input)],
+            [Activation(result, y).stored()],
+            axis=0,
+        )
+    return call.with_qparams(result, y)
+
+
+def supports_embedding(input: Any, weight: Any, *args: Any, **kwargs: Any) -> bool:
+    """Tell whether a table is looked up unchanged: a limit of norms changes rows when read."""
+    max_norm = args[1] if len(args) > 1 else kwargs.get("max_norm")
+    return max_norm is None
+
+
+def integer_matmul(x: Tensor, weight: QuantizedWeight, largest_input: int) -> Tensor:
+    """Product of integers held in float32, exact: float64 where a sum could pass 2^24.
+
+    Args:
+        x: Integers, shape ``(n, in)``.
+        weight: Weight of shape ``(out, in)``.
+        largest_input: Bound on the absolute value of ``x``.
+
+    Returns:
+        Accumulators, shape ``(n, out)``, float32 or float64.
+    """
+    if weight.largest_sum() * largest_input < FLOAT32_INTEGERS:
+        return x @ weight.integers.T
+    return x.double() @ weight.integers.double().T
+
+
+def integer_bias(bias: Tensor, scales: Tensor, bits: int = 32) -> Tensor:
+    """Bias in units of the accumulator, saturated to its width, as float64.
+
+    Args:
+        bias: Shape ``(out,)``.
+        scales: Scale of the accumulator per output, float64.
+        bits: Width.
+
+    Raises:
+        FloatingPointError: If a bias is not finite.
+    """
+    _require_finite(bias)
+    limit = 2.0 ** (bits - 1)
+    return (bias.detach().double() / scales).round_().clamp_(-limit, limit - 1)
+
+
+def _require_finite(bias: Tensor) -> None:
+    if not bool(torch.isfinite(bias).all()):
+        raise FloatingPointError("a bias is not finite: it cannot be put on the chip's grid")
+
+
+def holding_bias(
+    call: Call,
+    weight: QuantizedWeight,
+    bias: Tensor | None,
+    x: QParams,
+    rows_per_scale: int | None = None,
+) -> QuantizedWeight:
+    """A weight whose scales are so large that the bias fits into the accumulator's units.
+
+    Args:
+        call: The call; its telemetry counts the channels whose scale was raised.
+        weight: The weight on the chip.
+        bias: Shape ``(out,)``, or None.
+        x: Grid of the input.
+        rows_per_scale: Rows that share a scale; None for what the spec says of a layer.
+
+    Returns:
+        ``weight`` itself where the bias fits, which it nearly always does.
+
+    Raises:
+        FloatingPointError: If a bias is not finite.
+    """
+    if bias is None:
+        return weight
+    spec = call.state.spec
+    smallest = bias.detach().abs().double() / (x.scale * spec.largest_bias(x.bits))
+    call.state.count_biases(call.site, smallest, weight.scales)
+    if bool((smallest <= weight.scales).all()):
+        return weight
+    _require_finite(bias)
+    if rows_per_scale is None:
+        rows_per_scale = 1 if spec.weight_granularity == "per_channel" else len(smallest)
+    return with_scales_of_at_least(
+        weight, smallest, rows_per_scale=rows_per_scale, power_of_two=spec.power_of_two_scales
+    )
+
+
+def overflowed(
+    call: Call,
+    accumulator: Tensor,
+    largest: float,
+    *,
+    limit: float,
+    factors: float | Tensor,
+    rounding: KernelRounding,
+) -> Tensor:
+    """An accumulator of the width that the chip has: saturated or wrapped beyond it.
+
+    Args:
+        call: The call, whose site overflows are counted for.
+        accumulator: Whole numbers, float32 or float64.
+        largest: Bound on their absolute value: below the width nothing needs a look.
+        limit: What the accumulator holds, 2^(b - 1).
+        factors: What the kernel rescales with: its result may be too wide as well.
+        rounding: Of the rescaling.
+    """
+    too_far = spills(factors, rounding=rounding, largest=min(largest, limit))
+    if call.state.watches_overflow(call.site) and (largest >= limit or too_far):
+        lost = (accumulator >= limit) | (accumulator < -limit)
+        if too_far:
+            lost |= (accumulator.double() * factors).abs() >= 2.0**31
+        call.state.count_overflow(call.site, int(lost.sum()), lost.numel())
+    if largest < limit:
+        return accumulator
+    if call.state.spec.accumulator_overflow == "saturate":
+        return accumulator.clamp_(-limit, limit - 1)
+    return wrap(accumulator.double(), limit)
+
+
+def settled(
+    call: Call,
+    accumulator: Tensor,
+    factors: float | Tensor,
+    y: QParams,
+    *,
+    largest: float,
+    limit: float,
+    rounding: KernelRounding,
+) -> Tensor:
+    """Rescale sums to an output's grid, by way of the accumulator that the chip has.
+
+    Args:
+        call: The call.
+        accumulator: Whole numbers.
+        factors: See :func:`.rescaling.rescale`.
+        y: Grid of the output.
+        largest: Bound on the absolute value of the sums.
+        limit: What the accumulator holds, 2^(b - 1).
+        rounding: Of the kernel.
+
+    Returns:
+        Whole numbers, float64, not clipped.
+    """
+    held = overflowed(call, accumulator, largest, limit=limit, factors=factors, rounding=rounding)
+    return rescale(
+        held,
+        factors,
+        rounding=rounding,
+        largest=min(largest, limit),
+        zero_point=y.zero_point,
+    )
+
+
+def accumulator_limit(call: Call, bits: int) -> float:
+    """Return the limit of an accumulator beside activations of a width: 2^(b - 1)."""
+    return 2.0 ** (call.state.spec.accumulator_width(bits) - 1)
+
+
+def stored_weight(weight: QuantizedWeight) -> Stored:
+    """A weight for an instruction: one scale, or one per output channel where they differ."""
+    scales = weight.scales
+    shared = bool((scales == scales[0]).all())
+    integers = weight.stored.long()
+    return Stored(integers, "int8", float(scales[0]) if shared else scales, constant=True)
+
+
+def stored_bias(bias: Tensor, scales: Tensor, spec: NNASpec, bits: int) -> Stored:
+    """A bias for an instruction: 32 bits, beside 16-bit activations 64."""
+    integers = integer_bias(bias, scales, spec.bias_width(bits)).long()
+    shared = bool((scales == scales[0]).all())
+    scale = float(scales[0]) if shared else scales
+    return Stored(integers, "int64" if bits == 16 else "int32", scale, constant=True)
+
+
+class _FullyConnected(torch.autograd.Function):
+    """Integer forward, straight-through backward with the weights of the chip."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        activation: Activation,
+        quantized: QuantizedWeight,
+        y: QParams,
+        call: Call,
+    ) -> Tensor:
+        needs_grad = any(ctx.needs_input_grad)
+        exact = needs_exact(call, activation, quantized, y)
+        if exact or _multiplies_bytes(call, activation, quantized):
+            sums, offset = _integer_sums(call, activation, quantized)
+            rescaler = _rescaler(call, activation, quantized, bias, offset, y, exact)
+            result, clipped = rescale_rows(sums, rescaler, y, keep=needs_grad)
+        else:
+            rounded = _fast_output(call, activation, quantized, bias, y)
+            centered, clipped = clip(rounded, y, needs_grad)
+            result = centered.mul_(y.scale)
+        if needs_grad:
+            ctx.save_for_backward(x, quantized.stored, quantized.scales, clipped)
+        # No view, so that what works in place on the result may.
+        return result.reshape(*x.shape[:-1], weight.shape[0]).detach()
+
+    @staticmethod
+    @first_order("linear")
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, stored, scales, clipped = ctx.saved_tensors
+        with float32_arithmetic(grad):
+            flat, grad_x = inside(grad, clipped).reshape(-1, len(stored)), None
+            if ctx.needs_input_grad[0]:
+                grad_x = (flat @ values_of(stored, scales)).reshape(x.shape)
+            grad_w = flat.T @ x.reshape(-1, x.shape[-1]) if ctx.needs_input_grad[1] else None
+            grad_b = flat.sum(0) if ctx.needs_input_grad[2] else None
+        return grad_x, grad_w, grad_b, None, None, None, None
+
+
+def needs_exact(
+    call: Call, x: Activation, weight: QuantizedWeight, y: QParams | None = None
+) -> bool:
+    """Tell whether a product must be formed in integers: if exact, or where it may overflow.
+
+    Args:
+        call: The call.
+        x: Input.
+        weight: The weight on the chip; the bias takes half of the accumulator at most.
+        y: Grid of the output, if the result is rescaled to it at once.
+    """
+    if call.exact:
+        return True
+    half = accumulator_limit(call, x.qparams.bits) / 2
+    if weight.exceeds(half / x.qparams.largest):
+        return True
+    # Without that, a result leaves 32 bits only where the output is that much finer.
+    return y is not None and x.qparams.scale * float(weight.scales.max()) >= y.scale
+
+
+def _multiplies_bytes(call: Call, x: Activation, weight: QuantizedWeight) -> bool:
+    """Tell whether to multiply bytes: their sums have 32 bits, which wrap around."""
+    # The largest sum of products of bytes; a wrapped sum is right where the chip's wraps, too.
+    fits = weight.bound * 128 < 2**31 or call.state.spec.accumulator_overflow == "wrap"
+    return x.qparams.bits == 8 and x.value.is_cpu and fits and has_byte_products()
+
+
+def _integer_sums(
+    call: Call, x: Activation, weight: QuantizedWeight
+) -> tuple[Tensor, Tensor | None]:
+    """Sums of products of a layer, and what is still to be added for the input's zero point."""
+    columns = weight.stored.shape[1]
+    if _multiplies_bytes(call, x, weight):
+        stored = stored_bytes(x.value, x.qparams).reshape(-1, columns)
+        offset = weight.row_sums * -x.qparams.zero_point if x.qparams.zero_point else None
+        return weight.byte_product(stored), offset
+    return integer_matmul(x.integers().reshape(-1, columns), weight, x.qparams.largest), None
+
+
+def _rescaler(
+    call: Call,
+    x: Activation,
+    weight: QuantizedWeight,
+    bias: Tensor | None,
+    offset: Tensor | None,
+    y: QParams,
+    exact: bool,
+) -> Rescaler:
+    """From a layer's sums to its output: as the reference kernel computes it, if exact."""
+    spec = call.state.spec
+    bits, rounding = x.qparams.bits, spec.rounding_of("real")
+    scales = x.qparams.scale * weight.scales.double()
+    largest = weight.bound * x.qparams.largest
+    if bias is not None:
+        biases = integer_bias(bias, scales, spec.bias_width(bits))
+        offset = biases if offset is None else offset + biases
+        largest += float(biases.abs().max())
+    factors, limit = scales / y.scale, accumulator_limit(call, bits)
+    settle, held = None, min(largest, limit)
+    if largest >= limit or spills(factors, rounding=rounding, largest=held):
+        settle = partial(
+            overflowed, call, largest=largest, limit=limit, factors=factors, rounding=rounding
+        )
+    return Rescaler(
+        factors,
+        rounding=rounding,
+        largest=held,
+        offset=offset,
+        exact=exact,
+        settle=settle,
+        zero_point=y.zero_point,
+    )
+
+
+def _fast_output(
+    call: Call, x: Activation, weight: QuantizedWeight, bias: Tensor | None, y: QParams
+) -> Tensor:
+    """The same in float32: equal but for results that lie within rounding error of a tie."""
+    if bias is not None:
+        scales = x.qparams.scale * weight.scales.double()
+        width = call.state.spec.bias_width(x.qparams.bits)
+        bias = integer_bias(bias, scales, width).mul_(scales).float()
+    values = weight.values
+    product = F.linear(x.value.detach().reshape(-1, values.shape[1]), values, bias)
+    return product.mul_(1 / y.scale).round_()
+
+
+def _record(
+    call: Call,
+    x: Activation,
+    bias: Tensor | None,
+    quantized: QuantizedWeight,
+    y: Activation,
+) -> None:
+    scales = x.qparams.scale * quantized.scales.double()
+    biases = None
+    if bias is not None:
+        biases = stored_bias(bias, scales, call.state.spec, x.qparams.bits)
+    if x.value.dim() == 1:  # The kernel's output has two axes at least.
+        x, y = (replace(each, value=each.value.unsqueeze(0)) for each in (x, y))
+    call.record(
+        "FULLY_CONNECTED",
+        [x.stored(), stored_weight(quantized), biases],
+        [y.stored()],
+        keepNumDims=x.value.dim() > 2,
+    )
+
+
+class _StraightThrough(torch.autograd.Function):
+    """Give the second tensor forward, and the gradient to the first."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, replacement: Tensor) -> Tensor:
+        # No view of it, so that what works in place on a result may.
+        return replacement.detach()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None

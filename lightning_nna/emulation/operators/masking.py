@@ -1,0 +1,112 @@
+r"""Masks as models write them by hand before a softmax.
+
+``scores.masked_fill(mask, -inf)``, ``torch.where(mask, scores, -inf)`` and ``scores + mask`` with a
+mask of zeros and minus infinities (or some large negative number instead) leave scores out. On the
+chip they become the lowest integer of a grid that reaches as far down as
+:mod:`.attention_mask` says; scores on a narrower grid are requantized to it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_nna.emulation.operators import elementwise
+from lightning_nna.emulation.operators.attention_mask import (
+    ABSENT,
+    DEPTHS,
+    biased,
+    fill,
+    kept,
+    parts_of,
+    row_maxima,
+)
+from lightning_nna.emulation.operators.call import Call, requantize
+
+# What a mask may add to the scores that it leaves in.
+_LARGEST_BIAS = 1e3
+
+
+def masked_fill(call: Call, input: Tensor, mask: Tensor, value: Any) -> Tensor:
+    """``torch.masked_fill`` with minus infinity, or what stands for it."""
+    if call.state.qparams_of(input) is None:
+        return input.masked_fill(mask, value)
+    return _without(call, input, ~mask, call.state.is_constant(mask))
+
+
+def supports_masked_fill(input: Any, mask: Any, value: Any) -> bool:
+    """Whether what is filled in stands for the absence of a score."""
+    return input.dim() > 0 and _is_absence(value)
+
+
+def where(call: Call, condition: Tensor, input: Any, other: Any) -> Tensor:
+    """``torch.where`` between scores and minus infinity."""
+    scores, keep = (input, condition) if _is_absence(other) else (other, ~condition)
+    if call.state.qparams_of(scores) is None:
+        return torch.where(condition, input, other)
+    return _without(call, scores, keep, call.state.is_constant(condition))
+
+
+def supports_where(condition: Any, *branches: Any) -> bool:
+    """Whether one of the branches stands for the absence of a score, and the other has scores."""
+    absent = [_is_absence(branch) for branch in branches]
+    scores = [branch for branch, is_absent in zip(branches, absent, strict=True) if not is_absent]
+    return sum(absent) == 1 and isinstance(scores[0], Tensor) and scores[0].dim() > 0
+
+
+def add(call: Call, input: Tensor | float, other: Tensor | float, *, alpha: float = 1) -> Tensor:
+    """``input + alpha * other``; an ``other`` that leaves scores out is a mask."""
+    if isinstance(input, Tensor) and isinstance(other, Tensor) and alpha == 1:
+        for scores, mask in ((input, other), (other, input)):
+            if call.state.qparams_of(scores) is not None and _is_mask(call, mask):
+                return _with_mask(call, scores, mask)
+    return elementwise.add(call, input, other, alpha=alpha)
+
+
+def _with_mask(call: Call, scores: Tensor, mask: Tensor) -> Tensor:
+    keep, bias = parts_of(mask)
+    if keep is None:
+        keep = torch.ones_like(mask, dtype=torch.bool)
+    if bias is not None:
+        scores = biased(call.child("bias"), scores, bias, keep)
+    return _without(call, scores, keep, call.state.is_constant(mask))
+
+
+def _without(call: Call, scores: Tensor, keep: Tensor, constant: bool) -> Tensor:
+    """Scores with those not to keep at the bottom of a grid that is deep enough."""
+    x = call.operand(scores, "input")
+    if call.observing:
+        call.observed(row_maxima(scores, keep), "row_maxima")
+        call.observed(kept(scores, keep))
+        return fill(call, scores, keep, constant)
+    call.output(lambda: row_maxima(scores, keep), "row_maxima")
+    floor = call.state.ranges[f"{call.site}/row_maxima"].minimum - DEPTHS[call.bits]
+    if x.qparams.bounds[0] * x.qparams.scale > floor:
+        y = replace(call, min_value=floor).output(lambda: kept(scores, keep))
+        scores = call.with_qparams(requantize(call, x, y), y)
+    return fill(call, scores, keep, constant)
+
+
+def _is_mask(call: Call, x: Tensor) -> bool:
+    """Whether a tensor that no operator has quantized leaves scores out, and is small elsewhere.
+
+    Data of a large range is no mask. A mask that happens to leave out nothing counts where
+    calibration has seen one that did.
+    """
+    if call.state.qparams_of(x) is not None or not x.numel():
+        return False
+    if float(x.detach().min()) <= ABSENT:
+        rest = x.detach().masked_fill(x.detach() <= ABSENT, 0.0)
+        return float(rest.abs().max()) < _LARGEST_BIAS
+    seen = not call.observing and f"{call.site}/row_maxima" in call.state.ranges
+    return seen and not bool(x.any())
+
+
+def _is_absence(value: Any) -> bool:
+    """Whether a number, or a tensor of one element, stands for the absence of a score."""
+    if isinstance(value, Tensor):
+        return value.numel() == 1 and value.dim() == 0 and float(value) <= ABSENT
+    return isinstance(value, (int, float)) and value <= ABSENT

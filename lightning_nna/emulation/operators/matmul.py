@@ -1,0 +1,172 @@
+r"""Products of matrices: of two activations, or of an activation and a parameter.
+
+.. math:: y = \mathrm{clip}\Bigl(M\Bigl(\sum_i (q_{a,i} - o_a)(q_{b,i} - o_b)\Bigr) + o_y\Bigr),
+          \qquad M \approx s_a s_b / s_y
+
+Two activations make a ``BATCH_MATMUL``. It rounds twice in 8 bits, has a 16-bit mantissa in 16, and
+multiplies the two scales in float32. A matrix that is a parameter makes a fully connected layer:
+``x @ w.T`` is ``F.linear``, and ``x @ w`` has one scale for the whole of ``w``, because the weight
+pipeline knows its rows, which are not the outputs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lightning_nna.emulation.arithmetic.integer_products import FLOAT32_INTEGERS
+from lightning_nna.emulation.arithmetic.quantized_weight import QuantizedWeight
+from lightning_nna.emulation.arithmetic.rescaling import (
+    RoundingKind,
+    round_fast,
+    rounding_factors,
+    spills,
+)
+from lightning_nna.emulation.clipping import clip, inside
+from lightning_nna.emulation.first_order import first_order
+from lightning_nna.emulation.float32_arithmetic import float32_arithmetic
+from lightning_nna.emulation.operators.call import Call
+from lightning_nna.emulation.operators.linear import (
+    accumulator_limit,
+    fully_connected,
+    linear,
+    settled,
+)
+from lightning_nna.emulation.program import Activation
+from lightning_nna.emulation.ranges import QParams
+
+
+def matmul(call: Call, input: Tensor, other: Tensor) -> Tensor:
+    """``torch.matmul``, ``mm``, ``mv``, ``bmm`` and ``@`` on the chip."""
+    rows = call.viewed(input.unsqueeze(0), input) if input.dim() == 1 else input
+    columns = call.viewed(other.unsqueeze(1), other) if other.dim() == 1 else other
+    parameter = _transposed_parameter(call, other)
+    if parameter is not None:
+        result = linear(call, rows, parameter)
+    elif call.state.is_constant(other) and other.dim() <= 2:
+        result = _by_parameter(call, rows, other, columns)
+    else:
+        result = _by_activation(call, rows, columns)
+    axes = tuple(axis for axis, x in ((-2, input), (-1, other)) if x.dim() == 1)
+    return call.viewed(result.squeeze(axes), result) if axes else result
+
+
+def supports_matmul(input: Any, other: Any, **kwargs: Any) -> bool:
+    """Whether the chip has the product: of tensors of at most five axes."""
+    return not kwargs and all(isinstance(x, Tensor) and x.dim() <= 5 for x in (input, other))
+
+
+def batch_matmul(call: Call, a: Activation, b: Activation, y: QParams) -> Tensor:
+    """One BATCH_MATMUL instruction.
+
+    Args:
+        call: The call.
+        a: Shape ``(*batch, n, k)``.
+        b: Shape ``(*batch, k, m)``; the batch axes broadcast.
+        y: Grid of the output.
+
+    Returns:
+        Tensor of shape ``(*batch, n, m)`` on ``y``.
+    """
+    with float32_arithmetic(a.value):
+        result = _BatchMatmul.apply(a.value, b.value, a, b, y, call)
+    if call.recording:
+        call.record("BATCH_MATMUL", [a.stored(), b.stored()], [Activation(result, y).stored()])
+    return call.with_qparams(result, y)
+
+
+def _by_activation(call: Call, input: Tensor, other: Tensor) -> Tensor:
+    a, b = call.operand(input, "input"), call.operand(other, "other")
+    if call.observing:
+        return call.observed(torch.matmul(input, other))
+    return batch_matmul(call, a, b, call.output(lambda: torch.matmul(input, other)))
+
+
+def _by_parameter(call: Call, input: Tensor, parameter: Tensor, columns: Tensor) -> Tensor:
+    """A fully connected layer whose weight is the transpose of ``columns``, shape ``(k, m)``."""
+    x = call.operand(input, "input")
+    if call.observing:
+        return call.observed(torch.matmul(input, columns))
+    held = call.state.weight(parameter, len(parameter))
+    stored = held.stored.reshape(columns.shape).T.contiguous()
+    quantized = QuantizedWeight(stored, held.scales[:1].expand(len(stored)))
+    y = call.output(lambda: torch.matmul(input, columns))
+    trained = call.state.trainable(parameter, len(parameter)).reshape(columns.shape)
+    return fully_connected(call, x, trained.T, None, quantized, y)
+
+
+def _transposed_parameter(call: Call, matrix: Tensor) -> Tensor | None:
+    """The parameter that a matrix is the transpose of, if it is one."""
+    base = matrix._base
+    if base is None or base.dim() != 2 or not call.state.is_constant(base):
+        return None
+    same = matrix.shape == base.T.shape and matrix.stride() == base.T.stride()
+    return base if same else None
+
+
+class _BatchMatmul(torch.autograd.Function):
+    """Integer forward, straight-through backward with the values of the chip."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        a: Tensor,
+        b: Tensor,
+        left: Activation,
+        right: Activation,
+        y: QParams,
+        call: Call,
+    ) -> Tensor:
+        needs_grad = any(ctx.needs_input_grad)
+        largest = float(a.shape[-1] * left.qparams.largest * right.qparams.largest)
+        factor = float(np.float32(left.qparams.scale) * np.float32(right.qparams.scale)) / y.scale
+        rounding = call.state.spec.rounding_of("double" if y.bits == 8 else "reduced")
+        limit = accumulator_limit(call, y.bits)
+        held = min(largest, limit)
+        if call.exact or largest >= limit or spills(factor, rounding=rounding, largest=held):
+            sums = _accumulate(left, right, largest)
+            rounded = settled(
+                call, sums, factor, y, largest=largest, limit=limit, rounding=rounding
+            )
+        else:
+            rounded = _fast(left, right, factor, rounding)
+        centered, clipped = clip(rounded, y, needs_grad)
+        if needs_grad:
+            ctx.save_for_backward(a, b, clipped)
+        return centered.mul_(y.scale)
+
+    @staticmethod
+    @first_order("matmul")
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        a, b, clipped = ctx.saved_tensors
+        grad_a = grad_b = None
+        with float32_arithmetic(grad):
+            passed = inside(grad, clipped)
+            if ctx.needs_input_grad[0]:
+                grad_a = torch.matmul(passed, b.mT).sum_to_size(a.shape)
+            if ctx.needs_input_grad[1]:
+                grad_b = torch.matmul(a.mT, passed).sum_to_size(b.shape)
+        return grad_a, grad_b, None, None, None, None
+
+
+def _accumulate(a: Activation, b: Activation, largest: float) -> Tensor:
+    """Sums of products of integers, exact: float64 where one could pass 2^24."""
+    left, right = a.integers(), b.integers()
+    if largest < FLOAT32_INTEGERS:
+        return torch.matmul(left, right)
+    return torch.matmul(left.double(), right.double())
+
+
+def _fast(a: Activation, b: Activation, factor: float, rounding: RoundingKind) -> Tensor:
+    """Rounded in float32, in units of the output's scale; the smaller operand takes the factor."""
+    first, second = rounding_factors(factor, rounding=rounding)
+    to_units = float(first) / (a.qparams.scale * b.qparams.scale)
+    left, right = a.value.detach(), b.value.detach()
+    if left.numel() < right.numel():
+        left = left * to_units
+    else:
+        right = right * to_units
+    return round_fast(torch.matmul(left, right), second)

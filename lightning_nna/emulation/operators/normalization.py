@@ -1,0 +1,211 @@
+r"""Layer and RMS normalization as the sequence of instructions that they become.
+
+In 16 bits between two requantizations, with :math:`\epsilon` a constant of the program:
+
+.. math:: d = x - \mathrm{mean}(x), \quad v = \mathrm{mean}(d \cdot d) + \epsilon, \quad
+          y = (d \cdot v^{-1/2}) \cdot \gamma + \beta
+
+The inverse square root is an interpolated table over the range of :math:`v`; below 1/128 of the
+largest variance a table cannot follow it, so the output's grid ends there. Where calibration has
+seen smaller ones (quiet frames beside loud ones), the result is normalized once more: its variance
+is then 1 but for those, and theirs is 128 times nearer. Forward, each step is the chip's;
+backward, the whole is the float function's at the quantized input.
+
+Reference:
+    Ba, Kiros and Hinton, "Layer normalization", arXiv 1607.06450, 2016; Zhang and Sennrich, "Root
+    mean square layer normalization", NeurIPS 2019.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lightning_nna.emulation.clipping import inside
+from lightning_nna.emulation.first_order import first_order
+from lightning_nna.emulation.float32_arithmetic import float32_arithmetic
+from lightning_nna.emulation.operators import elementwise, reduction
+from lightning_nna.emulation.operators.call import Call, requantize
+from lightning_nna.emulation.operators.fused_normalization import (
+    fused,
+    fusible,
+    inverse_root,
+    varies_widely,
+)
+from lightning_nna.emulation.program import Activation
+from lightning_nna.emulation.ranges import PENDING, QParams
+
+Grads = tuple[Tensor | None, Tensor | None, Tensor | None]
+
+
+def layer_norm(
+    call: Call,
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    """``F.layer_norm`` on the chip."""
+
+    def in_float(x: Tensor, gain: Tensor | None, shift: Tensor | None) -> Tensor:
+        return F.layer_norm(x, shape, gain, shift, eps)
+
+    def backward(grad: Tensor, x: Tensor, gain: Tensor | None, shift: Tensor | None) -> Grads:
+        _, mean, inverse = torch.native_layer_norm(x, shape, gain, shift, eps)
+        wanted = [True, gain is not None, shift is not None]
+        return torch.ops.aten.native_layer_norm_backward(
+            grad, x, shape, mean, inverse, gain, shift, wanted
+        )
+
+    shape = list(normalized_shape)
+    axes = tuple(range(-len(normalized_shape), 0))
+    return _normalize(call, input, weight, bias, axes, eps, in_float, backward, centered=True)
+
+
+def rms_norm(
+    call: Call,
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    eps: float | None = None,
+) -> Tensor:
+    """``F.rms_norm`` on the chip."""
+
+    def in_float(x: Tensor, gain: Tensor | None, _: Tensor | None) -> Tensor:
+        return F.rms_norm(x, list(normalized_shape), gain, eps)
+
+    def backward(grad: Tensor, x: Tensor, gain: Tensor | None, _: Tensor | None) -> Grads:
+        with torch.enable_grad():
+            leaves = [p.detach().requires_grad_() for p in (x, gain) if p is not None]
+            result = in_float(leaves[0], None if gain is None else leaves[1], None)
+            found = torch.autograd.grad(result, leaves, grad)
+        return found[0], None if gain is None else found[1], None
+
+    axes = tuple(range(-len(normalized_shape), 0))
+    smallest = torch.finfo(torch.float32).eps if eps is None else eps
+    return _normalize(call, input, weight, None, axes, smallest, in_float, backward, centered=False)
+
+
+def _normalize(
+    call: Call,
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    axes: tuple[int, ...],
+    eps: float,
+    in_float: Callable[..., Tensor],
+    backward: Callable[..., Grads],
+    *,
+    centered: bool,
+) -> Tensor:
+    x = call.operand(input, "input")
+    arguments = (call, x, weight, bias, axes, eps)
+    if call.observing:
+        with torch.no_grad():
+            _steps(*arguments, centered=centered)
+        return call.observed(in_float(x.value, weight, bias))
+    with float32_arithmetic(x.value):
+        alone = not call.recording and fusible(call, x, weight, bias)
+        compute = partial(fused if alone else _one_by_one, *arguments, centered=centered)
+        result, y = _Normalize.apply(x.value, weight, bias, compute, backward)
+    return call.with_qparams(result, y)
+
+
+def _one_by_one(*arguments: Any, centered: bool) -> tuple[Tensor, QParams, Tensor | None]:
+    """What :func:`fused` gives; all that lies at an end of the grid counts as clipped."""
+    with torch.no_grad():
+        result, y = _steps(*arguments, centered=centered)
+    low, high = (bound * y.scale for bound in y.bounds)
+    return result, y, (result > low) & (result < high)
+
+
+def _steps(
+    call: Call,
+    x: Activation,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    axes: tuple[int, ...],
+    eps: float,
+    *,
+    centered: bool,
+) -> tuple[Tensor, QParams]:
+    """The instructions, one after the other; in float while observing."""
+    wide = call.child("wide", bits=16)
+    entered = wide.operand(_carrier(call, x), "input")
+    deviation = _carrier(call, entered)
+    if centered:
+        mean = reduction.mean(wide.child("mean"), deviation, axes, keepdim=True)
+        deviation = elementwise.sub(wide.child("deviation"), deviation, mean)
+    result = _scaled(wide, deviation, axes, eps)
+    if call.observing or varies_widely(wide):
+        result = _scaled(wide.child("again"), result, axes, 0.0)
+    if weight is not None:
+        result = elementwise.mul(wide.child("gain"), result, weight)
+    if bias is not None:
+        result = elementwise.add(wide.child("shift"), result, bias)
+    if call.observing:
+        return result, PENDING
+    y = call.output(lambda: result)
+    tag = call.state.qparams_of(result)
+    assert tag is not None, "an operator's result has a grid"
+    return requantize(call, Activation(result, tag), y), y
+
+
+def _carrier(call: Call, x: Activation) -> Tensor:
+    """A view of the operand that carries its grid; the operand itself may not be the chip's."""
+    return call.with_qparams(x.value.view_as(x.value), x.qparams)
+
+
+def _scaled(call: Call, x: Tensor, axes: tuple[int, ...], eps: float) -> Tensor:
+    """Divide by the root of the mean square and eps."""
+    square = elementwise.mul(call.child("square"), x, x)
+    variance = reduction.mean(call.child("variance"), square, axes, keepdim=True)
+    if eps:
+        variance = elementwise.add(call.child("epsilon"), variance, eps)
+    factor = _inverse_square_root(call.child("inverse"), variance)
+    return elementwise.mul(call.child("normalized"), x, factor)
+
+
+def _inverse_square_root(call: Call, variance: Tensor) -> Tensor:
+    """RSQRT of a 16-bit tensor that is not negative."""
+    v = call.operand(variance, "input")
+    if call.observing:
+        # What has no variance stays 0, whatever the factor: padding must not stop a calibration.
+        return call.with_qparams(v.value.rsqrt().masked_fill(v.value == 0, 0.0), PENDING)
+    integers, y = inverse_root(call, v.integers(), v.qparams)
+    result = integers.mul_(y.scale)
+    if call.recording:
+        call.record("RSQRT", [v.stored()], [Activation(result, y).stored()])
+    return call.with_qparams(result, y)
+
+
+class _Normalize(torch.autograd.Function):
+    """The chip's steps forward, the float function's derivative backward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        compute: Callable[[], tuple[Tensor, QParams, Tensor | None]],
+        backward: Callable[..., Grads],
+    ) -> tuple[Tensor, QParams]:
+        result, y, clipped = compute()
+        ctx.backward_of = backward
+        ctx.save_for_backward(x, weight, bias, clipped)
+        return result.detach(), y
+
+    @staticmethod
+    @first_order("normalization")
+    def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+        x, weight, bias, clipped = ctx.saved_tensors
+        with float32_arithmetic(grad):
+            grads = ctx.backward_of(inside(grad, clipped), x, weight, bias)
+        return *grads, None, None

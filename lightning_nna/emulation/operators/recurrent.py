@@ -1,0 +1,168 @@
+"""Recurrent layers as torch calls them: padded or packed, stacked, in one direction or two.
+
+A step of a cell (``nn.LSTMCell``, ``nn.GRUCell``) is a sequence of one step. The second direction
+runs over the reversed sequences, and a concatenation joins the two.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_nna.emulation.operators.activation import dropout as dropped
+from lightning_nna.emulation.operators.call import Call
+from lightning_nna.emulation.operators.elementwise import concatenate
+from lightning_nna.emulation.operators.gru import gru_layer
+from lightning_nna.emulation.operators.lstm import Weights, lstm_layer
+from lightning_nna.emulation.operators.sequences import Layout
+
+States = tuple[Tensor, ...]
+
+
+def lstm(call: Call, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """``torch.lstm``: outputs, last hidden states, last cells."""
+    output, (h_n, c_n) = _run(call, args, kind="lstm")
+    return output, h_n, c_n
+
+
+def gru(call: Call, *args: Any) -> tuple[Tensor, Tensor]:
+    """``torch.gru``: outputs and last hidden states."""
+    output, (h_n,) = _run(call, args, kind="gru")
+    return output, h_n
+
+
+def lstm_cell(
+    call: Call,
+    input: Tensor,
+    hx: Sequence[Tensor],
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None = None,
+    b_hh: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """``torch.lstm_cell``: one step; the next hidden state and cell."""
+    group = [w_ih, w_hh] if b_ih is None or b_hh is None else [w_ih, w_hh, b_ih, b_hh]
+    _, (h, c) = _layer(
+        call.child("step", bits=8), "lstm", input, Layout((len(input),)), tuple(hx), group
+    )
+    return h, c
+
+
+def gru_cell(
+    call: Call,
+    input: Tensor,
+    hx: Tensor,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None = None,
+    b_hh: Tensor | None = None,
+) -> Tensor:
+    """``torch.gru_cell``: one step; the next hidden state."""
+    group = _group(w_ih, w_hh, b_ih, b_hh)
+    _, (h,) = _layer(call.child("step"), "gru", input, Layout((len(input),)), (hx,), group)
+    return h
+
+
+def _group(w_ih: Tensor, w_hh: Tensor, *biases: Tensor | None) -> list[Tensor]:
+    return [w_ih, w_hh, *(bias for bias in biases if bias is not None)]
+
+
+def _run(call: Call, args: tuple[Any, ...], *, kind: str) -> tuple[Tensor, States]:
+    """Bring the sequences into rows, run the stack, and bring its output into their form."""
+    if not isinstance(args[3], bool):  # Packed: the sizes of the steps come second.
+        rows, sizes, hx, weights, has_biases, layers, dropout, train, two_ways = args
+        layout = Layout(tuple(sizes.tolist()))
+        settings = (weights, has_biases, layers, dropout if train else 0.0, two_ways)
+        return _stack(call, kind, rows, layout, _states(hx), *settings)
+    padded, hx, weights, has_biases, layers, dropout, train, two_ways, batch_first = args
+    # A single sequence without a batch axis is a batch of one.
+    batched = padded.dim() == 3
+    data = padded if batched else padded.unsqueeze(1)
+    turned = batch_first and batched
+    data = data.transpose(0, 1) if turned else data
+    layout = Layout((data.shape[1],) * data.shape[0])
+    rows = call.viewed(data.reshape(-1, data.shape[-1]), padded)
+    states = _states(hx)
+    if not batched:
+        states = tuple(call.viewed(state.unsqueeze(1), state) for state in states)
+    settings = (weights, has_biases, layers, dropout if train else 0.0, two_ways)
+    output, last = _stack(call, kind, rows, layout, states, *settings, batched=batched)
+    shaped = output.reshape(len(layout.sizes), layout.batch, -1)
+    if not batched:
+        shaped = shaped.squeeze(1)
+    elif turned:
+        shaped = shaped.transpose(0, 1)
+    return call.viewed(shaped, output), last
+
+
+def _states(hx: Tensor | Sequence[Tensor]) -> States:
+    return (hx,) if isinstance(hx, Tensor) else tuple(hx)
+
+
+def _stack(
+    call: Call,
+    kind: str,
+    rows: Tensor,
+    layout: Layout,
+    states: States,
+    weights: list[Tensor],
+    has_biases: bool,
+    layers: int,
+    dropout: float,
+    two_ways: bool,
+    batched: bool = True,
+) -> tuple[Tensor, States]:
+    """Run the layers one after the other; each and each direction has its own ranges."""
+    directions = 2 if two_ways else 1
+    count = len(weights) // (layers * directions)
+    groups = [weights[first : first + count] for first in range(0, len(weights), count)]
+    last: list[States] = []
+    for layer in range(layers):
+        ways = []
+        for direction in range(directions):
+            at = layer * directions + direction
+            name = f"layer{layer}" + ("/reverse" if direction else "")
+            taken = call.viewed(layout.reversed(rows), rows) if direction else rows
+            start = tuple(call.selected(state, at) for state in states)
+            part = call.child(name, bits=8) if kind == "lstm" else call.child(name)
+            result, end = _layer(part, kind, taken, layout, start, groups[at], has_biases)
+            ways.append(call.viewed(layout.reversed(result), result) if direction else result)
+            last.append(end)
+        rows = concatenate(call.child(f"layer{layer}/join"), ways, 1) if two_ways else ways[0]
+        if dropout and layer < layers - 1:
+            rows = dropped(call, rows, dropout)
+    return rows, tuple(_together(call, each, batched) for each in zip(*last, strict=True))
+
+
+def _together(call: Call, states: States, batched: bool) -> Tensor:
+    """Last states of all layers; where there are several, each is on a grid of its own."""
+    result = torch.stack(states)
+    result = result if batched else result.squeeze(1)
+    if len(states) == 1:
+        return call.viewed(result, states[0])
+    call.state.set_parts(result, [call.state.qparams_of(state) for state in states])
+    return result
+
+
+def _layer(
+    call: Call,
+    kind: str,
+    rows: Tensor,
+    layout: Layout,
+    start: States,
+    group: Sequence[Tensor],
+    has_biases: bool | None = None,
+) -> tuple[Tensor, States]:
+    """One layer in one direction; its parameters are w_ih, w_hh, biases and a projection."""
+    biased = len(group) == 4 if has_biases is None else has_biases
+    if kind == "gru":
+        output, h_n = gru_layer(call, rows, layout, start[0], group)
+        return output, (h_n,)
+    bias = group[2] + group[3] if biased else None
+    projection = group[-1] if len(group) in (3, 5) else None
+    weights = Weights(group[0], group[1], bias, projection)
+    output, h_n, c_n = lstm_layer(call, rows, layout, start[0], start[1], weights)
+    return output, (h_n, c_n)

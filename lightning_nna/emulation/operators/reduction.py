@@ -1,0 +1,276 @@
+r"""Means, sums and extremes over axes.
+
+The reference divides by the number of elements inside the multiplier: with the mantissa :math:`m`
+and exponent :math:`e` of :math:`s_x / s_y`, and as many bits :math:`k` as leave 32,
+
+.. math:: \bar q = M\Bigl(\sum_i (q_i - o_x);\ \lfloor 2^k m / N \rfloor,\ e - k\Bigr) + o_y,
+          \qquad k = \min(\lfloor \log_2 N \rfloor,\ 32,\ 31 + e)
+
+Its ``SUM`` of 8-bit or 16-bit integers wraps around. A sum is therefore a ``MEAN`` onto a grid
+:math:`N` times finer and a ``MUL`` by the integer 1 of scale :math:`N`, which changes no integer.
+Extremes choose among values and need no arithmetic.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import lru_cache, wraps
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lightning_nna.emulation.arithmetic.fixed_point import quantize_multiplier
+from lightning_nna.emulation.arithmetic.integer_products import FLOAT32_INTEGERS
+from lightning_nna.emulation.arithmetic.rescaling import Multiplier, rescale
+from lightning_nna.emulation.clipping import clip, inside
+from lightning_nna.emulation.first_order import first_order
+from lightning_nna.emulation.float32_arithmetic import float32_arithmetic
+from lightning_nna.emulation.operators.call import Call
+from lightning_nna.emulation.operators.linear import overflowed
+from lightning_nna.emulation.program import Activation, Stored
+from lightning_nna.emulation.ranges import QParams, no_finer
+
+# How many times finer than its input a mean may be: 16 bits then hold 8 steps of the input.
+_FINEST = 2**12
+# What the kernel's sums hold.
+_SUM_LIMIT = 2.0**31
+
+Axes = int | tuple[int, ...] | list[int] | None
+
+
+def _with_numpy_names(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Let ``axis`` and ``keepdims`` stand for ``dim`` and ``keepdim``, as torch does."""
+
+    @wraps(function)
+    def renamed(*args: Any, axis: Axes = None, keepdims: bool | None = None, **kwargs: Any) -> Any:
+        if axis is not None:
+            kwargs["dim"] = axis
+        if keepdims is not None:
+            kwargs["keepdim"] = keepdims
+        return function(*args, **kwargs)
+
+    return renamed
+
+
+@_with_numpy_names
+def mean(
+    call: Call, input: Tensor, dim: Axes = None, keepdim: bool = False, *, dtype: Any = None
+) -> Tensor:
+    """``torch.mean`` on the chip."""
+    x = call.operand(input, "input")
+
+    def in_float() -> Tensor:
+        return torch.mean(input, dim, keepdim)
+
+    if call.observing:
+        return call.observed(in_float())
+    axes = _axes(input, dim)
+    y = mean_grid(call, x.qparams, call.output(in_float))
+    return mean_onto(call, x, axes, keepdim, y)
+
+
+@_with_numpy_names
+def sum(
+    call: Call, input: Tensor, dim: Axes = None, keepdim: bool = False, *, dtype: Any = None
+) -> Tensor:
+    """``torch.sum``: a mean, and a product with 1 that stands for the number of elements."""
+    x = call.operand(input, "input")
+
+    def in_float() -> Tensor:
+        return torch.sum(input, dim, keepdim)
+
+    if call.observing:
+        return call.observed(in_float())
+    axes = _axes(input, dim)
+    count = _count(input, axes)
+    y = mean_grid(call, x.qparams, call.output(in_float), count)
+    finer = replace(y, scale=float(np.float32(y.scale) / np.float32(count)))
+    with float32_arithmetic(input):
+        result = _Mean.apply(x.value, x, axes, keepdim, finer, y.scale, call)
+    if call.recording:
+        integers = Activation(result, y).stored()
+        average = replace(integers, scale=finer.scale)
+        _record_reduction(call, "MEAN", x, average, axes, keepdim)
+        one = Stored(torch.ones((), dtype=torch.int64), integers.dtype, count, constant=True)
+        call.record("MUL", [average, one], [integers])
+    return call.with_qparams(result, y)
+
+
+def mean_grid(call: Call, x: QParams, y: QParams, count: int = 1) -> QParams:
+    """Grid of a mean, or of a sum of ``count``, that the kernel's multiplier reaches from ``x``.
+
+    The mean of what is centered already (a normalized activation) is 0 but for the rounding of the
+    float forward. With a grid for that alone the multiplier would shift the sum out of 32 bits.
+    """
+    step = count * x.scale / _FINEST
+    return no_finer(y, step, power_of_two=call.state.spec.power_of_two_scales)
+
+
+def mean_onto(
+    call: Call, x: Activation, axes: tuple[int, ...], keepdim: bool, y: QParams
+) -> Tensor:
+    """One MEAN instruction.
+
+    Args:
+        call: The call.
+        x: Any shape.
+        axes: Which to average over, from 0.
+        keepdim: Whether they stay, with one element.
+        y: Grid of the output.
+    """
+    with float32_arithmetic(x.value):
+        result = _Mean.apply(x.value, x, axes, keepdim, y, y.scale, call)
+    if call.recording:
+        _record_reduction(call, "MEAN", x, Activation(result, y).stored(), axes, keepdim)
+    return call.with_qparams(result, y)
+
+
+@_with_numpy_names
+def amax(call: Call, input: Tensor, dim: Axes = (), keepdim: bool = False) -> Tensor:
+    """``torch.amax`` on the chip."""
+    return _extreme(call, "REDUCE_MAX", torch.amax, input, dim, keepdim)
+
+
+@_with_numpy_names
+def amin(call: Call, input: Tensor, dim: Axes = (), keepdim: bool = False) -> Tensor:
+    """``torch.amin`` on the chip."""
+    return _extreme(call, "REDUCE_MIN", torch.amin, input, dim, keepdim)
+
+
+@_with_numpy_names
+def maximum_over(call: Call, input: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """``torch.max`` of one tensor: of all its values, or over one axis with indices."""
+    return _extreme(call, "REDUCE_MAX", torch.max, input, *args, **kwargs)
+
+
+@_with_numpy_names
+def minimum_over(call: Call, input: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """``torch.min`` of one tensor."""
+    return _extreme(call, "REDUCE_MIN", torch.min, input, *args, **kwargs)
+
+
+def supports_average(input: Any, *args: Any, dtype: Any = None, **kwargs: Any) -> bool:
+    """Whether a mean or sum is in float32 and has something to add up."""
+    plain = dtype in (None, torch.float32) and "out" not in kwargs
+    return plain and input.dim() > 0 and input.numel() > 0
+
+
+def supports_extreme(input: Any, *args: Any, **kwargs: Any) -> bool:
+    """Whether an extreme is over axes of one tensor, and not of two tensors."""
+    others = [*args, *kwargs.values()]
+    one = not any(isinstance(x, Tensor) for x in others)
+    return one and input.dim() > 0 and input.numel() > 0
+
+
+def _extreme(
+    call: Call,
+    kind: str,
+    function: Callable[..., Any],
+    input: Tensor,
+    dim: Any = None,
+    keepdim: bool = False,
+) -> Any:
+    """The values lie on the input's own grid."""
+    x = call.operand(input, "input")
+    with float32_arithmetic(input):
+        result = function(x.value) if dim is None else function(x.value, dim, keepdim)
+    values = result if isinstance(result, Tensor) else result.values
+    call.unchanged(values, x)
+    if call.recording:
+        stored = Activation(values, x.qparams).stored()
+        _record_reduction(call, kind, x, stored, _axes(input, dim), keepdim)
+    return result
+
+
+class _Mean(torch.autograd.Function):
+    """A mean, whose integers may stand for another scale than the one they are rounded to."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        activation: Activation,
+        axes: tuple[int, ...],
+        keepdim: bool,
+        grid: QParams,
+        scale: float,
+        call: Call,
+    ) -> Tensor:
+        count = _count(x, axes)
+        largest = float(count * activation.qparams.largest)
+        integers = activation.integers()
+        dtype = torch.float32 if largest < FLOAT32_INTEGERS else torch.float64
+        total = integers.sum(axes, keepdim, dtype=dtype)
+        factor = activation.qparams.scale / grid.scale
+        rounded = average(call, total, count, factor, largest, grid.zero_point)
+        centered, clipped = clip(rounded, grid, any(ctx.needs_input_grad))
+        ctx.axes, ctx.shape = () if keepdim else axes, x.shape
+        ctx.slope = scale / (grid.scale * count)
+        ctx.save_for_backward(clipped)
+        return centered.mul_(scale)
+
+    @staticmethod
+    @first_order("mean")
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (clipped,) = ctx.saved_tensors
+        with float32_arithmetic(grad):
+            passed = inside(grad, clipped) * ctx.slope
+            for axis in sorted(ctx.axes):
+                passed = passed.unsqueeze(axis)
+            return passed.expand(ctx.shape), None, None, None, None, None, None
+
+
+def average(
+    call: Call, total: Tensor, count: int, factor: float, largest: float, zero_point: int = 0
+) -> Tensor:
+    """``total * factor / count``, rounded as the chip does.
+
+    The kernel's sums have 32 bits whatever the width of the elements: 65,537 elements of 16 bits
+    may leave them.
+
+    Args:
+        call: The call.
+        total: Sums, whole numbers.
+        count: Number of elements in each.
+        factor: Scale of the elements over that of the output.
+        largest: Bound on the absolute value of a sum.
+        zero_point: Of the output.
+
+    Returns:
+        Whole numbers, float64, without the zero point.
+    """
+    rounding, whole = call.state.spec.rounding_of("double"), factor / count
+    total = overflowed(call, total, largest, limit=_SUM_LIMIT, factors=whole, rounding=rounding)
+    largest = min(largest, _SUM_LIMIT)
+    if rounding != "double":
+        return rescale(total, whole, rounding=rounding, largest=largest)
+    return _divider(factor, count, largest, zero_point)(total.double())
+
+
+@lru_cache(maxsize=1024)
+def _divider(factor: float, count: int, largest: float, zero_point: int) -> Multiplier:
+    mantissa, shift = quantize_multiplier(factor)
+    bits = min(count.bit_length() - 1, 32, 31 + shift)
+    multiplier = torch.tensor((mantissa << bits) // count)
+    exponent = torch.tensor(shift - bits)
+    return Multiplier(multiplier, exponent, largest=largest, zero_point=zero_point)
+
+
+def _axes(x: Tensor, dim: Axes) -> tuple[int, ...]:
+    """Axes from 0, in order; all of them where none is named."""
+    named = (dim,) if isinstance(dim, int) else tuple(dim or range(x.dim()))
+    return tuple(sorted(axis % x.dim() for axis in named)) if x.dim() else ()
+
+
+def _count(x: Tensor, axes: tuple[int, ...]) -> int:
+    return int(np.prod([x.shape[axis] for axis in axes], dtype=np.int64))
+
+
+def _record_reduction(
+    call: Call, kind: str, x: Activation, y: Stored, axes: tuple[int, ...], keepdim: bool
+) -> None:
+    over = Stored(torch.tensor(axes, dtype=torch.int64), "int32", constant=True)
+    call.record(kind, [x.stored(), over], [y], keepDims=keepdim)

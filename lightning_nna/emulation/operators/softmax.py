@@ -1,0 +1,148 @@
+r"""Softmax over an axis, in the fixed point of the reference kernels.
+
+Scores that a mask leaves out become the smallest integer of their grid before the softmax, as a
+selection does on the chip; the exponential of a difference that large is 0 or nearly so.
+The output's grid is the reference's: 1/256 from -128. The backward is
+:math:`y \odot (g - \langle g, y \rangle)` at the quantized output.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lightning_nna.emulation.arithmetic.fixed_point import INT16_MAX
+from lightning_nna.emulation.arithmetic.integer_softmax import (
+    exp_table,
+    reciprocal,
+    softmax_int16,
+    to_sum,
+)
+from lightning_nna.emulation.arithmetic.rescaling import multiply
+from lightning_nna.emulation.first_order import first_order
+from lightning_nna.emulation.float32_arithmetic import float32_arithmetic
+from lightning_nna.emulation.operators.call import Call, look_up
+from lightning_nna.emulation.program import Activation, Stored
+from lightning_nna.emulation.ranges import PENDING, SIGMOID_OUTPUT, QParams
+
+#: Outputs of 16 bits go from 0 to 1 in steps of 2^-15.
+WIDE_OUTPUT = QParams(2.0**-15, 0, -(2**15), INT16_MAX)
+
+
+def softmax(
+    call: Call,
+    input: Tensor,
+    dim: int | None = None,
+    dtype: torch.dtype | None = None,
+    *,
+    mask: Tensor | None = None,
+    beta: float = 1.0,
+    **_: Any,
+) -> Tensor:
+    """``F.softmax`` on the chip.
+
+    Args:
+        call: The call.
+        input: Scores.
+        dim: Axis along which the results sum to 1.
+        dtype: Ignored: the result is the chip's.
+        mask: True where a score is left out; broadcasts with ``input``.
+        beta: Factor of the scores.
+    """
+    axis = implicit_axis(input) if dim is None else dim
+    x = call.operand(input, "input")
+    if call.observing:
+        scores = x.value if mask is None else x.value.masked_fill(mask, -torch.inf)
+        return call.with_qparams(torch.softmax(beta * scores, axis), PENDING)
+    y = SIGMOID_OUTPUT if x.qparams.bits == 8 else WIDE_OUTPUT
+    if mask is not None:
+        x = masked(call, x, mask)
+    with float32_arithmetic(x.value):
+        result = _Softmax.apply(x.value, axis, beta, x, y, call)
+    if call.recording:
+        last = (activation.stored() for activation in (x, Activation(result, y)))
+        given, found = (along_last(stored, axis) for stored in last)
+        call.record("SOFTMAX", [given], [found], beta=beta)
+    return call.with_qparams(result, y)
+
+
+def masked(call: Call, x: Activation, mask: Tensor, *, constant: bool = True) -> Activation:
+    """Scores with those that a mask leaves out at the low end of their grid.
+
+    Args:
+        call: The call.
+        x: Scores.
+        mask: True where a score is left out; broadcasts with ``x``.
+        constant: Whether the mask belongs to the program and not to the data.
+    """
+    low = x.qparams.bounds[0] * x.qparams.scale
+    with float32_arithmetic(x.value):
+        result = Activation(x.value.masked_fill(mask, low), x.qparams)
+    if call.recording:
+        lowest = Activation(torch.tensor(low, dtype=torch.float32), x.qparams, constant=True)
+        condition = Stored(mask, "bool", constant=constant, source=mask)
+        # The first operand is taken where the condition holds.
+        call.record("SELECT_V2", [condition, lowest.stored(), x.stored()], [result.stored()])
+    return result
+
+
+def implicit_axis(x: Tensor) -> int:
+    """The axis that torch takes, with a warning, where none is given."""
+    return 0 if x.dim() in (0, 1, 3) else 1
+
+
+def along_last(stored: Stored, axis: int) -> Stored:
+    """The same tensor with an axis moved to the end, where the instruction takes it."""
+    source = None if stored.source is None else stored.source.movedim(axis, -1)
+    return replace(stored, integers=stored.integers.movedim(axis, -1), source=source)
+
+
+class _Softmax(torch.autograd.Function):
+    """Fixed point forward, the softmax's derivative at the result backward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, axis: int, beta: float, scores: Activation, y: QParams, call: Call
+    ) -> Tensor:
+        if not call.exact:
+            result = torch.softmax(x.detach() * beta if beta != 1 else x.detach(), axis)
+            result = result.mul_(1 / y.scale).round_().clamp_max_(y.bounds[1]).mul_(y.scale)
+        else:
+            compute = _exact if y.bits == 8 else _exact_wide
+            last = scores.integers().movedim(axis, -1)
+            # The 8-bit kernel multiplies in double precision, the 16-bit one in single.
+            factors = np.array([beta, scores.qparams.scale], np.float32)
+            scale = float(factors.prod(dtype=np.float64 if y.bits == 8 else np.float32))
+            result = compute(last, scale).movedim(-1, axis).contiguous()
+        ctx.axis, ctx.beta = axis, beta
+        ctx.save_for_backward(result)
+        return result
+
+    @staticmethod
+    @first_order("softmax")
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (y,) = ctx.saved_tensors
+        with float32_arithmetic(grad):
+            slope = torch._softmax_backward_data(grad, y, ctx.axis, y.dtype)
+        return slope * ctx.beta if ctx.beta != 1 else slope, None, None, None, None, None
+
+
+def _exact(scores: Tensor, scale: float) -> Tensor:
+    """Probabilities along the last axis from whole scores, on the grid of 1/256."""
+    table = exp_table(scale).to(scores.device)
+    differences = (scores.amax(-1, keepdim=True) - scores).int()
+    sums = look_up(to_sum(table).double(), differences).sum(-1, keepdim=True)
+    inverse, above_unit = reciprocal(sums.long())
+    exponentials = look_up(table.double(), differences)
+    shifts = -(above_unit + 31 - 8)
+    rounded = multiply(exponentials, inverse, shifts, largest=2.0**31)
+    return rounded.clamp_(0, 255).float().mul_(SIGMOID_OUTPUT.scale)
+
+
+def _exact_wide(scores: Tensor, scale: float) -> Tensor:
+    """The same for 16 bits, on the grid of 2^-15."""
+    return softmax_int16(scores.long(), scale).float().mul_(WIDE_OUTPUT.scale)

@@ -1,0 +1,125 @@
+"""Which modules are emulated, and which cannot be."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from types import CodeType, FunctionType
+from typing import Any
+
+import torch
+from torch import nn
+from torchmetrics import Metric
+
+from lightning_nna.emulation.dispatch import ROOT
+from lightning_nna.weights.selection import select
+
+
+def lightning_classes() -> tuple[type, ...]:
+    """LightningModule of ``lightning.pytorch`` and of ``pytorch_lightning``, as far as imported."""
+    names = ("lightning.pytorch", "pytorch_lightning")
+    return tuple(sys.modules[name].LightningModule for name in names if name in sys.modules)
+
+
+def is_redirected(module: nn.Module) -> bool:
+    """Tell whether a call of a module runs one of its steps and not its forward.
+
+    Strategies with a wrapper around the module (DDP, FSDP, DeepSpeed) let ``training_step`` and its
+    like run through the wrapper's forward: for that one call, Lightning puts a function of its own
+    in the place of the module's forward.
+    """
+    forward = module.__dict__.get("forward")
+    return isinstance(forward, FunctionType) and forward.__module__.split(".")[0] in (
+        "lightning",
+        "lightning_fabric",
+        "pytorch_lightning",
+    )
+
+
+def forward_codes(module: nn.Module) -> Iterator[tuple[CodeType, Any]]:
+    """Code of a module's forward: of its classes, of decorators around it, of an instance's own.
+
+    Yields:
+        The code, and for a decorator's the function that it calls: one decorator has the same code
+        around every function.
+
+    Example:
+        >>> [(code.co_qualname, inner) for code, inner in forward_codes(nn.Tanh())]
+        [('Tanh.forward', None)]
+    """
+    found: list[Any] = [vars(base).get("forward") for base in type(module).__mro__[:-1]]
+    if not is_redirected(module):
+        found.append(module.__dict__.get("forward"))
+    for function in found:
+        while function is not None:
+            function = getattr(function, "__func__", function)
+            inner = getattr(function, "__wrapped__", None)
+            code = getattr(function, "__code__", None)
+            if isinstance(code, CodeType) and code is not nn.Module.forward.__code__:
+                yield code, inner
+            function = inner
+
+
+def modules_in_scope(named: Mapping[str, nn.Module], targets: Sequence[str]) -> set[str]:
+    """Paths in scope: what targets select and all below it, without losses and metrics."""
+    outside = [name for name, child in named.items() if _is_loss_or_metric(child)]
+    candidates = [name for name in named if not _is_below(name, outside)]
+    chosen = select(targets, candidates, what="module")
+    return {name for name in candidates if ROOT in chosen or _is_below(name, chosen)}
+
+
+def _is_below(name: str, ancestors: Sequence[str]) -> bool:
+    return any(name == above or name.startswith(above + ".") for above in ancestors)
+
+
+def _is_loss_or_metric(module: nn.Module) -> bool:
+    """By class, or by the name ``…Loss`` that every library gives its losses."""
+    return isinstance(module, Metric) or type(module).__name__.endswith("Loss")
+
+
+def named_modules(module: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Modules by path, as if nothing were compiled.
+
+    ``torch.compile`` of a child puts a wrapper around it, which is no module of the user's.
+
+    Example:
+        >>> compiled = torch.compile(nn.Tanh(), backend="eager")
+        >>> [name for name, _ in named_modules(nn.Sequential(compiled))]
+        ['', '0']
+    """
+    return [
+        (".".join(part for part in name.split(".") if part != "_orig_mod"), child)
+        for name, child in module.named_modules()
+        if not _is_compiled_wrapper(child)
+    ]
+
+
+def compiled_modules(module: nn.Module) -> list[str]:
+    """Paths of modules that ``torch.compile`` or ``Module.compile`` was applied to."""
+    found = [name for name, child in module.named_modules() if _is_compiled(child)]
+    return [name.removesuffix("_orig_mod").rstrip(".") or "the module" for name in found]
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    # Lightning takes a compiled LightningModule out of its wrapper and keeps the context.
+    by_lightning = getattr(module, "_compiler_ctx", None) is not None
+    in_place = module._compiled_call_impl is not None
+    return by_lightning or in_place or _is_compiled_wrapper(module)
+
+
+def _is_compiled_wrapper(module: nn.Module) -> bool:
+    return isinstance(module, torch._dynamo.eval_frame.OptimizedModule)
+
+
+def refuse(module: nn.Module) -> None:
+    """Raise for what cannot be emulated.
+
+    Raises:
+        ValueError: If a parameter is not float32; names it.
+    """
+    for name, parameter in module.named_parameters():
+        if parameter.is_floating_point() and parameter.dtype != torch.float32:
+            raise ValueError(
+                f"parameter {name} is {parameter.dtype}: the chip is emulated on float32 "
+                f"parameters; use precision '32-true' or 'bf16-mixed'"
+            )

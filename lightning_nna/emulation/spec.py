@@ -1,0 +1,290 @@
+"""What a chip can do and how it rounds: ``NNASpec`` and its presets.
+
+A spec is a frozen dataclass, a preset's name, or a YAML file with the same keys.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from lightning_nna.settings_files import read_yaml
+
+#: The operators that the emulator has, by the name that coverage and call sites use.
+OPERATORS = (
+    "add",
+    "attention",
+    "batch_matmul",
+    "batch_norm",
+    "concatenation",
+    "convolution",
+    "elu",
+    "embedding",
+    "fully_connected",
+    "gelu",
+    "glu",
+    "gru",
+    "hard_sigmoid",
+    "hard_swish",
+    "layer_norm",
+    "leaky_relu",
+    "log_softmax",
+    "lstm",
+    "mean",
+    "mul",
+    "reduce_max",
+    "reduce_min",
+    "relu",
+    "relu6",
+    "rms_norm",
+    "select",
+    "sigmoid",
+    "silu",
+    "softmax",
+    "sub",
+    "sum",
+    "tanh",
+)
+
+Granularity = Literal["per_channel", "per_tensor"]
+Rounding = Literal["reference", "double", "single", "shift"]
+#: What reference kernels do, see :mod:`.operators.rescaling`.
+KernelRounding = Rounding | Literal["real", "reduced"]
+Overflow = Literal["saturate", "wrap"]
+
+#: Widths of the accumulators of LiteRT's kernels, by the width of their activations.
+LITERT_ACCUMULATOR = {8: 32, 16: 64}
+#: The same of biases. Those beside 16 bits are stored in 64, of which processors read 40.
+LITERT_BIAS = {8: 32, 16: 40}
+
+_CHOICES: dict[str, tuple[Any, ...]] = {
+    "activation_bits": (8, 16),
+    "weight_bits": (2, 3, 4, 5, 6, 7, 8),
+    "bias_bits": (8, 16, 20, 24, 32, 40),
+    "accumulator_bits": (16, 20, 24, 32, 40, 48, 64),
+    "accumulator_overflow": ("saturate", "wrap"),
+    "weight_granularity": ("per_channel", "per_tensor"),
+    "rounding": ("reference", "double", "single", "shift"),
+    "table_entries": (0, *(2**k for k in range(4, 17))),
+}
+
+
+@dataclass(frozen=True)
+class NNASpec:
+    """The arithmetic of one accelerator.
+
+    Args:
+        name: What reports call it.
+        activation_bits: Width of activations between operators: 8 (with zero points) or 16
+            (symmetric).
+        weight_bits: Width of weights, 2 to 8; values are symmetric, in ±(2^(b-1) - 1).
+        bias_bits: Width of biases, which have the scale of the accumulator. The weight scale of a
+            channel whose bias would not fit is raised until it does.
+        accumulator_bits: Width of the sum of a fully connected layer, a convolution or a matrix
+            product, 16 to 64.
+        accumulator_overflow: What a sum beyond that width does: ``"wrap"``, as LiteRT's kernels
+            do, or ``"saturate"``.
+        weight_granularity: One scale per output channel of a layer, or one per tensor. LSTM
+            gates and embeddings always have one per tensor, as their kernels do.
+        rounding: Of the requantization: ``"reference"``, what LiteRT's reference kernel of each
+            operator does; ``"double"``, a fixed-point multiplier rounded twice, everywhere;
+            ``"single"``, the same rounded once; ``"shift"``, a shift alone: then every scale
+            is a power of two.
+        table_entries: Entries of the tables of 16-bit non-linearities, interpolated linearly: a
+            power of two, or 0 for the reference's own functions. 8-bit ones have an entry per
+            input.
+        operators: Which of :data:`OPERATORS` run on the chip; the others run in float and are
+            reported as CPU fallbacks.
+
+    Raises:
+        ValueError: If a field is out of range; the message names it and what is allowed.
+
+    Example:
+        >>> NNASpec(weight_bits=4).weight_max
+        7
+
+    Reference:
+        The TensorFlow Lite 8-bit quantization specification.
+    """
+
+    name: str = "litert-int8"
+    activation_bits: int = 8
+    weight_bits: int = 8
+    bias_bits: int = 32
+    accumulator_bits: int = 32
+    accumulator_overflow: Overflow = "wrap"
+    weight_granularity: Granularity = "per_channel"
+    rounding: Rounding = "reference"
+    table_entries: int = 0
+    operators: tuple[str, ...] = OPERATORS
+
+    def __post_init__(self) -> None:
+        for field, allowed in _CHOICES.items():
+            _require_choice(field, getattr(self, field), allowed)
+        unknown = sorted(set(self.operators) - set(OPERATORS))
+        if unknown:
+            raise ValueError(f"operators has unknown names {unknown}; known: {list(OPERATORS)}")
+        object.__setattr__(self, "operators", tuple(self.operators))
+
+    @property
+    def arithmetic(self) -> dict[str, Any]:
+        """Every field but the name, in plain values: specs with equal ones compute the same.
+
+        Example:
+            >>> NNASpec("mine").arithmetic == NNASpec().arithmetic
+            True
+        """
+        fields = {key: value for key, value in dataclasses.asdict(self).items() if key != "name"}
+        return {**fields, "operators": sorted(self.operators)}
+
+    @property
+    def weight_max(self) -> int:
+        """Largest integer a weight can take; the smallest is its negative."""
+        return int(2 ** (self.weight_bits - 1) - 1)
+
+    @property
+    def power_of_two_scales(self) -> bool:
+        """Whether every scale is a power of two."""
+        return self.rounding == "shift"
+
+    def accumulator_width(self, bits: int) -> int:
+        """Width of the accumulators of an operator whose activations have ``bits`` bits.
+
+        LiteRT's kernels of 8 bits sum in 32 bits and those of 16 in 64, whatever the other
+        operators of the network have; a chip of another width has it everywhere.
+
+        Example:
+            >>> NNASpec().accumulator_width(16), NNASpec(accumulator_bits=24).accumulator_width(16)
+            (64, 24)
+        """
+        own = self.accumulator_bits
+        return LITERT_ACCUMULATOR[bits] if own == LITERT_ACCUMULATOR[self.activation_bits] else own
+
+    def bias_width(self, bits: int) -> int:
+        """Width of the biases of an operator whose activations have ``bits`` bits.
+
+        Example:
+            >>> NNASpec().bias_width(16), NNASpec(bias_bits=16).bias_width(16)
+            (40, 16)
+        """
+        own = self.bias_bits
+        return LITERT_BIAS[bits] if own == LITERT_BIAS[self.activation_bits] else own
+
+    def largest_bias(self, bits: int) -> float:
+        """Largest bias, in units of the accumulator: it fits, and leaves half of the accumulator.
+
+        Example:
+            >>> NNASpec().largest_bias(8) == 2**30
+            True
+        """
+        half = 2.0 ** (self.accumulator_width(bits) - 2)
+        return min(half, 2.0 ** (self.bias_width(bits) - 1) - 1)
+
+    def rounding_of(self, reference: KernelRounding) -> KernelRounding:
+        """The rounding of an operator whose reference kernel does as ``reference`` says."""
+        return reference if self.rounding == "reference" else self.rounding
+
+    @classmethod
+    def from_mapping(cls, settings: Mapping[str, Any]) -> NNASpec:
+        """Build a spec from plain keys, as a YAML file has them.
+
+        Args:
+            settings: Field names and values; missing fields keep their defaults, which are those
+                of the preset that ``preset`` names, if that key is there.
+
+        Raises:
+            ValueError: If a key is unknown, or a value is not allowed.
+
+        Example:
+            >>> NNASpec.from_mapping({"name": "tiny", "weight_bits": 4}).weight_bits
+            4
+        """
+        known = {field.name for field in dataclasses.fields(cls)}
+        unknown = sorted(set(settings) - known - {"preset"})
+        if unknown:
+            allowed = sorted(known | {"preset"})
+            raise ValueError(f"an NNASpec has no key {unknown}; allowed: {allowed}")
+        values = dict(settings)
+        base = values.pop("preset", "litert-int8")
+        if base not in PRESETS:
+            raise ValueError(f"preset must be one of {sorted(PRESETS)}, got {base!r}")
+        if "operators" in values:
+            values["operators"] = tuple(values["operators"])
+        return dataclasses.replace(PRESETS[base], **values)
+
+    @classmethod
+    def from_yaml(cls, path: str | Path) -> NNASpec:
+        """Read a spec from a YAML file.
+
+        Args:
+            path: A file whose top level is a mapping of field names to values.
+
+        Raises:
+            FileNotFoundError: If there is no such file.
+            ValueError: If the file is no YAML, has a key twice, is not a mapping, or a key or value
+                is not allowed; the message names the file.
+        """
+        content = read_yaml(path)
+        if not isinstance(content, Mapping):
+            raise ValueError(f"{path}: a spec file holds a mapping of keys, got {content!r}")
+        try:
+            return cls.from_mapping(content)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path}: {error}") from error
+
+
+def resolve_spec(spec: str | NNASpec | Mapping[str, Any]) -> NNASpec:
+    """Turn what a user may write for ``spec`` into an :class:`NNASpec`.
+
+    Args:
+        spec: A spec, the name of a preset, a mapping of keys, or the path of a YAML file.
+
+    Raises:
+        ValueError: If a name is neither a preset nor an existing file.
+
+    Example:
+        >>> resolve_spec("litert-int8").activation_bits
+        8
+    """
+    if isinstance(spec, NNASpec):
+        return spec
+    if isinstance(spec, Mapping):
+        return NNASpec.from_mapping(spec)
+    if spec in PRESETS:
+        return PRESETS[spec]
+    if Path(spec).is_file():
+        return NNASpec.from_yaml(spec)
+    raise ValueError(
+        f"spec {spec!r} is neither a preset ({', '.join(sorted(PRESETS))}) nor a YAML file"
+    )
+
+
+def _require_choice(name: str, value: object, allowed: tuple[Any, ...]) -> None:
+    """Raise unless ``value`` is one of those allowed; True is no number."""
+    if isinstance(value, bool) or value not in allowed:
+        if name == "table_entries":
+            shown = "0 or a power of two from 16 to 65536"
+        else:
+            shown = ", ".join(repr(choice) for choice in allowed)
+        raise ValueError(f"{name} must be {shown}; got {value!r}")
+
+
+#: Chips by name; see the page on the emulation for what each stands for.
+PRESETS: dict[str, NNASpec] = {
+    spec.name: spec
+    for spec in (
+        NNASpec(),
+        NNASpec("litert-int16x8", activation_bits=16, accumulator_bits=64, bias_bits=40),
+        NNASpec("ethos-u", rounding="double"),
+        NNASpec(
+            "shift",
+            rounding="shift",
+            accumulator_bits=24,
+            accumulator_overflow="saturate",
+            table_entries=256,
+        ),
+    )
+}

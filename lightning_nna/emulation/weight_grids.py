@@ -1,0 +1,66 @@
+"""The last transform of a weight: the accelerator's integers, after the weight pipeline."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from lightning_nna.emulation.arithmetic.quantized_weight import (
+    QuantizedWeight,
+    quantize_onto,
+    quantize_weight,
+)
+from lightning_nna.emulation.spec import NNASpec
+from lightning_nna.weights.pipeline import WeightGrid, WeightPipeline
+
+
+def on_grid(
+    pipeline: WeightPipeline, weight: Tensor, rows_per_scale: int, spec: NNASpec
+) -> QuantizedWeight:
+    """A weight on the chip's grid: after its stages, if methods have claimed it.
+
+    Args:
+        pipeline: Of the module.
+        weight: Of an operator.
+        rows_per_scale: Rows that share a scale.
+        spec: The chip.
+
+    Raises:
+        ValueError: If the chip cannot hold the grid of a stage; says what to change.
+        FloatingPointError: If a weight is not finite.
+    """
+    grid, weight = pipeline.grid_of(weight), pipeline.deployed(weight)
+    if grid is not None:
+        return quantize_onto(
+            weight, _scales_of_rows(grid, weight, rows_per_scale, spec), maximum=spec.weight_max
+        )
+    return quantize_weight(
+        weight,
+        rows_per_scale=rows_per_scale,
+        maximum=spec.weight_max,
+        power_of_two=spec.power_of_two_scales,
+    )
+
+
+def _scales_of_rows(
+    grid: WeightGrid, weight: Tensor, rows_per_scale: int, spec: NNASpec
+) -> Float[Tensor, " rows"]:
+    """The steps of a grid as scales of rows, if an operator of the chip can have them."""
+    rows, groups = weight.shape[0], len(grid.steps)
+    if grid.maximum > spec.weight_max:
+        raise ValueError(
+            f"a weight has centroids in ±{grid.maximum}, the chip's weights are in "
+            f"±{spec.weight_max}: set grid_bits={spec.weight_bits} on the method"
+        )
+    if (rows // groups) % rows_per_scale:
+        raise ValueError(
+            f"a weight of {rows} rows has {groups} scales, and an operator of the chip needs one "
+            f"for every {rows_per_scale} rows: set granularity='tensor' on the method"
+        )
+    if spec.power_of_two_scales and bool((torch.frexp(grid.steps).mantissa != 0.5).any()):
+        raise ValueError(
+            "the chip's scales are powers of two and those of the centroids are not: set "
+            "power_of_two_scales=True on the method"
+        )
+    return grid.steps.repeat_interleave(rows // groups)

@@ -1,1 +1,0 @@
-"""Pure tensor mathematics: no module, no Lightning, no logger."""

@@ -1,0 +1,1 @@
+"""Zeros in weights: compressed-sensing pruning and its baselines."""

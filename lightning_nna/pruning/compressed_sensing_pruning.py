@@ -1,0 +1,349 @@
+r"""``CompressedSensingPruning``: which weights go, and when, by sparse recovery of each layer.
+
+Reference:
+    Zhen et al., "Compressed-sensing pruning", ICASSP 2021, arXiv 2102.04932.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from lightning_nna.distributed import is_distributed
+from lightning_nna.pruning.input_moments import InputMoments
+from lightning_nna.pruning.pruning_method import PruningMethod
+from lightning_nna.pruning.sparse_recovery import SparseSolution, recover_sparse_weight
+from lightning_nna.weights.method import ModuleHook
+
+Measurement = Literal["activations", "identity", "random"]
+Weighting = Literal["gradients", "equal"]
+
+# Of the mean weight of an output: one that got no gradient still counts a little.
+_LEAST_WEIGHT = 1e-3
+
+
+class CompressedSensingPruning(PruningMethod):
+    r"""Prune each layer to the sparse weight that gives its measurement back best.
+
+    Every ``every_n_steps`` each selected weight is measured on the inputs that reached it in the
+    last ``measure_steps`` steps; the sparsest weight that explains the measurement is recovered
+    (:func:`.recover_sparse_weight`), with what survives fitted by least squares to make up for what
+    goes. With ``scope="global"`` layers share one budget by what their errors cost the loss. Zeroed
+    weights start from zero again and may return while training goes on; from ``freeze_step`` on
+    masks stay. A layer waits at the sparsity it has while the error of its recovery would be over
+    ``most_nmse``.
+
+    Args:
+        sparsity: See :class:`.PruningMethod`.
+        measurement: ``"activations"``: the inputs' second moments; ``"identity"``: the weights
+            themselves; ``"random"``: as many random projections as a weight has columns. Weights
+            whose inputs are not seen (:class:`.InputMoments`), such as those of embeddings and
+            transposed convolutions, are measured by the identity; one warning lists all of them
+            but the embeddings, which have no inputs but numbers of rows.
+        measure_steps: Optimizer steps before each recovery whose inputs count.
+        weighting: What the error of each output counts: ``"gradients"``, the mean square of its
+            gradients in those steps, so that an error is what it costs the loss; or ``"equal"``.
+            Gradients also make layers comparable: see ``scope``.
+        most_nmse: Most error of the layer's output over the output's power, both weighed as
+            ``weighting`` says; None for no bound.
+        refit: Whether what survives is fitted, by some steps of conjugate gradients.
+        most_columns: A weight with more columns is an error, since its moment would be that large.
+        revives: Whether zeroed weights are trained on and may return until masks freeze.
+        settings: The other arguments of :class:`.PruningMethod`.
+
+    Logs ``nna/csp/sparsity``, ``…/nmse`` (mean over layers, of the last recovery), ``…/nmse_max``
+    and ``…/support_kept`` (share of the kept weights that were kept before), and for each layer
+    ``…/nmse/<parameter>`` and ``…/support_kept/<parameter>``.
+
+    Raises:
+        ValueError: If an argument is out of range, or a pattern matches nothing or does not divide
+            a weight.
+        FloatingPointError: If a weight or a moment is not finite.
+
+    Example:
+        >>> import lightning.pytorch as pl
+        >>> from lightning_nna.testing import SmallRecurrentModule
+        >>> module = SmallRecurrentModule()
+        >>> prune = CompressedSensingPruning(0.75, every_n_steps=2)
+        >>> trainer = pl.Trainer(max_steps=8, callbacks=[prune], accelerator="cpu", logger=False,
+        ...     enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
+        >>> trainer.fit(module)
+        >>> round(float((module.lstm.weight_hh_l0 == 0).float().mean()), 2)
+        0.75
+
+    Differs from the paper: the measurement by second moments, the weighting by gradients, the
+    solver, the fit of the survivors and the bound are ours.
+    """
+
+    method = "csp"
+
+    def __init__(
+        self,
+        sparsity: float,
+        *,
+        measurement: Measurement = "activations",
+        measure_steps: int = 8,
+        weighting: Weighting = "gradients",
+        most_nmse: float | None = None,
+        refit: bool = True,
+        most_columns: int = 4096,
+        revives: bool = True,
+        **settings: Any,
+    ) -> None:
+        super().__init__(sparsity, revives=revives, **settings)
+        if measurement not in ("activations", "identity", "random"):
+            raise ValueError(
+                f"measurement must be 'activations', 'identity' or 'random', got {measurement!r}"
+            )
+        if weighting not in ("gradients", "equal"):
+            raise ValueError(f"weighting must be 'gradients' or 'equal', got {weighting!r}")
+        if measure_steps < 1 or most_columns < 1:
+            raise ValueError(
+                f"measure_steps and most_columns must be at least 1, got {measure_steps} and "
+                f"{most_columns}"
+            )
+        if most_nmse is not None and not most_nmse > 0:
+            raise ValueError(f"most_nmse must be positive, got {most_nmse}")
+        self.measurement, self.measure_steps = measurement, measure_steps
+        self.weighting = weighting
+        self.most_nmse, self.refit, self.most_columns = most_nmse, refit, most_columns
+        #: Error of the last recovery, by the names of the parameters.
+        self.nmse: dict[str, float] = {}
+        self._kept: dict[str, float] = {}
+        self._sums: dict[str, Tensor] = {}
+        self._counts: dict[str, int] = {}
+        # Sums over rows of squared gradients, by the names of the parameters.
+        self._powers: dict[str, Tensor] = {}
+        self._moments: InputMoments | None = None
+        self._entered = 0
+        self._has_warned = False
+        # The moment of each weight while masks are chosen; None where the identity measures it.
+        self._measured: dict[str, Tensor | None] = {}
+
+    # --- measuring ----------------------------------------------------------------------------
+
+    @override
+    def prepare(self) -> None:
+        super().prepare()
+        self._has_warned = False
+        if self.measurement != "activations":
+            return
+        for name, layout in self.layouts.items():
+            columns = layout.matrix_shape[1]
+            if columns > self.most_columns:
+                raise ValueError(
+                    f"{name} has {columns} columns, more than most_columns={self.most_columns}: "
+                    f"raise it, exclude the weight, or set measurement='identity'"
+                )
+        self._moments = InputMoments(self._parameters, self._sums, self._counts)
+
+    @override
+    def forget(self) -> None:
+        super().forget()
+        for known in (self.nmse, self._kept, self._sums, self._counts, self._powers):
+            known.clear()
+        self._moments = None
+
+    @override
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_fit_start(trainer, pl_module)
+        if self._moments is None:
+            return
+        # Inside of what others enter for a whole batch, so that it sees functions first. On every
+        # module: a network may be run by other methods than its forward.
+        for part in pl_module.modules():
+            self._handles.append(part.register_forward_pre_hook(ModuleHook(self._enter)))
+            leave = ModuleHook(self._leave)
+            self._handles.append(part.register_forward_hook(leave, always_call=True))
+
+    @override
+    def step_begins(self, optimizer: Optimizer) -> None:
+        if not self._is_measuring():
+            return
+        if self._moments is not None:
+            self._moments.agree(over_ranks=is_distributed())
+        if self.weighting == "gradients":
+            steps = {id(p) for group in optimizer.param_groups for p in group["params"]}
+            for name, parameter in self._parameters.items():
+                if id(parameter) in steps and parameter.grad is not None:
+                    grad = parameter.grad.to_dense() if parameter.grad.is_sparse else parameter.grad
+                    power = self.layouts[name].to_matrix(grad).float().square().sum(1)
+                    # A step with gradients that are not finite is one that a scaler skips.
+                    power = torch.where(power.isfinite().all(), power, 0.0)
+                    self._powers[name] = self._powers.get(name, 0.0) + power
+
+    def _is_measuring(self) -> bool:
+        return self._steps_to_choice(self.steps) <= self.measure_steps
+
+    def _enter(self) -> None:
+        # A forward within a backward repeats one that was seen already.
+        is_repeated = torch._C._current_graph_task_id() != -1
+        if self._entered or (self._training and self._is_measuring() and not is_repeated):
+            self._entered += 1
+            if self._entered == 1 and self._moments is not None:
+                self._moments.__enter__()
+
+    def _leave(self) -> None:
+        if self._entered:
+            self._entered -= 1
+            if self._entered == 0 and self._moments is not None:
+                self._moments.__exit__(None, None, None)
+
+    # --- recovery -----------------------------------------------------------------------------
+
+    @property
+    @override
+    def is_comparable(self) -> bool:
+        return self.weighting == "gradients"
+
+    @override
+    def shares_budget(self, name: str) -> bool:
+        # Without gradients nothing says what an error of the layer costs the loss.
+        power = self._powers.get(name)
+        return not self.is_comparable or (power is not None and bool(power.any()))
+
+    @override
+    def energies(self, name: str, weight: Tensor) -> Tensor:
+        moment = self._measured[name]
+        power = torch.ones_like(weight[0]) if moment is None else moment.diagonal()
+        # A row's squared gradient is its output's, times the power of the inputs.
+        scale = (power / power.sum().clamp_min(1e-30)).sqrt()
+        return self.pattern.energies(weight * scale * self._row_scale(name, weight))
+
+    @override
+    def choose(self, name: str, weight: Tensor, sparsity: float) -> Tensor:
+        layout = self.layouts[name]
+        before = layout.to_matrix(self.masks[name].mask)
+        found = self.recover(name, weight, sparsity)
+        self.nmse[name] = found.nmse
+        if self.most_nmse is not None and found.nmse > self.most_nmse:
+            return before
+        self._kept[name] = float((found.mask & before).sum() / found.mask.sum().clamp_min(1))
+        # What went starts from zero again: what it did is in the fitted weights now.
+        self._parameters[name].copy_(layout.from_matrix(found.weight))
+        return found.mask
+
+    def recover(self, name: str, weight: Tensor, sparsity: float) -> SparseSolution:
+        """The sparse weight of a layer at a sparsity."""
+        mask = self.layouts[name].to_matrix(self.masks[name].mask)
+        start = None if bool(mask.all()) else mask
+        # What a row's error counts is what the row is scaled by: rows are fitted one by one.
+        scale = self._row_scale(name, weight)
+        found = recover_sparse_weight(
+            weight * scale,
+            self._measured[name],
+            sparsity=sparsity,
+            pattern=self.pattern,
+            start=start,
+            refit=self.refit,
+            exact=False,
+        )
+        return replace(found, weight=found.weight / scale)
+
+    def _row_scale(self, name: str, weight: Tensor) -> Tensor:
+        """Roots of what the errors of the rows count, as a column; whole powers of two."""
+        power = self._powers.get(name)
+        if power is None or not bool(power.any()):
+            return torch.ones_like(weight[:, :1])
+        floor = _LEAST_WEIGHT * power.mean()
+        return torch.exp2(power.clamp_min(floor).log2().div(2).round())[:, None]
+
+    @override
+    def measure(self) -> None:
+        self._measured = {name: self._moment(name) for name in self._parameters}
+        if self._moments is None:
+            return
+        found = (name for name, moment in self._measured.items() if moment is None)
+        unseen = [name for name in found if name not in self._moments.looked_up]
+        if unseen and not self._has_warned:
+            self._has_warned = True
+            rank_zero_warn(
+                f"CompressedSensingPruning saw no inputs of {', '.join(unseen)} in the last "
+                f"{self.measure_steps} steps: measurement='identity' stands in for them, which "
+                f"keeps the largest weights; exclude what is not to be pruned"
+            )
+
+    @override
+    def _advance(self) -> None:
+        if self.steps == 0 and self.measurement == "activations":
+            return  # Nothing was measured yet.
+        super()._advance()
+        self._measured = {}
+        self._powers = {}
+        if self._moments is not None:
+            self._moments.clear()
+
+    def _moment(self, name: str) -> Tensor | None:
+        layout = self.layouts[name]
+        columns = layout.matrix_shape[1]
+        if self.measurement == "identity":
+            return None
+        if self.measurement == "random":
+            generator = torch.Generator().manual_seed(columns)
+            projection = torch.randn(columns, columns, generator=generator)
+            return (projection.T @ projection / columns).to(self._parameters[name].device)
+        assert self._moments is not None, "prepared for this measurement"
+        found = self._moments.moment(name)
+        if found is not None and not bool(torch.isfinite(found).all()):
+            raise FloatingPointError(f"the inputs of {name} have a moment that is not finite")
+        if found is None or not layout.is_kernel:
+            return found
+        # Inputs are seen channel by channel; see `InputMoments`.
+        order = torch.arange(columns, device=found.device).view(layout.channels, -1).T.flatten()
+        return found[order][:, order]
+
+    # --- logs and state -----------------------------------------------------------------------
+
+    @override
+    def figures(self) -> dict[str, float]:
+        found = {"sparsity": self.sparsity}
+        if self.nmse:
+            found["nmse"] = sum(self.nmse.values()) / len(self.nmse)
+            found["nmse_max"] = max(self.nmse.values())
+            found |= {f"nmse/{name}": error for name, error in self.nmse.items()}
+        if self._kept:
+            found["support_kept"] = sum(self._kept.values()) / len(self._kept)
+            found |= {f"support_kept/{name}": share for name, share in self._kept.items()}
+        return found
+
+    @override
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_fit_end(trainer, pl_module)
+        width = max(len(name) for name in self.masks)
+        lines = [f"{'tensor':{width}}  zeros   nmse"]
+        for name, stage in self.masks.items():
+            error = f"{self.nmse[name]:.4f}" if name in self.nmse else "-"
+            lines.append(f"{name:{width}}  {stage.sparsity:5.1%}  {error}")
+        rank_zero_info("CompressedSensingPruning:\n" + "\n".join(lines))
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            **super().state_dict(),
+            "nmse": dict(self.nmse),
+            "kept": dict(self._kept),
+            "sums": {name: total.clone() for name, total in self._sums.items()},
+            "counts": dict(self._counts),
+            "powers": dict(self._powers),
+        }
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self.nmse, self._kept = dict(state_dict["nmse"]), dict(state_dict["kept"])
+        self._sums.clear()
+        self._counts.clear()
+        self._sums.update(state_dict["sums"])
+        self._counts.update(state_dict["counts"])
+        self._powers = dict(state_dict["powers"])
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy or pickle has what was seen, and looks at no module."""
+        return {**super().__getstate__(), "_moments": None, "_entered": 0}

@@ -1,0 +1,68 @@
+"""``MagnitudePruning`` and ``RandomPruning``: the least weights go, or any.
+
+Reference:
+    Zhu and Gupta, "To prune, or not to prune: exploring the efficacy of pruning for model
+    compression", 2017, arXiv 1710.01878.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_nna.pruning.pruning_method import PruningMethod
+
+
+class MagnitudePruning(PruningMethod):
+    """Gradual magnitude pruning: at each choice the least weights are zeroed.
+
+    Args:
+        sparsity: See :class:`.PruningMethod`, whose other arguments it takes as well. In the paper
+            zeroed weights do not return, and so it is here unless ``revives`` is set.
+
+    Logs ``nna/magnitude/sparsity``.
+
+    Raises:
+        ValueError: If an argument is out of range, or a pattern matches nothing or does not divide
+            a weight.
+        FloatingPointError: If a weight is not finite.
+
+    Example:
+        >>> import lightning.pytorch as pl
+        >>> from lightning_nna.testing import SmallRecurrentModule
+        >>> module = SmallRecurrentModule()
+        >>> prune = MagnitudePruning(0.5, every_n_steps=2, exclude=["head"])
+        >>> trainer = pl.Trainer(max_steps=8, callbacks=[prune], accelerator="cpu", logger=False,
+        ...     enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
+        >>> trainer.fit(module)
+        >>> round(prune.sparsity, 2)
+        0.5
+    """
+
+    method = "magnitude"
+
+    @override
+    def energies(self, name: str, weight: Tensor) -> Tensor:
+        return self.pattern.energies(weight)
+
+
+class RandomPruning(MagnitudePruning):
+    """Zero weights at random: what any other choice has to beat.
+
+    The arguments are those of :class:`.PruningMethod`. Which weights go is the same in every run.
+
+    Example:
+        >>> RandomPruning(0.9).pattern.name
+        'unstructured'
+    """
+
+    method = "random"
+
+    @override
+    def energies(self, name: str, weight: Tensor) -> Tensor:
+        # A number from the name, the same on every rank and in every process.
+        seed = sum(place * byte for place, byte in enumerate(name.encode(), start=1))
+        shape = self.pattern.energies(torch.empty_like(weight)).shape
+        drawn = torch.rand(shape, generator=torch.Generator().manual_seed(seed))
+        return drawn.to(weight.device)

@@ -1,0 +1,1 @@
+"""Low-bit weights: the General Quantizer, S8BQAT, and uniform baselines."""

@@ -1,0 +1,297 @@
+r"""The µ-law, and soft assignment to centroids in its domain.
+
+The µ-law spends resolution where weights are dense, near zero: for :math:`x \in [-1, 1]`
+
+.. math::
+    F_\mu(x) = \operatorname{sgn}(x) \frac{\ln(1 + \mu |x|)}{\ln(1 + \mu)}, \qquad
+    F_\mu^{-1}(v) = \operatorname{sgn}(v) \frac{(1 + \mu)^{|v|} - 1}{\mu}.
+
+In its domain a point :math:`v` is assigned softly to centroids :math:`z`,
+
+.. math::
+    g(v) = \sum_j A_j z_j, \qquad A_j = \operatorname{softmax}_j(-\alpha |v - z_j|^p),
+
+which hardens to the nearest centroid as :math:`\alpha` grows. How far it has hardened says the
+dimensionless sharpness :math:`S = \alpha \Delta^p`, with :math:`\Delta` the mean spacing of the
+centroids: about 1 is soft, from 32 on nearly hard.
+
+Written for every weight, the softmax takes the memory of ``levels`` copies of the weights. But
+:math:`g` is a function of one variable: :class:`SoftAssignment` cuts [-1, 1] into some thousand
+cells and has value and gradients in the middle of each, exactly. A weight needs its cell and a
+look-up, for 256 levels as for two. In a cell only the few centroids count that are near the one
+nearest to it; the table is of cells and such neighbors, never of cells and levels.
+
+Reference:
+    Zhen et al., "Sub-8-bit quantization for on-device speech recognition: a regularization-free
+    approach", SLT 2022, arXiv 2210.09188. ITU-T G.711 for the µ-law.
+
+Differs from the paper: the sharpness without a dimension, and the cells, are ours.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from lightning_nna import elementary
+
+# Terms of the softmax below e^-12 of the greatest may be left out; below e^-24 they are.
+_NEGLIGIBLE = 12.0
+
+
+def mu_law(x: Float[Tensor, "*shape"], mu: float) -> Float[Tensor, "*shape"]:
+    """Compress values in [-1, 1], to the same bits on every processor.
+
+    Args:
+        x: Values in [-1, 1].
+        mu: Strength of the compression; 0 is none.
+
+    Raises:
+        ValueError: If ``mu`` is negative.
+
+    Example:
+        >>> mu_law(torch.tensor([-1.0, 0.0, 1 / 15]), mu=15.0)
+        tensor([-1.0000,  0.0000,  0.2500])
+    """
+    require_mu(mu)
+    if mu == 0:
+        return x
+    grown = elementary.log1p(mu * x.double().abs()) / _log1p(mu)
+    return torch.copysign(grown, x.double()).to(x.dtype)
+
+
+def inverse_mu_law(v: Float[Tensor, "*shape"], mu: float) -> Float[Tensor, "*shape"]:
+    """Expand what :func:`mu_law` compressed, to the same bits on every processor.
+
+    Args:
+        v: Values in [-1, 1].
+        mu: Strength of the compression; 0 is none.
+
+    Raises:
+        ValueError: If ``mu`` is negative.
+
+    Example:
+        >>> inverse_mu_law(torch.tensor([-1.0, 0.0, 0.25]), mu=15.0)
+        tensor([-1.0000,  0.0000,  0.0667])
+    """
+    require_mu(mu)
+    if mu == 0:
+        return v
+    grown = elementary.expm1(v.double().abs() * _log1p(mu)) / mu
+    return torch.copysign(grown, v.double()).to(v.dtype)
+
+
+def _expanded(v: Tensor, mu: float) -> Tensor:
+    """:func:`inverse_mu_law` in the precision of ``v``, where its last bit decides nothing."""
+    return v if mu == 0 else torch.sgn(v) * torch.expm1(v.abs() * _log1p(mu)) / mu
+
+
+@lru_cache(maxsize=64)
+def _log1p(mu: float) -> float:
+    return float(elementary.log1p(torch.tensor(mu, dtype=torch.float64)))
+
+
+def inverse_mu_law_slope(v: Float[Tensor, "*shape"], mu: float) -> Float[Tensor, "*shape"]:
+    """Derivative of :func:`inverse_mu_law`.
+
+    Example:
+        >>> inverse_mu_law_slope(torch.zeros(1), mu=1.0)
+        tensor([0.6931])
+    """
+    require_mu(mu)
+    if mu == 0:
+        return torch.ones_like(v)
+    rate = _log1p(mu)
+    return torch.exp(v.abs() * rate) * (rate / mu)
+
+
+def mean_spacing(centroids: Float[Tensor, " levels"]) -> float:
+    """Mean distance of neighboring centroids; 1 where they are all the same.
+
+    Example:
+        >>> mean_spacing(torch.tensor([-1.0, 0.0, 0.5, 1.0])).__round__(4)
+        0.6667
+    """
+    if len(centroids) < 2:
+        return 1.0
+    spread = float(centroids.detach().max() - centroids.detach().min())
+    return spread / (len(centroids) - 1) if spread > 0 else 1.0
+
+
+class SoftAssignment:
+    r"""Soft assignment to centroids and the expansion, in cells of equal width.
+
+    Cell 0 takes what lies below -1, the last one what lies above 1 or at it; there slopes are zero.
+
+    Args:
+        centroids: In the µ-law's domain, [-1, 1], ascending.
+        sharpness: :math:`S`, positive.
+        mu: Of the µ-law.
+        power: :math:`p`, 1 or 2.
+
+    Attributes:
+        values: :math:`F_\mu^{-1}(g(F_\mu(x)))` in each cell, shape ``(cells + 2,)``.
+        slopes: Its derivative by :math:`x`.
+
+    Raises:
+        ValueError: If an argument is out of range.
+
+    Example:
+        >>> soft = SoftAssignment(torch.tensor([-0.5, 0.5]), sharpness=8.0, mu=0.0)
+        >>> soft.values[cell_of(torch.tensor([-1.0, 0.4]), len(soft.values) - 2)]
+        tensor([-0.5000,  0.4983])
+    """
+
+    def __init__(
+        self, centroids: Float[Tensor, " levels"], *, sharpness: float, mu: float, power: int = 2
+    ) -> None:
+        require_mu(mu)
+        if not sharpness > 0:
+            raise ValueError(f"sharpness must be positive, got {sharpness}")
+        if power not in (1, 2):
+            raise ValueError(f"power must be 1 or 2, got {power}")
+        z = centroids.detach()
+        v, slope = _law_of_cells(cells_for(len(z)), mu, z.device)
+        self._nearest = nearest_by_cell(z, mu)
+        # Coordinates in which the score is -|v - z|^p, with the nearest centroid as origin. Sharp
+        # scores are large and their differences small: coordinates are subtracted in double
+        # precision, where they are few; what is left, of a cell and a centroid, is in single.
+        root = sharpness ** (1 / power) / mean_spacing(z)
+        scaled = z.double() * root
+        self._places = _neighbors(scaled, root, power)
+        near = scaled.index_select(0, self._places.flatten()).view_as(self._places) - scaled
+        near = near.float().index_select(1, self._nearest)
+        own = z.index_select(0, self._nearest)
+        point = ((v - own) * root).float()
+        away = point - near
+        if power == 1:
+            scores, pull = point.abs() - away.abs(), away.sgn_()
+        else:
+            scores, pull = (away + point).mul_(near), away
+        # An exponential too small for a normal number takes a processor a hundred times as long.
+        shares = scores.clamp_(min=-3 * _NEGLIGIBLE).exp_()
+        torch.threshold_(shares, math.exp(-2 * _NEGLIGIBLE), 0.0)
+        total = shares.sum(0)
+        mean = (shares * near).sum(0).div_(total)
+        means = torch.add(own, mean, alpha=1 / root)
+        self.values = _expanded(means, mu)
+        # How fast a centroid's score grows with the centroid, and falls with the point: p times it.
+        spread = near.sub_(mean).mul_(pull).mul_(shares)
+        self._expansion = inverse_mu_law_slope(means, mu).div_(total)
+        self.slopes = spread.sum(0).mul_(-power).mul_(self._expansion).div_(slope)
+        self.slopes[0] = self.slopes[-1] = 0
+        self._per_centroid = shares.add_(spread, alpha=power)
+
+    def centroid_gradient(self, sums: Float[Tensor, " cells"]) -> Float[Tensor, " levels"]:
+        """Gradient of the centroids.
+
+        Args:
+            sums: Sum, over the weights in each cell, of the gradient of what came of them.
+        """
+        shares = self._per_centroid * (sums * self._expansion)
+        regions = shares.new_zeros(self._places.shape).index_add_(1, self._nearest, shares)
+        found = shares.new_zeros(self._places.shape[1])
+        return found.index_add_(0, self._places.flatten(), regions.flatten())
+
+
+def nearest_by_cell(centroids: Float[Tensor, " levels"], mu: float) -> Int[Tensor, " cells"]:
+    """The nearest centroid of every cell, from its middle; the lower one half-way between two.
+
+    Args:
+        centroids: In the µ-law's domain, [-1, 1], ascending.
+        mu: Of the µ-law.
+
+    Example:
+        >>> nearest_by_cell(torch.tensor([-0.5, 0.5]), mu=0.0)[[0, 512, 513, -1]]
+        tensor([0, 0, 1, 1])
+    """
+    v, _ = _law_of_cells(cells_for(len(centroids)), mu, centroids.device)
+    borders = (centroids[1:] + centroids[:-1]).double() / 2
+    # The few borders are looked for among the many cells, not the other way round.
+    first = torch.nn.functional.pad(torch.searchsorted(v, borders, right=True), (1, 1))
+    first[-1] = len(v)
+    levels = torch.arange(len(centroids), device=v.device)
+    return torch.repeat_interleave(levels, first.diff(), output_size=len(v))
+
+
+def cells_for(levels: int) -> int:
+    """Cells between -1 and 1 in which so many levels are told apart well.
+
+    Example:
+        >>> cells_for(4), cells_for(256)
+        (1024, 8192)
+    """
+    return max(1024, 32 * levels)
+
+
+@lru_cache(maxsize=16)
+def _law_of_cells(cells: int, mu: float, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The middles of cells in the µ-law's domain, double, and the slope of its inverse there."""
+    v = mu_law(cell_middles(cells, device).double(), mu)
+    return v, inverse_mu_law_slope(v, mu).float()
+
+
+def cell_middles(cells: int, device: torch.device | None = None) -> Float[Tensor, " cells_and_two"]:
+    """The middle of each cell; -1 and 1 for what lies outside.
+
+    Example:
+        >>> cell_middles(2)
+        tensor([-1.0000, -0.5000,  0.5000,  1.0000])
+    """
+    places = torch.arange(cells + 2, device=device, dtype=torch.float32)
+    return (places - 0.5).mul_(2 / cells).sub_(1).clamp_(-1, 1)
+
+
+def cell_of(
+    weight: Float[Tensor, "*shape"], cells: int, scales: Float[Tensor, " groups"] | None = None
+) -> Int[Tensor, "*shape"]:
+    """The cell of every weight, int32.
+
+    Args:
+        weight: Any weights.
+        cells: Between -1 and 1.
+        scales: What is 1, for each group of rows; none for 1.
+
+    Example:
+        >>> cell_of(torch.tensor([-1.5, -0.1, 0.1, 1.0]), 2)
+        tensor([0, 1, 2, 3], dtype=torch.int32)
+    """
+    half = cells / 2
+    if scales is None:
+        at = weight * half
+    elif len(scales) == 1:
+        at = weight.float() * (half / scales)
+    else:
+        at = (weight.float().reshape(len(scales), -1) * (half / scales)[:, None]).view(weight.shape)
+    return at.add_(half + 1).clamp_(0, cells + 1).int()
+
+
+def require_mu(mu: float) -> None:
+    """Raise unless µ is a strength of compression.
+
+    Raises:
+        ValueError: Shows the value.
+    """
+    if not 0 <= mu < math.inf:
+        raise ValueError(f"mu must be at least 0 (0 is no compression), got {mu}")
+
+
+def _neighbors(z: Tensor, root: float, power: int) -> Tensor:
+    """Centroids that count somewhere in the region of each, shape ``(neighbors, levels)``.
+
+    Those that count at a point lie between two limits that ascend with the point, so the region's
+    ends say which do. As many for all: what is more is negligible.
+    """
+    edges = torch.nn.functional.pad((z[1:] + z[:-1]) / 2, (1, 1))
+    edges[0], edges[-1] = -root, root
+    left, right = edges[:-1], edges[1:]
+    low = left - ((z - left) ** power + _NEGLIGIBLE) ** (1 / power)
+    high = right + ((right - z) ** power + _NEGLIGIBLE) ** (1 / power)
+    first = torch.searchsorted(z, low)
+    width = int((torch.searchsorted(z, high, right=True) - first).max())
+    reach = torch.arange(width, device=z.device)
+    return first.clamp_(max=len(z) - width) + reach[:, None]

@@ -1,0 +1,1 @@
+"""What quantization and pruning share: pipeline, base callback, selection, codebooks, reports."""

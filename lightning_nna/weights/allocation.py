@@ -1,0 +1,273 @@
+r"""How many bits each tensor gets: greedy, from the measured loss.
+
+Every tensor alone is rounded to its Lloyd-Max codebook of each width, and the loss of a calibration
+batch is measured. All tensors start at the widest; then the change with the least increase of the
+loss for a byte saved is made,
+
+.. math:: \arg\min_{t,\, b < b_t} \frac{\max(0, L_t(b) - L_t(b_t))}{B_t(b_t) - B_t(b)},
+
+to any lower width and not only to the next one, until the target is met; sizes are exact, to the
+byte. What is left of the target goes to the tensors that gain most.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from lightning_nna.files import write_whole
+from lightning_nna.non_finite import require_finite_weights
+from lightning_nna.settings_files import read_json
+from lightning_nna.weights.codebook import Codebook
+from lightning_nna.weights.selection import (
+    BitWidths,
+    Granularity,
+    candidates_of,
+    groups_of,
+)
+
+
+@dataclass(frozen=True)
+class BitAllocation:
+    """Bits by tensor, and what they were chosen from.
+
+    Args:
+        bits: By the name of the parameter.
+        losses: Loss with this tensor alone rounded, by name and bits.
+        sizes: Bytes of this tensor, by name and bits: indices, levels and scales.
+        weights: Number of weights, by name.
+        float_loss: Loss with nothing rounded.
+    """
+
+    bits: dict[str, int]
+    losses: dict[str, dict[int, float]]
+    sizes: dict[str, dict[int, int]]
+    weights: dict[str, int]
+    float_loss: float
+
+    @property
+    def overrides(self) -> dict[str, int]:
+        """What every weight method takes as ``overrides``."""
+        return dict(self.bits)
+
+    @property
+    def packed_bytes(self) -> int:
+        """Size of all tensors."""
+        return sum(self.sizes[name][bits] for name, bits in self.bits.items())
+
+    @property
+    def mean_bits(self) -> float:
+        """Mean width of a weight's index."""
+        total = sum(self.weights[name] * bits for name, bits in self.bits.items())
+        return total / sum(self.weights.values())
+
+    def save(self, path: str | Path) -> None:
+        """Write a JSON file, which ``overrides`` of every weight method takes by its path."""
+        content = {
+            "overrides": self.bits,
+            "packed_bytes": self.packed_bytes,
+            "mean_bits": self.mean_bits,
+            "measured": asdict(self),
+        }
+        write_whole(Path(path), json.dumps(content, indent=1) + "\n")
+
+    @classmethod
+    def load(cls, path: str | Path) -> BitAllocation:
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            FileNotFoundError: If there is no such file.
+            ValueError: If the file is damaged or another one; names it.
+        """
+        content = read_json(path)
+        if not isinstance(content, dict) or "measured" not in content:
+            raise ValueError(f"{path} was not written by BitAllocation.save: it has no 'measured'")
+        held = content["measured"]
+        for key in ("losses", "sizes"):
+            held[key] = {n: {int(b): x for b, x in row.items()} for n, row in held[key].items()}
+        return cls(**held)
+
+    def __str__(self) -> str:
+        """A table: tensor, weights, bits, increase of the loss, bytes."""
+        width = max(len(name) for name in self.bits)
+        lines = [f"{'tensor':{width}}  {'weights':>9}  bits  {'loss':>9}  {'bytes':>9}"]
+        for name, bits in self.bits.items():
+            increase = self.losses[name][bits] - self.float_loss
+            size = self.sizes[name][bits]
+            lines.append(
+                f"{name:{width}}  {self.weights[name]:9}  {bits:4}  {increase:+9.4f}  {size:9}"
+            )
+        total = sum(self.weights.values())
+        mean = f"{self.mean_bits:.2f}"
+        lines.append(f"{'all':{width}}  {total:9}  {mean:>4}  {'':9}  {self.packed_bytes:9}")
+        return "\n".join(lines)
+
+
+def allocate_bits(
+    module: nn.Module,
+    loss: Callable[[nn.Module], float | Tensor],
+    *,
+    target_bytes: int | None = None,
+    target_mean_bits: float | None = None,
+    targets: Sequence[str] = ("*",),
+    candidates: Sequence[int] = (1, 2, 3, 4, 5, 6, 7, 8),
+    granularity: Granularity = "tensor",
+    grid_bits: int | None = 8,
+) -> BitAllocation:
+    """Choose bits for every tensor so that the whole has a size.
+
+    Args:
+        module: A trained module; put into evaluation for the time of the measurement.
+        loss: Of the module, on a calibration batch; called once for every tensor and width.
+        target_bytes: Greatest size of all selected tensors.
+        target_mean_bits: Greatest mean width of a weight, instead.
+        targets: Globs or ``re:…`` on the names of parameters, or of modules that hold them.
+        candidates: Widths that a tensor may get.
+        granularity: As of the weight method that is to follow.
+        grid_bits: As of the weight method that is to follow.
+
+    Raises:
+        ValueError: If not exactly one target is given, it is too small, a width is not 1 to 8, or
+            a pattern matches nothing.
+        FloatingPointError: If a weight, or the loss of the module as it is, is not finite.
+
+    Example:
+        >>> net, x = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 2)), torch.randn(16, 8)
+        >>> y = net(x).detach()
+        >>> found = allocate_bits(
+        ...     net, lambda n: (n(x) - y).square().mean(), target_mean_bits=4, candidates=(2, 4, 8)
+        ... )
+        >>> found.mean_bits <= 4
+        True
+    """
+    if (target_bytes is None) == (target_mean_bits is None):
+        raise ValueError("give one of target_bytes and target_mean_bits")
+    if not candidates:
+        raise ValueError("candidates is empty: name the widths that a tensor may get")
+    for bits in candidates:
+        BitWidths(bits)
+    names = list(BitWidths(max(candidates), targets).of(module))
+    found = _measure(module, loss, names, sorted(set(candidates)), granularity, grid_bits)
+    if target_mean_bits is not None:
+        # Levels and scales are little beside the indices, and do not count here.
+        costs = {n: {b: b * found.weights[n] for b in found.sizes[n]} for n in names}
+        budget = math.floor(target_mean_bits * sum(found.weights.values()))
+        unit = "bits"
+    else:
+        assert target_bytes is not None, "one target is given"
+        costs, budget, unit = found.sizes, target_bytes, "bytes"
+    least = sum(min(row.values()) for row in costs.values())
+    if least > budget:
+        raise ValueError(
+            f"the target is {budget} {unit}, and the least that these tensors can have is {least} "
+            f"{unit}: raise it, or add lower widths to candidates"
+        )
+    lowered = _lower(found.bits, found.losses, costs, budget)
+    chosen = _raise(lowered, found.losses, costs, budget)
+    return BitAllocation(chosen, found.losses, found.sizes, found.weights, found.float_loss)
+
+
+def _measure(
+    module: nn.Module,
+    loss: Callable[[nn.Module], float | Tensor],
+    names: Sequence[str],
+    candidates: Sequence[int],
+    granularity: Granularity,
+    grid_bits: int | None,
+) -> BitAllocation:
+    """Losses and sizes of every tensor at every width; all at the widest."""
+    held = candidates_of(module)
+    losses: dict[str, dict[int, float]] = {}
+    sizes: dict[str, dict[int, int]] = {}
+    with torch.no_grad(), _evaluating(module):
+        float_loss = float(loss(module))
+        if not math.isfinite(float_loss):
+            raise FloatingPointError(f"the loss of the module as it is is {float_loss}")
+        for name in names:
+            parameter = held[name]
+            require_finite_weights({name: parameter})
+            groups = groups_of(module, name, parameter, granularity)
+            whole = parameter.detach().clone()
+            losses[name], sizes[name] = {}, {}
+            try:
+                for bits in candidates:
+                    book = Codebook.fit(whole, bits, groups=groups, grid_bits=grid_bits)
+                    parameter.copy_(book.project(whole))
+                    measured = float(loss(module))
+                    # A network that is broken by so few bits is not to have them.
+                    losses[name][bits] = measured if math.isfinite(measured) else math.inf
+                    sizes[name][bits] = book.packed_bytes(whole, bits)
+            finally:
+                parameter.copy_(whole)
+    widest = dict.fromkeys(names, candidates[-1])
+    return BitAllocation(
+        widest, losses, sizes, {name: held[name].numel() for name in names}, float_loss
+    )
+
+
+def _lower(
+    bits: dict[str, int],
+    losses: dict[str, dict[int, float]],
+    costs: dict[str, dict[int, int]],
+    budget: int,
+) -> dict[str, int]:
+    """Make the cheapest change again and again until the budget is met."""
+    bits = dict(bits)
+    while sum(costs[name][b] for name, b in bits.items()) > budget:
+        changes = [
+            (_increase(losses[name], b, now) / saved, -saved, name, b)
+            for name, now in bits.items()
+            for b in costs[name]
+            if b < now and (saved := costs[name][now] - costs[name][b]) > 0
+        ]
+        _, _, name, lower = min(changes)
+        bits[name] = lower
+    return bits
+
+
+def _raise(
+    bits: dict[str, int],
+    losses: dict[str, dict[int, float]],
+    costs: dict[str, dict[int, int]],
+    budget: int,
+) -> dict[str, int]:
+    """Spend what is left on the widths that lower the loss most for what they cost."""
+    bits = dict(bits)
+    while True:
+        left = budget - sum(costs[name][b] for name, b in bits.items())
+        changes = [
+            (-_increase(losses[name], now, b) / cost, cost, name, b)
+            for name, now in bits.items()
+            for b in costs[name]
+            if b > now and 0 < (cost := costs[name][b] - costs[name][now]) <= left
+        ]
+        if not changes or min(changes)[0] >= 0:
+            return bits
+        _, _, name, higher = min(changes)
+        bits[name] = higher
+
+
+def _increase(losses: dict[int, float], to: int, now: int) -> float:
+    """Of the loss, with ``to`` bits instead of ``now``; noise that lowers it counts as nothing."""
+    if math.isinf(losses[to]):
+        return math.inf
+    return max(0.0, losses[to] - losses[now])
+
+
+@contextmanager
+def _evaluating(module: nn.Module) -> Iterator[None]:
+    """Evaluation, and the mode of every module as it was afterwards."""
+    modes = {child: child.training for child in module.modules()}
+    module.eval()
+    try:
+        yield
+    finally:
+        for child, mode in modes.items():
+            child.training = mode

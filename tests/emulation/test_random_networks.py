@@ -1,0 +1,105 @@
+"""Random whole networks, trained on the chip: every instruction is LiteRT's, and they connect."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from lightning_nna import emulate
+from lightning_nna.emulation.emulator import Emulator
+from lightning_nna.emulation.program import Instruction
+from tests.emulation.chain import check_chain
+from tests.emulation.random_networks import (
+    BATCH,
+    CLASSES,
+    INPUTS,
+    LABELS,
+    TIME,
+    Network,
+    Plan,
+    plans,
+)
+from tests.emulation.replay import check_instructions
+
+pytestmark = [
+    pytest.mark.exactness,
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN"),
+]
+SPECS = {8: "litert-int8", 16: "litert-int16x8"}
+FEW = settings(
+    max_examples=8,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    phases=[Phase.generate],  # A failing network is small enough; making it smaller takes minutes.
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
+
+
+def train(net: nn.Module, chip: Emulator, x: Tensor, steps: int = 3) -> None:
+    """A few steps toward random classes, with the faster rounding."""
+    optimizer = torch.optim.Adam(net.parameters(), lr=0.01)
+    classes = torch.randint(0, CLASSES, (BATCH, TIME))
+    chip.fidelity = "fast"
+    for _ in range(steps):
+        logits = net(x)
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(logits.flatten(0, 1), classes.flatten()).backward()
+        optimizer.step()
+    chip.fidelity = "exact"
+
+
+def equals_litert(
+    plan: list[Plan], bits: int, *, embedded: bool, training: bool, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    net = Network(plan, embedded=embedded)
+    floats, labels = torch.randn(BATCH, TIME, INPUTS), torch.randint(0, LABELS, (BATCH, TIME))
+    x = labels if embedded else floats
+    recorded: list[Instruction] = []
+    with emulate(net, SPECS[bits]) as chip:
+        with chip.observing():
+            net(x)
+        train(net, chip, x)
+        chip.recorder = recorded.append
+        with torch.no_grad():
+            result = net.train(training)(x)
+        chip.recorder = None
+    assert sum(check_instructions(recorded).values()) >= BATCH * TIME * CLASSES
+    assert check_chain(recorded, x, result) >= len(recorded)
+
+
+@pytest.mark.parametrize("bits", SPECS)
+def test_every_instruction_is_the_references(bits: int) -> None:
+    @FEW
+    @given(plans(bits), st.booleans(), st.booleans(), st.integers(0, 2**16))
+    def holds(plan: list[Plan], embedded: bool, training: bool, seed: int) -> None:
+        equals_litert(plan, bits, embedded=embedded, training=training, seed=seed)
+
+    holds()
+
+
+def test_a_changed_integer_opens_the_chain() -> None:
+    """The check of the chain itself: one integer less, or a result of another run, is noticed."""
+    torch.manual_seed(0)
+    net = Network([("linear", 8), ("function", "tanh")], embedded=False)
+    x = torch.randn(BATCH, TIME, INPUTS)
+    recorded: list[Instruction] = []
+    with emulate(net) as chip, torch.no_grad():
+        with chip.observing():
+            net(x)
+        chip.recorder = recorded.append
+        result = net(x)
+    assert check_chain(recorded, x, result) == len(recorded)
+    operand = recorded[-1].inputs[0]
+    assert operand is not None
+    operand.integers[0, 0, 0] += 1
+    with pytest.raises(AssertionError, match=r"head/fully_connected#0: operand 0 .* no source"):
+        check_chain(recorded, x, result)
+    operand.integers[0, 0, 0] -= 1
+    with pytest.raises(AssertionError, match="Arrays are not equal"):
+        check_chain(recorded, x, result + 0.1)

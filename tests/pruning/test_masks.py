@@ -1,0 +1,110 @@
+"""Masks as bits, and one budget for all layers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_nna.pruning.masks import MaskStage, MatrixLayout, global_sparsities
+from lightning_nna.pruning.sparsity_pattern import SparsityPattern
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_what_is_masked_is_a_plain_zero(dtype: torch.dtype) -> None:
+    weight = torch.tensor([[-1.5, 2.0], [torch.inf, -0.25], [torch.nan, -torch.inf]], dtype=dtype)
+    stage = MaskStage("method", weight, revives=False)
+    assert stage.transform(weight, hard=True) is weight
+    stage.set_mask(torch.tensor([[True, False], [False, True], [False, False]]))
+    expected = torch.tensor([[-1.5, 0.0], [0.0, -0.25], [0.0, 0.0]], dtype=dtype)
+    in_place = weight.clone()
+    stage.zero_(in_place)
+    for masked in (
+        stage.transform(weight, hard=False),
+        stage.pull_back(weight, weight),
+        in_place,
+    ):
+        assert torch.equal(masked, expected)
+        assert not torch.signbit(masked[expected == 0]).any()
+    stage.revives = True
+    assert stage.pull_back(weight, weight) is weight
+
+
+def test_a_new_mask_takes_the_place_of_the_old_one() -> None:
+    weight = torch.arange(1.0, 4.0)
+    stage = MaskStage("method", weight, revives=False)
+    for kept in ([True, False, True], [False, True, True]):
+        stage.set_mask(torch.tensor(kept))
+        assert stage.kept == 2
+        assert stage.sparsity == pytest.approx(1 / 3)
+        assert torch.equal(stage.transform(weight, hard=True) != 0, torch.tensor(kept))
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        *(nn.Linear(6, 4), nn.Conv1d(6, 4, 1), nn.Conv2d(6, 4, 1), nn.Conv1d(6, 4, 1, groups=2)),
+        *(nn.ConvTranspose1d(6, 4, 1), nn.ConvTranspose2d(6, 4, 1, groups=2)),
+    ],
+    ids=str,
+)
+def test_rows_of_a_matrix_are_outputs_and_columns_inputs(layer: nn.Module) -> None:
+    """With one place a kernel is a matrix for each group; and every layout can be undone."""
+    weight = layer.weight.detach()
+    layout = MatrixLayout.of(layer, weight)
+    matrix = layout.to_matrix(weight)
+    assert matrix.shape == layout.matrix_shape
+    assert torch.equal(layout.from_matrix(matrix), weight)
+    x = torch.randn(5, 6)
+    groups = getattr(layer, "groups", 1)
+    parts = zip(x.chunk(groups, 1), matrix.chunk(groups), strict=True)
+    expected = torch.cat([part @ rows.T for part, rows in parts], 1)
+    places = (1,) * (weight.ndim - 2)
+    found = layer(x.view(5, 6, *places)).flatten(1) - layer.bias
+    torch.testing.assert_close(found.detach(), expected)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [nn.Conv1d(6, 4, 3), nn.Conv2d(6, 4, (2, 3), groups=2), nn.ConvTranspose2d(6, 4, 3, groups=2)],
+    ids=str,
+)
+def test_input_channels_lie_side_by_side(layer: nn.Module) -> None:
+    weight = layer.weight.detach()
+    layout = MatrixLayout.of(layer, weight)
+    assert torch.equal(layout.from_matrix(layout.to_matrix(weight)), weight)
+    first = layout.to_matrix(weight)[0, : layout.channels]
+    place = weight.flatten(2)[..., 0]
+    is_transposed = isinstance(layer, nn.ConvTranspose2d)
+    assert torch.equal(first, place[: layout.channels, 0] if is_transposed else place[0])
+    assert layout.channels == 6 // layer.groups
+
+
+@pytest.mark.parametrize("relative", [True, False])
+@pytest.mark.parametrize("patterns", ["unstructured", "1x4", "row"])
+def test_the_least_of_all_layers_go(patterns: str, relative: bool) -> None:
+    """Against a sort of all units by what each of their weights is worth."""
+    pattern = SparsityPattern.of(patterns)
+    generator = torch.Generator().manual_seed(0)
+    weights = {
+        "a": torch.randn(30, 8, generator=generator),
+        "b": 1.5 * torch.randn(20, 16, generator=generator),
+    }
+    energies = {name: pattern.energies(w) for name, w in weights.items()}
+    shapes = {name: (w.shape[0], w.shape[1]) for name, w in weights.items()}
+    wanted = {"a": 0.2, "b": 0.3}
+    found = global_sparsities(energies, wanted, pattern, shapes, relative=relative)
+    units = []
+    for name, energy in energies.items():
+        size = weights[name].numel() // energy.numel()
+        total = float(energy.double().sum()) if relative else 1.0
+        units += [(float(e) / total / size, size, name) for e in energy.flatten()]
+    budget = sum(wanted[name] * weights[name].numel() for name in weights)
+    gone = dict.fromkeys(weights, 0)
+    taken = 0
+    for _, size, name in sorted(units):
+        taken += size
+        if taken > budget:
+            break
+        gone[name] += size
+    assert found == {name: gone[name] / weights[name].numel() for name in weights}
