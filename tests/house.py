@@ -101,9 +101,7 @@ def _assigned(node: ast.AST) -> Iterator[str]:
     targets: list[ast.expr | None] = []
     if isinstance(node, ast.Assign):
         targets = list(node.targets)
-    elif isinstance(node, (ast.AnnAssign, ast.AugAssign, ast.For, ast.comprehension)) or isinstance(
-        node, ast.NamedExpr
-    ):
+    elif isinstance(node, _LOOPS):
         targets = [node.target]
     elif isinstance(node, ast.withitem):
         targets = [node.optional_vars]
