@@ -23,9 +23,10 @@ from lightning_nna.files import write_whole
 from lightning_nna.keyed_adam import KeyedAdam
 from lightning_nna.quantization.general_quantizer_transform import GeneralQuantizerStage
 from lightning_nna.quantization.mracos import mracos_gradient
+from lightning_nna.quantization.uniform import UniformStage
 from lightning_nna.weights.codebook import Codebook, in_steps
 from lightning_nna.weights.pipeline import Stage, pipeline_of
-from recipes.benchmark.comparators import DKMStage, UniformStage
+from recipes.benchmark.dkm import DKMStage
 from recipes.benchmark.emulation import machine, time_ratios
 from recipes.benchmark.memory import peak_bytes, peak_in_process
 from recipes.benchmark.rows import Row, append_row, has_row, read_rows

@@ -154,7 +154,7 @@ def test_a_sweep_of_several_processes_is_refused(monkeypatch: pytest.MonkeyPatch
 
 
 def test_an_extra_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    from recipes.benchmark.comparators import parq
+    from recipes.comparators import parq
 
     monkeypatch.setitem(sys.modules, "torchao", None)
     with pytest.raises(ImportError, match=r"torchao is not installed: it comes with the extra ben"):

@@ -8,7 +8,7 @@ from torch import nn
 
 from lightning_nna.weights.pipeline import pipeline_of
 from recipes.benchmark import lloyd_max, weight_methods
-from recipes.benchmark.comparators import DKMStage
+from recipes.benchmark.dkm import DKMStage
 from recipes.benchmark.weight_methods import METHODS
 from recipes.benchmark.works import Work
 
