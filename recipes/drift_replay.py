@@ -19,7 +19,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from lightning_nna.drift.detector import DriftDetector, DriftReading
-from lightning_nna.drift.figure import draw
+from lightning_nna.drift.plot import draw
 from lightning_nna.files import whole_file, write_whole
 
 

@@ -1,9 +1,9 @@
-r"""Aligator: means over a geometric cover of time, weighed by how well they foretold.
+r"""Aligator: means over a geometric cover of time, weighted by the errors of their forecasts.
 
 At each level :math:`k` time is cut at the multiples of :math:`2^k`; an expert lives from one cut to
-the next and says the mean of the values since its start. Experts that live are weighed by
-:math:`\exp(-\eta \sum (\text{mean before} - y)^2 / \sigma^2)`; one that is born says what all said
-together, and has the weight of one in its first step.
+the next and forecasts the mean of the values since its start. The living experts are weighted by
+:math:`\exp(-\eta \sum (\text{mean before} - y)^2 / \sigma^2)`; a new one begins with the forecast
+of the mixture, and with a weight of 1.
 
 Reference:
     Baby, Zhao and Wang, "An optimal reduction of TV-denoising to adaptive online learning", AISTATS
@@ -23,22 +23,17 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_nna.drift.estimate import (
-    Estimate,
-    LatestEstimator,
-    require_settings,
-)
-from lightning_nna.drift.thresholds import noise_quantile
+from lightning_nna.drift.estimators import Estimate, LatestEstimator, noise_quantile
 
 
 @dataclass(frozen=True, kw_only=True)
 class Aligator(LatestEstimator):
-    r"""The mixture; see the module.
+    r"""Aligator's mixture of experts; see the module.
 
     Args:
-        rate: :math:`\eta`.
-        sigma: Standard deviation of the noise; None to measure it.
-        delta: Of the radius.
+        rate: Learning rate :math:`\eta` of the weights, at least 0.
+        sigma: Standard deviation of the noise, in the unit of the series; None to measure it.
+        delta: Probability of error of the radius, between 0 and 1.
 
     Raises:
         ValueError: If a setting is out of range.
@@ -50,16 +45,15 @@ class Aligator(LatestEstimator):
     """
 
     rate: float = 0.2
-    sigma: float | None = None
-    delta: float = 0.1
 
+    @override
     def __post_init__(self) -> None:
-        require_settings(sigma=self.sigma, delta=self.delta)
+        super().__post_init__()
         if not self.rate >= 0:
             raise ValueError(f"rate must not be negative, got {self.rate}")
 
     @override
-    def at(
+    def estimate_at(
         self,
         y: Float[Tensor, "*batch n"],
         times: Int[Tensor, " times"],
@@ -70,7 +64,7 @@ class Aligator(LatestEstimator):
         sums = y.new_zeros((*y.shape[:-1], levels))
         counts = y.new_ones(levels)
         logs = torch.zeros_like(sums)
-        said = torch.zeros_like(y[..., 0])
+        mixture = torch.zeros_like(y[..., 0])
         values, windows = [], []
         for time in range(y.shape[-1]):
             number = time + 1
@@ -79,7 +73,11 @@ class Aligator(LatestEstimator):
             born = min((number & -number).bit_length(), alive)
             newest, level = y[..., time, None], noise[..., time, None].clamp_min(1e-12)
             means = torch.cat(
-                [said[..., None].expand(*said.shape, born), _means(sums, counts, born, alive)], -1
+                [
+                    mixture[..., None].expand(*mixture.shape, born),
+                    _means(sums, counts, born, alive),
+                ],
+                -1,
             )
             weights = torch.cat([torch.zeros_like(logs[..., :born]), logs[..., born:alive]], -1)
             mass = weights.logsumexp(-1, keepdim=True)
@@ -89,10 +87,10 @@ class Aligator(LatestEstimator):
             sums = torch.where(fresh, newest, sums + newest)
             counts = torch.where(fresh, 1.0, counts + 1)
             logs = torch.cat([weights, logs[..., alive:]], -1)
-            shares = weights.softmax(-1)
-            said = (shares * _means(sums, counts, 0, alive)).sum(-1)
-            values.append(said)
-            windows.append((shares * counts[:alive].rsqrt()).sum(-1).pow(-2))
+            fractions = weights.softmax(-1)
+            mixture = (fractions * _means(sums, counts, 0, alive)).sum(-1)
+            values.append(mixture)
+            windows.append((fractions * counts[:alive].rsqrt()).sum(-1).pow(-2))
         quantile = noise_quantile((times + 1).to(y.dtype), self.delta)
         window = torch.stack(windows, -1)[..., times]
         return Estimate(

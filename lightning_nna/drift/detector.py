@@ -1,4 +1,4 @@
-r"""Drift of a noisy series against the best level that it had: ``DriftDetector``.
+r"""Detect the drift of a noisy series from the best level that it had: ``DriftDetector``.
 
 After each value the newest level is estimated. With :math:`\hat\theta_t \pm \rho_t` the estimate
 and its radius, where less is better, a series has drifted if
@@ -10,7 +10,7 @@ falls, so that a training curve needs no detrending; a series that rises slowly 
 risen beyond the radii.
 
 The noise is the mean difference of neighbors, without those above four deviations (by the median),
-times :math:`1 + 4 / n`, since few differences know it badly. It is taken over the newest
+times :math:`1 + 4 / n`, since few differences measure it badly. It is measured over the newest
 thousand differences.
 
 Differs from the paper: the test against the best level and the measure of noise are ours.
@@ -30,7 +30,7 @@ from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
-from lightning_nna.drift.estimate import MEDIAN_OF_NORMAL, Estimate
+from lightning_nna.drift.estimators import MEDIAN_OF_NORMAL, Estimate
 from lightning_nna.drift.streaming_haar import StreamingHaar
 from lightning_nna.drift.wavelets import wavelet_estimator
 
@@ -40,21 +40,21 @@ _DEVIATIONS = 4.0
 # Mean absolute value of a standard normal variable that is known to be below four.
 _MEAN_OF_NORMAL = 0.7976642
 _UNCERTAINTY = 4.0
-#: Differences that the noise is measured on, and values that other wavelets than Haar look at.
+#: Number of differences that the noise is measured on, and of values that wavelets except Haar see.
 MEMORY = 1024
 
 
 @dataclass(frozen=True)
 class DriftReading:
-    """What is known after a value.
+    """The state of a series after a value.
 
     Args:
-        raw: The value.
-        value: The estimated level.
-        radius: Of the estimate; infinite after one value.
-        effective_window: So many values of a plain mean would be as noisy.
-        reference: The best level before; not a number during the warm-up.
-        reference_radius: Its radius.
+        raw: Value, in the unit of the series.
+        value: Estimated level, in the unit of the series.
+        radius: Radius of the estimate; infinite after one value.
+        effective_window: Number of values whose plain mean would be as noisy.
+        reference: Best level before; not a number during the warm-up.
+        reference_radius: Radius of the best level.
         drift: Whether the level is worse than the reference beyond both radii.
     """
 
@@ -68,17 +68,17 @@ class DriftReading:
 
 
 class DriftDetector:
-    """Takes one value after another and says whether the series has drifted; see the module.
+    """Detect drift in a stream, one value after another; see the module.
 
     Args:
-        wavelet: ``"haar"``, at a cost that does not grow with the series; ``"db2"`` to ``"db8"`` on
-            an interval, or any other discrete wavelet of PyWavelets with symmetric extension, over
-            the newest 1024 values.
-        mode: ``"min"`` where less is better, ``"max"`` where more is.
-        constant: Of the threshold of details.
-        delta: Of the threshold and the radius: less means fewer alarms, later.
-        warmup: Values before a reference is taken.
-        min_delta: A drift is worse by more than this, in the unit of the series.
+        wavelet: Name of the wavelet: ``"haar"``, at a cost that does not grow with the series;
+            ``"db2"`` to ``"db8"`` on an interval, or any other discrete wavelet of PyWavelets with
+            symmetric extension, over the newest 1024 values.
+        mode: Direction, ``"min"`` if less is better, ``"max"`` if more is.
+        constant: Factor of the threshold of details, at least 0.
+        delta: Probability of error of the threshold and the radius: less means fewer alarms, later.
+        warmup: Number of values before the first reference, at least 2.
+        min_delta: Least worsening that is a drift, in the unit of the series, at least 0.
 
     Raises:
         ValueError: If a setting is out of range.
@@ -118,25 +118,28 @@ class DriftDetector:
 
     @property
     def n(self) -> int:
-        """Values so far."""
+        """Return the number of values so far."""
         return self._stream.n
 
     @property
     def constant_so_far(self) -> bool:
-        """Whether all of the newest values were equal: then nothing is known of the noise."""
+        """Tell if all of the newest values were equal: then nothing is known of the noise."""
         return not self._ordered or self._ordered[-1] == 0
 
     def update(self, y: float) -> DriftReading:
-        """Take in a value.
+        """Take in a value and test for drift.
+
+        Args:
+            y: Newest value, finite.
 
         Raises:
-            ValueError: If it is not finite: the detector is as it was, and may go on.
+            ValueError: If it is not finite: the detector is unchanged, and may go on.
         """
         self._stream.push(y)
         self._take_difference(y)
         self._newest.append(y)
-        found = self._estimate()
-        value, radius = float(found.value), float(found.radius)
+        estimate = self._estimate()
+        value, radius = float(estimate.value), float(estimate.radius)
         sign = 1.0 if self.mode == "min" else -1.0
         reference, reference_radius = self._reference or (math.nan, math.nan)
         worse = sign * (value - reference) - radius - reference_radius
@@ -144,7 +147,7 @@ class DriftDetector:
             raw=y,
             value=value,
             radius=radius,
-            effective_window=float(found.effective_window),
+            effective_window=float(estimate.effective_window),
             reference=reference,
             reference_radius=reference_radius,
             drift=worse > self.min_delta,
@@ -155,19 +158,19 @@ class DriftDetector:
         return reading
 
     def noise_level(self) -> float:
-        """Standard deviation of the noise, on the safe side; infinite after one value."""
+        """Measure the noise, on the safe side; infinite after one value."""
         count = len(self._ordered)
         if not count:
             return math.inf
         middle = (self._ordered[(count - 1) // 2] + self._ordered[count // 2]) / 2
         # Where most neighbors are equal, as in a coarse metric, all differences count.
         inside = bisect_right(self._ordered, _DEVIATIONS * middle / MEDIAN_OF_NORMAL)
-        taken = self._ordered[:inside] if middle else self._ordered
-        mean = math.fsum(taken) / len(taken)
+        differences = self._ordered[:inside] if middle else self._ordered
+        mean = math.fsum(differences) / len(differences)
         return mean / (_MEAN_OF_NORMAL * math.sqrt(2)) * (1 + _UNCERTAINTY / (count + 1))
 
     def state_dict(self) -> dict[str, Any]:
-        """All that it takes to go on; plain numbers."""
+        """Return the state of the detector, in plain numbers."""
         return {
             "stream": self._stream.state_dict(),
             "newest": list(self._newest),
@@ -175,7 +178,7 @@ class DriftDetector:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where the state was taken."""
+        """Continue from a state of :meth:`state_dict`."""
         self._stream.load_state_dict(state["stream"])
         self._newest = deque(state["newest"], maxlen=MEMORY + 1)
         self._ordered = sorted(np.abs(np.diff(list(self._newest))).tolist())

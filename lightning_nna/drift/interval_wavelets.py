@@ -1,4 +1,4 @@
-r"""Daubechies wavelets on an interval: orthonormal, and polynomials kept up to the edge.
+r"""Daubechies wavelets on an interval: orthonormal, and exact for polynomials up to the edge.
 
 A signal :math:`x_0 \dots x_{m-1}` becomes :math:`m/2` averages and :math:`m/2` details. In the
 interior both are products with the filters of the line; output :math:`k` covers the inputs
@@ -34,13 +34,13 @@ ORDERS = range(1, 9)
 
 @dataclass(frozen=True)
 class EdgeFilters:
-    """What turns the first entries of a level into the edge entries of the next.
+    """Filters from the first entries of a level to the edge entries of the next.
 
     Args:
-        low: Rows of the edge averages.
-        high: Rows of the edge details.
-        polynomials: What the edge averages are for polynomials; its first columns are those of
-            polynomials of the lowest degrees.
+        low: Rows of the edge averages, shape ``(order, block)``.
+        high: Rows of the edge details, shape ``(order, block)``.
+        polynomials: Edge averages of polynomials, shape ``(order, order)``, a column each; the
+            first columns are those of the lowest degrees.
     """
 
     low: Float[np.ndarray, "order block"]
@@ -49,7 +49,10 @@ class EdgeFilters:
 
 
 def scaling_filter(order: int) -> Float[np.ndarray, " taps"]:
-    """Daubechies' filter of averages with ``order`` vanishing moments; 1 is Haar.
+    """Return Daubechies' filter of averages; order 1 is Haar.
+
+    Args:
+        order: Number of vanishing moments, 1 to 8.
 
     Raises:
         ValueError: If ``order`` is not between 1 and 8.
@@ -60,17 +63,21 @@ def scaling_filter(order: int) -> Float[np.ndarray, " taps"]:
 
 
 def detail_filter(scaling: Float[np.ndarray, " taps"]) -> Float[np.ndarray, " taps"]:
-    """The quadrature mirror filter."""
+    """Return the quadrature mirror filter of a filter of averages.
+
+    Args:
+        scaling: Filter of averages, shape ``(taps,)``.
+    """
     return scaling[::-1] * (-1.0) ** np.arange(len(scaling))
 
 
 @lru_cache(maxsize=2 * len(ORDERS))
 def edge_filters(order: int, *, mirrored: bool = False) -> tuple[EdgeFilters, ...]:
-    """Edge filters of each level, the finest first.
+    """Compute the edge filters of each level, the finest first.
 
     Args:
-        order: Vanishing moments, 1 to 8.
-        mirrored: For the far edge, whose entries are counted from the end.
+        order: Number of vanishing moments, 1 to 8.
+        mirrored: Filters of the far edge, whose entries are counted from the end.
     """
     scaling = scaling_filter(order)
     scaling = scaling[::-1] if mirrored else scaling
@@ -94,22 +101,28 @@ def edge_filters(order: int, *, mirrored: bool = False) -> tuple[EdgeFilters, ..
 
 
 def polynomials_at_edge(order: int) -> Float[np.ndarray, "order order"]:
-    """The same of the samples themselves, before the first level."""
+    """Return the polynomials at the edge samples, before the first level.
+
+    Args:
+        order: Number of vanishing moments, 1 to 8.
+    """
     return _polynomials(order, np.arange(order))
 
 
 def interval_transform(
     x: Float[Tensor, "*batch m"], order: int, levels: int
 ) -> tuple[Float[Tensor, "*batch coarse"], list[Tensor]]:
-    """The orthonormal transform on an interval.
+    """Transform signals on an interval, orthonormally.
 
     Args:
-        x: Its length divides by ``2 ** levels``, and every level has at least ``6 * order - 2``.
-        order: Vanishing moments, 1 to 8.
-        levels: How often the averages are transformed.
+        x: Signals, shape ``(*batch, m)``; ``m`` divides by ``2 ** levels``, and every level has at
+            least ``6 * order - 2`` entries.
+        order: Number of vanishing moments, 1 to 8.
+        levels: Number of transforms of the averages.
 
     Returns:
-        Averages, and the details of each level, the finest first.
+        Averages, shape ``(*batch, m / 2 ** levels)``, and the details of each level, the finest
+        first.
 
     Raises:
         ValueError: If the length does not fit.
@@ -131,7 +144,13 @@ def interval_transform(
 def inverse_interval_transform(
     averages: Float[Tensor, "*batch coarse"], details: list[Tensor], order: int
 ) -> Float[Tensor, "*batch m"]:
-    """The signal whose transform this is."""
+    """Compute the signals of a transform, the inverse of :func:`interval_transform`.
+
+    Args:
+        averages: Averages of the coarsest level, shape ``(*batch, coarse)``.
+        details: Details of each level, the finest first.
+        order: Number of vanishing moments, 1 to 8.
+    """
     x = averages
     for level in reversed(range(len(details))):
         both = torch.cat([x, details[level]], dim=-1)
@@ -140,7 +159,12 @@ def inverse_interval_transform(
 
 
 def most_levels(n: int, order: int) -> int:
-    """Levels of :func:`interval_transform` that a length allows."""
+    """Count the levels of :func:`interval_transform` that a length allows.
+
+    Args:
+        n: Number of values.
+        order: Number of vanishing moments, 1 to 8.
+    """
     levels = 0
     while n % 2 == 0 and n >= 6 * order - 2:
         n, levels = n // 2, levels + 1
@@ -148,7 +172,7 @@ def most_levels(n: int, order: int) -> int:
 
 
 def _matrix(m: int, order: int, level: int) -> Tensor:
-    """One level as an orthogonal matrix; averages first."""
+    """Return one level as an orthogonal matrix; averages first."""
     if m % 2 or m < 6 * order - 2:
         raise ValueError(
             f"a level of {m} entries cannot be transformed with order {order}: it must be even and "
@@ -171,7 +195,7 @@ def _matrix(m: int, order: int, level: int) -> Tensor:
 
 
 def _complement(order: int, scaling: np.ndarray) -> np.ndarray:
-    """Orthonormal columns: signals on the block that no interior row sees."""
+    """Return orthonormal columns: signals on the block that no interior row sees."""
     size = 3 * order - 1
     rows = [np.zeros(size)]
     for k in range(order, 2 * order):
@@ -182,14 +206,14 @@ def _complement(order: int, scaling: np.ndarray) -> np.ndarray:
     return np.linalg.svd(np.array(rows))[2][order - 1 :].T
 
 
-def _polynomials(order: int, at: np.ndarray) -> np.ndarray:
-    """Legendre polynomials over the block of an edge, at any entries."""
+def _polynomials(order: int, entries: np.ndarray) -> np.ndarray:
+    """Evaluate Legendre polynomials over the block of an edge, at any entries."""
     last = max(3 * order - 2, 1)
-    return np.polynomial.legendre.legvander(2.0 * at / last - 1.0, order - 1)
+    return np.polynomial.legendre.legvander(2.0 * entries / last - 1.0, order - 1)
 
 
 def _staggered(rows: np.ndarray) -> np.ndarray:
-    """The same space by rows of growing support, the shortest first."""
+    """Return rows of growing support for the same space, the shortest first."""
     triangular = np.linalg.qr(rows[:, ::-1])[1]
     staggered = triangular[::-1, ::-1]
     signs = np.sign(staggered[np.arange(len(rows)), np.abs(staggered).argmax(1)])

@@ -1,8 +1,8 @@
-"""Which of several models is best now: comparisons by any estimator of the newest value.
+"""Selection of the model that is best now, by any estimator of the newest value.
 
-The difference of two models' losses on the same examples is a series whose newest value says which
-of them is better now; what both find hard cancels. A tournament compares in pairs, round by round,
-so that :math:`k` models take :math:`k - 1` comparisons.
+The difference of two models' losses on the same examples is a series whose newest value tells which
+of them is better now; the difficulty of the examples cancels. A tournament compares in pairs, round
+by round, so that :math:`k` models take :math:`k - 1` comparisons.
 
 Reference:
     Han, Huang and Wang, "Model assessment and selection under temporal distribution shift", ICML
@@ -16,19 +16,20 @@ from dataclasses import dataclass
 from jaxtyping import Float
 from torch import Tensor
 
-from lightning_nna.drift.estimate import Estimate, LatestEstimator
+from lightning_nna.drift.estimators import Estimate, LatestEstimator
 from lightning_nna.drift.wavelets import HaarEstimator
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two models, compared.
+    """Comparison of two models.
 
     Args:
-        first: Number of the one.
-        second: Number of the other.
-        difference: Estimate of the first's newest risk minus the second's.
-        winner: The better one; the first, if they are equal.
+        first: Number of the one model.
+        second: Number of the other model.
+        difference: Estimate of the first's newest risk minus the second's, in the unit of the
+            losses.
+        winner: Number of the better model; the first, if they are equal.
         certain: Whether the difference is beyond its radius.
     """
 
@@ -41,11 +42,11 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Tournament:
-    """A model, and how it won.
+    """The best model, and the comparisons that it won.
 
     Args:
-        winner: Its number.
-        comparisons: In the order in which they were made.
+        winner: Number of the model.
+        comparisons: Comparisons, in their order.
     """
 
     winner: int
@@ -62,10 +63,11 @@ def compare(
     """Compare two models by their newest risks.
 
     Args:
-        losses: Of each model on the same examples or periods, the newest last.
+        losses: Losses of each model on the same examples or periods, shape ``(models, n)``, the
+            newest last.
         first: Number of a model.
         second: Number of another.
-        estimator: Of the newest difference; None for Haar with a constant of 0.5.
+        estimator: Estimator of the newest difference; None for Haar with a constant of 0.5.
 
     Example:
         >>> import torch
@@ -74,20 +76,21 @@ def compare(
         1
     """
     estimator = HaarEstimator(constant=0.5) if estimator is None else estimator
-    found = estimator.latest(losses[first] - losses[second])
-    difference, radius = float(found.value), float(found.radius)
+    estimate = estimator.latest(losses[first] - losses[second])
+    difference, radius = float(estimate.value), float(estimate.radius)
     winner = first if difference <= 0 else second
-    return Comparison(first, second, found, winner, abs(difference) > radius)
+    return Comparison(first, second, estimate, winner, abs(difference) > radius)
 
 
 def tournament(
     losses: Float[Tensor, "models n"], *, estimator: LatestEstimator | None = None
 ) -> Tournament:
-    """Choose a model in rounds of comparisons; an odd one out goes on to the next.
+    """Select a model in rounds of comparisons; an odd one out goes on to the next.
 
     Args:
-        losses: Of each model on the same examples or periods, the newest last.
-        estimator: Of the newest difference; None for Haar with a constant of 0.5.
+        losses: Losses of each model on the same examples or periods, shape ``(models, n)``, the
+            newest last.
+        estimator: Estimator of the newest difference; None for Haar with a constant of 0.5.
 
     Raises:
         ValueError: If there is no model.
@@ -95,17 +98,18 @@ def tournament(
     Example:
         >>> import torch
         >>> losses = torch.tensor([[0.5] * 8, [0.1] * 4 + [0.9] * 4, [0.4] * 8])
-        >>> found = tournament(losses)
-        >>> found.winner, len(found.comparisons)
+        >>> result = tournament(losses)
+        >>> result.winner, len(result.comparisons)
         (2, 2)
     """
     if not len(losses):
         raise ValueError("a tournament needs at least one model, got none")
-    left, made = list(range(len(losses))), []
+    left: list[int] = list(range(len(losses)))
+    comparisons: list[Comparison] = []
     while len(left) > 1:
         winners = []
         for first, second in zip(left[::2], left[1::2], strict=False):
-            made.append(compare(losses, first, second, estimator=estimator))
-            winners.append(made[-1].winner)
+            comparisons.append(compare(losses, first, second, estimator=estimator))
+            winners.append(comparisons[-1].winner)
         left = winners + left[len(left) // 2 * 2 :]
-    return Tournament(left[0], tuple(made))
+    return Tournament(left[0], tuple(comparisons))

@@ -29,7 +29,7 @@ from lightning_nna.figure_files import (
     warned_of,
 )
 
-#: What is done when a drift begins; a callable takes trainer, module, metric and reading.
+#: Reaction to the begin of a drift; a callable takes trainer, module, metric and reading.
 OnDrift: TypeAlias = (
     Literal["log", "warn", "stop"]
     | Callable[[pl.Trainer, pl.LightningModule, str, DriftReading], None]
@@ -37,7 +37,7 @@ OnDrift: TypeAlias = (
 
 
 class DriftMonitor(Callback):
-    """Watch metrics of validation: denoise them, and flag when one has become worse for good.
+    """Monitor metrics of validation: denoise them, and flag one that has become worse for good.
 
     After each validation of a fit it logs, for a metric such as ``val/wer``,
     ``drift/val/wer/value`` (denoised), ``…/radius``, ``…/effective_window`` (validations that
@@ -53,19 +53,19 @@ class DriftMonitor(Callback):
     Each is warned of once, a missing one with the names that were logged.
 
     Args:
-        monitor: Name of a metric, or several.
-        wavelet: Of the estimator: ``"haar"`` for levels, at a cost that does not grow; ``"db2"``
-            and others for curves.
-        mode: ``"min"`` where less is better, ``"max"`` where more is; or a mode by metric.
-        constant: Of the threshold of details.
-        delta: Of the threshold and the radius: less means fewer alarms, later.
-        warmup: Validations before a reference is taken.
-        min_delta: A drift is worse by more than this, in the unit of the metric.
-        on_drift: When a drift begins: ``"log"`` says so in the log, ``"warn"`` warns, ``"stop"``
-            ends the training after this validation; or what to call, with the trainer, the module,
-            the metric's name and its ``DriftReading``.
-        dirpath: Folder of the figures; None for ``drift`` beside the log.
-        figures: Whether a figure of each metric is drawn when ``fit`` ends; needs matplotlib.
+        monitor: Name of a metric, or names of several.
+        wavelet: Name of the estimator's wavelet: ``"haar"`` for levels, at a cost that does not
+            grow; ``"db2"`` and others for curves.
+        mode: Direction, ``"min"`` if less is better, ``"max"`` if more is; or a mode by metric.
+        constant: Factor of the threshold of details, at least 0.
+        delta: Probability of error of the threshold and the radius: less means fewer alarms, later.
+        warmup: Number of validations before the first reference, at least 2.
+        min_delta: Least worsening that is a drift, in the unit of the metric, at least 0.
+        on_drift: Reaction to the begin of a drift: ``"log"`` writes to the log, ``"warn"`` warns,
+            ``"stop"`` ends the training after this validation; or a callable of the trainer, the
+            module, the metric's name and its ``DriftReading``.
+        dirpath: Folder of the plots; None for ``drift`` beside the log.
+        figures: Whether each metric is plotted when ``fit`` ends; needs matplotlib.
 
     With several processes a metric is averaged over those that have it, so that all decide alike.
 
@@ -123,19 +123,20 @@ class DriftMonitor(Callback):
             )
             for name in names
         }
-        #: What was read of each metric so far, and at which optimizer steps.
+        #: Readings of each metric so far, and their optimizer steps.
         self.readings: dict[str, list[DriftReading]] = {name: [] for name in names}
         self.steps: dict[str, list[int]] = {name: [] for name in names}
         self._warned: set[tuple[str, str]] = set()
-        # Where the figures of this run go, once its training has ended.
+        # Folder of the plots of this run, once its training has ended.
         self._folder: Path | None = None
-        # Whose metrics were read, unless a state was loaded since; and the state before that.
+        # Module whose metrics were read, unless a state was loaded since; and the state before it.
         self._module: ref[pl.LightningModule] | None = None
-        self._at_first = self.state_dict()
+        self._initial_state = self.state_dict()
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        # Whoever monitors a denoised metric reads it in `on_validation_end`, as this one writes it.
+        # Callbacks that monitor a denoised metric read it in `on_validation_end`, where this one
+        # writes it.
         # A list of its own: Lightning is iterating over the present one.
         others = [each for each in trainer.callbacks if each is not self]  # type: ignore[attr-defined]
         trainer.callbacks = [self, *others]  # type: ignore[attr-defined]
@@ -146,9 +147,9 @@ class DriftMonitor(Callback):
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        # What was read of one module is no history of another's.
+        # The readings of one module are no history of another's.
         if self._module is not None and self._module() is not pl_module:
-            self.load_state_dict(copy.deepcopy(self._at_first))
+            self.load_state_dict(copy.deepcopy(self._initial_state))
             self._warned.clear()
         self._module = ref(pl_module)
 
@@ -174,7 +175,7 @@ class DriftMonitor(Callback):
         folder, self._folder = self._folder, None
         if folder is None:
             return
-        from lightning_nna.drift.figure import draw
+        from lightning_nna.drift.plot import draw
 
         stems = _stems(self.readings)
         with warned_of("DriftMonitor", folder):
@@ -218,11 +219,11 @@ class DriftMonitor(Callback):
             self.readings[name] = [DriftReading(*each) for each in restored]
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy or pickle has what was read, not the module."""
+        """Copy or pickle the readings, not the module."""
         return {**self.__dict__, "_module": None}
 
     def _read(self, trainer: pl.Trainer, name: str, detector: DriftDetector) -> bool:
-        """Take in the metric's value; say whether a drift begins."""
+        """Take in the metric's value; tell if a drift begins."""
         value = self._agreed(trainer, name)
         if value is None:
             known = sorted(key for key in trainer.callback_metrics if not key.startswith("drift/"))
@@ -240,27 +241,27 @@ class DriftMonitor(Callback):
         return reading.drift and not before
 
     def _agreed(self, trainer: pl.Trainer, name: str) -> float | None:
-        """The metric's value, the mean over the processes that have it."""
-        found = trainer.callback_metrics.get(name)
+        """Return the metric's value, the mean over the processes that have it."""
+        value = trainer.callback_metrics.get(name)
         if trainer.world_size == 1:
-            return None if found is None else float(found)
-        own = [0.0, 0.0] if found is None else [float(found), 1.0]
+            return None if value is None else float(value)
+        own = [0.0, 0.0] if value is None else [float(value), 1.0]
         both = torch.tensor(own, dtype=torch.float64, device=trainer.strategy.root_device)
         total, count = trainer.strategy.reduce(both, reduce_op="sum").tolist()
         return total / count if count else None
 
     def _log(self, trainer: pl.Trainer, name: str) -> None:
-        """Put the newest reading where monitors and loggers find it."""
+        """Log the newest reading for monitors and loggers."""
         if not self.readings[name]:
-            return  # A number that is none would end the training or lower its learning rate.
+            return  # A NaN would end the training or lower its learning rate.
         newest = self.readings[name][-1]
-        figures = {
+        metrics = {
             "value": newest.value,
             "radius": newest.radius,
             "effective_window": newest.effective_window,
             "drift": float(newest.drift),
         }
-        keyed = {f"drift/{name}/{quantity}": number for quantity, number in figures.items()}
+        keyed = {f"drift/{name}/{quantity}": number for quantity, number in metrics.items()}
         tensors = {
             key: torch.tensor(number, device=trainer.strategy.root_device)
             for key, number in keyed.items()
@@ -294,16 +295,16 @@ class DriftMonitor(Callback):
 
 
 def _is_early_stopping(callback: Any) -> bool:
-    """Say whether a callback is one, of either name of Lightning's package."""
+    """Tell if a callback is an ``EarlyStopping`` of either name of Lightning's package."""
     return any(parent.__name__ == "EarlyStopping" for parent in type(callback).__mro__)
 
 
 def _stems(names: Iterable[str]) -> dict[str, str]:
-    """Names of files by names of metrics, all different; ``a/b`` and ``a_b`` would have one."""
-    found: dict[str, str] = {}
+    """Name a file for each metric, all different; ``a/b`` and ``a_b`` would share one."""
+    stems: dict[str, str] = {}
     for name in names:
         stem = name.replace("/", "_")
-        while stem in found.values():
+        while stem in stems.values():
             stem += "_"
-        found[name] = stem
-    return found
+        stems[name] = stem
+    return stems

@@ -1,15 +1,15 @@
-r"""Learning under drift: the estimate of the newest risk as a loss, ``WaveletRisk``.
+r"""Learn under drift: the estimate of the newest risk as a loss, ``WaveletRisk``.
 
 Losses :math:`\ell_1 \dots \ell_n` of one model, in the order of time, are a noisy series whose
-newest value is the risk that the model is to have now. One training minimizes the Haar estimate of
-it, where choosing a window takes a training for each.
+newest value is the risk that the model has now. One training minimizes the Haar estimate of it;
+to select a window takes a training for each.
 
-The value is the estimate. Its own derivative has two flaws. Where a fine detail was kept and a
-coarser one was not, an old loss has a negative weight, and the model can lower the estimate without
-end by raising it. And what a model was fitted to has lower losses than the rest, which looks like a
-drift and confirms itself. So by default the gradient is that of the mean over a window,
-:math:`\nabla \hat L = \nabla m_w`, which begins with all losses and narrows while the model is
-trained: whenever the newest part of the window does worse than it does as a whole,
+The value is the estimate. Its own derivative has two flaws. If a fine detail is above its threshold
+and a coarser one is not, an old loss has a negative weight, and the model can lower the estimate
+without end by raising it. And the losses that a model was fitted to are lower than the rest, which
+looks like a drift and confirms itself. So by default the gradient is that of the mean over a
+window, :math:`\nabla \hat L = \nabla m_w`, which begins with all losses and narrows while the model
+is trained: whenever the newest part of the window does worse than all of it,
 
 .. math:: m_{r_{k-1}} - m_{r_k} > \lambda s_k, \quad r_k \le w \quad \Rightarrow \quad w = r_{k-1}
 
@@ -36,27 +36,27 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.utils.data import Sampler
 
-from lightning_nna.drift.estimate import require_settings
-from lightning_nna.drift.thresholds import noise_quantile, threshold_details
+from lightning_nna.drift.estimators import noise_quantile, threshold_details, validate_settings
 
 
 class WaveletRisk:
     """A reduction of losses to one, in place of their mean.
 
     Args:
-        period: So many losses in a row count as one, by their mean; what the oldest period lacks is
-            dropped. It should be long enough to average over correlated examples, such as a day's.
-        constant: Of the threshold.
+        period: Number of losses in a row that count as one, by their mean; the oldest losses that
+            fill no period are dropped. It should be long enough to average over correlated
+            examples, such as a day's.
+        constant: Factor of the threshold, at least 0.
         delta: Probability that noise passes the threshold, for a constant of 1.
         sigma: Standard deviation of a period's loss around its risk; None to measure it.
-        gradient: ``"narrowing"``, as the module says; ``"window"`` for the mean over the smallest
-            window whose detail was kept in this very call, newer better or worse; ``"exact"`` for
-            the estimate's own derivative.
-        every: With ``"narrowing"``, calls from one look at the window to the next.
+        gradient: Kind of gradient: ``"narrowing"``, see the module; ``"window"`` for that of the
+            mean over the smallest window whose detail is above the threshold in this very call, be
+            the newer part better or worse; ``"exact"`` for the estimate's own derivative.
+        every: Number of calls from one test of the window to the next, with ``"narrowing"``.
 
-    With ``"narrowing"`` it has a state, :attr:`window`, as a share of the losses: make a new one,
-    or :meth:`reset` it, for every training. Small batches are noisy, each look may narrow: take
-    large ones, or ``"window"``.
+    With ``"narrowing"`` it has a state, :attr:`window`, as a fraction of the losses: build a new
+    one, or :meth:`reset` it, for every training. Small batches are noisy, and each test may narrow:
+    take large ones, or ``"window"``.
 
     Raises:
         ValueError: If a setting is out of range.
@@ -79,7 +79,7 @@ class WaveletRisk:
         gradient: Literal["narrowing", "window", "exact"] = "narrowing",
         every: int = 5,
     ) -> None:
-        require_settings(sigma=sigma, delta=delta, constant=constant)
+        validate_settings(sigma=sigma, delta=delta, constant=constant)
         if gradient not in ("narrowing", "window", "exact"):
             raise ValueError(f"gradient must be 'narrowing', 'window' or 'exact', got {gradient!r}")
         if period < 1 or every < 1:
@@ -89,15 +89,15 @@ class WaveletRisk:
         self.reset()
 
     def reset(self) -> None:
-        """Begin a training: every loss counts."""
+        """Begin another training, in which every loss counts."""
         self.window = 1.0
         self._calls = 0
 
     def __call__(self, losses: Float[Tensor, " n"]) -> Float[Tensor, ""]:
-        """The estimated risk of the newest loss.
+        """Estimate the risk of the newest loss.
 
         Args:
-            losses: In the order of time, the newest last, of single examples or of periods.
+            losses: Losses in the order of time, shape ``(n,)``, the newest last.
 
         Raises:
             ValueError: If there are not enough losses for a period.
@@ -113,20 +113,20 @@ class WaveletRisk:
         if self.gradient == "exact":
             return value
         if self.gradient == "window":
-            kept = details.detach().nonzero()
-            found = means[int(kept[0])] if len(kept) else means[-1]
+            active = details.detach().nonzero()
+            mean = means[int(active[0])] if len(active) else means[-1]
         else:
             if self._calls % self.every == 0:
                 self._narrow(losses.detach())
             self._calls += 1
-            found = losses[-self._length(losses) :].mean()
-        return value.detach() + found - found.detach()
+            mean = losses[-self._length(losses) :].mean()
+        return value.detach() + mean - mean.detach()
 
     def _length(self, losses: Tensor) -> int:
         return max(round(self.window * len(losses)), 1)
 
     def _narrow(self, losses: Tensor) -> None:
-        """Leave out what is older than the newest part that does worse, if there is one."""
+        """Leave out losses older than the newest part that does worse, if there is one."""
         length = self._length(losses)
         windows, _, details = self._details(losses[-length:])
         worse = (details > 0).nonzero()
@@ -134,16 +134,16 @@ class WaveletRisk:
             self.window = windows[int(worse[-1])] / len(losses)
 
     def _details(self, losses: Tensor) -> tuple[list[int], Tensor, Tensor]:
-        """Windows, their means, and the soft-thresholded differences of these."""
+        """Return windows, their means, and the soft-thresholded differences of these."""
         windows = nested_windows(len(losses))
         r = torch.tensor(windows, device=losses.device).to(losses.dtype)
         means = losses.flip(0).cumsum(0)[torch.tensor(windows, device=losses.device) - 1] / r
-        share = 1 / r[:-1] - 1 / r[1:]
+        excess = 1 / r[:-1] - 1 / r[1:]
         threshold = self.constant * noise_quantile(r[-1:], self.delta) * self._noise(losses)
         return (
             windows,
             means,
-            threshold_details(means[:-1] - means[1:], threshold * share.sqrt(), "soft"),
+            threshold_details(means[:-1] - means[1:], threshold * excess.sqrt(), "soft"),
         )
 
     def _noise(self, losses: Tensor) -> Tensor | float:
@@ -155,7 +155,10 @@ class WaveletRisk:
 
 
 def nested_windows(n: int) -> list[int]:
-    """The windows of the Haar estimate of ``n`` values, the smallest first.
+    """List the windows of the Haar estimate, the smallest first.
+
+    Args:
+        n: Number of values of the series.
 
     Example:
         >>> nested_windows(8), nested_windows(11)
@@ -173,9 +176,10 @@ class TimeOrderedBatches(Sampler[list[int]]):
     """Batches that are random samples of all of time, each in the order of time.
 
     Args:
-        size: Examples, which lie in the order of time.
-        batch_size: Examples a batch; the last ones of an epoch that do not fill one are left out.
-        seed: Of the order; each epoch has its own.
+        size: Number of examples, which are in the order of time.
+        batch_size: Number of examples in a batch; the last ones of an epoch that do not fill one
+            are left out.
+        seed: Seed of the order; each epoch has an order of its own.
 
     Raises:
         ValueError: If a batch does not fit into the examples.
@@ -203,20 +207,21 @@ class TimeOrderedBatches(Sampler[list[int]]):
             yield batch.sort().values.tolist()
 
     def set_epoch(self, epoch: int) -> None:
-        """Go on with the order of this epoch."""
+        """Continue with the order of an epoch."""
         self.epoch = epoch
 
 
 @dataclass(frozen=True)
 class RiskBound:
-    r"""What the estimate of a risk is off by at most, with probability :math:`1 - \delta`.
+    r"""The bound of the error of an estimated risk, with probability :math:`1 - \delta`.
 
     Args:
-        estimation: For one model, in the unit of the risk.
-        excess: Of the model with the least estimate over the best model: twice that, if the bound
-            holds for every model.
-        oracle: :math:`\min_r \max(\text{bias within } r, \sigma / \sqrt r)`, the best window's.
-        window: That window.
+        estimation: Bound for one model, in the unit of the risk.
+        excess: Bound of the model with the least estimate over the best model: twice
+            ``estimation``, if that holds for every model.
+        oracle: Error :math:`\min_r \max(\text{bias within } r, \sigma / \sqrt r)` of the best
+            window.
+        window: Best window, in values.
     """
 
     estimation: float
@@ -228,7 +233,7 @@ class RiskBound:
 def excess_risk_bound(
     risks: Float[Tensor, " n"], *, sigma: float, constant: float = 2.0, delta: float = 0.1
 ) -> RiskBound:
-    r"""The bound of the Haar estimate for a known course of the true risk.
+    r"""Bound the error of the Haar estimate for a known course of the true risk.
 
     On the event that no noise passes its threshold a soft-thresholded detail is off by at most
     twice the threshold and by at most itself, so that
@@ -239,10 +244,10 @@ def excess_risk_bound(
     with :math:`\theta_k` the true details. The event needs :math:`c \ge 1`.
 
     Args:
-        risks: True risks in the order of time, the newest last.
+        risks: True risks in the order of time, shape ``(n,)``, the newest last.
         sigma: Standard deviation of an observed loss around its risk.
-        constant: Of the threshold.
-        delta: Allowed probability of failure.
+        constant: Factor :math:`c` of the threshold, at least 1.
+        delta: Probability of failure, between 0 and 1.
 
     Raises:
         ValueError: If a setting is out of range.
@@ -254,7 +259,7 @@ def excess_risk_bound(
         >>> bound.window, round(bound.oracle, 3)
         (8, 0.035)
     """
-    require_settings(sigma=sigma, delta=delta, constant=constant)
+    validate_settings(sigma=sigma, delta=delta, constant=constant)
     if constant < 1 or not len(risks):
         raise ValueError(
             f"a bound needs a risk and a constant of at least 1, got {len(risks)} and {constant}"
@@ -268,8 +273,8 @@ def excess_risk_bound(
     r = windows.double()
     unit = float(noise_quantile(r[-1:], delta)) * sigma
     details = (means[windows[:-1] - 1] - means[windows[1:] - 1]).abs()
-    share = (1 / r[:-1] - 1 / r[1:]).sqrt()
-    rest = torch.minimum(details, 2 * constant * unit * share).sum()
+    excess = (1 / r[:-1] - 1 / r[1:]).sqrt()
+    rest = torch.minimum(details, 2 * constant * unit * excess).sum()
     estimation = unit / math.sqrt(len(risks)) + float(rest)
     best = int(oracles.argmin())
     return RiskBound(estimation, 2 * estimation, float(oracles[best]), best + 1)

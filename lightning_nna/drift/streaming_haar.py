@@ -3,7 +3,7 @@ r"""The Haar estimate of a stream, value by value: ``StreamingHaar``.
 The stream is cut into dyadic blocks, 1 or 2 of each size :math:`1, 2, 4, \dots`, the newest of size
 1. A new value is a block of its own; three blocks of a size become one and a block of twice the
 size. So a value costs :math:`O(1)` amortized to take in, an estimate :math:`O(\log n)`, and the
-sums of at most :math:`2 \log_2 n` blocks are kept. They are the windows of
+sums of at most :math:`2 \log_2 n` blocks are stored. They are the windows of
 :func:`~lightning_nna.drift.wavelets.haar_latest`, whatever :math:`n` is.
 
 Reference:
@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from lightning_nna.drift.estimate import MEDIAN_OF_NORMAL, Estimate, require_settings
+from lightning_nna.drift.estimators import MEDIAN_OF_NORMAL, Estimate, validate_settings
 
 # Bins of the histogram of differences grow by this factor: the median is known to half a per cent.
 _GROWTH = 1.01
@@ -25,13 +25,13 @@ _NONE = -(2**31)
 
 
 class StreamingHaar:
-    """Takes one value after another and knows the estimate of the newest.
+    """Estimate the newest value of a stream, one value after another.
 
     Args:
-        sigma: Standard deviation of the noise; None to measure it by the median difference of
-            neighbors. That is read from a histogram with bins of 1 %, so that it may differ by
-            0.5 % from what a whole series gives.
-        constant: Of the threshold.
+        sigma: Standard deviation of the noise, in the unit of the stream; None to measure it by the
+            median difference of neighbors. That is read from a histogram with bins of 1 %, so that
+            it may differ by 0.5 % from the noise of the whole series.
+        constant: Factor :math:`c` of the threshold, at least 0.
         delta: Probability that noise passes the threshold, for a constant of 1.
 
     Raises:
@@ -48,7 +48,7 @@ class StreamingHaar:
     def __init__(
         self, *, sigma: float | None = None, constant: float = 1.0, delta: float = 0.1
     ) -> None:
-        require_settings(sigma=sigma, delta=delta, constant=constant)
+        validate_settings(sigma=sigma, delta=delta, constant=constant)
         self.sigma, self.constant, self.delta = sigma, constant, delta
         self.n = 0
         # By level: the sum of the only or newer block, and of the older one if there are two.
@@ -59,21 +59,27 @@ class StreamingHaar:
 
     @property
     def blocks(self) -> list[float]:
-        """Sums of the blocks, from the newest to the oldest."""
+        """Return the sums of the blocks, from the newest to the oldest."""
         both = zip(self._newer, self._older, strict=True)
         return [total for pair in both for total in pair if total is not None]
 
     def update(self, y: float) -> Estimate:
-        """Take in a value and estimate.
+        """Take in a value and estimate it.
+
+        Args:
+            y: Newest value, finite.
 
         Raises:
-            ValueError: If it is not finite: the stream is as it was, and may go on.
+            ValueError: If it is not finite: the stream is unchanged, and may go on.
         """
         self.push(y)
         return self.estimate()
 
     def push(self, y: float) -> None:
         """Take in a value, without an estimate.
+
+        Args:
+            y: Newest value, finite.
 
         Raises:
             ValueError: If it is not finite.
@@ -98,7 +104,7 @@ class StreamingHaar:
         older.append(None)
 
     def noise_level(self) -> float:
-        """The noise as given or measured; infinite after one value."""
+        """Return the noise as given or measured; infinite after one value."""
         if self.sigma is not None:
             return self.sigma
         count = sum(self._differences.values())
@@ -122,27 +128,27 @@ class StreamingHaar:
         quantile = math.sqrt(2 * math.log(max(math.log2(self.n), 1.0) / self.delta))
         threshold = self.constant * quantile * sigma
         total = mean = self._newer[0]
-        passed, variance, window, kept, size = 0.0, 1 / self.n, 1, 0, 1
+        shrunk, variance, window, count, size = 0.0, 1 / self.n, 1, 0, 1
         for level in range(len(self._newer)):
             for block in (None if level == 0 else self._newer[level], self._older[level]):
                 if block is None:
                     continue
                 total += block
                 wider = window + size
-                share = 1 / window - 1 / wider
+                excess = 1 / window - 1 / wider
                 detail = mean - total / wider
-                beyond = abs(detail) - threshold * math.sqrt(share)
+                beyond = abs(detail) - threshold * math.sqrt(excess)
                 if beyond > 0:
-                    passed += math.copysign(beyond, detail)
-                    variance += share
-                    kept += 1
+                    shrunk += math.copysign(beyond, detail)
+                    variance += excess
+                    count += 1
                 window, mean = wider, total / wider
             size *= 2
         radius = quantile * sigma * math.sqrt(variance)
-        return Estimate(mean + passed, radius, sigma, 1 / variance, kept)
+        return Estimate(mean + shrunk, radius, sigma, 1 / variance, count)
 
     def _difference(self, rank: int) -> float:
-        """The difference of a rank, as near as the histogram knows it."""
+        """Return the difference of a rank, to the precision of the histogram."""
         for number in sorted(self._differences):
             rank -= self._differences[number]
             if rank < 0:
@@ -150,7 +156,7 @@ class StreamingHaar:
         return 0.0 if number == _NONE else _GROWTH ** (number + 0.5)
 
     def state_dict(self) -> dict[str, Any]:
-        """All that it takes to go on; plain numbers."""
+        """Return the state of the stream, in plain numbers."""
         return {
             "n": self.n,
             "newer": list(self._newer),
@@ -160,7 +166,7 @@ class StreamingHaar:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where the state was taken."""
+        """Continue from a state of :meth:`state_dict`."""
         self.n, self._last = state["n"], state["last"]
         self._newer, self._older = list(state["newer"]), list(state["older"])
         self._differences = dict(state["differences"])

@@ -1,4 +1,4 @@
-r"""The newest value with any wavelet of PyWavelets: ``SymmetricWaveletEstimator``.
+r"""Estimate the newest value with any wavelet of PyWavelets: ``SymmetricWaveletEstimator``.
 
 The series is mirrored at both ends (:math:`\dots y_2 y_1 | y_1 y_2 \dots`) and transformed with the
 filters of the line, as ``pywt.wavedec(mode="symmetric")`` does; details are thresholded, and the
@@ -10,8 +10,8 @@ Both transforms are linear and only few details :math:`k` reach the newest value
 
 .. math:: \hat\theta = \varphi \cdot y + \sum_k \psi_k\, S_\lambda(w_k \cdot y),
 
-with :math:`w_k` what gives a detail, :math:`\psi_k` what it adds at the newest value, and
-:math:`\varphi` what is left without details: rows of numbers that depend on the length alone.
+with :math:`w_k` the row that computes a detail, :math:`\psi_k` its weight in the newest value, and
+:math:`\varphi` the row of the smooth part: numbers that depend on the length alone.
 """
 
 from __future__ import annotations
@@ -27,41 +27,42 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_nna.drift.estimate import Estimate, LatestEstimator, require_settings
-from lightning_nna.drift.thresholds import Rule, noise_quantile, threshold_details
+from lightning_nna.drift.estimators import (
+    Estimate,
+    ThresholdEstimator,
+    noise_quantile,
+    threshold_details,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
-class SymmetricWaveletEstimator(LatestEstimator):
+class SymmetricWaveletEstimator(ThresholdEstimator):
     """Any discrete wavelet with symmetric extension; see the module.
 
     A series that is too short for one level is its own estimate. Every prefix is a transform of its
     own: :math:`O(n^2)` for all of them.
 
     Args:
-        wavelet: A name that ``pywt.wavelist(kind="discrete")`` has.
-        sigma: Standard deviation of the noise; None to measure it.
-        constant: Of the threshold.
+        wavelet: Name among ``pywt.wavelist(kind="discrete")``.
+        sigma: Standard deviation of the noise, in the unit of the series; None to measure it.
+        constant: Factor :math:`c` of the threshold, at least 0.
         delta: Probability that noise passes the threshold, for a constant of 1.
-        rule: ``"soft"`` or ``"hard"`` thresholding.
+        rule: Treatment of the details above the threshold, ``"soft"`` or ``"hard"``.
 
     Raises:
         ValueError: If there is no such wavelet, or a setting is out of range.
 
     Example:
-        >>> found = SymmetricWaveletEstimator(wavelet="sym4", sigma=1.0).latest(torch.ones(40))
-        >>> round(float(found.value), 3)
+        >>> estimator = SymmetricWaveletEstimator(wavelet="sym4", sigma=1.0)
+        >>> round(float(estimator.latest(torch.ones(40)).value), 3)
         1.0
     """
 
     wavelet: str = "db8"
-    sigma: float | None = None
-    constant: float = 1.0
-    delta: float = 0.1
-    rule: Rule = "soft"
 
+    @override
     def __post_init__(self) -> None:
-        require_settings(sigma=self.sigma, delta=self.delta, constant=self.constant, rule=self.rule)
+        super().__post_init__()
         if self.rule == "tree":
             raise ValueError(
                 "rule 'tree' needs levels that nest: take 'soft', 'hard' or an interval"
@@ -73,7 +74,7 @@ class SymmetricWaveletEstimator(LatestEstimator):
             )
 
     @override
-    def at(
+    def estimate_at(
         self,
         y: Float[Tensor, "*batch n"],
         times: Int[Tensor, " times"],
@@ -109,15 +110,16 @@ class SymmetricWaveletEstimator(LatestEstimator):
 def newest_rows(
     wavelet: str, n: int
 ) -> tuple[Float[np.ndarray, "rows n"], Float[np.ndarray, " details"]]:
-    """What makes the newest of ``n`` values; without thresholds ``rows[0] + at_newest @ rows[1:]``.
+    """Compute the rows of the newest of ``n`` values: ``rows[0] + at_newest @ rows[1:]``.
 
     Args:
-        wavelet: Of PyWavelets.
-        n: Values of the series.
+        wavelet: Name of a discrete wavelet of PyWavelets.
+        n: Number of values of the series.
 
     Returns:
-        Rows that give the smooth part and each detail that reaches the newest value, the coarsest
-        first; and what such a detail adds there.
+        Rows of the smooth part and of each detail that reaches the newest value, the coarsest
+        first, shape ``(1 + details, n)``; and the weights of these details in the newest value,
+        shape ``(details,)``.
 
     Example:
         >>> rows, at_newest = newest_rows("db2", 50)
@@ -133,9 +135,9 @@ def newest_rows(
         smooth = _synthesis_adjoint(smooth, filters.rec_lo, lengths[-1])
     rows, at_newest = smooth, []
     for length, weights in zip(reversed(lengths[:-1]), reversed(reaching), strict=True):
-        found = weights.nonzero()[:, 0]
-        at_newest.append(weights[found])
-        details = _units(found, len(weights))
+        index = weights.nonzero()[:, 0]
+        at_newest.append(weights[index])
+        details = _units(index, len(weights))
         rows = torch.cat(
             [
                 _analysis_adjoint(rows, filters.dec_lo, length),
@@ -146,23 +148,26 @@ def newest_rows(
     return rows.numpy(), torch.cat([*at_newest, smooth.new_zeros(0)]).numpy()
 
 
-def _units(places: Tensor, n: int) -> Tensor:
-    """Rows that are 1 at a place and 0 elsewhere."""
-    return F.one_hot(places, n).double()
+def _units(index: Tensor, n: int) -> Tensor:
+    """Return rows that are 1 at an index and 0 elsewhere."""
+    return F.one_hot(index, n).double()
 
 
 def _synthesis_adjoint(rows: Tensor, taps: list[float], count: int) -> Tensor:
-    """Rows over values, as rows over the coefficients from which a filter makes the values."""
+    """Map rows over values to rows over the coefficients that a filter synthesizes them from."""
     width = len(taps)
-    # Filters end where the last value is made, even if a last pair of values is cut in two.
+    # Filters end at the last value, even if a last pair of values is cut in two.
     padded = F.pad(rows, (width - 2, 2 * count - rows.shape[-1]))
     return padded.unfold(-1, width, 2)[..., :count, :] @ torch.tensor(taps, dtype=rows.dtype)
 
 
 def _analysis_adjoint(rows: Tensor, taps: list[float], n: int) -> Tensor:
-    """Rows over what a filter gives at every second place of the mirrored values, as over these."""
+    """Map rows over coefficients to rows over the values that a filter analyzes.
+
+    The coefficients are those at every second index of the mirrored values.
+    """
     kernel = torch.tensor(taps[::-1], dtype=rows.dtype)
     spread = F.conv_transpose1d(rows[:, None], kernel[None, None], stride=2)[:, 0]
-    at = torch.arange(2 - len(taps), 2 - len(taps) + spread.shape[-1]).remainder(2 * n)
-    mirrored = torch.minimum(at, 2 * n - 1 - at)
+    index = torch.arange(2 - len(taps), 2 - len(taps) + spread.shape[-1]).remainder(2 * n)
+    mirrored = torch.minimum(index, 2 * n - 1 - index)
     return torch.zeros(len(rows), n, dtype=rows.dtype).index_add(1, mirrored, spread)

@@ -27,7 +27,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lightning_nna.drift.estimate import LatestEstimator, Series
+from lightning_nna.drift.estimators import LatestEstimator, Series
 from lightning_nna.drift.wavelets import HaarEstimator
 
 
@@ -37,11 +37,14 @@ def tv_denoise(
     r"""Estimate every value of a series.
 
     Args:
-        y: The series; any leading axes.
-        estimator: Of the newest value; None for Haar with a constant of 0.85: with much
-            less, noise that passes somewhere adds up. Haar, interval
-            wavelets and their mixture cost :math:`O(n \log n)`.
+        y: Series, shape ``(*batch, n)``.
+        estimator: Estimator of the newest value; None for Haar with a constant of 0.85: with much
+            less, noise that passes somewhere adds up. Haar, interval wavelets and their mixture
+            cost :math:`O(n \log n)`.
         two_sided: Whether later values count, too.
+
+    Returns:
+        The denoised series, shape ``(*batch, n)``, in the unit of ``y``.
 
     Raises:
         ValueError: If the series is empty.
@@ -54,9 +57,9 @@ def tv_denoise(
     estimator = HaarEstimator(constant=0.85) if estimator is None else estimator
     if not isinstance(y, Tensor):
         tensor = torch.from_numpy(np.asarray(y, dtype=np.float64))
-        found = tv_denoise(tensor, estimator, two_sided=two_sided)
-        assert isinstance(found, Tensor), "of a tensor"
-        return found.numpy()
+        denoised = tv_denoise(tensor, estimator, two_sided=two_sided)
+        assert isinstance(denoised, Tensor), "of a tensor"
+        return denoised.numpy()
     past: Any = estimator.prefixes(y)
     if not two_sided:
         return past.value
@@ -67,7 +70,7 @@ def tv_denoise(
 
 
 def taut_string(y: Float[np.ndarray, " n"], penalty: float) -> Float[np.ndarray, " n"]:
-    r"""The series of least squared error and total variation, exactly, in :math:`O(n)`.
+    r"""Denoise a series by exact total variation, in :math:`O(n)`.
 
     .. math:: \min_x \tfrac12 \sum_i (x_i - y_i)^2 + \tau \sum_i |x_{i+1} - x_i|
 
@@ -75,8 +78,11 @@ def taut_string(y: Float[np.ndarray, " n"], penalty: float) -> Float[np.ndarray,
     rises; clipping it to :math:`\pm\tau` minimizes over :math:`x_i`, and only its ends change.
 
     Args:
-        y: The series.
-        penalty: :math:`\tau \ge 0`, in the unit of the series.
+        y: Series, shape ``(n,)``.
+        penalty: Weight :math:`\tau \ge 0` of the total variation, in the unit of the series.
+
+    Returns:
+        The minimizer, shape ``(n,)``, in the unit of the series.
 
     Raises:
         ValueError: If the series is empty or the penalty negative.
@@ -114,7 +120,7 @@ def _cross(
     *,
     from_left: bool,
 ) -> tuple[float, tuple[float, float]]:
-    """Where the derivative crosses a level, coming from an end; knots on the way are taken off."""
+    """Find the crossing of the derivative with a level, and remove the knots up to it."""
     slope, offset = line
     sign = 1.0 if from_left else -1.0
     while knots:

@@ -1,15 +1,14 @@
 r"""A mixture of wavelet estimators: ``WaveletMixture``.
 
-No order and no constant is best for every series: Haar with the rule of the tree fits jumps, higher
-orders
-fit slopes and curves. Each estimator :math:`e` foretells every value by its estimate of the one
-before; the mixture weighs them by how well they did,
+No order and no constant is best for every series: Haar with the rule ``"tree"`` fits jumps, higher
+orders fit slopes and curves. Each estimator :math:`e` forecasts every value by its estimate of the
+value before; the mixture weights them by their errors,
 
 .. math:: \hat\theta_t = \sum_e w_e \hat\theta_{t, e}, \qquad
     w_e \propto \exp\Big(-\eta \sum_{i \le t} \gamma^{t - i}
     (\hat\theta_{i - 1, e} - y_i)^2 / \hat\sigma_t^2\Big).
 
-Differs from the paper: all of it is ours, but for the estimators that it mixes.
+Differs from the paper: all of it is ours, except the estimators that it mixes.
 
 Reference:
     Cesa-Bianchi and Lugosi, "Prediction, learning, and games", 2006, chapter 2.
@@ -25,13 +24,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_nna.drift.estimate import (
-    Estimate,
-    LatestEstimator,
-    require_settings,
-)
-from lightning_nna.drift.interval_latest import IntervalWaveletEstimator
-from lightning_nna.drift.thresholds import Rule, noise_quantile
+from lightning_nna.drift.estimators import Estimate, LatestEstimator, Rule, noise_quantile
+from lightning_nna.drift.interval_estimator import IntervalWaveletEstimator
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,13 +35,13 @@ class WaveletMixture(LatestEstimator):
     The estimate of one time needs those of all times before it: :math:`O(n \log n)`.
 
     Args:
-        orders: Vanishing moments.
-        soft: Constants of the estimators with the soft rule.
-        tree: Constants of those with the rule of the tree.
-        rate: :math:`\eta`; 0 is the plain mean of all.
-        memory: :math:`\gamma`, how much of an old error is left after one value.
-        sigma: Standard deviation of the noise; None to measure it.
-        delta: Of every threshold.
+        orders: Numbers of vanishing moments, 1 to 8.
+        soft: Constants of the estimators with the rule ``"soft"``.
+        tree: Constants of the estimators with the rule ``"tree"``.
+        rate: Learning rate :math:`\eta` of the weights; 0 is the plain mean of all.
+        memory: Fraction :math:`\gamma` of an old error that is left after one value, 0 to 1.
+        sigma: Standard deviation of the noise, in the unit of the series; None to measure it.
+        delta: Probability that noise passes a threshold, for a constant of 1.
 
     Raises:
         ValueError: If a setting is out of range, or there is no estimator.
@@ -63,11 +57,10 @@ class WaveletMixture(LatestEstimator):
     tree: tuple[float, ...] = (0.9, 1.2)
     rate: float = 0.1
     memory: float = 0.97
-    sigma: float | None = None
-    delta: float = 0.1
 
+    @override
     def __post_init__(self) -> None:
-        require_settings(sigma=self.sigma, delta=self.delta)
+        super().__post_init__()
         if not self.rate >= 0 or not 0 <= self.memory <= 1:
             raise ValueError(
                 "rate must not be negative and memory must lie between 0 and 1, got "
@@ -78,7 +71,7 @@ class WaveletMixture(LatestEstimator):
 
     @property
     def experts(self) -> list[IntervalWaveletEstimator]:
-        """What is mixed."""
+        """Return the estimators that are mixed."""
         rules: tuple[tuple[Rule, tuple[float, ...]], ...]
         rules = (("soft", self.soft), ("tree", self.tree))
         return [
@@ -89,7 +82,7 @@ class WaveletMixture(LatestEstimator):
         ]
 
     @override
-    def at(
+    def estimate_at(
         self,
         y: Float[Tensor, "*batch n"],
         times: Int[Tensor, " times"],
@@ -97,35 +90,35 @@ class WaveletMixture(LatestEstimator):
     ) -> Estimate:
         every = torch.arange(y.shape[-1], device=y.device)
         noise = self.noise_at_every_time(y)
-        found = [expert.at(y, every, noise) for expert in self.experts]
-        values = _stacked(found, "value")
+        estimates = [expert.estimate_at(y, every, noise) for expert in self.experts]
+        values = _stacked(estimates, "value")
         errors = (values.detach()[..., :-1, :] - y.detach()[..., 1:, None]).square()
         past = torch.cat([torch.zeros_like(values[..., :1, :]), errors], -2)
         past = _discounted(past.transpose(-1, -2), self.memory).transpose(-1, -2)
         # Without noise the best takes all; before a difference was seen the noise is infinite.
         scaled = past / noise.square().clamp_min(torch.finfo(y.dtype).tiny)[..., None]
         weights = torch.softmax(-self.rate * (scaled - scaled.amin(-1, keepdim=True)), -1)
-        deviation = _stacked(found, "effective_window").rsqrt()
+        deviation = _stacked(estimates, "effective_window").rsqrt()
         variance = (weights * deviation).sum(-1).square()[..., times]
-        kept = (weights * _stacked(found, "kept")).sum(-1)
+        details = (weights * _stacked(estimates, "details")).sum(-1)
         quantile = noise_quantile((times + 1).to(y.dtype), self.delta)
         return Estimate(
             (weights * values).sum(-1)[..., times],
             quantile * noise[..., times] * variance.sqrt(),
             noise[..., times],
             1 / variance,
-            kept[..., times],
+            details[..., times],
         )
 
 
-def _stacked(found: Sequence[Estimate], name: str) -> Tensor:
-    return torch.stack([getattr(each, name) for each in found], -1)
+def _stacked(estimates: Sequence[Estimate], name: str) -> Tensor:
+    return torch.stack([getattr(each, name) for each in estimates], -1)
 
 
 def _discounted(x: Float[Tensor, "*batch n"], memory: float) -> Float[Tensor, "*batch n"]:
-    """Sums of all entries so far, an older one counting less; in log n passes."""
-    step = 1
-    while step < x.shape[-1]:
-        older = torch.nn.functional.pad(x[..., :-step], (step, 0))
-        x, step = x + memory**step * older, 2 * step
+    """Sum all entries so far, with less weight for an older one; in log n passes."""
+    shift = 1
+    while shift < x.shape[-1]:
+        older = torch.nn.functional.pad(x[..., :-shift], (shift, 0))
+        x, shift = x + memory**shift * older, 2 * shift
     return x

@@ -1,7 +1,7 @@
-r"""The newest value by thresholding wavelet coefficients: ``haar_latest`` and ``wavelet_latest``.
+r"""Estimate the newest value by thresholding wavelet coefficients, with Haar or by a name.
 
-Details of an orthonormal wavelet transform are noise of deviation :math:`\sigma` where nothing
-drifts. They are shrunk by
+Without a drift the details of an orthonormal wavelet transform are noise of deviation
+:math:`\sigma`. They are shrunk by
 
 .. math:: \lambda = c\,\sigma \sqrt{2 \log(\log_2 n / \delta)}, \qquad
     S_\lambda(d) = \operatorname{sgn}(d) \max(|d| - \lambda, 0),
@@ -17,7 +17,7 @@ A window grows by the newest dyadic blocks of the series, counted from its start
 each size :math:`1, 2, 4, \dots`, which is the one way to write :math:`n` so. For
 :math:`n = 2^J` the windows are :math:`1, 2, 4, \dots, n` and :math:`s_k = 2^{-k/2}`; for another
 :math:`n` no value is dropped or made up, and a window grows at most threefold. The sums of these
-blocks are all that ``StreamingHaar`` keeps.
+blocks are all that ``StreamingHaar`` stores.
 
 Reference:
     Baby et al., "Adaptive estimation and learning under temporal distribution shift", ICML 2025,
@@ -25,8 +25,8 @@ Reference:
 
 Differs from the paper: the windows for an :math:`n` that is not a power of two, the logarithm to
 base 2 (at least 1), the constant :math:`c` (2 in theory, near 1 in practice) and the other rules
-are ours: ``"hard"`` keeps a detail above :math:`\lambda` as it is, and ``"tree"`` all coarser ones
-with it. For Haar that is the window of Mazzetto and Upfal.
+are ours: ``"hard"`` leaves a detail above :math:`\lambda` unchanged, and ``"tree"`` all coarser
+ones too. For Haar that is the window of Mazzetto and Upfal.
 """
 
 from __future__ import annotations
@@ -38,47 +38,47 @@ from typing import Literal, TypeAlias
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from typing_extensions import override
+from typing_extensions import Unpack, override
 
-from lightning_nna.drift.estimate import Estimate, LatestEstimator, Series, require_settings
-from lightning_nna.drift.interval_latest import IntervalWaveletEstimator
+from lightning_nna.drift.estimators import (
+    Estimate,
+    LatestEstimator,
+    Series,
+    ThresholdEstimator,
+    ThresholdSettings,
+    noise_quantile,
+    threshold_details,
+)
+from lightning_nna.drift.interval_estimator import IntervalWaveletEstimator
 from lightning_nna.drift.symmetric_wavelets import SymmetricWaveletEstimator
-from lightning_nna.drift.thresholds import Rule, noise_quantile, threshold_details
 
 Boundary: TypeAlias = Literal["symmetric", "interval"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class HaarEstimator(LatestEstimator):
+class HaarEstimator(ThresholdEstimator):
     """The closed form over nested windows; see the module.
 
     Args:
-        sigma: Standard deviation of the noise; None to measure it.
-        constant: Of the threshold.
+        sigma: Standard deviation of the noise, in the unit of the series; None to measure it.
+        constant: Factor :math:`c` of the threshold, at least 0.
         delta: Probability that noise passes the threshold, for a constant of 1.
-        rule: Whether details above the threshold are shrunk (``"soft"``) or kept (``"hard"``), or
-            kept with all that are coarser (``"tree"``), which is the mean of one window.
+        rule: Treatment of the details above the threshold: ``"soft"`` shrinks them, ``"hard"``
+            leaves them unchanged, ``"tree"`` leaves them and all coarser ones, which is the mean
+            of one window.
 
     Raises:
         ValueError: If a setting is out of range.
 
     Example:
         >>> y = torch.tensor([0.0, 0.1, -0.1, 0.0, 1.0, 1.1, 0.9, 1.0])
-        >>> found = HaarEstimator(sigma=0.1, rule="hard").latest(y)
-        >>> round(float(found.value), 2), round(float(found.effective_window), 1)
+        >>> estimate = HaarEstimator(sigma=0.1, rule="hard").latest(y)
+        >>> round(float(estimate.value), 2), round(float(estimate.effective_window), 1)
         (1.0, 4.0)
     """
 
-    sigma: float | None = None
-    constant: float = 1.0
-    delta: float = 0.1
-    rule: Rule = "soft"
-
-    def __post_init__(self) -> None:
-        require_settings(sigma=self.sigma, delta=self.delta, constant=self.constant, rule=self.rule)
-
     @override
-    def at(
+    def estimate_at(
         self,
         y: Float[Tensor, "*batch n"],
         times: Int[Tensor, " times"],
@@ -87,35 +87,40 @@ class HaarEstimator(LatestEstimator):
         n = (times + 1).to(y.dtype)
         quantile = noise_quantile(n, self.delta)
         threshold = self.constant * quantile * sigma
-        total = mean = passed = kept = torch.zeros_like(sigma)
+        total = mean = shrunk = count = torch.zeros_like(sigma)
         window, variance = torch.zeros_like(n), (1 / n).expand_as(sigma)
         drifted = torch.zeros_like(sigma, dtype=torch.bool)
         for block, size, active in newest_blocks(y, times):
             wider = torch.where(active, window + size, window)
             total = torch.where(active, total + block, total)
             inner = active & (window > 0)
-            share = torch.where(inner, 1 / window - 1 / wider, 0.0)
+            excess = torch.where(inner, 1 / window - 1 / wider, 0.0)
             detail = torch.where(inner, mean - total / wider, 0.0)
-            bound = torch.where(inner, threshold * share.sqrt(), 0.0)
+            bound = torch.where(inner, threshold * excess.sqrt(), 0.0)
             drifted = drifted | (detail.abs() > bound)
             if self.rule == "tree":
                 detail = torch.where(drifted, detail, 0.0)
             else:
                 detail = threshold_details(detail, bound, self.rule)
-            passed, kept = passed + detail, kept + (detail != 0)
-            variance = variance + torch.where(detail != 0, share, 0.0)
+            shrunk, count = shrunk + detail, count + (detail != 0)
+            variance = variance + torch.where(detail != 0, excess, 0.0)
             window, mean = wider, torch.where(active, total / wider, mean)
         radius = quantile * sigma * variance.sqrt()
-        return Estimate(mean + passed, radius, sigma, 1 / variance, kept)
+        return Estimate(mean + shrunk, radius, sigma, 1 / variance, count)
 
 
 def newest_blocks(
     y: Float[Tensor, "*batch n"], times: Int[Tensor, " times"]
 ) -> Iterator[tuple[Float[Tensor, "*batch times"], int, Bool[Tensor, " times"]]]:
-    """Dyadic blocks that end where the one before begins, from the newest to the oldest.
+    """Yield dyadic blocks from the newest to the oldest, each ending where the last begins.
+
+    Args:
+        y: Series, shape ``(*batch, n)``.
+        times: Indices into the series, shape ``(times,)``.
 
     Yields:
-        Sums of the blocks, their size, and at which times the series has this block.
+        Sums of the blocks, shape ``(*batch, times)``, their size, and the times at which the series
+        has this block, shape ``(times,)``.
     """
     sums, size = y, 1
     left = ends = times + 1
@@ -133,44 +138,37 @@ def newest_blocks(
         size *= 2
 
 
-def haar_latest(
-    y: Series,
-    *,
-    sigma: float | None = None,
-    constant: float = 1.0,
-    delta: float = 0.1,
-    rule: Rule = "soft",
-) -> Estimate:
+def haar_latest(y: Series, **settings: Unpack[ThresholdSettings]) -> Estimate:
     """Estimate the newest value from the means of nested windows.
 
-    Arguments and errors are those of :class:`HaarEstimator`.
+    Args:
+        y: Series, shape ``(*batch, n)``, the newest value last.
+        **settings: Settings of :class:`HaarEstimator`.
+
+    Raises:
+        ValueError: If the series is empty, or a setting is out of range.
 
     Example:
         >>> haar_latest(torch.full((3, 100), 2.5)).value
         tensor([2.5000, 2.5000, 2.5000])
     """
-    return HaarEstimator(sigma=sigma, constant=constant, delta=delta, rule=rule).latest(y)
+    return HaarEstimator(**settings).latest(y)
 
 
 def wavelet_estimator(
     wavelet: str = "db8",
     *,
     boundary: Boundary = "symmetric",
-    sigma: float | None = None,
-    constant: float = 1.0,
-    delta: float = 0.1,
-    rule: Rule = "soft",
+    **settings: Unpack[ThresholdSettings],
 ) -> LatestEstimator:
-    """The estimator of a wavelet by its name.
+    """Build the estimator of a wavelet from its name.
 
     Args:
-        wavelet: ``"haar"``, or a discrete wavelet of PyWavelets.
-        boundary: How the newest end is treated, but for Haar, which has none: ``"symmetric"``
+        wavelet: Name, ``"haar"`` or a discrete wavelet of PyWavelets.
+        boundary: Treatment of the newest end, except for Haar, which has none: ``"symmetric"``
             extension, or ``"interval"`` for the boundary-corrected wavelets ``"db2"`` to ``"db8"``.
-        sigma: Standard deviation of the noise; None to measure it.
-        constant: Of the threshold.
-        delta: Probability that noise passes the threshold, for a constant of 1.
-        rule: ``"soft"``, ``"hard"`` or, but with symmetric extension, ``"tree"``.
+        **settings: Settings of :class:`~lightning_nna.drift.estimators.ThresholdEstimator`: sigma,
+            constant, delta and rule; the rule ``"tree"`` is not one of symmetric extension.
 
     Raises:
         ValueError: If PyWavelets does not have the wavelet, there are no interval wavelets of it,
@@ -183,20 +181,16 @@ def wavelet_estimator(
     if boundary not in ("symmetric", "interval"):
         raise ValueError(f"boundary must be 'symmetric' or 'interval', got {boundary!r}")
     if wavelet in ("haar", "db1"):
-        return HaarEstimator(sigma=sigma, constant=constant, delta=delta, rule=rule)
+        return HaarEstimator(**settings)
     if boundary == "symmetric":
-        return SymmetricWaveletEstimator(
-            wavelet=wavelet, sigma=sigma, constant=constant, delta=delta, rule=rule
-        )
+        return SymmetricWaveletEstimator(wavelet=wavelet, **settings)
     order = wavelet.removeprefix("db")
     if not order.isdecimal() or wavelet == order:
         raise ValueError(
             f"interval wavelets are 'db2' to 'db8', got {wavelet!r}; take one of these, or "
             "boundary='symmetric'"
         )
-    return IntervalWaveletEstimator(
-        order=int(order), sigma=sigma, constant=constant, delta=delta, rule=rule
-    )
+    return IntervalWaveletEstimator(order=int(order), **settings)
 
 
 def wavelet_latest(
@@ -204,22 +198,23 @@ def wavelet_latest(
     *,
     wavelet: str = "db8",
     boundary: Boundary = "symmetric",
-    sigma: float | None = None,
-    constant: float = 1.0,
-    delta: float = 0.1,
-    rule: Rule = "soft",
+    **settings: Unpack[ThresholdSettings],
 ) -> Estimate:
     """Estimate the newest value with any wavelet.
 
-    Arguments and errors are those of :func:`wavelet_estimator`.
+    Args:
+        y: Series, shape ``(*batch, n)``, the newest value last.
+        wavelet: Name of the wavelet, see :func:`wavelet_estimator`.
+        boundary: Treatment of the newest end, see :func:`wavelet_estimator`.
+        **settings: Settings of the estimator, see :func:`wavelet_estimator`.
+
+    Raises:
+        ValueError: If the series is empty, or as :func:`wavelet_estimator` does.
 
     Example:
         >>> y = torch.arange(64.0)
-        >>> found = wavelet_latest(y, wavelet="db2", boundary="interval", sigma=0.0)
-        >>> round(float(found.value), 3)
+        >>> estimate = wavelet_latest(y, wavelet="db2", boundary="interval", sigma=0.0)
+        >>> round(float(estimate.value), 3)
         63.0
     """
-    estimator = wavelet_estimator(
-        wavelet, boundary=boundary, sigma=sigma, constant=constant, delta=delta, rule=rule
-    )
-    return estimator.latest(y)
+    return wavelet_estimator(wavelet, boundary=boundary, **settings).latest(y)

@@ -1,4 +1,4 @@
-r"""Estimates of the newest value by the mean of a window: what the wavelets are compared with.
+r"""Estimate the newest value by the mean of a window; wavelets are compared with these.
 
 :math:`m_r` is the mean of the newest :math:`r` values, or of all if there are fewer.
 
@@ -18,48 +18,76 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_nna.drift.estimate import Estimate, LatestEstimator, require_settings
-from lightning_nna.drift.thresholds import noise_quantile
+from lightning_nna.drift.estimators import (
+    Estimate,
+    LatestEstimator,
+    noise_quantile,
+    validate_settings,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
-class WholeAverage(LatestEstimator):
+class WindowEstimator(LatestEstimator):
+    """An estimator by the mean of a window.
+
+    Args:
+        sigma: Standard deviation of the noise, in the unit of the series; None to measure it.
+        delta: Probability of error of the radius, between 0 and 1.
+    """
+
+    def estimate_of_window(
+        self,
+        value: Float[Tensor, "*batch times"],
+        window: Tensor,
+        times: Int[Tensor, " times"],
+        sigma: Float[Tensor, "*batch times"],
+    ) -> Estimate:
+        """Return the mean of a window as an estimate, with the radius of its noise.
+
+        Args:
+            value: Means, shape ``(*batch, times)``.
+            window: Number of values of each mean, a shape that broadcasts to that of ``value``.
+            times: Indices into the series, shape ``(times,)``.
+            sigma: Noise at each time, shape ``(*batch, times)``, in the unit of the series.
+        """
+        window = window.to(value.dtype)
+        quantile = noise_quantile((times + 1).to(value.dtype), self.delta)
+        radius = quantile * sigma / window.sqrt()
+        return Estimate(value, radius, sigma, window, torch.zeros_like(value))
+
+
+@dataclass(frozen=True, kw_only=True)
+class WholeAverage(WindowEstimator):
     """The mean of all values.
 
     Args:
         sigma: Standard deviation of the noise, for the radius; None to measure it.
-        delta: Of the radius.
+        delta: Probability of error of the radius, between 0 and 1.
 
     Example:
         >>> float(WholeAverage().latest(torch.tensor([1.0, 2.0, 6.0])).value)
         3.0
     """
 
-    sigma: float | None = None
-    delta: float = 0.1
-
-    def __post_init__(self) -> None:
-        require_settings(sigma=self.sigma, delta=self.delta)
-
     @override
-    def at(
+    def estimate_at(
         self,
         y: Float[Tensor, "*batch n"],
         times: Int[Tensor, " times"],
         sigma: Float[Tensor, "*batch times"],
     ) -> Estimate:
         window = (times + 1).expand(sigma.shape)
-        return estimate_of_window(window_means(y, times, times + 1), window, times, sigma, self)
+        return self.estimate_of_window(window_means(y, times, times + 1), window, times, sigma)
 
 
 @dataclass(frozen=True, kw_only=True)
-class FixedWindow(LatestEstimator):
-    """The mean of the newest values, always as many.
+class FixedWindow(WindowEstimator):
+    """The mean of a fixed number of the newest values.
 
     Args:
-        window: How many.
+        window: Number of values, at least 1.
         sigma: Standard deviation of the noise, for the radius; None to measure it.
-        delta: Of the radius.
+        delta: Probability of error of the radius, between 0 and 1.
 
     Example:
         >>> float(FixedWindow(window=2).latest(torch.tensor([1.0, 2.0, 6.0])).value)
@@ -67,16 +95,15 @@ class FixedWindow(LatestEstimator):
     """
 
     window: int
-    sigma: float | None = None
-    delta: float = 0.1
 
+    @override
     def __post_init__(self) -> None:
-        require_settings(sigma=self.sigma, delta=self.delta)
+        super().__post_init__()
         if self.window < 1:
             raise ValueError(f"window must be at least 1, got {self.window}")
 
     @override
-    def at(
+    def estimate_at(
         self,
         y: Float[Tensor, "*batch n"],
         times: Int[Tensor, " times"],
@@ -84,17 +111,17 @@ class FixedWindow(LatestEstimator):
     ) -> Estimate:
         window = (times + 1).clamp_max(self.window)
         means = window_means(y, times, window)
-        return estimate_of_window(means, window.expand(sigma.shape), times, sigma, self)
+        return self.estimate_of_window(means, window.expand(sigma.shape), times, sigma)
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExponentialAverage(LatestEstimator):
-    """The mean of all values, an older one weighing less; weights sum to one from the start.
+class ExponentialAverage(WindowEstimator):
+    """The mean of all values, an older one with less weight; weights sum to one from the start.
 
     Args:
-        decay: Weight of a value over that of the next.
+        decay: Weight of a value divided by that of the next, at least 0 and below 1.
         sigma: Standard deviation of the noise, for the radius; None to measure it.
-        delta: Of the radius.
+        delta: Probability of error of the radius, between 0 and 1.
 
     Example:
         >>> round(float(ExponentialAverage(decay=0.5).latest(torch.tensor([0.0, 3.0])).value), 4)
@@ -102,16 +129,15 @@ class ExponentialAverage(LatestEstimator):
     """
 
     decay: float
-    sigma: float | None = None
-    delta: float = 0.1
 
+    @override
     def __post_init__(self) -> None:
-        require_settings(sigma=self.sigma, delta=self.delta)
+        super().__post_init__()
         if not 0 <= self.decay < 1:
             raise ValueError(f"decay must be at least 0 and below 1, got {self.decay}")
 
     @override
-    def at(
+    def estimate_at(
         self,
         y: Float[Tensor, "*batch n"],
         times: Int[Tensor, " times"],
@@ -125,14 +151,14 @@ class ExponentialAverage(LatestEstimator):
         mass = (1 - self.decay**n) / (1 - self.decay)
         squares = (1 - self.decay ** (2 * n)) / (1 - self.decay**2)
         window = (mass.square() / squares).expand(sigma.shape)
-        return estimate_of_window(
-            torch.stack(sums, -1)[..., times] / mass, window, times, sigma, self
+        return self.estimate_of_window(
+            torch.stack(sums, -1)[..., times] / mass, window, times, sigma
         )
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdaptiveRollingWindow(LatestEstimator):
-    r"""Han, Huang and Wang's window, which trades the noise against what smaller windows say.
+class AdaptiveRollingWindow(WindowEstimator):
+    r"""Han, Huang and Wang's window, which trades its noise against its distance to smaller ones.
 
     .. math:: \hat r = \operatorname{arg\,min}_r \psi_r + \max_{i \le r}
         (|m_r - m_i| - \psi_r - \psi_i)_+, \qquad
@@ -142,11 +168,11 @@ class AdaptiveRollingWindow(LatestEstimator):
     over all windows, in :math:`O(n)` for each time.
 
     Args:
-        bound: :math:`M`, for values that differ by so much at most; a window of 1 has
-            :math:`\psi_1 = M` on top of its noise.
-        constant: :math:`c`; 1 in the paper.
-        delta: Of each window's interval.
-        sigma: Standard deviation of the noise; None to measure it.
+        bound: Greatest difference :math:`M` of two values, in the unit of the series; a window of 1
+            has :math:`\psi_1 = M` on top of its noise.
+        constant: Factor :math:`c` of the noise; 1 in the paper.
+        delta: Probability of error of each window's interval, between 0 and 1.
+        sigma: Standard deviation of the noise, in the unit of the series; None to measure it.
 
     Differs from the paper: the noise is one number for all windows, not each window's own
     deviation, so that a window of one value has a width.
@@ -159,16 +185,15 @@ class AdaptiveRollingWindow(LatestEstimator):
 
     bound: float = 0.0
     constant: float = 1.0
-    delta: float = 0.1
-    sigma: float | None = None
 
+    @override
     def __post_init__(self) -> None:
-        require_settings(sigma=self.sigma, delta=self.delta, constant=self.constant)
+        validate_settings(sigma=self.sigma, delta=self.delta, constant=self.constant)
         if not self.bound >= 0:
             raise ValueError(f"bound must not be negative, got {self.bound}")
 
     @override
-    def at(
+    def estimate_at(
         self,
         y: Float[Tensor, "*batch n"],
         times: Int[Tensor, " times"],
@@ -188,25 +213,25 @@ class AdaptiveRollingWindow(LatestEstimator):
             above = mean - (mean + psi).cummin(-1).values
             below = (mean - psi).cummax(-1).values - mean
             cost = psi + (torch.maximum(above, below) - psi).clamp_min(0)
-            chosen = cost.detach().argmin(-1, keepdim=True)
-            means.append(mean.gather(-1, chosen)[..., 0])
-            windows.append(chosen[..., 0] + 1)
-        return estimate_of_window(
-            torch.stack(means, -1), torch.stack(windows, -1), times, sigma, self
+            best = cost.detach().argmin(-1, keepdim=True)
+            means.append(mean.gather(-1, best)[..., 0])
+            windows.append(best[..., 0] + 1)
+        return self.estimate_of_window(
+            torch.stack(means, -1), torch.stack(windows, -1), times, sigma
         )
 
 
 @dataclass(frozen=True, kw_only=True)
-class DoublingWindow(LatestEstimator):
+class DoublingWindow(WindowEstimator):
     r"""Mazzetto and Upfal's window, which doubles while the mean stays.
 
     From :math:`r = 1` on the window doubles while
     :math:`|m_r - m_{2r}| \le c\,\sigma \sqrt{2 \log(\log_2 n / \delta) / r}`.
 
     Args:
-        constant: :math:`c`.
-        delta: Of the comparisons.
-        sigma: Standard deviation of the noise; None to measure it.
+        constant: Factor :math:`c` of the threshold, at least 0.
+        delta: Probability of error of the comparisons, between 0 and 1.
+        sigma: Standard deviation of the noise, in the unit of the series; None to measure it.
 
     Differs from the paper: :math:`\sigma` and :math:`c` take the place of the bounds of its
     theorem.
@@ -218,14 +243,13 @@ class DoublingWindow(LatestEstimator):
     """
 
     constant: float = 1.0
-    delta: float = 0.1
-    sigma: float | None = None
-
-    def __post_init__(self) -> None:
-        require_settings(sigma=self.sigma, delta=self.delta, constant=self.constant)
 
     @override
-    def at(
+    def __post_init__(self) -> None:
+        validate_settings(sigma=self.sigma, delta=self.delta, constant=self.constant)
+
+    @override
+    def estimate_at(
         self,
         y: Float[Tensor, "*batch n"],
         times: Int[Tensor, " times"],
@@ -233,36 +257,29 @@ class DoublingWindow(LatestEstimator):
     ) -> Estimate:
         threshold = self.constant * sigma * noise_quantile((times + 1).to(y.dtype), self.delta)
         window = torch.ones_like(times).expand(sigma.shape)
-        chosen = mean = y[..., times]
+        value = mean = y[..., times]
         grows, r = torch.ones_like(sigma, dtype=torch.bool), 1
         while 2 * r <= y.shape[-1]:
             doubled = window_means(y, times, (times + 1).clamp_max(2 * r))
             stays = (doubled - mean).abs() <= threshold / math.sqrt(r)
             grows = grows & stays & (times + 1 >= 2 * r)
             window = torch.where(grows, 2 * r, window)
-            chosen = torch.where(grows, doubled, chosen)
+            value = torch.where(grows, doubled, value)
             mean, r = doubled, 2 * r
-        return estimate_of_window(chosen, window, times, sigma, self)
+        return self.estimate_of_window(value, window, times, sigma)
 
 
 def window_means(
     y: Float[Tensor, "*batch n"], times: Int[Tensor, " times"], window: Int[Tensor, " times"]
 ) -> Float[Tensor, "*batch times"]:
-    """Means of the newest ``window`` values at each time."""
+    """Compute the means of the newest values at each time.
+
+    Args:
+        y: Series, shape ``(*batch, n)``.
+        times: Indices into the series, shape ``(times,)``.
+        window: Number of values of each mean, shape ``(times,)``.
+    """
     # Around the mean of all, so that sums stay small.
     center = y.mean(-1, keepdim=True).detach()
     sums = torch.nn.functional.pad((y - center).cumsum(-1), (1, 0))
     return (sums[..., times + 1] - sums[..., times + 1 - window]) / window + center
-
-
-def estimate_of_window(
-    value: Float[Tensor, "*batch times"],
-    window: Tensor,
-    times: Int[Tensor, " times"],
-    sigma: Float[Tensor, "*batch times"],
-    rule: WholeAverage | FixedWindow | ExponentialAverage | AdaptiveRollingWindow | DoublingWindow,
-) -> Estimate:
-    """A mean of so many values, with the radius of its noise."""
-    window = window.to(value.dtype)
-    quantile = noise_quantile((times + 1).to(value.dtype), rule.delta)
-    return Estimate(value, quantile * sigma / window.sqrt(), sigma, window, torch.zeros_like(value))

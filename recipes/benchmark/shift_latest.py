@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from lightning_nna.drift.aligator import Aligator
-from lightning_nna.drift.estimate import LatestEstimator
-from lightning_nna.drift.interval_latest import IntervalWaveletEstimator
+from lightning_nna.drift.estimators import LatestEstimator
+from lightning_nna.drift.interval_estimator import IntervalWaveletEstimator
 from lightning_nna.drift.symmetric_wavelets import SymmetricWaveletEstimator
 from lightning_nna.drift.wavelet_mixture import WaveletMixture
 from lightning_nna.drift.wavelets import HaarEstimator

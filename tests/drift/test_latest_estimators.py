@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from lightning_nna.drift.aligator import Aligator
-from lightning_nna.drift.estimate import Estimate, LatestEstimator
-from lightning_nna.drift.interval_latest import IntervalWaveletEstimator
+from lightning_nna.drift.estimators import Estimate, LatestEstimator
+from lightning_nna.drift.interval_estimator import IntervalWaveletEstimator
 from lightning_nna.drift.symmetric_wavelets import SymmetricWaveletEstimator
 from lightning_nna.drift.wavelet_mixture import WaveletMixture
 from lightning_nna.drift.wavelets import HaarEstimator
@@ -64,7 +64,7 @@ def assert_equal(first: Estimate, second: Estimate, *, tolerance: float = 1e-9) 
 @every
 @pytest.mark.parametrize("sigma", [None, 0.7])
 def test_a_prefix_knows_nothing_of_what_follows(name: str, sigma: float | None) -> None:
-    estimator = replace(ESTIMATORS[name], sigma=sigma)  # type: ignore[type-var]
+    estimator = replace(ESTIMATORS[name], sigma=sigma)
     y = series(2, 70)
     prefixes = estimator.prefixes(y)
     for n in (1, 2, 3, 16, 31, 70):
@@ -118,7 +118,7 @@ def test_gradients_sum_to_one(name: str) -> None:
 
 @pytest.mark.parametrize("name", sorted(ESTIMATORS.keys() - LINEAR))
 def test_a_jump_is_followed_and_a_level_is_averaged(name: str) -> None:
-    estimator = replace(ESTIMATORS[name], sigma=1.0)  # type: ignore[type-var]
+    estimator = replace(ESTIMATORS[name], sigma=1.0)
     noise = np.random.default_rng(0).standard_normal((200, 150))
     jump = np.where(np.arange(150) < 75, 0.0, 20.0)
     after = np.square(estimator.latest(noise + jump).value - 20.0).mean()

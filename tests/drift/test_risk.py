@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_nna.drift.estimate import LatestEstimator
+from lightning_nna.drift.estimators import LatestEstimator
 from lightning_nna.drift.model_selection import compare, tournament
 from lightning_nna.drift.risk import TimeOrderedBatches, WaveletRisk, excess_risk_bound
 from lightning_nna.drift.wavelets import HaarEstimator

@@ -8,7 +8,7 @@ import torch
 from scipy.optimize import lsq_linear
 from skimage.restoration import denoise_wavelet
 
-from lightning_nna.drift.interval_latest import IntervalWaveletEstimator
+from lightning_nna.drift.interval_estimator import IntervalWaveletEstimator
 from lightning_nna.drift.total_variation import taut_string, tv_denoise
 from lightning_nna.drift.wavelets import HaarEstimator
 from lightning_nna.drift.windows import FixedWindow, WholeAverage

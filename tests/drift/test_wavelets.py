@@ -10,8 +10,8 @@ import pytest
 import pywt
 import torch
 
-from lightning_nna.drift.estimate import noise_level, running_noise_level
-from lightning_nna.drift.interval_latest import IntervalWaveletEstimator
+from lightning_nna.drift.estimators import noise_level, running_noise_level
+from lightning_nna.drift.interval_estimator import IntervalWaveletEstimator
 from lightning_nna.drift.interval_wavelets import (
     edge_filters,
     interval_transform,
@@ -156,7 +156,7 @@ def test_effective_window_is_that_of_the_weights(estimator: HaarEstimator) -> No
     found = estimator.latest(y)
     (weights,) = torch.autograd.grad(found.value, y)
     assert float(1 / weights.square().sum()) == pytest.approx(float(found.effective_window))
-    assert float(found.kept) > 0
+    assert float(found.details) > 0
 
 
 @pytest.mark.parametrize("n", [64, 100])
@@ -190,8 +190,8 @@ def test_stream_is_the_batch_over_a_million_values() -> None:
         if number in wanted:
             found[number] = stream.estimate()
     times = torch.tensor(sorted(found))
-    batch = HaarEstimator().at(torch.from_numpy(y), times, torch.ones(len(times)).double())
-    for name in ("value", "radius", "effective_window", "kept"):
+    batch = HaarEstimator().estimate_at(torch.from_numpy(y), times, torch.ones(len(times)).double())
+    for name in ("value", "radius", "effective_window", "details"):
         streamed = [getattr(found[time], name) for time in sorted(found)]
         np.testing.assert_allclose(streamed, getattr(batch, name), rtol=1e-12, atol=1e-12)
     assert len(stream.blocks) <= 2 * math.log2(count)

@@ -1,4 +1,4 @@
-"""The figure of a watched metric: raw, denoised, band, flags."""
+"""Plot a monitored metric: raw and denoised values, the band of the radius, drifts."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ _RAW, _LEVEL, _DRIFT = "0.6", "tab:blue", "tab:red"
 
 
 def draw(
-    readings: Sequence[DriftReading], places: Sequence[float], *, title: str, xlabel: str
+    readings: Sequence[DriftReading], times: Sequence[float], *, title: str, xlabel: str
 ) -> Figure:
-    """Plot what was read.
+    """Plot the readings of one metric.
 
     Args:
-        readings: In the order of time.
-        places: Of each on the axis of time.
-        title: The metric's name.
-        xlabel: What time is counted in.
+        readings: Readings, in the order of time.
+        times: Time of each reading, in the unit of ``xlabel``.
+        title: Name of the metric.
+        xlabel: Unit of time, as ``"optimizer step"``.
     """
-    x = np.array(places, dtype=float)
+    x = np.array(times, dtype=float)
     level = np.array([each.value for each in readings])
-    # What has no width yet is drawn without a band.
+    # An estimate of infinite radius is drawn without a band.
     radius = np.array([each.radius for each in readings])
     radius[~np.isfinite(radius)] = np.nan
     reference = np.array([each.reference for each in readings])
@@ -41,7 +41,7 @@ def draw(
         axes.plot(x, reference, "--", color="0.3", linewidth=0.8, label="best level before")
         if drift.any():
             axes.plot(x[drift], raw[drift], "o", color=_DRIFT, markersize=4, label="drift")
-        # A first estimate without a width must not blow up the axis.
+        # The first estimates, of infinite radius, must not blow up the axis.
         shown = np.concatenate([raw, level])
         margin = 0.1 * (np.ptp(shown) or 1.0)
         axes.set_ylim(shown.min() - margin, shown.max() + margin)
