@@ -14,46 +14,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-import numpy as np
 from ai_edge_litert import schema_py_generated as schema
-from ai_edge_litert.interpreter import Interpreter, OpResolverType
 
 from lightning_nna.deploy.flatbuffer import OperatorSpec, TensorSpec, build_model
+from lightning_nna.testing.replay import run_calls, run_model
 
-__all__ = ["OperatorSpec", "TensorSpec", "build_model"]
-
-
-def run_model(
-    model: bytes, inputs: Sequence[np.ndarray], *, optimized: bool = False
-) -> list[np.ndarray]:
-    """Run a program once, from its initial state, on LiteRT's reference kernels.
-
-    ``optimized`` takes the other kernels of LiteRT, for operators that have no reference (ELU).
-    """
-    return run_calls(model, [inputs], optimized=optimized)[-1]
-
-
-def run_calls(
-    model: bytes, calls: Sequence[Sequence[np.ndarray]], *, optimized: bool = False
-) -> list[list[np.ndarray]]:
-    """Run a program once for each element of ``calls``; variables live on from call to call."""
-    optimized_kernels = OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES
-    interpreter = Interpreter(
-        model_content=model,
-        experimental_op_resolver_type=optimized_kernels
-        if optimized
-        else OpResolverType.BUILTIN_REF,
-        num_threads=1,
-    )
-    interpreter.allocate_tensors()
-    results = []
-    for inputs in calls:
-        for detail, value in zip(interpreter.get_input_details(), inputs, strict=True):
-            interpreter.set_tensor(detail["index"], value)
-        interpreter.invoke()
-        details = interpreter.get_output_details()
-        results.append([interpreter.get_tensor(detail["index"]) for detail in details])
-    return results
+__all__ = ["OperatorSpec", "TensorSpec", "build_model", "run_calls", "run_model"]
 
 
 def fully_connected_model(

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from lightning_nna.emulation.program import Instruction, Stored
+from lightning_nna.testing.replay import on_litert
 from tests import litert
-from tests.emulation.replay import on_litert
 from tests.litert import TensorSpec
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lightning_nna import emulate
 from lightning_nna.emulation.spec import OPERATORS
-from tests.emulation.replay import replays
+from lightning_nna.testing.replay import replays
 
 pytestmark = [
     pytest.mark.exactness,

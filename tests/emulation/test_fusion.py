@@ -16,7 +16,7 @@ from lightning_nna import calibrate, coverage, emulate
 from lightning_nna.emulation.learned_scales import Learned
 from lightning_nna.emulation.ranges import QParams, affine_qparams
 from lightning_nna.emulation.telemetry import Telemetry
-from tests.emulation.replay import replays
+from lightning_nna.testing.replay import replays
 
 
 class Layers(nn.Module):

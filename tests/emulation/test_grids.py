@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from lightning_nna import emulate
 from lightning_nna.emulation.program import Instruction, Stored
 from lightning_nna.emulation.ranges import affine_qparams
+from lightning_nna.testing.replay import check_instructions
 from tests.emulation.chain import check_chain, dequantized
-from tests.emulation.replay import check_instructions
 
 pytestmark = pytest.mark.exactness
 SPECS = {8: "litert-int8", 16: "litert-int16x8"}

@@ -17,7 +17,7 @@ from lightning_nna.emulation.arithmetic.quantized_weight import (
 )
 from lightning_nna.emulation.operators.linear import integer_bias
 from lightning_nna.emulation.telemetry import Telemetry
-from tests.emulation.replay import check_instructions
+from lightning_nna.testing.replay import check_instructions
 
 SPECS = {8: "litert-int8", 16: "litert-int16x8"}
 

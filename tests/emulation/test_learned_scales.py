@@ -13,7 +13,7 @@ from lightning_nna import bake, calibrate, emulate
 from lightning_nna.keyed_adam import KeyedAdam
 from lightning_nna.testing import SmallNet
 from lightning_nna.testing.contract import assert_same
-from tests.emulation.replay import replays
+from lightning_nna.testing.replay import replays
 
 OUTPUT = "1/fully_connected#0/output"
 

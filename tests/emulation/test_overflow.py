@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from lightning_nna import emulate
 from lightning_nna.emulation.arithmetic.fixed_point import quantize_multiplier
 from lightning_nna.emulation.arithmetic.rescaling import Rescaler
+from lightning_nna.testing.replay import check_instructions
 from tests.emulation.oracle import grid, integers, random_integers, real
-from tests.emulation.replay import check_instructions
 from tests.integer_reference import INT8, rescale
 
 SPECS = {8: "litert-int8", 16: "litert-int16x8"}

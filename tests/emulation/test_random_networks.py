@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lightning_nna import emulate
 from lightning_nna.emulation.emulator import Emulator
 from lightning_nna.emulation.program import Instruction
+from lightning_nna.testing.replay import check_instructions
 from tests.emulation.chain import check_chain
 from tests.emulation.random_networks import (
     BATCH,
@@ -22,7 +23,6 @@ from tests.emulation.random_networks import (
     Plan,
     plans,
 )
-from tests.emulation.replay import check_instructions
 
 pytestmark = [
     pytest.mark.exactness,

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_nna.testing import SmallNet
-from tests.emulation.replay import replays
+from lightning_nna.testing.replay import replays
 
 pytestmark = pytest.mark.exactness
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from lightning_nna import emulate
 from lightning_nna.emulation.program import Instruction
+from lightning_nna.testing.replay import replays, tensor_spec
 from tests import litert
-from tests.emulation.replay import replays, tensor_spec
 
 MODULES: dict[str, tuple[nn.Module, set[str]]] = {
     "sigmoid": (nn.Sigmoid(), {"LOGISTIC"}),

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from lightning_nna import calibrate, emulate
 from lightning_nna.emulation.coverage import coverage
+from lightning_nna.testing.replay import replays
 from tests.emulation.modules import Function
-from tests.emulation.replay import replays
 
 SPECS = {8: "litert-int8", 16: "litert-int16x8"}
 HEADS, TIME, WIDTH = 4, 24, 16

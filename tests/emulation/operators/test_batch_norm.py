@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from lightning_nna import emulate
 from lightning_nna.emulation.ranges import RangeTable
-from tests.emulation.replay import check_instructions, replays
+from lightning_nna.testing.replay import check_instructions, replays
 
 BLOCKS = {
     "conv1d": (lambda: nn.Sequential(nn.Conv1d(5, 8, 3), nn.BatchNorm1d(8)), (40, 5, 60)),

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from lightning_nna import emulate
 from lightning_nna.emulation.arithmetic.integer_log_softmax import log_softmax_int8
 from lightning_nna.emulation.coverage import coverage
+from lightning_nna.testing.replay import replays
 from tests import litert
 from tests.emulation.modules import Function
-from tests.emulation.replay import replays
 from tests.litert import OperatorSpec, TensorSpec
 
 FORMS: dict[str, Callable[[Tensor], Tensor]] = {

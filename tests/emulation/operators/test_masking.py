@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_nna import emulate
 from lightning_nna.emulation.coverage import coverage
-from tests.emulation.replay import replays
+from lightning_nna.testing.replay import replays
 
 TIME = 24
 BEFORE = torch.ones(TIME, TIME, dtype=torch.bool).tril()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_nna import emulate
-from tests.emulation.replay import check_instructions, replays
+from lightning_nna.testing.replay import check_instructions, replays
 
 SPECS = {8: "litert-int8", 16: "litert-int16x8"}
 LAYERS: dict[str, nn.Module] = {

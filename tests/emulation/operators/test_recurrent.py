@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_nna import emulate
+from lightning_nna.testing.replay import check_instructions, replays
 from tests.emulation.chain import check_chain
-from tests.emulation.replay import check_instructions, replays
 
 LSTM = "UNIDIRECTIONAL_SEQUENCE_LSTM"
 

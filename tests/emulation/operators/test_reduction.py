@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_nna import emulate
-from tests.emulation.replay import replays
+from lightning_nna.testing.replay import replays
 from tests.emulator import oracle
 
 Reduction = Callable[[Tensor], Any]

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from lightning_nna import coverage, emulate
 from lightning_nna.emulation.program import Instruction
+from lightning_nna.testing.replay import check_instructions
 from recipes.asr.conformer import conformer_transducer
 from recipes.asr.rnnt import Transducer, transducer
-from tests.emulation.replay import check_instructions
 
 SIZES: dict[str, Any] = {
     "num_mels": 4,
