@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from lightning_nna.emulation.operators.registry import TABLE
+from lightning_nna.emulation.operators.record import operators
 from tests.conftest import ROOT
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -52,8 +52,7 @@ def test_the_page_on_emulation_has_every_operator_and_its_widths() -> None:
     page = (ROOT / "docs/methods/emulation.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| ((?:`\w+`(?:, )?)+) \| ([\d, ]+) \|", page, re.MULTILINE)
     found = {name: widths for names, widths in rows for name in re.findall(r"\w+", names)}
-    expected = {entry.name: ", ".join(map(str, entry.widths)) for entry in TABLE.values()}
-    expected.pop("")
+    expected = {name: ", ".join(map(str, entry.widths)) for name, entry in operators().items()}
     assert found == expected
 
 

@@ -316,7 +316,10 @@ class NNAEmulation(Callback):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        require_same("NNAEmulation", state_dict.get("settings", {}), self._settings())
+        saved = dict(state_dict.get("settings", {}))
+        if "spec" in saved:
+            saved["spec"] = {k: v for k, v in saved["spec"].items() if k != "operators"}
+        require_same("NNAEmulation", saved, self._settings())
         self._observed_steps = state_dict.get("calibration_steps")
         self._copied_with = None
         self._counter.load_state_dict(state_dict.get("clock", {"steps": state_dict["steps"]}))
@@ -361,7 +364,8 @@ class NNAEmulation(Callback):
 
     def _settings(self) -> dict[str, Any]:
         """Return the settings that observed ranges belong to, in plain values."""
-        spec = {**asdict(self.spec), "operators": list(self.spec.operators)}
+        # The emulator compares operators: those that no site of the network has do not count.
+        spec = {key: value for key, value in asdict(self.spec).items() if key != "operators"}
         return {"spec": spec, "targets": list(self.targets), "observer": self.observer}
 
     def _attach(self, pl_module: pl.LightningModule) -> Emulator:

@@ -30,6 +30,7 @@ from torchmetrics import Metric
 from lightning_nna.elementary import square_root
 from lightning_nna.emulation.arguments import first_of, written
 from lightning_nna.emulation.constants import Constants
+from lightning_nna.emulation.operators.catalog import operator_of, operators
 from lightning_nna.emulation.operators.layout import (
     JOINS,
     MOVEMENTS,
@@ -37,7 +38,6 @@ from lightning_nna.emulation.operators.layout import (
     chooses_a_number,
     is_zero_padding,
 )
-from lightning_nna.emulation.operators.registry import TABLE
 
 log = logging.getLogger(__name__)
 
@@ -87,11 +87,6 @@ _RANDOM = frozenset(
     poisson random_ uniform_
     """.split()
 )
-# Operators that are the accelerator's whatever they are given: layers with weights. What a layer
-# takes in is an activation, though it may have come in as integers.
-_LAYERS = frozenset("attention convolution embedding fully_connected gru lstm".split())
-
-
 _HIDDEN = (
     "compiled code calls a module on the chip, whose operators it would hide: call it "
     "inside `with emulate(module)`, where torch.compile is set aside, or strip(module)"
@@ -297,10 +292,14 @@ class Dispatch(TorchFunctionMode):
         if path is None:
             self.read((args, kwargs))
             return self._plainly(func, args, kwargs)
-        operator = TABLE.get(name)
+        operator = operator_of(name)
         label = name.strip("_") if operator is None else operator.name or name
         run = _IN_DOUBLE.get(name, func)
-        if label not in _LAYERS and not label.startswith("embedding") and name not in _RANDOM:
+        # A layer with weights is the accelerator's whatever it is given: what it takes in is an
+        # activation, though it may have come in as integers.
+        layer = operators().get(label)
+        has_weights = layer is not None and layer.has_weights
+        if not has_weights and not label.startswith("embedding") and name not in _RANDOM:
             depends = self.constants.kind_of((args, kwargs))
             if depends is not None:
                 return self.fold(self._key(path, label, location), run, args, kwargs, depends)
@@ -309,7 +308,7 @@ class Dispatch(TorchFunctionMode):
         if operator is None or found & _COMPLEX:
             key = self._key(path, name.strip("_"), location)
             return self.fallback(key, run, args, kwargs)
-        if label in _LAYERS:
+        if has_weights:
             self.constants.enters(args)
         return self.run(operator, self._key(path, label, location), func, args, kwargs)
 

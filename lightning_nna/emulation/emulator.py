@@ -31,8 +31,9 @@ from lightning_nna.emulation.marks import Marks, Writes
 from lightning_nna.emulation.modes import Fidelity, Mode, Modes, Phase
 from lightning_nna.emulation.non_finite import with_cause
 from lightning_nna.emulation.observers import Observer
+from lightning_nna.emulation.operators import driver
 from lightning_nna.emulation.operators.call import Call
-from lightning_nna.emulation.operators.registry import Operator
+from lightning_nna.emulation.operators.record import Operator
 from lightning_nna.emulation.program import Instruction, choice
 from lightning_nna.emulation.ranges import Parts, QParams, RangeTable
 from lightning_nna.emulation.scope import (
@@ -389,6 +390,8 @@ class Emulator:
             )
         own = {**self.spec.arithmetic, "targets": list(self.targets)}
         saved = {**state.get("arithmetic", {}), "targets": state.get("targets", own["targets"])}
+        if self.spec.runs_alike(saved.get("operators", ()), state["locations"]):
+            saved.pop("operators", None)
         differing = [
             f"{entry} is {value!r} there and {own.get(entry)!r} here"
             for entry, value in saved.items()
@@ -561,7 +564,7 @@ class Emulator:
             return func(*args, **kwargs)
         if not self.calibrated:
             self.require_ranges()
-        known = not operator.name or operator.name in self.spec.operators
+        known = not operator.name or self.spec.has_operator(operator.name)
         known = known and self.spec.activation_bits in operator.widths
         if not known or not operator.supports(*args, **kwargs):
             return self._fall_back(key, func, args, kwargs)
@@ -598,7 +601,7 @@ class Emulator:
         # Batch statistics in training would be counted twice.
         sampled = sampled and operator.name != "batch_norm"
         try:
-            result = operator.emulate(call, *args, **kwargs)
+            result = driver.run(operator, call, args, kwargs)
         except FloatingPointError as error:
             raise with_cause(error, key, (args, kwargs), self._constants) from error
         if sampled and self.telemetry is not None:

@@ -48,6 +48,7 @@ from lightning_nna.emulation.arithmetic.quantized_weight import (
 from lightning_nna.emulation.first_order import first_order
 from lightning_nna.emulation.float32_arithmetic import float32_arithmetic
 from lightning_nna.emulation.marks import Stamp, Writes
+from lightning_nna.emulation.operators.record import operators
 from lightning_nna.emulation.ranges import (
     QParams,
     RangeTable,
@@ -59,14 +60,6 @@ from lightning_nna.weights.pipeline import pipeline_of
 
 Learned = Literal["none", "weights", "all"]
 LEARNED: tuple[Learned, ...] = ("none", "weights", "all")
-
-#: Operators of one instruction, whose output has a range of its own.
-_ONE_INSTRUCTION = frozenset(
-    """
-    add batch_matmul concatenation convolution elu fully_connected gelu hard_swish leaky_relu mean
-    mul silu sub sum
-    """.split()
-)
 
 
 class LearnedScales:
@@ -397,4 +390,6 @@ def _per_log2(count: int, maximum: int) -> float:
 def _is_learnable(key: str) -> bool:
     """Whether a range is that of the output of a site of one instruction."""
     label, is_site, _ = key.removesuffix("/output").rsplit("/", 1)[-1].partition("#")
-    return key.endswith("/output") and bool(is_site) and label in _ONE_INSTRUCTION
+    operator = operators().get(label)
+    learns = operator is not None and operator.learns_scale
+    return key.endswith("/output") and bool(is_site) and learns

@@ -6,48 +6,13 @@ A spec is a frozen dataclass, a preset's name, or a YAML file with the same keys
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from lightning_nna.emulation.operators.record import operator_of, operators
 from lightning_nna.settings_files import read_yaml
-
-#: The operators that the emulator has, by the name that coverage and call sites use.
-OPERATORS = (
-    "add",
-    "attention",
-    "batch_matmul",
-    "batch_norm",
-    "concatenation",
-    "convolution",
-    "elu",
-    "embedding",
-    "fully_connected",
-    "gelu",
-    "glu",
-    "gru",
-    "hard_sigmoid",
-    "hard_swish",
-    "layer_norm",
-    "leaky_relu",
-    "log_softmax",
-    "lstm",
-    "mean",
-    "mul",
-    "reduce_max",
-    "reduce_min",
-    "relu",
-    "relu6",
-    "rms_norm",
-    "select",
-    "sigmoid",
-    "silu",
-    "softmax",
-    "sub",
-    "sum",
-    "tanh",
-)
 
 Granularity = Literal["per_channel", "per_tensor"]
 Rounding = Literal["reference", "double", "single", "shift"]
@@ -96,8 +61,9 @@ class NNASpec:
         table_entries: Entries of the tables of 16-bit non-linearities, interpolated linearly: a
             power of two, or 0 for the reference's own functions. 8-bit ones have an entry per
             input.
-        operators: Which of :data:`OPERATORS` run on the chip; the others run in float and are
-            reported as CPU fallbacks.
+        operators: Names of the operators that run on the accelerator; the others run in float and
+            are reported as CPU fallbacks. None for every operator that there is, those that are
+            registered later among them.
 
     Raises:
         ValueError: If a field is out of range; the message names it and what is allowed.
@@ -119,15 +85,43 @@ class NNASpec:
     weight_granularity: Granularity = "per_channel"
     rounding: Rounding = "reference"
     table_entries: int = 0
-    operators: tuple[str, ...] = OPERATORS
+    operators: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         for field, allowed in _CHOICES.items():
             _require_choice(field, getattr(self, field), allowed)
-        unknown = sorted(set(self.operators) - set(OPERATORS))
+        if self.operators is None:
+            return
+        unknown = sorted(set(self.operators) - set(operators()))
         if unknown:
-            raise ValueError(f"operators has unknown names {unknown}; known: {list(OPERATORS)}")
+            raise ValueError(f"operators has unknown names {unknown}; known: {list(operators())}")
         object.__setattr__(self, "operators", tuple(self.operators))
+
+    def has_operator(self, name: str) -> bool:
+        """Tell whether an operator runs on the accelerator.
+
+        Example:
+            >>> NNASpec(operators=("add", "lstm")).has_operator("mul")
+            False
+        """
+        return name in operators() if self.operators is None else name in self.operators
+
+    def runs_alike(self, names: Collection[str], sites: Collection[str]) -> bool:
+        """Tell whether an accelerator with other operators runs the same sites of a network.
+
+        Args:
+            names: Names of the operators of the other accelerator.
+            sites: Sites of the network as ``path/operator``.
+
+        Example:
+            >>> NNASpec().runs_alike(["add", "mul"], ["encoder/add"])
+            True
+        """
+        # What ran in float has the name of its torch function.
+        labels = {site.rsplit("/", 1)[-1] for site in sites}
+        of_sites = (operators().get(label) or operator_of(label) for label in labels)
+        known = {operator.name for operator in of_sites if operator is not None and operator.name}
+        return all(self.has_operator(name) == (name in names) for name in known)
 
     @property
     def arithmetic(self) -> dict[str, Any]:
@@ -138,7 +132,8 @@ class NNASpec:
             True
         """
         fields = {key: value for key, value in dataclasses.asdict(self).items() if key != "name"}
-        return {**fields, "operators": sorted(self.operators)}
+        names = operators() if self.operators is None else self.operators
+        return {**fields, "operators": sorted(names)}
 
     @property
     def weight_max(self) -> int:
@@ -211,7 +206,7 @@ class NNASpec:
         base = values.pop("preset", "litert-int8")
         if base not in PRESETS:
             raise ValueError(f"preset must be one of {sorted(PRESETS)}, got {base!r}")
-        if "operators" in values:
+        if values.get("operators") is not None:
             values["operators"] = tuple(values["operators"])
         return dataclasses.replace(PRESETS[base], **values)
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_nna import emulate
-from lightning_nna.emulation.spec import OPERATORS
+from lightning_nna.emulation.operators.record import operators
 from lightning_nna.testing.replay import replays
 
 pytestmark = [
@@ -139,7 +139,7 @@ EACH = [
 
 
 def test_none_is_missing() -> None:
-    assert set(CASES) == set(OPERATORS)
+    assert set(CASES) == set(operators())
 
 
 @pytest.mark.parametrize(("name", "index", "bits"), EACH)

@@ -31,6 +31,13 @@ from lightning_nna.emulation.first_order import first_order
 from lightning_nna.emulation.float32_arithmetic import float32_arithmetic
 from lightning_nna.emulation.operators import elementwise
 from lightning_nna.emulation.operators.call import Call, look_up
+from lightning_nna.emulation.operators.record import (
+    NO_OPTIONS,
+    Form,
+    Kernel,
+    Operator,
+    register_operator,
+)
 from lightning_nna.emulation.program import Activation
 from lightning_nna.emulation.ranges import (
     PENDING,
@@ -396,3 +403,132 @@ def _segments(name: str, scale: float, segments: int) -> Tensor:
         return function(torch.from_numpy(x)).float().numpy()
 
     return interpolation_table(real, scale, WIDE_OUTPUT.scale, segments=segments)
+
+
+LOGISTIC = Kernel("LOGISTIC", options=NO_OPTIONS, versions={"int8": 2, "int16": 3})
+TANH = Kernel("TANH", options=NO_OPTIONS, versions={"int8": 2, "int16": 3})
+
+register_operator(
+    Operator(
+        "sigmoid",
+        torch=("sigmoid", "sigmoid_"),
+        emulate=sigmoid,
+        litert=(LOGISTIC,),
+        arithmetic="table of 256 entries, output scale 1/256; in 16 bits interpolated",
+    )
+)
+register_operator(
+    Operator(
+        "tanh",
+        torch=("tanh", "tanh_"),
+        emulate=tanh,
+        litert=(TANH,),
+        arithmetic="table of 256 entries, output scale 1/128; in 16 bits interpolated",
+    )
+)
+register_operator(
+    Operator(
+        "elu",
+        torch=("elu", "elu_"),
+        emulate=elu,
+        supports=supports_elu,
+        litert=(Kernel("ELU", options=NO_OPTIONS),),
+        widths=(8,),
+        learns_scale=True,
+        arithmetic="table, for the factor 1; LiteRT has no reference kernel of it: it is equal to "
+        "the only kernel there is, and programs with it do not load where reference kernels alone "
+        "are registered",
+    )
+)
+register_operator(
+    Operator(
+        "gelu",
+        torch=("gelu",),
+        emulate=gelu,
+        litert=(Kernel("GELU", versions={"int8": 2}),),
+        widths=(8,),
+        learns_scale=True,
+        arithmetic="table",
+    )
+)
+register_operator(
+    Operator(
+        "hard_swish",
+        torch=("hardswish",),
+        emulate=hard_swish,
+        litert=(Kernel("HARD_SWISH", options=NO_OPTIONS),),
+        widths=(8,),
+        learns_scale=True,
+        arithmetic="table",
+    )
+)
+register_operator(
+    Operator(
+        "leaky_relu",
+        torch=("leaky_relu", "leaky_relu_"),
+        emulate=leaky_relu,
+        litert=(Kernel("LEAKY_RELU", versions={"int16": 2}),),
+        learns_scale=True,
+        arithmetic="table; in 16 bits a product",
+    )
+)
+register_operator(
+    Operator(
+        "relu",
+        torch=("relu", "relu_"),
+        emulate=relu,
+        litert=(Kernel("RELU", options=NO_OPTIONS, versions={"int8": 2, "int16": 3}),),
+        arithmetic="clipping on the quantization parameters of the input, whose range ends at 0 "
+        "where nothing else reads it",
+    )
+)
+register_operator(
+    Operator(
+        "relu6",
+        torch=("relu6",),
+        emulate=relu6,
+        forms=(Form(("hardtanh", "hardtanh_"), hardtanh, supports_hardtanh),),
+        litert=(Kernel("RELU6", options=NO_OPTIONS, versions={"int8": 2, "int16": 3}),),
+        arithmetic="clipping on the quantization parameters of the input, whose range ends at 0 "
+        "and 6 where nothing else reads it; `hardtanh` from 0 to 6",
+    )
+)
+register_operator(
+    Operator(
+        "silu",
+        torch=("silu",),
+        emulate=silu,
+        learns_scale=True,
+        arithmetic="a sigmoid and a product: one table in 8 bits",
+    )
+)
+register_operator(
+    Operator(
+        "hard_sigmoid",
+        torch=("hardsigmoid",),
+        emulate=hard_sigmoid,
+        arithmetic="a sum, a clipping and a product",
+    )
+)
+register_operator(
+    Operator(
+        "glu",
+        torch=("glu",),
+        emulate=glu,
+        arithmetic="sigmoid of one half, times the other",
+    )
+)
+register_operator(
+    Operator(
+        "",
+        torch=("dropout",),
+        emulate=dropout,
+        forms=(
+            Form(("dropout1d",), feature_dropout, has_batch(3)),
+            Form(("dropout2d",), feature_dropout, has_batch(3, 4)),
+            Form(("dropout3d",), feature_dropout, has_batch(5)),
+            Form(("feature_dropout",), feature_dropout),
+        ),
+        arithmetic="none: the scale changes",
+    )
+)

@@ -31,6 +31,7 @@ from lightning_nna.emulation.operators.attention_mask import Mask, masked_scores
 from lightning_nna.emulation.operators.call import Call
 from lightning_nna.emulation.operators.linear import fully_connected, linear
 from lightning_nna.emulation.operators.matmul import matmul
+from lightning_nna.emulation.operators.record import Form, Operator, register_operator
 from lightning_nna.emulation.operators.reduction import mean_onto
 from lightning_nna.emulation.operators.softmax import softmax
 from lightning_nna.emulation.program import Activation, Stored
@@ -261,3 +262,22 @@ def _over_heads(mask: Tensor | None, heads: int) -> Tensor | None:
 def _over_keys(mask: Tensor | None) -> Tensor | None:
     """``(N, S)`` or ``(S,)`` as ``(N, 1, 1, S)``."""
     return None if mask is None else mask.reshape(-1, 1, 1, mask.shape[-1])
+
+
+register_operator(
+    Operator(
+        "attention",
+        torch=("scaled_dot_product_attention",),
+        emulate=scaled_dot_product_attention,
+        supports=supports_scaled_dot_product_attention,
+        forms=(
+            Form(
+                ("multi_head_attention_forward",),
+                multi_head_attention,
+                supports_multi_head_attention,
+            ),
+        ),
+        has_weights=True,
+        arithmetic="projections, two batch matrix products and a softmax",
+    )
+)

@@ -51,6 +51,7 @@ from lightning_nna.emulation.operators.linear import (
     needs_exact,
     settled,
 )
+from lightning_nna.emulation.operators.record import Operator, register_operator
 from lightning_nna.emulation.program import Activation
 from lightning_nna.emulation.ranges import QParams
 
@@ -257,3 +258,13 @@ def _as_convolution(
     operand = Activation(shaped, x.qparams)
     result = convolve(call, operand, taps, shift, call.quantized(taps), geometry, y)
     return call.with_qparams(result.reshape(x.value.shape), y)
+
+
+register_operator(
+    Operator(
+        "batch_norm",
+        torch=("batch_norm",),
+        emulate=batch_norm,
+        arithmetic="none: folded into the layer before; else a depthwise convolution with one tap",
+    )
+)

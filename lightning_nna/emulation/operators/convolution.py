@@ -36,6 +36,7 @@ from lightning_nna.emulation.operators.linear import (
     needs_exact,
     settled,
 )
+from lightning_nna.emulation.operators.record import Kernel, Operator, register_operator
 from lightning_nna.emulation.program import Activation
 from lightning_nna.emulation.ranges import QParams
 
@@ -326,3 +327,31 @@ def _rounding(call: Call, x: Activation) -> Any:
 def _per_channel(values: Tensor, like: Tensor) -> Tensor:
     """One number a channel, shaped to broadcast over a convolution's output."""
     return values.to(like.device).view(-1, *[1] * (like.dim() - 2))
+
+
+_OPERANDS = {1: "weight", 2: "bias"}
+register_operator(
+    Operator(
+        "convolution",
+        torch=("conv1d", "conv2d"),
+        emulate=convolution,
+        supports=supports_convolution,
+        litert=(
+            Kernel(
+                "CONV_2D",
+                options="Conv2DOptions",
+                versions={"int8": 3, "int16": 4},
+                operands=_OPERANDS,
+            ),
+            Kernel(
+                "DEPTHWISE_CONV_2D",
+                options="DepthwiseConv2DOptions",
+                versions={"int8": 3, "int16": 5},
+                operands=_OPERANDS,
+            ),
+        ),
+        learns_scale=True,
+        has_weights=True,
+        arithmetic="integer sum, one multiplier a channel; with groups or depthwise",
+    )
+)

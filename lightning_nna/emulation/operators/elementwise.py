@@ -34,6 +34,7 @@ from lightning_nna.emulation.clipping import clip, inside
 from lightning_nna.emulation.first_order import first_order
 from lightning_nna.emulation.float32_arithmetic import float32_arithmetic
 from lightning_nna.emulation.operators.call import Call, look_up, requantize
+from lightning_nna.emulation.operators.record import Form, Kernel, Operator, register_operator
 from lightning_nna.emulation.program import Activation
 from lightning_nna.emulation.ranges import QParams
 
@@ -324,3 +325,53 @@ def grid_of_sum(a: QParams, b: QParams, y: QParams) -> QParams:
 def product_factor(a: QParams, b: QParams, y: QParams) -> float:
     """Factor of a product; the reference forms it in float32."""
     return float(np.float32(a.scale) * np.float32(b.scale) / np.float32(y.scale))
+
+
+def _version_of_mul(version: int, operator: Any, tensors: Any) -> int:
+    """Version 3 where the product of two 8-bit scales is no smaller than that of the result."""
+    if tensors[operator.inputs[0]].dtype != "int8":
+        return version
+    a, b, y = (float(tensors[name].scales[0]) for name in (*operator.inputs, *operator.outputs))
+    return 3 if a * b >= y else version
+
+
+#: Of the operator of :mod:`.masking`, which knows masks from other terms of a sum.
+ADD = Kernel("ADD", versions={"int8": 2, "int16": 3})
+
+register_operator(
+    Operator(
+        "sub",
+        torch=("sub", "sub_", "subtract", "subtract_"),
+        emulate=sub,
+        forms=(Form(("rsub", "__rsub__"), reversed_sub),),
+        litert=(Kernel("SUB", versions={"int8": 2, "int16": 5}, versions_by_rank=((4, 3),)),),
+        learns_scale=True,
+        arithmetic="both sides at a scale $2^{20}$ ($2^{15}$ in 16 bits) times finer than twice "
+        "the coarser, subtracted, rescaled",
+    )
+)
+register_operator(
+    Operator(
+        "mul",
+        torch=("mul", "mul_", "multiply", "multiply_"),
+        emulate=mul,
+        forms=(
+            Form(("div", "div_", "divide", "divide_", "true_divide"), div, supports_div),
+            Form(("neg", "negative"), neg),
+        ),
+        litert=(Kernel("MUL", versions={"int8": 2, "int16": 4}, version=_version_of_mul),),
+        learns_scale=True,
+        arithmetic="product of the integers, rescaled; division by a number",
+    )
+)
+register_operator(
+    Operator(
+        "concatenation",
+        torch=("cat", "concat", "concatenate"),
+        emulate=concatenate,
+        forms=(Form(("stack",), stack),),
+        litert=(Kernel("CONCATENATION", versions={"int8": 2, "int16": 3}),),
+        learns_scale=True,
+        arithmetic="inputs requantized to the quantization parameters of the output, then moved",
+    )
+)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from lightning_nna.emulation.operators.record import Kernel, register_kernel
+
 #: Names of torch functions and methods whose float result holds values of their first tensor
 #: (and, where they pad, zeros, which every grid has).
 MOVEMENTS = frozenset(
@@ -36,3 +38,42 @@ def chooses_a_number(name: str, args: tuple[Any, ...]) -> bool:
 def is_zero_padding(pad: Any, mode: str = "constant", value: float | None = None) -> bool:
     """Whether a call of ``F.pad`` fills with zeros (value ``None`` or 0) and so is a movement."""
     return mode == "constant" and not value
+
+
+def _version_of_quantize(version: int, operator: Any, tensors: Any) -> int:
+    """Version 2 where the result has 16 bits."""
+    return 2 if tensors[operator.outputs[0]].dtype == "int16" else 1
+
+
+_EXTREMES = {"int8": 2, "int16": 4}
+for _kernel in (
+    # No runtime knows a version of it below 2.
+    Kernel(
+        "BROADCAST_TO",
+        versions={"bool": 2, "float32": 2, "int32": 2, "int64": 2, "int8": 3, "int16": 3},
+    ),
+    Kernel("DEQUANTIZE", versions={"int8": 2, "int16": 3}),
+    Kernel(
+        "MAXIMUM",
+        options="MaximumMinimumOptions",
+        versions=_EXTREMES,
+        versions_by_rank=((4, 3),),
+    ),
+    Kernel(
+        "MINIMUM",
+        options="MaximumMinimumOptions",
+        versions=_EXTREMES,
+        versions_by_rank=((4, 3),),
+    ),
+    Kernel("PAD", versions={"bool": 5, "int8": 2, "int16": 3}, versions_by_rank=((4, 4),)),
+    Kernel("QUANTIZE", version=_version_of_quantize),
+    Kernel("RESHAPE"),
+    Kernel("REVERSE_V2", options="ReverseV2Options", versions={"bool": 2, "int8": 3}),
+    Kernel("STRIDED_SLICE", versions={"bool": 3, "int8": 2}, versions_by_rank=((4, 4),)),
+    Kernel(
+        "TRANSPOSE",
+        versions={"bool": 3, "int8": 2, "int16": 5},
+        versions_by_rank=((4, 4), (5, 6), (6, 8)),
+    ),
+):
+    register_kernel(_kernel)

@@ -29,6 +29,7 @@ from lightning_nna.emulation.first_order import first_order
 from lightning_nna.emulation.float32_arithmetic import float32_arithmetic
 from lightning_nna.emulation.fusion import FusionCandidate
 from lightning_nna.emulation.operators.call import Call, stored_bytes
+from lightning_nna.emulation.operators.record import NO_OPTIONS, Kernel, Operator, register_operator
 from lightning_nna.emulation.program import Activation, Stored
 from lightning_nna.emulation.ranges import QParams
 from lightning_nna.emulation.spec import KernelRounding, NNASpec
@@ -453,3 +454,47 @@ class _StraightThrough(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return grad, None
+
+
+def _version_of_fully_connected(version: int, operator: Any, tensors: Any) -> int:
+    """Version 5 in 8 bits where axes are kept, 6 without a bias."""
+    if tensors[operator.inputs[0]].dtype != "int8":
+        return version
+    version = max(version, 5 if operator.options.keepNumDims else version)
+    # Without a bias there are two operands.
+    return max(version, 6 if "" in operator.inputs else version)
+
+
+register_operator(
+    Operator(
+        "fully_connected",
+        torch=("linear",),
+        emulate=linear,
+        litert=(
+            Kernel(
+                "FULLY_CONNECTED",
+                versions={"int8": 4, "int16": 7},
+                version=_version_of_fully_connected,
+                operands={1: "weight", 2: "bias"},
+            ),
+        ),
+        learns_scale=True,
+        has_weights=True,
+        arithmetic="integer sum, rescaled in double precision",
+    )
+)
+register_operator(
+    Operator(
+        "embedding",
+        torch=("embedding",),
+        emulate=embedding,
+        supports=supports_embedding,
+        litert=(
+            Kernel("GATHER", versions={"bool": 3, "int8": 2, "int16": 4}, operands={0: "table"}),
+            # Tests of the oracle write it, no network becomes one.
+            Kernel("EMBEDDING_LOOKUP", options=NO_OPTIONS),
+        ),
+        has_weights=True,
+        arithmetic="rows of an 8-bit table with one scale, moved unchanged",
+    )
+)

@@ -18,6 +18,7 @@ from lightning_nna.emulation.arithmetic.integer_log_softmax import LOWEST, log_s
 from lightning_nna.emulation.first_order import first_order
 from lightning_nna.emulation.float32_arithmetic import float32_arithmetic
 from lightning_nna.emulation.operators.call import Call
+from lightning_nna.emulation.operators.record import Kernel, Operator, register_operator
 from lightning_nna.emulation.operators.softmax import along_last, implicit_axis
 from lightning_nna.emulation.program import Activation
 from lightning_nna.emulation.ranges import PENDING, QParams
@@ -76,3 +77,17 @@ class _LogSoftmax(torch.autograd.Function):
             y = torch.log_softmax(x, ctx.axis)
             slope = torch._log_softmax_backward_data(grad, y, ctx.axis, y.dtype)
         return slope, None, None, None
+
+
+register_operator(
+    Operator(
+        "log_softmax",
+        torch=("log_softmax",),
+        emulate=log_softmax,
+        supports=supports_log_softmax,
+        litert=(Kernel("LOG_SOFTMAX", versions={"int8": 2}),),
+        widths=(8,),
+        arithmetic="fixed point: the sum of exponentials, and its logarithm; output scale 1/16, "
+        "zero point 127; axes of 4096 entries or more run in float",
+    )
+)

@@ -25,6 +25,7 @@ from lightning_nna.emulation.operators.attention_mask import (
     row_maxima,
 )
 from lightning_nna.emulation.operators.call import Call, requantize
+from lightning_nna.emulation.operators.record import Form, Kernel, Operator, register_operator
 
 # What a mask may add to the scores that it leaves in.
 _LARGEST_BIAS = 1e3
@@ -110,3 +111,27 @@ def _is_absence(value: Any) -> bool:
     if isinstance(value, Tensor):
         return value.numel() == 1 and value.dim() == 0 and float(value) <= ABSENT
     return isinstance(value, (int, float)) and value <= ABSENT
+
+
+register_operator(
+    Operator(
+        "add",
+        torch=("add", "add_"),
+        emulate=add,
+        litert=(elementwise.ADD,),
+        learns_scale=True,
+        arithmetic="both sides at a scale $2^{20}$ ($2^{15}$ in 16 bits) times finer than twice "
+        "the coarser, added, rescaled",
+    )
+)
+register_operator(
+    Operator(
+        "select",
+        torch=("masked_fill", "masked_fill_"),
+        emulate=masked_fill,
+        supports=supports_masked_fill,
+        forms=(Form(("where",), where, supports_where),),
+        litert=(Kernel("SELECT_V2", options="SelectV2Options"),),
+        arithmetic="a score that a mask leaves out becomes the lowest integer",
+    )
+)

@@ -35,6 +35,7 @@ from lightning_nna.emulation.operators.linear import (
     linear,
     settled,
 )
+from lightning_nna.emulation.operators.record import Kernel, Operator, register_operator
 from lightning_nna.emulation.program import Activation
 from lightning_nna.emulation.ranges import QParams
 
@@ -170,3 +171,18 @@ def _fast(a: Activation, b: Activation, factor: float, rounding: RoundingKind) -
     else:
         right = right * to_units
     return round_fast(torch.matmul(left, right), second)
+
+
+register_operator(
+    Operator(
+        "batch_matmul",
+        torch=("matmul", "__matmul__", "bmm", "mm", "mv"),
+        emulate=matmul,
+        supports=supports_matmul,
+        litert=(
+            Kernel("BATCH_MATMUL", options="BatchMatMulOptions", versions={"int8": 2, "int16": 3}),
+        ),
+        learns_scale=True,
+        arithmetic="integer sum, rescaled; a parameter makes a fully connected layer",
+    )
+)

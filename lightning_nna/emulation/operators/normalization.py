@@ -37,6 +37,13 @@ from lightning_nna.emulation.operators.fused_normalization import (
     inverse_root,
     varies_widely,
 )
+from lightning_nna.emulation.operators.record import (
+    NO_OPTIONS,
+    Kernel,
+    Operator,
+    register_kernel,
+    register_operator,
+)
 from lightning_nna.emulation.program import Activation
 from lightning_nna.emulation.ranges import PENDING, QParams
 
@@ -209,3 +216,31 @@ class _Normalize(torch.autograd.Function):
         with float32_arithmetic(grad):
             grads = ctx.backward_of(inside(grad, clipped), x, weight, bias)
         return *grads, None, None
+
+
+register_kernel(
+    Kernel(
+        "RSQRT",
+        options=NO_OPTIONS,
+        versions={"int8": 2, "int16": 3},
+        computes_in_float=("rsqrt",),
+    )
+)
+register_operator(
+    Operator(
+        "layer_norm",
+        torch=("layer_norm",),
+        emulate=layer_norm,
+        arithmetic="means, products and an interpolated inverse square root in 16 bits, between "
+        "two requantizations",
+    )
+)
+register_operator(
+    Operator(
+        "rms_norm",
+        torch=("rms_norm",),
+        emulate=rms_norm,
+        arithmetic="a mean, products and an interpolated inverse square root in 16 bits, between "
+        "two requantizations",
+    )
+)

@@ -1,20 +1,32 @@
-"""One record for every operator: what it is called, what it computes, which kernels it becomes.
+"""One record for every operator: its name, its arithmetic and the kernels that it becomes.
 
 An operator is entered with :func:`register_operator`, from inside of the package or from outside.
 Everything that has to know which operators there are (the dispatch, specs, coverage, learned
-scales, the export, the tests and the documentation) asks the records.
+scales, the export, the tests and the documentation) asks the records. The package's own are in the
+modules of this folder, all of which :mod:`.catalog` imports.
+
+    register_operator(
+        Operator("sigmoid", torch=("sigmoid", "sigmoid_"), emulate=sigmoid, litert=(LOGISTIC,))
+    )
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
-#: What a program's operator is called where it has no table of options.
+#: Name of the table of options of a kernel that has none.
 NO_OPTIONS = ""
+
+Record = TypeVar("Record")
+
+_OPERATORS: dict[str, Operator] = {}
+_BY_FUNCTION: dict[str, Operator] = {}
+_KERNELS: dict[str, Kernel] = {}
 
 
 @dataclass(frozen=True)
@@ -22,15 +34,21 @@ class Kernel:
     """An operator of the TensorFlow Lite schema.
 
     Args:
-        name: Its name among the schema's builtin operators, as ``"LOGISTIC"``.
+        name: Name among the schema's builtin operators, as ``"LOGISTIC"``.
         options: Name of its table of options in the schema; None for the one that follows from the
             name (``"SOFTMAX"``: ``"SoftmaxOptions"``), :data:`NO_OPTIONS` for none.
         versions: Lowest version by the type of the first operand; 1 for a type that is not there.
         versions_by_rank: Pairs of a number of axes and the lowest version for more axes than that.
-        version: For what depends on more than this: takes the version so far, the operator and its
-            tensors (see :mod:`lightning_nna.deploy.flatbuffer`), and returns the version.
-        operands: Names of operands by position, where a position says what an operand is.
-        is_float: Whether it runs in float on the CPU alone.
+        version: Function for a version that depends on more than this: takes the version so far,
+            the operator and its tensors (see :mod:`lightning_nna.deploy.flatbuffer`), and returns
+            the version; None for no such function.
+        operands: Names of operands by position, for positions that say what an operand is.
+        computes_in_float: Names of torch functions that are no operator of the accelerator, and
+            that a runtime computes with this kernel in float, on its CPU.
+
+    Example:
+        >>> Kernel("TANH", options=NO_OPTIONS, versions={"int8": 2, "int16": 3}).versions["int16"]
+        3
     """
 
     name: str
@@ -39,7 +57,7 @@ class Kernel:
     versions_by_rank: tuple[tuple[int, int], ...] = ()
     version: Callable[[int, Any, Any], int] | None = None
     operands: Mapping[int, str] = field(default_factory=dict)
-    is_float: bool = False
+    computes_in_float: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -47,8 +65,8 @@ class Example:
     """A network that consists of one operator, for the oracle of tests.
 
     Args:
-        build: Returns the module.
-        shapes: Shapes of the float tensors that it takes.
+        build: Function without arguments that returns the module.
+        shapes: Shapes of the float tensors that the module takes.
         large_results: Whether ``shapes`` are so large that at least 10,000 results are compared.
     """
 
@@ -58,8 +76,23 @@ class Example:
 
 
 @dataclass(frozen=True)
+class Form:
+    """Other torch functions that become the same operator, with arguments of their own.
+
+    Args:
+        torch: Names of the torch functions and methods, or the functions themselves.
+        emulate: Function that takes a ``Call`` and the torch function's own arguments.
+        supports: Function of the torch function's arguments: whether the accelerator has this form.
+    """
+
+    torch: Sequence[str | Callable[..., Any]]
+    emulate: Callable[..., Any]
+    supports: Callable[..., bool] = lambda *args, **kwargs: True
+
+
+@dataclass(frozen=True)
 class Operator:
-    """What the emulator knows of one operator.
+    """An operator as the emulator knows it.
 
     An operator that is one instruction has ``float``, ``integers`` and perhaps ``backward``; the
     driver (:mod:`.driver`) quantizes its operands, observes its range, computes and clips its
@@ -67,19 +100,23 @@ class Operator:
     or has weights, has ``emulate`` instead and calls them.
 
     Args:
-        name: Name in specs, call sites and coverage; empty for a function that is no instruction.
-        torch: Names of the torch functions and methods, or the functions themselves.
+        name: Name in specs, call sites and coverage; empty for functions that are no instruction,
+            whose sites are called like the function.
+        torch: Names of the torch functions and methods, or the functions themselves; a trailing
+            underscore is the in-place form.
         float: The operator on float tensors, with the signature of the torch function.
         integers: Integers of the result less its zero point, not clipped, whole numbers.
         backward: Gradients of the operands, given that of the result where it was not clipped;
             None for the derivative of ``float`` at the quantized operands.
-        emulate: Takes a ``Call`` and the torch function's own arguments.
-        supports: Whether the accelerator has this form of it; receives the function's arguments.
+        emulate: Function that takes a ``Call`` and the torch function's own arguments.
+        supports: Function of the torch function's arguments: whether the accelerator has this form.
+        forms: Other torch functions of this operator.
         litert: Kernels that this operator brings along; the first is that of its instruction.
         widths: Widths of activations for which it exists.
-        learns_scale: Whether the scale of its output can be learned.
+        learns_scale: Whether the scale of its output can be learned: it is one instruction, whose
+            output has a range of its own.
         has_weights: Whether it is a layer with weights, whose input is an activation in any case.
-        arithmetic: What the table of the documentation says of its arithmetic.
+        arithmetic: Its arithmetic in one line, for the table of the documentation.
         examples: Networks for the oracle of tests.
     """
 
@@ -90,9 +127,138 @@ class Operator:
     backward: Callable[..., Any] | None = None
     emulate: Callable[..., Any] | None = None
     supports: Callable[..., bool] = lambda *args, **kwargs: True
+    forms: tuple[Form, ...] = ()
     litert: tuple[Kernel, ...] = ()
     widths: tuple[int, ...] = (8, 16)
     learns_scale: bool = False
     has_weights: bool = False
     arithmetic: str = ""
     examples: tuple[Example, ...] = ()
+
+    @property
+    def functions(self) -> tuple[str, ...]:
+        """Names of all its torch functions.
+
+        Example:
+            >>> Operator("sigmoid", torch=("sigmoid", "sigmoid_"), emulate=print).functions
+            ('sigmoid', 'sigmoid_')
+        """
+        of_forms = (name for form in self.forms for name in _names(form.torch))
+        return (*_names(self.torch), *of_forms)
+
+
+def register_operator(operator: Operator) -> Operator:
+    """Enter an operator: from now on the accelerators of specs that do not list theirs have it.
+
+    Args:
+        operator: Record with a name and torch functions that no other record has.
+
+    Returns:
+        The same record.
+
+    Raises:
+        ValueError: If another record has the name or one of the torch functions, if another kernel
+            has the name of one of its kernels, or if the record says nothing of the arithmetic.
+
+    Example:
+        >>> register_operator(Operator("gain", torch=("sigmoid",), emulate=print))
+        Traceback (most recent call last):
+            ...
+        ValueError: operator 'gain' wants the torch function 'sigmoid', which 'sigmoid' has
+    """
+    if operator.emulate is None and (operator.float is None or operator.integers is None):
+        raise ValueError(f"operator {operator.name!r} needs float and integers, or emulate")
+    if operator.name and operator.name in _OPERATORS:
+        known = ", ".join(_OPERATORS[operator.name].functions)
+        raise ValueError(
+            f"there are two operators {operator.name!r}: of the torch functions {known}, and of "
+            f"{', '.join(operator.functions)}"
+        )
+    for function in operator.functions:
+        if function in _BY_FUNCTION:
+            raise ValueError(
+                f"operator {operator.name!r} wants the torch function {function!r}, which "
+                f"{_BY_FUNCTION[function].name!r} has"
+            )
+    for kernel in operator.litert:
+        register_kernel(kernel)
+    if operator.name:
+        _insert(_OPERATORS, operator.name, operator)
+    _BY_FUNCTION.update(dict.fromkeys(_names(operator.torch), operator))
+    for form in operator.forms:
+        variant = replace(operator, emulate=form.emulate, supports=form.supports)
+        _BY_FUNCTION.update(dict.fromkeys(_names(form.torch), variant))
+    return operator
+
+
+def register_kernel(kernel: Kernel) -> Kernel:
+    """Enter a kernel that programs may have; the same one may be entered again.
+
+    Args:
+        kernel: Record of the kernel.
+
+    Returns:
+        The same record.
+
+    Raises:
+        ValueError: If another kernel has its name.
+
+    Example:
+        >>> register_kernel(Kernel("TANH"))
+        Traceback (most recent call last):
+            ...
+        ValueError: there are two kernels 'TANH': Kernel(name='TANH', ...
+    """
+    known = _KERNELS.get(kernel.name, kernel)
+    if known != kernel:
+        raise ValueError(f"there are two kernels {kernel.name!r}: {known} and {kernel}")
+    _insert(_KERNELS, kernel.name, kernel)
+    return kernel
+
+
+def operators() -> Mapping[str, Operator]:
+    """Return every operator by its name, in alphabetical order.
+
+    Example:
+        >>> operators()["tanh"].widths
+        (8, 16)
+    """
+    return MappingProxyType(_OPERATORS)
+
+
+def operator_of(function_name: str) -> Operator | None:
+    """Return the operator of a torch function, with what emulates this function.
+
+    Args:
+        function_name: Name of the torch function or method, as ``"add_"``.
+
+    Returns:
+        The record; None for a function that is no operator of the accelerator.
+
+    Example:
+        >>> operator_of("div").name
+        'mul'
+    """
+    return _BY_FUNCTION.get(function_name)
+
+
+def kernels() -> Mapping[str, Kernel]:
+    """Return every kernel that a program may have by its name in the schema, in alphabetical order.
+
+    Example:
+        >>> kernels()["LOGISTIC"].versions["int16"]
+        3
+    """
+    return MappingProxyType(_KERNELS)
+
+
+def _insert(records: dict[str, Record], name: str, record: Record) -> None:
+    """Add a record, and keep the alphabetical order."""
+    entries = sorted({**records, name: record}.items())
+    records.clear()
+    records.update(entries)
+
+
+def _names(functions: Sequence[str | Callable[..., Any]]) -> list[str]:
+    """Names of torch functions, which the dispatch knows them by."""
+    return [each if isinstance(each, str) else each.__name__ for each in functions]

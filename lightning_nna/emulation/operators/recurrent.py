@@ -17,6 +17,7 @@ from lightning_nna.emulation.operators.call import Call
 from lightning_nna.emulation.operators.elementwise import concatenate
 from lightning_nna.emulation.operators.gru import gru_layer
 from lightning_nna.emulation.operators.lstm import Weights, lstm_layer
+from lightning_nna.emulation.operators.record import Form, Kernel, Operator, register_operator
 from lightning_nna.emulation.operators.sequences import Layout
 
 States = tuple[Tensor, ...]
@@ -166,3 +167,38 @@ def _layer(
     weights = Weights(group[0], group[1], bias, projection)
     output, h_n, c_n = lstm_layer(call, rows, layout, start[0], start[1], weights)
     return output, (h_n, c_n)
+
+
+_GATES = tuple(enumerate("ifgo"))
+register_operator(
+    Operator(
+        "lstm",
+        torch=("lstm",),
+        emulate=lstm,
+        forms=(Form(("lstm_cell",), lstm_cell),),
+        litert=(
+            Kernel(
+                "UNIDIRECTIONAL_SEQUENCE_LSTM",
+                options="UnidirectionalSequenceLSTMOptions",
+                operands={
+                    **{1 + k: f"weight_ih/{gate}" for k, gate in _GATES},
+                    **{5 + k: f"weight_hh/{gate}" for k, gate in _GATES},
+                    **{12 + k: f"bias/{gate}" for k, gate in _GATES},
+                    **{16: "weight_hr", 18: "h", 19: "c"},
+                },
+            ),
+        ),
+        has_weights=True,
+        arithmetic="gates in Q3.12, a 16-bit cell state; 8 bits in and out on any accelerator",
+    )
+)
+register_operator(
+    Operator(
+        "gru",
+        torch=("gru",),
+        emulate=gru,
+        forms=(Form(("gru_cell",), gru_cell),),
+        has_weights=True,
+        arithmetic="fully connected layers, sums, products, sigmoids and a tanh in 16 bits",
+    )
+)

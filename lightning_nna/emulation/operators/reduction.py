@@ -30,6 +30,7 @@ from lightning_nna.emulation.first_order import first_order
 from lightning_nna.emulation.float32_arithmetic import float32_arithmetic
 from lightning_nna.emulation.operators.call import Call
 from lightning_nna.emulation.operators.linear import overflowed
+from lightning_nna.emulation.operators.record import Form, Kernel, Operator, register_operator
 from lightning_nna.emulation.program import Activation, Stored
 from lightning_nna.emulation.ranges import QParams, no_finer
 
@@ -274,3 +275,48 @@ def _record_reduction(
 ) -> None:
     over = Stored(torch.tensor(axes, dtype=torch.int64), "int32", constant=True)
     call.record(kind, [x.stored(), over], [y], keepDims=keepdim)
+
+
+register_operator(
+    Operator(
+        "mean",
+        torch=("mean",),
+        emulate=mean,
+        supports=supports_average,
+        litert=(Kernel("MEAN", options="ReducerOptions", versions={"int8": 2, "int16": 3}),),
+        learns_scale=True,
+        arithmetic="integer sum, divided inside the multiplier",
+    )
+)
+register_operator(
+    Operator(
+        "sum",
+        torch=("sum",),
+        emulate=sum,
+        supports=supports_average,
+        learns_scale=True,
+        arithmetic="a mean at a scale as many times finer as there are terms",
+    )
+)
+register_operator(
+    Operator(
+        "reduce_max",
+        torch=("amax",),
+        emulate=amax,
+        supports=supports_extreme,
+        forms=(Form(("max",), maximum_over, supports_extreme),),
+        litert=(Kernel("REDUCE_MAX", options="ReducerOptions", versions={"int8": 2, "int16": 3}),),
+        arithmetic="chooses among the integers; `max` of one tensor",
+    )
+)
+register_operator(
+    Operator(
+        "reduce_min",
+        torch=("amin",),
+        emulate=amin,
+        supports=supports_extreme,
+        forms=(Form(("min",), minimum_over, supports_extreme),),
+        litert=(Kernel("REDUCE_MIN", options="ReducerOptions", versions={"int8": 2, "int16": 3}),),
+        arithmetic="chooses among the integers; `min` of one tensor",
+    )
+)

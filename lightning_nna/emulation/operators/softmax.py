@@ -26,6 +26,7 @@ from lightning_nna.emulation.arithmetic.rescaling import multiply
 from lightning_nna.emulation.first_order import first_order
 from lightning_nna.emulation.float32_arithmetic import float32_arithmetic
 from lightning_nna.emulation.operators.call import Call, look_up
+from lightning_nna.emulation.operators.record import Kernel, Operator, register_operator
 from lightning_nna.emulation.program import Activation, Stored
 from lightning_nna.emulation.ranges import PENDING, SIGMOID_OUTPUT, QParams
 
@@ -146,3 +147,15 @@ def _exact(scores: Tensor, scale: float) -> Tensor:
 def _exact_wide(scores: Tensor, scale: float) -> Tensor:
     """The same for 16 bits, on the grid of 2^-15."""
     return softmax_int16(scores.long(), scale).float().mul_(WIDE_OUTPUT.scale)
+
+
+register_operator(
+    Operator(
+        "softmax",
+        torch=("softmax",),
+        emulate=softmax,
+        litert=(Kernel("SOFTMAX", versions={"int8": 2, "int16": 3}),),
+        arithmetic="fixed point: exponentials of differences and a reciprocal, output scale 1/256; "
+        "in 16 bits interpolated tables",
+    )
+)
