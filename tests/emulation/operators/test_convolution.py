@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_nna import emulate
 from lightning_nna.testing.replay import replays
-from tests.emulator import oracle
+from tests.emulation import oracle
 
 # Name, layer, shape of the input, and the instructions that it becomes.
 CASES: dict[str, tuple[Any, tuple[int, ...], set[str]]] = {

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_nna import emulate
 from lightning_nna.testing.replay import replays
-from tests.emulator import oracle
+from tests.emulation import oracle
 
 Product = Callable[..., Tensor]
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_nna import emulate
 from lightning_nna.testing.replay import replays
-from tests.emulator import oracle
+from tests.emulation import oracle
 
 Reduction = Callable[[Tensor], Any]
 SPECS = {8: "litert-int8", 16: "litert-int16x8"}
