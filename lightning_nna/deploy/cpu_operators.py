@@ -23,21 +23,8 @@ from torch import Tensor
 from lightning_nna.deploy.elements import Elements
 from lightning_nna.deploy.graph import CaptureError, Graph, form_of
 from lightning_nna.deploy.layout import codes_of, same, tensors_in
+from lightning_nna.emulation.operators.catalog import kernels
 from lightning_nna.emulation.program import Stored
-
-#: Operators of one operand by the name of the torch function.
-CPU_OPERATORS = {
-    "abs": "ABS",
-    "absolute": "ABS",
-    "cos": "COS",
-    "exp": "EXP",
-    "floor": "FLOOR",
-    "log": "LOG",
-    "rsqrt": "RSQRT",
-    "sin": "SIN",
-    "sqrt": "SQRT",
-    "square": "SQUARE",
-}
 
 
 class CpuOperators:
@@ -67,16 +54,16 @@ class CpuOperators:
         Raises:
             CaptureError: If its operand is an argument in float, or was moved in float.
         """
-        (args, kwargs), name = operands, operator_of(key)
-        if name not in CPU_OPERATORS or len(args) != 1 or kwargs or not result.numel():
+        (args, kwargs), kernel = operands, cpu_kernel(key)
+        if kernel is None or len(args) != 1 or kwargs or not result.numel():
             return False
         (x,) = args
         if x.untyped_storage()._cdata == result.untyped_storage()._cdata:
             return False  # In place: its operand is gone.
         source = self._on_chip(key, x)
         floats = self._left_the_grid(key, x, source) if source is not None else self._held(key, x)
-        made = self._float(f"{key}/{CPU_OPERATORS[name].lower()}", result)
-        self.graph.run(CPU_OPERATORS[name], key, [floats], [made], {})
+        made = self._float(f"{key}/{kernel.lower()}", result)
+        self.graph.run(kernel, key, [floats], [made], {})
         addresses = self.elements.addresses(Stored(result, "float32", source=result))
         self.elements.define("float32", addresses, codes_of(made, np.arange(result.numel())))
         return True
@@ -127,11 +114,29 @@ class CpuOperators:
         return number
 
 
-def operator_of(key: str) -> str:
-    """The function's name in the key of a call site.
+def cpu_kernel(key: str) -> str | None:
+    """Return the kernel that computes a call site in float on a runtime's CPU.
+
+    Args:
+        key: Key of the call site.
+
+    Returns:
+        Name of the kernel; None if no kernel has the torch function.
 
     Example:
-        >>> operator_of("encoder.layers.0/exp#1")
+        >>> cpu_kernel("encoder.layers.0/exp#1")
+        'EXP'
+    """
+    function = function_of(key)
+    names = (name for name, kernel in kernels().items() if function in kernel.computes_in_float)
+    return next(names, None)
+
+
+def function_of(key: str) -> str:
+    """Return the function's name in the key of a call site.
+
+    Example:
+        >>> function_of("encoder.layers.0/exp#1")
         'exp'
     """
     return key.rsplit("/", 1)[1].split("#")[0]

@@ -20,6 +20,9 @@ import flatbuffers
 import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 
+from lightning_nna.emulation.operators.catalog import kernels
+from lightning_nna.emulation.operators.record import Kernel
+
 DTYPES = {
     "float32": schema.TensorType.FLOAT32,
     "int8": schema.TensorType.INT8,
@@ -27,84 +30,6 @@ DTYPES = {
     "int32": schema.TensorType.INT32,
     "int64": schema.TensorType.INT64,
     "bool": schema.TensorType.BOOL,
-}
-# Options of the schema by operator, where the name does not follow from the operator's.
-_OPTIONS = {
-    "BATCH_MATMUL": "BatchMatMulOptions",
-    "CONV_2D": "Conv2DOptions",
-    "DEPTHWISE_CONV_2D": "DepthwiseConv2DOptions",
-    "MAXIMUM": "MaximumMinimumOptions",
-    "MEAN": "ReducerOptions",
-    "MINIMUM": "MaximumMinimumOptions",
-    "REDUCE_MAX": "ReducerOptions",
-    "REDUCE_MIN": "ReducerOptions",
-    "REVERSE_V2": "ReverseV2Options",
-    "SELECT_V2": "SelectV2Options",
-    "UNIDIRECTIONAL_SEQUENCE_LSTM": "UnidirectionalSequenceLSTMOptions",
-}
-_WITHOUT_OPTIONS = frozenset(
-    """
-    ELU EMBEDDING_LOOKUP FLOOR HARD_SWISH LOG LOGISTIC RELU RELU6 RSQRT SIN SQRT TANH
-    """.split()
-)
-# Versions by the type of the first operand; 1 for a type that is not there. A runtime refuses a
-# program whose operator has a version that it does not know, BROADCAST_TO has none below 2.
-_VERSIONS: dict[str, dict[str, int]] = {
-    "ABS": {"int8": 2, "int16": 3},
-    "ADD": {"int8": 2, "int16": 3},
-    "BATCH_MATMUL": {"int8": 2, "int16": 3},
-    "BROADCAST_TO": {"bool": 2, "float32": 2, "int32": 2, "int64": 2, "int8": 3, "int16": 3},
-    "CONCATENATION": {"int8": 2, "int16": 3},
-    "CONV_2D": {"int8": 3, "int16": 4},
-    "COS": {},
-    "DEPTHWISE_CONV_2D": {"int8": 3, "int16": 5},
-    "DEQUANTIZE": {"int8": 2, "int16": 3},
-    "ELU": {},
-    "EMBEDDING_LOOKUP": {},
-    "EXP": {"int8": 2, "int16": 2},
-    "FLOOR": {},
-    "FULLY_CONNECTED": {"int8": 4, "int16": 7},
-    "GATHER": {"bool": 3, "int8": 2, "int16": 4},
-    "GELU": {"int8": 2},
-    "HARD_SWISH": {},
-    "LEAKY_RELU": {"int16": 2},
-    "LOG": {"int8": 2, "int16": 2},
-    "LOGISTIC": {"int8": 2, "int16": 3},
-    "LOG_SOFTMAX": {"int8": 2},
-    "MAXIMUM": {"int8": 2, "int16": 4},
-    "MEAN": {"int8": 2, "int16": 3},
-    "MINIMUM": {"int8": 2, "int16": 4},
-    "MUL": {"int8": 2, "int16": 4},
-    "PAD": {"bool": 5, "int8": 2, "int16": 3},
-    "QUANTIZE": {},
-    "REDUCE_MAX": {"int8": 2, "int16": 3},
-    "REDUCE_MIN": {"int8": 2, "int16": 3},
-    "RELU": {"int8": 2, "int16": 3},
-    "RELU6": {"int8": 2, "int16": 3},
-    "RESHAPE": {},
-    "REVERSE_V2": {"bool": 2, "int8": 3},
-    "RSQRT": {"int8": 2, "int16": 3},
-    "SELECT_V2": {},
-    "SIN": {},
-    "SOFTMAX": {"int8": 2, "int16": 3},
-    "SQRT": {"int8": 2, "int16": 2},
-    "SQUARE": {},
-    "STRIDED_SLICE": {"bool": 3, "int8": 2},
-    "SUB": {"int8": 2, "int16": 5},
-    "TANH": {"int8": 2, "int16": 3},
-    "TRANSPOSE": {"bool": 3, "int8": 2, "int16": 5},
-    "UNIDIRECTIONAL_SEQUENCE_LSTM": {},
-}
-#: Operators that a program may have.
-OPERATORS = frozenset(_VERSIONS)
-# At least these where an operand has more axes: (axes, version).
-_VERSIONS_BY_RANK = {
-    "MAXIMUM": ((4, 3),),
-    "MINIMUM": ((4, 3),),
-    "PAD": ((4, 4),),
-    "STRIDED_SLICE": ((4, 4),),
-    "SUB": ((4, 3),),
-    "TRANSPOSE": ((4, 4), (5, 6), (6, 8)),
 }
 # Where runtimes expect the data of a buffer to begin.
 _ALIGNMENT = 16
@@ -150,53 +75,60 @@ class OperatorSpec:
 
 
 def options_of(operator: str, options: Mapping[str, Any]) -> Any:
-    """The options table of an operator, None if it has none.
+    """Return the options table of an operator, None if it has none.
+
+    Args:
+        operator: Name of a registered kernel.
+        options: Values by the schema's own names of fields.
+
+    Raises:
+        ValueError: If no record has the kernel.
 
     Example:
         >>> options_of("SOFTMAX", {"beta": 1.0}).beta
         1.0
     """
-    if operator in _WITHOUT_OPTIONS:
-        return None
-    name = _OPTIONS.get(operator) or f"{operator.title().replace('_', '')}Options"
-    return getattr(schema, f"{name}T")(**options)
+    name = _kernel(operator).options
+    if name is None:
+        name = f"{operator.title().replace('_', '')}Options"
+    return getattr(schema, f"{name}T")(**options) if name else None
 
 
 def version_of(operator: OperatorSpec, tensors: Mapping[str, TensorSpec]) -> int:
     """Return the lowest version of an operator that has its operands and options.
 
-    The rules are those of the TensorFlow Lite converter (``op_version.cc``).
+    A runtime rejects a program whose operator has a version that it does not know. The rules are
+    those of the TensorFlow Lite converter (``op_version.cc``); kernels have them in their records.
 
     Args:
-        operator: One of :data:`OPERATORS`.
-        tensors: All of its program, by name.
+        operator: Operator of a registered kernel.
+        tensors: All tensors of its program, by name.
 
     Raises:
-        ValueError: If the versions of the operator are not known here.
+        ValueError: If no record has the kernel.
 
     Example:
         >>> x = TensorSpec((2, 1), "int8", scale=0.1)
         >>> version_of(OperatorSpec("BROADCAST_TO", ("x", "shape"), ("y",)), {"x": x})
         3
     """
-    if operator.name not in OPERATORS:
-        raise ValueError(f"the versions of {operator.name} are not known: add it to the table")
-    given = [tensors[name] for name in operator.inputs if name in tensors]
-    kind = given[0].dtype
-    version = _VERSIONS[operator.name].get(kind, 1)
-    axes = max(len(spec.shape) for spec in given)
-    for most, needed in _VERSIONS_BY_RANK.get(operator.name, ()):
+    kernel = _kernel(operator.name)
+    operands = [tensors[name] for name in operator.inputs if name in tensors]
+    version = kernel.versions.get(operands[0].dtype, 1)
+    axes = max(len(spec.shape) for spec in operands)
+    for most, needed in kernel.versions_by_rank:
         version = max(version, needed if axes > most else 1)
-    if operator.name == "FULLY_CONNECTED" and kind == "int8":
-        version = max(version, 5 if operator.options.keepNumDims else version)
-        # Without a bias there are two operands.
-        version = max(version, 6 if "" in operator.inputs else version)
-    if operator.name == "MUL" and kind == "int8":
-        a, b, y = (float(tensors[name].scales[0]) for name in (*operator.inputs, *operator.outputs))
-        version = 3 if a * b >= y else version
-    if operator.name == "QUANTIZE":
-        version = 2 if tensors[operator.outputs[0]].dtype == "int16" else 1
-    return version
+    return version if kernel.version is None else kernel.version(version, operator, tensors)
+
+
+def _kernel(name: str) -> Kernel:
+    known = kernels().get(name)
+    if known is None:
+        raise ValueError(
+            f"the versions of {name} are not known: enter its kernel with register_kernel, or in "
+            "the record of its operator"
+        )
+    return known
 
 
 def build_model(

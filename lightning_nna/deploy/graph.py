@@ -20,24 +20,11 @@ from lightning_nna.deploy.layout import (
     moved_integers,
     tensors_in,
 )
+from lightning_nna.emulation.operators.catalog import kernels
 from lightning_nna.emulation.program import Stored
 from lightning_nna.emulation.ranges import QParams
 
 Integers = NDArray[np.int64]
-
-# What operands of an instruction are called, where a position says it.
-_NAMES = {
-    "FULLY_CONNECTED": {1: "weight", 2: "bias"},
-    "CONV_2D": {1: "weight", 2: "bias"},
-    "DEPTHWISE_CONV_2D": {1: "weight", 2: "bias"},
-    "GATHER": {0: "table"},
-    "UNIDIRECTIONAL_SEQUENCE_LSTM": {
-        **{1 + k: f"weight_ih/{gate}" for k, gate in enumerate("ifgo")},
-        **{5 + k: f"weight_hh/{gate}" for k, gate in enumerate("ifgo")},
-        **{12 + k: f"bias/{gate}" for k, gate in enumerate("ifgo")},
-        **{16: "weight_hr", 18: "h", 19: "c"},
-    },
-}
 
 
 class CaptureError(ValueError):
@@ -219,8 +206,13 @@ def quantized(x: Any, dtype: str, scale: float, zero_point: int) -> Any:
 
 
 def operand_name(operator: str, position: int) -> str:
-    """What an operand of an instruction is called."""
-    return _NAMES.get(operator, {}).get(position, f"operand{position}")
+    """Return the name of an operand of an instruction.
+
+    Example:
+        >>> operand_name("FULLY_CONNECTED", 1), operand_name("ADD", 1)
+        ('weight', 'operand1')
+    """
+    return kernels()[operator].operands.get(position, f"operand{position}")
 
 
 def is_float(stored: Stored | None) -> bool:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from lightning_nna.deploy.cpu_operators import CPU_OPERATORS, CpuOperators, operator_of
+from lightning_nna.deploy.cpu_operators import CpuOperators, cpu_kernel, function_of
 from lightning_nna.deploy.elements import Asked, Elements, unseen
 from lightning_nna.deploy.graph import (
     CaptureError,
@@ -289,14 +289,14 @@ class Recorder:
             if where != "cpu" or not self.elements.provenance.reaches(result):
                 return
             computed_of_data = self.elements.provenance.causes(result) is None
-            if not computed_of_data and operator_of(key) not in _REMEDIES:
+            if not computed_of_data and function_of(key) not in _REMEDIES:
                 return  # Of lengths and the like: it is a constant of the program.
         if self._allow_cpu:
             with unseen():
                 if self._cpu.take(key, operands, result):
                     return
-        has_cpu = operator_of(key) in CPU_OPERATORS and not self._allow_cpu
-        remedy = _REMEDIES.get(operator_of(key))
+        has_cpu = cpu_kernel(key) is not None and not self._allow_cpu
+        remedy = _REMEDIES.get(function_of(key))
         if remedy is not None:
             raise CaptureError(f"{key} is no operator of {self.emulator.spec.name}: {remedy}")
         raise CaptureError(

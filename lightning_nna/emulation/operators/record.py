@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, TypeVar
 
-from torch import Tensor, nn
+from torch import Tensor
 
 #: Name of the table of options of a kernel that has none.
 NO_OPTIONS = ""
@@ -58,21 +58,6 @@ class Kernel:
     version: Callable[[int, Any, Any], int] | None = None
     operands: Mapping[int, str] = field(default_factory=dict)
     computes_in_float: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Example:
-    """A network that consists of one operator, for the oracle of tests.
-
-    Args:
-        build: Function without arguments that returns the module.
-        shapes: Shapes of the float tensors that the module takes.
-        large_results: Whether ``shapes`` are so large that at least 10,000 results are compared.
-    """
-
-    build: Callable[[], nn.Module]
-    shapes: tuple[tuple[int, ...], ...]
-    large_results: bool = True
 
 
 @dataclass(frozen=True)
@@ -117,7 +102,6 @@ class Operator:
             output has a range of its own.
         has_weights: Whether it is a layer with weights, whose input is an activation in any case.
         arithmetic: Its arithmetic in one line, for the table of the documentation.
-        examples: Networks for the oracle of tests.
     """
 
     name: str
@@ -133,7 +117,6 @@ class Operator:
     learns_scale: bool = False
     has_weights: bool = False
     arithmetic: str = ""
-    examples: tuple[Example, ...] = ()
 
     @property
     def functions(self) -> tuple[str, ...]:
