@@ -12,7 +12,8 @@ modules of this folder, all of which :mod:`.catalog` imports.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, TypeVar
@@ -172,6 +173,30 @@ def register_operator(operator: Operator) -> Operator:
         variant = replace(operator, emulate=form.emulate, supports=form.supports)
         _BY_FUNCTION.update(dict.fromkeys(_names(form.torch), variant))
     return operator
+
+
+@contextmanager
+def registered(operator: Operator) -> Iterator[Operator]:
+    """Enter an operator for the time of a block, as tests of a plugin do.
+
+    Args:
+        operator: Record, see :func:`register_operator`.
+
+    Example:
+        >>> with registered(Operator("arctan", torch=("atan",), emulate=print)):
+        ...     "arctan" in operators()
+        True
+        >>> "arctan" in operators()
+        False
+    """
+    registers: tuple[dict[str, Any], ...] = (_OPERATORS, _BY_FUNCTION, _KERNELS)
+    before = [dict(entries) for entries in registers]
+    try:
+        yield register_operator(operator)
+    finally:
+        for entries, earlier in zip(registers, before, strict=True):
+            entries.clear()
+            entries.update(earlier)
 
 
 def register_kernel(kernel: Kernel) -> Kernel:

@@ -1,0 +1,73 @@
+"""An operator from outside of the package passes the oracle of those inside."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_nna import calibrate, coverage, emulate
+from lightning_nna.deploy import export_tflite, verify
+from lightning_nna.emulation.operators.call import Call
+from lightning_nna.emulation.operators.record import registered
+from lightning_nna.emulation.program import Activation
+from lightning_nna.testing.operator_oracle import CHECKS, Check, Example, check_operator, is_covered
+from tests.plugins import softplus as plugin
+from tests.plugins.softplus import SOFTPLUS
+
+EXAMPLES = [Example(nn.Softplus, ((120, 100),))]
+
+
+@pytest.fixture(autouse=True)
+def _softplus_is_registered() -> Iterator[None]:
+    with registered(SOFTPLUS):
+        yield
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+def test_oracle(check: Check) -> None:
+    check_operator("softplus", EXAMPLES, checks=[check])
+
+
+def test_it_is_an_operator_as_any_other(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 8), nn.Softplus(), nn.Linear(8, 4), nn.Softplus())
+    x = torch.randn(16, 6)
+    assert {row.operator for row in coverage(net, x).rows} == {"fully_connected", "softplus"}
+    calibrate(net, [x])
+    with emulate(net, learned_scales="all") as chip:
+        net(x).sum().backward()
+        assert {"1/softplus#0/output", "3/softplus#0/output"} <= set(chip.scales.activations)
+    model = export_tflite(net, [x], tmp_path / "net.tflite")
+    assert {"CAST", "ADD", "GATHER"} < set(model.operators)
+    assert verify(net, model.path, [x]) == 1.0
+
+
+def test_other_forms_and_widths_run_in_float() -> None:
+    x = torch.randn(4, 6)
+    assert coverage(nn.Softplus(beta=2), x).fallbacks
+    assert coverage(nn.Softplus(), x, spec="litert-int16x8").fallbacks
+
+
+def test_what_is_wrong_is_named() -> None:
+    wrong = dataclasses.replace(SOFTPLUS, name="softminus", learns_scale=False)
+    with pytest.raises(AssertionError, match=r"'softminus', 8 bits, example 0, is_covered: no si"):
+        check_operator(wrong, EXAMPLES, checks=[is_covered])
+    with pytest.raises(AssertionError, match=r"example 0, equals_litert_on_random.* enlarge the s"):
+        check_operator("softplus", [Example(nn.Softplus, ((2, 3),))])
+
+
+def test_an_entry_of_the_table_that_is_wrong_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    record = plugin._record
+
+    def wrong(call: Call, x: Activation, y: Activation) -> None:
+        record(call, x, Activation(y.value + y.qparams.scale, y.qparams))
+
+    monkeypatch.setattr(plugin, "_record", wrong)
+    message = r"/softplus#0: result 0 of GATHER .*differs .* 12000 of 12000 .*first at \[0, 0\]: "
+    with pytest.raises(AssertionError, match=message):
+        check_operator("softplus", EXAMPLES)
