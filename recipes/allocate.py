@@ -1,4 +1,4 @@
-"""Choose bits for every weight of a trained recognizer, from the loss of some training batches.
+"""Choose the bits of every weight of a trained recognizer from the loss of training batches.
 
 python -m recipes.allocate ckpt=runs/an4_rnnt/seed1/checkpoints/last.ckpt target_mean_bits=4
 python -m recipes.train experiment=an4_rnnt_finetune compression=gq bit_overrides=<run>/bits.json
@@ -13,16 +13,13 @@ from pathlib import Path
 
 import hydra
 import torch
-from hydra.utils import instantiate
 from omegaconf import DictConfig
 from torch import nn
 
 from lightning_nna.weights.allocation import BitAllocation, allocate_bits
 from recipes.asr.batches import Batch
 from recipes.asr.recognizer import TransducerRecognizer
-from recipes.evaluate import recipe_of
-from recipes.settings import check_settings
-from recipes.train import build_recognizer
+from recipes.preparation import prepare_process, rebuild
 from recipes.weights import load_weights
 
 _log = logging.getLogger(__name__)
@@ -35,25 +32,23 @@ def main(config: DictConfig) -> None:
 
 
 def allocate(config: DictConfig) -> BitAllocation:
-    """Measure and choose as ``config`` says, and write ``bits.json`` into the run folder.
+    """Measure the loss, allocate bits, and write ``bits.json`` into the run folder.
 
     Args:
-        config: The composed configuration ``allocate`` of ``conf/``.
+        config: Composed configuration ``allocate`` of ``conf/``.
+
+    Returns:
+        Bits of every selected tensor.
 
     Raises:
         FileNotFoundError: If ``ckpt`` does not exist.
         ValueError: See :func:`.allocate_bits`.
     """
-    check_settings(config, "allocate")
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
-    weights = load_weights(config.ckpt)
-    recipe = recipe_of(weights, config)
-    datamodule = instantiate(recipe.data)
-    recognizer = build_recognizer(recipe, datamodule, weights)
+    prepare_process(config, "allocate")
+    _, datamodule, recognizer = rebuild(load_weights(config.ckpt), config)
     torch.manual_seed(0)  # Augmentation draws from it.
     batches = list(itertools.islice(datamodule.train_dataloader(), config.batches))
-    found = allocate_bits(
+    allocation = allocate_bits(
         recognizer,
         lambda module: _loss(module, batches),
         target_bytes=config.target_bytes,
@@ -63,12 +58,12 @@ def allocate(config: DictConfig) -> BitAllocation:
         granularity=config.granularity,
         grid_bits=config.grid_bits,
     )
-    found.save(Path(config.run_dir) / "bits.json")
-    return found
+    allocation.save(Path(config.run_dir) / "bits.json")
+    return allocation
 
 
 def _loss(module: nn.Module, batches: Sequence[Batch]) -> float:
-    """Of the transducer, in nats per label."""
+    """Return the transducer's loss per token of all batches together, in nats."""
     assert isinstance(module, TransducerRecognizer)
     total = sum(float(module.losses(batch)[0]) for batch in batches)
     return total / sum(int(batch.target_lengths.sum()) for batch in batches)

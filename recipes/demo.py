@@ -1,10 +1,10 @@
-"""The project in a few minutes: a speech recognizer in float, on the chip, and trained for it.
+"""The project in a few minutes: a speech recognizer in float, emulated, and trained emulated.
 
     python -m recipes.demo
 
-Trains on the embedded digits, scores the float model on voices it has not heard, puts it on the
-chip as it is, fine-tunes it in the chip's own arithmetic, and hands over the programs that the chip
-runs. Everything lands in ``runs/demo``.
+Trains on the synthetic digits, scores the float model on voices of no training utterance, scores
+the same weights emulated, fine-tunes them in the accelerator's arithmetic, and exports the programs
+that the accelerator runs. Writes everything into ``runs/demo``.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ CONF = Path(__file__).resolve().parents[1] / "conf"
 FOLDER = Path("runs/demo")
 TITLES = {
     "float": "float",
-    "chip": "on the chip, not trained for it",
-    "chip_aware": "on the chip, trained for it",
+    "chip": "emulated, trained in float",
+    "chip_aware": "emulated, trained emulated",
     "deployed": "its programs, on LiteRT",
 }
 
 
 def main() -> None:
-    """Run the demo, write ``results.json`` and a plot, and say where they are."""
+    """Run the demo, write ``results.json`` and a plot, and print their paths."""
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     began = time.monotonic()
     shutil.rmtree(FOLDER, ignore_errors=True)
@@ -49,7 +49,7 @@ def main() -> None:
     write_whole(FOLDER / "results.json", json.dumps(results, indent=2) + "\n")
     draw(results, FOLDER / "wer.png")
     print(f"\n{table(results)}\n")
-    print(f"figures     {FOLDER / 'results.json'}")
+    print(f"metrics     {FOLDER / 'results.json'}")
     print(f"plot        {FOLDER / 'wer.png'}")
     print(f"checkpoint  {checkpoint(FOLDER / 'chip_aware')}")
     print(f"programs    {FOLDER / 'deployed' / 'programs'}")
@@ -58,30 +58,30 @@ def main() -> None:
 
 
 def demo(folder: Path, overrides: list[str]) -> dict[str, dict[str, Any]]:
-    """Train, put on the chip, train for the chip, hand over the programs.
+    """Train in float, emulate, train emulated, and deploy.
 
     Args:
-        folder: Where the four runs go.
-        overrides: Changes of the configuration of both trainings, as on Hydra's command line.
+        folder: Folder of the four runs.
+        overrides: Overrides of the configuration of both trainings, as on Hydra's command line.
 
     Returns:
-        For ``float``, ``chip``, ``chip_aware`` and ``deployed`` the summary of the run; the last
-        has word error rate and loss of what the programs put out.
+        Summaries of the runs ``float``, ``chip``, ``chip_aware`` and ``deployed``; the last has
+        word error rate and loss of the outputs of the programs.
     """
     results: dict[str, dict[str, Any]] = {}
     print("1/4  training in float", flush=True)
     results["float"] = train(_config("train", f"run_dir={folder / 'float'}", *overrides))
     start = checkpoint(folder / "float")
-    print("2/4  the same weights on the chip", flush=True)
+    print("2/4  scoring the same weights emulated", flush=True)
     results["chip"] = evaluate(
         _config("evaluate", f"run_dir={folder / 'chip'}", f"ckpt={start}", "compression=nna8")
     )
-    print("3/4  training on the chip", flush=True)
+    print("3/4  training emulated", flush=True)
     settings = ["experiment=digits_finetune", "compression=nna8", f"init_from={start}"]
     results["chip_aware"] = train(
         _config("train", *settings, f"run_dir={folder / 'chip_aware'}", *overrides)
     )
-    print("4/4  the programs that the chip gets", flush=True)
+    print("4/4  exporting the programs of the accelerator", flush=True)
     ckpt = f"ckpt={checkpoint(folder / 'chip_aware')}"
     # Vela has no wheel for the newest Pythons; the programs are the same without it.
     systems = [] if find_spec("ethosu") else ["systems=[]"]
@@ -92,25 +92,25 @@ def demo(folder: Path, overrides: list[str]) -> dict[str, dict[str, Any]]:
 
 
 def checkpoint(run_dir: Path) -> Path:
-    """The checkpoint that a finished run left."""
+    """Return the path of a finished run's checkpoint."""
     return run_dir / "checkpoints" / "last.ckpt"
 
 
 def table(results: Mapping[str, Mapping[str, Any]]) -> str:
-    """Figures of the three models as text.
+    """Format the metrics of the models as text.
 
     Example:
-        >>> figures = {"wer": 0.03, "wer_low": 0.02, "wer_high": 0.04, "loss_per_token": 0.1}
-        >>> print(table({"float": figures}))
-        model                              WER   95 % interval  loss per label
+        >>> metrics = {"wer": 0.03, "wer_low": 0.02, "wer_high": 0.04, "loss_per_token": 0.1}
+        >>> print(table({"float": metrics}))
+        model                              WER   95 % interval  loss per token
         float                            3.0 %     2.0 - 4.0 %           0.100
     """
-    lines = [f"{'model':<31}{'WER':>7}{'95 % interval':>16}{'loss per label':>16}"]
-    for name, figures in results.items():
-        low, high = 100 * figures["wer_low"], 100 * figures["wer_high"]
+    lines = [f"{'model':<31}{'WER':>7}{'95 % interval':>16}{'loss per token':>16}"]
+    for name, metrics in results.items():
+        low, high = 100 * metrics["wer_low"], 100 * metrics["wer_high"]
         lines.append(
-            f"{TITLES[name]:<31}{100 * figures['wer']:>5.1f} %{f'{low:.1f} - {high:.1f} %':>16}"
-            f"{figures['loss_per_token']:>16.3f}"
+            f"{TITLES[name]:<31}{100 * metrics['wer']:>5.1f} %{f'{low:.1f} - {high:.1f} %':>16}"
+            f"{metrics['loss_per_token']:>16.3f}"
         )
     return "\n".join(lines)
 

@@ -1,19 +1,19 @@
-"""A trained recognizer on its way to the chip: programs, what the chip recognizes, what it costs.
+"""Deploy a trained recognizer: export its programs, score them, and estimate their cost.
 
     python -m recipes.deploy ckpt=runs/an4_rnnt_finetune/seed1/checkpoints/last.ckpt
     python -m recipes.deploy ckpt=recipes/pretrained/an4_rnnt.safetensors
 
 Exports encoder, predictor and joint network, decodes the test set through them on LiteRT's
-reference kernels, compares every output with the emulation, and asks Vela for memory and time. A
-checkpoint that was trained on the chip brings its ranges and the methods that chose its weights; a
-float one is calibrated on training batches first.
+reference kernels, compares every output with the emulation, and compiles them with Vela for memory
+and time. A checkpoint that was trained emulated brings its ranges and its weight methods; a float
+one is calibrated on training batches first.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -36,13 +36,17 @@ from recipes.asr.beam import beam_decode
 from recipes.asr.data import SpeechDataModule
 from recipes.asr.decoding import Decodable, greedy_decode
 from recipes.asr.deployed import DeployedTransducer, export_transducer
-from recipes.asr.recognizer import TransducerRecognizer, transducer_loss
+from recipes.asr.recognizer import (
+    TransducerRecognizer,
+    score_references,
+    transducer_losses,
+)
 from recipes.asr.scoring import word_errors
-from recipes.asr.vocabulary import BLANK
-from recipes.evaluate import put_on_chip, recipe_of
-from recipes.run_folder import provenance, size_of, weight_figures, write_summary
-from recipes.settings import METHOD_SETTINGS, check_settings
-from recipes.train import build_recognizer, score_test
+from recipes.evaluate import restore_or_calibrate
+from recipes.preparation import prepare_process, rebuild
+from recipes.run_folder import provenance, size_of, weight_metrics, write_summary
+from recipes.settings import METHOD_SETTINGS
+from recipes.train import score_test
 from recipes.weights import TrainedWeights, load_weights
 
 _log = logging.getLogger(__name__)
@@ -50,21 +54,21 @@ _log = logging.getLogger(__name__)
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="deploy")
 def main(config: DictConfig) -> None:
-    """Run :func:`deploy` and print what it found."""
+    """Run :func:`deploy` and print its table."""
     _log.info("\n%s", table(deploy(config)))
 
 
 @dataclass
 class Comparison:
-    """The deployed recognizer beside the emulated one, on the same utterances.
+    """A deployed recognizer compared with the emulated one, on the same utterances.
 
     Args:
-        outputs: Activations that left a program.
-        equal_outputs: How many of them the emulation has, in every bit.
-        loss: Negative log-likelihood of all references through the programs, nats.
-        labels: Labels of the references.
-        hypotheses: What was recognized, by utterance.
-        references: What was said.
+        outputs: Number of activations that the programs returned.
+        equal_outputs: Number of them that equal the emulation in every bit.
+        loss: Negative log-likelihood of all references through the programs, in nats.
+        labels: Number of labels of the references.
+        hypotheses: Recognized texts, by utterance id.
+        references: Reference texts, by utterance id.
     """
 
     outputs: int
@@ -76,41 +80,37 @@ class Comparison:
 
 
 def deploy(config: DictConfig) -> dict[str, Any]:
-    """Export ``config.ckpt`` and measure it as ``config`` says.
+    """Export ``config.ckpt``, score its programs, and estimate their cost.
 
     Args:
-        config: The composed configuration ``deploy`` of ``conf/``.
+        config: Composed configuration ``deploy`` of ``conf/``.
 
     Returns:
-        What ``summary.json`` in the run folder holds. The programs are in ``programs`` beside it,
-        and ``report.html`` and ``report.csv`` have every weight.
+        Content of ``summary.json`` in the run folder. The folder also has the programs in
+        ``programs``, and every weight in ``report.html`` and ``report.csv``.
 
     Raises:
         FileNotFoundError: If ``ckpt`` does not exist.
         ValueError: If ``ckpt`` was not written by ``recipes.train``, or the network has no program.
-        VelaError: If Vela is missing or refuses a program.
+        VelaError: If Vela is missing or does not compile a program.
     """
-    check_settings(config, "deploy")
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
+    prepare_process(config, "deploy")
     weights = load_weights(config.ckpt)
-    check_asked(weights, config)
-    recipe = recipe_of(weights, config)
-    datamodule = instantiate(recipe.data)
-    recognizer = build_recognizer(recipe, datamodule, weights)
-    in_float = _scored(recognizer, datamodule, []) if config.score_float else None
-    callbacks = chip_callbacks(weights, config)
+    check_method(weights, config)
+    recipe, datamodule, recognizer = rebuild(weights, config)
+    float_score = _score(recognizer, datamodule, []) if config.score_float else None
+    callbacks = trained_callbacks(weights, config)
     emulation = next(c for c in callbacks if isinstance(c, NNAEmulation))
     batches = config.calibration_batches
-    put_on_chip(recognizer, datamodule, emulation, weights, batches=batches)
-    emulated = _scored(recognizer, datamodule, callbacks)
+    restore_or_calibrate(recognizer, datamodule, emulation, weights, batches=batches)
+    emulated_score = _score(recognizer, datamodule, callbacks)
     transcripts = dict(recognizer.hypotheses)
-    figures = weight_figures(recognizer)
+    metrics = weight_metrics(recognizer)
     recognizer.eval()
     run_dir = Path(config.run_dir)
     models = export_transducer(recognizer, run_dir / "programs", chunk_steps=config.chunk_steps)
     deployed = DeployedTransducer(run_dir / "programs")
-    found = compare(recognizer, deployed, datamodule.test_dataloader())
+    comparison = compare(recognizer, deployed, datamodule.test_dataloader())
     speech = speed(recognizer, run_dir / "programs", datamodule)
     compiled = [compile_for(models, *system) for system in config.systems]
     reports = [cost(parts, speech["calls_per_second"]) for parts in compiled]
@@ -122,10 +122,10 @@ def deploy(config: DictConfig) -> dict[str, Any]:
         **provenance(recipe.seed),
         **size_of(recognizer.model),
         "threads": torch.get_num_threads(),
-        **_deployed_figures(found, transcripts),
-        "float": in_float,
-        "emulated": emulated,
-        **figures,
+        **_deployed_metrics(comparison, transcripts),
+        "float": float_score,
+        "emulated": emulated_score,
+        **metrics,
         "tflite_bytes": sum(model.size_bytes for model in models.values()),
         "programs": {part: model.size_bytes for part, model in models.items()},
         **speech,
@@ -135,8 +135,12 @@ def deploy(config: DictConfig) -> dict[str, Any]:
     return summary
 
 
-def check_asked(weights: TrainedWeights, config: DictConfig) -> None:
-    """Raise if ``config`` asks for another method than a checkpoint was trained with.
+def check_method(weights: TrainedWeights, config: DictConfig) -> None:
+    """Raise if ``config`` names another method than a checkpoint was trained with.
+
+    Args:
+        weights: Checkpoint to deploy.
+        config: Composed configuration ``deploy``.
 
     Raises:
         ValueError: If the checkpoint was trained emulated, so that it brings its own methods, and
@@ -146,25 +150,28 @@ def check_asked(weights: TrainedWeights, config: DictConfig) -> None:
     if not trained:
         return
     method, spec = str(weights.recipe.get("method")), trained.get("spec")
-    asked = {"compression": config.method, "nna": config.nna.spec}
-    held = {"compression": method, "nna": spec}
-    # What a command has without asking for it.
-    unasked: dict[str, Any] = {"compression": "nna8", "nna": "litert-int8"}
+    settings = {"compression": config.method, "nna": config.nna.spec}
+    trained_settings = {"compression": method, "nna": spec}
+    defaults: dict[str, Any] = {"compression": "nna8", "nna": "litert-int8"}
     for key in METHOD_SETTINGS:
-        asked[key], held[key] = config.get(key), weights.recipe.get(key)
-        unasked[key] = None
-    for key, value in asked.items():
-        if value not in (unasked[key], held[key]):
+        settings[key], trained_settings[key] = config.get(key), weights.recipe.get(key)
+        defaults[key] = None
+    for key, value in settings.items():
+        if value not in (defaults[key], trained_settings[key]):
             raise ValueError(
-                f"{key}={value} is not used: {config.ckpt} was trained with {key}={held[key]}, and "
+                f"{key}={value} is not used: {config.ckpt} was trained with "
+                f"{key}={trained_settings[key]}, and "
                 "is deployed so; leave it out, or deploy a float checkpoint"
             )
 
 
-def chip_callbacks(weights: TrainedWeights, config: DictConfig) -> list[Callback]:
-    """The chip and the weight methods that a checkpoint was trained with, with their state.
+def trained_callbacks(weights: TrainedWeights, config: DictConfig) -> list[Callback]:
+    """Build the emulation and the weight methods of a checkpoint, with their state.
 
-    A checkpoint that was not trained on the chip takes those of ``config.callbacks``.
+    Args:
+        weights: Checkpoint to deploy.
+        config: Composed configuration ``deploy``; its ``callbacks`` are those of a checkpoint that
+            was not trained emulated.
     """
     trained = weights.recipe.get("callbacks") or {}
     nodes = (
@@ -175,7 +182,7 @@ def chip_callbacks(weights: TrainedWeights, config: DictConfig) -> list[Callback
     for node in nodes.values():
         if not node or not str(node.get("_target_", "")).startswith("lightning_nna.callbacks."):
             continue
-        callback = instantiate(_found(dict(node), Path(config.ckpt)))
+        callback = instantiate(_with_bits_path(dict(node), Path(config.ckpt)))
         if not isinstance(callback, (NNAEmulation, WeightMethod)):
             continue
         if callback.state_key in weights.callbacks and isinstance(callback, WeightMethod):
@@ -184,12 +191,12 @@ def chip_callbacks(weights: TrainedWeights, config: DictConfig) -> list[Callback
     return callbacks
 
 
-def _found(node: dict[str, Any], ckpt: Path) -> dict[str, Any]:
-    """A node whose file of bits is looked for where the checkpoint was trained, too."""
+def _with_bits_path(node: dict[str, Any], ckpt: Path) -> dict[str, Any]:
+    """Resolve a node's file of bits, also relative to the folders above the checkpoint."""
     path = node.get("overrides")
     if isinstance(path, str) and not Path(path).exists():
-        places = [parent / path for parent in ckpt.resolve().parents]
-        node["overrides"] = str(next((p for p in places if p.exists()), path))
+        candidates = [parent / path for parent in ckpt.resolve().parents]
+        node["overrides"] = str(next((p for p in candidates if p.exists()), path))
     return node
 
 
@@ -199,66 +206,73 @@ def compare(
     """Score and decode batches through the programs, and compare every output.
 
     Args:
-        recognizer: On the chip.
-        deployed: Its programs.
-        batches: Of the test set.
+        recognizer: Emulated recognizer.
+        deployed: Programs of the recognizer.
+        batches: Batches of the test set.
     """
-    found = Comparison(0, 0, 0.0, 0, {}, {})
+    comparison = Comparison(0, 0, 0.0, 0, {}, {})
     for batch in tqdm(batches, desc="through the programs", delay=2):
-        theirs = _outputs(recognizer, recognizer.model, batch)
-        ours = _outputs(None, deployed, batch)
-        steps = ours[3]
-        for kind, (mine, other) in enumerate(zip(ours[:3], theirs[:3], strict=True)):
-            valid = _valid(batch, steps, kind, mine.shape)
-            found.outputs += int(valid.sum())
-            found.equal_outputs += int(((mine == other[:, : mine.shape[1]]) & valid).sum())
-        loss = transducer_loss(ours[2], batch.targets, steps, batch.target_lengths)
-        found.loss += float(loss)
-        found.labels += int(batch.target_lengths.sum())
+        emulated = _emulated_scores(recognizer, batch)
+        encodings, predictions, logits, steps = _reference_scores(deployed, batch)
+        valid = _valid(batch, steps)
+        for actual, expected, mask in zip(
+            (encodings, predictions, logits), emulated[:3], valid, strict=True
+        ):
+            comparison.outputs += int(mask.expand(actual.shape).sum())
+            equal = (actual == expected[:, : actual.shape[1]]) & mask
+            comparison.equal_outputs += int(equal.sum())
+        losses = transducer_losses(logits, batch.targets, steps, batch.target_lengths)
+        comparison.loss += float(losses.sum())
+        comparison.labels += int(batch.target_lengths.sum())
         features, width = batch.features, recognizer.beam_width
         if width == 1:
             labels = greedy_decode(deployed, features, batch.feature_lengths)
         else:
             labels = beam_decode(deployed, features, batch.feature_lengths, beam_width=width)
         texts = [recognizer.vocabulary.decode(sequence) for sequence in labels]
-        found.hypotheses.update(zip(batch.ids, texts, strict=True))
-        found.references.update(zip(batch.ids, batch.texts, strict=True))
-    return found
+        comparison.hypotheses.update(zip(batch.ids, texts, strict=True))
+        comparison.references.update(zip(batch.ids, batch.texts, strict=True))
+    return comparison
+
+
+def _emulated_scores(
+    recognizer: TransducerRecognizer, batch: Batch
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Score the references of a batch with the emulated network."""
+    emulator = attached(recognizer)
+    assert emulator is not None
+    with emulate(recognizer, emulator.spec, targets=emulator.targets):
+        return _reference_scores(recognizer.model, batch)
 
 
 @torch.no_grad()
-def _outputs(
-    recognizer: TransducerRecognizer | None, model: Decodable, batch: Batch
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Encodings, predictions, logits of every pair, and the steps of each utterance."""
-    if recognizer is not None:
-        emulator = attached(recognizer)
-        assert emulator is not None
-        with emulate(recognizer, emulator.spec, targets=emulator.targets):
-            return _outputs(None, model, batch)
-    encodings, steps = model.transcribe(batch.features, batch.feature_lengths)
-    start = torch.full_like(batch.targets[:, :1], BLANK)
-    labels = torch.cat([start, batch.targets], dim=1)
-    predictions, _, _ = model.predict(labels, batch.target_lengths + 1, None)
-    logits, _, _ = model.join(encodings, steps, predictions, batch.target_lengths + 1)
-    return encodings, predictions, logits, steps
+def _reference_scores(model: Decodable, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Score the references of a batch without gradients; see :func:`.score_references`."""
+    return score_references(model, batch)
 
 
-def _valid(batch: Batch, steps: Tensor, kind: int, shape: Sequence[int]) -> Tensor:
-    """Which elements of encodings, predictions or logits belong to the sound and its labels."""
+def _valid(batch: Batch, steps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Mask the padding of encodings, predictions and logits; True where an entry is valid."""
     sounds = torch.arange(int(steps.max())) < steps[:, None]
     labels = torch.arange(batch.targets.shape[1] + 1) <= batch.target_lengths[:, None]
-    if kind == 0:
-        return sounds[:, :, None].expand(*shape)
-    if kind == 1:
-        return labels[:, :, None].expand(*shape)
-    return (sounds[:, :, None] & labels[:, None, :])[..., None].expand(*shape)
+    pairs = sounds[:, :, None] & labels[:, None, :]
+    return sounds[..., None], labels[..., None], pairs[..., None]
 
 
 def speed(
     recognizer: TransducerRecognizer, folder: Path, datamodule: SpeechDataModule
 ) -> dict[str, Any]:
-    """How long LiteRT's fast kernels take for a second of speech, greedily, and what they run."""
+    """Measure the time of LiteRT's fast kernels per second of speech, in greedy decoding.
+
+    Args:
+        recognizer: Recognizer that was exported.
+        folder: Folder of its programs.
+        datamodule: Data module with the test set.
+
+    Returns:
+        ``speech_seconds``, ``real_time_factor`` (seconds of computation per second of speech) and
+        ``calls_per_second`` (calls of each program per second of speech).
+    """
     fast = DeployedTransducer(folder, optimized=True)
     seconds = spent = 0.0
     for batch in datamodule.test_dataloader():
@@ -276,7 +290,7 @@ def speed(
 def compile_for(
     models: Mapping[str, TFLiteModel], accelerator: str, system: str, memory_mode: str
 ) -> dict[str, VelaReport]:
-    """What Vela says of each program; see :func:`.vela_report`."""
+    """Compile each program with Vela; see :func:`.vela_report`."""
     return {
         part: vela_report(
             model.path, accelerator=accelerator, system=system, memory_mode=memory_mode
@@ -286,11 +300,11 @@ def compile_for(
 
 
 def cost(parts: Mapping[str, VelaReport], calls_per_second: Mapping[str, float]) -> dict[str, Any]:
-    """What Vela says of the programs, all together, for a second of speech.
+    """Add up Vela's estimates of all programs for a second of speech.
 
     Args:
-        parts: Of each program, for one system.
-        calls_per_second: How often each runs in a second of speech.
+        parts: Vela's report of each program by its name, all for one system.
+        calls_per_second: Calls of each program per second of speech, by its name.
     """
     reports = parts.values()
     first = next(iter(reports))
@@ -312,12 +326,12 @@ def cost(parts: Mapping[str, VelaReport], calls_per_second: Mapping[str, float])
 
 
 def table(summary: Mapping[str, Any]) -> str:
-    """The summary as text."""
-    lines = [f"{'':20}{'WER':>8}{'nats per label':>16}"]
-    rows = [("float", summary["float"]), ("on the chip, emulated", summary["emulated"])]
-    for name, figures in [*rows, ("deployed, LiteRT", summary)]:
-        if figures is not None:
-            rate, loss = 100 * figures["wer"], figures["loss_per_token"]
+    """Format the summary as text."""
+    lines = [f"{'':20}{'WER':>8}{'loss per token':>16}"]
+    rows = [("float", summary["float"]), ("emulated", summary["emulated"])]
+    for name, metrics in [*rows, ("deployed, LiteRT", summary)]:
+        if metrics is not None:
+            rate, loss = 100 * metrics["wer"], metrics["loss_per_token"]
             lines.append(f"{name:22}{rate:5.2f} %{loss:16.4f}")
     lines.append(
         f"outputs equal {summary['equal_outputs']:.6%} of {summary['outputs']}, transcripts "
@@ -335,31 +349,30 @@ def table(summary: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _scored(
+def _score(
     recognizer: TransducerRecognizer, datamodule: SpeechDataModule, callbacks: list[Callback]
 ) -> dict[str, Any]:
-    """Figures of the test set."""
+    """Score a recognizer on the test set."""
     trainer = Trainer(accelerator="cpu", devices=1, logger=False, callbacks=callbacks)
     return score_test(trainer, recognizer, datamodule)
 
 
-def _deployed_figures(found: Comparison, emulated: Mapping[str, str]) -> dict[str, Any]:
-    ids = sorted(found.hypotheses)
-    score = asdict(
-        word_errors([found.hypotheses[k] for k in ids], [found.references[k] for k in ids])
-    )
-    same = sum(found.hypotheses[k] == emulated[k] for k in ids)
+def _deployed_metrics(comparison: Comparison, emulated: Mapping[str, str]) -> dict[str, Any]:
+    hypotheses, references = comparison.hypotheses, comparison.references
+    ids = sorted(hypotheses)
+    score = asdict(word_errors([hypotheses[k] for k in ids], [references[k] for k in ids]))
+    equal = sum(hypotheses[k] == emulated[k] for k in ids)
     return {
         "wer": score["rate"],
         "wer_low": score["low"],
         "wer_high": score["high"],
         "errors": score["errors"],
         "words": score["words"],
-        "loss_per_token": found.loss / found.labels,
-        "outputs": found.outputs,
-        "equal_outputs": found.equal_outputs / found.outputs,
+        "loss_per_token": comparison.loss / comparison.labels,
+        "outputs": comparison.outputs,
+        "equal_outputs": comparison.equal_outputs / comparison.outputs,
         "utterances": len(ids),
-        "equal_transcripts": same / len(ids),
+        "equal_transcripts": equal / len(ids),
     }
 
 

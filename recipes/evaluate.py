@@ -1,24 +1,22 @@
-"""Score a checkpoint on the test set, in float or on the chip.
+"""Score a checkpoint on the test set, in float or emulated.
 
     python -m recipes.evaluate ckpt=runs/an4_rnnt/seed1/checkpoints/last.ckpt
     python -m recipes.evaluate ckpt=recipes/pretrained/an4_rnnt.safetensors compression=nna8
 
-With ``compression=nna8`` the network runs in the chip's arithmetic. A chip-aware checkpoint brings
-its ranges along; a float one is calibrated on training batches first.
+With ``compression=nna8`` the network is emulated: it runs in the accelerator's arithmetic.
+A checkpoint that was trained emulated brings its ranges; a float one is calibrated on training
+batches first.
 """
 
 from __future__ import annotations
 
 import itertools
-import logging
 from pathlib import Path
 from typing import Any
 
 import hydra
-import torch
-from hydra.utils import instantiate
 from lightning.pytorch import Trainer
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from torch import nn
 from tqdm import tqdm
 
@@ -28,42 +26,41 @@ from lightning_nna.weights.method import WeightMethod
 from recipes.asr.batches import Batch
 from recipes.asr.data import SpeechDataModule
 from recipes.asr.recognizer import TransducerRecognizer
-from recipes.run_folder import provenance, size_of, weight_figures, write_summary
-from recipes.settings import check_settings
-from recipes.train import build_callbacks, build_recognizer, score_test
+from recipes.preparation import prepare_process, rebuild
+from recipes.run_folder import (
+    log_summary,
+    provenance,
+    size_of,
+    weight_metrics,
+    write_summary,
+)
+from recipes.train import build_callbacks, score_test
 from recipes.weights import TrainedWeights, load_weights
-
-_log = logging.getLogger(__name__)
 
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="evaluate")
 def main(config: DictConfig) -> None:
     """Run :func:`evaluate` and print its summary."""
-    summary = evaluate(config)
-    _log.info("%s", {key: value for key, value in summary.items() if key != "versions"})
+    log_summary(evaluate(config))
 
 
 def evaluate(config: DictConfig) -> dict[str, Any]:
-    """Score ``config.ckpt`` as ``config`` says.
+    """Score ``config.ckpt`` on the test set.
 
     Args:
-        config: The composed configuration ``evaluate`` of ``conf/``.
+        config: Composed configuration ``evaluate`` of ``conf/``.
 
     Returns:
-        What ``summary.json`` in the run folder holds.
+        Content of ``summary.json`` in the run folder.
 
     Raises:
         FileNotFoundError: If ``ckpt`` does not exist.
         ValueError: If ``ckpt`` was not written by ``recipes.train``, or if ``data`` asks for other
             features than it was trained on; see :func:`.check_settings` too.
     """
-    check_settings(config, "evaluate")
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
+    prepare_process(config, "evaluate")
     weights = load_weights(config.ckpt)
-    recipe = recipe_of(weights, config)
-    datamodule = instantiate(recipe.data)
-    recognizer = build_recognizer(recipe, datamodule, weights)
+    recipe, datamodule, recognizer = rebuild(weights, config)
     callbacks = build_callbacks(config)
     for callback in callbacks.values():
         if isinstance(callback, WeightMethod) and callback.state_key in weights.callbacks:
@@ -71,7 +68,7 @@ def evaluate(config: DictConfig) -> dict[str, Any]:
     emulation = callbacks.get("nna")
     if isinstance(emulation, NNAEmulation):
         batches = config.calibration_batches
-        put_on_chip(recognizer, datamodule, emulation, weights, batches=batches)
+        restore_or_calibrate(recognizer, datamodule, emulation, weights, batches=batches)
     trainer = Trainer(
         accelerator="auto", devices=1, logger=False, callbacks=list(callbacks.values())
     )
@@ -82,7 +79,7 @@ def evaluate(config: DictConfig) -> dict[str, Any]:
         **provenance(recipe.seed),
         **size_of(recognizer.model),
         **score_test(trainer, recognizer, datamodule),
-        **weight_figures(recognizer),
+        **weight_metrics(recognizer),
     }
     run_dir = Path(config.run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
@@ -90,17 +87,7 @@ def evaluate(config: DictConfig) -> dict[str, Any]:
     return summary
 
 
-def recipe_of(weights: TrainedWeights, config: DictConfig) -> DictConfig:
-    """The settings that trained ``weights``, with the changes that ``config`` asks for."""
-    recipe = OmegaConf.create(weights.recipe)
-    assert isinstance(recipe, DictConfig)
-    recipe.data = OmegaConf.merge(recipe.data, config.data)
-    if config.get("beam_width") is not None:
-        recipe.beam_width = config.beam_width
-    return recipe
-
-
-def put_on_chip(
+def restore_or_calibrate(
     recognizer: TransducerRecognizer,
     datamodule: SpeechDataModule,
     emulation: NNAEmulation,
@@ -108,40 +95,40 @@ def put_on_chip(
     *,
     batches: int,
 ) -> None:
-    """Give ``emulation`` its ranges: those of the checkpoint, or those of training batches.
+    """Restore the ranges of ``emulation`` from a checkpoint, or calibrate on training batches.
 
     Args:
-        recognizer: The recognizer that will be scored.
-        datamodule: Where the training batches come from.
-        emulation: The callback of the coming test run.
-        weights: The checkpoint.
-        batches: Training batches to observe, if the checkpoint has no ranges.
+        recognizer: Recognizer of the coming test run.
+        datamodule: Source of the training batches.
+        emulation: Callback of the coming test run.
+        weights: Checkpoint, with or without ranges.
+        batches: Number of training batches to observe if the checkpoint has no ranges, positive.
     """
     if emulation.state_key in weights.callbacks:
         emulation.load_state_dict(weights.callbacks[emulation.state_key])
         return
-    first = itertools.islice(datamodule.train_dataloader(), batches)
+    examples = itertools.islice(datamodule.train_dataloader(), batches)
     calibrate(
         recognizer,
-        tqdm(first, total=batches, desc="observing ranges", delay=2),
-        forward=_every_path,
+        tqdm(examples, total=batches, desc="observing ranges", delay=2),
+        forward=_score_and_decode,
         spec=emulation.spec,
         targets=emulation.targets,
     )
 
 
-def _every_path(module: nn.Module, batch: Batch) -> None:
-    """Score and decode: decoding runs predictor and joint label by label, a path of its own."""
+def _score_and_decode(module: nn.Module, batch: Batch) -> None:
+    """Score and decode a batch: decoding calls predictor and joint label by label, other sites."""
     assert isinstance(module, TransducerRecognizer)
     module.losses(batch)
     module.decode(batch)
 
 
 def _method(config: DictConfig, weights: TrainedWeights) -> str:
-    """``chip`` is a float model on the chip; what trained on it keeps its method's name."""
-    on_chip = config.callbacks.get("nna") is not None
+    """Name the method of a score: ``chip`` is an emulated model that was trained in float."""
+    is_emulated = config.callbacks.get("nna") is not None
     is_compressed = any("latents" in state for state in weights.callbacks.values())
-    if not on_chip and not is_compressed:
+    if not is_emulated and not is_compressed:
         return "float"
     trained = str(weights.recipe.get("method", "float"))
     return "chip" if trained == "float" else trained

@@ -1,4 +1,4 @@
-"""What a run leaves behind: its settings, its summary, and its weights in a small file.
+"""The files of a run: its settings, its summary, and the metrics of its weights.
 
 A run folder holds ``config.yaml`` (every setting, resolved), ``metrics/`` (CSV),
 ``checkpoints/`` and ``summary.json``.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import logging
 import platform
 import shlex
 import subprocess
@@ -27,25 +28,28 @@ from lightning_nna.weights.pipeline import pipeline_of
 from lightning_nna.weights.read_packed import width_of
 from recipes.asr.recognizer import TransducerRecognizer
 
+_log = logging.getLogger(__name__)
+
 # Settings that do not change what is learned; a resumed run may have others.
 _MAY_CHANGE = frozenset({"run_dir", "threads", "resume", "logger", "test", "beam_width"})
 
 
 def record_config(run_dir: Path, config: DictConfig) -> None:
-    """Write ``config`` into ``run_dir``; refuse the folder of a run with other settings.
+    """Write ``config`` into ``run_dir``; raise if the folder has a run with other settings.
 
     Args:
-        run_dir: The run folder; made if it does not exist.
-        config: Every setting of the run.
+        run_dir: Run folder; created if it does not exist.
+        config: All settings of the run.
 
     Raises:
-        ValueError: If the folder's ``config.yaml`` differs in what is learned; lists where.
+        ValueError: If the folder's ``config.yaml`` differs in a setting that changes what is
+            learned; lists these settings.
     """
     path = run_dir / "config.yaml"
     settings = settings_of(config)
     if path.exists():
-        before = _without_place(settings_of(OmegaConf.load(path)))
-        now = _without_place(settings)
+        before = _without_run_dir(settings_of(OmegaConf.load(path)))
+        now = _without_run_dir(settings)
         differing = sorted(
             key
             for key in (before.keys() | now.keys()) - _MAY_CHANGE
@@ -60,29 +64,29 @@ def record_config(run_dir: Path, config: DictConfig) -> None:
     write_whole(path, OmegaConf.to_yaml(OmegaConf.create(settings)))
 
 
-def _without_place(settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings that do not tell where the run folder lies: it may be moved."""
-    place = str(settings.get("run_dir"))
+def _without_run_dir(settings: dict[str, Any]) -> dict[str, Any]:
+    """Replace the path of the run folder in all settings: the folder may be moved."""
+    run_dir = str(settings.get("run_dir"))
 
     def moved(node: Any) -> Any:
         if isinstance(node, dict):
             return {key: moved(value) for key, value in node.items()}
-        if isinstance(node, str) and (node == place or node.startswith(f"{place}/")):
-            return f"<run_dir>{node.removeprefix(place)}"
+        if isinstance(node, str) and (node == run_dir or node.startswith(f"{run_dir}/")):
+            return f"<run_dir>{node.removeprefix(run_dir)}"
         return node
 
     return {key: moved(value) for key, value in settings.items()}
 
 
 def settings_of(config: DictConfig | ListConfig) -> dict[str, Any]:
-    """The settings in ``config`` as plain containers, references resolved."""
+    """Return the settings in ``config`` as plain containers, references resolved."""
     settings = OmegaConf.to_container(config, resolve=True)
     assert isinstance(settings, dict)
     return {str(key): value for key, value in settings.items()}
 
 
 def provenance(seed: int | None) -> dict[str, Any]:
-    """Command, commit, versions and seed of this process, to go with its results.
+    """Return command, commit, versions and seed of this process, to store with its results.
 
     Example:
         >>> sorted(provenance(seed=1))
@@ -100,7 +104,7 @@ def provenance(seed: int | None) -> dict[str, Any]:
 
 
 def command_line() -> str:
-    """The command that started this process, as one types it."""
+    """Return the command that started this process, as one types it."""
     main = sys.modules["__main__"]
     spec = getattr(main, "__spec__", None)
     program = ["-m", spec.name] if spec is not None else sys.argv[:1]
@@ -108,9 +112,9 @@ def command_line() -> str:
 
 
 def git_commit() -> str | None:
-    """Commit of the checkout that runs; None outside of one."""
+    """Return the commit of the running checkout; None outside of one."""
     try:
-        found = subprocess.run(
+        result = subprocess.run(
             ["git", "rev-parse", "HEAD"],
             cwd=Path(__file__).parent,
             capture_output=True,
@@ -119,11 +123,11 @@ def git_commit() -> str | None:
         )
     except (OSError, subprocess.CalledProcessError):
         return None
-    return found.stdout.strip()
+    return result.stdout.strip()
 
 
 def size_of(module: nn.Module) -> dict[str, int]:
-    """Number of parameters of ``module`` and their bytes as they are stored now.
+    """Count the parameters of ``module`` and their bytes in the present dtype.
 
     Example:
         >>> size_of(nn.Linear(3, 2))
@@ -136,17 +140,17 @@ def size_of(module: nn.Module) -> dict[str, int]:
     }
 
 
-def weight_figures(recognizer: TransducerRecognizer) -> dict[str, float]:
-    """Bits, zeros and bytes of the network as it is deployed now, not as it was asked for.
+def weight_metrics(recognizer: TransducerRecognizer) -> dict[str, float]:
+    """Measure bits, zeros and bytes of the network as it is deployed now.
 
     Args:
-        recognizer: A recognizer that has run; emulated weights count as the accelerator holds them.
+        recognizer: Recognizer that has run; emulated weights count as the accelerator stores them.
 
     Returns:
-        ``bits`` (of an index of a weight's values, or of the number where neither emulation nor a
-        weight method restricts them; the mean over the weights of all matrices), ``sparsity`` (the
-        share of these weights that are zero) and ``packed_bytes`` (of the whole network in the file
-        that :func:`.save_packed` writes, its header left out).
+        ``bits`` (mean over the weights of all matrices; of the index of a centroid, or of the
+        number where neither emulation nor a weight method restricts it), ``sparsity`` (fraction of
+        these weights that are zero) and ``packed_bytes`` (of the whole network in the file that
+        :func:`.save_packed` writes, without its header).
     """
     emulator, pipeline = attached(recognizer), pipeline_of(recognizer)
     matrices: list[Tensor] = []
@@ -179,10 +183,15 @@ def weight_figures(recognizer: TransducerRecognizer) -> dict[str, float]:
 
 
 def _deployed_tensors(recognizer: TransducerRecognizer) -> dict[str, Tensor]:
-    """Parameters and buffers of a recognizer that is not emulated, after its weight methods."""
+    """Return parameters and buffers of a recognizer that is not emulated, as deployed."""
     pipeline = pipeline_of(recognizer)
     parameters = {n: pipeline.deployed(p) for n, p in recognizer.named_parameters()}
     return {**dict(recognizer.named_buffers()), **parameters}
+
+
+def log_summary(summary: Mapping[str, Any]) -> None:
+    """Log a summary in one line, without the versions of packages."""
+    _log.info("%s", {key: value for key, value in summary.items() if key != "versions"})
 
 
 def write_summary(run_dir: Path, summary: Mapping[str, Any]) -> Path:

@@ -1,7 +1,7 @@
-"""Settings that are complete and used: a run does what its command says, or does not start.
+"""Validation of settings: a run uses every setting of its command, or does not start.
 
-Hydra composes what it is told to; nobody would notice that ``bits=2`` goes to a method without
-bits. So every recipe checks its configuration before it does anything else.
+Hydra composes any setting; without validation nobody would notice that ``bits=2`` goes to a method
+without bits. So every recipe validates its configuration first.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from omegaconf import DictConfig, OmegaConf
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 
-#: What the groups of compression read; each group gives a value to those that it uses.
+#: Settings that the groups of compression read; each group gives a value to those that it uses.
 METHOD_SETTINGS = ("bits", "sparsity", "pattern", "bit_overrides", "parq_steps")
-#: The group nna has a choice in every run; only another one than this was asked for.
+#: The choice of the group nna in a command that does not name one.
 _DEFAULT_SPEC = "litert-int8"
 
 
@@ -25,12 +25,12 @@ def check_settings(config: DictConfig, name: str) -> None:
     """Raise unless every setting of ``config`` has a value and is used.
 
     Args:
-        config: A composed configuration of ``conf/``.
-        name: Its name there, such as ``"train"``.
+        config: Composed configuration of ``conf/``.
+        name: Name of the configuration, such as ``"train"``.
 
     Raises:
-        ValueError: If a mandatory setting has no value, if there is a setting that the recipe does
-            not know, or if there is one that the chosen group of compression does not use.
+        ValueError: If a mandatory setting has no value, if the recipe does not know a setting, or
+            if the selected group of compression does not use one.
     """
     plain = OmegaConf.to_container(config, resolve=False)
     assert isinstance(plain, dict)
@@ -58,27 +58,27 @@ def check_settings(config: DictConfig, name: str) -> None:
 
 
 def instantiate_all(nodes: Mapping[Any, Any] | DictConfig, group: str) -> dict[str, Any]:
-    """The objects of a keyed group such as ``callbacks``; what is null is left out.
+    """Build the objects of a keyed group such as ``callbacks``; null entries are left out.
 
     Args:
-        nodes: Configurations with a ``_target_`` each, by key.
-        group: For messages.
+        nodes: Configurations by key, each with a ``_target_`` or null.
+        group: Name of the group, for messages.
 
     Raises:
-        ValueError: If a node has no ``_target_``: an override that adds to nothing.
+        ValueError: If a node has no ``_target_``: an override of an entry that does not exist.
     """
-    given = {str(key): node for key, node in nodes.items() if node is not None}
-    for key, node in given.items():
+    configurations = {str(key): node for key, node in nodes.items() if node is not None}
+    for key, node in configurations.items():
         if "_target_" not in node:
             raise ValueError(
                 f"{group}.{key} has settings ({', '.join(map(str, node))}) and no _target_: no "
-                f"chosen group defines {group}.{key}"
+                f"selected group defines {group}.{key}"
             )
-    return {key: instantiate(node) for key, node in given.items()}
+    return {key: instantiate(node) for key, node in configurations.items()}
 
 
 def _known(name: str) -> set[str]:
-    """Settings and groups of the top level of a configuration."""
+    """Return settings and groups of the top level of a configuration."""
     primary = OmegaConf.load(CONF / f"{name}.yaml")
     assert isinstance(primary, DictConfig)
     groups = {
@@ -89,7 +89,7 @@ def _known(name: str) -> set[str]:
 
 
 def _users(key: str) -> str:
-    """The groups of compression that read a setting, by name."""
+    """List the groups of compression that read a setting, by name."""
     folder = sorted((CONF / "compression").glob("*.yaml"))
     return ", ".join(f"compression={path.stem}" for path in folder if _sets(path, key))
 
@@ -103,12 +103,12 @@ def _sets(path: Path, key: str) -> bool:
 
 
 def _leaves(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Values of a tree of settings, by their dotted keys."""
+    """Yield the values of a tree of settings with their dotted keys."""
     if isinstance(node, Mapping):
         for key, value in node.items():
             yield from _leaves(value, f"{path}.{key}" if path else str(key))
     elif isinstance(node, list):
-        for place, value in enumerate(node):
-            yield from _leaves(value, f"{path}[{place}]")
+        for index, value in enumerate(node):
+            yield from _leaves(value, f"{path}[{index}]")
     else:
         yield path, node

@@ -3,13 +3,12 @@
     python -m recipes.train experiment=an4_rnnt compression=nna8 seed=2
 
 The run folder (``runs/<experiment>/<time>`` or ``hydra.run.dir=...``) gets ``config.yaml``,
-``metrics/``, ``checkpoints/`` and ``summary.json``. The same command with the folder of a run
-that was stopped goes on where it stopped.
+``metrics/``, ``checkpoints/`` and ``summary.json``. The same command with the folder of a stopped
+run resumes it.
 """
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -21,55 +20,50 @@ import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from hydra.utils import instantiate
-from lightning.pytorch import Callback, Trainer, seed_everything
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig
 
-from lightning_nna.checkpoints import deploy_weights, load_checkpoint
+from lightning_nna.checkpoints import load_checkpoint
 from recipes.asr.data import SpeechDataModule
 from recipes.asr.recognizer import TransducerRecognizer
+from recipes.preparation import build_recognizer, prepare_process
 from recipes.run_folder import (
+    log_summary,
     provenance,
     record_config,
-    settings_of,
     size_of,
-    weight_figures,
+    weight_metrics,
     write_summary,
 )
-from recipes.settings import check_settings, instantiate_all
-from recipes.weights import TrainedWeights, load_weights, put_into
-
-_log = logging.getLogger(__name__)
+from recipes.settings import instantiate_all
+from recipes.weights import load_weights, put_into
 
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="train")
 def main(config: DictConfig) -> None:
     """Run :func:`train` and print its summary."""
-    summary = train(config)
-    _log.info("%s", {key: value for key, value in summary.items() if key != "versions"})
+    log_summary(train(config))
 
 
 def train(config: DictConfig) -> dict[str, Any]:
-    """Train as ``config`` says, and score the test set.
+    """Train a recognizer, and score it on the test set.
 
     Args:
-        config: The composed configuration ``train`` of ``conf/``.
+        config: Composed configuration ``train`` of ``conf/``.
 
     Returns:
-        What ``summary.json`` in the run folder holds.
+        Content of ``summary.json`` in the run folder.
 
     Raises:
         ValueError: If the run folder holds a run with other settings; see :func:`.check_settings`
             too.
     """
-    check_settings(config, "train")
+    prepare_process(config, "train")
     rank_zero_only(record_config)(Path(config.run_dir), config)
-    # Now: by the end of training the checkout may have moved on.
+    # Read now: by the end of training the checkout may be at another commit.
     origin = provenance(config.seed)
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
-    seed_everything(config.seed, verbose=False)
     datamodule = instantiate(config.data)
     weights = None if config.init_from is None else load_weights(config.init_from)
     recognizer = build_recognizer(config, datamodule, weights)
@@ -78,14 +72,14 @@ def train(config: DictConfig) -> dict[str, Any]:
     check_processes(trainer)
     start = _last_checkpoint(config) if config.resume else None
     if start is not None:
-        load_checkpoint(start)  # Says in its own words what is wrong with the file.
+        load_checkpoint(start)  # Raises its own message if the file is damaged.
     began = time.monotonic()
     trainer.fit(recognizer, datamodule, ckpt_path=start, weights_only=True)
-    # Of the clocks only the timer's counts what a resumed run took before.
+    # The timer's clock alone includes the time before a run was resumed.
     timer = callbacks.get("timer")
     seconds = timer.time_elapsed() if isinstance(timer, Timer) else time.monotonic() - began
-    # Score what the checkpoint holds: a run that was finished before leaves the average of the
-    # weights to its checkpoint alone.
+    # Score the weights of the checkpoint: of a run that was finished before, only its checkpoint
+    # has the average of the weights.
     if (last := _last_checkpoint(config)) is not None:
         put_into(recognizer.model, load_weights(last))
     summary: dict[str, Any] = {
@@ -99,50 +93,19 @@ def train(config: DictConfig) -> dict[str, Any]:
     }
     if config.test:
         summary |= score_test(trainer, recognizer, datamodule)
-    summary |= weight_figures(recognizer)
+    summary |= weight_metrics(recognizer)
     if trainer.is_global_zero:
         write_summary(Path(config.run_dir), summary)
     return summary
 
 
-def build_recognizer(
-    config: DictConfig, datamodule: SpeechDataModule, weights: TrainedWeights | None = None
-) -> TransducerRecognizer:
-    """Build the recognizer of ``config.model`` for what ``datamodule`` delivers.
-
-    Args:
-        config: The settings of the run; the recognizer keeps them for its checkpoints.
-        datamodule: Read from disk here.
-        weights: Weights to start from; their vocabulary and normalization become the data's.
-
-    Raises:
-        ValueError: If the weights are those of another network.
-    """
-    datamodule.prepare_data()
-    datamodule.setup("fit")
-    if weights is not None:
-        datamodule.load_state_dict(weights.data)
-    recognizer: TransducerRecognizer = instantiate(
-        config.model,
-        vocabulary=datamodule.vocabulary,
-        num_mels=datamodule.num_mels,
-        beam_width=config.beam_width,
-    )
-    recognizer.recipe = settings_of(config)
-    if weights is not None:
-        put_into(recognizer.model, weights)
-        # What a run has compressed is used so: a checkpoint may hold what it goes on from.
-        deploy_weights(recognizer, weights.callbacks)
-    return recognizer
-
-
 def build_callbacks(config: DictConfig) -> dict[str, Callback]:
-    """The callbacks of ``config.callbacks`` that are not null, by their keys."""
+    """Build the callbacks of ``config.callbacks`` that are not null, by their keys."""
     return instantiate_all(config.callbacks, "callbacks")
 
 
 def build_trainer(config: DictConfig, callbacks: Mapping[str, Callback]) -> Trainer:
-    """The trainer of ``config.trainer`` with the loggers that are not null."""
+    """Build the trainer of ``config.trainer`` with the loggers that are not null."""
     loggers = list(instantiate_all(config.logger, "logger").values())
     trainer: Trainer = instantiate(
         config.trainer, callbacks=list(callbacks.values()), logger=loggers
@@ -151,7 +114,7 @@ def build_trainer(config: DictConfig, callbacks: Mapping[str, Callback]) -> Trai
 
 
 def check_processes(trainer: Trainer) -> None:
-    """Raise where the processes of a run would not do the same run.
+    """Raise if the processes of a run would not do the same run.
 
     Raises:
         ValueError: If a sweep is to be run by several processes: each of those that Lightning
@@ -166,7 +129,7 @@ def check_processes(trainer: Trainer) -> None:
 
 
 def _last_checkpoint(config: DictConfig) -> str | None:
-    """The newest checkpoint in the run folder."""
+    """Return the path of the newest checkpoint in the run folder, if there is one."""
     path = Path(config.run_dir) / "checkpoints" / "last.ckpt"
     return str(path) if path.is_file() else None
 
@@ -174,15 +137,15 @@ def _last_checkpoint(config: DictConfig) -> str | None:
 def score_test(
     trainer: Trainer, recognizer: TransducerRecognizer, datamodule: SpeechDataModule
 ) -> dict[str, Any]:
-    """Score ``recognizer`` as it is on the test set.
+    """Score ``recognizer`` on the test set, with its current weights.
 
     Returns:
         ``wer``, ``wer_low``, ``wer_high`` (fractions), ``errors``, ``words``, ``beam_width``,
         ``wer_greedy`` (of the greedy search) and ``loss_per_token``.
     """
-    figures = trainer.test(recognizer, datamodule, verbose=False)[0]
+    metrics = trainer.test(recognizer, datamodule, verbose=False)[0]
     score = recognizer.score
-    assert score is not None, "a test run leaves a score"
+    assert score is not None, "a test run sets a score"
     counts = asdict(score)
     return {
         "wer": counts["rate"],
@@ -191,8 +154,8 @@ def score_test(
         "errors": counts["errors"],
         "words": counts["words"],
         "beam_width": recognizer.beam_width,
-        "wer_greedy": figures["test/wer_greedy"],
-        "loss_per_token": figures["test/loss_per_token"],
+        "wer_greedy": metrics["test/wer_greedy"],
+        "loss_per_token": metrics["test/loss_per_token"],
     }
 
 

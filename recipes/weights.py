@@ -1,4 +1,4 @@
-"""Weights of a recognizer with all that is needed to use them, in one file.
+"""Weights of a recognizer with everything that their use needs, in one file.
 
 Two kinds of file are read: a Lightning checkpoint of ``recipes.train``, and a ``.safetensors`` file
 with the network's weights in half precision and, in its header, the settings and the vocabulary.
@@ -20,22 +20,22 @@ from lightning_nna.checkpoints import load_checkpoint
 from recipes.asr.data import SpeechDataModule
 from recipes.asr.rnnt import Transducer
 
-# Settings that a small file keeps: what is needed to build the data and the recognizer again.
-# The others say where and how fast a run went, down to folders of that machine.
-_KEPT = ("name", "method", "seed", "beam_width", "data", "model")
+# Settings in the header of a small file: those that build the data and the recognizer again.
+# The others name folders of the training machine, and the speed of the run.
+_HEADER_SETTINGS = ("name", "method", "seed", "beam_width", "data", "model")
 _NETWORK = "model."
-_DATA = SpeechDataModule.__qualname__  # where Lightning keeps the state of the data module
+_DATA = SpeechDataModule.__qualname__  # Lightning's key for the state of the data module.
 
 
 @dataclass(frozen=True)
 class TrainedWeights:
-    """What a weights file holds.
+    """Content of a weights file.
 
     Attributes:
-        network: Weights of the transducer, float32, by their names in it.
-        recipe: Every setting of the run that trained them.
+        network: Weights of the transducer, float32, by parameter name.
+        recipe: All settings of the run that trained them.
         data: State of the data module: vocabulary and normalization as plain dictionaries.
-        callbacks: State of the run's callbacks; empty for a ``.safetensors`` file.
+        callbacks: State of the run's callbacks by key; empty for a ``.safetensors`` file.
     """
 
     network: dict[str, Tensor]
@@ -48,12 +48,12 @@ def load_weights(path: str | Path) -> TrainedWeights:
     """Read a checkpoint or a ``.safetensors`` file.
 
     Args:
-        path: The file.
+        path: Path of the file.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If the file was not written by this recipe, is damaged, or holds objects that
-            could run code.
+        ValueError: If the file was not written by this recipe, is damaged, or contains objects
+            that could run code.
     """
     path = Path(path)
     if not path.is_file():
@@ -77,15 +77,15 @@ def save_weights(path: str | Path, weights: TrainedWeights, *, command: str) -> 
     """Write the network in half precision, with the settings of data and model in the header.
 
     Args:
-        path: A ``.safetensors`` file; its folder is made.
-        weights: What to write; the state of callbacks is left out.
-        command: The command that trained them.
+        path: Path of a ``.safetensors`` file; its folder is created.
+        weights: Weights to write; the state of callbacks is left out.
+        command: Command that trained them.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.half().contiguous() for name, tensor in weights.network.items()}
     header = {
-        "recipe": json.dumps({key: weights.recipe[key] for key in _KEPT}),
+        "recipe": json.dumps({key: weights.recipe[key] for key in _HEADER_SETTINGS}),
         "data": json.dumps(weights.data),
         "command": command,
     }

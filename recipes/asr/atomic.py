@@ -1,8 +1,8 @@
-"""Folders that exist whole or not at all, and that say so when they are read.
+"""Folders that are complete or absent, and that are verified when they are read.
 
-What takes long to make is kept on disk. A process that is killed in the middle must not leave
-half of it behind under the final name, and two processes must not write into each other's. A disk
-that was full, a copy that was cut off, or a bit that flipped must not go into a training.
+Data that are slow to compute are cached on disk. A process that is killed in the middle must not
+leave an incomplete folder under the final name, and two processes must not write into one folder. A
+training must not read what a full disk, a truncated copy or a flipped bit has damaged.
 """
 
 from __future__ import annotations
@@ -20,41 +20,41 @@ from lightning_nna.files import flush
 from recipes.asr.corpora import CorpusError
 
 CONTENTS = "contents.json"
-"""In every folder: size and CRC-32 of each of its files."""
+"""File in every folder: size and CRC-32 of each of its other files."""
 
-# Waiting for one file takes milliseconds; for thousands of them the disk is written out at once.
+# A sync of one file takes milliseconds; above this number of files, one sync of the disk is faster.
 _MOST_SYNCS = 64
 
 
 @contextlib.contextmanager
-def folder_made_whole(target: Path) -> Iterator[Path]:
-    """Fill a temporary folder beside ``target``, then rename it to ``target``.
+def complete_folder(target: Path) -> Iterator[Path]:
+    """Fill a temporary folder next to ``target``, then rename it to ``target``.
 
-    All of it is on the disk before it has its name. If the block raises, the temporary folder is
-    removed. If another process finished ``target`` first, that one stays: both were made from the
-    same settings.
+    All files are on the disk before the rename. If the block raises, the temporary folder is
+    removed. If another process finished ``target`` first, that folder stays: both have the same
+    settings.
 
     Args:
-        target: The folder to make; its parents are made too.
+        target: Folder to create, with its parents.
 
     Yields:
-        The temporary folder to write into.
+        Temporary folder to write into.
 
     Example:
         >>> import tempfile
         >>> target = Path(tempfile.mkdtemp()) / "made"
-        >>> with folder_made_whole(target) as folder:
-        ...     _ = (folder / "a.txt").write_text("whole")
+        >>> with complete_folder(target) as folder:
+        ...     _ = (folder / "a.txt").write_text("complete")
         >>> check_folder(target, "a.txt")
         >>> (target / "a.txt").read_text()
-        'whole'
+        'complete'
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
         yield temporary
         _seal(temporary)
-        # mkdtemp makes folders that only their owner may read.
+        # mkdtemp creates folders that only their owner may read.
         temporary.chmod(0o755)
         with contextlib.suppress(OSError):
             os.replace(temporary, target)
@@ -66,16 +66,16 @@ def folder_made_whole(target: Path) -> Iterator[Path]:
 
 
 def check_folder(folder: Path, *read: str) -> None:
-    """Raise unless a folder is as `folder_made_whole` has left it.
+    """Raise unless a folder is unchanged since `complete_folder` has written it.
 
     Args:
-        folder: The folder.
-        read: Files whose checksums are compared, too; of the others it is the size alone.
+        folder: Folder that `complete_folder` has written.
+        read: Names of files whose sizes and checksums are compared; of others only the sizes.
 
     Raises:
-        CorpusError: If a file is missing or has changed; names it, and says what to do.
+        CorpusError: If a file is missing or has changed; the message names it and the remedy.
     """
-    remedy = f"remove {folder}, then it is made again"
+    remedy = f"remove {folder}, then it is created again"
     try:
         contents = json.loads((folder / CONTENTS).read_text(encoding="utf-8"))
         entries = {str(name): (int(size), int(crc)) for name, (size, crc) in contents.items()}
@@ -83,10 +83,10 @@ def check_folder(folder: Path, *read: str) -> None:
         raise CorpusError(f"{folder / CONTENTS} is missing or damaged: {remedy}") from error
     for name, (size, checksum) in entries.items():
         path = folder / name
-        held = path.stat().st_size if path.is_file() else None
-        if held != size:
-            what = "is missing" if held is None else f"has {held} bytes and was written with {size}"
-            raise CorpusError(f"{path} {what}: {remedy}")
+        actual = path.stat().st_size if path.is_file() else None
+        if actual != size:
+            wrong = f"has {actual} bytes and was written with {size}"
+            raise CorpusError(f"{path} {'is missing' if actual is None else wrong}: {remedy}")
         if name in read and _checksum(path) != checksum:
             raise CorpusError(f"{path} has changed since it was written: {remedy}")
     if unknown := sorted(set(read) - entries.keys()):
@@ -94,7 +94,7 @@ def check_folder(folder: Path, *read: str) -> None:
 
 
 def _seal(folder: Path) -> None:
-    """List the files of a folder in it, and see that all of them are on the disk."""
+    """Write the list of a folder's files into it, and flush all of them to the disk."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     contents = {
         path.relative_to(folder).as_posix(): [path.stat().st_size, _checksum(path)]

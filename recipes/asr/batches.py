@@ -1,10 +1,10 @@
-"""Batches of similar duration, planned by Lhotse, the same whenever an epoch is repeated.
+"""Batches of similar duration, planned by Lhotse, equal whenever an epoch is repeated.
 
 Lhotse's bucketing sampler groups utterances by duration. Every bucket has its own batch size, so
-that a batch holds about the same number of seconds and an epoch the same number of batches,
-whatever its shuffling: Lightning asks for the length once. The batches of an epoch are planned at
-its beginning from (seed, epoch) alone; a run that was stopped in the middle takes up the plan at
-the batch where it left.
+that all batches have about the same number of seconds and all epochs the same number of batches,
+however they are shuffled: Lightning reads the length once. The batches of an epoch are planned at
+its beginning from (seed, epoch) alone; a run that was stopped in the middle resumes the plan at the
+next batch.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from recipes.asr.vocabulary import BLANK
 
 
 class Batch(NamedTuple):
-    """Padded utterances; a named tuple, so that Lightning moves its tensors to the device."""
+    """A batch of padded utterances; as a named tuple, Lightning moves its tensors to the device."""
 
     features: Float[Tensor, "batch frames mels"]
     """Normalized log-mel features in float32, padded with zeros (the mean)."""
@@ -56,6 +56,9 @@ class Item(NamedTuple):
 def collate(items: Sequence[Item]) -> Batch:
     """Pad items to one batch.
 
+    Args:
+        items: Utterances, at least one.
+
     Example:
         >>> batch = collate([Item(torch.ones(3, 2), [1], "a", "X"),
         ...                  Item(torch.ones(5, 2), [2, 1], "b", "YX")])
@@ -75,20 +78,19 @@ def collate(items: Sequence[Item]) -> Batch:
 
 
 class BatchPlan:
-    """Which examples each batch of an epoch holds.
+    """A plan of the examples in each batch of every epoch.
 
     Args:
-        cuts: One cut per example; a cut's first supervision has an id of its own.
-        batch_seconds: Upper bound of the audio in a batch, padding included, in seconds. An
-            utterance longer than that is a batch by itself.
-        num_buckets: Number of groups by duration.
-        shuffle: Whether the order depends on the epoch.
-        curriculum_epochs: In this many epochs, the first ones, short utterances come before long
-            ones.
+        cuts: One cut per example; the ids of the cuts' first supervisions are unique.
+        batch_seconds: Upper bound of the audio in a batch, in seconds, padding included. A longer
+            utterance is a batch by itself.
+        num_buckets: Number of groups by duration, positive.
+        shuffle: True for an order that depends on the epoch.
+        curriculum_epochs: Number of first epochs in which short utterances come before long ones.
         seed: Seed of the order.
-        rank: Which of the processes this is.
-        world_size: Number of processes; each gets its share of the batches, and as many as the
-            others. Batches that are too few in the end are split among the processes.
+        rank: Index of this process, from 0.
+        world_size: Number of processes; all get equally many batches. The last batches are split
+            among the processes if they are too few.
 
     Example:
         >>> from lhotse.testing.dummies import dummy_cut, dummy_supervision
@@ -114,7 +116,7 @@ class BatchPlan:
         if batch_seconds <= 0 or num_buckets < 1:
             raise ValueError(
                 f"data.batch_seconds ({batch_seconds}) and data.num_buckets ({num_buckets}) "
-                "have to be positive"
+                "must be positive"
             )
         self.shuffle, self.seed, self.curriculum_epochs = shuffle, seed, curriculum_epochs
         self._durations = [cut.duration for cut in cuts]
@@ -127,27 +129,27 @@ class BatchPlan:
                 batch_sizes=[max(1, int(batch_seconds / bound)) for bound in bounds],
             ),
             duration_bins=bounds[:-1],
-            # All cuts in the buffer: no bucket runs dry early, which keeps the epochs equal long.
+            # With all cuts in the buffer no bucket is empty early, so that all epochs are equally
+            # long.
             buffer_size=len(cuts),
             shuffle=shuffle,
             seed=seed,
             rank=rank,
             world_size=world_size,
-            # Several processes step together: their batches should take equally long. With one
-            # process it matters too: without it, Lhotse may stop at a bucket that is empty while
-            # others are not.
+            # Several processes step together: their batches should take equally long. One process
+            # needs it, too: otherwise Lhotse may stop at an empty bucket while others are not.
             sync_buckets=True,
         )
         self._length = len(self.epoch(0))
 
     def __len__(self) -> int:
-        """Number of batches of this process, in every epoch."""
+        """Return the number of batches of this process, equal in every epoch."""
         return self._length
 
     def epoch(self, epoch: int) -> list[list[int]]:
-        """The batches of an epoch, as positions in ``cuts``."""
+        """Return the batches of an epoch, as positions in ``cuts``."""
         self._sampler.set_epoch(epoch if self.shuffle else 0)
-        # A supervision keeps its id where Lhotse repeats a cut under a new one.
+        # Lhotse may repeat a cut under a new id; the id of its supervision stays.
         batches = [[self._positions[c.supervisions[0].id] for c in cuts] for cuts in self._sampler]
         if self.shuffle:
             # Lhotse visits the buckets in the same order in every epoch, small batches last. All
@@ -161,17 +163,17 @@ class BatchPlan:
 class BatchLoader:
     """An iterable of batches that Lightning can stop and resume in the middle of an epoch.
 
-    Lightning finds the length, the state and, by way of ``sampler``, `set_epoch`.
+    Lightning reads the length and the state, and calls `set_epoch` through ``sampler``.
 
     Args:
-        plan: The batches of each epoch.
-        item: Makes item ``position`` for ``epoch``; depends on nothing else.
-        num_workers: Processes that assemble batches ahead; 0 assembles them in this one, which
-            is enough for features that are read from a memory map.
+        plan: Plan of the batches of each epoch.
+        item: Function of a position and an epoch that returns the item; depends on nothing else.
+        num_workers: Number of processes that assemble batches ahead; 0 assembles them in this
+            process, which is fast enough for features from a memory map.
     """
 
     batch_sampler = None
-    """Lightning reads it of whatever has a ``sampler``."""
+    """Lightning reads this attribute of every loader that has a ``sampler``."""
 
     def __init__(
         self, plan: BatchPlan, item: Callable[[int, int], Item], *, num_workers: int = 0
@@ -185,9 +187,9 @@ class BatchLoader:
         return len(self.plan)
 
     def __iter__(self) -> Iterator[Batch]:
-        """Batches of the epoch; from where a loaded state left off, once.
+        """Yield the batches of the epoch; the first iteration after a loaded state resumes it.
 
-        The body runs at the first ``next``: Lightning makes the iterator before it tells the
+        The body runs at the first ``next``: Lightning creates the iterator before it sets the
         epoch.
         """
         self._delivered, self._start = self._start, 0
@@ -195,9 +197,9 @@ class BatchLoader:
         loader = torch.utils.data.DataLoader(
             _Assembly(batches, self.item, self._epoch),
             batch_size=None,
-            collate_fn=_as_it_is,
+            collate_fn=_unchanged,
             num_workers=self.num_workers,
-            # Else it would draw from torch's global generator, whose state is the training's own.
+            # Otherwise it would draw from torch's global generator, whose state training uses.
             generator=torch.Generator(),
         )
         for batch in loader:
@@ -210,16 +212,16 @@ class BatchLoader:
         return self
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch of the next iteration; another one begins at its first batch."""
+        """Set the epoch of the next iteration; a new epoch begins at its first batch."""
         if epoch != self._epoch:
             self._epoch, self._delivered, self._start = epoch, 0, 0
 
     def state_dict(self) -> dict[str, Any]:
-        """The epoch, and how many of its batches were handed out."""
+        """Return the epoch, and the number of its batches that were delivered."""
         return {"epoch": self._epoch, "delivered": self._delivered, "length": len(self)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up the epoch where `state_dict` was called.
+        """Resume the epoch at the call of `state_dict`.
 
         Raises:
             ValueError: If the state is that of other data, batch size or number of processes.
@@ -248,12 +250,15 @@ class _Assembly(torch.utils.data.Dataset):
         return collate([self.item(position, self.epoch) for position in self.batches[index]])
 
 
-def _as_it_is(batch: Any) -> Any:
+def _unchanged(batch: Any) -> Any:
     return batch
 
 
 def seed_of(*parts: object) -> int:
-    """A seed that depends on all parts, the same on every machine.
+    """Derive a seed from all parts, equal on every machine.
+
+    Args:
+        parts: Objects whose texts are hashed.
 
     Example:
         >>> seed_of(0, 1, "utterance") == seed_of(0, 1, "utterance") != seed_of(0, 2, "utterance")
@@ -264,7 +269,7 @@ def seed_of(*parts: object) -> int:
 
 
 def _bucket_bounds(cuts: Sequence[MonoCut], num_buckets: int) -> list[float]:
-    """The longest duration of each bucket, ascending, such that all hold equally many seconds."""
+    """Return the longest duration of each bucket, in seconds; their total durations are equal."""
     longest = max(cut.duration for cut in cuts)
     num_buckets = min(num_buckets, len(cuts))
     if num_buckets == 1:

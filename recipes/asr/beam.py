@@ -1,9 +1,8 @@
 """Beam search over many utterances at once.
 
-The search is that of ``torchaudio.models.RNNTBeamSearch``, and finds what that one finds. There,
-every list of hypotheses of every utterance calls the network by itself; here, all utterances take
-each step of the sound together, so that one call of the joint network and one of the predictor
-serve them all.
+Search and results equal those of ``torchaudio.models.RNNTBeamSearch``. There, the network is called
+for every list of hypotheses of every utterance; here, all utterances take each step of the sound
+together, with one call of the joint network and one of the predictor.
 
 Reference:
     Graves, "Sequence transduction with recurrent neural networks", arXiv 1211.3711, 2012.
@@ -26,11 +25,11 @@ from recipes.asr.vocabulary import BLANK
 
 @dataclass(frozen=True)
 class Hypothesis:
-    """A label sequence and where the predictor stands after it.
+    """A label sequence with the output and the state of the predictor after it.
 
     Attributes:
         labels: Labels without blanks.
-        score: Log-probability of the alignments found so far.
+        score: Log-probability of all its alignments so far, in nats.
         prediction: Output of the predictor after the labels.
         state: State of the predictor after the labels.
     """
@@ -42,7 +41,7 @@ class Hypothesis:
 
     @property
     def rank(self) -> float:
-        """Score per label; a longer sequence is not worse for being longer."""
+        """Normalize the score by the length, so that longer sequences are not worse."""
         return self.score / (len(self.labels) + 2)
 
 
@@ -55,31 +54,42 @@ class _Beam:
         self.closed: dict[tuple[int, ...], Hypothesis] = {}
 
     def close(self, blank: Sequence[float]) -> None:
-        """Let every open hypothesis move on to the next step; equal label sequences add up."""
+        """Move every open hypothesis to the next step; equal label sequences add up.
+
+        Args:
+            blank: Log-probability of blank for every open hypothesis, in nats.
+        """
         for hypothesis, logarithm in zip(self.open, blank, strict=True):
             score = hypothesis.score + logarithm
-            known = self.closed.get(hypothesis.labels)
-            if known is not None:
-                score = _add_logarithms(known.score, score)
+            equal = self.closed.get(hypothesis.labels)
+            if equal is not None:
+                score = _add_logarithms(equal.score, score)
             self.closed[hypothesis.labels] = _with_score(hypothesis, score)
 
     def expansions(
         self, labels: Float[Tensor, "hypotheses labels"]
     ) -> list[tuple[int, int, float]]:
-        """The best (open hypothesis, label, score) that may still enter the closed ones."""
+        """Return the best extensions that can still be among the closed hypotheses.
+
+        Args:
+            labels: Log-probability of every label but blank for every open hypothesis, in nats.
+
+        Returns:
+            Index of the open hypothesis, label, and score of each extension.
+        """
         scores = labels + torch.tensor([hypothesis.score for hypothesis in self.open])[:, None]
-        best, places = scores.flatten().topk(min(self.width, scores.numel()))
+        best, positions = scores.flatten().topk(min(self.width, scores.numel()))
         closed = sorted((hypothesis.score for hypothesis in self.closed.values()), reverse=True)
         worst = closed[self.width - 1] if len(closed) >= self.width else -math.inf
         return [
-            (place // labels.shape[1], place % labels.shape[1] + 1, score)
-            for score, place in zip(best.tolist(), places.tolist(), strict=True)
+            (position // labels.shape[1], position % labels.shape[1] + 1, score)
+            for score, position in zip(best.tolist(), positions.tolist(), strict=True)
             if score > worst
         ]
 
     def finish(self) -> list[Hypothesis]:
-        """The best hypotheses at the end of the step."""
-        ranked = sorted(self.closed.values(), key=lambda found: found.rank, reverse=True)
+        """Return the best hypotheses at the end of the step."""
+        ranked = sorted(self.closed.values(), key=lambda closed: closed.rank, reverse=True)
         return ranked[: self.width]
 
 
@@ -95,14 +105,14 @@ def beam_decode(
     """Search for the most likely labels of every utterance.
 
     Args:
-        model: A transducer.
-        features: Zero-padded features.
-        lengths: Valid frames of each utterance.
-        beam_width: Hypotheses kept per utterance and step.
-        max_labels_per_step: Most labels between two steps of the sound.
+        model: Transducer, or its programs.
+        features: Features, padded with zeros.
+        lengths: Number of valid frames of each utterance.
+        beam_width: Number of hypotheses per utterance after each step, positive.
+        max_labels_per_step: Largest number of labels between two steps of the sound.
 
     Returns:
-        For each utterance the labels of its best hypothesis, without blanks.
+        Labels of the best hypothesis of each utterance, without blanks.
 
     Raises:
         ValueError: If ``beam_width`` is not positive.
@@ -110,10 +120,10 @@ def beam_decode(
     if beam_width < 1:
         raise ValueError(f"beam_width must be at least 1, got {beam_width}")
     encodings, steps = model.transcribe(features, lengths)
-    found = [[start] for start in _start(model, len(steps), steps)]
+    hypotheses = [[start] for start in _start(model, len(steps), steps)]
     for step in range(int(steps.max())):
         running = [index for index, count in enumerate(steps.tolist()) if step < count]
-        beams = {index: _Beam(found[index], beam_width) for index in running}
+        beams = {index: _Beam(hypotheses[index], beam_width) for index in running}
         for labels_so_far in range(max_labels_per_step + 1):
             open_beams = {index: beam for index, beam in beams.items() if beam.open}
             if not open_beams:
@@ -123,12 +133,12 @@ def beam_decode(
                 beam.close(table[:, BLANK].tolist())
             _expand(model, open_beams, scores, last=labels_so_far == max_labels_per_step)
         for index, beam in beams.items():
-            found[index] = beam.finish()
-    return [list(hypotheses[0].labels) for hypotheses in found]
+            hypotheses[index] = beam.finish()
+    return [list(ranked[0].labels) for ranked in hypotheses]
 
 
 def _start(model: Decodable, count: int, like: Tensor) -> list[Hypothesis]:
-    """The empty hypothesis, once per utterance."""
+    """Return the empty hypothesis, once per utterance."""
     label = torch.full((1, 1), BLANK, dtype=torch.long, device=like.device)
     prediction, _, state = model.predict(label, torch.ones_like(label[0]), None)
     return [Hypothesis((), 0.0, prediction[0], _row(state, 0))] * count
@@ -137,35 +147,35 @@ def _start(model: Decodable, count: int, like: Tensor) -> list[Hypothesis]:
 def _score(
     model: Decodable, encodings: Float[Tensor, "batch dim"], beams: dict[int, _Beam]
 ) -> list[Tensor]:
-    """Log-probabilities of the next label, one table per beam; a row per open hypothesis."""
+    """Score the next label: one table of log-probabilities per beam, a row per open hypothesis."""
     counts = [len(beam.open) for beam in beams.values()]
     rows = torch.tensor([i for i, n in zip(beams, counts, strict=True) for _ in range(n)])
     predictions = torch.stack([h.prediction for beam in beams.values() for h in beam.open])
     ones = torch.ones_like(rows)
     now = encodings[rows.to(encodings.device)].unsqueeze(1)
     logits, _, _ = model.join(now, ones, predictions, ones)
-    # The bookkeeping is scalar work: it runs on the CPU whatever the network runs on.
+    # The rest is scalar work: it runs on the CPU, whatever the device of the network.
     return list(logits[:, 0, 0].log_softmax(dim=-1).cpu().split(counts))
 
 
 def _expand(model: Decodable, beams: dict[int, _Beam], scores: list[Tensor], *, last: bool) -> None:
     """Replace the open hypotheses by their best extensions; by none after the ``last`` round."""
-    chosen: list[tuple[_Beam, Hypothesis, int, float]] = []
+    selected: list[tuple[_Beam, Hypothesis, int, float]] = []
     for beam, table in zip(beams.values(), scores, strict=True):
         if not last:
             extensions = beam.expansions(table[:, BLANK + 1 :])
-            chosen += [(beam, beam.open[place], label, s) for place, label, s in extensions]
+            selected += [(beam, beam.open[index], label, s) for index, label, s in extensions]
         beam.open = []
-    if not chosen:
+    if not selected:
         return
-    parents = [parent for _, parent, _, _ in chosen]
+    parents = [parent for _, parent, _, _ in selected]
     device = parents[0].prediction.device
-    labels = torch.tensor([[label] for _, _, label, _ in chosen], device=device)
+    labels = torch.tensor([[label] for _, _, label, _ in selected], device=device)
     after = _stack([parent.state for parent in parents])
     predictions, _, states = model.predict(labels, torch.ones_like(labels[:, 0]), after)
-    for place, (beam, parent, label, score) in enumerate(chosen):
+    for row, (beam, parent, label, score) in enumerate(selected):
         extended = (*parent.labels, label)
-        beam.open.append(Hypothesis(extended, score, predictions[place], _row(states, place)))
+        beam.open.append(Hypothesis(extended, score, predictions[row], _row(states, row)))
 
 
 def _stack(states: list[State]) -> State:
@@ -175,8 +185,8 @@ def _stack(states: list[State]) -> State:
     ]
 
 
-def _row(state: State, place: int) -> State:
-    return [[tensor[place] for tensor in layer] for layer in state]
+def _row(state: State, row: int) -> State:
+    return [[tensor[row] for tensor in layer] for layer in state]
 
 
 def _with_score(hypothesis: Hypothesis, score: float) -> Hypothesis:
@@ -184,6 +194,6 @@ def _with_score(hypothesis: Hypothesis, score: float) -> Hypothesis:
 
 
 def _add_logarithms(first: float, second: float) -> float:
-    """The logarithm of the sum of the two numbers whose logarithms these are."""
+    """Return the logarithm of the sum of two numbers, from their logarithms."""
     high, low = max(first, second), min(first, second)
     return high + math.log1p(math.exp(low - high))

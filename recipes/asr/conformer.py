@@ -2,10 +2,10 @@ r"""A streaming Conformer encoder on torchaudio's building blocks.
 
 Every layer is a feed-forward half step, self-attention, a depthwise convolution and another
 feed-forward half step around residual connections (torchaudio's ``ConformerLayer``). Two things
-make it stream. Attention sees the ``left_context`` steps before the chunk that a step lies in,
-and that chunk, but nothing after it. The convolution is causal: it is padded on the left alone.
+make it stream. Attention of a step sees the step's chunk and the ``left_context`` steps before it,
+but nothing after it. The convolution is causal: it is padded on the left alone.
 
-Encoding chunk after chunk with the state of the chunk before gives what encoding the whole gives.
+Encoding chunk after chunk, each with the state of the previous one, equals encoding all at once.
 
 Reference:
     Gulati et al., "Conformer: convolution-augmented transformer for speech recognition",
@@ -20,19 +20,19 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torchaudio.models.conformer import ConformerLayer
 
-from recipes.asr.rnnt import FrameStacking, Joint, Predictor, State, Transducer
+from recipes.asr.rnnt import FrameStacking, State, Transducer, assemble
 
 
 class StreamingConformerLayer(ConformerLayer):
-    """A Conformer layer whose attention and convolution look back a limited way.
+    """A Conformer layer whose attention and convolution see a limited past.
 
     Args:
         size: Width of the layer.
         feed_forward_size: Width inside the feed-forward modules.
-        num_heads: Attention heads; must divide ``size``.
-        kernel_size: Steps that the causal depthwise convolution sees; odd.
-        left_context: Steps before the chunk that attention sees.
-        dropout: Probability of dropping a value.
+        num_heads: Number of attention heads; must divide ``size``.
+        kernel_size: Number of steps that the causal depthwise convolution sees, odd.
+        left_context: Number of steps before the chunk that attention sees.
+        dropout: Dropout probability, in [0, 1).
     """
 
     def __init__(
@@ -60,16 +60,16 @@ class StreamingConformerLayer(ConformerLayer):
         mask: Bool[Tensor, "..."],
         past: list[Tensor] | None = None,
     ) -> tuple[Float[Tensor, "time batch size"], list[Tensor]]:
-        """Encode ``steps``, which follow those that left ``past``.
+        """Encode ``steps``, the continuation of the steps before ``past`` was returned.
 
         Args:
-            steps: Input.
+            steps: Input of the layer.
             mask: True where a step (row) does not see a key (column); keys are those of ``past``
                 and then the steps.
-            past: State of the call before, or None at the start.
+            past: State that the previous call returned, or None at the start.
 
         Returns:
-            Output and the state for the steps that follow, the batch first in each tensor.
+            Output, and the state for the following steps, the batch first in each tensor.
         """
         x = steps + 0.5 * self.ffn1(steps)
         attended, keys = self._attend(self.self_attn_layer_norm(x), mask, past)
@@ -82,8 +82,8 @@ class StreamingConformerLayer(ConformerLayer):
     def _attend(self, x: Tensor, mask: Tensor, past: list[Tensor] | None) -> tuple[Tensor, Tensor]:
         keys = x if past is None else torch.cat([past[0].transpose(0, 1), x])
         attended, _ = self.self_attn(x, keys, keys, attn_mask=mask, need_weights=False)
-        kept = keys[max(0, len(keys) - self.left_context) :]
-        return attended, kept.transpose(0, 1)
+        past_keys = keys[max(0, len(keys) - self.left_context) :]
+        return attended, past_keys.transpose(0, 1)
 
     def _convolve(self, x: Tensor, past: list[Tensor] | None) -> tuple[Tensor, Tensor]:
         modules = self.conv_module.sequential
@@ -99,21 +99,22 @@ class StreamingConformerLayer(ConformerLayer):
 
 
 class ConformerEncoder(nn.Module):
-    """Stacked frames, a linear layer, Conformer layers, a projection.
+    """An encoder of stacked frames, a linear layer, Conformer layers and a projection.
 
     Args:
-        num_mels: Features per frame.
+        num_mels: Number of features per frame.
         frame_stack: See :class:`~recipes.asr.rnnt.FrameStacking`.
         frame_stride: See :class:`~recipes.asr.rnnt.FrameStacking`.
         size: Width of the layers.
         feed_forward_size: Width inside the feed-forward modules.
-        num_layers: Conformer layers.
-        num_heads: Attention heads.
-        kernel_size: Of the depthwise convolution, in steps.
-        left_context: Steps before its chunk that a step's attention sees.
-        chunk_size: Steps that see one another: a step sees up to ``chunk_size - 1`` steps ahead.
+        num_layers: Number of Conformer layers.
+        num_heads: Number of attention heads.
+        kernel_size: Size of the depthwise convolution, in steps.
+        left_context: Number of steps before its chunk that a step's attention sees.
+        chunk_size: Number of steps that see each other, positive: a step sees up to
+            ``chunk_size - 1`` steps ahead.
         output_size: Size of the vectors that enter the joint network.
-        dropout: Probability of dropping a value.
+        dropout: Dropout probability, in [0, 1).
 
     Raises:
         ValueError: If ``chunk_size`` is not positive or ``left_context`` negative.
@@ -161,7 +162,7 @@ class ConformerEncoder(nn.Module):
 
     @property
     def frames_per_step(self) -> int:
-        """Input frames per output vector."""
+        """Number of input frames per output vector."""
         return self.stacking.stride
 
     def forward(
@@ -170,11 +171,16 @@ class ConformerEncoder(nn.Module):
         lengths: Int[Tensor, " batch"],
         state: State | None = None,
     ) -> tuple[Float[Tensor, "batch steps encoded"], Int[Tensor, " batch"], State]:
-        """Encode ``features``, the continuation of the sound that left ``state``.
+        """Encode ``features``, the continuation of the sound before ``state`` was returned.
+
+        Args:
+            features: Features, padded at the end.
+            lengths: Number of valid frames of each utterance.
+            state: State that the previous call returned, or None at the start.
 
         Returns:
-            Encodings, their lengths, and the state for the frames that follow. In streaming every
-            call but the last must have whole chunks, ``chunk_size * frames_per_step`` frames.
+            Encodings, their lengths, and the state for the following frames. In streaming every
+            call except the last must have whole chunks, ``chunk_size * frames_per_step`` frames.
         """
         stacked, frames = self.stacking(features, None if state is None else state[0][0])
         steps = (lengths + self.frames_per_step - 1) // self.frames_per_step
@@ -188,10 +194,10 @@ class ConformerEncoder(nn.Module):
         return self.projection(x.transpose(0, 1)), steps, after
 
     def _mask(self, lengths: Int[Tensor, " batch"], steps: int, before: int) -> Bool[Tensor, "..."]:
-        """True where a step does not see a key; keys begin ``before`` steps earlier.
+        """Mask the keys that a step does not see; keys begin ``before`` steps earlier.
 
         In chunks of one step nothing lies ahead, padding included; in longer ones the padding
-        behind the end of an utterance is masked, but for a step's view of itself.
+        after the end of an utterance is masked, except a step's view of itself.
         """
         query = torch.arange(steps, device=lengths.device)[:, None]
         key = torch.arange(-before, steps, device=lengths.device)
@@ -244,11 +250,11 @@ def conformer_transducer(
         output_size=joint_size,
         dropout=encoder_dropout,
     )
-    predictor = Predictor(
+    return assemble(
+        encoder,
         num_labels=num_labels,
         embedding_size=embedding_size,
-        hidden_size=predictor_size,
-        output_size=joint_size,
+        predictor_size=predictor_size,
+        joint_size=joint_size,
         dropout=predictor_dropout,
     )
-    return Transducer(encoder, predictor, Joint(input_size=joint_size, num_labels=num_labels))

@@ -4,9 +4,9 @@ A corpus is an object with one method, ``load``, which returns `Splits`: three `
 one cut per utterance, each with one supervision that holds transcript and speaker. Only headers
 are read here; `recipes.asr.features` decodes the audio.
 
-One bad file among thousands must not stop a run of days, and a corpus that is wrong as a whole
-must not start one. So problems are collected: up to a share they end in one warning, above it in
-an error. Both name the files.
+One bad file among thousands must not stop a run of days, and a wrong corpus must not start one. So
+problems are collected: up to a fraction of the files they cause one warning, above it an error.
+Both name the files.
 """
 
 from __future__ import annotations
@@ -44,24 +44,25 @@ class Splits(NamedTuple):
 
 
 class Corpus(Protocol):
-    """What `recipes.asr.data.SpeechDataModule` asks of a corpus."""
+    """A corpus, as `recipes.asr.data.SpeechDataModule` uses it."""
 
-    def load(self, *, cache_dir: Path, sample_rate_hz: int, max_bad_share: float) -> Splits:
-        """Manifests of the three parts.
+    def load(self, *, cache_dir: Path, sample_rate_hz: int, max_bad_fraction: float) -> Splits:
+        """Load the manifests of the three parts.
 
         Args:
-            cache_dir: Folder for what the corpus has to make itself.
-            sample_rate_hz: The rate that every recording must have.
-            max_bad_share: Largest share of unusable utterances that is only warned of.
+            cache_dir: Folder for files that the corpus creates.
+            sample_rate_hz: Sample rate of every recording, in Hz.
+            max_bad_fraction: Largest fraction of unusable utterances that causes a warning and no
+                error, in [0, 1].
 
         Raises:
-            CorpusError: If the corpus is missing, or if more of it is unusable.
+            CorpusError: If the corpus is missing, or if a larger fraction is unusable.
         """
         ...
 
 
 class Utterance(NamedTuple):
-    """One line of a corpus's transcripts, and where its audio should be."""
+    """One line of a corpus's transcripts, with the path of its audio."""
 
     id: str
     speaker: str
@@ -73,27 +74,29 @@ class Utterance(NamedTuple):
 
 @dataclass
 class BadFiles:
-    """A tally of unusable files, settled at the end by one warning or one error.
+    """A list of unusable files, reported at the end in one warning or one error.
 
     Args:
-        of: What the files belong to, for the message.
-        max_share: Largest share of bad files, in [0, 1], that is only warned of.
+        of: Name of the part that the files belong to, for the message.
+        max_fraction: Largest fraction of bad files that causes a warning and no error, in [0, 1].
 
     Example:
-        >>> bad = BadFiles(of="corpus", max_share=0.01)
+        >>> bad = BadFiles(of="corpus", max_fraction=0.01)
         >>> bad.add("a.flac", "is empty")
-        >>> bad.settle(total=10)
+        >>> bad.report(total=10)
         Traceback (most recent call last):
         recipes.asr.corpora.CorpusError: 1 of 10 files of corpus (10.0 %) cannot be used...
     """
 
     of: str
-    max_share: float
+    max_fraction: float
     reasons: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if not 0 <= self.max_share <= 1:
-            raise ValueError(f"data.max_bad_share is a share in [0, 1], got {self.max_share}")
+        if not 0 <= self.max_fraction <= 1:
+            raise ValueError(
+                f"data.max_bad_fraction is a fraction in [0, 1], got {self.max_fraction}"
+            )
 
     def add(self, name: str, reason: str) -> None:
         """Note that the file ``name`` cannot be used because it ``reason``."""
@@ -101,25 +104,28 @@ class BadFiles:
             name = f"{name} (again)"
         self.reasons[name] = reason
 
-    def settle(self, total: int) -> None:
+    def report(self, total: int) -> None:
         """Warn once about the bad files among ``total``, or raise if there are too many.
 
+        Args:
+            total: Number of all files.
+
         Raises:
-            CorpusError: If their share is above ``max_share``.
+            CorpusError: If the fraction of bad files is above ``max_fraction``.
         """
         if not self.reasons:
             return
-        share = len(self.reasons) / max(total, 1)
+        fraction = len(self.reasons) / max(total, 1)
         shown = [f"{name} {reason}" for name, reason in list(self.reasons.items())[:3]]
         if len(self.reasons) > len(shown):
             shown.append("…")
         message = (
-            f"{len(self.reasons)} of {total} files of {self.of} ({share:.1%}) cannot be used: "
+            f"{len(self.reasons)} of {total} files of {self.of} ({fraction:.1%}) cannot be used: "
         ).replace("%", " %") + "; ".join(shown)
-        if share > self.max_share:
+        if fraction > self.max_fraction:
             raise CorpusError(
-                f"{message}. Repair or remove them, or raise data.max_bad_share "
-                f"(now {self.max_share})"
+                f"{message}. Repair or remove them, or raise data.max_bad_fraction "
+                f"(now {self.max_fraction})"
             )
         warnings.warn(f"{message}. They are left out", stacklevel=2)
 
@@ -128,9 +134,9 @@ def read_audio(path: str | Path) -> np.ndarray:
     """Decode a mono recording to float32 samples in [-1, 1].
 
     Raises:
-        CorpusError: If the file is missing, unreadable or truncated, or if it holds samples that
-            are no sound: NaN, infinite, or far beyond full scale. One of them would spoil the
-            normalization of the whole corpus. The message names the file.
+        CorpusError: If the file is missing, unreadable or truncated, or if samples are NaN,
+            infinite or far above full scale. One of them would damage the normalization of the
+            entire corpus. The message names the file.
     """
     if not Path(path).is_file():
         raise CorpusError(f"{path} is missing")
@@ -146,9 +152,10 @@ def read_audio(path: str | Path) -> np.ndarray:
             f"{len(samples)} are there)"
         )
     if not np.isfinite(samples).all():
-        (where,) = np.nonzero(~np.isfinite(samples.reshape(len(samples), -1)).all(axis=1))
+        (positions,) = np.nonzero(~np.isfinite(samples.reshape(len(samples), -1)).all(axis=1))
         raise CorpusError(
-            f"{path} holds {len(where)} samples that are NaN or infinite, the first at {where[0]}"
+            f"{path} has {len(positions)} samples that are NaN or infinite, the first at "
+            f"{positions[0]}"
         )
     if samples.size and (peak := float(np.abs(samples).max())) > LOUDEST:
         raise CorpusError(
@@ -158,14 +165,14 @@ def read_audio(path: str | Path) -> np.ndarray:
 
 
 def make_cut(utterance: Utterance, *, sample_rate_hz: int) -> MonoCut:
-    """The manifest of one utterance, from its file's header.
+    """Create the manifest of one utterance from its file's header.
 
     Args:
         utterance: Transcript, speaker and path.
-        sample_rate_hz: The rate that the file must have.
+        sample_rate_hz: Required sample rate, in Hz.
 
     Returns:
-        A cut over the whole recording with one supervision; all three ids are the utterance's.
+        A cut over the entire recording with one supervision; all three ids are the utterance's.
 
     Raises:
         CorpusError: If the file is missing, is unreadable, has another rate or more than one
@@ -186,17 +193,22 @@ def make_cut(utterance: Utterance, *, sample_rate_hz: int) -> MonoCut:
     if header.channels != 1:
         raise CorpusError(f"{name} has {header.channels} channels, not one; mix it down")
     if header.frames == 0:
-        raise CorpusError(f"{name} holds no audio")
+        raise CorpusError(f"{name} has no audio")
     text = normalize_text(utterance.text)
     if not text:
         raise CorpusError(f"{name} has an empty transcript")
-    return _whole_recording(utterance._replace(text=text), sample_rate_hz, header.frames)
+    return _recording_cut(utterance._replace(text=text), sample_rate_hz, header.frames)
 
 
 def make_cuts(utterances: Sequence[Utterance], *, sample_rate_hz: int, bad: BadFiles) -> CutSet:
-    """The manifest of many utterances; unusable ones are noted in ``bad`` and left out.
+    """Create the manifest of many utterances; unusable ones are added to ``bad`` and left out.
 
-    Of several utterances with one id the first is taken and the others are noted.
+    Of several utterances with one id the first is used and the others are added to ``bad``.
+
+    Args:
+        utterances: Utterances of one part.
+        sample_rate_hz: Required sample rate, in Hz.
+        bad: List of unusable files, extended and reported here.
     """
     cuts = []
     sources: dict[str, str] = {}
@@ -212,7 +224,7 @@ def make_cuts(utterances: Sequence[Utterance], *, sample_rate_hz: int, bad: BadF
         except CorpusError as error:
             name = str(utterance.path)
             bad.add(name, str(error).removeprefix(name).strip())
-    bad.settle(len(utterances))
+    bad.report(len(utterances))
     return CutSet.from_cuts(cuts)
 
 
@@ -220,14 +232,14 @@ def make_cuts(utterances: Sequence[Utterance], *, sample_rate_hz: int, bad: BadF
 class AN4:
     """CMU AN4: people spell names, addresses and numbers; 16 kHz.
 
-    The folder holds ``train.tsv`` and ``test.tsv`` (utterance, speaker, transcript between tabs)
-    and the audio as ``<train|test>/<speaker>/<utterance>.flac``. AN4 has no validation part: whole
-    speakers are held out from the training part.
+    The folder has ``train.tsv`` and ``test.tsv`` (utterance, speaker, transcript between tabs)
+    and the audio as ``<train|test>/<speaker>/<utterance>.flac``. AN4 has no validation part:
+    entire speakers are held out from the training part.
 
     Args:
-        root: The folder.
-        validation_share: Share of the training utterances to hold out, at least; in (0, 1).
-        split_seed: Seed of the choice of speakers.
+        root: Folder of the corpus.
+        validation_fraction: Least fraction of the training utterances to hold out, in (0, 1).
+        split_seed: Seed of the random order of speakers.
 
     Reference:
         Acero, "Acoustical and environmental robustness in automatic speech recognition",
@@ -235,25 +247,25 @@ class AN4:
     """
 
     root: str | Path
-    validation_share: float = 0.05
+    validation_fraction: float = 0.05
     split_seed: int = 0
 
     def __post_init__(self) -> None:
-        if not 0 < self.validation_share < 1:
+        if not 0 < self.validation_fraction < 1:
             raise ValueError(
-                f"data.validation_share is a share in (0, 1), got {self.validation_share}"
+                f"data.validation_fraction is a fraction in (0, 1), got {self.validation_fraction}"
             )
 
-    def load(self, *, cache_dir: Path, sample_rate_hz: int, max_bad_share: float) -> Splits:
-        """Manifests of the three parts; see `Corpus.load`."""
+    def load(self, *, cache_dir: Path, sample_rate_hz: int, max_bad_fraction: float) -> Splits:
+        """Load the manifests of the three parts; see `Corpus.load`."""
         root = _existing_folder(self.root, of="AN4")
         parts = {}
         for part in ("train", "test"):
-            bad = BadFiles(of=f"AN4 {part}", max_share=max_bad_share)
+            bad = BadFiles(of=f"AN4 {part}", max_fraction=max_bad_fraction)
             utterances = list(_read_tsv(root / f"{part}.tsv", audio=root / part))
             parts[part] = make_cuts(utterances, sample_rate_hz=sample_rate_hz, bad=bad)
         train, validation = hold_out_speakers(
-            parts["train"], share=self.validation_share, seed=self.split_seed
+            parts["train"], fraction=self.validation_fraction, seed=self.split_seed
         )
         return Splits(train, validation, parts["test"])
 
@@ -262,14 +274,14 @@ class AN4:
 class LibriSpeech:
     """LibriSpeech, or any corpus in its layout: read English books, 16 kHz.
 
-    The folder holds subsets; in each ``<speaker>/<chapter>/`` lie ``<utterance>.flac`` and one
+    The folder has subsets; each ``<speaker>/<chapter>/`` in them has ``<utterance>.flac`` and one
     ``<speaker>-<chapter>.trans.txt`` with an utterance id and its transcript per line.
 
     Args:
-        root: The folder that holds the subsets.
-        train: Name or names of subsets to train on, such as ``train-clean-100``.
-        validation: The same for validation.
-        test: The same for the test.
+        root: Folder of the subsets.
+        train: Name or names of training subsets, such as ``train-clean-100``.
+        validation: Name or names of validation subsets.
+        test: Name or names of test subsets.
 
     Reference:
         Panayotov et al., "Librispeech: an ASR corpus based on public domain audio books",
@@ -281,25 +293,26 @@ class LibriSpeech:
     validation: str | Sequence[str] = "dev-clean"
     test: str | Sequence[str] = "test-clean"
 
-    def load(self, *, cache_dir: Path, sample_rate_hz: int, max_bad_share: float) -> Splits:
-        """Manifests of the three parts; see `Corpus.load`."""
+    def load(self, *, cache_dir: Path, sample_rate_hz: int, max_bad_fraction: float) -> Splits:
+        """Load the manifests of the three parts; see `Corpus.load`."""
         root = _existing_folder(self.root, of="LibriSpeech")
         parts = []
         for subsets in (self.train, self.validation, self.test):
             names = [subsets] if isinstance(subsets, str) else list(subsets)
             utterances = [u for name in names for u in _read_subset(root, name)]
-            bad = BadFiles(of=f"LibriSpeech {' '.join(names)}", max_share=max_bad_share)
+            bad = BadFiles(of=f"LibriSpeech {' '.join(names)}", max_fraction=max_bad_fraction)
             parts.append(make_cuts(utterances, sample_rate_hz=sample_rate_hz, bad=bad))
         return Splits(*parts)
 
 
-def hold_out_speakers(cuts: CutSet, *, share: float, seed: int) -> tuple[CutSet, CutSet]:
+def hold_out_speakers(cuts: CutSet, *, fraction: float, seed: int) -> tuple[CutSet, CutSet]:
     """Split utterances in two without a speaker in both.
 
     Args:
         cuts: Utterances of at least two speakers.
-        share: Share of the utterances to hold out; whole speakers are added until it is reached.
-        seed: Seed of the order in which speakers are taken.
+        fraction: Least fraction of the utterances to hold out, in (0, 1); entire speakers are added
+            until it is reached.
+        seed: Seed of the random order of speakers.
 
     Returns:
         The larger part and the held-out part, each in the order of ``cuts``.
@@ -311,21 +324,21 @@ def hold_out_speakers(cuts: CutSet, *, share: float, seed: int) -> tuple[CutSet,
     speakers = sorted(sizes)
     random.Random(seed).shuffle(speakers)
     held_out: set[str] = set()
-    while sum(sizes[speaker] for speaker in held_out) < share * sum(sizes.values()):
+    while sum(sizes[speaker] for speaker in held_out) < fraction * sum(sizes.values()):
         held_out.add(speakers.pop())
     if not speakers:
         raise CorpusError(
-            f"holding out {share:.0%} of the utterances by whole speakers takes all "
-            f"{len(sizes)} speakers; lower data.validation_share"
+            f"holding out {fraction:.0%} of the utterances by entire speakers takes all "
+            f"{len(sizes)} speakers; lower data.validation_fraction"
         )
-    kept: list[MonoCut] = []
-    taken: list[MonoCut] = []
+    training: list[MonoCut] = []
+    validation: list[MonoCut] = []
     for cut in cuts:
-        (taken if cut.supervisions[0].speaker in held_out else kept).append(cut)
-    return CutSet.from_cuts(kept), CutSet.from_cuts(taken)
+        (validation if cut.supervisions[0].speaker in held_out else training).append(cut)
+    return CutSet.from_cuts(training), CutSet.from_cuts(validation)
 
 
-def _whole_recording(utterance: Utterance, sample_rate_hz: int, num_samples: int) -> MonoCut:
+def _recording_cut(utterance: Utterance, sample_rate_hz: int, num_samples: int) -> MonoCut:
     duration = num_samples / sample_rate_hz
     recording = Recording(
         id=utterance.id,
@@ -356,7 +369,7 @@ def _existing_folder(root: str | Path, *, of: str) -> Path:
     folder = Path(root)
     if not folder.is_dir():
         raise CorpusError(
-            f"there is no folder {folder} (seen from {Path.cwd()}); set data.root to the folder "
+            f"there is no folder {folder} (relative to {Path.cwd()}); set data.root to the folder "
             f"of {of}"
         )
     return folder
@@ -392,8 +405,8 @@ def _read_tsv(path: Path, *, audio: Path) -> Iterable[Utterance]:
 def _read_subset(root: Path, name: str) -> list[Utterance]:
     subset = root / name
     if not subset.is_dir():
-        found = sorted(path.name for path in root.iterdir() if path.is_dir())
-        raise CorpusError(f"there is no subset {subset}; {root} holds the folders {found}")
+        folders = sorted(path.name for path in root.iterdir() if path.is_dir())
+        raise CorpusError(f"there is no subset {subset}; {root} has the folders {folders}")
     utterances: list[Utterance] = []
     for transcripts in sorted(subset.rglob("*.trans.txt")):
         for number, line in _read_lines(transcripts):
@@ -406,11 +419,11 @@ def _read_subset(root: Path, name: str) -> list[Utterance]:
     silent = set(subset.rglob("*.flac")) - {utterance.path for utterance in utterances}
     utterances += [Utterance(path.stem, path.stem.split("-")[0], "", path) for path in silent]
     if not utterances:
-        raise CorpusError(f"{subset} holds neither *.trans.txt nor *.flac")
+        raise CorpusError(f"{subset} has neither *.trans.txt nor *.flac")
     return sorted(utterances, key=lambda utterance: utterance.path)
 
 
-def _require_plain(name: str, what: str) -> None:
-    """Raise unless a name that becomes a part of a path is one: no folder, no way out of one."""
+def _require_plain(name: str, kind: str) -> None:
+    """Raise unless a name is a plain file name, without a folder."""
     if name in (".", "..") or any(mark in name for mark in "/\\\0"):
-        raise CorpusError(f"{what} {name!r} is not the name of a file: it may not hold / or \\")
+        raise CorpusError(f"{kind} {name!r} is not the name of a file: it may not contain / or \\")

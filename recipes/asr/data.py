@@ -1,7 +1,7 @@
-"""The data of a speech recognizer, as Lightning wants it.
+"""The data of a speech recognizer as a Lightning data module.
 
 `SpeechDataModule` turns a corpus into batches: manifests, vocabulary, cached features at several
-speeds, SpecAugment, buckets of similar duration. `digits`, `an4` and `librispeech` make it for one
+speeds, SpecAugment, buckets of similar duration. `digits`, `an4` and `librispeech` build it for one
 corpus each; they are the targets of the files in ``conf/data``.
 """
 
@@ -28,33 +28,34 @@ __all__ = ["Batch", "SpeechDataModule", "an4", "digits", "librispeech"]
 class SpeechDataModule(pl.LightningDataModule):
     """Batches of speech for training, validation and test.
 
-    Everything a batch holds follows from the settings, the epoch and its place in the epoch, so a
-    run that was resumed sees what the uninterrupted one would have seen. A checkpoint carries the
-    vocabulary and the normalization: they are the model's, also on another corpus.
+    A batch follows from the settings, the epoch and its position in the epoch alone, so a resumed
+    run gets the batches of the uninterrupted one. A checkpoint has the vocabulary and the
+    normalization: they belong to the model, also on another corpus.
 
     Args:
-        corpus: Where utterances come from.
-        units: What the model writes, characters or whole words.
-        alphabet: The characters that are allowed; none: those of the training transcripts.
+        corpus: Corpus of the utterances.
+        units: Units of the vocabulary, ``"character"`` or ``"word"``.
+        alphabet: Allowed characters; None for those of the training transcripts.
         num_mels: Number of mel bands.
-        sample_rate_hz: Sample rate that all recordings must have.
-        speeds: Each training utterance is heard once per epoch at each of these speeds.
-        tail_padding_ms: Digital silence after each utterance, where recordings end too early for
-            a streaming model. It also tells the model that all is said: a transducer may then
-            learn to wait for it, so leave it out where recordings end in a pause of their own.
-        spec_augment: Masks for the training features, or none.
+        sample_rate_hz: Sample rate of all recordings, in Hz.
+        speeds: Speed factors; an epoch has each training utterance once at each of them.
+        tail_padding_ms: Length of digital silence after each utterance, in ms, for recordings that
+            end too early for a streaming model. It also marks the end: a transducer may learn to
+            wait for it, so use 0 for recordings that end in a pause.
+        spec_augment: Masks of the training features, or None.
         batch_seconds: Upper bound of the audio in a batch, in seconds, padding included.
-        num_buckets: Number of groups by duration.
-        curriculum_epochs: In this many epochs, the first ones, short utterances come first.
+        num_buckets: Number of groups by duration, positive.
+        curriculum_epochs: Number of first epochs in which short utterances come before long ones.
         seed: Seed of the order and of the masks.
-        cache_dir: Folder of features, and of corpora that are made rather than read.
-        max_bad_share: Largest share of unusable files that is only warned of.
-        num_workers: Processes that assemble batches ahead.
+        cache_dir: Folder of features, and of corpora that are synthesized.
+        max_bad_fraction: Largest fraction of unusable files that causes a warning and no error, in
+            [0, 1].
+        num_workers: Number of processes that assemble batches ahead.
 
     Attributes:
-        vocabulary: The labels; after ``setup``.
-        normalization: Of the training features; after ``setup``.
-        num_mels: Width of the features.
+        vocabulary: Vocabulary of the labels; after ``setup``.
+        normalization: Normalization of the training features; after ``setup``.
+        num_mels: Number of features per frame.
     """
 
     vocabulary: Vocabulary
@@ -76,16 +77,16 @@ class SpeechDataModule(pl.LightningDataModule):
         curriculum_epochs: int = 0,
         seed: int = 0,
         cache_dir: str | Path = ".cache/lightning-nna",
-        max_bad_share: float = 0.01,
+        max_bad_fraction: float = 0.01,
         num_workers: int = 0,
     ) -> None:
         super().__init__()
         check_speeds(speeds)
         if alphabet is not None and units != "character":
             raise ValueError(f"data.alphabet goes with units=character, not with units={units}")
-        # What is wrong with a setting should be said before hours of reading, not after.
+        # Validate these settings now, not after hours of reading.
         Vocabulary((), units)
-        BadFiles(of="corpus", max_share=max_bad_share)
+        BadFiles(of="corpus", max_fraction=max_bad_fraction)
         self.corpus, self.units, self.alphabet = corpus, units, alphabet
         self.num_mels = num_mels
         self.log_mel = LogMel(num_mels=num_mels, sample_rate_hz=sample_rate_hz)
@@ -95,37 +96,37 @@ class SpeechDataModule(pl.LightningDataModule):
         self.batch_seconds, self.num_buckets, self.seed = batch_seconds, num_buckets, seed
         self.curriculum_epochs = curriculum_epochs
         self.cache_dir = Path(cache_dir)
-        self.max_bad_share, self.num_workers = max_bad_share, num_workers
+        self.max_bad_fraction, self.num_workers = max_bad_fraction, num_workers
         self._parts: dict[str, _Part] = {}
 
     def prepare_data(self) -> None:
-        """Make what is missing in the cache: once per machine, before ``setup``."""
+        """Fill the cache, once per machine, before ``setup``."""
         self.setup()
 
     def setup(self, stage: str | None = None) -> None:
-        """Open manifests and features of all three parts, and make the vocabulary.
+        """Open manifests and features of all three parts, and build the vocabulary.
 
         Raises:
-            CorpusError: If the corpus is missing, or too much of it cannot be used.
+            CorpusError: If the corpus is missing, or too many of its files cannot be used.
         """
         if not self._parts:
             self._parts, self.vocabulary = self._load()
             self.normalization = self._parts["train"].store.normalization
 
     def train_dataloader(self) -> BatchLoader:
-        """Shuffled, masked batches; every utterance at every speed."""
+        """Return shuffled, masked batches, with every utterance at every speed."""
         return self._loader("train", shuffle=True)
 
     def val_dataloader(self) -> BatchLoader:
-        """Unchanged utterances of the validation part, always in the same batches."""
+        """Return unchanged utterances of the validation part, always in the same batches."""
         return self._loader("validation", shuffle=False)
 
     def test_dataloader(self) -> BatchLoader:
-        """Unchanged utterances of the test part, always in the same batches."""
+        """Return unchanged utterances of the test part, always in the same batches."""
         return self._loader("test", shuffle=False)
 
     def state_dict(self) -> dict[str, Any]:
-        """Vocabulary, normalization, and of which features they are."""
+        """Return vocabulary and normalization, with the settings of their features."""
         return {
             "features": asdict(self.log_mel),
             "vocabulary": self.vocabulary.to_dict(),
@@ -136,15 +137,15 @@ class SpeechDataModule(pl.LightningDataModule):
         """Use the vocabulary and the normalization that a model was trained with.
 
         Raises:
-            ValueError: If these are of other features than this module delivers.
+            ValueError: If these belong to other features than this module delivers.
         """
-        # Files that were written before this was noted have no features.
-        trained, given = state_dict.get("features"), asdict(self.log_mel)
-        if trained is not None and trained != given:
+        # Files of older versions have no settings of features.
+        trained, settings = state_dict.get("features"), asdict(self.log_mel)
+        if trained is not None and trained != settings:
             differing = ", ".join(
-                f"{key}={given[key]} (trained with {trained.get(key)})"
-                for key in given
-                if given[key] != trained.get(key)
+                f"{key}={value} (trained with {trained.get(key)})"
+                for key, value in settings.items()
+                if value != trained.get(key)
             )
             raise ValueError(f"the model was trained on other features than data has: {differing}")
         self.vocabulary = Vocabulary.from_dict(state_dict["vocabulary"])
@@ -154,7 +155,7 @@ class SpeechDataModule(pl.LightningDataModule):
         splits = self.corpus.load(
             cache_dir=self.cache_dir,
             sample_rate_hz=self.log_mel.sample_rate_hz,
-            max_bad_share=self.max_bad_share,
+            max_bad_fraction=self.max_bad_fraction,
         )
         vocabulary = self._make_vocabulary(splits)
         return {
@@ -169,12 +170,12 @@ class SpeechDataModule(pl.LightningDataModule):
     def _make_part(self, name: str, cuts: CutSet, vocabulary: Vocabulary) -> _Part:
         name = f"{type(self.corpus).__name__} {name}"
         store = FeatureStore.build(
-            _encodable(cuts, vocabulary, BadFiles(of=name, max_share=self.max_bad_share)),
+            _encodable(cuts, vocabulary, BadFiles(of=name, max_fraction=self.max_bad_fraction)),
             log_mel=self.log_mel,
             cache_dir=self.cache_dir,
             speeds=self.speeds if name.endswith("train") else (1.0,),
             tail_padding_ms=self.tail_padding_ms,
-            max_bad_share=self.max_bad_share,
+            max_bad_fraction=self.max_bad_fraction,
             name=name,
         )
         return _Part(store, {cut.id: cut for cut in cuts})
@@ -208,14 +209,14 @@ class SpeechDataModule(pl.LightningDataModule):
 
 
 class _Part:
-    """One part of a corpus: its features and its manifest."""
+    """A part of a corpus: its features and its manifest."""
 
     def __init__(self, store: FeatureStore, cuts: dict[str, MonoCut]) -> None:
         self.store, self.cuts = store, cuts
         self.texts = {utterance: _text(cut) for utterance, cut in cuts.items()}
 
     def examples(self) -> list[MonoCut]:
-        """One cut per example of the store, as long as it is at its speed."""
+        """Return one cut per example of the store, with its duration at its speed."""
         return [
             cut if example.speed == 1.0 else cut.perturb_speed(example.speed)
             for example in self.store.examples
@@ -234,7 +235,10 @@ def digits(
     corpus_seed: int = 0,
     **settings: Any,
 ) -> SpeechDataModule:
-    """Spoken digits; see `recipes.asr.digits.Digits` and `SpeechDataModule` for the settings."""
+    """Build the data of spoken digits.
+
+    See `recipes.asr.digits.Digits` for the arguments, and `SpeechDataModule` for ``settings``.
+    """
     corpus = Digits(
         train_size=train_size,
         validation_size=validation_size,
@@ -250,12 +254,15 @@ def digits(
 def an4(
     *,
     root: str | Path,
-    validation_share: float = 0.05,
+    validation_fraction: float = 0.05,
     split_seed: int = 0,
     **settings: Any,
 ) -> SpeechDataModule:
-    """CMU AN4; see `recipes.asr.corpora.AN4` and `SpeechDataModule` for the settings."""
-    corpus = AN4(root=root, validation_share=validation_share, split_seed=split_seed)
+    """Build the data of CMU AN4.
+
+    See `recipes.asr.corpora.AN4` for the arguments, and `SpeechDataModule` for ``settings``.
+    """
+    corpus = AN4(root=root, validation_fraction=validation_fraction, split_seed=split_seed)
     return SpeechDataModule(corpus=corpus, **settings)
 
 
@@ -267,7 +274,10 @@ def librispeech(
     test: str | Sequence[str] = "test-clean",
     **settings: Any,
 ) -> SpeechDataModule:
-    """LibriSpeech; see `recipes.asr.corpora.LibriSpeech` and `SpeechDataModule`."""
+    """Build the data of LibriSpeech.
+
+    See `recipes.asr.corpora.LibriSpeech` for the arguments, `SpeechDataModule` for ``settings``.
+    """
     corpus = LibriSpeech(root=root, train=train, validation=validation, test=test)
     return SpeechDataModule(corpus=corpus, **settings)
 
@@ -282,13 +292,13 @@ def _text(cut: MonoCut) -> str:
 
 
 def _encodable(cuts: CutSet, vocabulary: Vocabulary, bad: BadFiles) -> CutSet:
-    """The cuts whose transcript the vocabulary can write."""
-    kept = []
+    """Select the cuts whose transcripts have units of the vocabulary only."""
+    encodable = []
     for cut in cuts:
         if unknown := vocabulary.unknown(_text(cut)):
             source = str(cut.recording.sources[0].source)
             bad.add(source, f"has {vocabulary.kind}s outside the vocabulary: {unknown}")
         else:
-            kept.append(cut)
-    bad.settle(len(cuts))
-    return CutSet.from_cuts(kept)
+            encodable.append(cut)
+    bad.report(len(cuts))
+    return CutSet.from_cuts(encodable)

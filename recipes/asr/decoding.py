@@ -1,8 +1,8 @@
 """From transducer scores to labels: batched greedy search, and torchaudio's beam search.
 
-Both see the model through its four methods only (``transcribe``, ``predict``, ``join`` and the
-streaming form of the first), so what decodes the float model decodes it on the chip. For a beam
-search over a whole batch see :mod:`recipes.asr.beam`.
+Both call the model through its four methods only (``transcribe``, ``predict``, ``join`` and the
+streaming form of the first), so they decode the float model, the emulated one and its programs
+alike. For a beam search over a batch see :mod:`recipes.asr.beam`.
 
 Reference:
     Graves, "Sequence transduction with recurrent neural networks", arXiv 1211.3711, 2012.
@@ -22,15 +22,15 @@ from recipes.asr.vocabulary import BLANK
 
 
 class Decodable(Protocol):
-    """What decoders call: a transducer, or its programs."""
+    """A transducer or its programs, as decoders call it."""
 
     def transcribe(self, sources: Tensor, source_lengths: Tensor) -> tuple[Tensor, Tensor]:
-        """Encode whole utterances; returns encodings and their lengths."""
+        """Encode utterances, and return encodings and their lengths."""
 
     def predict(
         self, targets: Tensor, target_lengths: Tensor, state: State | None
     ) -> tuple[Tensor, Tensor, State]:
-        """Encode labels, the continuation of those that left ``state``."""
+        """Encode labels, the continuation of those before ``state`` was returned."""
 
     def join(
         self,
@@ -39,7 +39,7 @@ class Decodable(Protocol):
         target_encodings: Tensor,
         target_lengths: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Score the next label for every pair; lengths pass through."""
+        """Score the next label for every pair; lengths are returned unchanged."""
 
 
 @torch.no_grad()
@@ -50,20 +50,21 @@ def greedy_decode(
     *,
     max_labels_per_step: int = 10,
 ) -> list[list[int]]:
-    """Follow the best label of every step, all utterances of the batch side by side.
+    """Decode the best label of every step, all utterances of the batch together.
 
-    Every utterance has its own clock: where the best label is blank (or the step has had
-    ``max_labels_per_step`` labels) the clock moves on, elsewhere the label is appended. The result
+    Every utterance has its own clock: if the best label is blank (or the step has had
+    ``max_labels_per_step`` labels) the clock advances, otherwise the label is appended. The result
     of an utterance is the same in any batch.
 
     Args:
-        model: A transducer.
-        features: Zero-padded features.
-        lengths: Valid frames of each utterance.
-        max_labels_per_step: Bound that keeps an untrained model from never moving on.
+        model: Transducer, or its programs.
+        features: Features, padded with zeros.
+        lengths: Number of valid frames of each utterance.
+        max_labels_per_step: Largest number of labels per step, positive; an untrained model might
+            never output blank.
 
     Returns:
-        For each utterance its labels, without blanks.
+        Labels of each utterance, without blanks.
 
     Raises:
         ValueError: If ``max_labels_per_step`` is not positive.
@@ -92,10 +93,10 @@ def greedy_decode(
     return hypotheses
 
 
-def _select(which: Tensor, after: State, before: State) -> State:
-    """Take the state ``after`` for the utterances in ``which``, ``before`` for the others."""
+def _select(mask: Tensor, after: State, before: State) -> State:
+    """Select the state ``after`` where ``mask`` is True, ``before`` for the other utterances."""
     return [
-        [torch.where(which[:, None], new, old) for new, old in zip(layer, former, strict=True)]
+        [torch.where(mask[:, None], new, old) for new, old in zip(layer, former, strict=True)]
         for layer, former in zip(after, before, strict=True)
     ]
 
@@ -112,14 +113,14 @@ def torchaudio_decode(
     """Decode with ``torchaudio.models.RNNTBeamSearch``, one utterance after the other.
 
     Args:
-        model: A transducer.
-        features: Zero-padded features.
-        lengths: Valid frames of each utterance.
-        beam_width: Hypotheses kept per step; less than the number of labels.
-        max_labels_per_step: Most labels between two steps of the sound.
+        model: Transducer.
+        features: Features, padded with zeros.
+        lengths: Number of valid frames of each utterance.
+        beam_width: Number of hypotheses after each step, less than the number of labels.
+        max_labels_per_step: Largest number of labels between two steps of the sound.
 
     Returns:
-        For each utterance the labels of its best hypothesis, without blanks.
+        Labels of the best hypothesis of each utterance, without blanks.
 
     Raises:
         ValueError: If ``beam_width`` is not positive.
@@ -138,11 +139,11 @@ def torchaudio_decode(
 class BlankLast(torch.nn.Module):
     """A view of a transducer in which blank is the last label instead of the first.
 
-    torchaudio's beam search reads the score of blank from the last place, whatever index it is
-    told; the transducer loss and CTC put it first by custom. Every other label moves down by one.
+    torchaudio's beam search reads the score of blank from the last entry, whatever index it gets;
+    the transducer loss and CTC put it first by convention. Every other label moves down by one.
 
     Args:
-        model: The transducer whose blank is label 0.
+        model: Transducer whose blank is label 0.
     """
 
     def __init__(self, model: Transducer) -> None:
@@ -156,7 +157,7 @@ class BlankLast(torch.nn.Module):
         return self.num_labels - 1
 
     def transcribe(self, sources: Tensor, source_lengths: Tensor) -> tuple[Tensor, Tensor]:
-        """Encode whole utterances, as the transducer does."""
+        """Encode utterances, as the transducer does."""
         return self.model.transcribe(sources, source_lengths)
 
     def transcribe_streaming(

@@ -1,8 +1,8 @@
-"""A transducer as three programs of the chip: one step of the sound, one label, one score.
+"""A transducer as three programs of the accelerator: encoder, predictor and joint network.
 
 The encoder is exported for a chunk of the sound, the predictor for one label, the joint network
-for one pair; recurrent states go in and come out. :class:`DeployedTransducer` runs them on LiteRT
-behind the methods of the transducer, so that what decodes the one decodes the other.
+for one pair; recurrent states are inputs and outputs. :class:`DeployedTransducer` runs the programs
+on LiteRT behind the methods of the transducer, so that the same decoders work with both.
 """
 
 from __future__ import annotations
@@ -33,13 +33,16 @@ def export_transducer(
     """Write ``encoder.tflite``, ``predictor.tflite`` and ``joint.tflite``.
 
     Args:
-        recognizer: On the chip, calibrated.
-        folder: Where the programs go.
-        chunk_steps: Steps of the encoder in one call of its program.
+        recognizer: Emulated recognizer, calibrated.
+        folder: Folder of the programs.
+        chunk_steps: Number of steps of the encoder in one call of its program, positive.
+
+    Returns:
+        Each program by its name.
 
     Raises:
-        ValueError: If ``chunk_steps`` is not positive, or the encoder is none that hands its whole
-            state from chunk to chunk at a fixed shape.
+        ValueError: If ``chunk_steps`` is not positive, if the shape of the encoder's state is not
+            fixed, or if the recognizer is not calibrated.
     """
     model = recognizer.model
     if chunk_steps < 1:
@@ -51,17 +54,17 @@ def export_transducer(
         )
     emulator = attached(recognizer)
     if emulator is None:
-        raise ValueError("the recognizer is not on the chip: calibrate it first")
+        raise ValueError("the recognizer has no ranges: calibrate it first")
     chunk = torch.zeros(1, chunk_steps * model.encoder.frames_per_step, _mels(model))
     label = torch.full((1, 1), BLANK)
     with emulate(recognizer, emulator.spec, targets=emulator.targets), torch.no_grad():
-        encodings, _, heard = model.transcribe_streaming(chunk, _length(chunk), None)
-        prediction, _, said = model.predict(label, _length(label), None)
+        encodings, _, encoder_state = model.transcribe_streaming(chunk, _length(chunk), None)
+        prediction, _, predictor_state = model.predict(label, _length(label), None)
         step = encodings[:, :1]
-        copied = emulator.qparams_of(encodings)
-        if copied is not None:
-            emulator.set_qparams(step, copied)
-    starts = [_zeros(heard), _zeros(said)]
+        qparams = emulator.qparams_of(encodings)
+        if qparams is not None:
+            emulator.set_qparams(step, qparams)
+    starts = [_zeros(encoder_state), _zeros(predictor_state)]
     return {
         "encoder": export_tflite(
             recognizer, [chunk, starts[0]], folder / "encoder.tflite", forward=encode
@@ -76,19 +79,19 @@ def export_transducer(
 
 
 def encode(recognizer: TransducerRecognizer, chunk: Tensor, state: State) -> tuple[Tensor, State]:
-    """The encoder's program."""
+    """Run the encoder's program on a chunk."""
     encodings, _, after = recognizer.model.transcribe_streaming(chunk, _length(chunk), state)
     return encodings, after
 
 
 def predict(recognizer: TransducerRecognizer, label: Tensor, state: State) -> tuple[Tensor, State]:
-    """The predictor's program."""
+    """Run the predictor's program on a label."""
     prediction, _, after = recognizer.model.predict(label, _length(label), state)
     return prediction, after
 
 
 def join(recognizer: TransducerRecognizer, step: Tensor, prediction: Tensor) -> Tensor:
-    """The joint network's program."""
+    """Run the joint network's program on a pair."""
     one = torch.ones(1, dtype=torch.long)
     return recognizer.model.join(step, one, prediction, one)[0]
 
@@ -97,15 +100,15 @@ class DeployedTransducer(nn.Module):
     """The programs of :func:`export_transducer` behind the methods of a transducer.
 
     Args:
-        folder: Where they are.
-        optimized: Take LiteRT's kernels that are made for speed.
+        folder: Folder of the programs.
+        optimized: True for LiteRT's fast kernels, False for its reference kernels.
 
     Attributes:
-        calls: How often each program ran.
+        calls: Number of calls of each program.
 
     Raises:
-        FileNotFoundError: If one is missing.
-        ValueError: If one is not as it was written.
+        FileNotFoundError: If a program is missing.
+        ValueError: If a program has changed since it was written.
     """
 
     def __init__(self, folder: Path, *, optimized: bool = False) -> None:
@@ -118,7 +121,7 @@ class DeployedTransducer(nn.Module):
     def transcribe(
         self, sources: Float[Tensor, "batch frames mels"], source_lengths: Int[Tensor, " batch"]
     ) -> tuple[Float[Tensor, "batch steps dim"], Int[Tensor, " batch"]]:
-        """Encode utterances chunk by chunk, each from the state that the last has left."""
+        """Encode utterances chunk by chunk, each with the state of the previous one."""
         rows, steps = [], []
         frames = self.programs["encoder"].inputs[0].shape[1]
         per_step = frames // self._chunk_steps
@@ -139,14 +142,14 @@ class DeployedTransducer(nn.Module):
         rows: list[Tensor] = []
         after: list[list[Tensor]] = []
         leaves = [] if state is None else state[0]
-        for place, labels in enumerate(targets):
-            held = [leaf[place : place + 1] for leaf in leaves] or self._start("predictor", 1)
+        for row, labels in enumerate(targets):
+            running = [leaf[row : row + 1] for leaf in leaves] or self._start("predictor", 1)
             steps = []
             for label in labels:
-                step, *held = self._run("predictor", [label.reshape(1, 1), *held])
+                step, *running = self._run("predictor", [label.reshape(1, 1), *running])
                 steps.append(step[0])
             rows.append(torch.cat(steps))
-            after.append(held)
+            after.append(running)
         merged = [torch.cat(each) for each in zip(*after, strict=True)]
         return torch.stack(rows), target_lengths, [merged]
 
@@ -183,21 +186,21 @@ class DeployedTransducer(nn.Module):
         return scores
 
     def _start(self, part: str, first: int) -> list[Tensor]:
-        """States before anything was heard or said."""
+        """Return the initial states of a program, from its input ``first`` on."""
         shapes = {port.position: port.shape for port in self.programs[part].inputs}
         return [torch.zeros(shapes[position]) for position in sorted(shapes)[first:]]
 
-    def _placed(self, part: str, inputs: Sequence[Any]) -> list[Any]:
-        """Arguments at their positions: those without elements are none of the program's."""
+    def _positional(self, part: str, inputs: Sequence[Any]) -> list[Any]:
+        """Put inputs at their positions; empty arguments are no inputs of the program."""
         positions = sorted({port.position for port in self.programs[part].inputs})
-        given: list[Any] = [np.zeros(0)] * (positions[-1] + 1)
+        arguments: list[Any] = [np.zeros(0)] * (positions[-1] + 1)
         for position, value in zip(positions, inputs, strict=True):
-            given[position] = np.asarray(value)
-        return given
+            arguments[position] = np.asarray(value)
+        return arguments
 
     def _run(self, part: str, inputs: Sequence[Any]) -> list[Tensor]:
         self.calls[part] += 1
-        results = self.programs[part](self._placed(part, inputs))
+        results = self.programs[part](self._positional(part, inputs))
         return [torch.from_numpy(x) for x in results]
 
 
@@ -214,5 +217,5 @@ def _length(x: Tensor) -> Tensor:
 
 
 def _zeros(state: State) -> State:
-    """A state of the same form before anything came in, without what is empty in it."""
+    """Return the initial state: zeros in the shapes of ``state``."""
     return [[torch.zeros_like(tensor) for tensor in layer] for layer in state]

@@ -1,9 +1,9 @@
-"""Connected digits, spoken by espeak-ng: the corpus that needs no download.
+"""Connected digits, synthesized by espeak-ng: the corpus that needs no download.
 
 Every utterance is a string of one to seven digits in one of many voices (an accent of English
-and a variant of the vocal tract), at its own rate, pitch, liveliness and level, in noise of its
-own color. Training, validation and test have voices of their own. It is made once, as FLAC files
-with Lhotse manifests, and the same seed makes the same bytes.
+and a variant of the vocal tract), with random rate, pitch, pitch range and level, in noise of
+random color. Training, validation and test have different voices. The corpus is synthesized once,
+as FLAC files with Lhotse manifests, and the same seed gives the same bytes.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ import torchaudio
 from lhotse import CutSet, MonoCut
 from tqdm import tqdm
 
-from recipes.asr.atomic import check_folder, folder_made_whole
+from recipes.asr.atomic import check_folder, complete_folder
 from recipes.asr.corpora import Splits, Utterance, make_cut
 from recipes.asr.espeak import Speech, synthesize
 
 DIGITS = ("ZERO", "ONE", "TWO", "THREE", "FOUR", "FIVE", "SIX", "SEVEN", "EIGHT", "NINE")
 
 ACCENTS = ("en-us", "en")
-"""Shared by all parts; what tells the parts apart is the variant."""
+"""Accents of all parts; the parts differ in the variants."""
 
 # Variants that differ in a detail (Gene and Gene2, belinda and linda) are in the same part.
 VARIANTS = {
@@ -50,12 +50,12 @@ VARIANTS = {
     "test": (*("m2", "m7", "f5", "Andy", "belinda", "linda", "quincy"),),
 }
 
-# Raised when the way utterances are made changes, so that an old cache is not taken for a new.
+# Increased with every change of the synthesis, so that an old cache is not used.
 _FORMAT = 5
 
 
 class Take(NamedTuple):
-    """All that is drawn for one utterance."""
+    """All random settings of one utterance."""
 
     id: str
     digits: tuple[str, ...]
@@ -64,11 +64,11 @@ class Take(NamedTuple):
     """Root mean square of the speech, relative to full scale."""
     snr_db: float
     played_hz: int
-    """The rate at which espeak-ng's samples are played: faster is a smaller speaker."""
+    """Rate at which espeak-ng's samples are played: a higher one is a smaller speaker."""
     noise_slope: float
-    """The noise's power falls with frequency to this power: 0 is white, 1 is pink."""
+    """Exponent of the fall of the noise's power with frequency: 0 is white, 1 is pink."""
     pauses_s: tuple[float, float]
-    """Before and after the speech."""
+    """Pauses before and after the speech, in seconds."""
     noise_seed: int
 
 
@@ -80,11 +80,11 @@ class Digits:
         train_size: Number of training utterances.
         validation_size: Number of validation utterances.
         test_size: Number of test utterances.
-        max_digits: Longest string of digits.
-        level_db: Lowest and highest root mean square of the speech, relative to full scale. A wide
-            range costs a small model most of its training: the features keep the level.
-        snr_db: Lowest and highest signal-to-noise ratio in dB.
-        corpus_seed: Seed of everything that is drawn.
+        max_digits: Largest number of digits in an utterance, positive.
+        level_db: Lowest and highest root mean square of the speech, in dB of full scale. A wide
+            range makes training of a small model slow: the features depend on the level.
+        snr_db: Lowest and highest signal-to-noise ratio, in dB.
+        corpus_seed: Seed of all random settings.
     """
 
     train_size: int = 6000
@@ -97,30 +97,34 @@ class Digits:
 
     def __post_init__(self) -> None:
         if min(self.train_size, self.validation_size, self.test_size, self.max_digits) < 1:
-            raise ValueError(f"sizes and max_digits have to be at least 1, got {self}")
+            raise ValueError(f"sizes and max_digits must be at least 1, got {self}")
         for name in ("level_db", "snr_db"):
             lowest, highest = getattr(self, name)
             if lowest > highest:
                 raise ValueError(f"data.{name} is (lowest, highest), got {getattr(self, name)}")
 
-    def load(self, *, cache_dir: Path, sample_rate_hz: int, max_bad_share: float) -> Splits:
-        """Manifests of the three parts, spoken first if need be; see `Corpus.load`."""
+    def load(self, *, cache_dir: Path, sample_rate_hz: int, max_bad_fraction: float) -> Splits:
+        """Load the three manifests, synthesized first if missing; see `Corpus.load`."""
         folder = cache_dir / "digits" / self._hash(sample_rate_hz)
         if not folder.is_dir():
-            with folder_made_whole(folder) as temporary:
+            with complete_folder(folder) as temporary:
                 self.make(temporary, sample_rate_hz=sample_rate_hz)
         check_folder(folder, *(f"{part}.jsonl" for part in Splits._fields))
         manifests = (CutSet.from_file(folder / f"{part}.jsonl") for part in Splits._fields)
         return Splits(*(cuts.with_recording_path_prefix(folder) for cuts in manifests))
 
     def make(self, folder: Path, *, sample_rate_hz: int) -> None:
-        """Speak the corpus into ``folder``: FLAC files and one manifest per part.
+        """Synthesize the corpus into ``folder``: FLAC files and one manifest per part.
 
-        Each part comes out of its own process of espeak-ng, so that it does not depend on the
-        sizes of the others.
+        Each part has its own process of espeak-ng, so that it does not depend on the sizes of the
+        others.
+
+        Args:
+            folder: Folder to write into.
+            sample_rate_hz: Sample rate of the files, in Hz.
         """
         total = self.train_size + self.validation_size + self.test_size
-        with tqdm(total=total, desc="speaking digits", delay=2, mininterval=1) as progress:
+        with tqdm(total=total, desc="synthesizing digits", delay=2, mininterval=1) as progress:
             for part in Splits._fields:
                 takes = self.takes(part)
                 with CutSet.open_writer(folder / f"{part}.jsonl", overwrite=True) as manifest:
@@ -129,17 +133,20 @@ class Digits:
                         progress.update()
 
     def takes(self, part: str) -> list[Take]:
-        """What is said in a part, by whom and how; ``"train"``, ``"validation"`` or ``"test"``.
+        """Draw the settings of all utterances of a part.
+
+        Args:
+            part: Name of the part, ``"train"``, ``"validation"`` or ``"test"``.
 
         Example:
             >>> takes = Digits(train_size=2, corpus_seed=1).takes("train")
             >>> takes == Digits(train_size=5, corpus_seed=1).takes("train")[:2]
             True
         """
-        place = Splits._fields.index(part)
+        index = Splits._fields.index(part)
         size = getattr(self, f"{part}_size")
         return [
-            self._draw(f"{part}-{i:05d}", part, np.random.default_rng([self.corpus_seed, place, i]))
+            self._draw(f"{part}-{i:05d}", part, np.random.default_rng([self.corpus_seed, index, i]))
             for i in range(size)
         ]
 
@@ -157,7 +164,7 @@ class Digits:
             ),
             level_db=float(random.uniform(*self.level_db)),
             snr_db=float(random.uniform(*self.snr_db)),
-            # From a tenth below to a tenth above 22050 Hz, in steps that make resampling cheap.
+            # Within a tenth of 22050 Hz; multiples of 500 Hz are fast to resample.
             played_hz=500 * int(random.integers(40, 50)),
             noise_slope=float(random.uniform(0, 1.5)),
             pauses_s=(float(random.uniform(0.05, 0.3)), float(random.uniform(0.1, 0.4))),
@@ -174,13 +181,13 @@ class Digits:
             path.parent.mkdir(parents=True, exist_ok=True)
             speech = resample(samples, take.played_hz, sample_rate_hz)
             audio = mix(take, speech, sample_rate_hz)
-            # By way of memory: soundfile waits for the disk at every file that it closes.
+            # Through memory: soundfile waits for the disk at every file that it closes.
             flac = io.BytesIO()
             soundfile.write(flac, audio, sample_rate_hz, format="FLAC", subtype="PCM_16")
             path.write_bytes(flac.getvalue())
             utterance = Utterance(take.id, speaker, " ".join(take.digits), path)
             cut = make_cut(utterance, sample_rate_hz=sample_rate_hz)
-            # Relative, so that the manifest does not depend on where the cache lies.
+            # Relative, so that the manifest does not depend on the folder of the cache.
             cut.recording.sources[0].source = str(path.relative_to(folder))
             yield cut
 
@@ -192,7 +199,13 @@ class Digits:
 
 
 def resample(samples: np.ndarray, from_hz: int, to_hz: int) -> np.ndarray:
-    """16-bit samples at another rate, as floats in [-1, 1], without the silence around them."""
+    """Resample 16-bit samples to floats in [-1, 1], without the silence around them.
+
+    Args:
+        samples: Samples, int16, shape ``(samples,)``.
+        from_hz: Sample rate of ``samples``, in Hz.
+        to_hz: Sample rate of the result, in Hz.
+    """
     audio = _resampler(from_hz, to_hz)(torch.from_numpy(samples / np.float32(2**15))).numpy()
     (loud,) = np.nonzero(np.abs(audio) > 0.01 * np.abs(audio).max())
     return audio[loud[0] : loud[-1] + 1]
@@ -202,9 +215,9 @@ def mix(take: Take, speech: np.ndarray, sample_rate_hz: int) -> np.ndarray:
     """Bring speech to its level, put pauses around it, and add noise.
 
     Args:
-        take: Level, pauses and noise.
-        speech: Samples without silence around them.
-        sample_rate_hz: Their rate.
+        take: Level, pauses and noise of the utterance.
+        speech: Samples in [-1, 1] without silence around them, shape ``(samples,)``.
+        sample_rate_hz: Sample rate of ``speech``, in Hz.
 
     Returns:
         Samples in [-1, 1].
@@ -220,7 +233,12 @@ def mix(take: Take, speech: np.ndarray, sample_rate_hz: int) -> np.ndarray:
 
 
 def colored_noise(num_samples: int, slope: float, seed: int) -> np.ndarray:
-    """Noise of unit power whose spectrum falls with frequency to the power ``slope``.
+    """Generate noise of unit power whose power falls with frequency to the power ``slope``.
+
+    Args:
+        num_samples: Number of samples, positive.
+        slope: Exponent of the fall; 0 is white, 1 is pink.
+        seed: Seed of the noise.
 
     Example:
         >>> noise = colored_noise(16000, slope=1.0, seed=0)
@@ -230,7 +248,7 @@ def colored_noise(num_samples: int, slope: float, seed: int) -> np.ndarray:
     # A power of two: a transform of prime length would take longer than the speech.
     size = 1 << (num_samples - 1).bit_length()
     spectrum = np.fft.rfft(np.random.default_rng(seed).standard_normal(size))
-    # Below about 50 Hz it would only be a slow drift.
+    # Constant below about 50 Hz, where noise is only a slow drift.
     frequencies = np.maximum(np.arange(len(spectrum)), size / 320)
     noise = np.fft.irfft(spectrum * frequencies ** (-slope / 2), size)[:num_samples]
     return noise / np.sqrt(np.mean(np.square(noise)))
@@ -242,7 +260,7 @@ def _resampler(from_hz: int, to_hz: int) -> torch.nn.Module:
 
 
 def _punctuate(digits: tuple[str, ...], random: np.random.Generator) -> str:
-    """The digits as a sentence; a comma makes espeak-ng pause."""
+    """Write the digits as a sentence; espeak-ng pauses at a comma."""
     pauses = random.random(len(digits)) < 0.15
     words = (f"{digit.lower()}{',' if p else ''}" for digit, p in zip(digits, pauses, strict=True))
     return " ".join(words).rstrip(",")

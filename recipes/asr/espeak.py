@@ -1,12 +1,12 @@
-"""espeak-ng as a process that turns jobs into samples.
+"""espeak-ng as a process that reads jobs and writes samples.
 
-espeak-ng keeps state from one utterance to the next: breath noise from a random generator, the
-phase of the flutter, the pitch it ended on. The same text is therefore never the same audio
-twice in one process. A fresh process, a fixed seed and a fixed order are. So this file is also a
-programme: it reads jobs as JSON from its standard input and writes samples to its standard
-output. It imports nothing of the recipes, so it starts at once.
+espeak-ng has state from one utterance to the next: breath noise from a random generator, the phase
+of the flutter, the pitch at the end. The same text is therefore never the same audio twice in one
+process; a new process with a fixed seed and a fixed order always gives the same audio. So this file
+is also a program: it reads jobs as JSON from its standard input and writes samples to its standard
+output. It imports nothing of the recipes, so it starts fast.
 
-`synthesize` runs it and yields the samples as they come.
+`synthesize` runs it and yields the samples as they arrive.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ import espeakng_loader
 import numpy as np
 
 SAMPLE_RATE_HZ = 22050
-"""Of all that espeak-ng speaks."""
+"""Sample rate of espeak-ng's output, in Hz."""
 
-# espeak-ng cuts the name of its data folder at 160 characters.
+# espeak-ng truncates the name of its data folder at 160 characters.
 LONGEST_PATH = 120
 
 # From espeak-ng's speak_lib.h.
-# Returns when the samples are there; the asynchronous mode waits 20 ms for every utterance.
+# Returns after the last sample; the asynchronous mode waits 20 ms for every utterance.
 _AUDIO_OUTPUT_SYNCHRONOUS = 2
 _CHARS_UTF8 = 1
 _RATE, _VOLUME, _PITCH, _RANGE = 1, 2, 3, 4
@@ -41,62 +41,62 @@ _SYNTH_CALLBACK = ctypes.CFUNCTYPE(
 
 
 class Speech(NamedTuple):
-    """One utterance to speak."""
+    """An utterance to synthesize."""
 
     text: str
     voice: str
-    """A language and a voice variant, such as ``en-us+f2``."""
+    """Language and voice variant, such as ``en-us+f2``."""
     rate: int = 175
-    """Words per minute, 80 to 450."""
+    """Rate in words per minute, 80 to 450."""
     pitch: int = 50
-    """0 to 100."""
+    """Pitch, 0 to 100."""
     pitch_range: int = 50
-    """0 (monotonous) to 100."""
+    """Range of the pitch, 0 (monotonous) to 100."""
 
 
 def synthesize(jobs: Sequence[Speech], *, seed: int) -> Iterator[np.ndarray]:
-    """Speak jobs in their order, in a process of their own.
+    """Synthesize jobs in their order, in a new process.
 
     Args:
-        jobs: What to speak.
+        jobs: Utterances to synthesize.
         seed: Seed of espeak-ng's own noise, from 1 to 2**31 - 1.
 
     Yields:
-        For each job its samples as 16-bit integers at `SAMPLE_RATE_HZ`. The same jobs and seed
-        give the same samples.
+        Samples of each job, int16, shape ``(samples,)``, at `SAMPLE_RATE_HZ`. The same jobs and
+        seed give the same samples.
 
     Raises:
-        RuntimeError: If espeak-ng fails, for instance because it has no such voice; the message
-            has its own words.
+        RuntimeError: If espeak-ng fails, for instance because it lacks a voice; the message
+            has espeak-ng's own error.
 
     Example:
         >>> [samples] = synthesize([Speech("one two", "en-us+m3")], seed=1)
         >>> samples.dtype, len(samples) > SAMPLE_RATE_HZ // 2
         (dtype('int16'), True)
     """
-    order = json.dumps({"seed": seed, "jobs": jobs}).encode()
+    request = json.dumps({"seed": seed, "jobs": jobs}).encode()
     with (
-        tempfile.TemporaryFile() as complaints,
+        tempfile.TemporaryFile() as errors,
         subprocess.Popen(
             [sys.executable, "-P", str(Path(__file__))],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=complaints,
+            stderr=errors,
         ) as process,
     ):
         assert process.stdin is not None
         assert process.stdout is not None
-        process.stdin.write(order)
+        process.stdin.write(request)
         process.stdin.close()
         for job in jobs:
-            spoken = _read_samples(process.stdout)
-            if spoken is None:
+            samples = _read_samples(process.stdout)
+            if samples is None:
                 process.wait()
-                complaints.seek(0)
+                errors.seek(0)
                 raise RuntimeError(
-                    f"espeak-ng failed at {job}: {complaints.read().decode(errors='replace')}"
+                    f"espeak-ng failed at {job}: {errors.read().decode(errors='replace')}"
                 )
-            yield spoken
+            yield samples
 
 
 def _read_samples(stream: IO[bytes]) -> np.ndarray | None:
@@ -109,12 +109,12 @@ def _read_samples(stream: IO[bytes]) -> np.ndarray | None:
 
 
 class _Synthesizer:
-    """The library's one voice at a time, called through ctypes."""
+    """A caller of espeak-ng's library through ctypes, with one voice at a time."""
 
     def __init__(self, data_path: Path, *, seed: int) -> None:
         self._library = ctypes.CDLL(espeakng_loader.get_library_path())
         self._chunks: list[np.ndarray] = []
-        # The library keeps the pointer: the object has to live as long as it.
+        # The library stores the pointer: the object must live as long as the library.
         self._callback = _SYNTH_CALLBACK(self._collect)
         sample_rate_hz = self._library.espeak_Initialize(
             _AUDIO_OUTPUT_SYNCHRONOUS, 0, str(data_path).encode(), 0
@@ -130,10 +130,10 @@ class _Synthesizer:
 
     def speak(self, job: Speech) -> np.ndarray:
         self._chunks.clear()
-        # The library takes a language without its variant when it does not know the variant.
+        # With an unknown variant the library would use the language without it.
         _, _, variant = job.voice.partition("+")
-        known = not variant or variant in self._variants
-        if not known or self._library.espeak_SetVoiceByName(job.voice.encode()) != 0:
+        has_variant = not variant or variant in self._variants
+        if not has_variant or self._library.espeak_SetVoiceByName(job.voice.encode()) != 0:
             raise RuntimeError(f"espeak-ng has no voice {job.voice!r}")
         settings = {_RATE: job.rate, _VOLUME: 100, _PITCH: job.pitch, _RANGE: job.pitch_range}
         for parameter, value in settings.items():
@@ -153,15 +153,15 @@ class _Synthesizer:
 
 
 def _main() -> None:
-    order = json.load(sys.stdin)
+    request = json.load(sys.stdin)
     data_path = Path(espeakng_loader.get_data_path())
     with tempfile.TemporaryDirectory() as folder:
         if len(str(data_path)) > LONGEST_PATH:
             short = Path(folder) / "espeak-ng-data"
             short.symlink_to(data_path)
             data_path = short
-        synthesizer = _Synthesizer(data_path, seed=order["seed"])
-        for fields in order["jobs"]:
+        synthesizer = _Synthesizer(data_path, seed=request["seed"])
+        for fields in request["jobs"]:
             samples = synthesizer.speak(Speech(*fields))
             header = struct.pack("<I", len(samples))
             sys.stdout.buffer.write(header + samples.astype("<i2").tobytes())

@@ -1,11 +1,11 @@
-r"""Log-mel features: computed once, kept on disk, masked on the way to the model.
+r"""Log-mel features: computed once, cached on disk, masked in training.
 
 A frame is :math:`x_m = \ln \max(\sum_k M_{mk} |X_k|^2, \epsilon)` with :math:`X` the spectrum of
-25 ms of audio and :math:`M` a bank of triangular mel filters. Frames follow each other by 10 ms
-and never look ahead of their own window, as a device that listens cannot.
+25 ms of audio and :math:`M` a bank of triangular mel filters. Frames are 10 ms apart and depend on
+their own window alone, as on a device that streams.
 
-`FeatureStore` holds the frames of every utterance at every speed as one float16 memory map, so
-that reading an epoch costs almost nothing. Normalization and `SpecAugment` happen on reading.
+`FeatureStore` has the frames of every utterance at every speed as one float16 memory map, so that
+an epoch is read in almost no time. Normalization and `SpecAugment` happen on reading.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from lhotse import CutSet
 from torch import Tensor
 from tqdm import tqdm
 
-from recipes.asr.atomic import check_folder, folder_made_whole
+from recipes.asr.atomic import check_folder, complete_folder
 from recipes.asr.corpora import BadFiles, CorpusError, read_audio
 
-# About the power that the rounding to 16-bit samples leaves in a mel band: what is below it is
-# not in the recording, and digital silence gets a value near that of a quiet room.
+# About the power of the rounding to 16-bit samples in a mel band: lower powers are no content of
+# the recording, and digital silence gets a value near that of a quiet room.
 POWER_FLOOR = 1e-8
 
-# Raised when the way features are made or kept changes, so that an old cache is not read.
+# Increased with every change of features or their format, so that an old cache is not read.
 _FORMAT = 2
 
 
@@ -47,9 +47,9 @@ class LogMel:
 
     Args:
         num_mels: Number of mel bands from 20 Hz to half the sample rate.
-        sample_rate_hz: Sample rate of the audio.
-        window_ms: Length of the Hann window.
-        hop_ms: Distance between frames.
+        sample_rate_hz: Sample rate of the audio, in Hz.
+        window_ms: Length of the Hann window, in ms.
+        hop_ms: Distance between frames, in ms.
 
     Example:
         >>> LogMel(num_mels=40)(torch.zeros(16000)).shape
@@ -77,13 +77,13 @@ class LogMel:
         return int(2 ** np.ceil(np.log2(self.window)))
 
     def __call__(self, samples: Float[Tensor, " samples"]) -> Float[Tensor, "frames mels"]:
-        """Features of one recording.
+        """Compute the features of one recording.
 
         Args:
             samples: Audio in [-1, 1], at least ``fft_size`` samples.
 
         Returns:
-            ``1 + (samples - fft_size) // hop`` frames, natural logarithms.
+            Natural logarithms of ``1 + (samples - fft_size) // hop`` frames.
 
         Raises:
             ValueError: If there are fewer samples than one spectrum needs.
@@ -112,37 +112,37 @@ class Normalization:
     """Shift and scale that give each mel band zero mean and unit variance.
 
     Args:
-        mean: Per band, over all frames of the training part.
-        deviation: Standard deviation, likewise.
+        mean: Mean of each band over all frames of the training part, float32.
+        deviation: Standard deviation of each band over the same frames, float32, positive.
     """
 
     mean: Float[Tensor, " mels"]
     deviation: Float[Tensor, " mels"]
 
     def __call__(self, features: Float[Tensor, "frames mels"]) -> Float[Tensor, "frames mels"]:
-        """Normalized features."""
+        """Normalize features."""
         return (features - self.mean) / self.deviation
 
     def to_dict(self) -> dict[str, list[float]]:
-        """A plain dictionary for checkpoints."""
+        """Return a plain dictionary for checkpoints."""
         return {"mean": self.mean.tolist(), "deviation": self.deviation.tolist()}
 
     @classmethod
     def from_dict(cls, state: dict[str, Sequence[float]]) -> Normalization:
-        """The normalization that `to_dict` described."""
+        """Build the normalization from the dictionary of `to_dict`."""
         return cls(torch.tensor(state["mean"]), torch.tensor(state["deviation"]))
 
 
 @dataclass(frozen=True, kw_only=True)
 class SpecAugment:
-    """Blank out random bands and stretches of time; the mean, 0, takes their place.
+    """Mask random bands and spans of time by the mean, 0.
 
     Args:
-        frequency_masks: How many bands.
-        frequency_width: Upper bound of a band's width in mels.
-        time_masks: How many stretches.
-        time_width: Upper bound of a stretch's length in frames.
-        time_share: Upper bound of a stretch's length as a share of the utterance, in (0, 1).
+        frequency_masks: Number of masked bands.
+        frequency_width: Upper bound of a band's width, in mels.
+        time_masks: Number of masked spans of time.
+        time_width: Upper bound of a span's length, in frames.
+        time_fraction: Upper bound of a span's length as a fraction of the utterance, in (0, 1).
 
     Example:
         >>> augment = SpecAugment(frequency_masks=1, frequency_width=8, time_masks=0)
@@ -158,14 +158,14 @@ class SpecAugment:
     frequency_width: int = 15
     time_masks: int = 2
     time_width: int = 40
-    time_share: float = 0.2
+    time_fraction: float = 0.2
 
     def __call__(
         self, features: Float[Tensor, "frames mels"], *, seed: int
     ) -> Float[Tensor, "frames mels"]:
-        """Masked features; the masks depend on ``seed`` and the shape alone."""
+        """Mask features; the masks depend on ``seed`` and the shape alone."""
         spectrogram = features.T.unsqueeze(0)
-        # torchaudio draws from torch's global generator, whose state is the training's own.
+        # torchaudio draws from torch's global generator, whose state training uses.
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
             for _ in range(self.frequency_masks):
@@ -180,33 +180,33 @@ class SpecAugment:
 
     @cached_property
     def _mask_time(self) -> torch.nn.Module:
-        return torchaudio.transforms.TimeMasking(self.time_width, p=self.time_share)
+        return torchaudio.transforms.TimeMasking(self.time_width, p=self.time_fraction)
 
 
 class Example(NamedTuple):
-    """One utterance at one speed, and where its frames lie in the store."""
+    """An utterance at one speed, with the position of its frames in the store."""
 
     utterance: str
     speed: float
     offset: int
     frames: int
     checksum: int
-    """CRC-32 of the frames as they are stored."""
+    """CRC-32 of the stored frames."""
 
 
 class FeatureStore:
     """The features of many utterances at several speeds, read from disk.
 
     Args:
-        folder: What `FeatureStore.build` made.
+        folder: Folder that `FeatureStore.build` has written.
 
     Attributes:
         examples: All (utterance, speed) pairs, utterance by utterance.
         normalization: Mean and deviation over all frames of this store.
-        reasons: Files that could not be used, and why.
+        reasons: Reason for every unusable file, by its name.
 
     Raises:
-        CorpusError: If a file of the folder is missing, cut off or altered.
+        CorpusError: If a file of the folder is missing, truncated or altered.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -224,17 +224,17 @@ class FeatureStore:
         return len(self.examples)
 
     def __getitem__(self, position: int) -> Float[Tensor, "frames mels"]:
-        """Features of example ``position`` in float32, not normalized.
+        """Read the features of example ``position`` in float32, not normalized.
 
         Raises:
-            CorpusError: If they are not as they were written.
+            CorpusError: If they have changed since they were written.
         """
         example = self.examples[position]
         stored = self._frames[example.offset : example.offset + example.frames]
         if zlib.crc32(stored.data) != example.checksum:
             raise CorpusError(
                 f"the features of {example.utterance} in {self._folder} have changed since they "
-                f"were written: remove {self._folder}, then they are made again"
+                f"were written: remove {self._folder}, then they are computed again"
             )
         return torch.from_numpy(stored.astype(np.float32))
 
@@ -247,19 +247,21 @@ class FeatureStore:
         cache_dir: Path,
         speeds: Sequence[float] = (1.0,),
         tail_padding_ms: float = 0.0,
-        max_bad_share: float = 0.0,
+        max_bad_fraction: float = 0.0,
         name: str = "corpus",
     ) -> FeatureStore:
-        """Open the store of these cuts and settings; make it first if it does not exist.
+        """Open the store of these cuts and settings; compute it first if it does not exist.
 
         Args:
-            cuts: Utterances; each cut spans its whole recording.
-            log_mel: The features.
-            cache_dir: Folder under which stores are kept, by a hash of all that went in.
+            cuts: Utterances; each cut spans its entire recording.
+            log_mel: Settings of the features.
+            cache_dir: Folder of all stores, which are named by a hash of cuts and settings.
             speeds: Factors of the speed of speech; 1.1 is ten percent faster and higher.
-            tail_padding_ms: Digital silence to append, which gives a streaming model time.
-            max_bad_share: Largest share of undecodable files that is only warned of.
-            name: What the progress bar and the messages call the cuts.
+            tail_padding_ms: Length of digital silence to append, in ms; a delay for streaming
+                models.
+            max_bad_fraction: Largest fraction of undecodable files that causes a warning and no
+                error, in [0, 1].
+            name: Name of the cuts in the progress bar and in messages.
 
         Raises:
             CorpusError: If there are no cuts, or if too many files are undecodable or shorter
@@ -269,9 +271,9 @@ class FeatureStore:
         check_speeds(speeds)
         paths = _audio_paths(cuts)
         if not paths:
-            raise CorpusError(f"{name} holds no utterances")
+            raise CorpusError(f"{name} has no utterances")
         if len(paths) < len(cuts):
-            raise CorpusError(f"{name} holds {len(cuts)} utterances and {len(paths)} ids for them")
+            raise CorpusError(f"{name} has {len(cuts)} utterances and {len(paths)} ids for them")
         padding = round(tail_padding_ms * log_mel.sample_rate_hz / 1000)
         settings = {
             "log_mel": asdict(log_mel),
@@ -280,25 +282,25 @@ class FeatureStore:
             "format": _FORMAT,
         }
         folder = cache_dir / "features" / _hash(settings, paths)
-        bad = BadFiles(of=name, max_share=max_bad_share)
+        bad = BadFiles(of=name, max_fraction=max_bad_fraction)
         if not folder.is_dir():
             _check_room(cuts, log_mel, speeds, cache_dir)
-            with folder_made_whole(folder) as temporary:
+            with complete_folder(folder) as temporary:
                 writer = _Writer(temporary, log_mel, speeds, padding)
                 writer.write(
                     tqdm(paths.items(), desc=f"features of {name}", delay=2, mininterval=1), bad
                 )
-                bad.settle(len(paths))
+                bad.report(len(paths))
         store = cls(folder)
-        # A store that was there already has to complain as the one that was just made did.
+        # An existing store must warn like a new one.
         if not bad.reasons:
             bad.reasons = store.reasons
-            bad.settle(len(paths))
+            bad.report(len(paths))
         return store
 
 
 class _Writer:
-    """Computes features utterance by utterance and keeps the tally of their moments."""
+    """Compute features utterance by utterance, and accumulate their moments."""
 
     def __init__(
         self, folder: Path, log_mel: LogMel, speeds: Sequence[float], padding: int
@@ -318,8 +320,8 @@ class _Writer:
                     bad.add(path, str(error).removeprefix(path).strip())
                     continue
                 for speed, row in zip(self.resamplers, rows, strict=True):
-                    place = (self.num_frames, len(row), zlib.crc32(row.data))
-                    self.append(Example(utterance, speed, *place), row)
+                    position = (self.num_frames, len(row), zlib.crc32(row.data))
+                    self.append(Example(utterance, speed, *position), row)
                     file.write(row.tobytes())
         index = {
             "num_mels": self.log_mel.num_mels,
@@ -350,27 +352,27 @@ class _Writer:
 
     def normalization(self) -> Normalization:
         mean, square = self.sums / max(self.num_frames, 1)
-        # A band that never changes carries nothing; a floor keeps it finite.
+        # A constant band has no information; the lower bound prevents a division by zero.
         deviation = np.sqrt(np.maximum(square - mean**2, 1e-4))
         return Normalization(torch.tensor(mean).float(), torch.tensor(deviation).float())
 
 
 def check_speeds(speeds: Sequence[float]) -> None:
-    """Refuse speeds that nobody speaks at.
+    """Validate factors of the speed of speech.
 
     Raises:
         ValueError: If there is none, if one occurs twice, or if one is not from 0.1 to 10.
     """
     if not speeds or len(set(speeds)) < len(speeds) or not all(0.1 <= s <= 10 for s in speeds):
         raise ValueError(
-            f"data.speeds are different factors from 0.1 to 10, got {list(speeds)}; [1.0] leaves "
-            "the speed as it is"
+            f"data.speeds are different factors from 0.1 to 10, got {list(speeds)}; with [1.0] "
+            "the speed is unchanged"
         )
 
 
 def _resampler(speed: float) -> torch.nn.Module:
-    # Through a fraction: 1.15 x 16000 in floating point is not 18400, and a ratio without common
-    # factors would need an enormous filter bank.
+    # As a fraction: 1.15 x 16000 in floating point is not 18400, and a ratio without common factors
+    # would need an enormous filter bank.
     ratio = Fraction(speed).limit_denominator(100)
     if ratio == 1:
         return torch.nn.Identity()
@@ -384,7 +386,7 @@ def _audio_paths(cuts: CutSet) -> dict[str, str]:
 def _hash(settings: dict[str, Any], paths: dict[str, str]) -> str:
     stamps = []
     for utterance, path in paths.items():
-        # A missing file is told of where it would be decoded.
+        # A missing file is reported when it is decoded.
         status = os.stat(path) if os.path.exists(path) else None
         stamp = [status.st_size, status.st_mtime_ns] if status else []
         stamps.append([utterance, path, *stamp])

@@ -1,7 +1,7 @@
 """A transducer with its loss, its metrics and its optimizer, as one LightningModule.
 
-The network is the child module ``model``; everything that only training needs (the losses, the
-auxiliary CTC layer, the metrics) stays outside of it.
+The network is the child module ``model``; the losses, the auxiliary CTC layer and the metrics are
+outside of it, since only training needs them.
 """
 
 from __future__ import annotations
@@ -23,36 +23,36 @@ from typing_extensions import override
 
 from recipes.asr.batches import Batch, seed_of
 from recipes.asr.beam import beam_decode
-from recipes.asr.decoding import greedy_decode
+from recipes.asr.decoding import Decodable, greedy_decode
 from recipes.asr.rnnt import Transducer
 from recipes.asr.scoring import Scored, WordErrors, gather_scored, word_errors, word_rate
 from recipes.asr.vocabulary import BLANK, Vocabulary
 
 
 class TransducerRecognizer(LightningModule):
-    """Trains and scores a transducer.
+    """Train and score a transducer.
 
-    Logs ``train/loss`` (nats per label, with the CTC part; the mean over the processes),
+    Logs ``train/loss`` (loss per token in nats, with the CTC part; the mean over the processes),
     ``val/loss`` and ``val/loss_per_token`` (the transducer's negative log-likelihood in nats over
     the number of labels), ``val/wer``, ``test/loss_per_token``, ``test/wer`` (a fraction), and
-    ``test/wer_greedy``. What validation and test log counts every utterance once, however many
-    processes share them and whichever of them pads its share with utterances of another.
+    ``test/wer_greedy``. Metrics of validation and test count every utterance once, for any number
+    of processes and any padding of their parts.
 
     Args:
-        network: Builds the transducer; called with ``num_mels`` and ``num_labels``.
+        network: Function of ``num_mels`` and ``num_labels`` that builds the transducer.
         vocabulary: Labels of the transducer.
-        num_mels: Features per frame.
-        optimizer: Builds the optimizer; called with the parameters.
-        schedule: Builds the learning-rate schedule, which advances with every optimizer step;
-            called with the optimizer and ``total_steps``. None for a constant learning rate.
+        num_mels: Number of features per frame.
+        optimizer: Function of the parameters that builds the optimizer.
+        schedule: Function of the optimizer and ``total_steps`` that builds the learning-rate
+            schedule, which advances with every optimizer step; None for a constant learning rate.
         ctc_weight: Weight of the auxiliary CTC loss on the encodings; 0 leaves the layer out.
-        beam_width: Hypotheses of the beam search in testing; 1 decodes greedily.
+        beam_width: Number of hypotheses of the beam search in testing; 1 decodes greedily.
         seed: Seed of the dropout; with the step it determines the masks, also of a resumed run.
-        recipe: What made this model, kept in every checkpoint so that one can be loaded alone.
+        recipe: Settings of the run, saved in every checkpoint so that it can be loaded alone.
 
     Attributes:
         score: Word errors of the last test run, of all processes.
-        hypotheses: What was recognized in the last test run, by utterance id, of all processes.
+        hypotheses: Texts of the last test run by utterance id, of all processes.
 
     Raises:
         ValueError: If ``ctc_weight`` is negative or ``beam_width`` is not positive.
@@ -88,7 +88,7 @@ class TransducerRecognizer(LightningModule):
         self.ctc_output = nn.Linear(size, len(vocabulary)) if ctc_weight else None
         self.score: WordErrors | None = None
         self.hypotheses: dict[str, str] = {}
-        # By utterance id: processes may share an utterance, and it counts once.
+        # By utterance id: processes may have the same utterance, which counts once.
         self._scored: dict[str, Scored] = {}
 
     def losses(self, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -97,17 +97,13 @@ class TransducerRecognizer(LightningModule):
         return transducer.sum(), ctc
 
     def _losses(self, batch: Batch) -> tuple[Float[Tensor, " batch"], Float[Tensor, ""]]:
-        """The transducer's loss of each utterance, and the CTC's of all together."""
-        encodings, steps = self.model.transcribe(batch.features, batch.feature_lengths)
-        start = torch.full_like(batch.targets[:, :1], BLANK)
-        labels = torch.cat([start, batch.targets], dim=1)
-        predictions, _, _ = self.model.predict(labels, batch.target_lengths + 1, None)
-        logits, _, _ = self.model.join(encodings, steps, predictions, batch.target_lengths + 1)
+        """Return the transducer's loss of each utterance, and the CTC's of all together."""
+        encodings, _, logits, steps = score_references(self.model, batch)
         transducer = transducer_losses(logits, batch.targets, steps, batch.target_lengths)
         return transducer, self._ctc(encodings, steps, batch)
 
     def decode(self, batch: Batch, *, beam_width: int = 1) -> list[str]:
-        """Recognize ``batch``, greedily or with a beam."""
+        """Recognize ``batch``, greedily or with a beam search."""
         features, lengths = batch.features, batch.feature_lengths
         if beam_width == 1:
             labels = greedy_decode(self.model, features, lengths)
@@ -117,10 +113,10 @@ class TransducerRecognizer(LightningModule):
 
     @override
     def on_fit_start(self) -> None:
-        """Raise where this processor cannot run what every transducer here has: an LSTM.
+        """Raise if this processor has no LSTM in the Trainer's precision.
 
         Raises:
-            RuntimeError: If there is none in the Trainer's precision; says what to set.
+            RuntimeError: If there is none; the message has the remedy.
         """
         if self.device.type != "cpu" or self.trainer.precision == "32-true":
             return
@@ -136,10 +132,10 @@ class TransducerRecognizer(LightningModule):
 
     @override
     def training_step(self, batch: Batch, batch_idx: int) -> Float[Tensor, ""]:
-        # A checkpoint does not keep the generator, so every step starts one of its own.
+        # A checkpoint does not store the generator, so every step seeds it.
         torch.manual_seed(seed_of(self.seed, self.global_step, batch_idx, self.global_rank))
         transducer, ctc = self.losses(batch)
-        # Per label, not per utterance: batches of short and of long utterances weigh alike.
+        # Per token, not per utterance: batches of short and of long utterances have equal weight.
         loss = (transducer + self.ctc_weight * ctc) / batch.target_lengths.sum()
         self.log("train/loss", loss, prog_bar=True, batch_size=len(batch.texts), sync_dist=True)
         return loss
@@ -167,10 +163,10 @@ class TransducerRecognizer(LightningModule):
     @override
     def on_test_epoch_end(self) -> None:
         scored = self._log_scored("test")
-        references = [one.reference for one in scored.values()]
-        greedy = word_rate([one.greedy for one in scored.values()], references)
+        references = [result.reference for result in scored.values()]
+        greedy = word_rate([result.greedy for result in scored.values()], references)
         self._log_once("test/wer_greedy", greedy)
-        self.hypotheses = {id_: one.hypothesis for id_, one in scored.items()}
+        self.hypotheses = {id_: result.hypothesis for id_, result in scored.items()}
         self.score = word_errors(list(self.hypotheses.values()), references)
 
     @override
@@ -190,10 +186,10 @@ class TransducerRecognizer(LightningModule):
         checkpoint["recipe"] = self.recipe
 
     def _unfused(self) -> dict[str, bool]:
-        """Return further arguments of the optimizer: ``fused=False`` where it cannot be fused.
+        """Return further arguments of the optimizer: ``fused=False`` if it cannot be fused.
 
-        Lightning takes every fused optimizer for one that unscales its gradients itself, and does
-        not clip gradients for it in mixed precision.
+        Lightning assumes that every fused optimizer unscales its gradients itself, and does not
+        clip gradients for it in mixed precision.
         """
         mixed = isinstance(self.trainer.precision_plugin, MixedPrecision)
         fused = isinstance(self.optimizer, partial) and self.optimizer.keywords.get("fused")
@@ -209,14 +205,14 @@ class TransducerRecognizer(LightningModule):
         if self.ctc_output is None:
             return encodings.new_zeros(())
         scores = self.ctc_output(encodings).float().log_softmax(dim=-1).transpose(0, 1)
-        # A transducer may emit more labels than there are steps, CTC may not: such an utterance has
+        # A transducer may output more labels than steps, CTC may not: such an utterance has
         # no CTC path, and its infinite loss must not reach the encoder.
         return nn.functional.ctc_loss(
             scores, batch.targets, steps, batch.target_lengths, BLANK, "sum", zero_infinity=True
         )
 
     def _score(self, batch: Batch, *, beam_width: int) -> None:
-        """Keep loss and transcripts of each utterance of ``batch``."""
+        """Store loss and transcripts of each utterance of ``batch``."""
         losses, _ = self._losses(batch)
         greedy = self.decode(batch)
         texts = greedy if beam_width == 1 else self.decode(batch, beam_width=beam_width)
@@ -235,10 +231,10 @@ class TransducerRecognizer(LightningModule):
     def _log_scored(self, stage: str) -> dict[str, Scored]:
         """Log loss and word error rate of all utterances of all processes; return them by id."""
         scored = gather_scored(self._scored)
-        labels = sum(one.labels for one in scored.values())
-        loss = math.fsum(one.loss for one in scored.values()) / labels
+        results = scored.values()
+        loss = math.fsum(result.loss for result in results) / sum(r.labels for r in results)
         rate = word_rate(
-            [one.hypothesis for one in scored.values()], [one.reference for one in scored.values()]
+            [result.hypothesis for result in results], [result.reference for result in results]
         )
         self._log_once(f"{stage}/loss", loss)
         self._log_once(f"{stage}/loss_per_token", loss, prog_bar=True)
@@ -246,19 +242,34 @@ class TransducerRecognizer(LightningModule):
         return scored
 
     def _log_once(self, name: str, value: float, *, prog_bar: bool = False) -> None:
-        """Log what is the same in all processes."""
-        # The greatest of equal values is the value, to the bit; their mean need not be.
+        """Log a value that is equal in all processes."""
+        # The maximum of equal values is the value, to the bit; their mean may differ.
         self.log(name, value, prog_bar=prog_bar, sync_dist=True, reduce_fx="max")
 
 
-def transducer_loss(
-    logits: Float[Tensor, "batch steps labels_and_one vocabulary"],
-    targets: Int[Tensor, "batch labels"],
-    steps: Int[Tensor, " batch"],
-    target_lengths: Int[Tensor, " batch"],
-) -> Float[Tensor, ""]:
-    """Sum of :func:`transducer_losses` over the batch, in nats."""
-    return transducer_losses(logits, targets, steps, target_lengths).sum()
+def score_references(
+    model: Decodable, batch: Batch
+) -> tuple[
+    Float[Tensor, "batch steps dim"],
+    Float[Tensor, "batch labels_and_one dim"],
+    Float[Tensor, "batch steps labels_and_one vocabulary"],
+    Int[Tensor, " batch"],
+]:
+    """Score every pair of a step and a prefix of the reference.
+
+    Args:
+        model: Transducer, or its programs.
+        batch: Padded utterances with their references.
+
+    Returns:
+        Encodings, predictions, logits of every pair, and the valid steps of each utterance.
+    """
+    encodings, steps = model.transcribe(batch.features, batch.feature_lengths)
+    start = torch.full_like(batch.targets[:, :1], BLANK)
+    labels = torch.cat([start, batch.targets], dim=1)
+    predictions, _, _ = model.predict(labels, batch.target_lengths + 1, None)
+    logits, _, _ = model.join(encodings, steps, predictions, batch.target_lengths + 1)
+    return encodings, predictions, logits, steps
 
 
 def transducer_losses(
@@ -267,16 +278,16 @@ def transducer_losses(
     steps: Int[Tensor, " batch"],
     target_lengths: Int[Tensor, " batch"],
 ) -> Float[Tensor, " batch"]:
-    r"""Negative log-likelihood of each row of ``targets``, in nats.
+    r"""Compute the negative log-likelihood of each row of ``targets``, in nats.
 
-    An alignment needs two scores at each place: blank's and the next label's. With these two alone
+    An alignment needs two scores at each pair: blank's and the next label's. With these two alone
     ``torchaudio.functional.rnnt_loss`` takes half the time that it takes with the vocabulary.
 
     Args:
         logits: Scores of the joint network, not normalized.
         targets: Labels, padded with blank.
-        steps: Valid steps of each utterance.
-        target_lengths: Valid labels of each utterance.
+        steps: Number of valid steps of each utterance.
+        target_lengths: Number of valid labels of each utterance.
 
     Example:
         >>> logits = torch.zeros(1, 1, 2, 4)  # one step, one label: both of probability 1/4
@@ -288,7 +299,7 @@ def transducer_losses(
         Graves, "Sequence transduction with recurrent neural networks", arXiv 1211.3711, 2012.
     """
     scores = logits.float().log_softmax(dim=-1)
-    # After the last label there is no next one; the loss does not look there.
+    # After the last label there is no next one; the loss does not read this score.
     following = nn.functional.pad(targets, (0, 1), value=BLANK)[:, None, :, None]
     label = scores.gather(3, following.expand(-1, scores.shape[1], -1, -1))
     return torchaudio.functional.rnnt_loss(

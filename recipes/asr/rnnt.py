@@ -1,14 +1,14 @@
-r"""A small streaming RNN transducer whose every operator an accelerator has.
+r"""A small streaming RNN transducer whose operators all run on the accelerator.
 
 An encoder :math:`h_t` reads the sound up to time :math:`t`, a predictor :math:`g_u` reads the
 labels up to :math:`u`, and the joint network scores the next label:
 
 .. math:: z_{t,u} = W \tanh(A h_t + B g_u + b)
 
-Nothing but LSTM, linear, embedding, tanh, addition, concatenation and views is computed here;
-inputs are normalized before they come in, the loss is computed outside. :class:`Transducer` has the
+Its operators are LSTM, linear, embedding, tanh, addition, concatenation and views; normalization of
+the inputs and the loss are outside. :class:`Transducer` has the
 methods of ``torchaudio.models.RNNT`` (``transcribe``, ``transcribe_streaming``, ``predict`` and
-``join``), so that decoders written for that class decode this one.
+``join``), so that decoders of that class work with this one.
 
 Reference:
     Graves, "Sequence transduction with recurrent neural networks", arXiv 1211.3711, 2012.
@@ -27,14 +27,14 @@ State = list[list[Tensor]]
 
 
 class FrameStacking(nn.Module):
-    """Concatenates ``stack`` consecutive frames, anew every ``stride`` frames.
+    """Concatenate ``stack`` consecutive frames, again every ``stride`` frames.
 
     The last of them is the newest; frames before the first are zero. So output ``i`` needs no
     sound after frame ``(i + 1) * stride - 1``: the layer adds no look-ahead.
 
     Args:
-        stack: Frames in one output vector, a multiple of ``stride``.
-        stride: Frames from one output vector to the next.
+        stack: Number of frames in one output vector, a positive multiple of ``stride``.
+        stride: Number of frames from one output vector to the next, positive.
 
     Raises:
         ValueError: If ``stride`` is not positive or ``stack`` is not a multiple of it.
@@ -51,7 +51,7 @@ class FrameStacking(nn.Module):
         if stride < 1 or stack < 1 or stack % stride:
             raise ValueError(
                 f"stack must be a positive multiple of stride, got stack={stack}, stride={stride}; "
-                "windows are built from whole hops"
+                "windows consist of complete hops"
             )
         self.stack = stack
         self.stride = stride
@@ -59,7 +59,7 @@ class FrameStacking(nn.Module):
     def forward(
         self, frames: Float[Tensor, "batch frames mels"], past: Tensor | None = None
     ) -> tuple[Float[Tensor, "batch steps stacked"], Float[Tensor, "batch overlap mels"]]:
-        """Stack ``frames``, which follow the ``past`` frames that an earlier call returned."""
+        """Stack ``frames``, which follow the ``past`` frames that the previous call returned."""
         batch, length, mels = frames.shape
         overlap = self.stack - self.stride
         steps = -(-length // self.stride)
@@ -73,22 +73,22 @@ class FrameStacking(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Unidirectional LSTM layers over stacked frames, with one time reduction on the way.
+    """Unidirectional LSTM layers over stacked frames, with one time reduction between them.
 
     Args:
-        num_mels: Features per frame.
+        num_mels: Number of features per frame.
         frame_stack: See :class:`FrameStacking`.
         frame_stride: See :class:`FrameStacking`.
-        hidden_size: Units of every LSTM layer.
-        num_layers: LSTM layers.
-        time_reduction: Consecutive outputs that are concatenated into one after the first
+        hidden_size: Number of units of every LSTM layer.
+        num_layers: Number of LSTM layers.
+        time_reduction: Number of consecutive outputs that are concatenated into one after the first
             ``reduction_after`` layers; 1 for none.
-        reduction_after: Layers before the time reduction.
+        reduction_after: Number of layers before the time reduction.
         output_size: Size of the vectors that enter the joint network.
-        dropout: Probability of dropping an input of an LSTM layer or of the projection.
+        dropout: Dropout probability of the inputs of LSTM layers and projection, in [0, 1).
 
     Raises:
-        ValueError: If the time reduction does not lie behind a layer.
+        ValueError: If the time reduction is not between two layers.
     """
 
     def __init__(
@@ -122,7 +122,7 @@ class Encoder(nn.Module):
 
     @property
     def frames_per_step(self) -> int:
-        """Input frames per output vector."""
+        """Number of input frames per output vector."""
         return self.stacking.stride * self.time_reduction.stride
 
     def forward(
@@ -131,12 +131,17 @@ class Encoder(nn.Module):
         lengths: Int[Tensor, " batch"],
         state: State | None = None,
     ) -> tuple[Float[Tensor, "batch steps encoded"], Int[Tensor, " batch"], State]:
-        """Encode ``features``, the continuation of the sound that left ``state``.
+        """Encode ``features``, the continuation of the sound before ``state`` was returned.
+
+        Args:
+            features: Features, padded at the end.
+            lengths: Number of valid frames of each utterance.
+            state: State that the previous call returned, or None at the start.
 
         Returns:
-            Encodings, their lengths, and the state for the frames that follow. A length that is not
-            a multiple of :attr:`frames_per_step` is filled with zero frames: in streaming, only the
-            last chunk may have one.
+            Encodings, their lengths, and the state for the following frames. A length that is not
+            a multiple of :attr:`frames_per_step` is padded with zero frames: in streaming, only
+            the last chunk may have one.
         """
         past = None if state is None else state[0][0]
         hidden, past = self.stacking(features, past)
@@ -145,7 +150,7 @@ class Encoder(nn.Module):
             if index == self.reduction_after and self.time_reduction.stride > 1:
                 hidden, _ = self.time_reduction(hidden)
             before = None if state is None else _to_lstm(state[index + 1])
-            # The features come in augmented already; dropping whole inputs of them does harm.
+            # The features are augmented already; dropout of entire inputs does harm.
             dropped = hidden if index == 0 else self.dropout(hidden)
             hidden, after = layer(dropped, before)
             states.append(_from_lstm(after))
@@ -159,9 +164,9 @@ class Predictor(nn.Module):
     Args:
         num_labels: Size of the vocabulary, blank included.
         embedding_size: Size of a label's embedding.
-        hidden_size: Units of the LSTM.
+        hidden_size: Number of units of the LSTM.
         output_size: Size of the vectors that enter the joint network.
-        dropout: Probability of dropping an entry of the embedding or of the LSTM's output.
+        dropout: Dropout probability of the embedding and of the LSTM's output, in [0, 1).
     """
 
     def __init__(
@@ -182,14 +187,19 @@ class Predictor(nn.Module):
     def forward(
         self, labels: Int[Tensor, "batch labels"], state: State | None = None
     ) -> tuple[Float[Tensor, "batch labels encoded"], State]:
-        """Encode ``labels``, the continuation of the labels that left ``state``."""
+        """Encode ``labels``, the continuation of those before ``state`` was returned."""
         embedded = self.dropout(self.embedding(labels))
         hidden, after = self.lstm(embedded, None if state is None else _to_lstm(state[0]))
         return self.projection(self.dropout(hidden)), [_from_lstm(after)]
 
 
 class Joint(nn.Module):
-    """Scores of the next label for every pair of an encoding and a prediction."""
+    """Score the next label for every pair of an encoding and a prediction.
+
+    Args:
+        input_size: Size of encodings and predictions.
+        num_labels: Size of the vocabulary, blank included.
+    """
 
     def __init__(self, *, input_size: int, num_labels: int) -> None:
         super().__init__()
@@ -208,9 +218,9 @@ class Transducer(nn.Module):
     """Encoder, predictor and joint network behind the methods of ``torchaudio.models.RNNT``.
 
     Args:
-        encoder: Encodes the sound; an :class:`Encoder`, or another with its call.
-        predictor: Encodes the labels.
-        joint: Scores the next label.
+        encoder: Encoder of the sound, an :class:`Encoder` or another with the same call.
+        predictor: Encoder of the labels.
+        joint: Network that scores the next label.
 
     Example:
         >>> model = transducer(num_mels=4, num_labels=5, encoder_size=8, joint_size=8)
@@ -233,7 +243,7 @@ class Transducer(nn.Module):
         targets: Int[Tensor, "batch labels"],
         target_lengths: Int[Tensor, " batch"],
     ) -> tuple[Float[Tensor, "batch steps labels vocabulary"], Tensor, Tensor, State]:
-        """Score ``targets``, which begin with blank, against ``sources``."""
+        """Score ``targets``, which begin with blank, for ``sources``."""
         encodings, steps = self.transcribe(sources, source_lengths)
         predictions, target_lengths, state = self.predict(targets, target_lengths, None)
         logits, steps, target_lengths = self.join(encodings, steps, predictions, target_lengths)
@@ -242,7 +252,7 @@ class Transducer(nn.Module):
     def transcribe(
         self, sources: Float[Tensor, "batch frames mels"], source_lengths: Int[Tensor, " batch"]
     ) -> tuple[Float[Tensor, "batch steps dim"], Int[Tensor, " batch"]]:
-        """Encode whole utterances; returns encodings and their lengths."""
+        """Encode utterances, and return encodings and their lengths."""
         encodings, steps, _ = self.encoder(sources, source_lengths)
         return encodings, steps
 
@@ -252,7 +262,7 @@ class Transducer(nn.Module):
         source_lengths: Int[Tensor, " batch"],
         state: State | None,
     ) -> tuple[Float[Tensor, "batch steps dim"], Int[Tensor, " batch"], State]:
-        """Encode the next chunk; all but the last have whole steps (see :class:`Encoder`)."""
+        """Encode the next chunk; all except the last have complete steps (see :class:`Encoder`)."""
         encodings, steps, after = self.encoder(sources, source_lengths, state)
         return encodings, steps, after
 
@@ -273,7 +283,7 @@ class Transducer(nn.Module):
         target_encodings: Float[Tensor, "batch labels dim"],
         target_lengths: Int[Tensor, " batch"],
     ) -> tuple[Float[Tensor, "batch steps labels vocabulary"], Tensor, Tensor]:
-        """Score the next label for every pair; lengths pass through."""
+        """Score the next label for every pair; lengths are returned unchanged."""
         return self.joint(source_encodings, target_encodings), source_lengths, target_lengths
 
 
@@ -293,7 +303,7 @@ def transducer(
     encoder_dropout: float = 0.0,
     predictor_dropout: float = 0.0,
 ) -> Transducer:
-    """Build a :class:`Transducer` from its sizes; see its parts for what each means.
+    """Build a :class:`Transducer` from its sizes; see its parts for their meaning.
 
     Example:
         >>> model = transducer(num_mels=4, num_labels=5, encoder_size=8, joint_size=8)
@@ -311,28 +321,58 @@ def transducer(
         reduction_after=reduction_after,
         dropout=encoder_dropout,
     )
+    model = assemble(
+        encoder,
+        num_labels=num_labels,
+        embedding_size=embedding_size,
+        predictor_size=predictor_size,
+        joint_size=joint_size,
+        dropout=predictor_dropout,
+    )
+    _open_forget_gates(model)
+    return model
+
+
+def assemble(
+    encoder: nn.Module,
+    *,
+    num_labels: int,
+    embedding_size: int,
+    predictor_size: int,
+    joint_size: int,
+    dropout: float,
+) -> Transducer:
+    """Put a predictor and a joint network behind an encoder.
+
+    Their parameters are drawn after the encoder's: the predictor's first, then the joint network's.
+
+    Args:
+        encoder: Encoder whose output vectors have ``joint_size`` entries.
+        num_labels: Size of the vocabulary, blank included.
+        embedding_size: Size of a label's embedding.
+        predictor_size: Units of the predictor's LSTM.
+        joint_size: Size of the vectors that enter the joint network.
+        dropout: Dropout probability of the predictor, in [0, 1).
+    """
     predictor = Predictor(
         num_labels=num_labels,
         embedding_size=embedding_size,
         hidden_size=predictor_size,
         output_size=joint_size,
-        dropout=predictor_dropout,
+        dropout=dropout,
     )
-    joint = Joint(input_size=joint_size, num_labels=num_labels)
-    model = Transducer(encoder, predictor, joint)
-    _open_forget_gates(model)
-    return model
+    return Transducer(encoder, predictor, Joint(input_size=joint_size, num_labels=num_labels))
 
 
 def _open_forget_gates(model: nn.Module) -> None:
-    """Start every LSTM remembering: forget-gate bias 1 (Jozefowicz et al., ICML 2015)."""
+    """Set the forget-gate bias of every LSTM to 1 (Jozefowicz et al., ICML 2015)."""
     for lstm in (module for module in model.modules() if isinstance(module, nn.LSTM)):
         bias = lstm.get_parameter("bias_ih_l0")
         nn.init.ones_(bias.data[lstm.hidden_size : 2 * lstm.hidden_size])
 
 
 def _to_lstm(state: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """``nn.LSTM`` wants (layer, batch, hidden); decoders want the batch first."""
+    """Convert a state with the batch first to ``nn.LSTM``'s (layer, batch, hidden)."""
     return state[0].unsqueeze(0), state[1].unsqueeze(0)
 
 

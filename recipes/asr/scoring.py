@@ -1,4 +1,4 @@
-r"""Word error rate and how sure it is.
+r"""Word error rate with its confidence interval.
 
 .. math:: \mathrm{WER} = \sum_i e_i \Big/ \sum_i n_i
 
@@ -30,8 +30,8 @@ class WordErrors:
         rate: Word errors over reference words.
         low: Lower end of the bootstrap interval.
         high: Upper end of the bootstrap interval.
-        errors: Word errors in all.
-        words: Reference words in all.
+        errors: Total number of word errors.
+        words: Total number of reference words.
     """
 
     rate: float
@@ -42,7 +42,7 @@ class WordErrors:
 
 
 class Scored(NamedTuple):
-    """Result of one utterance after it was scored."""
+    """Result of one scored utterance."""
 
     reference: str
     greedy: str
@@ -52,14 +52,15 @@ class Scored(NamedTuple):
     loss: float
     """Negative log-likelihood of the reference, in nats."""
     labels: int
-    """Labels of the reference."""
+    """Number of labels of the reference."""
 
 
 def gather_scored(scored: Mapping[str, Scored]) -> dict[str, Scored]:
-    """Utterances of all processes by id, each once, sorted by id.
+    """Gather the utterances of all processes by id, each once, sorted by id.
 
     Args:
-        scored: Utterances of this process. Shares may overlap: samplers pad them.
+        scored: Utterances of this process by id. Processes may have the same utterance, since
+            samplers pad their parts.
 
     Example:
         >>> list(gather_scored({"b": Scored("", "", "", 0.0, 0), "a": Scored("", "", "", 0.0, 0)}))
@@ -69,12 +70,16 @@ def gather_scored(scored: Mapping[str, Scored]) -> dict[str, Scored]:
     if distributed.is_available() and distributed.is_initialized():
         parts = [{} for _ in range(distributed.get_world_size())]
         distributed.all_gather_object(parts, dict(scored))
-    merged = {id_: one for part in parts for id_, one in part.items()}
+    merged = {id_: result for part in parts for id_, result in part.items()}
     return dict(sorted(merged.items()))
 
 
 def word_rate(hypotheses: Sequence[str], references: Sequence[str]) -> float:
-    """Word error rate without an interval; 0 errors of 0 words are a rate of 0.
+    """Compute a word error rate without an interval; 0 errors of 0 words are a rate of 0.
+
+    Args:
+        hypotheses: Recognized texts, one per utterance.
+        references: Reference texts, in the same order.
 
     Raises:
         ValueError: If the numbers of texts differ.
@@ -99,10 +104,10 @@ def word_errors(
     """Score ``hypotheses`` against ``references``, word by word.
 
     Args:
-        hypotheses: What was recognized, one text per utterance.
-        references: What was said, in the same order.
-        confidence: Share of resampled rates inside the interval.
-        resamples: Bootstrap samples.
+        hypotheses: Recognized texts, one per utterance.
+        references: Reference texts, in the same order.
+        confidence: Fraction of resampled rates inside the interval, in (0, 1).
+        resamples: Number of bootstrap samples.
         seed: Seed of the resampling: the same texts give the same interval.
 
     Returns:
@@ -123,7 +128,7 @@ def word_errors(
     if len(hypotheses) != len(references):
         raise ValueError(
             f"got {len(hypotheses)} hypotheses for {len(references)} references; pass one of each "
-            "per utterance, '' where nothing was recognized"
+            "per utterance, '' if nothing was recognized"
         )
     if not 0 < confidence < 1:
         raise ValueError(f"confidence must be in (0, 1), got {confidence}")
@@ -147,7 +152,7 @@ def _bootstrap(
 ) -> tuple[float, float]:
     generator = np.random.default_rng(seed)
     drawn = generator.multinomial(len(words), np.full(len(words), 1 / len(words)), size=resamples)
-    # A sample of nothing but empty references has no rate; it cannot tell us about ours.
+    # A sample with empty references only has no rate, and is left out.
     spoken = drawn @ words
     rates = (drawn @ errors)[spoken > 0] / spoken[spoken > 0]
     tail = (1 - confidence) / 2

@@ -1,4 +1,4 @@
-"""Text to label indices and back.
+"""Conversion of text to label indices and back.
 
 A transducer emits labels from a finite set and, between them, a *blank*. The blank has index 0
 everywhere in the recipes; the units of the vocabulary follow it from 1 on. A unit is a character
@@ -17,7 +17,7 @@ UnitKind = Literal["character", "word"]
 
 
 def normalize_text(text: str) -> str:
-    r"""Bring a transcript to upper case with single spaces between words.
+    r"""Convert a transcript to upper case with single spaces between words.
 
     Example:
         >>> normalize_text("  turn  left\t")
@@ -27,14 +27,13 @@ def normalize_text(text: str) -> str:
 
 
 class Vocabulary:
-    """The units that a recognizer writes, and their indices. It does not change.
+    """The units of a recognizer's output and their indices, immutable.
 
-    Not a dataclass: Hydra would take one that it is given for a configuration.
+    Not a dataclass: Hydra would treat a dataclass argument as a configuration.
 
     Args:
-        units: The units without the blank, each once; unit ``i`` has index ``i + 1``.
-        kind: ``"character"``: a transcript is cut into its characters, spaces included;
-            ``"word"``: into its words.
+        units: Units without the blank, each once; unit ``i`` has index ``i + 1``.
+        kind: Kind of the units: ``"character"``, spaces included, or ``"word"``.
 
     Raises:
         ValueError: If ``kind`` is neither, if a unit occurs twice, or if a unit is not of the
@@ -60,8 +59,8 @@ class Vocabulary:
         self.kind: UnitKind = kind
         self._index = {unit: index for index, unit in enumerate(self.units, start=BLANK + 1)}
         if len(self._index) != len(self.units):
-            twice = sorted({unit for unit in self.units if self.units.count(unit) > 1})
-            raise ValueError(f"each unit may occur once, these occur again: {twice}")
+            repeated = sorted({unit for unit in self.units if self.units.count(unit) > 1})
+            raise ValueError(f"each unit may occur once, these occur again: {repeated}")
 
     def __repr__(self) -> str:
         return f"Vocabulary({self.units!r}, {self.kind!r})"
@@ -75,16 +74,16 @@ class Vocabulary:
         return hash((self.units, self.kind))
 
     def __len__(self) -> int:
-        """Number of label indices, the blank among them."""
+        """Return the number of label indices, blank included."""
         return len(self.units) + 1
 
     def split(self, text: str) -> list[str]:
-        """Cut a transcript into units, whether they are in the vocabulary or not."""
+        """Split a transcript into units, in the vocabulary or not."""
         normalized = normalize_text(text)
         return list(normalized) if self.kind == "character" else normalized.split()
 
     def unknown(self, text: str) -> list[str]:
-        """The units of ``text`` that this vocabulary lacks, sorted.
+        """Return the units of ``text`` that this vocabulary lacks, sorted.
 
         Example:
             >>> Vocabulary(("A", "B")).unknown("a?b!")
@@ -93,17 +92,17 @@ class Vocabulary:
         return sorted({unit for unit in self.split(text) if unit not in self._index})
 
     def encode(self, text: str) -> list[int]:
-        """Indices of the units of ``text``.
+        """Return the indices of the units of ``text``.
 
         Raises:
-            ValueError: If ``text`` holds units outside the vocabulary; the message lists them.
+            ValueError: If ``text`` has units outside the vocabulary; the message lists them.
         """
         if unknown := self.unknown(text):
             raise ValueError(f"{self.kind}s outside the vocabulary: {unknown} in {text!r}")
         return [self._index[unit] for unit in self.split(text)]
 
     def decode(self, indices: Sequence[int]) -> str:
-        """The text of label indices; blanks are left out.
+        """Return the text of label indices, without blanks.
 
         Raises:
             IndexError: If an index is negative or not below ``len(self)``.
@@ -114,12 +113,12 @@ class Vocabulary:
         return "".join(units) if self.kind == "character" else " ".join(units)
 
     def to_dict(self) -> dict[str, Any]:
-        """A plain dictionary for YAML, JSON and checkpoints."""
+        """Return a plain dictionary for YAML, JSON and checkpoints."""
         return {"kind": self.kind, "units": list(self.units)}
 
     @classmethod
     def from_dict(cls, state: dict[str, Any]) -> Vocabulary:
-        """The vocabulary that `to_dict` described.
+        """Build the vocabulary from the dictionary of `to_dict`.
 
         Example:
             >>> vocabulary = Vocabulary((" ", "A"))
@@ -130,7 +129,7 @@ class Vocabulary:
 
     @classmethod
     def from_texts(cls, texts: Iterable[str], kind: UnitKind = "character") -> Vocabulary:
-        """The vocabulary of every unit in ``texts``, sorted.
+        """Build the vocabulary of all units in ``texts``, sorted.
 
         Example:
             >>> Vocabulary.from_texts(["go", "no go"]).units

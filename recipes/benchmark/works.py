@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torchaudio.models.conformer import ConformerLayer
 
-from recipes.asr.recognizer import transducer_loss
+from recipes.asr.recognizer import transducer_losses
 from recipes.asr.rnnt import transducer
 
 
@@ -114,7 +114,7 @@ def _transducer_batch() -> tuple[Tensor, ...]:
 def _transducer_loss(logits: Tensor, batch: tuple[Tensor, ...]) -> Tensor:
     _, lengths, labels, counts = batch
     steps = torch.full_like(lengths, logits.shape[1])
-    return transducer_loss(logits, labels, steps, counts) / counts.sum()
+    return transducer_losses(logits, labels, steps, counts).sum() / counts.sum()
 
 
 def _mean_square(result: Tensor, _: tuple[Tensor, ...]) -> Tensor:

@@ -1,4 +1,4 @@
-"""Bits for a trained recognizer, and training with them."""
+"""Allocation of bits for a trained recognizer, and training with them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = ["overrides"]
 
 
 @pytest.mark.filterwarnings("ignore:NNAEmulation. 0 of")  # Shorter than its calibration.
-def test_bits_are_chosen_saved_and_trained_with(
+def test_bits_are_allocated_saved_and_trained_with(
     compose_config: Compose,
     overrides: list[str],
     tmp_path: Path,
@@ -28,20 +28,20 @@ def test_bits_are_chosen_saved_and_trained_with(
     common = ["experiment=an4_rnnt", *overrides, "test=false"]
     train(compose_config("train", *common, f"run_dir={tmp_path / 'float'}"))
     ckpt = tmp_path / "float" / "checkpoints" / "last.ckpt"
-    chosen = [f"ckpt={ckpt}", "candidates=[1,2,4]", "batches=2", f"run_dir={tmp_path / 'bits'}"]
-    found = allocate(compose_config("allocate", *chosen, "target_mean_bits=2.5"))
+    settings = [f"ckpt={ckpt}", "candidates=[1,2,4]", "batches=2", f"run_dir={tmp_path / 'bits'}"]
+    allocation = allocate(compose_config("allocate", *settings, "target_mean_bits=2.5"))
     path = tmp_path / "bits" / "bits.json"
-    assert found.mean_bits <= 2.5
-    assert BitAllocation.load(path) == found
+    assert allocation.mean_bits <= 2.5
+    assert BitAllocation.load(path) == allocation
     assert set(json.loads(path.read_text())["overrides"].values()) <= {1, 2, 4}
 
-    few = ["compression=gq", "bits=8", f"bit_overrides={path}", f"run_dir={tmp_path / 'few'}"]
-    train(compose_config("train", *common, *few, f"init_from={ckpt}", "callbacks.average=null"))
+    low_bit = ["compression=gq", "bits=8", f"bit_overrides={path}", f"run_dir={tmp_path / 'few'}"]
+    train(compose_config("train", *common, *low_bit, f"init_from={ckpt}", "callbacks.average=null"))
     trained = load_weights(tmp_path / "few" / "checkpoints" / "last.ckpt").network
-    assert {f"model.{name}" for name in trained} >= found.bits.keys()
+    assert {f"model.{name}" for name in trained} >= allocation.bits.keys()
     report = json.loads((tmp_path / "few" / "compression" / "compression.json").read_text())
-    held = {tensor["name"]: tensor["bits"] for tensor in report["snapshots"][-1]["tensors"]}
-    assert held == found.bits
+    actual = {tensor["name"]: tensor["bits"] for tensor in report["snapshots"][-1]["tensors"]}
+    assert actual == allocation.bits
 
 
 def test_without_a_checkpoint(compose_config: Compose) -> None:

@@ -80,7 +80,7 @@ def test_every_key_of_an_experiment_is_taken_by_its_target(experiment: str) -> N
         _bind(node)
 
 
-def test_a_misspelt_key_is_noticed() -> None:
+def test_a_misspelt_key_is_an_error() -> None:
     config = _composed("+model.network.encoder_sise=3")
     with pytest.raises(TypeError, match="encoder_sise"):
         _bind(config["model"]["network"])
@@ -99,7 +99,7 @@ def test_callbacks_are_keyed_so_that_groups_merge() -> None:
     assert config["callbacks"].keys() >= {"checkpoint", "nna"}
 
 
-def test_every_logger_keeps_the_csv() -> None:
+def test_every_logger_includes_the_csv() -> None:
     files = sorted(path.stem for path in (CONF / "logger").glob("*.yaml"))
     assert files == ["csv", "tensorboard", "wandb"]
     for name in files:

@@ -13,7 +13,7 @@ from tests.recipes.conftest import SMALL_NETWORK
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Checkpoint directory")
 @pytest.mark.filterwarnings("ignore:NNAEmulation. 0 of")
-def test_the_demo_trains_puts_on_the_chip_trains_for_it_and_hands_over(
+def test_the_demo_trains_emulates_trains_emulated_and_deploys(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)  # evaluation reads the cache that training wrote

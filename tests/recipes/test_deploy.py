@@ -1,4 +1,4 @@
-"""A recognizer of noise as programs: the same outputs, the same transcripts, and their cost."""
+"""A recognizer of noise as programs: equal outputs, equal transcripts, and their cost."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from omegaconf import DictConfig
 
 from recipes.asr.deployed import DeployedTransducer, export_transducer
-from recipes.deploy import check_asked, deploy, table
+from recipes.deploy import check_method, deploy, table
 from recipes.train import train
 from recipes.weights import TrainedWeights
 from tests.recipes.asr.test_on_chip import conformer
@@ -26,7 +26,7 @@ HIGH_END = "[ethos-u55-128,Ethos_U55_High_End_Embedded,Shared_Sram]"
 @pytest.mark.exactness
 @pytest.mark.filterwarnings("ignore:NNAEmulation. 0 of")  # Shorter than its calibration.
 @pytest.mark.parametrize("compression", ["none", "nna8", "csp_gq"])
-def test_the_programs_recognize_what_the_emulation_does(
+def test_the_programs_equal_the_emulation(
     compression: str, compose_config: Compose, overrides: list[str], tmp_path: Path
 ) -> None:
     pytest.importorskip("ethosu")
@@ -36,19 +36,21 @@ def test_the_programs_recognize_what_the_emulation_does(
         settings += ["bits=4", "sparsity=0.5", "+callbacks.prune.measurement=identity"]
     train(compose_config("train", "experiment=an4_rnnt", *overrides, *settings))
     ckpt = trained / "checkpoints" / "last.ckpt"
-    found = deploy(
+    summary = deploy(
         compose_config("deploy", f"ckpt={ckpt}", f"systems=[{HIGH_END}]", "calibration_batches=2")
     )
-    assert (found["equal_outputs"], found["equal_transcripts"]) == (1.0, 1.0)
-    assert found["wer"] == found["emulated"]["wer"]
-    assert found["loss_per_token"] == pytest.approx(found["emulated"]["loss_per_token"], rel=1e-6)
-    assert found["method"] == {"none": "chip"}.get(compression, compression)
-    (system,) = found["systems"]
+    assert (summary["equal_outputs"], summary["equal_transcripts"]) == (1.0, 1.0)
+    assert summary["wer"] == summary["emulated"]["wer"]
+    assert summary["loss_per_token"] == pytest.approx(
+        summary["emulated"]["loss_per_token"], rel=1e-6
+    )
+    assert summary["method"] == {"none": "chip"}.get(compression, compression)
+    (system,) = summary["systems"]
     assert system["cpu_operators"] == ["GatherV2"]
     assert 0 < system["encoded_bytes"] < system["memory_bytes"]
-    assert len(table(found).splitlines()) == 8
+    assert len(table(summary).splitlines()) == 8
     run = tmp_path / "run"
-    assert json.loads((run / "summary.json").read_text()) == json.loads(json.dumps(found))
+    assert json.loads((run / "summary.json").read_text()) == json.loads(json.dumps(summary))
     assert {"programs", "report.csv", "report.html", "summary.json"} <= {
         path.name for path in run.iterdir()
     }
@@ -62,7 +64,7 @@ def _altered(programs: Path) -> DeployedTransducer:
     return DeployedTransducer(programs)
 
 
-def test_what_has_no_streaming_program(tmp_path: Path) -> None:
+def test_encoders_without_a_streaming_program(tmp_path: Path) -> None:
     class Recognizer(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -75,7 +77,7 @@ def test_what_has_no_streaming_program(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("asked", "complaint"),
+    ("overrides", "complaint"),
     [
         (
             ["compression=csp"],
@@ -85,14 +87,14 @@ def test_what_has_no_streaming_program(tmp_path: Path) -> None:
         (["compression=gq", "bits=3"], r"bits=3 is not used: .* with bits=2"),
     ],
 )
-def test_what_the_checkpoint_decides_is_not_asked_for(
-    asked: list[str], complaint: str, compose_config: Compose
+def test_settings_that_differ_from_the_checkpoint_are_an_error(
+    overrides: list[str], complaint: str, compose_config: Compose
 ) -> None:
     recipe = {"method": "gq", "bits": 2, "callbacks": {"nna": {"spec": "litert-int8"}}}
     trained = TrainedWeights({}, {**recipe, "bit_overrides": {}}, {})
-    check_asked(trained, compose_config("deploy", "ckpt=a.ckpt"))
-    check_asked(trained, compose_config("deploy", "ckpt=a.ckpt", "compression=gq", "bits=2"))
-    config = compose_config("deploy", "ckpt=a.ckpt", *asked)
+    check_method(trained, compose_config("deploy", "ckpt=a.ckpt"))
+    check_method(trained, compose_config("deploy", "ckpt=a.ckpt", "compression=gq", "bits=2"))
+    config = compose_config("deploy", "ckpt=a.ckpt", *overrides)
     with pytest.raises(ValueError, match=complaint):
-        check_asked(trained, config)
-    check_asked(TrainedWeights({}, {"method": "float"}, {}), config)
+        check_method(trained, config)
+    check_method(TrainedWeights({}, {"method": "float"}, {}), config)

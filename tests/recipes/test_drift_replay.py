@@ -30,9 +30,9 @@ def test_a_column_is_scored_and_drawn(
 ) -> None:
     log = written(tmp_path / "metrics" / "version_0" / "metrics.csv")
     main([str(tmp_path if folder else log), "--column", "val/wer"])
-    beside = tmp_path if folder else log.parent
-    assert (beside / "drift_val_wer.png").stat().st_size > 10_000
-    rows = json.loads((beside / "drift_val_wer.json").read_text())
+    folder_of_log = tmp_path if folder else log.parent
+    assert (folder_of_log / "drift_val_wer.png").stat().st_size > 10_000
+    rows = json.loads((folder_of_log / "drift_val_wer.json").read_text())
     _, readings = replay(DriftDetector(), VALUES.tolist())
     assert [row["value"] for row in rows] == [reading.value for reading in readings]
     assert [row["drift"] for row in rows] == [reading.drift for reading in readings]
@@ -45,19 +45,19 @@ def test_a_column_is_scored_and_drawn(
     assert 20 <= onset < 25
 
 
-def test_the_other_direction_and_a_place_for_the_figure(
+def test_the_other_direction_and_a_path_of_the_plot(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "one.csv"
     path.write_text("accuracy\n" + "\n".join(map(str, VALUES)) + "\nnan\n")
-    main([str(path), "--mode", "max", "--figure", str(tmp_path / "figures" / "a.png")])
-    assert (tmp_path / "figures" / "a.png").is_file()
+    main([str(path), "--mode", "max", "--plot", str(tmp_path / "plots" / "a.png")])
+    assert (tmp_path / "plots" / "a.png").is_file()
     printed = capsys.readouterr().out
     assert "40 values, 1 not finite" in printed
     assert "no drift" in printed
 
 
-def test_what_is_missing_is_named(tmp_path: Path) -> None:
+def test_missing_columns_and_values_are_named(tmp_path: Path) -> None:
     path = written(tmp_path / "log.csv")
     with pytest.raises(ValueError, match=r"no column None; name one of \['step'"):
         read_column(path, None)
@@ -91,7 +91,7 @@ def test_a_log_that_is_wrong_is_named(tmp_path: Path, text: str, complaint: str)
         read_column(path, "wer")
 
 
-def test_a_folder_of_several_logs_is_refused(tmp_path: Path) -> None:
+def test_a_folder_of_several_logs_is_an_error(tmp_path: Path) -> None:
     for version in ("version_0", "version_1"):
         written(tmp_path / "metrics" / version / "metrics.csv")
     with pytest.raises(ValueError, match=r"version_0/metrics\.csv, metrics/version_1/metrics\.csv"):

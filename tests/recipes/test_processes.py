@@ -16,7 +16,7 @@ from lightning.pytorch import Trainer
 from omegaconf import DictConfig
 
 from recipes.evaluate import evaluate
-from recipes.train import build_recognizer
+from recipes.preparation import build_recognizer
 from recipes.weights import load_weights
 from tests.recipes.asr.small_corpus import write_an4
 from tests.recipes.conftest import SMALL_NETWORK
@@ -24,7 +24,7 @@ from tests.recipes.conftest import SMALL_NETWORK
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_what_two_processes_score_is_the_whole_of_each_part(
+def test_two_processes_score_every_utterance_once(
     compose_config: Callable[..., DictConfig], tmp_path: Path
 ) -> None:
     # Each utterance is a batch, and both parts have an odd number of them: one process gets an
@@ -40,10 +40,10 @@ def test_what_two_processes_score_is_the_whole_of_each_part(
         *("callbacks.average=null", "threads=1", "beam_width=1", f"hydra.run.dir={run}"),
     ]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
+    process = subprocess.run(
         command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
     )
-    assert done.returncode == 0, done.stderr
+    assert process.returncode == 0, process.stderr
     assert {path.name for path in tmp_path.iterdir()} == {"an4", "cache", "shared"}
     shared = json.loads((run / "summary.json").read_text())
     assert shared["words"] == 6  # Three utterances of two words.

@@ -1,4 +1,4 @@
-"""What a run leaves behind."""
+"""The files of a run."""
 
 from __future__ import annotations
 
@@ -29,19 +29,19 @@ def test_settings_that_do_not_change_the_result_may_differ(tmp_path: Path) -> No
 
 
 def test_a_run_folder_may_be_moved(tmp_path: Path) -> None:
-    for place in ("here", "there/deeper"):
-        settings = {"run_dir": place, "logger": {}, "callbacks": {"dirpath": "${run_dir}/ckpt"}}
+    for run_dir in ("here", "there/deeper"):
+        settings = {"run_dir": run_dir, "logger": {}, "callbacks": {"dirpath": "${run_dir}/ckpt"}}
         record_config(tmp_path, OmegaConf.create(settings))
     assert OmegaConf.load(tmp_path / "config.yaml").callbacks.dirpath == "there/deeper/ckpt"
 
 
-def test_a_summary_is_json_and_nothing_else_is_left(tmp_path: Path) -> None:
+def test_a_summary_is_json_and_the_only_file(tmp_path: Path) -> None:
     path = write_summary(tmp_path, {"wer": 0.25, "versions": {"torch": torch.__version__}})
     assert json.loads(path.read_text())["wer"] == 0.25
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_writing_replaces_what_was_there(tmp_path: Path) -> None:
+def test_writing_replaces_the_file(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     for text in ("a longer text", "short"):
         write_whole(path, text)
@@ -49,11 +49,11 @@ def test_writing_replaces_what_was_there(tmp_path: Path) -> None:
 
 
 def test_provenance_names_command_commit_and_versions() -> None:
-    found = provenance(seed=3)
-    assert found["seed"] == 3
-    assert torch.__version__.startswith(found["versions"]["torch"])
-    assert found["command"].startswith("python ")
-    assert found["commit"] == git_commit()
+    origin = provenance(seed=3)
+    assert origin["seed"] == 3
+    assert torch.__version__.startswith(origin["versions"]["torch"])
+    assert origin["command"].startswith("python ")
+    assert origin["commit"] == git_commit()
 
 
 def test_size_counts_bytes_of_the_dtype() -> None:

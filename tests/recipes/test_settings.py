@@ -1,4 +1,4 @@
-"""A command whose settings are missing or unused is refused before anything is written."""
+"""A command with missing or unused settings is an error before anything is written."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ def _mandatory_of_groups() -> Iterator[tuple[str, set[str]]]:
     """Choices with mandatory values, and these as a composed configuration names them."""
     for path in sorted(CONF.glob("*/*.yaml")):
         content = OmegaConf.to_container(OmegaConf.load(path))
-        found = set(_mandatory(content))
+        keys = set(_mandatory(content))
         group = path.parent.name
-        if found:
+        if keys:
             is_global = "@package _global_" in path.read_text()
-            names = found if is_global else {f"{group}.{name}" for name in found}
+            names = keys if is_global else {f"{group}.{name}" for name in keys}
             yield f"{group}={path.stem}", names
 
 
@@ -89,7 +89,7 @@ UNUSED = [
 
 
 @pytest.mark.parametrize(("overrides", "complaint"), UNUSED)
-def test_a_setting_that_nothing_reads_is_refused(
+def test_a_setting_that_nothing_reads_is_an_error(
     overrides: list[str], complaint: str, compose_config: Compose
 ) -> None:
     with pytest.raises(ValueError, match=complaint):
@@ -117,13 +117,13 @@ def test_other_commands_take_the_same_settings(
     check_settings(compose_config(name, "ckpt=a.ckpt", *overrides), name)
 
 
-def test_settings_of_a_callback_that_is_not_there_are_refused(compose_config: Compose) -> None:
+def test_settings_of_an_absent_callback_are_an_error(compose_config: Compose) -> None:
     config = compose_config("train", "compression=nna8", "+callbacks.gq.bits=2")
     with pytest.raises(ValueError, match=r"callbacks\.gq has settings \(bits\) and no _target_"):
         build_callbacks(config)
 
 
-def test_what_is_null_is_left_out() -> None:
+def test_null_entries_are_left_out() -> None:
     assert instantiate_all(OmegaConf.create({"average": None}), "callbacks") == {}
 
 
@@ -136,12 +136,12 @@ def test_a_key_that_occurs_twice_is_named_with_its_line(tmp_path: Path) -> None:
         compose("twice")
 
 
-def test_a_mistyped_setting_is_refused(compose_config: Compose) -> None:
+def test_a_mistyped_setting_is_an_error(compose_config: Compose) -> None:
     with pytest.raises(ConfigCompositionException, match="bist"):
         compose_config("train", "bist=2")
 
 
-def test_a_sweep_of_several_processes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sweep_of_several_processes_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     mode = SimpleNamespace(mode=RunMode.MULTIRUN)
     monkeypatch.setattr(HydraConfig, "initialized", lambda: True)
     monkeypatch.setattr(HydraConfig, "get", lambda: mode)

@@ -37,7 +37,7 @@ def overrides(small_an4: Path, tmp_path: Path) -> list[str]:
         f"data.cache_dir={tmp_path / 'cache'}",
         "data.num_mels=8",
         "data.speeds=[1.0]",
-        "data.validation_share=0.2",
+        "data.validation_fraction=0.2",
         "data.spec_augment.frequency_width=2",
         "data.batch_seconds=2",
         "data.num_buckets=2",
@@ -54,7 +54,7 @@ def _weights_of(folder: Path) -> dict[str, torch.Tensor]:
     return load_weights(folder / "checkpoints" / "last.ckpt").network
 
 
-def test_a_run_leaves_config_metrics_checkpoints_and_summary(
+def test_a_run_writes_config_metrics_checkpoints_and_summary(
     compose_config: Compose, overrides: list[str], tmp_path: Path
 ) -> None:
     config = compose_config("train", "experiment=an4_rnnt", *overrides)
@@ -73,23 +73,23 @@ def test_a_run_leaves_config_metrics_checkpoints_and_summary(
 
 
 @pytest.mark.filterwarnings("ignore:Checkpoint directory")
-def test_a_stopped_run_goes_on_to_the_same_weights(
+def test_a_stopped_run_resumes_to_the_same_weights(
     compose_config: Compose, overrides: list[str], tmp_path: Path
 ) -> None:
     common = ["experiment=an4_rnnt", *overrides, "model.schedule=null", "test=false"]
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    train(compose_config("train", *common, f"run_dir={whole}"))
+    uninterrupted, parts = tmp_path / "uninterrupted", tmp_path / "parts"
+    train(compose_config("train", *common, f"run_dir={uninterrupted}"))
     train(compose_config("train", *common, f"run_dir={parts}", "trainer.max_epochs=1"))
     (parts / "config.yaml").unlink()  # the shorter run's; a stopped run has the longer one's
     train(compose_config("train", *common, f"run_dir={parts}"))
-    expected = _weights_of(whole)
+    expected = _weights_of(uninterrupted)
     resumed = _weights_of(parts)
     assert expected.keys() == resumed.keys()
     for name, weight in expected.items():
         torch.testing.assert_close(resumed[name], weight, rtol=0, atol=0)
 
 
-def test_the_folder_of_another_run_is_refused(
+def test_the_folder_of_another_run_is_an_error(
     compose_config: Compose, overrides: list[str]
 ) -> None:
     settings = ["experiment=an4_rnnt", *overrides, "test=false", "trainer.max_epochs=1"]
@@ -175,7 +175,7 @@ def test_beam_search_is_a_setting(compose_config: Compose, small_weights: Path) 
     assert evaluate(config)["words"] == 8
 
 
-def test_a_float_checkpoint_goes_on_the_chip(
+def test_a_float_checkpoint_is_emulated(
     compose_config: Compose, small_weights: Path, tmp_path: Path
 ) -> None:
     settings = [f"ckpt={small_weights}", "compression=nna8", "calibration_batches=2"]
@@ -187,7 +187,7 @@ def test_a_float_checkpoint_goes_on_the_chip(
     assert summary["loss_per_token"] != float_loss
 
 
-def test_a_chip_aware_run_scores_again_as_it_did(
+def test_an_emulated_run_scores_again_as_it_did(
     compose_config: Compose, overrides: list[str], small_weights: Path, tmp_path: Path
 ) -> None:
     start = [f"init_from={small_weights}", "callbacks.nna.calibration_steps=2"]

@@ -1,4 +1,4 @@
-"""Weights files: what goes in comes out, and what is not one is refused."""
+"""Files of weights: a round trip, and errors for other files."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ def test_half_precision_comes_back_with_its_settings(
 ) -> None:
     path = tmp_path / "deeper" / "a.safetensors"
     save_weights(path, weights, command="python -m recipes.train")
-    found = load_weights(path)
-    assert found.data == weights.data
-    assert "run_dir" not in found.recipe
-    assert found.recipe.keys() == weights.recipe.keys() - {"run_dir"}
+    loaded = load_weights(path)
+    assert loaded.data == weights.data
+    assert "run_dir" not in loaded.recipe
+    assert loaded.recipe.keys() == weights.recipe.keys() - {"run_dir"}
     for name, tensor in weights.network.items():
-        assert found.network[name].dtype == torch.float32
-        assert torch.equal(found.network[name], tensor.half().float())
+        assert loaded.network[name].dtype == torch.float32
+        assert torch.equal(loaded.network[name], tensor.half().float())
     assert [entry.name for entry in path.parent.iterdir()] == ["a.safetensors"]
 
 
@@ -45,7 +45,7 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         load_weights(tmp_path / "nothing.ckpt")
 
 
-def test_files_of_others_are_refused(tmp_path: Path) -> None:
+def test_files_of_others_are_an_error(tmp_path: Path) -> None:
     torch.save({"state_dict": {}}, tmp_path / "other.ckpt")
     save_file({"a": torch.zeros(1)}, tmp_path / "other.safetensors")
     for name in ("other.ckpt", "other.safetensors"):
@@ -69,7 +69,7 @@ def test_code_in_a_checkpoint_does_not_run(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"harmful\.ckpt is not read: .* could run code"):
         load_weights(ckpt)
     assert not trace.exists()
-    torch.load(ckpt, weights_only=False)  # The file is what it is said to be.
+    torch.load(ckpt, weights_only=False)  # The file is harmful indeed.
     assert trace.exists()
 
 
@@ -85,7 +85,7 @@ def test_a_run_does_not_resume_from_code(
     assert not trace.exists()
 
 
-def test_a_checkpoint_that_was_cut_off_is_named(tmp_path: Path) -> None:
+def test_a_truncated_checkpoint_is_named(tmp_path: Path) -> None:
     path = tmp_path / "short.ckpt"
     torch.save({"state_dict": {"weight": torch.zeros(1000)}}, path)
     path.write_bytes(path.read_bytes()[:2000])
@@ -99,7 +99,7 @@ def test_a_checkpoint_that_was_cut_off_is_named(tmp_path: Path) -> None:
         load_weights(path)
 
 
-def test_small_weights_that_were_cut_off_are_named(weights: TrainedWeights, tmp_path: Path) -> None:
+def test_truncated_small_weights_are_named(weights: TrainedWeights, tmp_path: Path) -> None:
     path = tmp_path / "short.safetensors"
     save_weights(path, weights, command="a test")
     path.write_bytes(path.read_bytes()[:-1])
@@ -107,7 +107,7 @@ def test_small_weights_that_were_cut_off_are_named(weights: TrainedWeights, tmp_
         load_weights(path)
 
 
-def test_another_network_is_refused(weights: TrainedWeights) -> None:
+def test_another_network_is_an_error(weights: TrainedWeights) -> None:
     other = transducer(num_mels=4, num_labels=6, encoder_size=8, joint_size=8)
     with pytest.raises(ValueError, match=r"(?s)another network.*size mismatch"):
         put_into(other, weights)

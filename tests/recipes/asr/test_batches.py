@@ -73,7 +73,7 @@ class TestPlan:
         sizes = [[len(batch) for batch in epoch] for epoch in first]
         assert sizes[0] != sizes[1]
 
-    def test_going_back_to_an_epoch_gives_it_again(self) -> None:
+    def test_an_epoch_repeats_when_it_is_set_again(self) -> None:
         plan = BatchPlan(cuts_of(DURATIONS), batch_seconds=40, shuffle=True)
         third = plan.epoch(3)
         plan.epoch(0)
@@ -154,17 +154,17 @@ class TestLoader:
             f"u{i}": 1 for i in range(200)
         }
 
-    def test_items_are_told_their_epoch(self) -> None:
+    def test_items_depend_on_their_epoch(self) -> None:
         batches = loader()
         batches.sampler.set_epoch(3)
         first = next(iter(batches))
         assert first.features[0, 0, 0] == 300 + int(first.ids[0][1:])
 
     @pytest.mark.parametrize("delivered", [0, 1, 7, 19])
-    def test_it_goes_on_where_it_stopped(self, delivered: int) -> None:
-        whole, stopped, resumed = loader(), loader(), loader()
-        whole.set_epoch(2)
-        expected = ids(whole)
+    def test_it_resumes_at_the_next_batch(self, delivered: int) -> None:
+        uninterrupted, stopped, resumed = loader(), loader(), loader()
+        uninterrupted.set_epoch(2)
+        expected = ids(uninterrupted)
         stopped.set_epoch(2)
         iterator = iter(stopped)
         for _ in range(delivered):
@@ -176,7 +176,7 @@ class TestLoader:
         assert [batch.ids for batch in rest] == expected[delivered:]
         assert ids(resumed) == expected
 
-    def test_after_a_whole_epoch_the_next_begins_at_its_start(self) -> None:
+    def test_after_a_complete_epoch_the_next_begins_at_its_start(self) -> None:
         finished, resumed, expected = loader(), loader(), loader()
         ids(finished)
         resumed.load_state_dict(finished.state_dict())
@@ -194,12 +194,12 @@ class TestLoader:
         third.load_state_dict(second.state_dict())
         assert seen + ids(third) == expected
 
-    def test_the_state_of_other_data_is_refused(self) -> None:
+    def test_the_state_of_other_data_is_an_error(self) -> None:
         state = {**loader().state_dict(), "length": 3}
         with pytest.raises(ValueError, match="an epoch of 3 batches, this one has"):
             loader().load_state_dict(state)
 
-    def test_the_training_generator_is_left_alone(self) -> None:
+    def test_the_training_generator_is_unchanged(self) -> None:
         before = torch.get_rng_state()
         ids(loader())
         assert torch.equal(torch.get_rng_state(), before)

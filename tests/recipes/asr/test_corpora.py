@@ -1,4 +1,4 @@
-"""Manifests of corpora on disk, and what is said about files that are wrong."""
+"""Manifests of corpora on disk, and the messages about wrong files."""
 
 from __future__ import annotations
 
@@ -25,8 +25,10 @@ from recipes.asr.corpora import (
 from tests.recipes.asr.small_corpus import truncate, write_an4, write_noise
 
 
-def load(corpus: Corpus, *, max_bad_share: float = 0.0) -> Splits:
-    return corpus.load(cache_dir=Path("unused"), sample_rate_hz=16000, max_bad_share=max_bad_share)
+def load(corpus: Corpus, *, max_bad_fraction: float = 0.0) -> Splits:
+    return corpus.load(
+        cache_dir=Path("unused"), sample_rate_hz=16000, max_bad_fraction=max_bad_fraction
+    )
 
 
 def speakers(cuts: CutSet) -> set[str]:
@@ -59,7 +61,7 @@ class TestAN4:
     def test_no_speaker_is_in_two_parts(self, tmp_path: Path) -> None:
         write_an4(tmp_path, speakers=6)
         train, validation, test = (
-            speakers(cuts) for cuts in load(AN4(root=tmp_path, validation_share=0.3))
+            speakers(cuts) for cuts in load(AN4(root=tmp_path, validation_fraction=0.3))
         )
         assert len(validation) == 2
         assert len(train | validation | test) == len(train) + len(validation) + len(test)
@@ -150,7 +152,7 @@ DAMAGES = [
     (_empty, "is unreadable or truncated"),
     (_other_rate, r"has a sample rate of 8000 Hz, not 16000 Hz; resample it or set data\.sample"),
     (_stereo, "has 2 channels"),
-    (_no_samples, "holds no audio"),
+    (_no_samples, "has no audio"),
 ]
 
 
@@ -171,7 +173,7 @@ class TestWrongFiles:
         path = write_an4(tmp_path)[4]
         damage(path)
         with pytest.warns(UserWarning, match=rf"^1 of 12 files .*8\.3 %.*{path} {complaint}"):
-            splits = load(AN4(root=tmp_path), max_bad_share=0.1)
+            splits = load(AN4(root=tmp_path), max_bad_fraction=0.1)
         assert path.stem not in {cut.id for cuts in splits for cut in cuts}
         assert len(splits.train) + len(splits.validation) == 11
 
@@ -208,24 +210,24 @@ class TestWrongFiles:
 
 
 class TestBadFiles:
-    def test_nothing_bad_is_nothing_said(self) -> None:
+    def test_no_bad_file_causes_no_warning(self) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            BadFiles(of="it", max_share=0.0).settle(total=10)
+            BadFiles(of="it", max_fraction=0.0).report(total=10)
 
     def test_the_first_names_and_the_count(self) -> None:
-        bad = BadFiles(of="it", max_share=0.5)
+        bad = BadFiles(of="it", max_fraction=0.5)
         for i in range(5):
             bad.add(f"{i}.flac", "is bad")
         with pytest.warns(UserWarning, match=r"5 of 10 .*0\.flac is bad; 1.*; 2\.flac is bad; …"):
-            bad.settle(total=10)
-        with pytest.raises(CorpusError, match=r"raise data\.max_bad_share \(now 0\.5\)"):
-            bad.settle(total=9)
+            bad.report(total=10)
+        with pytest.raises(CorpusError, match=r"raise data\.max_bad_fraction \(now 0\.5\)"):
+            bad.report(total=9)
 
-    @pytest.mark.parametrize("share", [-0.1, 1.1])
-    def test_a_share_is_between_0_and_1(self, share: float) -> None:
-        with pytest.raises(ValueError, match="max_bad_share"):
-            BadFiles(of="it", max_share=share)
+    @pytest.mark.parametrize("fraction", [-0.1, 1.1])
+    def test_a_fraction_is_between_0_and_1(self, fraction: float) -> None:
+        with pytest.raises(ValueError, match="max_bad_fraction"):
+            BadFiles(of="it", max_fraction=fraction)
 
 
 class TestHoldOut:
@@ -237,13 +239,13 @@ class TestHoldOut:
     def test_the_order_of_utterances_stays(self, tmp_path: Path) -> None:
         write_an4(tmp_path)
         cuts = load(AN4(root=tmp_path)).train
-        for part in hold_out_speakers(cuts, share=0.5, seed=3):
+        for part in hold_out_speakers(cuts, fraction=0.5, seed=3):
             assert [cut.id for cut in part] == sorted(cut.id for cut in part)
 
-    @pytest.mark.parametrize("share", [0.0, 1.0])
-    def test_the_share_is_checked(self, share: float) -> None:
-        with pytest.raises(ValueError, match="validation_share"):
-            AN4(root=".", validation_share=share)
+    @pytest.mark.parametrize("fraction", [0.0, 1.0])
+    def test_the_fraction_is_validated(self, fraction: float) -> None:
+        with pytest.raises(ValueError, match="validation_fraction"):
+            AN4(root=".", validation_fraction=fraction)
 
 
 class TestWrongTranscripts:
@@ -255,7 +257,7 @@ class TestWrongTranscripts:
         with pytest.raises(CorpusError, match=rf"^2 of 14 files .*{where}"):
             load(AN4(root=tmp_path))
         with pytest.warns(UserWarning, match=rf"^2 of 14 files .*{where}") as caught:
-            splits = load(AN4(root=tmp_path), max_bad_share=0.2)
+            splits = load(AN4(root=tmp_path), max_bad_fraction=0.2)
         assert len(caught) == 1
         [text] = [
             cut.supervisions[0].text for cuts in splits[:2] for cut in cuts if cut.id == "train-002"
@@ -316,8 +318,8 @@ class TestSamples:
     @pytest.mark.parametrize(
         ("value", "complaint"),
         [
-            (np.nan, r"holds 1 samples that are NaN or infinite, the first at 7"),
-            (np.inf, r"holds 1 samples that are NaN or infinite, the first at 7"),
+            (np.nan, r"has 1 samples that are NaN or infinite, the first at 7"),
+            (np.inf, r"has 1 samples that are NaN or infinite, the first at 7"),
             (1e20, r"reaches 1e\+20, and full scale is 1"),
             (32767.0, r"reaches 32767, and full scale is 1"),
         ],

@@ -137,7 +137,7 @@ class TestErrors:
         lines = (corpus / "test.tsv").read_text()
         (corpus / "test.tsv").write_text(lines.replace("A DB", "A?B"))
         with pytest.warns(UserWarning, match=r"1 of 3 files of AN4 test .*test-000\.flac has"):
-            data = make(max_bad_share=0.5)
+            data = make(max_bad_fraction=0.5)
         assert [i for batch in data.test_dataloader() for i in batch.ids].count("test-000") == 0
 
     def test_a_truncated_file_is_left_out(self, make: Make, corpus: Path) -> None:
@@ -145,7 +145,7 @@ class TestErrors:
         with pytest.raises(CorpusError, match=r"test-001\.flac is unreadable or truncated"):
             make()
         with pytest.warns(UserWarning, match=r"1 of 3 files of AN4 test .*test-001\.flac is"):
-            data = make(max_bad_share=0.5)
+            data = make(max_bad_fraction=0.5)
         assert {i for b in data.test_dataloader() for i in b.ids} == {"test-000", "test-002"}
 
     def test_loaders_need_setup(self, corpus: Path) -> None:
@@ -157,15 +157,15 @@ class TestErrors:
         [
             ({"speeds": ()}, r"data\.speeds"),
             ({"units": "word", "alphabet": "AB"}, r"data\.alphabet"),
-            ({"max_bad_share": 2.0}, r"data\.max_bad_share"),
+            ({"max_bad_fraction": 2.0}, r"data\.max_bad_fraction"),
             ({"units": "phoneme"}, r"'phoneme'; set data\.units"),
         ],
     )
-    def test_settings_are_checked_at_once(self, setting: dict[str, Any], complaint: str) -> None:
+    def test_settings_are_validated_at_once(self, setting: dict[str, Any], complaint: str) -> None:
         with pytest.raises(ValueError, match=complaint):
             an4(root=".", **setting)
 
-    def test_an_unknown_setting_is_refused(self) -> None:
+    def test_an_unknown_setting_is_an_error(self) -> None:
         with pytest.raises(TypeError, match="batch_secs"):
             an4(root=".", batch_secs=3)
 
@@ -177,12 +177,12 @@ class TestState:
         [expected], [got] = trained.test_dataloader(), other.test_dataloader()
         assert_equal(got, expected)
 
-    def test_a_model_of_other_features_is_refused(self, make: Make) -> None:
+    def test_a_model_of_other_features_is_an_error(self, make: Make) -> None:
         trained, other = make(), make(num_mels=21)
         with pytest.raises(ValueError, match=r"other features .*: num_mels=21 \(trained with 20\)"):
             other.load_state_dict(trained.state_dict())
 
-    def test_a_state_that_does_not_tell_its_features_is_read(self, make: Make) -> None:
+    def test_a_state_without_features_is_loaded(self, make: Make) -> None:
         data = make()
         state = data.state_dict()
         del state["features"]
@@ -224,7 +224,7 @@ class StopAt(Callback):
 
 class TestInLightning:
     @pytest.mark.parametrize("stop_at", [3, 6, 12])
-    def test_a_resumed_run_sees_what_was_left(
+    def test_a_resumed_run_gets_the_remaining_batches(
         self, make: Make, tmp_path: Path, stop_at: int
     ) -> None:
         data = make()
@@ -245,13 +245,13 @@ class TestInLightning:
             trainer.fit(model, make(), ckpt_path=ckpt_path)
             return model.seen
 
-        whole = fit([])
-        assert len(whole) == 3 * len(data.train_dataloader())
-        assert len({ids for epoch, _, ids, _ in whole}) > len(whole) / 2
+        uninterrupted = fit([])
+        assert len(uninterrupted) == 3 * len(data.train_dataloader())
+        assert len({ids for epoch, _, ids, _ in uninterrupted}) > len(uninterrupted) / 2
         before = fit([StopAt(stop_at, tmp_path / "stopped.ckpt")])
         after = fit([], tmp_path / "stopped.ckpt")
         assert len(before) == stop_at
-        assert before + after == whole
+        assert before + after == uninterrupted
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in CONF.glob("*.yaml")))

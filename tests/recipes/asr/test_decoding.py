@@ -57,7 +57,7 @@ def _greedy_by_the_book(model: Transducer, features: torch.Tensor, limit: int) -
 
 
 @pytest.mark.parametrize("limit", [1, 3, 10])
-def test_batched_greedy_equals_greedy_by_the_book(
+def test_batched_greedy_equals_plain_greedy(
     model: Transducer, features: torch.Tensor, limit: int
 ) -> None:
     together = greedy_decode(model, features, LENGTHS, max_labels_per_step=limit)
@@ -116,19 +116,19 @@ def test_beam_search_streams(model: Transducer, features: torch.Tensor) -> None:
 
     view = BlankLast(model)
     search = RNNTBeamSearch(view, blank=view.blank)
-    whole = search(features[0], torch.tensor(31), 3)[0][0]
+    expected = search(features[0], torch.tensor(31), 3)[0][0]
     state = hypotheses = None
     for chunk in features[0].split(8):
         hypotheses, state = search.infer(
             chunk, torch.tensor(len(chunk)), 3, state=state, hypothesis=hypotheses
         )
     assert hypotheses is not None
-    assert hypotheses[0][0] == whole
+    assert hypotheses[0][0] == expected
 
 
 @pytest.mark.parametrize("beam_width", [1, 2, 4])
 @pytest.mark.parametrize("limit", [1, 2, 10])
-def test_the_batched_beam_finds_what_torchaudio_finds(
+def test_the_batched_beam_equals_that_of_torchaudio(
     model: Transducer, features: torch.Tensor, beam_width: int, limit: int
 ) -> None:
     settings = {"beam_width": beam_width, "max_labels_per_step": limit}
@@ -138,7 +138,7 @@ def test_the_batched_beam_finds_what_torchaudio_finds(
 
 
 @pytest.mark.parametrize("decode", [greedy_decode, beam_decode, torchaudio_decode])
-def test_limits_below_one_are_refused(
+def test_limits_below_one_are_an_error(
     decode: object, model: Transducer, features: torch.Tensor
 ) -> None:
     name = "max_labels_per_step" if decode is greedy_decode else "beam_width"

@@ -1,4 +1,4 @@
-"""The spoken corpus: the same bytes from the same seed, voices apart, noise as loud as said."""
+"""The synthesized corpus: bytes that follow from the seed, separate voices, the set noise level."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SMALL = Digits(train_size=6, validation_size=2, test_size=3)
 
 
 def load(corpus: Digits, folder: Path) -> Splits:
-    return corpus.load(cache_dir=folder, sample_rate_hz=16000, max_bad_share=0.0)
+    return corpus.load(cache_dir=folder, sample_rate_hz=16000, max_bad_fraction=0.0)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -50,13 +50,13 @@ def test_the_test_part_does_not_depend_on_the_size_of_training(made: Path, tmp_p
     assert contents(mine) == contents(theirs)
 
 
-def test_it_is_made_once(made: Path) -> None:
+def test_it_is_synthesized_once(made: Path) -> None:
     stamps = {path: path.stat().st_mtime_ns for path in made.rglob("*")}
     load(SMALL, made)
     assert {path: path.stat().st_mtime_ns for path in made.rglob("*")} == stamps
 
 
-def test_manifests_hold_what_was_said(made: Path) -> None:
+def test_manifests_have_the_spoken_digits(made: Path) -> None:
     for part, cuts in load(SMALL, made)._asdict().items():
         for cut, take in zip(cuts, SMALL.takes(part), strict=True):
             [supervision] = cut.supervisions
@@ -76,16 +76,18 @@ def test_a_cache_can_be_moved(made: Path, tmp_path: Path) -> None:
     assert read_audio(source.source).any()
 
 
-def test_a_cache_that_was_cut_off_is_not_read(made: Path, tmp_path: Path) -> None:
+def test_a_truncated_cache_is_an_error(made: Path, tmp_path: Path) -> None:
     shutil.copytree(made, tmp_path, dirs_exist_ok=True)
     [manifest] = tmp_path.rglob("train.jsonl")
-    whole = manifest.read_text()
-    lines = whole.splitlines(keepends=True)
-    for damaged in ("".join(lines[:-1]), whole.replace("ONE", "TWO"), whole[:-9]):
+    complete = manifest.read_text()
+    lines = complete.splitlines(keepends=True)
+    for damaged in ("".join(lines[:-1]), complete.replace("ONE", "TWO"), complete[:-9]):
         manifest.write_text(damaged)
-        with pytest.raises(CorpusError, match=r"train\.jsonl .*: remove .*then it is made again"):
+        with pytest.raises(
+            CorpusError, match=r"train\.jsonl .*: remove .*then it is created again"
+        ):
             load(SMALL, tmp_path)
-    manifest.write_text(whole)
+    manifest.write_text(complete)
     [recording, *_] = tmp_path.rglob("*.flac")
     recording.unlink()
     with pytest.raises(CorpusError, match=rf"{recording.name} is missing: remove"):
@@ -123,7 +125,7 @@ def test_an_unknown_voice_is_named() -> None:
         list(synthesize(jobs, seed=1))
 
 
-def test_strings_are_as_long_as_said() -> None:
+def test_strings_have_the_set_length() -> None:
     takes = Digits(train_size=300, max_digits=3).takes("train")
     assert {len(take.digits) for take in takes} == {1, 2, 3}
     assert {digit for take in takes for digit in take.digits} == set(DIGITS)
@@ -147,7 +149,7 @@ def test_level_and_noise_are_as_drawn(index: int) -> None:
 
 
 @pytest.mark.parametrize("slope", [0.0, 0.5, 1.0, 1.5])
-def test_the_noise_falls_as_fast_as_said(slope: float) -> None:
+def test_the_noise_has_the_set_slope(slope: float) -> None:
     noise = colored_noise(1 << 17, slope, seed=3)
     power = np.abs(np.fft.rfft(noise)) ** 2
     octaves = [power[1 << k : 2 << k].mean() for k in range(10, 16)]
@@ -160,7 +162,7 @@ def test_the_noise_falls_as_fast_as_said(slope: float) -> None:
     "setting",
     [{"train_size": 0}, {"max_digits": 0}, {"snr_db": (9.0, 5.0)}, {"level_db": (0.0, -9.0)}],
 )
-def test_impossible_settings_are_refused(setting: dict[str, int]) -> None:
+def test_impossible_settings_are_an_error(setting: dict[str, int]) -> None:
     with pytest.raises(ValueError, match="got"):
         Digits(**setting)  # type: ignore[arg-type]
 

@@ -75,14 +75,14 @@ class TestLogMel:
     def test_a_frame_does_not_depend_on_what_follows(self) -> None:
         samples = 0.1 * torch.randn(16000)
         log_mel = LogMel(num_mels=40)
-        whole, first = log_mel(samples), log_mel(samples[:8000])
-        torch.testing.assert_close(whole[: len(first)], first)
+        complete, first = log_mel(samples), log_mel(samples[:8000])
+        torch.testing.assert_close(complete[: len(first)], first)
 
     def test_silence_is_the_floor(self) -> None:
         silence = LogMel(num_mels=8)(torch.zeros(1000))
         torch.testing.assert_close(silence, torch.full((4, 8), np.log(POWER_FLOOR)).float())
 
-    def test_too_short_audio_is_refused(self) -> None:
+    def test_too_short_audio_is_an_error(self) -> None:
         with pytest.raises(ValueError, match="511 samples are less than one spectrum of 512"):
             LogMel()(torch.zeros(511))
 
@@ -140,7 +140,7 @@ class TestStore:
             padded[-5:], torch.full((5, 20), np.log(POWER_FLOOR)).float(), rtol=2**-11, atol=0
         )
 
-    def test_it_is_made_once(self, tmp_path: Path, build: Build) -> None:
+    def test_it_is_computed_once(self, tmp_path: Path, build: Build) -> None:
         cuts = cuts_of(tmp_path)
         build(cuts)
         [made] = (tmp_path / "cache").rglob("frames.f16")
@@ -152,7 +152,7 @@ class TestStore:
         "change",
         [{"speeds": (1.1,)}, {"tail_padding_ms": 10}, {"log_mel": LogMel(num_mels=21)}],
     )
-    def test_other_settings_make_another(
+    def test_other_settings_need_another_store(
         self, tmp_path: Path, build: Build, change: dict[str, Any]
     ) -> None:
         cuts = cuts_of(tmp_path)
@@ -160,7 +160,7 @@ class TestStore:
         build(cuts, **change)
         assert len(list((tmp_path / "cache").rglob("frames.f16"))) == 2
 
-    def test_other_audio_makes_another(self, tmp_path: Path, build: Build) -> None:
+    def test_other_audio_needs_another_store(self, tmp_path: Path, build: Build) -> None:
         cuts = cuts_of(tmp_path)
         before = build(cuts)[0]
         write_noise(tmp_path / "u0.flac", seconds=0.7, seed=9)
@@ -174,14 +174,14 @@ class TestStore:
         damage(tmp_path / "u1.flac")
         for _ in range(2):
             with pytest.warns(UserWarning, match=r"1 of 3 files of it .*u1\.flac is "):
-                store = build(cuts, name="it", max_bad_share=0.5)
+                store = build(cuts, name="it", max_bad_fraction=0.5)
             assert [example.utterance for example in store.examples] == ["u0", "u2"]
 
     def test_too_many_bad_files_leave_nothing_behind(self, tmp_path: Path, build: Build) -> None:
         cuts = cuts_of(tmp_path)
         truncate(tmp_path / "u1.flac")
         with pytest.raises(CorpusError, match=r"u1\.flac is unreadable or truncated"):
-            build(cuts, max_bad_share=0.1)
+            build(cuts, max_bad_fraction=0.1)
         assert list((tmp_path / "cache" / "features").iterdir()) == []
 
     def test_a_recording_shorter_than_a_window_is_bad(self, tmp_path: Path, build: Build) -> None:
@@ -200,20 +200,20 @@ class TestStore:
         samples = np.zeros(8000, np.float32)
         samples[5] = value
         soundfile.write(tmp_path / "u1.flac", samples, 16000, format="WAV", subtype="FLOAT")
-        with pytest.raises(CorpusError, match=r"u1\.flac (holds 1 samples|reaches 1e\+20)"):
+        with pytest.raises(CorpusError, match=r"u1\.flac (has 1 samples|reaches 1e\+20)"):
             build(cuts)
         assert len(list((tmp_path / "cache" / "features").iterdir())) == 1
         with pytest.warns(UserWarning, match=r"^1 of 3 files") as caught:
-            store = build(cuts, max_bad_share=0.5)
+            store = build(cuts, max_bad_fraction=0.5)
         assert len(caught) == 1
         assert torch.equal(store.normalization.mean, sound.normalization.mean)
         assert torch.equal(store.normalization.deviation, sound.normalization.deviation)
         with pytest.warns(UserWarning, match=r"^1 of 3 files"):  # Also of the cache.
-            build(cuts, max_bad_share=0.5)
+            build(cuts, max_bad_fraction=0.5)
 
     @pytest.mark.parametrize("name", ["frames.f16", "index.json", "contents.json"])
     @pytest.mark.parametrize("damage", [truncate, Path.unlink])
-    def test_a_cache_that_was_cut_off_is_not_read(
+    def test_a_truncated_cache_is_an_error(
         self, tmp_path: Path, build: Build, name: str, damage: Callable[[Path], None]
     ) -> None:
         cuts = cuts_of(tmp_path)
@@ -242,15 +242,15 @@ class TestStore:
     def test_two_cuts_of_one_id_are_an_error(self, tmp_path: Path, build: Build) -> None:
         cuts = list(cuts_of(tmp_path))
         twice = CutSet([*cuts, cuts[0]])
-        with pytest.raises(CorpusError, match="it holds 4 utterances and 3 ids for them"):
+        with pytest.raises(CorpusError, match="it has 4 utterances and 3 ids for them"):
             build(twice, name="it")
 
     def test_no_cuts_are_an_error(self, build: Build) -> None:
-        with pytest.raises(CorpusError, match="it holds no utterances"):
+        with pytest.raises(CorpusError, match="it has no utterances"):
             build(CutSet.from_cuts([]), name="it")
 
     @pytest.mark.parametrize("speeds", [(0.0,), (-1.0,), (1.0, 20.0), (), (1.0, 1.0)])
-    def test_impossible_speeds_are_refused(
+    def test_impossible_speeds_are_an_error(
         self, tmp_path: Path, build: Build, speeds: tuple[float, ...]
     ) -> None:
         with pytest.raises(ValueError, match=r"data\.speeds .* got \["):
@@ -278,21 +278,21 @@ class TestSpecAugment:
         }
         assert len(masked) == 9
 
-    def test_the_training_generator_is_left_alone(self) -> None:
+    def test_the_training_generator_is_unchanged(self) -> None:
         before = torch.get_rng_state()
         SpecAugment()(torch.ones(50, 40), seed=5)
         assert torch.equal(torch.get_rng_state(), before)
 
     @pytest.mark.parametrize("seed", range(10))
-    def test_masks_are_bands_no_wider_than_said(self, seed: int) -> None:
+    def test_masks_are_bands_within_their_width(self, seed: int) -> None:
         augment = SpecAugment(
-            frequency_masks=1, frequency_width=7, time_masks=1, time_width=50, time_share=0.1
+            frequency_masks=1, frequency_width=7, time_masks=1, time_width=50, time_fraction=0.1
         )
         masked = augment(torch.ones(100, 40), seed=seed) == 0
         bands, stretches = masked.all(dim=0), masked.all(dim=1)
         assert int(bands.sum()) < 7
         assert int(stretches.sum()) < 10
-        # Nothing is blank but whole bands and whole stretches.
+        # Only entire bands and entire spans of time are masked.
         assert torch.equal(masked, bands[None, :] | stretches[:, None])
 
     def test_no_masks_change_nothing(self) -> None:

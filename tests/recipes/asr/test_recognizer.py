@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from recipes.asr.batches import Batch, Item, collate
-from recipes.asr.recognizer import TransducerRecognizer, transducer_loss
+from recipes.asr.recognizer import TransducerRecognizer, transducer_losses
 from recipes.asr.rnnt import transducer
 from recipes.asr.vocabulary import Vocabulary
 
@@ -49,7 +49,7 @@ def _random_scores() -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 def test_loss_of_two_scores_is_the_loss_of_all() -> None:
     logits, targets, steps, lengths = _random_scores()
-    ours = transducer_loss(logits, targets, steps, lengths)
+    ours = transducer_losses(logits, targets, steps, lengths).sum()
     lengths_and_steps = (steps.int(), lengths.int())
     expected = torchaudio.functional.rnnt_loss(
         logits, targets.int(), *lengths_and_steps, blank=0, reduction="sum"
@@ -95,7 +95,7 @@ def test_texts_are_those_of_the_vocabulary(batch: Batch) -> None:
     ("settings", "message"),
     [({"ctc_weight": -1.0}, "ctc_weight .* -1.0"), ({"beam_width": 0}, "beam_width .* 0")],
 )
-def test_settings_out_of_range_are_refused(settings: dict[str, Any], message: str) -> None:
+def test_settings_out_of_range_are_an_error(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         _recognizer(**settings)
 

@@ -23,7 +23,7 @@ def test_stacking_equals_windows_of_the_padded_sequence() -> None:
 
 
 @pytest.mark.parametrize(("stack", "stride"), [(0, 0), (2, 3), (5, 2), (4, -1)])
-def test_stacking_refuses_windows_that_are_not_whole_hops(stack: int, stride: int) -> None:
+def test_windows_of_incomplete_hops_are_an_error(stack: int, stride: int) -> None:
     with pytest.raises(ValueError, match=f"stack={stack}, stride={stride}"):
         FrameStacking(stack=stack, stride=stride)
 
@@ -48,12 +48,12 @@ def test_shapes_of_every_part() -> None:
 @pytest.mark.parametrize("time_reduction", [1, 2])
 @pytest.mark.parametrize(("stack", "stride"), [(4, 4), (8, 4), (6, 2)])
 @pytest.mark.parametrize("steps_per_chunk", [1, 3])
-def test_streaming_in_chunks_equals_the_whole(
+def test_streaming_in_chunks_equals_one_call(
     time_reduction: int, stack: int, stride: int, steps_per_chunk: int
 ) -> None:
     model = _small(frame_stack=stack, frame_stride=stride, time_reduction=time_reduction)
     features = torch.randn(2, 45, 5)
-    whole, _ = model.transcribe(features, torch.tensor([45, 45]))
+    expected, _ = model.transcribe(features, torch.tensor([45, 45]))
     encoder = model.encoder
     assert isinstance(encoder, Encoder)
     state, pieces = None, []
@@ -61,7 +61,7 @@ def test_streaming_in_chunks_equals_the_whole(
         lengths = torch.full((2,), chunk.shape[1])
         piece, _, state = model.transcribe_streaming(chunk, lengths, state)
         pieces.append(piece)
-    torch.testing.assert_close(torch.cat(pieces, dim=1), whole, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(torch.cat(pieces, dim=1), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_no_output_depends_on_later_sound() -> None:
@@ -77,12 +77,12 @@ def test_labels_one_by_one_equal_labels_at_once() -> None:
     model = _small()
     labels = torch.randint(0, 7, (2, 6))
     ones = torch.ones(2, dtype=torch.long)
-    whole, _, _ = model.predict(labels, ones * 6, None)
+    expected, _, _ = model.predict(labels, ones * 6, None)
     state, pieces = None, []
     for label in labels.split(1, dim=1):
         piece, _, state = model.predict(label, ones, state)
         pieces.append(piece)
-    torch.testing.assert_close(torch.cat(pieces, dim=1), whole, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(torch.cat(pieces, dim=1), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_padding_does_not_reach_valid_steps() -> None:

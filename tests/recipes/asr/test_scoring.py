@@ -72,7 +72,7 @@ def test_nothing_recognized_is_every_word_deleted() -> None:
     ("hypotheses", "references", "message"),
     [(["a"], [], "1 hypotheses for 0 references"), (["a"], [""], "no reference has a word")],
 )
-def test_what_has_no_rate_is_refused(
+def test_texts_without_a_rate_are_an_error(
     hypotheses: list[str], references: list[str], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
@@ -80,6 +80,6 @@ def test_what_has_no_rate_is_refused(
 
 
 @pytest.mark.parametrize("confidence", [0.0, 1.0, 95])
-def test_confidence_is_a_share(confidence: float) -> None:
+def test_confidence_is_a_fraction(confidence: float) -> None:
     with pytest.raises(ValueError, match=f"got {confidence}"):
         word_errors(["a"], ["a"], confidence=confidence)

@@ -44,7 +44,7 @@ def test_units_outside_the_vocabulary_are_listed() -> None:
 
 
 @pytest.mark.parametrize("index", [-1, 4])
-def test_an_index_outside_the_vocabulary_is_refused(index: int) -> None:
+def test_an_index_outside_the_vocabulary_is_an_error(index: int) -> None:
     with pytest.raises(IndexError, match="from 0 to 3"):
         NUMBERS.decode([1, index])
 
@@ -58,7 +58,7 @@ def test_an_index_outside_the_vocabulary_is_refused(index: int) -> None:
         (("",), "word", "not a word"),
     ],
 )
-def test_impossible_units_are_refused(units: tuple[str, ...], kind: str, complaint: str) -> None:
+def test_impossible_units_are_an_error(units: tuple[str, ...], kind: str, complaint: str) -> None:
     with pytest.raises(ValueError, match=complaint):
         Vocabulary(units, kind)  # type: ignore[arg-type]
 
@@ -69,7 +69,7 @@ def test_it_survives_a_plain_dictionary() -> None:
     assert Vocabulary.from_dict(json.loads(stored)) != LETTERS
 
 
-def test_hydra_hands_it_on_as_it_is() -> None:
+def test_hydra_passes_it_unchanged() -> None:
     made = instantiate({"_target_": "types.SimpleNamespace"}, vocabulary=NUMBERS)
     assert isinstance(made, SimpleNamespace)
     assert made.vocabulary is NUMBERS
