@@ -116,7 +116,7 @@ class TestPlan:
 
     @pytest.mark.parametrize("setting", [{"batch_seconds": 0}, {"num_buckets": 0}])
     def test_settings_are_positive(self, setting: dict[str, int]) -> None:
-        with pytest.raises(ValueError, match=r"data\.batch_seconds .* have to be positive"):
+        with pytest.raises(ValueError, match=r"data\.batch_seconds .* must be positive"):
             BatchPlan(cuts_of([1.0]), **{"batch_seconds": 9, **setting})
 
 
