@@ -158,9 +158,9 @@ def weight_metrics(recognizer: TransducerRecognizer) -> dict[str, float]:
     for parameter in recognizer.model.parameters():
         if parameter.ndim < 2:
             continue
-        rows = None if emulator is None else emulator.rows_of(parameter)
+        rows = None if emulator is None else emulator.state.rows_of(parameter)
         if emulator is not None and rows is not None:
-            matrix = emulator.weight(parameter, rows).stored
+            matrix = emulator.state.weight(parameter, rows).stored
             width = emulator.spec.weight_bits
         else:
             matrix = pipeline.deployed(parameter).detach()
@@ -171,7 +171,7 @@ def weight_metrics(recognizer: TransducerRecognizer) -> dict[str, float]:
         matrices.append(matrix)
     weights = sum(matrix.numel() for matrix in matrices)
     with tempfile.TemporaryDirectory() as folder:
-        is_emulated = emulator is not None and bool(emulator.used_weights)
+        is_emulated = emulator is not None and bool(emulator.state.used_weights)
         source = recognizer if is_emulated else _deployed_tensors(recognizer)
         report = save_packed(source, Path(folder) / "packed.safetensors")
     packed = [size for name, size in report.packed.items() if name.startswith("model.")]

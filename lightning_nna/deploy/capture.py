@@ -101,13 +101,11 @@ def capture(
 def on_chip(module: nn.Module, emulator: Emulator) -> Iterator[None]:
     """Every bit of evaluation on the chip; afterwards the module is as it was."""
     training = [(each, each.training) for each in module.modules()]
-    fidelity, phase = emulator.fidelity, emulator.phase
     module.eval()
     try:
         with emulate(module, emulator.spec, targets=emulator.targets), torch.no_grad():
             yield
     finally:
-        emulator.fidelity, emulator.phase = fidelity, phase
         for each, mode in training:
             each.training = mode
 

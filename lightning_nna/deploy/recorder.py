@@ -39,7 +39,8 @@ from lightning_nna.deploy.layout import (
     tensors_in,
 )
 from lightning_nna.deploy.provenance import CONSTANT
-from lightning_nna.emulation.emulator import Emulator, Place
+from lightning_nna.emulation.emulator import Emulator
+from lightning_nna.emulation.modes import Location
 from lightning_nna.emulation.program import Instruction, Stored, activation
 
 _LSTM = "UNIDIRECTIONAL_SEQUENCE_LSTM"
@@ -117,12 +118,13 @@ class Recorder:
         """Follow elements and take instructions down; refuse what no calibration has seen."""
         emulator = self.emulator
         known = set(emulator.ranges.ranges)
-        emulator.recorder, emulator.listener = self._take, self._refuse
         try:
-            with self.elements.provenance:
+            with (
+                emulator.running(recorder=self._take, listener=self._refuse),
+                self.elements.provenance,
+            ):
                 yield
         finally:
-            emulator.recorder = emulator.listener = None
             new = [key for key in emulator.ranges.ranges if key not in known]
             for key in new:
                 del emulator.ranges.ranges[key]
@@ -142,12 +144,12 @@ class Recorder:
         return copy
 
     def _follow_argument(self, position: int, x: Tensor, copy: Tensor) -> None:
-        tag = self.emulator.qparams_of(x)
+        tag = self.emulator.state.qparams_of(x)
         addresses = self.elements.begin(copy)
         if not x.is_floating_point():
             self.elements.integers.append(position)
         if tag is not None:
-            self.emulator.set_qparams(copy, tag)
+            self.emulator.state.set_qparams(copy, tag)
             number = self._port(position, activation(copy, tag), from_chip=True)
             self.elements.define(
                 width_of_grid(tag), addresses, codes_of(number, np.arange(copy.numel()))
@@ -163,8 +165,8 @@ class Recorder:
         if not isinstance(x, Tensor) or not x.is_floating_point() or not x.numel():
             return ()
         with unseen():
-            tag = self.emulator.qparams_of(x)
-            parts = self.emulator.parts_of(x)
+            tag = self.emulator.state.qparams_of(x)
+            parts = self.emulator.state.parts_of(x)
             grid = tag if parts is None else parts.grids[0]
             kind = "float32" if grid is None else width_of_grid(grid)
             codes = self.elements.resolve(x, kind, f"result {position}")
@@ -284,7 +286,7 @@ class Recorder:
 
     # --- instructions ---------------------------------------------------------------------------
 
-    def _refuse(self, key: str, where: Place, operands: Any, result: Any) -> None:
+    def _refuse(self, key: str, where: Location, operands: Any, result: Any) -> None:
         with unseen():
             if where != "cpu" or not self.elements.provenance.reaches(result):
                 return
@@ -307,7 +309,7 @@ class Recorder:
 
     def _on_chip(self, key: str, x: Tensor) -> int | None:
         """The tensor that holds an activation; None for what is on no grid."""
-        tag = self.emulator.qparams_of(x)
+        tag = self.emulator.state.qparams_of(x)
         if tag is None:
             return None
         stored = activation(x, tag)

@@ -44,15 +44,15 @@ def layer_figures(module: nn.Module, reports: Sequence[VelaReport] = ()) -> list
         ('weight', 32)
     """
     emulator = attached(module)
-    if emulator is None or not emulator.used_weights:
+    if emulator is None or not emulator.state.used_weights:
         raise ValueError("the module has not run on the chip: calibrate it and run it there first")
     pipeline = pipeline_of(module)
     rows = []
     for name, parameter in module.named_parameters():
-        count = emulator.rows_of(parameter)
+        count = emulator.state.rows_of(parameter)
         if count is None:
             continue
-        held = emulator.weight(parameter, count)
+        held = emulator.state.weight(parameter, count)
         stages = pipeline.stages_of(parameter)
         latent = pipeline.latent(name) if stages else parameter
         values = int(held.stored.unique().numel())

@@ -362,7 +362,7 @@ def verify(
                 grid = program.grid_of(port)
                 if port.from_chip and grid is not None:
                     arguments[port.position] = on_grid(arguments[port.position], grid)
-                    emulator.set_qparams(arguments[port.position], grid)
+                    emulator.state.set_qparams(arguments[port.position], grid)
             found = program(leaves)
             try:
                 results = tree_leaves(called(module, forward)(*tree_unflatten(arguments, form)))

@@ -15,11 +15,12 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
-from lightning_nna.emulation.dispatch import ROOT
-from lightning_nna.emulation.emulator import Emulator, Fidelity
+from lightning_nna.emulation.emulator import Emulator
 from lightning_nna.emulation.forward_hooks import hooks_of, remove_copied_hooks
 from lightning_nna.emulation.learned_scales import Learned
+from lightning_nna.emulation.modes import Fidelity
 from lightning_nna.emulation.observers import Observer
+from lightning_nna.emulation.sites import ROOT
 from lightning_nna.emulation.spec import NNASpec, resolve_spec
 
 _DEFAULT = "litert-int8"
@@ -31,7 +32,7 @@ _LOCK = RLock()
 
 
 def attached(module: nn.Module) -> Emulator | None:
-    """The emulator of a module: its own, or that of the module that it is part of.
+    """Return the emulator of a module: its own, or that of the module that it is part of.
 
     A copy or pickle of a module with an emulator has one, too, with the same ranges.
     """
@@ -39,23 +40,24 @@ def attached(module: nn.Module) -> Emulator | None:
     with _LOCK:
         emulator = _ATTACHED.get(module)
         if emulator is None:
-            emulator = _carried_or_whole(module)
+            emulator = _carried_or_outer(module)
     if emulator is not None:
-        emulator.follow_tensors()
+        emulator.state.follow_tensors()
     return emulator
 
 
-def _carried_or_whole(module: nn.Module) -> Emulator | None:
-    """The emulator that a copy has brought along, or that of the module around this one."""
-    carried = whole = None
+def _carried_or_outer(module: nn.Module) -> Emulator | None:
+    """Return the emulator that a copy has brought along, or that of the module around this one."""
+    carried = outer = None
     for hooks in hooks_of(module):
-        if hooks.emulation.emulator is not None:
-            whole = hooks.emulation.emulator
-        elif hooks.path == ROOT and hooks.emulation.carried is not None:
-            carried = hooks.emulation.carried
+        if hooks.shared.dispatch is not None:
+            root = hooks.shared.dispatch.state.module()
+            outer = None if root is None else _ATTACHED.get(root)
+        elif hooks.path == ROOT and hooks.shared.carried is not None:
+            carried = hooks.shared.carried
     # A copy inside of a module that has observed nothing yet goes on with its own ranges.
-    if carried is None or not (whole is None or whole.is_unused):
-        return whole
+    if carried is None or not (outer is None or outer.is_unused):
+        return outer
     remove_copied_hooks(module)
     emulator = _ATTACHED[module] = Emulator.restored(module, carried)
     return emulator
@@ -66,7 +68,6 @@ def attach(
     spec: str | NNASpec | Mapping[str, Any] | None = None,
     *,
     targets: Sequence[str] | None = None,
-    fidelity: Fidelity = "exact",
     observer: Observer = "min_max",
 ) -> Emulator:
     """Give a module an emulator, or return the one that it has.
@@ -77,29 +78,15 @@ def attach(
             ``"litert-int8"`` where it has none.
         targets: Modules that count, see :class:`Emulator`; of a part, the targets of the whole.
             None for those that the module has, and for all where it has none.
-        fidelity: See :class:`Emulator`; set anew where an emulator is there already.
         observer: See :class:`Emulator`; ranges that are there already stay as they are.
 
     Raises:
         ValueError: If the module has an emulator for another chip or other targets.
     """
-    emulator = _obtain(module, spec, targets=targets, observer=observer)
-    emulator.fidelity = fidelity
-    return emulator
-
-
-def _obtain(
-    module: nn.Module,
-    spec: str | NNASpec | Mapping[str, Any] | None,
-    *,
-    targets: Sequence[str] | None,
-    observer: Observer = "min_max",
-) -> Emulator:
-    """The emulator that a module has, or a new one."""
     module = _uncompiled(module)
     with _LOCK:
         emulator = attached(module)
-        if emulator is not None and emulator.is_unused and emulator.module() is module:
+        if emulator is not None and emulator.is_unused and emulator.module is module:
             # Of a calibration that failed, or of a block without ranges: it binds to nothing.
             emulator.detach()
             emulator = None
@@ -113,23 +100,24 @@ def _obtain(
             _ATTACHED[module] = emulator
     spec = emulator.spec if spec is None else spec
     targets = emulator.targets if targets is None else tuple(targets)
-    whole = emulator.module()
-    if whole is not module and whole is not None:
-        path = emulator.dispatch.paths.get(id(module), "?")
-        if path not in emulator.dispatch.allowed:
+    owner = emulator.module
+    if owner is not module and owner is not None:
+        path = emulator.path_of(module)
+        if path not in emulator.paths_in_scope:
             raise ValueError(
-                f"{path!r} is part of a {type(whole).__name__} that is emulated with targets "
+                f"{path!r} is part of a {type(owner).__name__} that is emulated with targets "
                 f"{list(emulator.targets)}, which leave it out; call strip on the "
-                f"{type(whole).__name__} first"
+                f"{type(owner).__name__} first"
             )
         same = targets in (("*",), emulator.targets)
     else:
         path, same = None, targets == emulator.targets
     if emulator.spec != resolve_spec(spec) or not same:
-        held = "the module" if path is None else f"the {type(whole).__name__} around {path!r}"
+        subject = "the module" if path is None else f"the {type(owner).__name__} around {path!r}"
         raise ValueError(
-            f"{held} is on {emulator.spec.name!r} with targets {list(emulator.targets)} already; "
-            f"call strip({'module' if path is None else 'the ' + type(whole).__name__}) before "
+            f"{subject} is emulated on {emulator.spec.name!r} with targets "
+            f"{list(emulator.targets)} already; "
+            f"call strip({'module' if path is None else 'the ' + type(owner).__name__}) before "
             f"another chip or other targets, or leave spec and targets out for those that it has"
         )
     return emulator
@@ -142,12 +130,12 @@ def _own(module: nn.Module, action: str) -> Emulator | None:
         ValueError: If the module is part of one with an emulator; says what is to be done.
     """
     emulator = attached(module)
-    whole = None if emulator is None else emulator.module()
-    if emulator is not None and whole is not None and whole is not _uncompiled(module):
-        path = emulator.dispatch.paths.get(id(_uncompiled(module)), "?")
+    owner = None if emulator is None else emulator.module
+    if emulator is not None and owner is not None and owner is not _uncompiled(module):
+        path = emulator.path_of(_uncompiled(module))
         raise ValueError(
-            f"the module is {path!r} of a {type(whole).__name__} that has an emulator: {action} "
-            f"the {type(whole).__name__}, or strip it first"
+            f"the module is {path!r} of a {type(owner).__name__} that has an emulator: {action} "
+            f"the {type(owner).__name__}, or strip it first"
         )
     return emulator
 
@@ -178,7 +166,7 @@ def emulate(
             ``"litert-int8"`` where it has none.
         targets: Modules that count, see :class:`Emulator`; None for those that the module has, and
             for all where it has none.
-        fidelity: See :class:`Emulator`.
+        fidelity: ``"exact"``, or ``"fast"`` for float rounding in the requantization to 8 bits.
         learned_scales: Steps that the block trains: of ``"weights"``, of ``"all"``, or ``"none"``;
             see :mod:`.learned_scales` and :class:`.KeyedAdam`. Steps that were learned before
             are used in any case.
@@ -199,7 +187,7 @@ def emulate(
         >>> bool((on_chip - net(x)).abs().max() < 0.1)
         True
     """
-    emulator = _obtain(module, spec, targets=targets)
+    emulator = attach(module, spec, targets=targets)
     with emulator.running("emulate", fidelity=fidelity, learned_scales=learned_scales):
         yield emulator
 
@@ -240,16 +228,16 @@ def calibrate(
     if not callable(forward):
         raise TypeError(f"forward must be a function, got {forward!r}; give the chip as spec=…")
     _own(module, "calibrate")
-    emulator = _obtain(module, spec, targets=targets, observer=observer)
+    emulator = attach(module, spec, targets=targets, observer=observer)
     training = [(child, child.training) for child in module.modules()]
-    outer = emulator.modes.set(None)
+    outer = emulator.state.modes.enter(None)
     module.eval()
     try:
         with torch.no_grad(), emulator.observing():
             for batch in batches:
                 forward(module, batch)
     finally:
-        emulator.modes.set(outer)
+        emulator.state.modes.enter(outer)
         for child, mode in training:
             child.training = mode
     return emulator
@@ -297,14 +285,14 @@ def bake(module: nn.Module) -> nn.Module:
             "nothing to bake: the module has no emulator; call calibrate(module, batches), then "
             "run it once inside `with emulate(module)`"
         )
-    if not emulator.used_weights:
+    if not emulator.state.used_weights:
         raise RuntimeError(
             "nothing to bake: the module has not run emulated; calibrate only observes it in "
             "float. Run it once inside `with emulate(module)`"
         )
     with torch.no_grad():
         for parameter in module.parameters():
-            rows = emulator.rows_of(parameter)
+            rows = emulator.state.rows_of(parameter)
             if rows is not None:
-                parameter.copy_(emulator.weight(parameter, rows).values)
+                parameter.copy_(emulator.state.weight(parameter, rows).values)
     return strip(module)

@@ -26,8 +26,9 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_nna.emulation.attachment import attach, attached
-from lightning_nna.emulation.emulator import Emulator, Fidelity, Phase
+from lightning_nna.emulation.emulator import Emulator
 from lightning_nna.emulation.learned_scales import LEARNED, Learned, agree_on_keys
+from lightning_nna.emulation.modes import Fidelity, Phase
 from lightning_nna.emulation.observers import OBSERVERS, Observer
 from lightning_nna.emulation.spec import NNASpec, resolve_spec
 from lightning_nna.emulation.telemetry import Telemetry
@@ -137,6 +138,8 @@ class NNAEmulation(Callback):
         self.telemetry: Telemetry = Telemetry()
         self._counter = StepCounter(self._stepped)
         self._sampled = -1
+        # Whether the batch that runs is sampled for the telemetry.
+        self._samples = False
         self._emulator: Emulator | None = None
         self._module: ref[pl.LightningModule] | None = None
         # A state that waits for the module that it belongs to.
@@ -234,10 +237,12 @@ class NNAEmulation(Callback):
                 f"NNAEmulation: ranges of {len(emulator.ranges.ranges)} activations frozen "
                 f"after {self.steps} optimizer steps; on {self.spec.name} from here on"
             )
-        if emulator.calibrated and self._is_due():
-            self._sampled, emulator.telemetry = self.steps, self.telemetry
+        self._samples = emulator.calibrated and self._is_due()
+        if self._samples:
+            self._sampled = self.steps
         phase: Phase = "emulate" if emulator.calibrated else "observe"
-        self._enter(phase, self.fidelity, self.learned_scales)
+        telemetry = self.telemetry if self._samples else None
+        self._enter(phase, self.fidelity, self.learned_scales, telemetry)
 
     @override
     def on_before_zero_grad(
@@ -256,8 +261,8 @@ class NNAEmulation(Callback):
         batch_idx: int,
     ) -> None:
         self._leave()
-        if self.emulator.telemetry is not None:
-            self.emulator.telemetry = None
+        if self._samples:
+            self._samples = False
             pl_module.log_dict(_summary(self.telemetry))
             self._warn_of_clipping()
         if not self.emulator.calibrated:
@@ -377,7 +382,7 @@ class NNAEmulation(Callback):
             self._emulator = attach(
                 pl_module, self.spec, targets=self.targets, observer=self.observer
             )
-            modules = ", ".join(sorted(self._emulator.dispatch.allowed))
+            modules = ", ".join(sorted(self._emulator.paths_in_scope))
             rank_zero_info(f"NNAEmulation: {self.spec.name} under {modules}")
         if self._saved is not None:
             with torch.inference_mode(False):  # What a test loads may be trained later.
@@ -405,10 +410,18 @@ class NNAEmulation(Callback):
     def _enter_exact(self) -> None:
         self._enter("emulate" if self.emulator.calibrated else "float", "exact", "none")
 
-    def _enter(self, phase: Phase, fidelity: Fidelity, learned_scales: Learned) -> None:
+    def _enter(
+        self,
+        phase: Phase,
+        fidelity: Fidelity,
+        learned_scales: Learned,
+        telemetry: Telemetry | None = None,
+    ) -> None:
         self._leave()
         self._batch.enter_context(
-            self.emulator.running(phase, fidelity=fidelity, learned_scales=learned_scales)
+            self.emulator.running(
+                phase, fidelity=fidelity, learned_scales=learned_scales, telemetry=telemetry
+            )
         )
 
     def _leave(self) -> None:

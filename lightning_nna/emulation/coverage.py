@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from lightning_nna.emulation.attachment import attach, attached, strip
-from lightning_nna.emulation.emulator import Place
+from lightning_nna.emulation.emulator import Emulator
+from lightning_nna.emulation.modes import Location
 from lightning_nna.emulation.spec import PRESETS, NNASpec
 
 
@@ -29,7 +30,7 @@ class CoverageRow:
     """
 
     site: str
-    where: Place
+    where: Location
     calls: int
     crossing_bytes: int
 
@@ -98,33 +99,32 @@ def coverage(
     """
     if example and _is_spec(example[-1]):
         *example, spec = example  # type: ignore[assignment]
-    held = attached(module)
-    if held is not None:
-        whole = type(held.module()).__name__
+    attached_emulator = attached(module)
+    if attached_emulator is not None:
+        owner = type(attached_emulator.module).__name__
         raise ValueError(
-            f"the module, or what it is part of (a {whole}), is on a chip already; call strip on "
-            f"the {whole} first"
+            f"the module, or what it is part of (a {owner}), is emulated already; call strip on "
+            f"the {owner} first"
         )
     emulator = attach(module, spec)
-    found: dict[str, list[int]] = {}
-    places: dict[str, Place] = {}
+    counts: dict[str, list[int]] = {}
+    locations: dict[str, Location] = {}
 
-    def listen(key: str, where: Place, operands: Any, result: Any) -> None:
-        row = found.setdefault(key, [0, 0])
+    def listen(key: str, where: Location, operands: Any, result: Any) -> None:
+        row = counts.setdefault(key, [0, 0])
         row[0] += 1
         row[1] += _elements(operands, emulator) + _elements(result) if where == "cpu" else 0
         # A site that is a constant in one call need not be one in another.
-        if places.get(key, "constant") == "constant":
-            places[key] = where
+        if locations.get(key, "constant") == "constant":
+            locations[key] = where
 
-    emulator.listener = listen
     try:
-        # As `observing` does, but nothing is frozen: no operator may be the chip's at all.
-        with torch.no_grad(), emulator.running("observe"):
+        # As `observing` does, but nothing is frozen: perhaps no operator can be emulated at all.
+        with torch.no_grad(), emulator.running("observe", listener=listen):
             forward(module, *example, **keywords)
     finally:
         strip(module)
-    rows = tuple(CoverageRow(key, places[key], *counts) for key, counts in found.items())
+    rows = tuple(CoverageRow(key, locations[key], *row) for key, row in counts.items())
     return Coverage(rows, tuple(emulator.scripted))
 
 
@@ -135,7 +135,8 @@ def _is_spec(value: Any) -> bool:
     return isinstance(value, NNASpec)
 
 
-def _elements(values: Any, emulator: Any = None) -> int:
-    """Float elements, one byte each; of operands only those that come from the chip."""
+def _elements(values: Any, emulator: Emulator | None = None) -> int:
+    """Count float elements, one byte each; of operands only those that are quantized."""
     floats = [x for x in tree_leaves(values) if isinstance(x, Tensor) and x.is_floating_point()]
-    return sum(x.numel() for x in floats if emulator is None or emulator.qparams_of(x) is not None)
+    state = None if emulator is None else emulator.state
+    return sum(x.numel() for x in floats if state is None or state.qparams_of(x) is not None)

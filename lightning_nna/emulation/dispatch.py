@@ -1,35 +1,31 @@
-"""The one door: every torch function that a forward calls passes here.
+"""The dispatch: every torch function that a forward calls passes here.
 
-``Dispatch`` is a ``TorchFunctionMode``. For each function it finds the call site (module path,
-operator, ordinal of the code location), and runs the chip's operator, a movement, or, in float,
-whatever the chip does not have. Which module a function belongs to is known from forward hooks,
-and outside of any forward (a decoder's ``transcribe``, ``predict``, ``join``) from the frames of
-the call stack.
+``Dispatch`` is a ``TorchFunctionMode``. It finds the call site of each function and runs it: as an
+operator of the accelerator, as a data-movement operator, as a constant of the program, or, in
+float, as whatever the accelerator does not have. What the operators' record leaves open is decided
+here, once for all of them: phases, in-place results, learned scales, telemetry, and who is told.
 """
 
 from __future__ import annotations
 
-import logging
-import os
-import sys
 import threading
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
-from inspect import CO_VARARGS
-from pathlib import Path
-from types import CodeType, FrameType
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
-import torch.utils.checkpoint
-from torch import Tensor, nn
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torchmetrics import Metric
+from torch.utils._pytree import tree_map
 
 from lightning_nna.elementary import square_root
-from lightning_nna.emulation.arguments import first_of, written
-from lightning_nna.emulation.constants import Constants
+from lightning_nna.emulation.arguments import first_of, floats, written
+from lightning_nna.emulation.compilation import COMPILING
+from lightning_nna.emulation.constants import Kind
+from lightning_nna.emulation.modes import Location
+from lightning_nna.emulation.non_finite import with_cause
+from lightning_nna.emulation.operators import driver
+from lightning_nna.emulation.operators.call import Call
 from lightning_nna.emulation.operators.catalog import operator_of, operators
 from lightning_nna.emulation.operators.layout import (
     JOINS,
@@ -38,22 +34,17 @@ from lightning_nna.emulation.operators.layout import (
     chooses_a_number,
     is_zero_padding,
 )
+from lightning_nna.emulation.operators.record import Operator
+from lightning_nna.emulation.program import choice
+from lightning_nna.emulation.ranges import Parts
+from lightning_nna.emulation.sites import TRANSPARENT_FILES, CallSites
+from lightning_nna.emulation.state import EmulationState
+from lightning_nna.emulation.telemetry import Telemetry, in_float
 
-log = logging.getLogger(__name__)
+# Where two modules are emulated in nested blocks, one dispatch calls the other.
+TRANSPARENT_FILES.add(__file__)
 
-#: Path of the module that the emulator is attached to.
-ROOT = "."
-
-# With the separator: torchaudio and its like are no part of torch.
-_TORCH_FOLDER = str(Path(torch.__file__).parent) + os.sep
-#: Files of other function modes, which may stand between a call and the dispatch.
-#: This one too: where two modules are emulated in nested blocks, one dispatch calls the other.
-TRANSPARENT_FILES: set[str] = {__file__}
-_MODULE_CALL = nn.Module.__call__.__code__.co_filename
-_CHECKPOINT = torch.utils.checkpoint.checkpoint_sequential.__code__.co_filename
 _BACKWARD = frozenset({"backward", "grad"})
-#: A LightningModule's steps compute losses and metrics, also where another module calls them.
-_STEPS = frozenset({"training_step", "validation_step", "test_step", "predict_step"})
 # Functions that give numbers or masks of values: no value changes, but somebody has read it.
 _DECISIONS = frozenset(
     """
@@ -87,10 +78,6 @@ _RANDOM = frozenset(
     poisson random_ uniform_
     """.split()
 )
-_HIDDEN = (
-    "compiled code calls a module on the chip, whose operators it would hide: call it "
-    "inside `with emulate(module)`, where torch.compile is set aside, or strip(module)"
-)
 _FLOAT, _COMPLEX = 1, 2
 _FILLS = ("masked_fill", "masked_fill_")
 
@@ -98,140 +85,34 @@ _FILLS = ("masked_fill", "masked_fill_")
 _KINDS: dict[Callable[..., Any], tuple[str, str]] = {}
 
 
-@dataclass
-class SiteTable:
-    """Call sites by key, and the code locations that their ordinals stand for.
-
-    The key of a site is ``path/operator#ordinal``. Ordinals are given in the order in which
-    locations first run and are saved, so that a resumed run keeps them whatever it runs first.
-    """
-
-    locations: dict[str, list[str]] = field(default_factory=dict)
-
-    def key(self, path: str, operator: str, location: str) -> str:
-        """Key of the site at a location, with a new ordinal if the location is new."""
-        known = self.locations.setdefault(f"{path}/{operator}", [])
-        if location not in known:
-            known.append(location)
-        return f"{path}/{operator}#{known.index(location)}"
-
-    def unite(self, tables: Sequence[Mapping[str, Sequence[str]]]) -> dict[str, str]:
-        """Take in the locations of every rank of a distributed run, in the order of the ranks.
-
-        Ranks on different data may run locations in different orders, and one key must not name
-        different code.
-
-        Args:
-            tables: ``locations`` of every rank; this rank's own is among them.
-
-        Returns:
-            The new key by the old one, for keys of this rank that change.
-
-        Example:
-            >>> mine = SiteTable({"./mul": ["f:2:0"]})
-            >>> mine.unite([{"./mul": ["f:1:0"]}, mine.locations])
-            {'./mul#0': './mul#1'}
-        """
-        united: dict[str, list[str]] = {}
-        for table in tables:
-            for kind, locations in table.items():
-                known = united.setdefault(kind, [])
-                known.extend(location for location in locations if location not in known)
-        renamed = {
-            f"{kind}#{old}": f"{kind}#{united[kind].index(location)}"
-            for kind, locations in self.locations.items()
-            for old, location in enumerate(locations)
-            if united[kind].index(location) != old
-        }
-        self.locations = united
-        return renamed
-
-
-class Scope(threading.local):
-    """Modules whose forward is running in this thread, outermost first.
-
-    A thread of its own, because activation checkpointing calls forward from the thread that runs
-    the backward.
-    """
-
-    def __init__(self) -> None:
-        self.stack: list[str] = []
-        self.entered = 0
-
-
 class Dispatch(TorchFunctionMode):
-    """Runs torch functions in the modules of interest as the chip does.
+    """Runs torch functions in the modules in scope as the accelerator does.
 
     Args:
-        paths: Path of every module by ``id``.
-        allowed: Paths that are emulated; not among them: losses, metrics, what no target selects.
-        forwards: Code of the modules' forwards and of decorators around them, see
-            :func:`.forward_codes`.
-        lightning: LightningModules by ``id``. Their steps do not count, nor do methods of a root
-            among them that its forward has not called.
-        run: Called with ``(operator, key, func, args, kwargs)`` for an operator in scope.
-        move: Called with ``(func, args, kwargs)`` for a movement.
-        joins: Called with a function's name; whether all float tensors among arguments lie on one
-            grid, whatever ranges will be.
-        read: Called with what a function out of scope takes in, or one that decides by values.
-        fallback: Called with ``(key, func, args, kwargs)`` for anything else in scope.
-        in_backward: Threads that run a backward, which this keeps up to date.
-        constants: Of the emulator, see :mod:`.constants`.
-        fold: Called with ``(key, func, args, kwargs, kind)`` for what depends on constants alone.
-        wrote: Called with the tensors that a function out of scope has written to.
-        after_backward: Called after a backward, whose hooks cannot be seen.
+        state: What is known of the module.
+        call_sites: Finds the site of the running code.
     """
 
-    def __init__(
-        self,
-        paths: Mapping[int, str],
-        allowed: set[str],
-        forwards: Iterable[tuple[CodeType, Any]],
-        lightning: Container[int],
-        *,
-        sites: SiteTable,
-        run: Callable[..., Any],
-        move: Callable[..., Any],
-        joins: Callable[..., bool],
-        read: Callable[[Any], None],
-        fallback: Callable[..., Any],
-        in_backward: list[int],
-        constants: Constants,
-        fold: Callable[..., Any],
-        wrote: Callable[[Iterable[Tensor]], None],
-        after_backward: Callable[[], None],
-    ) -> None:
+    def __init__(self, state: EmulationState, call_sites: CallSites) -> None:
         super().__init__()
-        # By identity: a code object computes its hash anew whenever it is asked.
-        self._forwards: dict[int, CodeType] = {}
-        self._decorators: dict[int, tuple[CodeType, dict[int, Any]]] = {}
-        for code, inner in forwards:
-            if inner is None:
-                self._forwards[id(code)] = code
-            else:
-                self._decorators.setdefault(id(code), (code, {}))[1][id(inner)] = inner
-        self._lightning, self._in_backward = lightning, in_backward
-        self.paths, self.allowed = paths, allowed
-        self.sites, self.run, self.fallback = sites, run, fallback
-        self.constants, self.fold = constants, fold
-        self.move, self.joins, self.read, self.wrote = move, joins, read, wrote
-        self.after_backward = after_backward
-        self.scope = Scope()
-        self._keys: dict[tuple[object, ...], str] = {}
-        self._code: list[CodeType] = []
-        self._naming = threading.Lock()
-        self._warned_of_checkpointing = False
+        self.state, self.call_sites = state, call_sites
+        self.scope = call_sites.scope
+
+    # --- scopes ---------------------------------------------------------------------------------
 
     def enter(self) -> None:
-        """Start intercepting in this thread; calls nest.
+        """Start dispatching in this thread; calls nest.
 
-        Code that was compiled would hide its functions, so it runs as it was written meanwhile.
+        Weights are transformed again for each outermost scope. Code that was compiled would hide
+        its functions, so it runs as it was written meanwhile.
 
         Raises:
             RuntimeError: If compiled code is running already.
         """
         if self.scope.entered == 0:
-            _COMPILING.enter()
+            self.state.forget_weights()
+            self.state.follow_tensors()
+            COMPILING.enter()
             self.__enter__()
         self.scope.entered += 1
 
@@ -240,22 +121,41 @@ class Dispatch(TorchFunctionMode):
         self.scope.entered -= 1
         if self.scope.entered == 0:
             self.__exit__(None, None, None)
-            _COMPILING.leave()
+            COMPILING.leave()
 
     def unwind(self, entered: int, depth: int) -> None:
         """Undo what an exception has left of forwards and scopes.
 
         Args:
-            entered: Scopes that stay.
-            depth: Modules that stay among those whose forward is running.
+            entered: Number of scopes that stay.
+            depth: Number of modules that stay among those whose forward is running.
         """
         del self.scope.stack[depth:]
         while self.scope.entered > entered:
             self.leave()
 
-    def forget_keys(self) -> None:
-        """Look sites up anew: their table has been replaced."""
-        self._keys.clear()
+    def begin_forward(self, path: str) -> None:
+        """Enter the scope of a module whose forward begins.
+
+        Raises:
+            RuntimeError: If the module is to be emulated and has no ranges.
+        """
+        self.state.require_ranges()
+        self.enter()
+        if not self.scope.stack:
+            self.state.constants.begin()
+        self.scope.stack.append(path)
+
+    def end_forward(self, path: str, result: Any, *, is_root: bool) -> None:
+        """Leave the scope of a module whose forward has ended, or raised."""
+        # Where another hook raised, the forward may never have begun.
+        if self.scope.stack and self.scope.stack[-1] == path:
+            self.scope.stack.pop()
+            if is_root:
+                self.state.consumed_outside(result)
+            self.leave()
+
+    # --- sorting --------------------------------------------------------------------------------
 
     def __torch_function__(
         self,
@@ -264,7 +164,7 @@ class Dispatch(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        """Sort a function into operator, movement, ignored, or fallback."""
+        """Sort a function into operator, data movement, constant, ignored, or fallback."""
         kwargs = kwargs or {}
         known = _KINDS.get(func)
         if known is None:
@@ -279,18 +179,22 @@ class Dispatch(TorchFunctionMode):
         if kind == "factory":
             return self._make(func, args, kwargs)
         if kind == "decision":
-            self.read((args, kwargs))
+            self.state.consumed_outside((args, kwargs))
             return self._decide(func, args, kwargs)
         if kind == "movement" or name == "copy_" or _is_padding(name, args, kwargs):
-            return self.move(func, args, kwargs)
-        if name in JOINS and not chooses_a_number(name, args) and self.joins(name, (args, kwargs)):
-            return self.move(func, args, kwargs)
-        found = _types_in(args) | _types_in(kwargs.values())
-        if not found:
+            return self._move(func, args, kwargs)
+        if (
+            name in JOINS
+            and not chooses_a_number(name, args)
+            and self._share_qparams(name, (args, kwargs))
+        ):
+            return self._move(func, args, kwargs)
+        types_given = _types_in(args) | _types_in(kwargs.values())
+        if not types_given:
             return self._decide(func, args, kwargs)
-        path, location = self._locate()
+        path, location = self.call_sites.locate()
         if path is None:
-            self.read((args, kwargs))
+            self.state.consumed_outside((args, kwargs))
             return self._plainly(func, args, kwargs)
         operator = operator_of(name)
         label = name.strip("_") if operator is None else operator.name or name
@@ -300,21 +204,21 @@ class Dispatch(TorchFunctionMode):
         layer = operators().get(label)
         has_weights = layer is not None and layer.has_weights
         if not has_weights and not label.startswith("embedding") and name not in _RANDOM:
-            depends = self.constants.kind_of((args, kwargs))
+            depends = self.state.constants.kind_of((args, kwargs))
             if depends is not None:
-                return self.fold(self._key(path, label, location), run, args, kwargs, depends)
-        if _makes_a_mask(name, args, kwargs) and not self.joins(name, first_of(args, kwargs)):
+                return self._fold(
+                    self.call_sites.key(path, label, location), run, args, kwargs, depends
+                )
+        if _makes_a_mask(name, args, kwargs) and not self._share_qparams(
+            name, first_of(args, kwargs)
+        ):
             return self._plainly(func, args, kwargs)
-        if operator is None or found & _COMPLEX:
-            key = self._key(path, name.strip("_"), location)
-            return self.fallback(key, run, args, kwargs)
+        if operator is None or types_given & _COMPLEX:
+            key = self.call_sites.key(path, name.strip("_"), location)
+            return self._fall_back(key, run, args, kwargs)
         if has_weights:
-            self.constants.enters(args)
-        return self.run(operator, self._key(path, label, location), func, args, kwargs)
-
-    def in_scope(self) -> bool:
-        """Tell whether the code that calls is part of what is emulated."""
-        return self._locate()[0] is not None
+            self.state.constants.enters(args)
+        return self._run(operator, self.call_sites.key(path, label, location), func, args, kwargs)
 
     def _make(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A tensor of the code's own values: a constant, if the code is emulated."""
@@ -322,8 +226,8 @@ class Dispatch(TorchFunctionMode):
         # What a tensor is like says nothing of its values; what it is filled with does.
         filled = (args[1:], kwargs) if func.__name__.startswith(("new_", "full")) else ()
         filled = (args, kwargs) if func.__name__ in ("tensor", "as_tensor", "full") else filled
-        if isinstance(result, Tensor) and self.in_scope():
-            self.constants.made(result, filled)
+        if isinstance(result, Tensor) and self.call_sites.in_scope():
+            self.state.constants.made(result, filled)
         return result
 
     def _decide(
@@ -331,7 +235,7 @@ class Dispatch(TorchFunctionMode):
     ) -> Any:
         """Integers and masks, or floats of them: they are data if they come from data."""
         result = self._plainly(func, args, kwargs)
-        self.constants.follow(result, (args, kwargs), self.in_scope)
+        self.state.constants.follow(result, (args, kwargs), self.call_sites.in_scope)
         return result
 
     def _plainly(
@@ -340,7 +244,7 @@ class Dispatch(TorchFunctionMode):
         """Run a function as torch does; what it writes to is no longer what it was."""
         result = func(*args, **kwargs)
         if targets := written(func, args, kwargs):
-            self.wrote(targets)
+            self.state.wrote(targets)
         return result
 
     def _outside(
@@ -352,107 +256,291 @@ class Dispatch(TorchFunctionMode):
         """
         entered, stack = self.scope.entered, self.scope.stack
         self.scope.entered, self.scope.stack = 0, []
-        self._in_backward.append(threading.get_ident())
+        self.state.modes.in_backward.append(threading.get_ident())
         try:
             return func(*args, **kwargs)
         finally:
-            self._in_backward.remove(threading.get_ident())
+            self.state.modes.in_backward.remove(threading.get_ident())
             self.scope.entered, self.scope.stack = entered, stack
-            self.after_backward()
+            # Hooks of a backward are not seen: they may have written to weights through ``.data``.
+            self.state.forget_weights()
 
-    def _key(self, path: str, operator: str, location: tuple[tuple[CodeType, int], ...]) -> str:
-        """Key of a call site; code locations are turned into text once."""
-        identity = (path, operator, *((id(code), at) for code, at in location))
-        if identity not in self._keys:
-            if not self._warned_of_checkpointing and _is_checkpointed_function():
-                self._warned_of_checkpointing = True
-                log.warning(
-                    "torch.utils.checkpoint is given a function in %s: the backward computes it "
-                    "again in float, and gradients are wrong or PyTorch raises CheckpointError; "
-                    "give it a module (nn.Module) that has these operators in its forward",
-                    "the module" if path == ROOT else path,
-                )
-            with self._naming:
-                self._code.extend(code for code, _ in location)  # An id must not be used again.
-                text = ">".join(_describe(code, at) for code, at in reversed(location))
-                self._keys[identity] = self.sites.key(path, operator, text)
-        return self._keys[identity]
+    # --- operators -------------------------------------------------------------------------------
 
-    def _locate(self) -> tuple[str | None, tuple[tuple[CodeType, int], ...]]:
-        """Module path of the running code, and its location inside the module's own code.
+    def _run(
+        self,
+        operator: Operator,
+        key: str,
+        func: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """An operator of the chip, if this spec has it in this form."""
+        state, mode = self.state, self.state.modes.current
+        if mode.phase == "float":
+            return func(*args, **kwargs)
+        if not state.calibrated:
+            state.require_ranges()
+        known = not operator.name or state.spec.has_operator(operator.name)
+        known = known and state.spec.activation_bits in operator.widths
+        if not known or not operator.supports(*args, **kwargs):
+            return self._fall_back(key, func, args, kwargs)
+        bits = state.spec.activation_bits
+        call = Call(
+            state,
+            key,
+            mode.phase == "observe",
+            # With 16 bits float32 has no room for a rounding that is nearly always right.
+            mode.fidelity == "exact" or bits == 16,
+            bits,
+            recorder=mode.recorder,
+        )
+        targets = written(func, args, kwargs)
+        if targets:
+            return self._run_writing(targets, operator, call, func, args, kwargs)
+        result = self._emulate(operator, call, func, args, kwargs)
+        if not isinstance(result, Tensor):  # Indices of extremes, say.
+            state.constants.mark(result, None)
+        if operator.name:
+            self._tell(key, "chip", (args, kwargs), result)
+        return result
 
-        The module is the one whose method runs, or else the one whose forward is running. A forward
-        has the same sites whether the module or its ``forward`` is called.
+    def _emulate(
+        self,
+        operator: Operator,
+        call: Call,
+        func: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """The operator's result, a new tensor; ``func`` is the same in float."""
+        key = call.site
+        telemetry = None if call.observing or not operator.name else self._telemetry()
+        # Batch statistics in training would be counted twice.
+        telemetry = None if operator.name == "batch_norm" else telemetry
+        try:
+            result = driver.run(operator, call, args, kwargs)
+        except FloatingPointError as error:
+            raise with_cause(error, key, (args, kwargs), self.state.names) from error
+        if telemetry is not None:
+            exact = in_float(func, args, kwargs)
+            first = result if isinstance(result, Tensor) else result[0]
+            if exact is not None:
+                exact = self.state.fusion.rectify(key, exact)
+                telemetry.compare(key, exact, first, self.state.qparams_of(first))
+        if self.state.scales.learning == "all" and f"{key}/output" in self.state.scales.activations:
+            result = self._learn_output(key, result, func, args, kwargs)
+        return result
 
-        Frames of torch itself do not count for the location: one ``nn.LSTM`` is one site, however
-        its forward reaches the operator.
+    def _learn_output(
+        self, key: str, result: Tensor, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]
+    ) -> Tensor:
+        """Let the gradient reach the step, if the result lies on its grid."""
+        tag = self.state.qparams_of(result)
+        if (
+            tag is None
+            or not result.requires_grad
+            or not self.state.scales.made(f"{key}/output", tag)
+        ):
+            return result
+        operands = self.state.quantized_operands(args, kwargs)
+        learned = self.state.scales.learn_output(f"{key}/output", result, tag, func, operands)
+        self.state.set_qparams(learned, tag)
+        self.state.fusion.copied(result, learned)
+        return learned
+
+    # --- what is written in place ---------------------------------------------------------------
+
+    def _run_writing(
+        self,
+        targets: list[Tensor],
+        operator: Operator,
+        call: Call,
+        func: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """An operator whose result goes into a tensor that is there already.
+
+        The operator gives a new tensor, as any other call, which is then copied: what autograd
+        has kept of the operands must stay as it was, so that an operand which is overwritten is
+        copied first, where there will be a backward.
         """
-        stack = self.scope.stack
-        location: list[tuple[CodeType, int]] = []
-        path, owner, end = None, None, 0
-        for frame in _callers():
-            code = frame.f_code
-            if code.co_filename == _MODULE_CALL:
-                if stack or path is not None:
-                    break
-                continue
-            if not (
-                code.co_filename.startswith(_TORCH_FOLDER) or code.co_filename in TRANSPARENT_FILES
-            ):
-                location.append((code, frame.f_lasti))
-            if path is not None:
-                if id(code) in self._forwards and self._owner(frame) is owner:
-                    end = len(location)
-                continue
-            if stack and frame.f_back and frame.f_back.f_code.co_filename == _MODULE_CALL:
-                break  # The forward of the module that was called last.
-            owner = self._owner(frame)
-            found = None if owner is None else self._path_of(owner, frame)
-            if found == "/":
-                return None, ()
-            if found is not None and stack[-1:] != [found]:
-                path, end = found, len(location)
-        if path is None:
-            if not stack:
-                return None, ()
-            path, end = stack[-1], len(location)
-        return (path if path in self.allowed else None), tuple(location[:end])
+        if kwargs.get("out") is not None:
+            return self._run_into(targets, operator, call, func, args, kwargs)
+        target = targets[0]
+        if not args:
+            args, kwargs = (target,), {k: v for k, v in kwargs.items() if k != "input"}
+        has_backward = torch.is_grad_enabled() and any(
+            x.requires_grad for x in floats((args, kwargs))
+        )
+        operand = self.state.copied(target) if has_backward else target
+        args, kwargs = tree_map(lambda x: operand if x is target else x, (args, kwargs))
+        result = self._emulate(operator, call, partial(_on_a_copy, func), args, kwargs)
+        self._store(target, result)
+        if operator.name:
+            self._tell(call.site, "chip", (args, kwargs), target)
+        return target
 
-    def _owner(self, frame: FrameType) -> Any:
-        """Object whose method a frame runs; None if it seems to run none."""
-        code = frame.f_code
-        names = code.co_varnames
-        if names[:1] == ("self",):
-            return frame.f_locals.get("self")
-        if id(code) not in self._forwards and not self._decorates_forward(frame):
-            return None
-        if code.co_argcount:
-            return frame.f_locals.get(names[0])
-        # A decorator's ``(*args, **kwargs)``.
-        positional = frame.f_locals.get(names[code.co_kwonlyargcount], ())
-        return positional[0] if code.co_flags & CO_VARARGS and positional else None
+    def _run_into(
+        self,
+        targets: list[Tensor],
+        operator: Operator,
+        call: Call,
+        func: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """An operator with ``out=``, as torch has it: without gradients, and of any shape."""
+        others = {key: value for key, value in kwargs.items() if key != "out"}
+        if torch.is_grad_enabled() and any(x.requires_grad for x in floats((args, others))):
+            return func(*args, **kwargs)  # Raises what torch raises.
+        result = self._emulate(operator, call, func, args, others)
+        results = [result] if isinstance(result, Tensor) else list(result)
+        for target, each in zip(targets, results, strict=True):
+            if target.shape != each.shape:
+                target.resize_(each.shape)
+            self._store(target, each)
+        if operator.name:
+            self._tell(call.site, "chip", (args, others), kwargs["out"])
+        return kwargs["out"]
 
-    def _decorates_forward(self, frame: FrameType) -> bool:
-        """Tell whether a frame runs a decorator of a module's forward, and of no other function."""
-        known = self._decorators.get(id(frame.f_code))
-        if known is None:
+    def _store(self, target: Tensor, result: Tensor) -> None:
+        """Write an operator's result, and what is known of it, to another tensor.
+
+        What was known of the target, and of every tensor that shares its memory, is forgotten.
+        """
+        tag = self.state.qparams_of(result)
+        target.copy_(result)
+        self.state.wrote([target])
+        self.state.fusion.copied(result, target)
+        # Other types cannot hold every integer.
+        if tag is not None and target.dtype == torch.float32:
+            self.state.set_qparams(target, tag)
+
+    def _move(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A movement: parameters of the first tensor (not a condition) go to float results.
+
+        Those of the second where it is copied into the first.
+        """
+        copies = func.__name__ == "copy_"
+        first = args[1] if copies else first_of(args, kwargs)
+        given = first if copies else (args, kwargs)
+        holds = isinstance(first, Tensor) and first.is_floating_point()
+        source = next(iter(floats(first if holds else args)), None)
+        identity = _is_identity(func, args)
+        if source is not None and not identity:
+            self.state.fusion.reads(source, "a movement")
+        tag = None if source is None else self.state.qparams_of(source)
+        kind = None if tag is not None else self.state.constants.kind_of(given)
+        result = func(*args, **kwargs)
+        self.state.wrote(written(func, args, kwargs), kind)
+        if kind is None or self.call_sites.in_scope():
+            self.state.constants.mark(result, kind)
+        parts = self.state.parts_of(source) if tag is None and source is not None else None
+        if parts is not None and source is not None and not copies:
+            self._move_parts(parts, source, (func, args, kwargs), result)
+        if source is not None and tag is None and kind is None:
+            for leaf in floats(result):
+                self.state.fusion.moved(source, leaf)
+        if source is not None and identity:
+            self.state.fusion.copied(source, result)
+        if tag is not None:
+            for leaf in floats(result):
+                if leaf.dtype == torch.float32:  # Other types cannot hold every integer.
+                    self.state.set_qparams(leaf, tag)
+            mode = self.state.modes.current
+            if mode.recorder is not None and mode.phase == "emulate" and mode.fidelity == "exact":
+                path = self.call_sites.path
+                instruction = choice(func.__name__, path, args, result, self.state.qparams_of)
+                if instruction is not None:
+                    mode.recorder(instruction)
+        return result
+
+    def _move_parts(
+        self,
+        parts: Parts,
+        source: Tensor,
+        call: tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]],
+        result: Any,
+    ) -> None:
+        """Follow which grid every element of a result lies on, by the same movement of numbers."""
+        func, args, kwargs = call
+        moved = func(*(parts.which if x is source else x for x in args), **kwargs)
+        leaves = moved if isinstance(moved, (tuple, list)) else [moved]
+        for leaf, which in zip(floats(result), leaves, strict=True):
+            moved_parts = Parts(which, parts.grids)
+            grid = moved_parts.one_grid() if which.numel() else None
+            if grid is not None:
+                self.state.set_qparams(leaf, grid)
+            elif leaf is not source:
+                self.state.set_parts(leaf, moved_parts)
+
+    def _share_qparams(self, name: str, args: tuple[Any, ...]) -> bool:
+        """Tell whether every float tensor among arguments carries the same parameters.
+
+        While ranges are observed nobody knows: what can join different grids notes its range then.
+        """
+        if name == "stack" and self.state.phase == "observe":
             return False
-        return any(id(value) in known[1] for value in frame.f_locals.values())
+        tags = [self.state.qparams_of(leaf) for leaf in floats(args)]
+        return bool(tags) and tags[0] is not None and all(tag == tags[0] for tag in tags)
 
-    def _path_of(self, owner: Any, frame: FrameType) -> str | None:
-        """Path of a module whose method runs; '/' where looking further is in vain."""
-        if isinstance(owner, (torch.optim.Optimizer, Metric)):
-            return "/"
-        path = self.paths.get(id(owner))
-        if path is None:
-            return None
-        code = frame.f_code
-        if code.co_name in _STEPS and id(owner) in self._lightning:
-            return "/"
-        is_forward = id(code) in self._forwards or self._decorates_forward(frame)
-        if path == ROOT and id(owner) in self._lightning and not is_forward:
-            return None  # Its forward may have called this method, or one of its steps.
-        return path if path in self.allowed else "/"
+    def _fold(
+        self,
+        key: str,
+        func: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        kind: Kind,
+    ) -> Any:
+        """Run in float a function of no activation: its result is a constant of the program."""
+        result = func(*args, **kwargs)
+        targets = written(func, args, kwargs)
+        self.state.wrote(targets, kind)
+        self.state.constants.mark((result, targets), kind)
+        self._tell(key, "constant", (args, kwargs), result)
+        return result
+
+    def _fall_back(
+        self, key: str, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Whatever the chip does not have, in float; what it writes in place leaves the grid."""
+        if not self.state.calibrated:
+            self.state.require_ranges(key)
+        for operand in floats((args, kwargs)):
+            self.state.fusion.reads(operand, key)
+            self.state.fusion.check_finished(operand, key)
+        result = func(*args, **kwargs)
+        self.state.wrote(written(func, args, kwargs))
+        self.state.constants.mark(result, None)
+        self._tell(key, "cpu", (args, kwargs), result)
+        return result
+
+    def _tell(self, key: str, location: Location, operands: Any, result: Any) -> None:
+        """Tell the listener of the mode, if there is one, what a site did."""
+        listener = self.state.modes.current.listener
+        if listener is not None:
+            listener(key, location, operands, result)
+
+    def _telemetry(self) -> Telemetry | None:
+        """Return the telemetry that samples this thread's emulation."""
+        mode = self.state.modes.current
+        return mode.telemetry if mode.phase == "emulate" else None
+
+
+def _on_a_copy(func: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """Compute what an in-place function writes to a tensor, and leave the tensor unchanged."""
+    return func(x.clone(), *args, **kwargs)
+
+
+def _is_identity(func: Callable[..., Any], args: tuple[Any, ...]) -> bool:
+    """Return whether a movement returns its tensor unchanged.
+
+    PyTorch calls ``x.view_as(x)`` on what an ``autograd.Function`` returns as it came in, which is
+    how the backward hooks of modules begin.
+    """
+    return func.__name__ == "view_as" and len(args) == 2 and args[0] is args[1]
 
 
 def _in_double(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -481,83 +569,6 @@ _IN_DOUBLE: dict[str, Callable[..., Tensor]] = {
     "rsqrt": _inverse_square_root,
     **{f.__name__: _in_double(f) for f in (torch.cos, torch.exp, torch.log, torch.sin, torch.sqrt)},
 }
-
-
-class _CompilingSetAside:
-    """Sets ``torch.compile`` aside in the whole process, as long as any thread intercepts."""
-
-    def __init__(self) -> None:
-        self._entered = 0
-        self._lock = threading.Lock()
-        self._stance: AbstractContextManager[None] | None = None
-
-    def enter(self) -> None:
-        """Set it aside.
-
-        Raises:
-            RuntimeError: If compiled code is running already.
-        """
-        with self._lock:
-            if self._entered == 0:
-                self._stance = _without_compiling()
-            self._entered += 1
-
-    def leave(self) -> None:
-        """Undo one :meth:`enter`."""
-        with self._lock:
-            self._entered -= 1
-            if self._entered == 0 and self._stance is not None:
-                self._stance.__exit__(None, None, None)
-
-
-_COMPILING = _CompilingSetAside()
-
-
-def _without_compiling() -> AbstractContextManager[None]:
-    """Set ``torch.compile`` aside until the result is exited."""
-    refuse_tracing()
-    try:
-        return torch.compiler.set_stance("force_eager")
-    except RuntimeError as error:
-        raise RuntimeError(_HIDDEN) from error
-
-
-def refuse_tracing() -> None:
-    """Raise where ``torch.compile`` traces the caller, which could not see through the emulation.
-
-    Raises:
-        RuntimeError: If it does.
-    """
-    if torch.compiler.is_compiling():
-        raise RuntimeError(_HIDDEN)
-
-
-def _callers() -> Iterator[FrameType]:
-    """Frames of the code that called the torch function, innermost first."""
-    frame: FrameType | None = sys._getframe(3)
-    while frame is not None:
-        yield frame
-        frame = frame.f_back
-
-
-def _is_checkpointed_function() -> bool:
-    """Tell whether checkpointing runs the code of a module whose forward it has not called.
-
-    The hooks of a module that it calls tell the dispatch that its forward runs again.
-    """
-    frame: FrameType | None = sys._getframe(2)
-    while frame is not None and frame.f_code.co_filename != _MODULE_CALL:
-        if frame.f_code.co_filename == _CHECKPOINT:
-            return True
-        frame = frame.f_back
-    return False
-
-
-def _describe(code: CodeType, instruction: int) -> str:
-    """Where in a function an instruction stands: stable under edits elsewhere in the file."""
-    line, _, column, _ = list(code.co_positions())[instruction // 2]
-    offset = (line or code.co_firstlineno) - code.co_firstlineno
-    return f"{code.co_qualname}:{offset}:{column}"
 
 
 def _kind_of(func: Callable[..., Any]) -> tuple[str, str]:

@@ -1,40 +1,48 @@
-"""Hooks that tell which module's forward is running."""
+"""Hooks that tell the dispatch which module's forward is running."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import nn
 
-from lightning_nna.emulation.dispatch import ROOT, refuse_tracing
+from lightning_nna.emulation.compilation import require_untraced
+from lightning_nna.emulation.dispatch import Dispatch
 from lightning_nna.emulation.scope import is_redirected
-
-if TYPE_CHECKING:
-    from lightning_nna.emulation.emulator import Emulator
+from lightning_nna.emulation.sites import ROOT
 
 
-class Emulation:
-    """Shared part of a module's hooks: its emulator, or the state from which a copy builds one.
+class SharedHooks:
+    """What the hooks of all modules of one emulator share.
+
+    In a copy or pickle of the module there is no dispatch, but the plain state from which
+    :func:`.attached` builds an emulator for the copy.
 
     Args:
-        emulator: The emulator; None in a copy or pickle of the module.
-        carried: Plain state of the original's emulator, see :meth:`.Emulator.carried`.
+        dispatch: Dispatch of the emulator; None in a copy.
+        carry: Returns plain state of the emulator, see :meth:`.Emulator.carried`.
+        carried: That state, in a copy.
     """
 
-    def __init__(self, emulator: Emulator | None, carried: Mapping[str, Any] | None = None) -> None:
-        self.emulator, self.carried = emulator, carried
+    def __init__(
+        self,
+        dispatch: Dispatch | None,
+        carry: Callable[[], Mapping[str, Any]] | None = None,
+        carried: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.dispatch, self._carry, self.carried = dispatch, carry, carried
 
     def _plain(self) -> Mapping[str, Any] | None:
-        return self.carried if self.emulator is None else self.emulator.carried()
+        return self.carried if self._carry is None else self._carry()
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Emulation:
-        return Emulation(None, copy.deepcopy(self._plain(), memo))
+    def __deepcopy__(self, memo: dict[int, Any]) -> SharedHooks:
+        return SharedHooks(None, None, copy.deepcopy(self._plain(), memo))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Emulation, (None, self._plain())
+        return SharedHooks, (None, None, self._plain())
 
 
 class ForwardHooks:
@@ -45,61 +53,49 @@ class ForwardHooks:
     them.
 
     Args:
-        emulation: Shared by the hooks of all modules of an emulator.
+        shared: What the hooks of all modules of an emulator share.
         path: Path of the module.
     """
 
-    def __init__(self, emulation: Emulation, path: str) -> None:
-        self.emulation, self.path = emulation, path
+    def __init__(self, shared: SharedHooks, path: str) -> None:
+        self.shared, self.path = shared, path
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ForwardHooks:
-        return ForwardHooks(copy.deepcopy(self.emulation, memo), self.path)
+        return ForwardHooks(copy.deepcopy(self.shared, memo), self.path)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return ForwardHooks, (self.emulation, self.path)
+        return ForwardHooks, (self.shared, self.path)
 
     def before(self, module: nn.Module, args: Any) -> None:
-        """Forward begins.
+        """Note that a forward begins.
 
         Raises:
             RuntimeError: If the module is to be emulated and has no ranges, or cannot be seen into.
         """
-        emulator = self.emulation.emulator
-        if emulator is None or emulator.modes.idle:
+        dispatch = self.shared.dispatch
+        if dispatch is None or dispatch.state.modes.idle:
             return
-        refuse_tracing()
-        if emulator.phase == "float":
+        require_untraced()
+        if dispatch.state.phase == "float":
             if getattr(module, "_is_replica", False):
-                emulator.refuse_replica()
+                dispatch.state.require_own_thread()
             return
         # A strategy's wrapper runs a step through the root's call: no forward begins.
         if self.path == ROOT and is_redirected(module):
             return
-        emulator.require_ranges()
-        emulator.enter_scope()
-        stack = emulator.dispatch.scope.stack
-        if not stack:
-            emulator.constants.begin()
-        stack.append(self.path)
+        dispatch.begin_forward(self.path)
 
     def after(self, module: nn.Module, args: Any, result: Any) -> None:
-        """Forward ends, or raised."""
-        emulator = self.emulation.emulator
-        if emulator is None or emulator.modes.idle or torch.compiler.is_compiling():
+        """Note that a forward has ended, or raised."""
+        dispatch = self.shared.dispatch
+        if dispatch is None or dispatch.state.modes.idle or torch.compiler.is_compiling():
             return
-        if emulator.phase == "float":
-            return
-        stack = emulator.dispatch.scope.stack
-        # Where another hook raised, the forward may never have begun.
-        if stack and stack[-1] == self.path:
-            stack.pop()
-            if self.path == ROOT:
-                emulator.read(result)
-            emulator.leave_scope()
+        if dispatch.state.phase != "float":
+            dispatch.end_forward(self.path, result, is_root=self.path == ROOT)
 
 
 def hooks_of(module: nn.Module) -> list[ForwardHooks]:
-    """The hooks on a module itself, of every emulator that it belongs to."""
+    """Return the hooks on a module itself, of every emulator that it belongs to."""
     owners = [getattr(hook, "__self__", None) for hook in module._forward_pre_hooks.values()]
     return [owner for owner in owners if isinstance(owner, ForwardHooks)]
 
@@ -109,7 +105,7 @@ def remove_copied_hooks(module: nn.Module) -> None:
 
     Those of a part that is a copy by itself stay: it carries an emulation of its own.
     """
-    copied = [hooks.emulation for hooks in hooks_of(module) if hooks.emulation.emulator is None]
+    copied = [hooks.shared for hooks in hooks_of(module) if hooks.shared.dispatch is None]
     for child in module.modules():
         before, after = child._forward_pre_hooks, child._forward_hooks
         for key in [key for key, hook in before.items() if _is_one_of(hook, copied)]:
@@ -119,6 +115,6 @@ def remove_copied_hooks(module: nn.Module) -> None:
             child._forward_hooks_always_called.pop(key, None)
 
 
-def _is_one_of(hook: Any, emulations: list[Emulation]) -> bool:
+def _is_one_of(hook: Any, shared: list[SharedHooks]) -> bool:
     owner = getattr(hook, "__self__", None)
-    return isinstance(owner, ForwardHooks) and any(owner.emulation is one for one in emulations)
+    return isinstance(owner, ForwardHooks) and any(owner.shared is one for one in shared)

@@ -29,12 +29,11 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 from weakref import ref
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from lightning_nna import elementary
 from lightning_nna.distributed import is_distributed
@@ -88,6 +87,11 @@ class LearnedScales:
     def follow(self, module: nn.Module) -> None:
         """Know parameters by their name, whichever tensors stand for them now."""
         self._names = {id(p): (name, ref(p)) for name, p in module.named_parameters()}
+
+    @property
+    def moves_outputs(self) -> bool:
+        """Tell whether the scales of outputs change with every step of an optimizer."""
+        return self.learning == "all"
 
     def tensors(self) -> dict[str, Tensor]:
         """Every step by its key, in an order that is the same on all ranks."""
@@ -287,41 +291,6 @@ def agree_on_keys(steps: LearnedScales) -> None:
     torch.distributed.all_gather_object(states, steps.state_dict())
     for state in states:
         steps.adopt(state)
-
-
-class QuantizedWeights(Protocol):
-    """What :func:`quantized_operands` needs of the emulator."""
-
-    def rows_of(self, weight: Tensor) -> int | None:
-        """Rows per scale of a weight that an operator has used; None for any other tensor."""
-
-    def weight(self, weight: Tensor, rows_per_scale: int) -> QuantizedWeight:
-        """A weight after the whole weight pipeline."""
-
-
-def quantized_operands(
-    emulator: QuantizedWeights, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Arguments of a torch function with the chip's weights in place of the float ones."""
-
-    def replaced(leaf: Any) -> Any:
-        if not isinstance(leaf, Tensor):
-            return leaf
-        # What may be a view of a parameter, as in ``x @ w.T``.
-        whole = leaf if leaf._base is None else leaf._base
-        rows = emulator.rows_of(whole)
-        if rows is None:
-            return leaf
-        values = emulator.weight(whole, rows).values
-        if leaf is whole:
-            return values
-        return values.as_strided(leaf.shape, leaf.stride(), leaf.storage_offset())
-
-    leaves, structure = tree_flatten((args, kwargs))
-    found: tuple[tuple[Any, ...], dict[str, Any]] = tree_unflatten(
-        [replaced(leaf) for leaf in leaves], structure
-    )
-    return found
 
 
 class _WeightOnScales(torch.autograd.Function):

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torchmetrics import Metric
 
-from lightning_nna.emulation.dispatch import ROOT
+from lightning_nna.emulation.sites import ROOT
 from lightning_nna.weights.selection import select
 
 
@@ -111,7 +111,7 @@ def _is_compiled_wrapper(module: nn.Module) -> bool:
     return isinstance(module, torch._dynamo.eval_frame.OptimizedModule)
 
 
-def refuse(module: nn.Module) -> None:
+def require_float32(module: nn.Module) -> None:
     """Raise for what cannot be emulated.
 
     Raises:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from lightning_nna.emulation.dispatch import TRANSPARENT_FILES
+from lightning_nna.emulation.sites import TRANSPARENT_FILES
 
 _RECURRENT = ("lstm", "gru", "rnn_tanh", "rnn_relu")
 _ATTENTION_ARGUMENTS = tuple(signature(F.multi_head_attention_forward).parameters)

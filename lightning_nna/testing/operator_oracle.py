@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from lightning_nna.deploy import export_tflite, verify
 from lightning_nna.emulation import calibrate, coverage, emulate
+from lightning_nna.emulation.modes import FIDELITIES
 from lightning_nna.emulation.operators.catalog import operators
 from lightning_nna.emulation.operators.record import Operator
 from lightning_nna.testing.replay import WITHOUT_REFERENCE, replays
@@ -178,9 +179,9 @@ def fast_fidelity_is_close(operator: Operator, example: Example, bits: int) -> N
     with emulate(module, SPECS[bits]) as chip, torch.no_grad():
         with chip.observing():
             module(*inputs)
-        for fidelity in ("exact", "fast"):
-            chip.fidelity = fidelity
-            results.append(module(*(x if example.rows else 1.1 * x for x in inputs)))
+        for fidelity in FIDELITIES:
+            with chip.running(fidelity=fidelity):
+                results.append(module(*(x if example.rows else 1.1 * x for x in inputs)))
     fraction = float((results[0] != results[1]).float().mean())
     allowed = {8: example.fast_tolerance, 16: 1e-9}[bits]
     assert fraction < allowed, f"fast fidelity differs in a fraction of {fraction} of the results"

@@ -59,15 +59,13 @@ def replays(
     """
     run = module if forward is None else forward
     recorded: list[Instruction] = []
-    with emulate(module, spec) as chip:
-        with chip.observing(), torch.no_grad():
+    with emulate(module, spec) as emulator:
+        with emulator.observing(), torch.no_grad():
             run(*example)
         if train is not None:
-            train(module, chip)
-        chip.recorder = recorded.append
-        with torch.no_grad():
+            train(module, emulator)
+        with emulator.running(recorder=recorded.append), torch.no_grad():
             run(*(example if inputs is None else inputs))
-        chip.recorder = None
     return check_instructions(recorded)
 
 

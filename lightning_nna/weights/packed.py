@@ -166,9 +166,9 @@ def _grids(module: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
         return {}
     found = {}
     for name, parameter in module.named_parameters(remove_duplicate=False):
-        rows = emulator.rows_of(parameter)
+        rows = emulator.state.rows_of(parameter)
         if rows is not None:
-            held = emulator.weight(parameter, rows)
+            held = emulator.state.weight(parameter, rows)
             steps = held.scales.reshape(-1, rows)[:, 0]
             found[name] = held.stored.reshape(parameter.shape).to(torch.int8), steps
     return found

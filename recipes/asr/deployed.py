@@ -61,9 +61,9 @@ def export_transducer(
         encodings, _, encoder_state = model.transcribe_streaming(chunk, _length(chunk), None)
         prediction, _, predictor_state = model.predict(label, _length(label), None)
         step = encodings[:, :1]
-        qparams = emulator.qparams_of(encodings)
+        qparams = emulator.state.qparams_of(encodings)
         if qparams is not None:
-            emulator.set_qparams(step, qparams)
+            emulator.state.set_qparams(step, qparams)
     starts = [_zeros(encoder_state), _zeros(predictor_state)]
     return {
         "encoder": export_tflite(

@@ -70,10 +70,10 @@ def test_the_last_hidden_state_is_not_quantized_again() -> None:
     assert not [key for key in emulator.ranges.ranges if key.startswith("head/") and "input" in key]
     with emulate(net) as chip:
         outputs, (h_n, _) = net.layer(x)
-        assert chip.qparams_of(h_n[-1]) == chip.qparams_of(outputs)
-        assert chip.qparams_of(h_n[0]) != chip.qparams_of(outputs)
-        assert chip.qparams_of(h_n[-1:].squeeze(0)) == chip.qparams_of(outputs)
-        assert chip.qparams_of(h_n) is None
+        assert chip.state.qparams_of(h_n[-1]) == chip.state.qparams_of(outputs)
+        assert chip.state.qparams_of(h_n[0]) != chip.state.qparams_of(outputs)
+        assert chip.state.qparams_of(h_n[-1:].squeeze(0)) == chip.state.qparams_of(outputs)
+        assert chip.state.qparams_of(h_n) is None
         np.testing.assert_array_equal(h_n[-1].detach(), outputs[:, -1].detach())
 
 

@@ -54,7 +54,7 @@ def fully_connected_program(
 ) -> bytes:
     """A linear layer, per channel or per tensor as the chip's spec says."""
     per_channel = chip.spec.weight_granularity == "per_channel"
-    weight = chip.weight(layer.weight, 1 if per_channel else layer.out_features)
+    weight = chip.state.weight(layer.weight, 1 if per_channel else layer.out_features)
     accumulator = weight.scales.double() * x.scale
     bias = None
     if layer.bias is not None:
@@ -82,7 +82,7 @@ def lstm_program(
     hidden = layer.hidden_size
     y = grid(chip, f"{site}/layer0/output")
     exponent = cell_state_exponent(chip.ranges[f"{site}/layer0/cell"].magnitude)
-    w_ih, w_hh = (chip.weight(w, hidden) for w in (layer.weight_ih_l0, layer.weight_hh_l0))
+    w_ih, w_hh = (chip.state.weight(w, hidden) for w in (layer.weight_ih_l0, layer.weight_hh_l0))
     scales = w_ih.scales.double() * x.scale
     q_b = integer_bias(layer.bias_ih_l0 + layer.bias_hh_l0, scales).numpy().astype(np.int32)
 

@@ -83,8 +83,8 @@ def test_fast_differs_in_less_than_a_thousandth_of_the_outputs(seed: int) -> Non
     calibrate(module, [x])
     with torch.no_grad(), emulate(module) as chip:
         exact, _ = module(x)
-        chip.fidelity = "fast"
-        fast, _ = module(x)
+        with chip.running(fidelity="fast"):
+            fast, _ = module(x)
     assert float((exact != fast).float().mean()) < 1e-3
 
 
@@ -104,7 +104,7 @@ def test_the_gradient_is_straight_through_and_zero_where_clipped() -> None:
     inputs = x.clone().requires_grad_()
     with emulate(layer) as chip:
         y = layer(inputs)
-        weight = chip.weight(layer.weight, 1).values
+        weight = chip.state.weight(layer.weight, 1).values
     y.sum().backward()
     low, high = float(y.detach().min()), float(y.detach().max())
     with emulate(layer) as chip:

@@ -452,7 +452,7 @@ def test_a_skipped_epoch_leaves_no_mode_behind() -> None:
     chip = NNAEmulation(calibration_steps=1)
     trainer(chip, max_steps=-1, max_epochs=2).fit(SkipsTheRest())
     assert _get_current_function_mode() is None
-    assert chip.emulator.phase == "float"
+    assert chip.emulator.mode.phase == "float"
 
 
 # --- what a fit says at its end -----------------------------------------------------------------

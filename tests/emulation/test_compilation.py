@@ -10,8 +10,7 @@ from torch import Tensor, nn
 
 from lightning_nna import calibrate, coverage, emulate
 from lightning_nna.callbacks import NNAEmulation
-from lightning_nna.emulation.attachment import attach
-from lightning_nna.emulation.emulator import Emulator
+from lightning_nna.emulation.modes import Mode
 from lightning_nna.testing import SmallRecurrentModule
 from lightning_nna.testing.contract import assert_same, module, trainer
 
@@ -175,19 +174,12 @@ def test_coverage_sees_into_compiled_children() -> None:
     assert [row.site for row in compiled.rows] == [row.site for row in coverage(Holder(), x).rows]
 
 
-def on_the_chip(net: nn.Module, x: Tensor) -> Emulator:
-    """On the chip outside of a ``with`` block, which calibration leaves to its caller."""
-    chip = attach(net)
-    with chip.observing():
-        net(x)
-    assert chip.phase == "emulate"
-    return chip
-
-
 @pytest.mark.usefixtures("_without_gradients")
 def test_compiled_code_that_calls_the_chip_is_refused() -> None:
     net, x = Layers(), torch.randn(8, 4)
     compiled = torch.compile(net, backend="eager")
-    on_the_chip(net, x)
+    emulator = calibrate(net, [x])
+    # A mode without the scope of `running`, which would set compiled code aside.
+    emulator.state.modes.enter(Mode("emulate"))
     with pytest.raises(RuntimeError, match=r"operators it would hide: call it inside `with emul"):
         compiled(x)

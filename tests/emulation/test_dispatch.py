@@ -106,10 +106,12 @@ class Holder(pl.LightningModule):
 def test_methods_of_children_count_and_steps_losses_and_metrics_do_not() -> None:
     holder, x = Holder(), torch.randn(8, 4)
     seen: list[str] = []
-    with emulate(holder) as chip:
-        chip.listener = lambda key, on_chip, operands, result: seen.append(key)
-        with chip.observing():
-            holder.step(x)
+    with (
+        emulate(holder) as chip,
+        chip.running(listener=lambda key, location, operands, result: seen.append(key)),
+        chip.observing(),
+    ):
+        holder.step(x)
     assert seen == ["model.layer/fully_connected#0", "model/tanh#0"]
 
 
@@ -118,7 +120,7 @@ def test_an_exception_leaves_no_mode_behind() -> None:
     with emulate(module) as chip:
         with pytest.raises(RuntimeError), chip.observing():
             module(torch.randn(3, 4))
-        assert chip.dispatch.scope.stack == []
+        assert chip.dispatch.call_sites.scope.stack == []
     assert _get_current_function_mode() is None
 
 

@@ -176,7 +176,7 @@ def test_embedding() -> None:
         with chip.observing():
             table(index)
         emulated = table(index)
-        weight = chip.weight(table.weight, 30)
+        weight = chip.state.weight(table.weight, 30)
     stored = TensorSpec.constant(weight.integers.numpy().astype(np.int8), float(weight.scales[0]))
     y = TensorSpec((30, 16), "int8", float(weight.scales[0]))
     program = litert.gather_model(stored, TensorSpec((30,), "int32"), y)

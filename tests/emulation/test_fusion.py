@@ -161,9 +161,10 @@ def test_telemetry_does_not_count_what_the_relu_takes_away() -> None:
     with emulate(net) as chip, torch.no_grad():
         with chip.observing():
             net(x)
-        chip.telemetry = Telemetry()
-        net(x)
-        row = chip.telemetry["0/fully_connected#0"]
+        telemetry = Telemetry()
+        with chip.running(telemetry=telemetry):
+            net(x)
+            row = telemetry["0/fully_connected#0"]
     assert row.clip_rate < 0.001
     assert row.sqnr_db > 40
 

@@ -37,8 +37,8 @@ def run(module: nn.Module, x: Tensor, calibration: Tensor, bits: int) -> list[In
     with emulate(module, SPECS[bits]) as chip, torch.no_grad():
         with chip.observing():
             module(calibration)
-        chip.recorder = recorded.append
-        result = module(x)
+        with chip.running(recorder=recorded.append):
+            result = module(x)
     check_instructions(recorded)
     check_chain(recorded, x, result)
     return recorded

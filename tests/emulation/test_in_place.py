@@ -151,8 +151,10 @@ def trained(
     """Results and gradients of a step in training on the chip."""
     torch.manual_seed(1)
     calibrate(net, [[x.detach() for x in inputs]], spec=spec)
-    with emulate(net, spec, learned_scales=learned) as chip:
-        chip.telemetry = Telemetry()
+    with (
+        emulate(net, spec, learned_scales=learned) as chip,
+        chip.running(telemetry=Telemetry()),
+    ):
         results = net([x * 1 for x in inputs])
         sum((y * y).sum() for y in results).backward()
         steps = [step.grad for step in chip.scales.activations.values() if step.grad is not None]

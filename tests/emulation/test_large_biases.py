@@ -85,19 +85,19 @@ def test_a_bias_beside_tiny_weights_is_the_float_one_and_litert_has_it(
         with chip.observing(), torch.no_grad():
             module(x)
         chip.learn(learned)
-        chip.recorder, chip.telemetry = recorded.append, Telemetry()
-        result = module(x)
-        chip.recorder = None
+        telemetry = Telemetry()
+        with chip.running(recorder=recorded.append, telemetry=telemetry):
+            result = module(x)
         result.square().mean().backward()
-        chip.fidelity = "fast"
-        fast = module(x).detach()
+        with chip.running(fidelity="fast", telemetry=telemetry):
+            fast = module(x).detach()
     result = result.detach()
     check_instructions(recorded)
     # The rounding of 8-bit weights, and that of the output.
     assert float((result - expected).abs().max()) < 0.03 * float(expected.abs().max())
     assert float((fast - result).abs().max()) < 0.01 * float(expected.abs().max())
     assert all(bool(p.grad.isfinite().all()) for p in module.parameters() if p.grad is not None)
-    coarser = max(row.coarser for row in chip.telemetry.sites.values())
+    coarser = max(row.coarser for row in telemetry.sites.values())
     assert coarser >= {8: raised, 16: 1}[bits]
 
 

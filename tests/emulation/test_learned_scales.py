@@ -75,7 +75,7 @@ def test_the_gradient_of_an_output_is_that_of_the_paper(width: int) -> None:
         hidden = net[0](x)
         result = net[1](hidden)
         (result * upstream).sum().backward()
-        grid, weight = chip.qparams_of(result), chip.weight(net[1].weight, 1).values
+        grid, weight = chip.state.qparams_of(result), chip.state.weight(net[1].weight, 1).values
     assert grid is not None
     v = F.linear(hidden, weight, net[1].bias).detach().double()
     low, high = grid.bounds
@@ -239,7 +239,6 @@ def test_what_is_baked_lies_on_the_learned_grid() -> None:
     assert float(integers.abs().max()) <= 127
     with torch.no_grad(), emulate(net) as again:
         again.load_state_dict(state)
-        again.phase = "emulate"
         assert torch.equal(net(x), on_chip)
 
 

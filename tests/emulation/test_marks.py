@@ -86,7 +86,7 @@ WRITES = [
 
 def on_its_grid(emulator: Emulator, x: Tensor) -> bool:
     """Whether what a tensor holds are integers of the grid that it is marked with, if it is."""
-    grid = emulator.qparams_of(x)
+    grid = emulator.state.qparams_of(x)
     if grid is None:
         return True
     integers = x / grid.scale
@@ -124,7 +124,7 @@ def test_a_view_that_an_operator_has_written_has_its_grid_and_the_base_has_none(
     calibrate(net, [x])
     with torch.inference_mode(), emulate(net) as emulator:
         view, y, rest = net(x)
-        grids = [emulator.qparams_of(each) for each in (view, y, rest)]
+        grids = [emulator.state.qparams_of(each) for each in (view, y, rest)]
         assert on_its_grid(emulator, view)
     assert [grid is not None for grid in grids] == [True, False, False]
 
@@ -139,7 +139,7 @@ def test_copies_carry_the_grid_of_what_was_copied() -> None:
     calibrate(net, [x])
     with torch.no_grad(), emulate(net) as emulator:
         target, result = net(x)
-        grid = emulator.qparams_of(target)
+        grid = emulator.state.qparams_of(target)
     assert grid is not None
     assert grid.scale == 1 / 256
     torch.testing.assert_close(target, torch.sigmoid(x), rtol=0, atol=0.02)

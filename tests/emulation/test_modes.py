@@ -61,14 +61,14 @@ def test_an_inner_block_leaves_the_outer_one_as_it_was() -> None:
     plain, exact = net(x), emulated(net, x)
     with emulate(net) as chip, torch.no_grad():
         with emulate(net, fidelity="fast"):
-            assert (chip.phase, chip.fidelity) == ("emulate", "fast")
+            assert (chip.mode.phase, chip.mode.fidelity) == ("emulate", "fast")
         assert torch.equal(net(x), exact)
         calibrate(net, [x])
         assert torch.equal(net(x), exact)
         with pytest.raises(ZeroDivisionError), emulate(net, fidelity="fast"):
             1 / 0  # noqa: B018
-        assert (chip.phase, chip.fidelity) == ("emulate", "exact")
-    assert chip.phase == "float"
+        assert (chip.mode.phase, chip.mode.fidelity) == ("emulate", "exact")
+    assert chip.mode.phase == "float"
     assert torch.equal(net(x), plain)
 
 
@@ -141,7 +141,7 @@ def test_calibrating_keeps_every_training_flag(fails: bool) -> None:
     with contextlib.suppress(OSError):
         calibrate(net, [x], forward)
     assert {name: module.training for name, module in net.named_modules()} == before
-    assert (attached(net).calibrated, attached(net).phase) == (not fails, "float")
+    assert (attached(net).calibrated, attached(net).mode.phase) == (not fails, "float")
 
 
 # --- threads ------------------------------------------------------------------------------------
@@ -352,7 +352,7 @@ def test_a_copy_carries_its_emulation(
         assert torch.equal(twin(x), expected)
     assert other is not chip
     assert_same(other.state_dict(), chip.state_dict())
-    assert other.used_weights.keys() <= {name for name, _ in twin.named_parameters()}
+    assert other.state.used_weights.keys() <= {name for name, _ in twin.named_parameters()}
     # A copy of the copy; and the copy is free of the original.
     strip(net)
     with emulate(twin_of(twin), **chosen), emulate(twin, **chosen):

@@ -70,8 +70,8 @@ def run(build: Callable[[], nn.Module], phase: str, spoil: Callable[[nn.Module, 
         with chip.observing():
             module(x)
         spoil(module, x)
-        chip.phase = "observe" if phase == "observe" else "emulate"
-        module(x)
+        with chip.running("observe" if phase == "observe" else "emulate"):
+            module(x)
 
 
 @pytest.mark.parametrize("phase", ["observe", "emulate", "fast"])

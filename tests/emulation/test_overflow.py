@@ -116,12 +116,11 @@ def test_sums_wrap_around_as_litert_does_and_the_site_is_named(
     with caplog.at_level(logging.WARNING), emulate(module, SPECS[bits]) as chip:
         with chip.observing(), torch.no_grad():
             module(*given)
-        chip.recorder = recorded.append
-        exact = module(*leaves)
-        chip.recorder = None
+        with chip.running(recorder=recorded.append):
+            exact = module(*leaves)
         module(*given)
-        chip.fidelity = "fast"
-        fast = module(*leaves)
+        with chip.running(fidelity="fast"):
+            fast = module(*leaves)
     check_instructions(recorded)
     torch.testing.assert_close(fast, exact, rtol=0, atol=0)
     exact.square().mean().backward()
@@ -144,8 +143,7 @@ def test_outputs_that_calibration_never_came_near(caplog: pytest.LogCaptureFixtu
         with chip.observing(), torch.no_grad():
             layer(torch.cat([x, -x], 1))
         chip.ranges.ranges["0/fully_connected#0/output"].maximum = 1e-9
-        chip.recorder = recorded.append
-        with torch.no_grad():
+        with chip.running(recorder=recorded.append), torch.no_grad():
             layer(torch.randn(40, 2))
     assert check_instructions(recorded)["FULLY_CONNECTED"] == 80
     assert "0/fully_connected#0: " in caplog.text
@@ -211,7 +209,7 @@ def test_a_narrow_accumulator_that_is_rounded_twice(overflow: str) -> None:
         x, y = (grid(chip, f"./fully_connected#0/{name}") for name in ("input", "output"))
         q_x = random_integers((400, 200), 1)
         found = integers(layer(real(q_x, x)), y)
-        weight = chip.weight(layer.weight, 1)
+        weight = chip.state.weight(layer.weight, 1)
     scales = weight.scales.double() * x.scale
     q_b = (layer.bias.detach().double() / scales).round().long().numpy()
     stored = weight.integers.numpy().astype(np.int64)
@@ -250,6 +248,6 @@ def test_a_hard_swish_that_gives_next_to_nothing(span: float) -> None:
     with emulate(module) as chip, torch.no_grad():
         with chip.observing():
             module(calibration)
-        chip.recorder = recorded.append
-        module(3 * span * torch.randn(20, 9))
+        with chip.running(recorder=recorded.append):
+            module(3 * span * torch.randn(20, 9))
     assert check_instructions(recorded)["HARD_SWISH"] == 180

@@ -74,7 +74,7 @@ def test_fully_connected(inputs: int, outputs: int, spec: str) -> None:
         x, y = (grid(chip, f"./fully_connected#0/{name}") for name in ("input", "output"))
         q_x = random_integers((2000, inputs), 1)
         found = integers(layer(real(q_x, x)), y)
-        weight = chip.weight(layer.weight, 1)
+        weight = chip.state.weight(layer.weight, 1)
         scales = weight.scales.double() * x.scale
         q_b = integer_bias(layer.bias, scales).numpy().astype(np.int64)
     sums = (q_x.astype(np.int64) - x.zero_point) @ weight.integers.numpy().astype(np.int64).T + q_b
@@ -100,7 +100,7 @@ def test_an_accumulator_of_24_bits_saturates() -> None:
         q_x = random_integers((400, 1024), 3)
         q_x[0], q_x[1] = 127, -128
         found = integers(layer(real(q_x, x)), y)
-        weight = chip.weight(layer.weight, 1)
+        weight = chip.state.weight(layer.weight, 1)
     sums = (q_x.astype(np.int64) - x.zero_point) @ weight.integers.numpy().astype(np.int64).T
     assert (np.abs(sums) > 2**23).mean() > 0.1
     factor = x.scale * float(weight.scales[0]) / y.scale

@@ -44,13 +44,12 @@ def train(net: nn.Module, chip: Emulator, x: Tensor, steps: int = 3) -> None:
     """A few steps toward random classes, with the faster rounding."""
     optimizer = torch.optim.Adam(net.parameters(), lr=0.01)
     classes = torch.randint(0, CLASSES, (BATCH, TIME))
-    chip.fidelity = "fast"
-    for _ in range(steps):
-        logits = net(x)
-        optimizer.zero_grad()
-        nn.functional.cross_entropy(logits.flatten(0, 1), classes.flatten()).backward()
-        optimizer.step()
-    chip.fidelity = "exact"
+    with chip.running(fidelity="fast"):
+        for _ in range(steps):
+            logits = net(x)
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(logits.flatten(0, 1), classes.flatten()).backward()
+            optimizer.step()
 
 
 def equals_litert(
@@ -65,10 +64,8 @@ def equals_litert(
         with chip.observing():
             net(x)
         train(net, chip, x)
-        chip.recorder = recorded.append
-        with torch.no_grad():
+        with chip.running(recorder=recorded.append), torch.no_grad():
             result = net.train(training)(x)
-        chip.recorder = None
     assert sum(check_instructions(recorded).values()) >= BATCH * TIME * CLASSES
     assert check_chain(recorded, x, result) >= len(recorded)
 
@@ -92,8 +89,8 @@ def test_a_changed_integer_opens_the_chain() -> None:
     with emulate(net) as chip, torch.no_grad():
         with chip.observing():
             net(x)
-        chip.recorder = recorded.append
-        result = net(x)
+        with chip.running(recorder=recorded.append):
+            result = net(x)
     assert check_chain(recorded, x, result) == len(recorded)
     operand = recorded[-1].inputs[0]
     assert operand is not None

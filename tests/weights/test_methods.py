@@ -135,7 +135,7 @@ def test_the_chip_holds_the_codebook(method: str) -> None:
             fitted(torch.randn(2, 6, 4))
             for name in callback.selected:
                 weight = fitted.get_parameter(name)
-                held = chip.weight(weight, chip.used_weights[name])
+                held = chip.state.weight(weight, chip.state.used_weights[name])
                 assert len(held.stored.unique()) <= 8
                 assert torch.equal(held.values, weight)
         results.append(copy.deepcopy(dict(fitted.state_dict())))

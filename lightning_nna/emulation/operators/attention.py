@@ -56,7 +56,7 @@ def scaled_dot_product_attention(
     if is_causal:
         mask = Mask.causal(query.shape[-2], key.shape[-2], query.device)
     else:
-        mask = Mask.of([attn_mask], constant=call.state.is_constant)
+        mask = Mask.of([attn_mask], constant=call.state.constants.is_constant)
     factor = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
     return _attend(call, (query, key, value), mask, factor, dropout_p)[0]
 
@@ -102,7 +102,7 @@ def multi_head_attention(
     mask = Mask.of(
         [_over_heads(attn_mask, num_heads), _over_keys(key_padding_mask)],
         true_is_masked=True,
-        constant=call.state.is_constant,
+        constant=call.state.constants.is_constant,
     )
     weights = (q_proj_weight, k_proj_weight, v_proj_weight)
     packed = None if use_separate_proj_weight else in_proj_weight

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,74 +20,16 @@ from lightning_nna.emulation.arithmetic.rescaling import (
 )
 from lightning_nna.emulation.clipping import clip, inside
 from lightning_nna.emulation.float32_arithmetic import float32_arithmetic
-from lightning_nna.emulation.fusion import Fusion
 from lightning_nna.emulation.program import Activation, Instruction, Stored
 from lightning_nna.emulation.ranges import (
     PENDING,
     Parts,
     QParams,
-    RangeTable,
     affine_qparams,
     not_finite,
     symmetric_qparams,
 )
-from lightning_nna.emulation.spec import NNASpec
-
-
-class Host(Protocol):
-    """What operators need of the emulator that runs them."""
-
-    spec: NNASpec
-    ranges: RangeTable
-    fusion: Fusion
-    #: Called with every instruction, where somebody listens.
-    recorder: Callable[[Instruction], None] | None
-
-    def qparams_of(self, x: Tensor) -> QParams | None:
-        """Quantization parameters that travel with an activation, if it has any."""
-
-    def set_qparams(self, x: Tensor, qparams: QParams) -> None:
-        """Let quantization parameters travel with an activation."""
-
-    def set_parts(self, x: Tensor, grids: Sequence[QParams | None]) -> None:
-        """Let parts of a tensor along its first axis carry parameters of their own."""
-
-    def parts_of(self, x: Tensor) -> Parts | None:
-        """Parameters of a tensor whose parts lie on several grids."""
-
-    def is_constant(self, x: Tensor) -> bool:
-        """Tell whether a tensor is a parameter or buffer, or computed of these alone."""
-
-    def is_own(self, x: Tensor) -> bool:
-        """Tell whether a tensor is itself a parameter or buffer of the module."""
-
-    def in_program(self, x: Tensor) -> bool:
-        """Tell whether a tensor is a constant, or computed of integers: no activation."""
-
-    def weight(self, weight: Tensor, rows_per_scale: int) -> QuantizedWeight:
-        """A weight after the whole weight pipeline."""
-
-    def trainable(self, weight: Tensor, rows_per_scale: int) -> Tensor:
-        """What the gradient of a weight goes to; a tensor of the weight's shape."""
-
-    @property
-    def moving_grids(self) -> bool:
-        """Whether grids of activations change with every step of an optimizer."""
-
-    def learned_grid(self, key: str, observed: QParams) -> QParams:
-        """The grid of an output, given that of the range that was observed."""
-
-    def first_run_after_freeze(self, key: str) -> None:
-        """Report a site that no calibration has seen."""
-
-    def watches_overflow(self, site: str) -> bool:
-        """Tell whether anybody wants to know of a site's overflows."""
-
-    def count_overflow(self, site: str, lost: int, sums: int) -> None:
-        """Note how many sums left the accumulator's range; warn of the first."""
-
-    def count_biases(self, site: str, smallest: Tensor, scales: Tensor) -> None:
-        """Note how many channels need a larger scale than their weights for their bias."""
+from lightning_nna.emulation.state import EmulationState
 
 
 @dataclass(frozen=True)
@@ -104,7 +46,7 @@ class Call:
         recorder: Receives every instruction that runs in exact fidelity, where somebody listens.
     """
 
-    state: Host
+    state: EmulationState
     site: str
     observing: bool
     exact: bool
@@ -134,7 +76,7 @@ class Call:
             # The ReLU's backward takes care of what was clipped for it, and no other.
             tag = replace(tag, rectified=False) if tag.rectified else tag
             return self._of_width(Activation(x, tag))
-        if self.state.in_program(x):
+        if self.state.constants.in_program(x):
             return self.constant(x)
         key = f"{self.site}/{name}"
         if self.observing:
@@ -295,7 +237,7 @@ class Call:
             bits=self.bits,
             power_of_two=self.state.spec.power_of_two_scales,
         )
-        return grid if min_value else self.state.learned_grid(key, grid)
+        return grid if min_value else self.state.scales.grid(key, grid)
 
     def _scalar(self, x: float) -> Activation:
         """A Python number as a constant of one element."""

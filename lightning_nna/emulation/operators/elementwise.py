@@ -111,7 +111,7 @@ def concatenate(call: Call, tensors: list[Tensor], dim: int = 0) -> Tensor:
 def _is_plain(call: Call, x: Tensor) -> bool:
     """Tell whether a tensor is float data that no operator has quantized."""
     on_a_grid = call.state.qparams_of(x) is not None or call.state.parts_of(x) is not None
-    return not on_a_grid and not call.state.is_own(x)
+    return not on_a_grid and not call.state.constants.is_own(x)
 
 
 def stack(call: Call, tensors: list[Tensor], dim: int = 0) -> Tensor:
@@ -173,7 +173,11 @@ class _Binary(torch.autograd.Function):
         rounding: RoundingKind = call.state.spec.rounding_of("double")
         if not call.exact and not _spills(kind, left.qparams, right.qparams, y, rounding):
             rounded = _fast(kind, left, right, y, rounding)
-        elif not call.state.moving_grids and all(map(_has_table, (left, right))) and y.bits == 8:
+        elif (
+            not call.state.scales.moves_outputs
+            and all(map(_has_table, (left, right)))
+            and y.bits == 8
+        ):
             rounded = _look_up(kind, left, right, y, rounding)
         else:
             grids = (left.qparams, right.qparams, y)

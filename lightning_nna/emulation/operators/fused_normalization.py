@@ -42,7 +42,7 @@ Step = Callable[[Tensor, slice], Tensor]
 def fusible(call: Call, x: Activation, *parameters: Tensor | None) -> bool:
     """Whether every grid is known, and gain and shift belong to the program."""
     known = f"{call.site}/wide/normalized/output" in call.state.ranges
-    constant = all(p is None or call.state.is_constant(p) for p in parameters)
+    constant = all(p is None or call.state.constants.is_constant(p) for p in parameters)
     return known and constant and f"{call.site}/output" in call.state.ranges
 
 

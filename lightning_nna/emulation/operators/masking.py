@@ -35,7 +35,7 @@ def masked_fill(call: Call, input: Tensor, mask: Tensor, value: Any) -> Tensor:
     """``torch.masked_fill`` with minus infinity, or what stands for it."""
     if call.state.qparams_of(input) is None:
         return input.masked_fill(mask, value)
-    return _without(call, input, ~mask, call.state.is_constant(mask))
+    return _without(call, input, ~mask, call.state.constants.is_constant(mask))
 
 
 def supports_masked_fill(input: Any, mask: Any, value: Any) -> bool:
@@ -48,7 +48,7 @@ def where(call: Call, condition: Tensor, input: Any, other: Any) -> Tensor:
     scores, keep = (input, condition) if _is_absence(other) else (other, ~condition)
     if call.state.qparams_of(scores) is None:
         return torch.where(condition, input, other)
-    return _without(call, scores, keep, call.state.is_constant(condition))
+    return _without(call, scores, keep, call.state.constants.is_constant(condition))
 
 
 def supports_where(condition: Any, *branches: Any) -> bool:
@@ -73,7 +73,7 @@ def _with_mask(call: Call, scores: Tensor, mask: Tensor) -> Tensor:
         keep = torch.ones_like(mask, dtype=torch.bool)
     if bias is not None:
         scores = biased(call.child("bias"), scores, bias, keep)
-    return _without(call, scores, keep, call.state.is_constant(mask))
+    return _without(call, scores, keep, call.state.constants.is_constant(mask))
 
 
 def _without(call: Call, scores: Tensor, keep: Tensor, constant: bool) -> Tensor:

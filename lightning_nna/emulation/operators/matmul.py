@@ -47,7 +47,7 @@ def matmul(call: Call, input: Tensor, other: Tensor) -> Tensor:
     parameter = _transposed_parameter(call, other)
     if parameter is not None:
         result = linear(call, rows, parameter)
-    elif call.state.is_constant(other) and other.dim() <= 2:
+    elif call.state.constants.is_constant(other) and other.dim() <= 2:
         result = _by_parameter(call, rows, other, columns)
     else:
         result = _by_activation(call, rows, columns)
@@ -102,7 +102,7 @@ def _by_parameter(call: Call, input: Tensor, parameter: Tensor, columns: Tensor)
 def _transposed_parameter(call: Call, matrix: Tensor) -> Tensor | None:
     """The parameter that a matrix is the transpose of, if it is one."""
     base = matrix._base
-    if base is None or base.dim() != 2 or not call.state.is_constant(base):
+    if base is None or base.dim() != 2 or not call.state.constants.is_constant(base):
         return None
     same = matrix.shape == base.T.shape and matrix.stride() == base.T.stride()
     return base if same else None

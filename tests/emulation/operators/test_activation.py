@@ -62,8 +62,8 @@ def test_elu_equals_the_only_kernel_that_litert_has(span: float) -> None:
     with emulate(module) as chip, torch.no_grad():
         with chip.observing():
             module(x)
-        chip.recorder = recorded.append
-        module(x)
+        with chip.running(recorder=recorded.append):
+            module(x)
     (elu,) = (each for each in recorded if each.operator == "ELU")
     with pytest.raises(ValueError, match="ELU"):
         litert.run_model(*elu_program(elu))

@@ -79,11 +79,11 @@ def test_gradients_follow_those_of_the_float_block(name: str) -> None:
         leaf = x.clone().requires_grad_()
         module.zero_grad()
         with emulate(module) as chip:
-            chip.ranges = chip.ranges if chip.calibrated else RangeTable()
+            chip.state.ranges = chip.ranges if chip.calibrated else RangeTable()
             with chip.observing(), torch.no_grad():
                 module(x)
-            chip.phase = "emulate" if on_chip else "float"
-            (module(leaf) * direction).sum().backward()
+            with chip.running("emulate" if on_chip else "float"):
+                (module(leaf) * direction).sum().backward()
         grads.append([leaf.grad, *(p.grad for p in module.parameters())])
     # A bias before a norm in training has the gradient 0: rounding noise on either side.
     scale = max(float(g.abs().max()) for g in grads[1])
@@ -129,8 +129,8 @@ def test_a_layer_that_something_else_reads_is_not_folded() -> None:
     with emulate(module) as chip:
         with chip.observing(), torch.no_grad():
             module(x)
-        chip.recorder = recorded.append
-        on_chip = module(x).detach()
+        with chip.running(recorder=recorded.append):
+            on_chip = module(x).detach()
     compared = check_instructions(recorded)
     assert {"CONV_2D", "DEPTHWISE_CONV_2D", "RELU", "ADD"} <= set(compared)
     assert (on_chip - module(x)).abs().max() < 0.2

@@ -117,8 +117,8 @@ def test_fast_differs_in_less_than_a_thousandth_of_the_outputs(name: str) -> Non
         with chip.observing():
             layer(x)
         exact = layer(x)
-        chip.fidelity = "fast"
-        assert float((exact != layer(x)).float().mean()) < 1e-3
+        with chip.running(fidelity="fast"):
+            assert float((exact != layer(x)).float().mean()) < 1e-3
 
 
 @pytest.mark.parametrize("fidelity", ["exact", "fast"])
@@ -135,7 +135,7 @@ def test_the_gradient_is_the_float_convolutions(groups: int, fidelity: Any) -> N
         y = layer(x)
         slopes = torch.randn_like(y)
         y.backward(slopes)
-        weight = chip.weight(layer.weight, 1).values
+        weight = chip.state.weight(layer.weight, 1).values
     operands = [t.detach().clone().requires_grad_() for t in (x, weight, layer.bias)]
     F.conv1d(*operands, stride=2, groups=groups).backward(slopes)
     for found, operand in zip((x, layer.weight, layer.bias), operands, strict=True):

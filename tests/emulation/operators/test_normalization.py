@@ -87,8 +87,8 @@ def test_the_integers_are_the_same_whether_somebody_listens_or_not(
         with chip.observing():
             module(x[8:])
         at_once = module(1.3 * x)
-        chip.recorder = [].append  # type: ignore[assignment]
-        assert torch.equal(module(1.3 * x), at_once)
+        with chip.running(recorder=[].append):
+            assert torch.equal(module(1.3 * x), at_once)
 
 
 NORMS = [nn.LayerNorm(64), nn.LayerNorm((4, 16), bias=False), nn.RMSNorm(64)]
@@ -111,8 +111,8 @@ def test_fast_differs_in_less_than_a_thousandth_of_the_outputs(module: nn.Module
         with chip.observing():
             module(x)
         exact = module(1.1 * x)
-        chip.fidelity = "fast"
-        differing = (module(1.1 * x) != exact).float().mean()
+        with chip.running(fidelity="fast"):
+            differing = (module(1.1 * x) != exact).float().mean()
     assert float(differing) < 1e-3
 
 
@@ -174,9 +174,8 @@ def test_an_input_in_steps_of_one(module: nn.Module, grid: str) -> None:
     with emulate(net) as chip:
         with chip.observing(), torch.no_grad():
             net(integers)
-        chip.recorder = recorded.append
-        first = net(integers)
-        chip.recorder = None
+        with chip.running(recorder=recorded.append):
+            first = net(integers)
         trained = net.train()(integers)
     assert {"MUL", "RSQRT"} <= set(check_instructions(recorded))
     assert all(x.dtype == "int16" for op in recorded if op.operator == "MUL" for x in op.inputs)

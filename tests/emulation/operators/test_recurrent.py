@@ -113,8 +113,8 @@ def test_the_last_state_stays_on_the_chip(
     with emulate(module, spec) as chip, torch.no_grad():
         with chip.observing():
             module(x)
-        chip.recorder = recorded.append
-        result = module(x)
+        with chip.running(recorder=recorded.append):
+            result = module(x)
     check_instructions(recorded)
     check_chain(recorded, x, result)
 

@@ -40,8 +40,8 @@ def test_fast_differs_by_one_step_at_most() -> None:
         with chip.observing():
             module(x)
         exact = module(x)
-        chip.fidelity = "fast"
-        fast = module(x)
+        with chip.running(fidelity="fast"):
+            fast = module(x)
     difference = ((fast - exact) * 256).abs()
     assert difference.max() <= 1
     assert (difference > 0).float().mean() < 1e-3
@@ -56,8 +56,8 @@ def test_the_gradient_is_that_of_the_float_softmax() -> None:
         with chip.observing():
             module(2 * x)
         for phase in ("emulate", "float"):
-            chip.phase = phase
-            leaf = x.clone().requires_grad_()
-            (module(leaf) * direction).sum().backward()
-            grads.append(leaf.grad)
+            with chip.running(phase):
+                leaf = x.clone().requires_grad_()
+                (module(leaf) * direction).sum().backward()
+                grads.append(leaf.grad)
     assert (grads[0] - grads[1]).norm() < 0.03 * grads[1].norm()

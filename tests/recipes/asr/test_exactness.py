@@ -40,13 +40,13 @@ def test_every_logit_of_a_trained_transducer_equals_litert(seed: int) -> None:
             optimizer.zero_grad()
             (logits.logsumexp(-1) - logits[..., 1]).mean().backward()
             optimizer.step()
-        chip.fidelity = "exact"
-        with torch.no_grad():
-            logits, *_ = model(features, lengths, labels, label_lengths)
-            stacked, _ = model.encoder.stacking(features)
-            expected = deployed(chip, model, stacked.numpy(), labels.numpy())
-        y = grid(chip, "joint.output/fully_connected#0/output")
-        np.testing.assert_array_equal(integers(logits, y), expected)
+        with chip.running(fidelity="exact"):
+            with torch.no_grad():
+                logits, *_ = model(features, lengths, labels, label_lengths)
+                stacked, _ = model.encoder.stacking(features)
+                expected = deployed(chip, model, stacked.numpy(), labels.numpy())
+            y = grid(chip, "joint.output/fully_connected#0/output")
+            np.testing.assert_array_equal(integers(logits, y), expected)
 
 
 def deployed(
@@ -64,7 +64,7 @@ def deployed(
         x = grid(chip, f"{site}/layer0/output")
     encoded, q_e = projected(chip, model.encoder.projection, "encoder.projection", hidden, x)
 
-    table = chip.weight(model.predictor.embedding.weight, 7)
+    table = chip.state.weight(model.predictor.embedding.weight, 7)
     q_t = QParams(float(table.scales[0]), 0, -127, 127)
     embedded = table.integers.numpy().astype(np.int8)[labels]
     program = lstm_program(chip, model.predictor.lstm, embedded.shape, q_t, "predictor.lstm/lstm#0")

@@ -220,7 +220,9 @@ class TestStore:
         build(cuts)
         [path] = (tmp_path / "cache").rglob(name)
         damage(path)
-        with pytest.raises(CorpusError, match=rf"{path} .*: remove {path.parent}, then it is created"):
+        with pytest.raises(
+            CorpusError, match=rf"{path} .*: remove {path.parent}, then it is created"
+        ):
             build(cuts)
 
     def test_a_flipped_bit_is_noticed(self, tmp_path: Path, build: Build) -> None:

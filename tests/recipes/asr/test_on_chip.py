@@ -110,10 +110,8 @@ def test_every_instruction_of_a_trained_conformer_equals_litert(chunk_size: int,
             optimizer.step()
         for training in (True, False):
             recorded: list[Instruction] = []
-            chip.recorder = recorded.append
-            with torch.no_grad():
+            with chip.running(recorder=recorded.append), torch.no_grad():
                 model.train(training)(*example)
-            chip.recorder = None
             compared = check_instructions(recorded)
             assert set(compared) - {"QUANTIZE"} == KERNELS
 
