@@ -1,4 +1,4 @@
-"""The chip: its arithmetic, put under the torch functions that a module calls."""
+"""Emulate an accelerator: its arithmetic, under the torch functions that a module calls."""
 
 from lightning_nna.emulation.attachment import bake, calibrate, emulate, strip
 from lightning_nna.emulation.coverage import Coverage, coverage

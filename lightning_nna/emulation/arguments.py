@@ -1,4 +1,4 @@
-"""What the arguments of a torch function say."""
+"""Arguments of torch functions: tensors among them, and those that a call writes to."""
 
 from __future__ import annotations
 

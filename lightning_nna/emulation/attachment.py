@@ -74,14 +74,14 @@ def attach(
 
     Args:
         module: Any module. What is part of a module with an emulator takes that one.
-        spec: The chip, see :class:`Emulator`; None for the one that the module has, and for
+        spec: The accelerator, see :class:`Emulator`; None for the one that the module has, and for
             ``"litert-int8"`` where it has none.
         targets: Modules that count, see :class:`Emulator`; of a part, the targets of the whole.
             None for those that the module has, and for all where it has none.
         observer: See :class:`Emulator`; ranges that are there already stay as they are.
 
     Raises:
-        ValueError: If the module has an emulator for another chip or other targets.
+        ValueError: If the module has an emulator for another accelerator or other targets.
     """
     module = _uncompiled(module)
     with _LOCK:
@@ -118,7 +118,8 @@ def attach(
             f"{subject} is emulated on {emulator.spec.name!r} with targets "
             f"{list(emulator.targets)} already; "
             f"call strip({'module' if path is None else 'the ' + type(owner).__name__}) before "
-            f"another chip or other targets, or leave spec and targets out for those that it has"
+            f"another accelerator or other targets, or leave spec and targets out for those that "
+            f"it has"
         )
     return emulator
 
@@ -162,7 +163,7 @@ def emulate(
 
     Args:
         module: Any module. Of a part of a module with an emulator, that emulator is used.
-        spec: The chip, see :class:`Emulator`; None for the one that the module has, and for
+        spec: The accelerator, see :class:`Emulator`; None for the one that the module has, and for
             ``"litert-int8"`` where it has none.
         targets: Modules that count, see :class:`Emulator`; None for those that the module has, and
             for all where it has none.
@@ -172,7 +173,7 @@ def emulate(
             are used in any case.
 
     Yields:
-        The emulator. Observe ranges first: ``with chip.observing(): module(batch)``.
+        The emulator. Observe ranges first: ``with emulator.observing(): module(batch)``.
 
     Raises:
         RuntimeError: At the first forward inside the block, if no ranges were observed.
@@ -180,11 +181,11 @@ def emulate(
     Example:
         >>> from lightning_nna.testing import SmallNet
         >>> net, x = SmallNet(), torch.randn(8, 4)
-        >>> with emulate(net) as chip:
-        ...     with chip.observing():
+        >>> with emulate(net) as emulator:
+        ...     with emulator.observing():
         ...         _ = net(x)
-        ...     on_chip = net(x)
-        >>> bool((on_chip - net(x)).abs().max() < 0.1)
+        ...     emulated = net(x)
+        >>> bool((emulated - net(x)).abs().max() < 0.1)
         True
     """
     emulator = attach(module, spec, targets=targets)
@@ -211,7 +212,7 @@ def calibrate(
         module: Any module.
         batches: What to run; the ranges cover all of it.
         forward: How a batch runs through the module, on every path that will be used.
-        spec: The chip, see :class:`Emulator`; None for the one that the module has, and for
+        spec: The accelerator, see :class:`Emulator`; None for the one that the module has, and for
             ``"litert-int8"`` where it has none.
         targets: Modules that count, see :class:`Emulator`; None for those that the module has, and
             for all where it has none.
@@ -226,7 +227,9 @@ def calibrate(
         ValueError: If the module is part of one with an emulator, or see :func:`attach`.
     """
     if not callable(forward):
-        raise TypeError(f"forward must be a function, got {forward!r}; give the chip as spec=…")
+        raise TypeError(
+            f"forward must be a function, got {forward!r}; give the accelerator as spec=…"
+        )
     _own(module, "calibrate")
     emulator = attach(module, spec, targets=targets, observer=observer)
     training = [(child, child.training) for child in module.modules()]
@@ -264,13 +267,13 @@ def strip(module: nn.Module) -> nn.Module:
 
 
 def bake(module: nn.Module) -> nn.Module:
-    """Fold what the chip does to the weights into plain weights, and take the module off it.
+    """Fold quantized weights into plain weights, and take the emulator off the module.
 
-    Every weight that an operator of the chip has used is replaced by the value that its integers
+    Every weight that an emulated operator has used is replaced by the value that its integers
     stand for. Activations run in float again.
 
     Args:
-        module: A module on the chip that has run at least once.
+        module: An emulated module that has run at least once.
 
     Returns:
         The same module.

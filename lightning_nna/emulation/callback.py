@@ -1,7 +1,7 @@
-"""``NNAEmulation``: train any LightningModule in the arithmetic of the chip.
+"""``NNAEmulation``: train any LightningModule in the arithmetic of an accelerator.
 
 Accelerator-aware training runs every operator of the network as the accelerator does, so that the
-loss sees the chip's error and nothing has to be sent to the CPU.
+loss sees the accelerator's error and nothing has to be sent to the CPU.
 
 Reference:
     Shakiah et al., "Accelerator-aware training for transducer-based speech recognition", SLT 2022,
@@ -42,24 +42,24 @@ _CLIPS_MUCH, _ENOUGH_RESULTS = 0.05, 256
 
 
 class NNAEmulation(Callback):
-    """Put the chip under a LightningModule for the time of a Trainer's run.
+    """Emulate an accelerator under a LightningModule for the time of a Trainer's run.
 
     In ``fit`` the first ``calibration_steps`` optimizer steps run in float while the ranges of
     activations are observed; then the ranges freeze, for good, and every operator in scope
-    computes what the chip computes. Validation, test and prediction are always exact. The module
-    keeps its parameters, its ``state_dict`` and its forward.
+    computes what the accelerator computes. Validation, test and prediction are always exact. The
+    module keeps its parameters, its ``state_dict`` and its forward.
 
     With another module (the next fold, ``trainer.test(other)``) the callback starts anew: it
     counts, observes and learns from the beginning. The same module goes on where it was. What a
     checkpoint holds goes to the module that the checkpoint is loaded for.
 
     Args:
-        spec: The chip: a preset's name, an ``NNASpec``, its keys, or a YAML file.
+        spec: The accelerator: a preset's name, an ``NNASpec``, its keys, or a YAML file.
         targets: Globs or ``re:…`` on module names; a selected module counts with all it contains.
             Losses and torchmetrics are never emulated.
         calibration_steps: Optimizer steps that are observed; 0 if ``calibrate`` was called before.
         fidelity: In training: ``"exact"``, or ``"fast"`` for float rounding in requantization to
-            8 bits; a chip of 16-bit activations is exact all the same.
+            8 bits; 16-bit activations are exact in any case.
         observer: How ranges follow from what is observed: ``"min_max"``, ``"moving_average"``,
             ``"percentile"`` or ``"mse"``.
         telemetry_every_n_steps: Optimizer steps from one sample of the telemetry to the next; 0
@@ -84,11 +84,12 @@ class NNAEmulation(Callback):
 
     Example:
         >>> from lightning_nna.testing import SmallRecurrentModule
-        >>> chip = NNAEmulation("litert-int8", calibration_steps=2)
-        >>> trainer = pl.Trainer(max_steps=4, callbacks=[chip], accelerator="cpu", logger=False,
+        >>> emulation = NNAEmulation("litert-int8", calibration_steps=2)
+        >>> trainer = pl.Trainer(max_steps=4, callbacks=[emulation], accelerator="cpu",
+        ...     logger=False,
         ...     enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
         >>> trainer.fit(SmallRecurrentModule())
-        >>> chip.emulator.calibrated
+        >>> emulation.emulator.calibrated
         True
 
     Differs from the paper: the paper's accelerator is proprietary; the arithmetic here is that of
@@ -215,7 +216,9 @@ class NNAEmulation(Callback):
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._release()
         if self.telemetry.sites:
-            rank_zero_info(f"NNAEmulation: what the chip's arithmetic did\n{self.telemetry}")
+            rank_zero_info(
+                f"NNAEmulation: errors of the emulated arithmetic by site\n{self.telemetry}"
+            )
         self._report_steps()
 
     @override
@@ -235,7 +238,7 @@ class NNAEmulation(Callback):
             emulator.freeze()
             rank_zero_info(
                 f"NNAEmulation: ranges of {len(emulator.ranges.ranges)} activations frozen "
-                f"after {self.steps} optimizer steps; on {self.spec.name} from here on"
+                f"after {self.steps} optimizer steps; emulated on {self.spec.name} from here on"
             )
         self._samples = emulator.calibrated and self._is_due()
         if self._samples:
@@ -391,7 +394,7 @@ class NNAEmulation(Callback):
         return self._emulator
 
     def _is_due(self) -> bool:
-        """Whether this step is to be sampled: once, however many batches it accumulates."""
+        """Tell whether this step is to be sampled: once, however many batches it accumulates."""
         every = self.telemetry_every_n_steps
         return every > 0 and self.steps % every == 0 and self.steps != self._sampled
 
@@ -403,7 +406,7 @@ class NNAEmulation(Callback):
             rank_zero_info(f"NNAEmulation: ranges frozen for {stage} after {self.steps} steps")
         if not emulator.calibrated:
             raise RuntimeError(
-                f"{stage} on the chip needs ranges, and none were observed: pass ckpt_path of a "
+                f"emulated {stage} needs ranges, and none were observed: pass ckpt_path of a "
                 f"run with NNAEmulation, or call lightning_nna.calibrate(module, batches) first"
             )
 
@@ -444,12 +447,12 @@ class NNAEmulation(Callback):
 
     def _report_steps(self) -> None:
         """Say how much of a fit ran emulated, and warn where nothing did."""
-        told = f"{self._emulated_steps} of {self._fit_steps} optimizer steps of this fit"
+        summary = f"{self._emulated_steps} of {self._fit_steps} optimizer steps of this fit"
         if self._emulated_steps or not self._fit_steps:
-            rank_zero_info(f"NNAEmulation: {told} ran emulated")
+            rank_zero_info(f"NNAEmulation: {summary} ran emulated")
             return
         rank_zero_warn(
-            f"NNAEmulation: {told} ran emulated, the network was trained in float: the first "
+            f"NNAEmulation: {summary} ran emulated, the network was trained in float: the first "
             f"calibration_steps={self.calibration_steps} steps only observe ranges. Train longer, "
             f"set fewer calibration_steps, or call lightning_nna.calibrate(module, batches) before "
             f"the fit and set calibration_steps=0"
@@ -484,7 +487,7 @@ def _digests(module: pl.LightningModule) -> dict[str, str]:
 
 
 def _summary(telemetry: Telemetry) -> dict[str, float]:
-    """Mean and worst of all sites; a site without any noise has no SQNR to average."""
+    """Compute mean and worst of all sites; a site without any noise has no SQNR to average."""
     rows = list(telemetry.sites.values())
     decibels = [row.sqnr_db for row in rows if math.isfinite(row.sqnr_db)] or [math.inf]
     return {

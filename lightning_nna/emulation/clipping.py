@@ -51,7 +51,7 @@ def inside(grad: Tensor, clipped: Tensor | None) -> Tensor:
 
 
 class Clipped:
-    """What was clipped of a tensor that is computed block by block.
+    """Note clipped elements of a tensor that is computed block by block.
 
     Args:
         keep: Whether the backward needs to know.
@@ -70,7 +70,7 @@ class Clipped:
         return centered
 
     def joined(self) -> Tensor | None:
-        """What :func:`inside` needs to know of the whole."""
+        """Return what :func:`inside` needs of all blocks."""
         if not self._found:
             return None
         return self._found[0] if len(self._found) == 1 else torch.cat(self._found)

@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager
 import torch
 
 _HIDDEN = (
-    "compiled code calls a module on the chip, whose operators it would hide: call it "
+    "compiled code calls an emulated module, whose operators it would hide: call it "
     "inside `with emulate(module)`, where torch.compile is set aside, or strip(module)"
 )
 

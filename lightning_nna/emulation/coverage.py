@@ -1,4 +1,4 @@
-"""Which operators of a forward run on the chip, and what the others cost."""
+"""Coverage: the operators of a forward that run on the accelerator, and the cost of others."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class CoverageRow:
         where: ``"chip"`` for the accelerator, ``"cpu"``, or ``"constant"`` for what depends on no
             activation and is a constant of the program.
         calls: How often it ran.
-        crossing_bytes: Bytes of 8-bit activations that go from the chip to the CPU and back, all
-            calls together; 0 for what does not run on the CPU.
+        crossing_bytes: Bytes of 8-bit activations that go from the accelerator to the CPU and back,
+            all calls together; 0 for what does not run on the CPU.
     """
 
     site: str
@@ -41,7 +41,7 @@ class CoverageRow:
 
     @property
     def operator(self) -> str:
-        """The operator's name, or the torch function's where the chip has none."""
+        """The operator's name, or the torch function's where the accelerator has none."""
         return self.site.rsplit("/", 1)[1].split("#")[0]
 
 
@@ -78,18 +78,18 @@ def coverage(
 
     Args:
         module: Any module; it is left as it was.
-        *example: Arguments of its forward. As in :func:`.emulate`, the chip may follow by position:
-            an ``NNASpec``, a preset's name or a YAML file.
-        spec: The chip.
+        *example: Arguments of its forward. As in :func:`.emulate`, the accelerator may follow by
+            position: an ``NNASpec``, a preset's name or a YAML file.
+        spec: The accelerator.
         forward: How the module runs, called with it and its arguments: for methods beside its
             forward, as a decoder's.
         **keywords: Keyword arguments of its forward.
 
     Returns:
-        A table that prints; ``fallbacks`` has what the chip does not do.
+        A table that prints; ``fallbacks`` has the sites that run on the CPU.
 
     Raises:
-        ValueError: If the module is on a chip already; call ``strip`` first.
+        ValueError: If the module is emulated already; call ``strip`` first.
 
     Example:
         >>> print(coverage(nn.Sequential(nn.Linear(4, 2), nn.Softplus()), torch.zeros(1, 4)))
@@ -129,7 +129,7 @@ def coverage(
 
 
 def _is_spec(value: Any) -> bool:
-    """Tell whether an argument can only be a chip."""
+    """Tell whether an argument can only be an accelerator."""
     if isinstance(value, str):
         return value in PRESETS or value.endswith((".yaml", ".yml"))
     return isinstance(value, NNASpec)

@@ -221,7 +221,7 @@ class Dispatch(TorchFunctionMode):
         return self._run(operator, self.call_sites.key(path, label, location), func, args, kwargs)
 
     def _make(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """A tensor of the code's own values: a constant, if the code is emulated."""
+        """Make a tensor of the code's own values: a constant, if the code is emulated."""
         result = self._plainly(func, args, kwargs)
         # What a tensor is like says nothing of its values; what it is filled with does.
         filled = (args[1:], kwargs) if func.__name__.startswith(("new_", "full")) else ()
@@ -233,7 +233,7 @@ class Dispatch(TorchFunctionMode):
     def _decide(
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        """Integers and masks, or floats of them: they are data if they come from data."""
+        """Compute integers and masks, or floats of them: data if they come from data."""
         result = self._plainly(func, args, kwargs)
         self.state.constants.follow(result, (args, kwargs), self.call_sites.in_scope)
         return result
@@ -275,7 +275,7 @@ class Dispatch(TorchFunctionMode):
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Any:
-        """An operator of the chip, if this spec has it in this form."""
+        """Run an operator of the accelerator, if this spec has it in this form."""
         state, mode = self.state, self.state.modes.current
         if mode.phase == "float":
             return func(*args, **kwargs)
@@ -313,7 +313,7 @@ class Dispatch(TorchFunctionMode):
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Any:
-        """The operator's result, a new tensor; ``func`` is the same in float."""
+        """Compute the operator's result, a new tensor; ``func`` is the same in float."""
         key = call.site
         telemetry = None if call.observing or not operator.name else self._telemetry()
         # Batch statistics in training would be counted twice.
@@ -335,7 +335,7 @@ class Dispatch(TorchFunctionMode):
     def _learn_output(
         self, key: str, result: Tensor, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]
     ) -> Tensor:
-        """Let the gradient reach the step, if the result lies on its grid."""
+        """Let the gradient reach the learned scale, if the result has it."""
         tag = self.state.qparams_of(result)
         if (
             tag is None
@@ -360,7 +360,7 @@ class Dispatch(TorchFunctionMode):
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Any:
-        """An operator whose result goes into a tensor that is there already.
+        """Run an operator whose result goes into an existing tensor.
 
         The operator gives a new tensor, as any other call, which is then copied: what autograd
         has kept of the operands must stay as it was, so that an operand which is overwritten is
@@ -391,7 +391,7 @@ class Dispatch(TorchFunctionMode):
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Any:
-        """An operator with ``out=``, as torch has it: without gradients, and of any shape."""
+        """Run an operator with ``out=``, as torch has it: without gradients, and of any shape."""
         others = {key: value for key, value in kwargs.items() if key != "out"}
         if torch.is_grad_enabled() and any(x.requires_grad for x in floats((args, others))):
             return func(*args, **kwargs)  # Raises what torch raises.
@@ -419,20 +419,20 @@ class Dispatch(TorchFunctionMode):
             self.state.set_qparams(target, tag)
 
     def _move(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """A movement: parameters of the first tensor (not a condition) go to float results.
+        """Move data: parameters of the first tensor (not a condition) go to float results.
 
         Those of the second where it is copied into the first.
         """
         copies = func.__name__ == "copy_"
         first = args[1] if copies else first_of(args, kwargs)
-        given = first if copies else (args, kwargs)
+        sources = first if copies else (args, kwargs)
         holds = isinstance(first, Tensor) and first.is_floating_point()
         source = next(iter(floats(first if holds else args)), None)
         identity = _is_identity(func, args)
         if source is not None and not identity:
             self.state.fusion.reads(source, "a movement")
         tag = None if source is None else self.state.qparams_of(source)
-        kind = None if tag is not None else self.state.constants.kind_of(given)
+        kind = None if tag is not None else self.state.constants.kind_of(sources)
         result = func(*args, **kwargs)
         self.state.wrote(written(func, args, kwargs), kind)
         if kind is None or self.call_sites.in_scope():
@@ -505,7 +505,7 @@ class Dispatch(TorchFunctionMode):
     def _fall_back(
         self, key: str, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        """Whatever the chip does not have, in float; what it writes in place leaves the grid."""
+        """Run a function that the accelerator does not have, in float."""
         if not self.state.calibrated:
             self.state.require_ranges(key)
         for operand in floats((args, kwargs)):
@@ -572,7 +572,7 @@ _IN_DOUBLE: dict[str, Callable[..., Tensor]] = {
 
 
 def _kind_of(func: Callable[..., Any]) -> tuple[str, str]:
-    """Name of a function, and what it always is; the empty string if that depends on the call."""
+    """Return a function's name and its kind; the empty string if that depends on the call."""
     name = getattr(func, "__name__", "")
     if name in _BACKWARD:
         return name, "backward"
@@ -600,12 +600,12 @@ def _is_padding(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> boo
 
 
 def _makes_a_mask(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether minus infinity is filled in: in no activation, that makes a mask of scores."""
+    """Tell whether minus infinity is filled in: in no activation, that makes a mask of scores."""
     return name in _FILLS and _filled_in(args, kwargs) == float("-inf")
 
 
 def _filled_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> float | None:
-    """The number that ``masked_fill`` fills in; None for a tensor."""
+    """Return the number that ``masked_fill`` fills in; None for a tensor."""
     value = kwargs["value"] if "value" in kwargs else args[-1]
     return None if isinstance(value, Tensor) else value
 
@@ -615,17 +615,17 @@ def _types_in(values: Iterable[Any]) -> int:
 
     Without any of them there is nothing to emulate.
     """
-    found = 0
+    bits = 0
     for value in values:
         if isinstance(value, Tensor):
             if value.is_floating_point():
-                found |= _FLOAT
+                bits |= _FLOAT
             elif value.is_complex():
-                found |= _COMPLEX
+                bits |= _COMPLEX
         elif isinstance(value, (tuple, list)):
-            found |= _types_in(value)
+            bits |= _types_in(value)
         elif isinstance(value, dict):
-            found |= _types_in(value.values())
+            bits |= _types_in(value.values())
         elif isinstance(value, complex):
-            found |= _COMPLEX
-    return found
+            bits |= _COMPLEX
+    return bits

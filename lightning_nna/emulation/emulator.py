@@ -121,7 +121,7 @@ class Emulator:
 
     @property
     def calibrated(self) -> bool:
-        """Whether ranges are frozen."""
+        """Tell whether ranges are frozen."""
         return self.state.calibrated
 
     @property

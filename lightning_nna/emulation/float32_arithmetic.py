@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def float32_arithmetic(x: Tensor) -> AbstractContextManager[None]:
-    """Keep autocast and function modes off the chip's own arithmetic."""
+    """Keep autocast and function modes off the emulated arithmetic."""
     return _Float32Arithmetic(x)
 
 

@@ -16,7 +16,7 @@ from lightning_nna.emulation.sites import ROOT
 
 
 class SharedHooks:
-    """What the hooks of all modules of one emulator share.
+    """Share an emulator among the hooks of all its modules.
 
     In a copy or pickle of the module there is no dispatch, but the plain state from which
     :func:`.attached` builds an emulator for the copy.

@@ -1,4 +1,4 @@
-"""Which layers are folded into the batch norm or the ReLU that follows them.
+"""Fusion of layers with the batch norm or the ReLU that follows them.
 
 While ranges are observed, a layer notes its result, and everything that takes it in is noted as a
 reader. A layer folds if a batch norm is its only reader. From then on its result, on no grid yet,
@@ -35,7 +35,7 @@ class FusionCandidate:
         sums: The layer's sums without its bias, whole numbers, channels along the second axis;
             empty where the result will do.
         bias: The layer's bias, or None.
-        weight: The layer's weight on the chip, with a scale for each channel.
+        weight: The layer's quantized weight, with a scale for each channel.
         x: The layer's input.
         rounding: Of the layer's kernel.
         exact: Whether the sums are needed.
@@ -102,7 +102,7 @@ class Fusion:
             self._rectifiers[site] = upper
 
     def rectify(self, site: str, x: Tensor) -> Tensor:
-        """What a site's ReLU leaves of values, if it has one."""
+        """Clamp values of any shape as the site's ReLU does, if it has one."""
         upper = self.rectified.get(site)
         return x if upper is None else x.clamp(0.0, upper)
 
@@ -153,7 +153,7 @@ class Fusion:
         self._outputs.clear()
 
     def folds(self, site: str) -> bool:
-        """Whether the layer at a site is folded."""
+        """Tell whether the layer at a site is folded."""
         return site in self._sites
 
     def waiting(self, x: Tensor) -> FusionCandidate | None:

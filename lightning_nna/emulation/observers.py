@@ -38,7 +38,7 @@ _TAIL = 1e-4
 
 
 class Range(ABC):
-    """What a site has shown; ``minimum`` and ``maximum`` are what its grid is to cover."""
+    """Values that a site has shown; from ``minimum`` to ``maximum`` they are to be covered."""
 
     minimum: float
     maximum: float

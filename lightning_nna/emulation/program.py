@@ -1,4 +1,4 @@
-"""What the chip runs: instructions with their integers, as a recorder of a forward receives them.
+"""Instructions of the accelerator with their integers, as a recorder of a forward receives them.
 
 Every operator reports the instruction that it has just emulated in the vocabulary of the
 TensorFlow Lite schema, with its operands in that schema's layout. Whoever listens (an export, a
@@ -22,7 +22,7 @@ _CHOICES = {"maximum": "MAXIMUM", "minimum": "MINIMUM", "where": "SELECT_V2"}
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor as the chip holds it: real value = scale (integer - zero point).
+    """A tensor as the accelerator holds it: real value = scale (integer - zero point).
 
     Args:
         integers: Stored values, int64, or float32 where ``dtype`` says so.
@@ -73,7 +73,7 @@ class Activation:
 
 @dataclass(frozen=True)
 class Instruction:
-    """One instruction of the chip and the integers of one run of it.
+    """One instruction of the accelerator and the integers of one run of it.
 
     Args:
         operator: Its name among the schema's builtin operators, as ``"FULLY_CONNECTED"``.

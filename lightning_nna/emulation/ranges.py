@@ -161,7 +161,7 @@ def symmetric_qparams(magnitude: float, *, bits: int = 8, power_of_two: bool = F
 
 
 def _rounded(scale: float, bits: int, power_of_two: bool) -> float:
-    """A scale that the chip has, not below the given one."""
+    """Return a scale that the accelerator has, not below the given one."""
     return math.ldexp(1.0, ceil_log2(scale)) if power_of_two else round_significand(scale, bits)
 
 

@@ -1,4 +1,4 @@
-"""Which modules are emulated, and which cannot be."""
+"""Scope: the modules that are emulated, and those that cannot be."""
 
 from __future__ import annotations
 
@@ -47,10 +47,10 @@ def forward_codes(module: nn.Module) -> Iterator[tuple[CodeType, Any]]:
         >>> [(code.co_qualname, inner) for code, inner in forward_codes(nn.Tanh())]
         [('Tanh.forward', None)]
     """
-    found: list[Any] = [vars(base).get("forward") for base in type(module).__mro__[:-1]]
+    functions: list[Any] = [vars(base).get("forward") for base in type(module).__mro__[:-1]]
     if not is_redirected(module):
-        found.append(module.__dict__.get("forward"))
-    for function in found:
+        functions.append(module.__dict__.get("forward"))
+    for function in functions:
         while function is not None:
             function = getattr(function, "__func__", function)
             inner = getattr(function, "__wrapped__", None)
@@ -64,8 +64,8 @@ def modules_in_scope(named: Mapping[str, nn.Module], targets: Sequence[str]) -> 
     """Paths in scope: what targets select and all below it, without losses and metrics."""
     outside = [name for name, child in named.items() if _is_loss_or_metric(child)]
     candidates = [name for name in named if not _is_below(name, outside)]
-    chosen = select(targets, candidates, what="module")
-    return {name for name in candidates if ROOT in chosen or _is_below(name, chosen)}
+    selected = select(targets, candidates, what="module")
+    return {name for name in candidates if ROOT in selected or _is_below(name, selected)}
 
 
 def _is_below(name: str, ancestors: Sequence[str]) -> bool:
@@ -96,8 +96,8 @@ def named_modules(module: nn.Module) -> list[tuple[str, nn.Module]]:
 
 def compiled_modules(module: nn.Module) -> list[str]:
     """Paths of modules that ``torch.compile`` or ``Module.compile`` was applied to."""
-    found = [name for name, child in module.named_modules() if _is_compiled(child)]
-    return [name.removesuffix("_orig_mod").rstrip(".") or "the module" for name in found]
+    names = [name for name, child in module.named_modules() if _is_compiled(child)]
+    return [name.removesuffix("_orig_mod").rstrip(".") or "the module" for name in names]
 
 
 def _is_compiled(module: nn.Module) -> bool:
@@ -120,6 +120,6 @@ def require_float32(module: nn.Module) -> None:
     for name, parameter in module.named_parameters():
         if parameter.is_floating_point() and parameter.dtype != torch.float32:
             raise ValueError(
-                f"parameter {name} is {parameter.dtype}: the chip is emulated on float32 "
+                f"parameter {name} is {parameter.dtype}: emulation needs float32 "
                 f"parameters; use precision '32-true' or 'bf16-mixed'"
             )

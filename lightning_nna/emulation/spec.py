@@ -1,4 +1,4 @@
-"""What a chip can do and how it rounds: ``NNASpec`` and its presets.
+"""``NNASpec``: the operators of an accelerator and its rounding; and presets.
 
 A spec is a frozen dataclass, a preset's name, or a YAML file with the same keys.
 """
@@ -142,7 +142,7 @@ class NNASpec:
 
     @property
     def power_of_two_scales(self) -> bool:
-        """Whether every scale is a power of two."""
+        """Tell whether every scale is a power of two."""
         return self.rounding == "shift"
 
     def accumulator_width(self, bits: int) -> int:

@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 
 
 class EmulationState:
-    """What is known of one module while it is observed or emulated.
+    """Hold all that is known of one module while it is observed or emulated.
 
     Args:
         module: The module; only a weak reference to it is kept.

@@ -1,7 +1,7 @@
-r"""What the chip's arithmetic does to every call site: clip rate, overflow rate, SQNR.
+r"""Telemetry: clip rate, overflow rate and SQNR of every call site.
 
-A sampled forward runs each operator a second time, in float, on the very operands that the chip
-had. With :math:`f` the float result and :math:`y` the chip's,
+A sampled forward runs each operator a second time, in float, on the very operands of the
+emulation. With :math:`f` the float result and :math:`y` the emulated one,
 
 .. math:: \mathrm{SQNR} = 10 \log_{10} \frac{\sum f^2}{\sum (f - y)^2},
 
@@ -86,23 +86,23 @@ class Telemetry:
     def __getitem__(self, site: str) -> SiteTelemetry:
         return self.sites[site]
 
-    def compare(self, site: str, in_float: Tensor, on_chip: Tensor, grid: QParams | None) -> None:
+    def compare(self, site: str, in_float: Tensor, emulated: Tensor, grid: QParams | None) -> None:
         """Take in one result of a site.
 
         Args:
             site: Key of the site.
-            in_float: The operator's result in float on the chip's operands.
-            on_chip: The chip's result.
-            grid: Grid of the chip's result; None for one without clipping.
+            in_float: Float result on the quantized operands, any shape.
+            emulated: Emulated result, of the same shape.
+            grid: Its quantization parameters; None for a result without clipping.
         """
         row = self.sites.setdefault(site, SiteTelemetry())
-        exact, found = in_float.detach().double(), on_chip.detach().double()
+        exact, result = in_float.detach().double(), emulated.detach().double()
         # A mask of minus infinity is no signal.
         finite = torch.isfinite(exact)
-        exact, found = exact[finite], found[finite]
+        exact, result = exact[finite], result[finite]
         row.results += exact.numel()
         row.signal += float(exact.square().sum())
-        row.noise += float((exact - found).square().sum())
+        row.noise += float((exact - result).square().sum())
         if grid is not None:
             low, high = (bound * grid.scale for bound in grid.bounds)
             half = grid.scale / 2

@@ -18,16 +18,16 @@ from lightning_nna.weights.pipeline import WeightGrid, WeightPipeline
 def on_grid(
     pipeline: WeightPipeline, weight: Tensor, rows_per_scale: int, spec: NNASpec
 ) -> QuantizedWeight:
-    """A weight on the chip's grid: after its stages, if methods have claimed it.
+    """Quantize a weight, after its stages if methods have claimed it, to integers.
 
     Args:
         pipeline: Of the module.
         weight: Of an operator.
         rows_per_scale: Rows that share a scale.
-        spec: The chip.
+        spec: The accelerator.
 
     Raises:
-        ValueError: If the chip cannot hold the grid of a stage; says what to change.
+        ValueError: If the accelerator cannot hold the grid of a stage; says what to change.
         FloatingPointError: If a weight is not finite.
     """
     grid, weight = pipeline.grid_of(weight), pipeline.deployed(weight)
@@ -46,21 +46,22 @@ def on_grid(
 def _scales_of_rows(
     grid: WeightGrid, weight: Tensor, rows_per_scale: int, spec: NNASpec
 ) -> Float[Tensor, " rows"]:
-    """The steps of a grid as scales of rows, if an operator of the chip can have them."""
+    """Return the scales of a grid row by row, if an operator of the accelerator can have them."""
     rows, groups = weight.shape[0], len(grid.steps)
     if grid.maximum > spec.weight_max:
         raise ValueError(
-            f"a weight has centroids in ±{grid.maximum}, the chip's weights are in "
+            f"a weight has centroids in ±{grid.maximum}, the accelerator's weights are in "
             f"±{spec.weight_max}: set grid_bits={spec.weight_bits} on the method"
         )
     if (rows // groups) % rows_per_scale:
         raise ValueError(
-            f"a weight of {rows} rows has {groups} scales, and an operator of the chip needs one "
+            f"a weight of {rows} rows has {groups} scales, and an operator of the accelerator "
+            f"needs one "
             f"for every {rows_per_scale} rows: set granularity='tensor' on the method"
         )
     if spec.power_of_two_scales and bool((torch.frexp(grid.steps).mantissa != 0.5).any()):
         raise ValueError(
-            "the chip's scales are powers of two and those of the centroids are not: set "
+            "the accelerator's scales are powers of two and those of the centroids are not: set "
             "power_of_two_scales=True on the method"
         )
     return grid.steps.repeat_interleave(rows // groups)

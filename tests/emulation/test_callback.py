@@ -112,7 +112,7 @@ def test_a_target_that_matches_nothing_raises() -> None:
 def test_evaluation_without_ranges_says_what_to_do(stage: str) -> None:
     run = trainer(NNAEmulation())
     recognizer = module()
-    with pytest.raises(RuntimeError, match=r"on the chip needs ranges.*calibrate\(module"):
+    with pytest.raises(RuntimeError, match=r"needs ranges.*calibrate\(module"):
         getattr(run, stage)(recognizer, recognizer.test_dataloader())
 
 
@@ -403,7 +403,7 @@ def test_a_second_module_starts_anew_and_the_first_keeps_its_own() -> None:
 def test_another_module_is_not_evaluated_in_float() -> None:
     chip = NNAEmulation(calibration_steps=2)
     trainer(chip, steps=5).fit(module())
-    with pytest.raises(RuntimeError, match="test on the chip needs ranges, and none were observed"):
+    with pytest.raises(RuntimeError, match="test needs ranges, and none were observed"):
         trainer(chip).test(module(seed=1), verbose=False)
 
 

@@ -86,7 +86,7 @@ def test_what_was_compiled_is_named(apply: Module, caplog: pytest.LogCaptureFixt
     with emulate(net):
         pass
     named = {compiled_in_place: "the module", with_compiled_child: "head"}[apply]
-    assert caplog.messages == [f"torch.compile is set aside while on the chip: {named}"]
+    assert caplog.messages == [f"torch.compile is set aside while emulated: {named}"]
 
 
 class WithCompiledFunction(nn.Module):
@@ -175,6 +175,7 @@ def test_coverage_sees_into_compiled_children() -> None:
 
 
 @pytest.mark.usefixtures("_without_gradients")
+@pytest.mark.filterwarnings("ignore:Dynamo does not know how to trace")
 def test_compiled_code_that_calls_the_chip_is_refused() -> None:
     net, x = Layers(), torch.randn(8, 4)
     compiled = torch.compile(net, backend="eager")

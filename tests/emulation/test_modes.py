@@ -418,7 +418,7 @@ def test_what_a_part_cannot_do_alone_names_the_whole() -> None:
         coverage(holder.net, x)
     strip(holder)
     calibrate(holder, [x])
-    with pytest.raises(ValueError, match=r"the Holder around 'net' is on 'litert-int8'"):
+    with pytest.raises(ValueError, match=r"the Holder around 'net' is emulated on 'litert-int8'"):
         emulate(holder.net, "shift").__enter__()
 
 
