@@ -48,7 +48,7 @@ def test_the_gradients_of_a_weight_are_those_of_the_paper(bits: int, granularity
         # Some weights of every group are to lie outside.
         with torch.no_grad():
             step -= 0.7
-        values = chip.trainable(net.weight, rows)
+        values = chip.state.trainable(net.weight, rows)
         (values * upstream).sum().backward()
     exponent = step.detach().clone().requires_grad_()
     weight = net.weight.detach().double().requires_grad_()
@@ -109,7 +109,7 @@ def test_nothing_is_learned_unless_asked_for() -> None:
     calibrate(net, [x])
     with emulate(net) as chip:
         net(x).sum().backward()
-        assert chip.trainable(net.first.weight, 1) is net.first.weight
+        assert chip.state.trainable(net.first.weight, 1) is net.first.weight
     assert chip.scales.tensors() == {}
 
 

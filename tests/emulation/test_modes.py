@@ -538,7 +538,7 @@ def test_a_calibration_that_fails_leaves_nothing_behind(begun: bool, observer: s
 @pytest.mark.parametrize("spec", ["litert-int16x8", "shift"])
 def test_what_failed_before_it_observed_binds_a_module_to_nothing(spec: str) -> None:
     x, net = torch.randn(20, 6), network()
-    with pytest.raises(TypeError, match="give the chip as spec="):
+    with pytest.raises(TypeError, match="give the accelerator as spec="):
         calibrate(net, [x], spec)  # type: ignore[arg-type]
     with pytest.raises(RuntimeError, match="has no ranges"), emulate(net):
         net(x)
