@@ -59,13 +59,13 @@ OPERATORS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], str]] = {
         FLAT,
         "batch normalization of a layer",
     ),
-    "gelu": (nn.GELU, FLAT, "activation function"),
-    "leaky relu": (nn.LeakyReLU, FLAT, "activation function"),
-    "elu": (nn.ELU, FLAT, "activation function"),
-    "hardswish": (nn.Hardswish, FLAT, "activation function"),
+    "gelu": (nn.GELU, FLAT, "gelu"),
+    "leaky relu": (nn.LeakyReLU, FLAT, "leaky_relu"),
+    "elu": (nn.ELU, FLAT, "elu"),
+    "hardswish": (nn.Hardswish, FLAT, "hard_swish"),
     "silu": (nn.SiLU, FLAT, ".*"),
-    "tanh": (nn.Tanh, FLAT, "activation function"),
-    "sigmoid": (nn.Sigmoid, FLAT, "activation function"),
+    "tanh": (nn.Tanh, FLAT, "tanh"),
+    "sigmoid": (nn.Sigmoid, FLAT, "sigmoid"),
     "hardsigmoid": (nn.Hardsigmoid, FLAT, "sum, difference or product"),
     "rms norm": (lambda: nn.RMSNorm(8), FLAT, "normalization"),
     "layer norm": (lambda: nn.LayerNorm(8), FLAT, "normalization"),
@@ -214,5 +214,5 @@ def test_a_second_derivative_through_a_checkpoint_is_an_error() -> None:
     net, x = made("gelu", "litert-int8")
     with emulate(net):
         y = checkpoint(net, x, use_reentrant=False)
-        with pytest.raises(RuntimeError, match=ERROR.format("activation function")):
+        with pytest.raises(RuntimeError, match=ERROR.format("gelu")):
             y.sum().backward(create_graph=True)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -26,11 +26,10 @@ from lightning_nna.emulation.arithmetic import pointwise
 from lightning_nna.emulation.arithmetic.fixed_point import INT16_MAX, INT16_MIN
 from lightning_nna.emulation.arithmetic.interpolated_tables import interpolate, interpolation_table
 from lightning_nna.emulation.arithmetic.rescaling import RoundingKind
-from lightning_nna.emulation.clipping import clip, inside
-from lightning_nna.emulation.first_order import first_order
 from lightning_nna.emulation.float32_arithmetic import float32_arithmetic
 from lightning_nna.emulation.operators import elementwise
-from lightning_nna.emulation.operators.call import Call, look_up
+from lightning_nna.emulation.operators.call import Call
+from lightning_nna.emulation.operators.driver import drive, real, table
 from lightning_nna.emulation.operators.record import (
     NO_OPTIONS,
     Form,
@@ -44,7 +43,6 @@ from lightning_nna.emulation.ranges import (
     SIGMOID_OUTPUT,
     TANH_OUTPUT,
     QParams,
-    no_finer,
     round_significand,
 )
 
@@ -54,119 +52,150 @@ WIDE_OUTPUT = QParams(2.0**-15, 0, INT16_MIN, INT16_MAX)
 _WIDEST_SCALE = 2**31 / (2**15 * 3 * 4096)
 
 
-@dataclass(frozen=True)
-class Function:
-    """A function of one activation.
-
-    Args:
-        kernel: The instruction's name in the schema.
-        in_float: The function on float tensors.
-        integers: Integers of the output less its zero point, not clipped, for the 8-bit inputs
-            ``x.low`` … ``x.high``: takes the two grids and the parameters.
-        fixed: Grid of the output, where the reference fixes it.
-        options: Options of the instruction, from the parameters.
-        derivative: The derivative times a gradient, where one is faster than autograd.
-        finest: Smallest scale of the output that the kernel can write, in scales of the input;
-            None for any.
-    """
-
-    kernel: str
-    in_float: Callable[..., Tensor]
-    integers: Callable[..., Tensor]
-    fixed: QParams | None = None
-    options: Callable[..., dict[str, Any]] = lambda *parameters: {}
-    derivative: Callable[..., Tensor] | None = None
-    finest: float | None = None
+def _inputs(x: QParams) -> Tensor:
+    """Integers of 8 bits less their zero point, int64, shape ``(256,)``."""
+    return torch.arange(x.bounds[0], x.bounds[0] + 256)
 
 
-def _from_real(function: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
-    """Integers of a table that is made in single precision."""
+def _with_wide(
+    narrow: Callable[..., Tensor], function: Callable[..., Tensor], name: str
+) -> Callable[..., Tensor]:
+    """Sigmoid or tanh: a table in 8 bits, an interpolated one of ``name`` in 16."""
 
-    def integers(x: QParams, y: QParams, *_: Any) -> Tensor:
-        return pointwise.tabulate(function, x.bounds[0], x.scale, y.scale)
+    def integers(x: Activation, *, y: QParams, call: Call) -> Tensor:
+        if x.qparams.bits == 8:
+            return narrow(x, y=y, call=call)
+        values, segments = x.integers().long(), call.state.spec.table_entries
+        if segments:
+            return interpolate(_segments(name, x.qparams.scale, segments), values).double()
+        if x.qparams.scale >= _WIDEST_SCALE and call.state.watches_overflow(call.site):
+            lost = (x.value.abs() >= _WIDEST_SCALE * 2**15).sum()
+            call.state.count_overflow(call.site, int(lost), values.numel())
+        return function(values, x.qparams.scale).double()
 
     return integers
 
 
-def _inputs(x: QParams) -> Tensor:
-    return torch.arange(x.bounds[0], x.bounds[0] + 256)
+_SIGMOID_ENTRIES = real(pointwise.logistic)
+
+SIGMOID = register_operator(
+    Operator(
+        "sigmoid",
+        torch=("sigmoid", "sigmoid_"),
+        float=torch.sigmoid,
+        integers=_with_wide(table(_SIGMOID_ENTRIES), pointwise.logistic_int16, "sigmoid"),
+        backward_from_output=torch.ops.aten.sigmoid_backward,
+        output={8: SIGMOID_OUTPUT, 16: WIDE_OUTPUT},
+        litert=(Kernel("LOGISTIC", options=NO_OPTIONS, versions={"int8": 2, "int16": 3}),),
+        arithmetic="table of 256 entries, output scale 1/256; in 16 bits interpolated",
+    )
+)
+
+TANH = register_operator(
+    Operator(
+        "tanh",
+        torch=("tanh", "tanh_"),
+        float=torch.tanh,
+        integers=_with_wide(table(real(pointwise.tanh)), pointwise.tanh_int16, "tanh"),
+        backward_from_output=torch.ops.aten.tanh_backward,
+        output={8: TANH_OUTPUT, 16: WIDE_OUTPUT},
+        litert=(Kernel("TANH", options=NO_OPTIONS, versions={"int8": 2, "int16": 3}),),
+        arithmetic="table of 256 entries, output scale 1/128; in 16 bits interpolated",
+    )
+)
 
 
-def _silu(x: QParams, y: QParams, rounding: RoundingKind) -> Tensor:
-    """The sigmoid's table, and the product of each input with it."""
-    gate = table_of("sigmoid", x, SIGMOID_OUTPUT).clamp(0, 255)
-    return elementwise.pairwise("MUL", _inputs(x), gate, (x, SIGMOID_OUTPUT, y), rounding).float()
+def sigmoid(call: Call, input: Tensor) -> Tensor:
+    """Compute ``torch.sigmoid`` of a tensor of any shape."""
+    return drive(SIGMOID, call, input)
 
 
-_GELU = {"none": pointwise.gelu, "tanh": pointwise.gelu_tanh}
-
-FUNCTIONS: dict[str, Function] = {
-    "sigmoid": Function("LOGISTIC", torch.sigmoid, _from_real(pointwise.logistic), SIGMOID_OUTPUT),
-    "tanh": Function("TANH", torch.tanh, _from_real(pointwise.tanh), TANH_OUTPUT),
-    "elu": Function("ELU", F.elu, _from_real(pointwise.elu)),
-    "gelu": Function(
-        "GELU",
-        lambda x, approximate: F.gelu(x, approximate=approximate),
-        lambda x, y, approximate: _from_real(_GELU[approximate])(x, y),
-        options=lambda approximate: {"approximate": approximate == "tanh"},
-    ),
-    "hard_swish": Function(
-        "HARD_SWISH",
-        F.hardswish,
-        lambda x, y: pointwise.hard_swish(_inputs(x), x.scale, y.scale).float(),
-        # Its multiplier, of a 128th of the input's scale, only shifts to the right.
-        finest=1 / 64,
-    ),
-    "silu": Function(
-        "",
-        lambda x, *_: F.silu(x),
-        _silu,
-        derivative=lambda g, x, *_: torch.ops.aten.silu_backward(g, x),
-    ),
-    "leaky_relu": Function(
-        "LEAKY_RELU",
-        F.leaky_relu,
-        lambda x, y, slope: pointwise.leaky_relu(_inputs(x), slope, x.scale, y.scale).float(),
-        options=lambda slope: {"alpha": slope},
-    ),
-}
-
-
-def sigmoid(call: Call, input: Tensor, *_: Any, **__: Any) -> Tensor:
-    """``torch.sigmoid`` on the chip."""
-    return _apply(call, input, "sigmoid")
-
-
-def tanh(call: Call, input: Tensor, *_: Any, **__: Any) -> Tensor:
-    """``torch.tanh`` on the chip."""
-    return _apply(call, input, "tanh")
-
-
-def elu(call: Call, input: Tensor, alpha: float = 1.0, inplace: bool = False) -> Tensor:
-    """``F.elu`` on the chip."""
-    return _apply(call, input, "elu")
+def tanh(call: Call, input: Tensor) -> Tensor:
+    """Compute ``torch.tanh`` of a tensor of any shape."""
+    return drive(TANH, call, input)
 
 
 def supports_elu(input: Any, alpha: float = 1.0, inplace: bool = False) -> bool:
-    """Whether the chip has an ELU: its factor is 1."""
+    """Tell whether the accelerator has an ELU: its factor is 1."""
     return alpha == 1
 
 
-def gelu(call: Call, input: Tensor, approximate: str = "none") -> Tensor:
-    """``F.gelu`` on the chip."""
-    return _apply(call, input, "gelu", approximate)
+register_operator(
+    Operator(
+        "elu",
+        torch=("elu", "elu_"),
+        float=lambda input, alpha=1.0: F.elu(input, alpha),
+        integers=table(real(lambda x, **_: pointwise.elu(x))),
+        supports=supports_elu,
+        litert=(Kernel("ELU", options=NO_OPTIONS),),
+        widths=(8,),
+        learns_scale=True,
+        arithmetic="table, for the factor 1; LiteRT has no reference kernel of it: it is equal to "
+        "the only kernel there is, and programs with it do not load where reference kernels alone "
+        "are registered",
+    )
+)
+
+_GELU = {"none": pointwise.gelu, "tanh": pointwise.gelu_tanh}
+
+register_operator(
+    Operator(
+        "gelu",
+        torch=("gelu",),
+        float=lambda input, approximate="none": F.gelu(input, approximate=approximate),
+        integers=table(real(lambda x, approximate="none": _GELU[approximate](x))),
+        options=lambda approximate="none": {"approximate": approximate == "tanh"},
+        litert=(Kernel("GELU", versions={"int8": 2}),),
+        widths=(8,),
+        learns_scale=True,
+        arithmetic="table",
+    )
+)
+
+register_operator(
+    Operator(
+        "hard_swish",
+        torch=("hardswish",),
+        float=lambda input: F.hardswish(input),
+        integers=table(
+            lambda x, y: pointwise.hard_swish(_inputs(x), x.scale, y.scale).float(),
+        ),
+        # Its multiplier, of a 128th of the input's scale, only shifts to the right.
+        finest=1 / 64,
+        litert=(Kernel("HARD_SWISH", options=NO_OPTIONS),),
+        widths=(8,),
+        learns_scale=True,
+        arithmetic="table",
+    )
+)
 
 
-def hard_swish(call: Call, input: Tensor, inplace: bool = False) -> Tensor:
-    """``F.hardswish`` on the chip."""
-    return _apply(call, input, "hard_swish")
+_leaky_table = table(
+    lambda x, y, negative_slope=0.01: pointwise.leaky_relu(
+        _inputs(x), negative_slope, x.scale, y.scale
+    ).float()
+)
 
 
-def leaky_relu(
-    call: Call, input: Tensor, negative_slope: float = 0.01, inplace: bool = False
-) -> Tensor:
-    """``F.leaky_relu`` on the chip."""
-    return _apply(call, input, "leaky_relu", negative_slope)
+def _leaky_relu(x: Activation, *, y: QParams, call: Call, negative_slope: float = 0.01) -> Tensor:
+    if x.qparams.bits == 8:
+        return _leaky_table(x, y=y, call=call, negative_slope=negative_slope)
+    integers, scale = x.integers().long(), x.qparams.scale
+    return pointwise.leaky_relu(integers, negative_slope, scale, y.scale).double()
+
+
+register_operator(
+    Operator(
+        "leaky_relu",
+        torch=("leaky_relu", "leaky_relu_"),
+        float=lambda input, negative_slope=0.01: F.leaky_relu(input, negative_slope),
+        integers=_leaky_relu,
+        options=lambda negative_slope=0.01: {"alpha": negative_slope},
+        litert=(Kernel("LEAKY_RELU", versions={"int16": 2}),),
+        learns_scale=True,
+        arithmetic="table; in 16 bits a product",
+    )
+)
 
 
 def relu(call: Call, input: Tensor, inplace: bool = False) -> Tensor:
@@ -199,10 +228,39 @@ def supports_hardtanh(
 def silu(call: Call, input: Tensor, inplace: bool = False) -> Tensor:
     """``F.silu``: a sigmoid and a product, in 8 bits one table of both."""
     if call.bits == 8:
-        return _apply(call, input, "silu", call.state.spec.rounding_of("double"))
+        return drive(_SILU, call, input, rounding=call.state.spec.rounding_of("double"))
     x = call.operand(input, "input")
     gate = sigmoid(call.child("gate"), _carrier(call, x))
     return elementwise.mul(call, _carrier(call, x), gate)
+
+
+def _silu_entries(x: QParams, y: QParams, rounding: RoundingKind) -> Tensor:
+    """The sigmoid's table, and the product of each input with it."""
+    gate = _SIGMOID_ENTRIES(x, SIGMOID_OUTPUT).clamp(0, 255)
+    return elementwise.pairwise("MUL", _inputs(x), gate, (x, SIGMOID_OUTPUT, y), rounding).float()
+
+
+def _record_silu(
+    operator: Operator, call: Call, operands: tuple[Activation, ...], y: Activation, **_: Any
+) -> None:
+    """The two instructions of one table."""
+    (x,) = operands
+    index = (x.integers() - x.qparams.bounds[0]).long()
+    gate = _SIGMOID_ENTRIES(x.qparams, SIGMOID_OUTPUT).clamp(0, 255)[index]
+    stored = Activation(gate * SIGMOID_OUTPUT.scale, SIGMOID_OUTPUT).stored()
+    call.record("LOGISTIC", [x.stored()], [stored])
+    call.record("MUL", [x.stored(), stored], [y.stored()])
+
+
+#: In 8 bits; ``emulate`` of the operator decides by the width.
+_SILU = Operator(
+    "silu",
+    torch=(),
+    float=lambda input, rounding: F.silu(input),
+    integers=table(_silu_entries),
+    backward=lambda grad, x, rounding: torch.ops.aten.silu_backward(grad, x),
+    instructions=_record_silu,
+)
 
 
 def hard_sigmoid(call: Call, input: Tensor, inplace: bool = False) -> Tensor:
@@ -289,111 +347,6 @@ def _clamped(call: Call, input: Tensor, upper: float | None) -> Tensor:
     return call.unchanged(result, x)
 
 
-def _apply(call: Call, input: Tensor, name: str, *parameters: Any) -> Tensor:
-    """One instruction of one operand."""
-    x, function = call.operand(input, "input"), FUNCTIONS[name]
-    if call.observing:
-        result = function.in_float(x.value, *parameters)
-        fixed = Activation(x.value, PENDING)
-        return call.observed(result) if function.fixed is None else call.unchanged(result, fixed)
-    if function.fixed is None:
-        y = call.output(lambda: function.in_float(x.value, *parameters))
-        if function.finest is not None:
-            step = x.qparams.scale * function.finest
-            y = no_finer(y, step, power_of_two=call.state.spec.power_of_two_scales)
-    else:
-        y = function.fixed if x.qparams.bits == 8 else WIDE_OUTPUT
-    with float32_arithmetic(x.value):
-        result = _Pointwise.apply(x.value, name, parameters, x, y, call)
-    if call.recording and name == "silu":
-        _record_silu(call, x, Activation(result, y))
-    elif call.recording:
-        stored = Activation(result, y).stored()
-        call.record(function.kernel, [x.stored()], [stored], **function.options(*parameters))
-    return call.with_qparams(result, y)
-
-
-def _record_silu(call: Call, x: Activation, y: Activation) -> None:
-    """The two instructions of one table."""
-    index = (x.integers() - x.qparams.bounds[0]).long()
-    gate = table_of("sigmoid", x.qparams, SIGMOID_OUTPUT).clamp(0, 255)[index]
-    stored = Activation(gate * SIGMOID_OUTPUT.scale, SIGMOID_OUTPUT).stored()
-    call.record("LOGISTIC", [x.stored()], [stored])
-    call.record("MUL", [x.stored(), stored], [y.stored()])
-
-
-class _Pointwise(torch.autograd.Function):
-    """A table forward, the function's derivative at the quantized input backward."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        name: str,
-        parameters: tuple[Any, ...],
-        activation: Activation,
-        y: QParams,
-        call: Call,
-    ) -> Tensor:
-        function = FUNCTIONS[name]
-        if activation.qparams.bits == 16:
-            rounded = _wide(call, name, activation, y, parameters)
-        elif call.exact or function.fixed is None:
-            table = table_of(name, activation.qparams, y, parameters).to(x.device)
-            index = (activation.integers() - activation.qparams.bounds[0]).int()
-            rounded = look_up(table, index)
-        else:
-            # The same values but where the function falls on a tie: no gather, half the time.
-            rounded = function.in_float(x.detach()).mul_(1 / y.scale).round_()
-        needs_mask = function.fixed is None and ctx.needs_input_grad[0]
-        centered, clipped = clip(rounded, y, needs_mask)
-        result = centered.mul_(y.scale)
-        ctx.name, ctx.parameters = name, parameters
-        ctx.save_for_backward(*((result,) if function.fixed is not None else (x, clipped)))
-        return result
-
-    @staticmethod
-    @first_order("activation function")
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        nothing = (None,) * 5
-        # Outside of the block: with activation checkpointing, asking for what was saved runs the
-        # forward again.
-        saved = ctx.saved_tensors
-        with float32_arithmetic(grad):
-            if ctx.name == "tanh":
-                return torch.ops.aten.tanh_backward(grad, *saved), *nothing
-            if ctx.name == "sigmoid":
-                return torch.ops.aten.sigmoid_backward(grad, *saved), *nothing
-            x, clipped = saved
-            derivative = FUNCTIONS[ctx.name].derivative
-            if derivative is not None:
-                return derivative(inside(grad, clipped), x, *ctx.parameters), *nothing
-            with torch.enable_grad():
-                leaf = x.detach().requires_grad_()
-                again = FUNCTIONS[ctx.name].in_float(leaf, *ctx.parameters)
-            return torch.autograd.grad(again, leaf, inside(grad, clipped))[0], *nothing
-
-
-@lru_cache(maxsize=256)
-def table_of(name: str, x: QParams, y: QParams, parameters: tuple[Any, ...] = ()) -> Tensor:
-    """Integers of the output less its zero point for all inputs, not clipped, float32."""
-    return FUNCTIONS[name].integers(x, y, *parameters)
-
-
-def _wide(call: Call, name: str, x: Activation, y: QParams, parameters: tuple[Any, ...]) -> Tensor:
-    """A function of 16-bit integers."""
-    integers, segments = x.integers().long(), call.state.spec.table_entries
-    if name == "leaky_relu":
-        return pointwise.leaky_relu(integers, parameters[0], x.qparams.scale, y.scale).double()
-    if segments:
-        return interpolate(_segments(name, x.qparams.scale, segments), integers).double()
-    if x.qparams.scale >= _WIDEST_SCALE and call.state.watches_overflow(call.site):
-        lost = (x.value.abs() >= _WIDEST_SCALE * 2**15).sum()
-        call.state.count_overflow(call.site, int(lost), integers.numel())
-    function = {"sigmoid": pointwise.logistic_int16, "tanh": pointwise.tanh_int16}[name]
-    return function(integers, x.qparams.scale).double()
-
-
 @lru_cache(maxsize=64)
 def _segments(name: str, scale: float, segments: int) -> Tensor:
     """Sigmoid or tanh on a chip whose tables have a number of segments of its own."""
@@ -405,73 +358,6 @@ def _segments(name: str, scale: float, segments: int) -> Tensor:
     return interpolation_table(real, scale, WIDE_OUTPUT.scale, segments=segments)
 
 
-LOGISTIC = Kernel("LOGISTIC", options=NO_OPTIONS, versions={"int8": 2, "int16": 3})
-TANH = Kernel("TANH", options=NO_OPTIONS, versions={"int8": 2, "int16": 3})
-
-register_operator(
-    Operator(
-        "sigmoid",
-        torch=("sigmoid", "sigmoid_"),
-        emulate=sigmoid,
-        litert=(LOGISTIC,),
-        arithmetic="table of 256 entries, output scale 1/256; in 16 bits interpolated",
-    )
-)
-register_operator(
-    Operator(
-        "tanh",
-        torch=("tanh", "tanh_"),
-        emulate=tanh,
-        litert=(TANH,),
-        arithmetic="table of 256 entries, output scale 1/128; in 16 bits interpolated",
-    )
-)
-register_operator(
-    Operator(
-        "elu",
-        torch=("elu", "elu_"),
-        emulate=elu,
-        supports=supports_elu,
-        litert=(Kernel("ELU", options=NO_OPTIONS),),
-        widths=(8,),
-        learns_scale=True,
-        arithmetic="table, for the factor 1; LiteRT has no reference kernel of it: it is equal to "
-        "the only kernel there is, and programs with it do not load where reference kernels alone "
-        "are registered",
-    )
-)
-register_operator(
-    Operator(
-        "gelu",
-        torch=("gelu",),
-        emulate=gelu,
-        litert=(Kernel("GELU", versions={"int8": 2}),),
-        widths=(8,),
-        learns_scale=True,
-        arithmetic="table",
-    )
-)
-register_operator(
-    Operator(
-        "hard_swish",
-        torch=("hardswish",),
-        emulate=hard_swish,
-        litert=(Kernel("HARD_SWISH", options=NO_OPTIONS),),
-        widths=(8,),
-        learns_scale=True,
-        arithmetic="table",
-    )
-)
-register_operator(
-    Operator(
-        "leaky_relu",
-        torch=("leaky_relu", "leaky_relu_"),
-        emulate=leaky_relu,
-        litert=(Kernel("LEAKY_RELU", versions={"int16": 2}),),
-        learns_scale=True,
-        arithmetic="table; in 16 bits a product",
-    )
-)
 register_operator(
     Operator(
         "relu",

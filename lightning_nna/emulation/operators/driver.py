@@ -1,11 +1,36 @@
-"""Run an operator: what every operator does, whatever its arithmetic."""
+"""Run an operator: what every operator does, whatever its arithmetic.
+
+An operator of one instruction is a float function and a function of integers. :func:`drive` brings
+the operands onto their quantization parameters, observes the range of the result, computes and
+clips the integers, keeps autocast away, records the instruction and lets the result carry its
+parameters:
+
+    register_operator(
+        Operator("exp", torch=("exp",), float=torch.exp, integers=table(real(torch.exp)), ...)
+    )
+"""
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
-from lightning_nna.emulation.operators.call import Call
+import torch
+from torch import Tensor
+
+from lightning_nna.emulation.arithmetic import pointwise
+from lightning_nna.emulation.clipping import clip, inside
+from lightning_nna.emulation.first_order import first_order
+from lightning_nna.emulation.float32_arithmetic import float32_arithmetic
+from lightning_nna.emulation.operators.call import Call, look_up
 from lightning_nna.emulation.operators.record import Operator
+from lightning_nna.emulation.program import Activation
+from lightning_nna.emulation.ranges import PENDING, QParams, no_finer
+
+#: Arguments of torch functions that say where a result goes: the emulator writes it there.
+_DESTINATIONS = ("inplace", "out")
 
 
 def run(operator: Operator, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -20,5 +45,185 @@ def run(operator: Operator, call: Call, args: tuple[Any, ...], kwargs: dict[str,
     Returns:
         The function's result, with quantization parameters where the accelerator computes it.
     """
-    assert operator.emulate is not None
-    return operator.emulate(call, *args, **kwargs)
+    if operator.emulate is not None:
+        return operator.emulate(call, *args, **kwargs)
+    assert operator.float is not None
+    bound = _signature(operator.float, operator.operands).bind(*args, **kwargs)
+    arguments = {k: v for k, v in bound.arguments.items() if k not in _DESTINATIONS}
+    operands = [arguments.pop(name) for name in operator.operands]
+    return drive(operator, call, *operands, **arguments)
+
+
+def drive(operator: Operator, call: Call, *operands: Tensor | float, **parameters: Any) -> Tensor:
+    """Run one instruction.
+
+    Args:
+        operator: Record with ``float`` and ``integers``.
+        call: Call site, with the state of the module.
+        operands: Values of ``operator.operands``, tensors of any shapes that ``float`` takes, or
+            numbers.
+        parameters: Other arguments of ``float``; what is not named has its default.
+
+    Returns:
+        The result, float32, of the shape that ``float`` gives, with its quantization parameters.
+    """
+    function = operator.float
+    assert function is not None
+    named = zip(operands, operator.operands, strict=True)
+    activations = tuple(call.operand(operand, name) for operand, name in named)
+    values = [activation.value for activation in activations]
+    if call.observing:
+        result = function(*values, **parameters)
+        if operator.output is None:
+            return call.observed(result)
+        return call.with_qparams(result, PENDING)
+    first = activations[0]
+    if operator.output is None:
+        y = call.output(lambda: function(*values, **parameters))
+        if operator.finest is not None:
+            step = first.qparams.scale * operator.finest
+            y = no_finer(y, step, power_of_two=call.state.spec.power_of_two_scales)
+    else:
+        y = operator.output[first.qparams.bits]
+    with float32_arithmetic(first.value):
+        result = _Driven.apply(operator, activations, parameters, y, call, *values)
+    if call.recording:
+        instructions = operator.instructions or _one_instruction
+        instructions(operator, call, activations, Activation(result, y), **parameters)
+    return call.with_qparams(result, y)
+
+
+def table(integers: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Return the arithmetic of a function of 8 bits: a table of 256 entries.
+
+    Args:
+        integers: Takes the quantization parameters of the input and of the output, and the
+            operator's parameters by name; returns integers of the output less its zero point, not
+            clipped, float32, shape ``(256,)``, for the inputs ``x.low`` to ``x.high``.
+
+    Returns:
+        What an operator has as ``integers``. Tables are kept by their arguments.
+    """
+
+    @lru_cache(maxsize=256)
+    def entries(x: QParams, y: QParams, parameters: tuple[tuple[str, Any], ...]) -> Tensor:
+        return integers(x, y, **dict(parameters))
+
+    def looked_up(x: Activation, *, y: QParams, call: Call, **parameters: Any) -> Tensor:
+        known = entries(x.qparams, y, tuple(parameters.items())).to(x.value.device)
+        index = (x.integers() - x.qparams.bounds[0]).int()
+        return look_up(known, index)
+
+    return looked_up
+
+
+def real(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Return the entries of a table that is made in single precision, for :func:`table`.
+
+    Args:
+        function: Function of real numbers, float32, and of the operator's parameters by name.
+    """
+
+    def integers(x: QParams, y: QParams, **parameters: Any) -> Tensor:
+        return pointwise.tabulate(
+            lambda reals: function(reals, **parameters), x.bounds[0], x.scale, y.scale
+        )
+
+    return integers
+
+
+class _Driven(torch.autograd.Function):
+    """Integers forward; backward the operator's gradient where nothing was clipped."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        operator: Operator,
+        activations: tuple[Activation, ...],
+        parameters: dict[str, Any],
+        y: QParams,
+        call: Call,
+        *values: Tensor,
+    ) -> Tensor:
+        assert operator.float is not None
+        assert operator.integers is not None
+        is_fixed = operator.output is not None
+        if call.exact or not is_fixed or y.bits != 8:
+            rounded = operator.integers(*activations, y=y, call=call, **parameters)
+        else:
+            # The same values but where the function falls on a tie: no gather, half the time.
+            floats = operator.float(*(value.detach() for value in values), **parameters)
+            rounded = floats.mul_(1 / y.scale).round_()
+        needs_mask = not is_fixed and any(ctx.needs_input_grad)
+        centered, clipped = clip(rounded, y, needs_mask)
+        result = centered.mul_(y.scale)
+        ctx.operator, ctx.parameters = operator, parameters
+        if operator.backward_from_output is None:
+            ctx.save_for_backward(clipped, *values)
+        else:
+            ctx.save_for_backward(result)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return _backward_of(ctx.operator.name)(ctx, grad)
+
+
+@lru_cache(maxsize=256)
+def _backward_of(name: str) -> Callable[..., tuple[Tensor | None, ...]]:
+    """The backward, with the operator's name in its error."""
+    return first_order(name)(_backward)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    operator, parameters, nothing = ctx.operator, ctx.parameters, (None,) * 5
+    # Outside of the block: with activation checkpointing, asking for what was saved runs the
+    # forward again.
+    saved = ctx.saved_tensors
+    with float32_arithmetic(grad):
+        if operator.backward_from_output is not None:
+            return *nothing, operator.backward_from_output(grad, *saved, **parameters)
+        clipped, *values = saved
+        passed = inside(grad, clipped)
+        if operator.backward is not None:
+            gradients = operator.backward(passed, *values, **parameters)
+            return *nothing, *(gradients if isinstance(gradients, tuple) else (gradients,))
+        needed = ctx.needs_input_grad[len(nothing) :]
+        with torch.enable_grad():
+            leaves = [
+                value.detach().requires_grad_(needs)
+                for value, needs in zip(values, needed, strict=True)
+            ]
+            again = operator.float(*leaves, **parameters)
+        wanted = [leaf for leaf in leaves if leaf.requires_grad]
+        gradients = iter(torch.autograd.grad(again, wanted, passed))
+        return *nothing, *(next(gradients) if needs else None for needs in needed)
+
+
+def _one_instruction(
+    operator: Operator,
+    call: Call,
+    operands: tuple[Activation, ...],
+    result: Activation,
+    **parameters: Any,
+) -> None:
+    """Record the operator's own kernel."""
+    stored = [operand.stored() for operand in operands]
+    options = operator.options(**parameters)
+    call.record(operator.litert[0].name, stored, [result.stored()], **options)
+
+
+@lru_cache(maxsize=256)
+def _signature(function: Callable[..., Any], operands: tuple[str, ...]) -> inspect.Signature:
+    """Signature of a float function; a builtin that does not tell it takes the operands alone."""
+    try:
+        signature = inspect.signature(function)
+    except ValueError:
+        either = inspect.Parameter.POSITIONAL_OR_KEYWORD
+        signature = inspect.Signature([inspect.Parameter(name, either) for name in operands])
+    known = signature.parameters
+    by_name = inspect.Parameter.KEYWORD_ONLY
+    rest = [inspect.Parameter(name, by_name, default=None) for name in _DESTINATIONS]
+    return signature.replace(
+        parameters=[*known.values(), *(each for each in rest if each.name not in known)]
+    )

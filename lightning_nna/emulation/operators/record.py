@@ -24,6 +24,8 @@ from torch import Tensor
 NO_OPTIONS = ""
 
 Record = TypeVar("Record")
+# ``float`` is a field of an operator.
+Real = float
 
 _OPERATORS: dict[str, Operator] = {}
 _BY_FUNCTION: dict[str, Operator] = {}
@@ -91,9 +93,24 @@ class Operator:
         torch: Names of the torch functions and methods, or the functions themselves; a trailing
             underscore is the in-place form.
         float: The operator on float tensors, with the signature of the torch function.
-        integers: Integers of the result less its zero point, not clipped, whole numbers.
-        backward: Gradients of the operands, given that of the result where it was not clipped;
-            None for the derivative of ``float`` at the quantized operands.
+        operands: Names of the arguments of ``float`` that are activations or constants; the others
+            are parameters.
+        integers: Integers of the result less its zero point, not clipped, whole numbers, in the
+            shape of the result: takes the operands as ``Activation``, the quantization parameters
+            ``y`` of the result, the ``call``, and the parameters, the latter three by name.
+        backward: Gradients of the operands, given that of the result where it was not clipped, the
+            quantized operands, and the parameters by name; None for the derivative of ``float`` at
+            the quantized operands.
+        backward_from_output: Gradient of the only operand, given that of the result and the result,
+            for an operator whose result is never clipped.
+        output: Quantization parameters of the result by the width of the first operand, where the
+            kernel fixes them; None for those of the range that calibration observes.
+        finest: Smallest scale of the result that the kernel can write, in scales of the first
+            operand; None for any.
+        options: Options of the instruction by the schema's names, from the parameters.
+        instructions: Function that records the instructions, where they are not one with all
+            operands in their order: takes the record, the call, the operands and the result as
+            ``Activation``, and the parameters by name.
         emulate: Function that takes a ``Call`` and the torch function's own arguments.
         supports: Function of the torch function's arguments: whether the accelerator has this form.
         forms: Other torch functions of this operator.
@@ -108,8 +125,14 @@ class Operator:
     name: str
     torch: Sequence[str | Callable[..., Any]]
     float: Callable[..., Tensor] | None = None
+    operands: tuple[str, ...] = ("input",)
     integers: Callable[..., Tensor] | None = None
     backward: Callable[..., Any] | None = None
+    backward_from_output: Callable[..., Tensor] | None = None
+    output: Mapping[int, Any] | None = None
+    finest: Real | None = None
+    options: Callable[..., dict[str, Any]] = lambda **parameters: {}
+    instructions: Callable[..., None] | None = None
     emulate: Callable[..., Any] | None = None
     supports: Callable[..., bool] = lambda *args, **kwargs: True
     forms: tuple[Form, ...] = ()
