@@ -24,10 +24,10 @@ install: .venv/.installed  ## Create .venv and install everything in it
 	$(BIN)/uv pip install --quiet --python $(BIN)/python -c constraints.txt -e '.[asr,deploy,dev]'
 	touch $@
 
-demo: .venv/.installed  ## Train on synthetic speech: float, on the chip, for the chip, and hand over the programs
+demo: .venv/.installed  ## Train on synthetic speech: float, emulated, trained emulated, deployed
 	$(BIN)/python -m recipes.demo
 
-bench: .venv/.installed  ## Measure time and memory of training steps, beside other libraries
+bench: .venv/.installed  ## Measure time and memory of training steps, compared with other libraries
 	$(BIN)/uv pip install --quiet --python $(BIN)/python -c constraints.txt -e '.[bench]'
 	$(BIN)/python -m recipes.benchmark.emulation
 	$(BIN)/python -m recipes.benchmark.weight_methods

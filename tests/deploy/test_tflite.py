@@ -23,7 +23,7 @@ from lightning_nna.deploy import (
 from lightning_nna.deploy.capture import capture
 from lightning_nna.emulation.attachment import attached
 from tests.emulation.random_networks import BATCH, INPUTS, LABELS, TIME, Network, plans
-from tests.recipes.asr.test_on_chip import batch, conformer
+from tests.recipes.asr.test_emulated import batch, conformer
 
 pytestmark = [
     pytest.mark.exactness,

@@ -14,7 +14,7 @@ from recipes.asr.deployed import DeployedTransducer, export_transducer
 from recipes.deploy import check_method, deploy, table
 from recipes.train import train
 from recipes.weights import TrainedWeights
-from tests.recipes.asr.test_on_chip import conformer
+from tests.recipes.asr.test_emulated import conformer
 from tests.recipes.test_train import overrides
 
 Compose = Callable[..., DictConfig]

@@ -187,12 +187,12 @@ class TestLoader:
     def test_a_resumed_loader_can_be_stopped_again(self) -> None:
         expected, first, second, third = ids(loader()), loader(), loader(), loader()
         iterator = iter(first)
-        seen = [next(iterator).ids for _ in range(3)]
+        delivered = [next(iterator).ids for _ in range(3)]
         second.load_state_dict(first.state_dict())
         iterator = iter(second)
-        seen += [next(iterator).ids for _ in range(2)]
+        delivered += [next(iterator).ids for _ in range(2)]
         third.load_state_dict(second.state_dict())
-        assert seen + ids(third) == expected
+        assert delivered + ids(third) == expected
 
     def test_the_state_of_other_data_is_an_error(self) -> None:
         state = {**loader().state_dict(), "length": 3}
@@ -205,10 +205,10 @@ class TestLoader:
         assert torch.equal(torch.get_rng_state(), before)
 
     def test_workers_deliver_the_same(self) -> None:
-        for mine, theirs in zip(loader(), loader(num_workers=1), strict=True):
-            assert isinstance(mine.ids, tuple)
-            assert mine[4:] == theirs[4:]
-            assert torch.equal(mine.features, theirs.features)
+        for batch, expected in zip(loader(), loader(num_workers=1), strict=True):
+            assert isinstance(batch.ids, tuple)
+            assert batch[4:] == expected[4:]
+            assert torch.equal(batch.features, expected.features)
 
 
 def test_seeds_differ_in_every_part() -> None:

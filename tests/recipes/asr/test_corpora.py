@@ -276,16 +276,14 @@ class TestWrongTranscripts:
 
     @pytest.mark.parametrize("name", ["../../secret", "a/b", "..", "/etc/passwd", "a\\b"])
     @pytest.mark.parametrize("row", ["{}\ttrain0\tA\n", "train-000\t{}\tA\n"])
-    def test_a_name_that_leads_elsewhere_is_refused(
-        self, tmp_path: Path, name: str, row: str
-    ) -> None:
+    def test_a_name_with_a_path_is_an_error(self, tmp_path: Path, name: str, row: str) -> None:
         write_an4(tmp_path)
         tsv = tmp_path / "train.tsv"
         tsv.write_text(tsv.read_text() + row.format(name))
         with pytest.raises(CorpusError, match=rf"{tsv}, line 13: the .* is not the name of a file"):
             load(AN4(root=tmp_path))
 
-    def test_so_is_one_in_librispeech(self, tmp_path: Path) -> None:
+    def test_a_name_with_a_path_in_librispeech_is_an_error(self, tmp_path: Path) -> None:
         write_librispeech(tmp_path, "a")
         rewrite(next(tmp_path.rglob("*.trans.txt")), "12-345-0001", "../0001")
         with pytest.raises(

@@ -196,11 +196,11 @@ class Recorder(LightningModule):
     def __init__(self) -> None:
         super().__init__()
         self.layer = torch.nn.Linear(20, 1)
-        self.seen: list[tuple[Any, ...]] = []
+        self.batches: list[tuple[Any, ...]] = []
 
     def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
         total = float(batch.features.double().sum())
-        self.seen.append((self.current_epoch, batch_idx, batch.ids, total))
+        self.batches.append((self.current_epoch, batch_idx, batch.ids, total))
         return self.layer(batch.features).square().mean()
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
@@ -243,7 +243,7 @@ class TestInLightning:
             )
             model = Recorder()
             trainer.fit(model, make(), ckpt_path=ckpt_path)
-            return model.seen
+            return model.batches
 
         uninterrupted = fit([])
         assert len(uninterrupted) == 3 * len(data.train_dataloader())

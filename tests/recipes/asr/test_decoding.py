@@ -40,8 +40,8 @@ def features() -> torch.Tensor:
     return features
 
 
-def _greedy_by_the_book(model: Transducer, features: torch.Tensor, limit: int) -> list[int]:
-    """One utterance, one label at a time, the predictor run anew over all labels."""
+def _plain_greedy(model: Transducer, features: torch.Tensor, limit: int) -> list[int]:
+    """One utterance, one label at a time, with the predictor over all labels each time."""
     length = torch.tensor([len(features)])
     encodings, _ = model.transcribe(features[None], length)
     labels = [0]
@@ -62,7 +62,7 @@ def test_batched_greedy_equals_plain_greedy(
 ) -> None:
     together = greedy_decode(model, features, LENGTHS, max_labels_per_step=limit)
     alone = [
-        _greedy_by_the_book(model, utterance[: int(length)], limit)
+        _plain_greedy(model, utterance[: int(length)], limit)
         for utterance, length in zip(features, LENGTHS, strict=True)
     ]
     assert together == alone
@@ -77,7 +77,7 @@ def test_beam_search_finds_nothing_less_likely_than_greedy(
     assert all(0 < label < 6 for labels in beam for label in labels)
     likelihoods = [_log_likelihood(model, features, labels) for labels in (beam, greedy)]
     # Per label, since that is how torchaudio ranks its hypotheses.
-    sizes = [[len(labels) + 1 for labels in found] for found in (beam, greedy)]
+    sizes = [[len(labels) + 1 for labels in hypotheses] for hypotheses in (beam, greedy)]
     ranks = [
         [value / size for value, size in zip(values, counts, strict=True)]
         for values, counts in zip(likelihoods, sizes, strict=True)

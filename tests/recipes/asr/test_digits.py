@@ -46,8 +46,8 @@ def test_another_seed_says_something_else() -> None:
 
 def test_the_test_part_does_not_depend_on_the_size_of_training(made: Path, tmp_path: Path) -> None:
     load(Digits(train_size=1, validation_size=1, test_size=3), tmp_path)
-    [mine], [theirs] = made.glob("digits/*/test"), tmp_path.glob("digits/*/test")
-    assert contents(mine) == contents(theirs)
+    [part], [expected] = made.glob("digits/*/test"), tmp_path.glob("digits/*/test")
+    assert contents(part) == contents(expected)
 
 
 def test_it_is_synthesized_once(made: Path) -> None:

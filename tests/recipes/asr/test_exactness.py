@@ -1,4 +1,4 @@
-"""The transducer of the recipes on the chip: every logit that of LiteRT's kernels, in every bit."""
+"""The emulated transducer of the recipes: its logits equal LiteRT's kernels in every bit."""
 
 from __future__ import annotations
 

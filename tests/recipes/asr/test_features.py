@@ -143,10 +143,10 @@ class TestStore:
     def test_it_is_computed_once(self, tmp_path: Path, build: Build) -> None:
         cuts = cuts_of(tmp_path)
         build(cuts)
-        [made] = (tmp_path / "cache").rglob("frames.f16")
-        before = made.stat()
+        [frames] = (tmp_path / "cache").rglob("frames.f16")
+        before = frames.stat()
         build(cuts)
-        assert made.stat() == before
+        assert frames.stat() == before
 
     @pytest.mark.parametrize(
         "change",

@@ -35,8 +35,8 @@ def batch() -> Batch:
     texts = ("A B", "CAB", "B")
     return collate(
         [
-            Item(torch.randn(32 - 8 * place, 4), VOCABULARY.encode(text), f"u{place}", text)
-            for place, text in enumerate(texts)
+            Item(torch.randn(32 - 8 * index, 4), VOCABULARY.encode(text), f"u{index}", text)
+            for index, text in enumerate(texts)
         ]
     )
 

@@ -1,4 +1,4 @@
-"""The transducer: shapes, streaming, and what the chip asks of its operators."""
+"""The transducer: shapes, streaming, and the order of its layers."""
 
 from __future__ import annotations
 

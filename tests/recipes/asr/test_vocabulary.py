@@ -70,9 +70,9 @@ def test_it_survives_a_plain_dictionary() -> None:
 
 
 def test_hydra_passes_it_unchanged() -> None:
-    made = instantiate({"_target_": "types.SimpleNamespace"}, vocabulary=NUMBERS)
-    assert isinstance(made, SimpleNamespace)
-    assert made.vocabulary is NUMBERS
+    namespace = instantiate({"_target_": "types.SimpleNamespace"}, vocabulary=NUMBERS)
+    assert isinstance(namespace, SimpleNamespace)
+    assert namespace.vocabulary is NUMBERS
 
 
 def test_units_of_texts_are_sorted() -> None:

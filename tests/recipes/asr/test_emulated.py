@@ -1,4 +1,4 @@
-"""The recipes' transducers on the chip: what stays off it, and that a Conformer is LiteRT's."""
+"""The recipes' transducers emulated: coverage, equality with LiteRT, and streaming."""
 
 from __future__ import annotations
 
@@ -83,9 +83,9 @@ def every_way(
     ids=["rnnt", "conformer", "conformer in chunks"],
 )
 def test_nothing_falls_back_to_the_cpu(build: Any, spec: str, train: bool) -> None:
-    found = coverage(build().train(train), *batch(), spec=spec, forward=every_way)
-    assert {row.operator for row in found.rows} >= {"fully_connected", "lstm", "tanh", "embedding"}
-    assert [row.site for row in found.fallbacks] == []
+    report = coverage(build().train(train), *batch(), spec=spec, forward=every_way)
+    assert {row.operator for row in report.rows} >= {"fully_connected", "lstm", "tanh", "embedding"}
+    assert [row.site for row in report.fallbacks] == []
 
 
 KERNELS = {
@@ -116,26 +116,26 @@ def test_every_instruction_of_a_trained_conformer_equals_litert(chunk_size: int,
             assert set(compared) - {"QUANTIZE"} == KERNELS
 
 
-def whole_and_streamed(chunk_size: int, chunks: int, spec: str) -> tuple[Tensor, Tensor]:
-    """Encodings of unpadded utterances on the chip, at once and in pieces of some chunks."""
+def at_once_and_streamed(chunk_size: int, chunks: int, spec: str) -> tuple[Tensor, Tensor]:
+    """Emulated encodings of unpadded utterances, at once and in pieces of some chunks."""
     model = conformer(chunk_size).eval()
     features = batch()[0]
     with torch.no_grad(), emulate(model, spec) as chip:
         with chip.observing():
             model(*batch())
-        whole, _ = model.transcribe(features, torch.full((3,), FRAMES))
+        at_once, _ = model.transcribe(features, torch.full((3,), FRAMES))
         step = model.encoder.stacking.stride
-        return whole, streamed(model, features, chunks * chunk_size * step)
+        return at_once, streamed(model, features, chunks * chunk_size * step)
 
 
 @pytest.mark.parametrize("chunks", [1, 2])
 @pytest.mark.parametrize("chunk_size", [1, 2, 3])
-def test_streaming_on_the_chip_equals_the_whole(chunk_size: int, chunks: int) -> None:
-    assert torch.equal(*whole_and_streamed(chunk_size, chunks, "litert-int8"))
+def test_emulated_streaming_equals_one_call(chunk_size: int, chunks: int) -> None:
+    assert torch.equal(*at_once_and_streamed(chunk_size, chunks, "litert-int8"))
 
 
-def test_streaming_in_16_bits_differs_by_what_the_softmax_gives_to_masked_keys() -> None:
-    """Its exponential ends at -10: each masked key has two units of 2^-15, on the chip too."""
-    whole, parts = whole_and_streamed(1, 1, "litert-int16x8")
-    assert not torch.equal(whole, parts)
-    assert float((whole - parts).abs().max()) < 1e-3 * float(whole.abs().max())
+def test_streaming_in_16_bits_differs_by_the_softmax_of_masked_keys() -> None:
+    """Its exponential ends at -10: each masked key has two units of 2^-15, in LiteRT too."""
+    at_once, parts = at_once_and_streamed(1, 1, "litert-int16x8")
+    assert not torch.equal(at_once, parts)
+    assert float((at_once - parts).abs().max()) < 1e-3 * float(at_once.abs().max())
