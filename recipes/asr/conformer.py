@@ -171,16 +171,10 @@ class ConformerEncoder(nn.Module):
         lengths: Int[Tensor, " batch"],
         state: State | None = None,
     ) -> tuple[Float[Tensor, "batch steps encoded"], Int[Tensor, " batch"], State]:
-        """Encode ``features``, the continuation of the sound before ``state`` was returned.
+        """Encode ``features``; see :meth:`~recipes.asr.rnnt.Encoder.forward`.
 
-        Args:
-            features: Features, padded at the end.
-            lengths: Number of valid frames of each utterance.
-            state: State that the previous call returned, or None at the start.
-
-        Returns:
-            Encodings, their lengths, and the state for the following frames. In streaming every
-            call except the last must have whole chunks, ``chunk_size * frames_per_step`` frames.
+        In streaming, every call except the last must have complete chunks, which are
+        ``chunk_size * frames_per_step`` frames.
         """
         stacked, frames = self.stacking(features, None if state is None else state[0][0])
         steps = (lengths + self.frames_per_step - 1) // self.frames_per_step
