@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,10 +14,9 @@ from torch import nn
 from lightning_nna import calibrate, coverage, emulate
 from lightning_nna.deploy import export_tflite, verify
 from lightning_nna.emulation.operators.call import Call
-from lightning_nna.emulation.operators.record import registered
+from lightning_nna.emulation.operators.record import Operator, registered
 from lightning_nna.emulation.program import Activation
 from lightning_nna.testing.operator_oracle import CHECKS, Check, Example, check_operator, is_covered
-from tests.plugins import softplus as plugin
 from tests.plugins.softplus import SOFTPLUS
 
 EXAMPLES = [Example(nn.Softplus, ((120, 100),))]
@@ -61,13 +61,17 @@ def test_what_is_wrong_is_named() -> None:
         check_operator("softplus", [Example(nn.Softplus, ((2, 3),))])
 
 
-def test_an_entry_of_the_table_that_is_wrong_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
-    record = plugin._record
+def test_an_entry_of_the_table_that_is_wrong_is_shown() -> None:
+    def wrong(
+        operator: Operator, call: Call, operands: tuple[Activation, ...], y: Activation, **rest: Any
+    ) -> None:
+        assert SOFTPLUS.instructions is not None
+        raised = Activation(y.value + y.qparams.scale, y.qparams)
+        SOFTPLUS.instructions(operator, call, operands, raised, **rest)
 
-    def wrong(call: Call, x: Activation, y: Activation) -> None:
-        record(call, x, Activation(y.value + y.qparams.scale, y.qparams))
-
-    monkeypatch.setattr(plugin, "_record", wrong)
-    message = r"/softplus#0: result 0 of GATHER .*differs .* 12000 of 12000 .*first at \[0, 0\]: "
-    with pytest.raises(AssertionError, match=message):
-        check_operator("softplus", EXAMPLES)
+    broken = dataclasses.replace(
+        SOFTPLUS, name="broken", torch=("log_sigmoid",), instructions=wrong
+    )
+    message = r"/broken#0: result 0 of GATHER .*differs .* 12000 of 12000 .*first at \[0, 0\]: "
+    with registered(broken), pytest.raises(AssertionError, match=message):
+        check_operator(broken, [Example(nn.LogSigmoid, ((120, 100),))])
