@@ -1,4 +1,4 @@
-"""Runs of several processes."""
+"""Tell runs of several processes from runs of one."""
 
 from __future__ import annotations
 
@@ -6,5 +6,5 @@ import torch
 
 
 def is_distributed() -> bool:
-    """Whether other ranks take part in this run."""
+    """Tell if other ranks take part in this run."""
     return torch.distributed.is_available() and torch.distributed.is_initialized()

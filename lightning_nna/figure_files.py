@@ -1,4 +1,4 @@
-"""Figures and reports of callbacks, to disk and to the loggers that take them."""
+"""Write plots and reports of callbacks to disk and to the loggers that take them."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 
 
 def require_matplotlib() -> None:
-    """Raise unless figures can be drawn.
+    """Validate that matplotlib is installed.
 
     Raises:
-        ImportError: Names the extra.
+        ImportError: If it is not; the message names the extra.
     """
     if find_spec("matplotlib") is None:
         raise ImportError(
@@ -31,27 +31,41 @@ def require_matplotlib() -> None:
 
 @contextmanager
 def warned_of(name: str, folder: Path) -> Iterator[None]:
-    """Turn what the disk refuses into a warning: a run is worth more than its report.
+    """Turn errors of writing into a warning: a run is worth more than its report.
 
     Args:
-        name: Of the callback that writes.
-        folder: That it writes to.
+        name: Name of the callback that writes.
+        folder: Folder that it writes to.
     """
     try:
         yield
     except OSError as error:
-        rank_zero_warn(f"{name} could not write to {folder}, and goes on without: {error}")
+        rank_zero_warn(f"{name} could not write to {folder}, and continues without: {error}")
 
 
 def figure_folder(trainer: pl.Trainer, dirpath: Path | None, name: str) -> Path:
-    """Where figures go: ``dirpath``, or a folder ``name`` beside the log; ask on every rank."""
+    """Return the folder of the plots; call it on every rank.
+
+    Args:
+        trainer: Trainer of the run.
+        dirpath: Folder that the user has set, or None for one beside the log.
+        name: Name of the folder beside the log.
+    """
     # The Trainer broadcasts it.
     logged = trainer.log_dir
     return dirpath or Path(logged or trainer.default_root_dir) / name
 
 
 def save_figure(trainer: pl.Trainer, figure: Figure, path: Path, *, key: str, step: int) -> None:
-    """Write a PNG, and hand the figure to TensorBoard and W&B under ``key``."""
+    """Write a PNG, and log the plot to TensorBoard and W&B.
+
+    Args:
+        trainer: Trainer with the loggers.
+        figure: Plot.
+        path: Path of the PNG.
+        key: Key in the loggers.
+        step: Optimizer step that it is logged at.
+    """
     with whole_file(path) as unfinished:
         figure.savefig(unfinished, dpi=150, format="png", metadata={"Software": None})
     for logger in trainer.loggers:

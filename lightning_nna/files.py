@@ -1,4 +1,4 @@
-"""Files that are whole or not there."""
+"""Write files completely or not at all."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ from pathlib import Path
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """Give a name to write to, so that a reader of ``path`` finds the old file or the new one.
+    """Yield a path to write to, so that a reader of ``path`` gets the old file or the new one.
 
     The new file is on the disk before it takes the name, so that a power cut leaves one of the two.
 
     Args:
-        path: Its folder is made where it is missing. If the block fails it is as it was.
+        path: Path of the file; its folder is created if it is missing. If the block fails the file
+            is unchanged.
 
     Raises:
-        OSError: If the folder cannot be made, or the file not be written.
+        OSError: If the folder cannot be created, or the file not be written.
 
     Example:
         >>> import tempfile
@@ -41,7 +42,11 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 
 def flush(path: Path) -> None:
-    """Wait until the disk has a file, or the names in a folder."""
+    """Wait until the disk has a file, or the names in a folder.
+
+    Args:
+        path: Path of the file or the folder.
+    """
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -50,6 +55,11 @@ def flush(path: Path) -> None:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a whole text in UTF-8."""
+    """Write a text in UTF-8, completely or not at all.
+
+    Args:
+        path: Path of the file.
+        text: Contents.
+    """
     with whole_file(path) as unfinished:
         unfinished.write_text(text, encoding="utf-8")

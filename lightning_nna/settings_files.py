@@ -1,4 +1,4 @@
-"""Settings in YAML and JSON files: what is wrong with one is said with the file, key and line."""
+"""Read settings in YAML and JSON files; errors have the file, the key and the line."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def read_yaml(path: str | Path) -> Any:
     r"""Read a YAML file.
 
     Args:
-        path: A text in UTF-8, with or without a byte-order mark.
+        path: Path of a text in UTF-8, with or without a byte-order mark.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -33,7 +33,7 @@ def read_yaml(path: str | Path) -> Any:
     """
     text = _text(path)
     try:
-        _refuse_duplicates(path, text)
+        _validate_keys(path, text)
         return yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is not a YAML file: {error}") from error
@@ -43,7 +43,7 @@ def read_json(path: str | Path) -> Any:
     """Read a JSON file.
 
     Args:
-        path: A text in UTF-8, with or without a byte-order mark.
+        path: Path of a text in UTF-8, with or without a byte-order mark.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -52,12 +52,12 @@ def read_json(path: str | Path) -> Any:
     text = _text(path)
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
-            # JSON is YAML, but for tabs; the parser of YAML knows the lines.
-            _refuse_duplicates(path, text.replace("\t", " "))
+        mapping = dict(pairs)
+        if len(mapping) < len(pairs):
+            # JSON is YAML, except for tabs; the parser of YAML knows the lines.
+            _validate_keys(path, text.replace("\t", " "))
             raise ValueError(f"a key occurs twice among {[key for key, _ in pairs]}")
-        return found
+        return mapping
 
     try:
         return json.loads(text, object_pairs_hook=unique)
@@ -72,22 +72,22 @@ def _text(path: str | Path) -> str:
         raise ValueError(f"{path} is not a text in UTF-8: {error}") from error
 
 
-def _refuse_duplicates(path: str | Path, text: str) -> None:
-    """Raise if a mapping has a key twice."""
-    waiting = [yaml.compose(text, Loader=yaml.SafeLoader)]
-    seen: set[int] = set()
-    while waiting:
-        node = waiting.pop()
-        if id(node) in seen:  # An alias may lead back to the node that holds it.
+def _validate_keys(path: str | Path, text: str) -> None:
+    """Validate that no mapping has a key twice."""
+    nodes = [yaml.compose(text, Loader=yaml.SafeLoader)]
+    visited: set[int] = set()
+    while nodes:
+        node = nodes.pop()
+        if id(node) in visited:  # An alias may lead back to the node that holds it.
             continue
-        seen.add(id(node))
+        visited.add(id(node))
         if isinstance(node, yaml.SequenceNode):
-            waiting += node.value
+            nodes += node.value
         if not isinstance(node, yaml.MappingNode):
             continue
         first: dict[Hashable, int] = {}
         for key, value in node.value:
-            waiting.append(value)
+            nodes.append(value)
             name = (key.tag, key.value) if isinstance(key, yaml.ScalarNode) else id(key)
             line = key.start_mark.line + 1
             if name in first:

@@ -1,4 +1,4 @@
-"""The way to the chip: programs for its tool chain, and packed weights."""
+"""Export programs for the accelerator's tool chain, and pack weights."""
 
 # First: without the extra nothing below can be imported.
 from lightning_nna.deploy import _extra as _extra

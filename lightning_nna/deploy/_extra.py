@@ -1,4 +1,4 @@
-"""Packages that deployment needs beyond this one."""
+"""Validate that the packages of the extra ``deploy`` are installed."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from importlib.util import find_spec
 _MODULES = ("ai_edge_litert", "flatbuffers", "safetensors")
 
 
-def demand_extra() -> None:
-    """Demand the packages of the extra ``deploy``.
+def require_extra() -> None:
+    """Validate that the packages of the extra ``deploy`` are installed.
 
     Raises:
-        ModuleNotFoundError: Names the extra and what is missing of it.
+        ModuleNotFoundError: If one is missing; names it and the extra.
     """
     missing = [name for name in _MODULES if find_spec(name) is None]
     if missing:
@@ -22,4 +22,4 @@ def demand_extra() -> None:
         )
 
 
-demand_extra()
+require_extra()

@@ -1,8 +1,8 @@
-"""One forward of a module on the chip, at one shape, as a program of the chip.
+"""Capture one emulated forward of a module, at one shape, as a program of the accelerator.
 
-Every operator reports the instruction that it has emulated; :mod:`.provenance` says where its
-operands came from, and :mod:`.movement` what moves them there. So nothing is taken from the
-module's code: whatever it does in Python, the program is what has run.
+Every operator reports the instruction that it has emulated; :mod:`.provenance` follows the origin
+of its operands, and :mod:`.layout` lays them out. The module's code is never read: whatever it does
+in Python, the program is the instructions that have run.
 """
 
 from __future__ import annotations
@@ -32,29 +32,30 @@ def capture(
     forward: Callable[..., Any] | None = None,
     allow_cpu: bool = False,
 ) -> Program:
-    """Run a module on the chip once and give its instructions as a program.
+    """Run a module emulated once and return its instructions as a program.
 
-    Float arguments become integer inputs on the grid on which the network first reads them (one
-    input for each grid); those that an operator of the chip has made keep theirs. Integer arguments
-    are inputs where a table is looked up; where they only steer, as lengths do, they are fixed.
-    Results that are no activations (integers, masks, arguments that are passed on) are left out.
+    Float arguments become integer inputs with the quantization parameters with which the network
+    first reads them (one input for each); results of emulated operators keep theirs. Integer
+    arguments are inputs if a table is looked up with them; if they only decide, as lengths do, they
+    are fixed. Results that are no activations (integers, masks, arguments that are passed on) are
+    left out.
 
     Args:
-        module: A module on the chip, calibrated.
-        example_inputs: Arguments of the forward, nested in lists and tuples as it likes; their
-            shapes are the program's.
-        forward: How the module runs, called with it and the arguments; None for its own forward.
-        allow_cpu: Whether operators of :mod:`.cpu_operators`, which no chip has, become float
-            operators of the program that run on the CPU. What they give is not promised to be the
-            emulation's in every bit; :func:`.verify` says how much of it is.
+        module: Emulated module, calibrated.
+        example_inputs: Arguments of the forward, in any nesting of lists and tuples; their shapes
+            are the program's.
+        forward: Function of the module and the arguments that runs it; None for its own forward.
+        allow_cpu: Whether operators of :mod:`.cpu_operators`, which no accelerator has, become
+            float operators of the program that run on the CPU. Their results are not promised to be
+            the emulation's in every bit; :func:`.verify` measures the fraction that is.
 
     Returns:
         The program.
 
     Raises:
         TypeError: If ``example_inputs`` is a tensor or a mapping.
-        CaptureError: If the module is not on a chip or not calibrated, if an operator is not the
-            chip's, or if a value comes from one that is not.
+        CaptureError: If the module is not emulated or not calibrated, if an operator is not
+            emulated, or if a value comes from one that is not.
 
     Example:
         >>> from lightning_nna import calibrate
@@ -79,14 +80,14 @@ def capture(
             "of its example, so export it with at least one of a batch"
         )
     recorder = Recorder(emulator, allow_cpu=allow_cpu)
-    with recorder.asked(), on_chip(module, emulator), recorder.listening():
-        kept = attributes_of(module)
-        recorder.follow_state(kept)
+    with recorder.python_reads(), on_chip(module, emulator), recorder.listening():
+        attributes = attributes_of(module)
+        recorder.follow_attributes(attributes)
         copies = [recorder.argument(k, x) for k, x in enumerate(leaves)]
-        result = called(module, forward)(*tree_unflatten(copies, form))
+        result = forward_of(module, forward)(*tree_unflatten(copies, form))
         results = tree_leaves(result)
         outputs = [recorder.result(k, x) for k, x in enumerate(results)]
-        recorder.refuse_state(module, kept)
+        recorder.validate_state(module, attributes)
     ports = [port for each in outputs for port in each]
     if not ports:
         raise CaptureError("no result of the forward is an activation: there is nothing to export")
@@ -99,7 +100,7 @@ def capture(
 
 @contextmanager
 def on_chip(module: nn.Module, emulator: Emulator) -> Iterator[None]:
-    """Every bit of evaluation on the chip; afterwards the module is as it was."""
+    """Run a module emulated and in evaluation mode; afterwards it is unchanged."""
     training = [(each, each.training) for each in module.modules()]
     module.eval()
     try:
@@ -110,13 +111,20 @@ def on_chip(module: nn.Module, emulator: Emulator) -> Iterator[None]:
             each.training = mode
 
 
-def called(module: nn.Module, forward: Callable[..., Any] | None) -> Callable[..., Any]:
-    """How a module runs."""
+def forward_of(module: nn.Module, forward: Callable[..., Any] | None) -> Callable[..., Any]:
+    """Return the function of the arguments that runs a module."""
     return module if forward is None else partial(forward, module)
 
 
 def emulator_of(module: nn.Module) -> Emulator:
-    """The emulator of a module that can be exported; a :class:`CaptureError` says why not."""
+    """Return the emulator of a module that can be exported.
+
+    Args:
+        module: Emulated module, calibrated.
+
+    Raises:
+        CaptureError: If it cannot be exported; the message has the reason.
+    """
     emulator = attached(module)
     if emulator is None or not emulator.calibrated:
         raise CaptureError(
@@ -126,20 +134,22 @@ def emulator_of(module: nn.Module) -> Emulator:
     if differences := _differences(emulator.spec):
         raise CaptureError(
             f"there is no .tflite program in the arithmetic of {emulator.spec.name!r}: "
-            f"{'; '.join(differences)}; put the module on a spec without that, as the presets "
-            f"litert-int8, litert-int16x8 and ethos-u are"
+            f"{'; '.join(differences)}; emulate the module with a spec without that, as the "
+            f"presets litert-int8, litert-int16x8 and ethos-u are"
         )
     if pipeline_of(module).phase == "train":
-        raise CaptureError("in the middle of a training step weights are not those that deploy")
+        raise CaptureError(
+            "in a training step the weights are not the deployed ones: export after it"
+        )
     return emulator
 
 
 def _differences(spec: NNASpec) -> list[str]:
-    """Fields of a spec whose arithmetic the kernels of a .tflite program do not have.
+    """List fields of a spec whose arithmetic the kernels of a .tflite program do not have.
 
     Weights and biases of fewer bits, one weight scale a tensor and operators that run on the CPU
-    change the integers of a program and not its kernels. Rounding twice everywhere is what
-    processors make of a program of 8 bits.
+    change the integers of a program and not its kernels. Processors run a program of 8 bits with
+    two roundings everywhere.
     """
     bits = spec.activation_bits
     roundings = ("reference", "double") if bits == 8 else ("reference",)

@@ -1,15 +1,15 @@
-"""Float operators of a forward that a runtime computes on its CPU, between the chip's integers.
+"""Float operators of a forward that a runtime computes on its CPU, between quantized tensors.
 
-The chip's integers leave their grid, the operator computes in float32, and whatever the chip reads
-of its result comes back onto a grid, as in the emulator:
+The operand is dequantized, the operator computes in float32, and each emulated operator that reads
+the result quantizes it, as in the emulation:
 
     DEQUANTIZE -> EXP -> QUANTIZE
 
-The emulator computes such an operator with PyTorch, the program with the runtime's own function.
+The emulation computes such an operator with PyTorch, the program with the runtime's own function.
 Square roots and their reciprocals, squares, absolute values and `floor` are the same in every bit.
-The emulator rounds an exponential, a logarithm, a sine and a cosine from float64. The last bit of
-the runtime's float32 may be another, which is seen after the rounding to 8 bits rarely, but is not
-promised not to be.
+The emulation rounds an exponential, a logarithm, a sine and a cosine from float64. The last bit of
+the runtime's float32 may differ; after the rounding to 8 bits this rarely changes an integer, but
+it may.
 """
 
 from __future__ import annotations
@@ -20,39 +20,44 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from lightning_nna.deploy.elements import Elements
-from lightning_nna.deploy.graph import CaptureError, Graph, form_of
-from lightning_nna.deploy.layout import codes_of, same, tensors_in
+from lightning_nna.deploy.graph import CaptureError, Graph, spec_of
+from lightning_nna.deploy.layout import codes_of, equal_codes, tensors_in
+from lightning_nna.deploy.provenance_map import ProvenanceMap
 from lightning_nna.emulation.operators.catalog import kernels
 from lightning_nna.emulation.program import Stored
 
 
 class CpuOperators:
-    """Takes float operators of a forward down.
+    """Record the float operators of a forward.
 
     Args:
-        graph: The program so far.
-        elements: Where everything is.
-        on_chip: Gives the tensor that holds an activation, or None for what is on no grid.
+        graph: Program so far.
+        provenance_map: Codes of the forward so far.
+        quantized_tensor: Function that returns the number of the tensor of an activation, given the
+            call site that reads it and the activation; None for one that is not quantized.
     """
 
     def __init__(
-        self, graph: Graph, elements: Elements, on_chip: Callable[[str, Tensor], int | None]
+        self,
+        graph: Graph,
+        provenance_map: ProvenanceMap,
+        quantized_tensor: Callable[[str, Tensor], int | None],
     ) -> None:
-        self.graph, self.elements, self._on_chip = graph, elements, on_chip
-        self._made: set[int] = set()
+        self.graph, self.provenance_map = graph, provenance_map
+        self._quantized_tensor = quantized_tensor
+        self._results: set[int] = set()
         self._quantized: dict[tuple[Any, ...], int] = {}
 
-    def take(self, key: str, operands: Any, result: Any) -> bool:
-        """Take one down, and say whether a runtime has it.
+    def record(self, key: str, operands: Any, result: Any) -> bool:
+        """Record an operator; tell if a runtime has it.
 
         Args:
-            key: Of its call site.
+            key: Key of its call site.
             operands: Positional and keyword arguments.
-            result: What it has given.
+            result: Result in the forward.
 
         Raises:
-            CaptureError: If its operand is an argument in float, or was moved in float.
+            CaptureError: If its operand is an argument in float, or was laid out in float.
         """
         (args, kwargs), kernel = operands, cpu_kernel(key)
         if kernel is None or len(args) != 1 or kwargs or not result.numel():
@@ -60,57 +65,62 @@ class CpuOperators:
         (x,) = args
         if x.untyped_storage()._cdata == result.untyped_storage()._cdata:
             return False  # In place: its operand is gone.
-        source = self._on_chip(key, x)
-        floats = self._left_the_grid(key, x, source) if source is not None else self._held(key, x)
-        made = self._float(f"{key}/{kernel.lower()}", result)
-        self.graph.run(kernel, key, [floats], [made], {})
-        addresses = self.elements.addresses(Stored(result, "float32", source=result))
-        self.elements.define("float32", addresses, codes_of(made, np.arange(result.numel())))
+        source = self._quantized_tensor(key, x)
+        if source is not None:
+            floats = self._dequantize(key, x, source)
+        else:
+            floats = self._result_of(key, self.provenance_map.resolve(x, "float32", key))
+        number = self._float(f"{key}/{kernel.lower()}", result)
+        self.graph.run(kernel, key, [floats], [number], {})
+        ids = self.provenance_map.ids(Stored(result, "float32", source=result))
+        self.provenance_map.define("float32", ids, codes_of(number, np.arange(result.numel())))
         return True
 
-    def made(self, number: int) -> bool:
-        """Whether a tensor is a result of one, in float."""
-        return number in self._made
+    def is_result(self, number: int) -> bool:
+        """Tell if a tensor is the result of such an operator, in float."""
+        return number in self._results
 
-    def quantized(self, site: str, codes: Any, grid: Stored) -> int:
-        """The tensor with a result, given by its codes, on a grid.
+    def quantize(self, site: str, codes: Any, stored: Stored) -> int:
+        """Return the tensor with a quantized result.
+
+        Args:
+            site: Call site that reads it.
+            codes: Codes of the result.
+            stored: Integers and quantization parameters of the forward.
 
         Raises:
-            CaptureError: If it was moved in float.
+            CaptureError: If the result was laid out in float.
         """
-        number = self._whole(site, codes)
-        key = (number, grid.dtype, float(grid.scale), grid.zero_point)
+        source = self._result_of(site, codes)
+        key = (source, stored.dtype, float(stored.scale), stored.zero_point)
         if key not in self._quantized:
-            integers = grid.integers.numpy()
-            made = self.graph.add(f"{site}/quantize", form_of(grid), integers)
-            self.graph.run("QUANTIZE", site, [number], [made], {})
-            self._quantized[key] = made
+            integers = stored.integers.numpy()
+            number = self.graph.add(f"{site}/quantize", spec_of(stored), integers)
+            self.graph.run("QUANTIZE", site, [source], [number], {})
+            self._quantized[key] = number
         return self._quantized[key]
 
-    def _left_the_grid(self, key: str, x: Tensor, source: int) -> int:
-        made = self._float(f"{key}/dequantize", x)
-        self.graph.run("DEQUANTIZE", key, [source], [made], {})
-        return made
+    def _dequantize(self, key: str, x: Tensor, source: int) -> int:
+        number = self._float(f"{key}/dequantize", x)
+        self.graph.run("DEQUANTIZE", key, [source], [number], {})
+        return number
 
-    def _held(self, key: str, x: Tensor) -> int:
-        """The result of another operator of the CPU, taken as it is."""
-        return self._whole(key, self.elements.resolve(x, "float32", key))
-
-    def _whole(self, where: str, codes: Any) -> int:
+    def _result_of(self, where: str, codes: Any) -> int:
+        """Return the result that has all of these codes, in their order."""
         sources = tensors_in(codes)
-        if len(sources) == 1 and sources[0] in self._made:
+        if len(sources) == 1 and sources[0] in self._results:
             count = int(np.prod(self.graph.specs[sources[0]].shape))
-            if codes.size == count and same(codes, codes_of(sources[0], np.arange(count))):
+            if codes.size == count and equal_codes(codes, codes_of(sources[0], np.arange(count))):
                 return sources[0]
         raise CaptureError(
-            f"{where} reads floats that no operator of the CPU has left so: move values while they "
-            "are on the chip, and bring an argument onto it first"
+            f"{where} reads floats that no operator of the CPU computes in this layout: transpose, "
+            "slice and join values while they are quantized, and quantize an argument first"
         )
 
     def _float(self, name: str, x: Tensor) -> int:
         stored = Stored(x.detach(), "float32")
-        number = self.graph.add(name, form_of(stored), x.detach().numpy())
-        self._made.add(number)
+        number = self.graph.add(name, spec_of(stored), x.detach().numpy())
+        self._results.add(number)
         return number
 
 

@@ -2,7 +2,7 @@
 
 Files are written through the flatbuffer schema that ai-edge-litert ships. The same graph always
 gives the same bytes: constants of equal contents share a buffer, and nothing depends on time or
-place.
+path.
 
     x = TensorSpec((2, 3), "int8", scale=0.1, zero_point=-4)
     y = TensorSpec((2, 3), "int8", scale=1 / 256, zero_point=-128)
@@ -141,11 +141,11 @@ def build_model(
     """Return the .tflite file of one graph.
 
     Args:
-        tensors: By name.
-        operators: In the order in which they run.
+        tensors: Tensors by name.
+        operators: Operators, in the order in which they run.
         inputs: Names of the graph's inputs.
         outputs: Names of its outputs.
-        metadata: What to put beside the graph, by name.
+        metadata: Bytes that are stored with the graph, by name.
     """
     index = {name: position for position, name in enumerate(tensors)} | {"": -1}
     codes: dict[str, int] = {}
@@ -198,7 +198,7 @@ class _Buffers:
         self._known: dict[bytes, int] = {}
 
     def add(self, data: np.ndarray) -> int:
-        """Number of the buffer that holds some data."""
+        """Return the number of the buffer that holds some data."""
         contents = np.ascontiguousarray(data).reshape(-1).view(np.uint8)
         key = contents.tobytes()
         if key not in self._known:

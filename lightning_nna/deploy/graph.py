@@ -13,11 +13,11 @@ from numpy.typing import NDArray
 from lightning_nna.deploy.flatbuffer import OperatorSpec, TensorSpec, options_of
 from lightning_nna.deploy.layout import (
     Codes,
-    Movements,
-    belong,
+    LayoutBuilder,
+    apply_layout_operator,
     codes_of,
     elements_in,
-    moved_integers,
+    refers_to,
     tensors_in,
 )
 from lightning_nna.emulation.operators.catalog import kernels
@@ -28,21 +28,22 @@ Integers = NDArray[np.int64]
 
 
 class CaptureError(ValueError):
-    """A forward that is no program of the chip; the message names the call site and the remedy."""
+    """A forward that is no program; the message names the call site and the remedy."""
 
 
 @dataclass(frozen=True)
 class Port:
-    """Where a tensor of the caller enters or leaves a program.
+    """The entry or exit of a tensor of the caller in a program.
 
     Args:
         tensor: Name of the program's tensor.
-        position: Which of the caller's tensors: of the arguments, or of the results, nested ones
-            one after the other.
-        shape: Of the caller's tensor.
-        from_chip: Whether it comes from an operator of the chip, and was on its grid before.
-        part: First element and end of what it is of the caller's tensor, flat; None for all of it.
-            States of several layers in one tensor are such parts, each on a grid of its own.
+        position: Position of the caller's tensor among the arguments, or among the results, nested
+            ones one after the other.
+        shape: Shape of the caller's tensor.
+        from_chip: Whether it comes from an emulated operator, and so was quantized before.
+        part: First element and end of the part of the caller's tensor, flat; None for all of it.
+            States of several layers in one tensor are such parts, each with quantization parameters
+            of its own.
     """
 
     tensor: str
@@ -54,17 +55,17 @@ class Port:
 
 @dataclass(frozen=True)
 class Program:
-    """A network as instructions of the chip, at one shape.
+    """A network as instructions of the accelerator, at one shape.
 
     Args:
-        tensors: By name, in the order in which they came up.
-        operators: In the order in which they run.
+        tensors: Tensors by name, in the order of their first use.
+        operators: Operators, in the order in which they run.
         sites: Call site of each operator.
-        inputs: What the caller gives.
-        outputs: What the caller gets.
-        fixed: Arguments that are part of the program, by position: what steered the forward, as
-            nested lists, and what is no tensor.
-        spec: Name of the chip.
+        inputs: Ports of the arguments.
+        outputs: Ports of the results.
+        fixed: Arguments that are part of the program, by position: integers that decided about the
+            forward, as nested lists, and arguments that are no tensors.
+        spec: Name of the spec.
         left_out: Positions of results that are no activations, as arguments that are passed on, or
             that are empty.
     """
@@ -80,9 +81,10 @@ class Program:
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of all constants, each counted once."""
-        found = {spec.data.tobytes() for spec in self.tensors.values() if spec.data is not None}
-        return sum(map(len, found))
+        """Return the bytes of all constants, each counted once."""
+        tensors = self.tensors.values()
+        constants = {spec.data.tobytes() for spec in tensors if spec.data is not None}
+        return sum(map(len, constants))
 
 
 @dataclass
@@ -94,20 +96,32 @@ class Graph:
     values: list[Integers] = field(default_factory=list)
     operators: list[OperatorSpec] = field(default_factory=list)
     sites: list[str] = field(default_factory=list)
-    _taken: dict[str, int] = field(default_factory=dict)
+    _name_counts: dict[str, int] = field(default_factory=dict)
     _constants: dict[tuple[Any, ...], int] = field(default_factory=dict)
 
     def add(self, name: str, spec: TensorSpec, values: Integers) -> int:
-        """A new tensor under a name of its own."""
-        count = self._taken.get(name, 0)
-        self._taken[name] = count + 1
+        """Add a tensor under a name of its own, and return its number.
+
+        Args:
+            name: Name; a number is appended if it is not the first tensor of this name.
+            spec: Type, shape and quantization parameters.
+            values: Integers in the forward, in the shape of the tensor.
+        """
+        count = self._name_counts.get(name, 0)
+        self._name_counts[name] = count + 1
         self.names.append(name if count == 0 else f"{name}:{count}")
         self.specs.append(spec)
         self.values.append(values)
         return len(self.specs) - 1
 
     def constant(self, name: str, spec: TensorSpec, values: Integers) -> int:
-        """A tensor of the program; one that is there already is taken again."""
+        """Add a constant, and return its number; an equal one is used again.
+
+        Args:
+            name: Name, if it is new.
+            spec: Type and quantization parameters.
+            values: Integers, in the shape of the constant.
+        """
         data = np.ascontiguousarray(values.astype(spec.dtype))
         scales, axis = spec.scales, spec.quantized_dimension
         key = (spec.dtype, data.shape, data.tobytes(), scales.tobytes(), spec.zero_point, axis)
@@ -125,7 +139,16 @@ class Graph:
         options: Mapping[str, Any],
         intermediates: Sequence[int] = (),
     ) -> None:
-        """Append an instruction."""
+        """Append an instruction.
+
+        Args:
+            operator: Name in the schema.
+            site: Call site.
+            inputs: Numbers of its operands; None for an absent one.
+            outputs: Numbers of its results.
+            options: Fields of its options, by the schema's names.
+            intermediates: Numbers of tensors that have scales alone.
+        """
         self.sites.append(site)
         self.operators.append(
             OperatorSpec(
@@ -138,44 +161,49 @@ class Graph:
         )
 
     def integers_of(self, codes: Codes, fill: int) -> Integers:
-        """Integers that codes stand for."""
+        """Return the integers that codes stand for, in their shape; ``fill`` for no tensor."""
         values = np.full(codes.shape, fill)
         for number in tensors_in(codes):
-            held = self.values[number].reshape(-1)
-            mask = belong(codes, number)
-            values[mask] = held[elements_in(codes[mask])]
+            flat = self.values[number].reshape(-1)
+            mask = refers_to(codes, number)
+            values[mask] = flat[elements_in(codes[mask])]
         return values
 
-    def demand_grid(self, number: int, form: TensorSpec, where: str) -> None:
-        """Refuse an operand that is read on another grid than it was made on."""
+    def validate_qparams(self, number: int, form: TensorSpec, where: str) -> None:
+        """Validate that an operand is read with the quantization parameters of its tensor.
+
+        Raises:
+            CaptureError: If not; the message has both.
+        """
         spec = self.specs[number]
-        found = (spec.dtype, float(spec.scales[0]), spec.zero_point)
-        if found != (form.dtype, float(form.scales[0]), form.zero_point):
+        written = (spec.dtype, float(spec.scales[0]), spec.zero_point)
+        if written != (form.dtype, float(form.scales[0]), form.zero_point):
             raise CaptureError(
-                f"{where} is read on another grid ({form.dtype}, scale {form.scales[0]}, zero "
-                f"point {form.zero_point}) than it was made on {found}: pass it through an operator"
+                f"{where} is read with other quantization parameters ({form.dtype}, scale "
+                f"{form.scales[0]}, zero point {form.zero_point}) than it was written with "
+                f"{written}: pass it through an operator"
             )
 
     def finish(
         self, inputs: Sequence[Port], outputs: Sequence[Port], fixed: Mapping[int, Any], spec: str
     ) -> Program:
-        """The program, without what no output needs."""
+        """Return the program, without instructions and tensors that no output needs."""
         needed = {port.tensor for port in outputs}
-        kept: list[int] = []
+        order: list[int] = []
         variables = {n for n, s in zip(self.names, self.specs, strict=True) if s.is_variable}
         for number in reversed(range(len(self.operators))):
             each = self.operators[number]
-            # What writes a state that is needed has no other output that says so.
+            # An instruction that writes a needed state may have no other needed output.
             if needed.intersection([*each.outputs, *variables.intersection(each.inputs)]):
-                kept.append(number)
+                order.append(number)
                 needed.update(each.inputs, each.outputs, each.intermediates)
-        kept.reverse()
+        order.reverse()
         ports = [port for port in inputs if port.tensor in needed]
         tensors = {n: s for n, s in zip(self.names, self.specs, strict=True) if n in needed}
         return Program(
             tensors,
-            tuple(self.operators[number] for number in kept),
-            tuple(self.sites[number] for number in kept),
+            tuple(self.operators[number] for number in order),
+            tuple(self.sites[number] for number in order),
             tuple(ports),
             tuple(outputs),
             fixed,
@@ -183,8 +211,8 @@ class Graph:
         )
 
 
-def form_of(stored: Stored) -> TensorSpec:
-    """The form of a tensor, without its data."""
+def spec_of(stored: Stored) -> TensorSpec:
+    """Return the spec of a tensor, without its data."""
     scale = stored.scale
     return TensorSpec(
         tuple(stored.integers.shape),
@@ -196,8 +224,22 @@ def form_of(stored: Stored) -> TensorSpec:
     )
 
 
-def quantized(x: Any, dtype: str, scale: float, zero_point: int) -> Any:
-    """Floats on a grid as LiteRT's QUANTIZE has them, int64."""
+def quantize(x: Any, dtype: str, scale: float, zero_point: int) -> Any:
+    """Quantize floats as LiteRT's QUANTIZE does.
+
+    Args:
+        x: Floats, any shape.
+        dtype: Type of the integers, as ``"int8"``.
+        scale: Step size, positive.
+        zero_point: Integer that stands for 0.
+
+    Returns:
+        Integers, int64, in the shape of ``x``.
+
+    Example:
+        >>> quantize(np.array([0.25, -0.75, 100.0]), "int8", 0.5, -1)  # 0.5 and -1.5 round away
+        array([  0,  -3, 127])
+    """
     scaled = x.astype(np.float32) / np.float32(scale)
     limits = np.iinfo(dtype)
     rounded = np.trunc(scaled + np.copysign(np.float32(0.5), scaled)).astype(np.int64)
@@ -216,74 +258,76 @@ def operand_name(operator: str, position: int) -> str:
 
 
 def is_float(stored: Stored | None) -> bool:
-    """Whether an operand is not on a grid yet."""
+    """Tell if an operand is not quantized yet."""
     return stored is not None and stored.dtype == "float32"
 
 
 def dtype_of(x: torch.Tensor) -> str:
-    """Type in which an argument comes in."""
+    """Return the type of an argument in a program."""
     if x.is_floating_point():
         return "float32"
     return "bool" if x.dtype == torch.bool else "int32"
 
 
-def width_of_grid(grid: QParams) -> str:
-    """Type of integers on a grid."""
-    return "int8" if grid.bits == 8 else "int16"
+def dtype_of_qparams(qparams: QParams) -> str:
+    """Return the type of integers with these quantization parameters."""
+    return "int8" if qparams.bits == 8 else "int16"
 
 
-class MovedTensors:
-    """Tensors that movements make of a program's tensors, each movement once.
+class LayoutTensors:
+    """Tensors that layout operators compute from a program's tensors, each operator once.
 
     Args:
-        graph: The program so far.
-        changing: Tensors whose values are others from one use to the next.
+        graph: Program so far.
+        changing: Numbers of tensors whose values change from one use to the next.
     """
 
     def __init__(self, graph: Graph, changing: Container[int]) -> None:
         self.graph, self._changing = graph, changing
-        self._made: dict[tuple[Any, ...], int] = {}
+        self._results: dict[tuple[Any, ...], int] = {}
 
     def tensor(self, codes: Codes, values: Any, form: TensorSpec, name: str) -> int:
-        """The tensor with these elements, made by movements where there is none.
+        """Return the tensor with these elements, laid out by operators if there is none.
 
         Args:
-            codes: Which element of which tensor stands where.
-            values: The integers.
-            form: Type and grid.
-            name: Of what is made.
+            codes: Codes in the shape of the tensor.
+            values: Integers of the tensor, in its shape.
+            form: Type and quantization parameters.
+            name: Name of the tensors that are computed.
         """
-        whole = [k for k in tensors_in(codes) if codes.shape == self.graph.specs[k].shape]
-        for number in whole:
+        candidates = [k for k in tensors_in(codes) if codes.shape == self.graph.specs[k].shape]
+        for number in candidates:
             if np.array_equal(codes, codes_of(number, np.arange(codes.size)).reshape(codes.shape)):
                 return number
-        movements = Movements(
+        builder = LayoutBuilder(
             lambda operator, inputs, shape, options: self._emit(
                 operator, inputs, shape, options, form, name
             ),
             lambda integers: self.graph.constant(f"{name}/fill", form, integers),
             lambda number: self.graph.specs[number].shape,
         )
-        return movements.make(codes, values)
+        return builder.build(codes, values)
 
     def _emit(
         self, operator: str, inputs: Any, shape: Any, options: Any, form: TensorSpec, name: str
     ) -> int:
-        """One movement, unless it has been made before."""
+        """Append a layout operator, unless its result is there already."""
         numbers = [
             self._shape_constant(name, x) if isinstance(x, np.ndarray) else x for x in inputs
         ]
         changes = any(number in self._changing for number in numbers)
         key = (operator, tuple(numbers), tuple(shape), repr(sorted(options.items())))
-        if key in self._made and not changes:
-            return self._made[key]
+        if key in self._results and not changes:
+            return self._results[key]
         result = replace(form, shape=tuple(shape), is_variable=False, data=None)
-        values = moved_integers(operator, [self.graph.values[k] for k in numbers], shape, options)
+        values = apply_layout_operator(
+            operator, [self.graph.values[k] for k in numbers], shape, options
+        )
         number = self.graph.add(f"{name}/{operator.lower()}", result, values)
         self.graph.run(operator, name, numbers, [number], options)
-        self._made[key] = number
+        self._results[key] = number
         return number
 
     def _shape_constant(self, name: str, x: Any) -> int:
-        form = form_of(Stored(torch.from_numpy(x).long(), "int32"))
-        return self.graph.constant(f"{name}/form", form, x.astype(np.int64))
+        form = spec_of(Stored(torch.from_numpy(x).long(), "int32"))
+        return self.graph.constant(f"{name}/shape", form, x.astype(np.int64))

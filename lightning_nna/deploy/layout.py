@@ -1,9 +1,9 @@
-"""From addresses to movements: which instructions put elements where an operand has them.
+"""Lay out the elements of an operand by instructions of a program.
 
 An operand is an array of codes, each a tensor of the program and an element of it. One tensor's
-elements in regular steps are a view: a reshape, a slice, a transposition, a reversal, a broadcast.
-What is no view is cut along an axis into parts that are, and concatenated. What is not even that is
-gathered, which no accelerator does.
+elements at regular strides are a view: a reshape, a slice, a transposition, a reversal, a
+broadcast. An operand that is no view is cut along an axis into parts that are, and concatenated. If
+that fails, too, it is gathered, which no accelerator does.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 NO_TENSOR = -1
 # The lower bits of a code are the element.
 _ELEMENT_BITS = 40
-# Cuts beyond which elements are gathered, and axes that the kernels of slices take.
+# Most parts of a concatenation, beyond which elements are gathered, and most axes of a slice.
 _MOST_PARTS = 32
 _MOST_AXES = 5
 
@@ -29,44 +29,53 @@ Codes = NDArray[np.int64]
 
 
 def codes_of(tensor: int, elements: NDArray[np.int64]) -> Codes:
-    """Codes of elements of one tensor."""
+    """Return the codes of elements of one tensor.
+
+    Args:
+        tensor: Number of the tensor.
+        elements: Flat indices into the tensor, int64, any shape.
+
+    Example:
+        >>> codes_of(1, np.array([0, 5])).tolist()  # 1 * 2 ** 40 + element
+        [1099511627776, 1099511627781]
+    """
     return (tensor << _ELEMENT_BITS) + elements
 
 
 def tensors_in(codes: Codes) -> list[int]:
-    """Tensors that codes refer to, ascending."""
+    """Return the numbers of the tensors that codes refer to, ascending."""
     return [int(x) for x in np.unique(codes[codes >= 0] >> _ELEMENT_BITS)]
 
 
 def tensor_of(codes: Codes) -> Codes:
-    """The tensor that each code refers to; negative where it refers to none."""
+    """Return the number of the tensor of each code; negative if it refers to none."""
     return codes >> _ELEMENT_BITS
 
 
 def elements_in(codes: Codes) -> NDArray[np.int64]:
-    """Elements that codes refer to."""
+    """Return the flat indices of the elements that codes refer to."""
     return codes & ((1 << _ELEMENT_BITS) - 1)
 
 
-def belong(codes: Codes, tensor: int) -> NDArray[np.bool_]:
-    """Which codes refer to a tensor."""
+def refers_to(codes: Codes, tensor: int) -> NDArray[np.bool_]:
+    """Tell for each code if it refers to a tensor."""
     return codes >> _ELEMENT_BITS == tensor
 
 
-def same(a: Codes, b: Codes) -> bool:
-    """Whether codes are equal, in whatever shape."""
+def equal_codes(a: Codes, b: Codes) -> bool:
+    """Tell if codes are equal, whatever their shapes."""
     return a.size == b.size and bool((a.reshape(-1) == b.reshape(-1)).all())
 
 
 @dataclass(frozen=True)
 class View:
-    """Regular steps through a tensor: a box of it, its axes in another order.
+    """Regular strides through a tensor: a box of it, its axes in another order.
 
     Args:
-        shape: Shape as which the source is read.
+        shape: Shape that the source is reshaped to.
         begin: First index of the box on each axis.
-        sizes: Indices of the box on each axis.
-        steps: From one index of the box to the next.
+        sizes: Number of indices of the box on each axis.
+        strides: Distance from one index of the box to the next on each axis.
         order: Axes of the result as axes of the box without those of size 1.
         reversed: Axes of the result that run backwards.
         spread: Shape of the result before it is broadcast, with ones.
@@ -76,20 +85,24 @@ class View:
     shape: tuple[int, ...]
     begin: tuple[int, ...]
     sizes: tuple[int, ...]
-    steps: tuple[int, ...]
+    strides: tuple[int, ...]
     order: tuple[int, ...]
     reversed: tuple[int, ...]
     spread: tuple[int, ...]
     result: tuple[int, ...]
 
     @property
-    def is_whole(self) -> bool:
-        """Whether the box is all of the source."""
+    def is_full(self) -> bool:
+        """Tell if the box is all of the source."""
         return self.sizes == self.shape
 
 
 def view_of(elements: NDArray[np.int64], source: Sequence[int]) -> View | None:
-    """The view of a tensor of shape ``source`` that has these elements, if there is one.
+    """Find the view of a tensor that has these elements, if there is one.
+
+    Args:
+        elements: Flat indices into the tensor, int64, in the shape of the result.
+        source: Shape of the tensor.
 
     Example:
         >>> view = view_of(np.arange(24).reshape(2, 3, 4)[:, 1:].transpose(2, 1, 0), (2, 3, 4))
@@ -97,73 +110,80 @@ def view_of(elements: NDArray[np.int64], source: Sequence[int]) -> View | None:
         ((2, 3, 4), (0, 1, 0), (2, 2, 4), (2, 1, 0))
     """
     first = int(elements.flat[0])
-    steps = _steps(elements, first)
-    if steps is None:
+    strides = _strides(elements, first)
+    if strides is None:
         return None
-    axes = [(n, s) for n, s in zip(elements.shape, steps, strict=True) if n > 1 and s != 0]
-    for count, step in axes:
-        first += min(step, 0) * (count - 1)
-    pairs = zip(elements.shape, steps, strict=True)
-    spread = tuple(1 if step == 0 else count for count, step in pairs)
-    # As the source is, if that will do: it needs no other shape first.
-    for merged, place in ((axes, _by_axes), (_merged(axes), _by_radix)):
+    axes = [(n, s) for n, s in zip(elements.shape, strides, strict=True) if n > 1 and s != 0]
+    for count, stride in axes:
+        first += min(stride, 0) * (count - 1)
+    pairs = zip(elements.shape, strides, strict=True)
+    spread = tuple(1 if stride == 0 else count for count, stride in pairs)
+    # The source in its own shape first: this needs no RESHAPE before.
+    for merged, read_source in ((axes, _by_axes), (_merged(axes), _by_radix)):
         order = sorted(range(len(merged)), key=lambda axis: -abs(merged[axis][1]))
-        box = [(merged[axis][0], abs(merged[axis][1])) for axis in order]
-        found = place(box, first, tuple(source))
-        if found is not None and len(found[0]) <= _MOST_AXES:
+        sorted_axes = [(merged[axis][0], abs(merged[axis][1])) for axis in order]
+        box = read_source(sorted_axes, first, tuple(source))
+        if box is not None and len(box[0]) <= _MOST_AXES:
             return View(
-                *found,
+                *box,
                 order=tuple(order.index(axis) for axis in range(len(merged))),
-                reversed=tuple(axis for axis, (_, step) in enumerate(merged) if step < 0),
+                reversed=tuple(axis for axis, (_, stride) in enumerate(merged) if stride < 0),
                 spread=spread,
                 result=elements.shape,
             )
     return None
 
 
-def _steps(elements: NDArray[np.int64], first: int) -> list[int] | None:
-    """Steps along every axis, 0 along axes of size 1; None if they are not regular."""
-    steps, predicted = [], np.full(elements.shape, first)
+def _strides(elements: NDArray[np.int64], first: int) -> list[int] | None:
+    """Return the strides along all axes, 0 along axes of size 1; None if they are not regular."""
+    # x[:, 1:3] of shape (3, 2) from x of shape (3, 4) has the elements
+    #     1 2
+    #     5 6      first 1, strides (4, 1)
+    #     9 10
+    strides, predicted = [], np.full(elements.shape, first)
     for axis, count in enumerate(elements.shape):
-        step = 0
+        stride = 0
         if count > 1:
-            at = [0] * elements.ndim
-            at[axis] = 1
-            step = int(elements[tuple(at)]) - first
-        steps.append(step)
+            second = [0] * elements.ndim
+            second[axis] = 1
+            stride = int(elements[tuple(second)]) - first
+        strides.append(stride)
         form = [1] * elements.ndim
         form[axis] = count
-        predicted += step * np.arange(count).reshape(form)
-    return steps if np.array_equal(predicted, elements) else None
+        predicted += stride * np.arange(count).reshape(form)
+    return strides if np.array_equal(predicted, elements) else None
 
 
 def _merged(axes: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Axes that run on into the next as one."""
+    """Merge axes that run on into the next: (3, 4) and (4, 1), size and stride, are (12, 1)."""
     merged: list[tuple[int, int]] = []
-    for count, step in axes:
-        if merged and merged[-1][1] == step * count:
-            merged[-1] = (merged[-1][0] * count, step)
+    for count, stride in axes:
+        if merged and merged[-1][1] == stride * count:
+            merged[-1] = (merged[-1][0] * count, stride)
         else:
-            merged.append((count, step))
+            merged.append((count, stride))
     return merged
 
 
+#: Shape, first index, sizes and strides of a box, as of :class:`View`.
 Box = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], tuple[int, ...]]
 
 
-def _by_radix(box: list[tuple[int, int]], first: int, source: tuple[int, ...]) -> Box | None:
-    """Read the source with an axis for every step; steps must divide one another."""
+def _by_radix(axes: list[tuple[int, int]], first: int, source: tuple[int, ...]) -> Box | None:
+    """Reshape the source to an axis for every stride; strides must divide one another."""
+    # 24 elements, axes (2, 6) and (3, 1) as size and stride, first 8: shape (4, 6), because 24 / 6
+    # = 4 and 6 / 1 = 6; begin (1, 2), because 8 = 1 * 6 + 2; sizes (2, 3).
     shape, begin, sizes = [], [], []
     outer = prod(source)
-    for count, step in box:
-        if outer % step:
+    for count, stride in axes:
+        if outer % stride:
             return None
-        shape.append(outer // step)
-        begin.append(first % outer // step)
+        shape.append(outer // stride)
+        begin.append(first % outer // stride)
         sizes.append(count)
         if begin[-1] + count > shape[-1]:
             return None
-        outer = step
+        outer = stride
     if outer > 1:
         shape.append(outer)
         begin.append(first % outer)
@@ -171,29 +191,39 @@ def _by_radix(box: list[tuple[int, int]], first: int, source: tuple[int, ...]) -
     return tuple(shape), tuple(begin), tuple(sizes), (1,) * len(shape)
 
 
-def _by_axes(box: list[tuple[int, int]], first: int, source: tuple[int, ...]) -> Box | None:
-    """Read the source as it is, with steps along its own axes."""
-    begin, sizes, steps = [], [], []
-    left = list(box)
+def _by_axes(axes: list[tuple[int, int]], first: int, source: tuple[int, ...]) -> Box | None:
+    """Read the source in its own shape, with strides along its own axes."""
+    begin, sizes, strides = [], [], []
+    remaining = list(axes)
     for axis, size in enumerate(source):
         inner = prod(source[axis + 1 :])
         start = first // inner % size
-        count, step = 1, 1
-        if left and left[0][1] % inner == 0 and left[0][1] < inner * size:
-            count, step = left[0][0], left[0][1] // inner
-            left.pop(0)
-        if start + (count - 1) * step >= size:
+        count, stride = 1, 1
+        if remaining and remaining[0][1] % inner == 0 and remaining[0][1] < inner * size:
+            count, stride = remaining[0][0], remaining[0][1] // inner
+            remaining.pop(0)
+        if start + (count - 1) * stride >= size:
             return None
         begin.append(start)
         sizes.append(count)
-        steps.append(step)
-    return None if left else (source, tuple(begin), tuple(sizes), tuple(steps))
+        strides.append(stride)
+    return None if remaining else (source, tuple(begin), tuple(sizes), tuple(strides))
 
 
-def moved_integers(
+def apply_layout_operator(
     operator: str, inputs: Sequence[Any], shape: Any, options: Mapping[str, Any]
 ) -> NDArray[np.int64]:
-    """What a movement does to integers."""
+    """Apply a layout operator to integers.
+
+    Args:
+        operator: Name of the operator in the schema.
+        inputs: Integers of its inputs, the data first.
+        shape: Shape of the result.
+        options: Options of the operator.
+
+    Returns:
+        The result, int64, shape ``shape``.
+    """
     x = inputs[0]
     match operator:
         case "RESHAPE":
@@ -215,14 +245,16 @@ def moved_integers(
 Emit = Callable[[str, Sequence[Any], Sequence[int], dict[str, Any]], int]
 
 
-class Movements:
-    """Makes operands of what a program has.
+class LayoutBuilder:
+    """Build operands from the tensors of a program.
 
     Args:
-        emit: Called with an operator, its inputs (tensors of the program, or NumPy arrays for
-            constants that say how), the shape of its result and its options; returns the result.
-        constant: Called with integers; returns a constant on the grid of the others.
-        shape_of: Shape of a tensor of the program.
+        emit: Function that appends an operator, given its name, its inputs (numbers of tensors, or
+            NumPy arrays for constants such as shapes), the shape of its result and its options;
+            returns the number of the result.
+        constant: Function that adds integers as a constant with the quantization parameters of the
+            operand, and returns its number.
+        shape_of: Function that returns the shape of a tensor, given its number.
     """
 
     def __init__(
@@ -233,28 +265,29 @@ class Movements:
     ) -> None:
         self.emit, self.constant, self.shape_of = emit, constant, shape_of
 
-    def make(self, codes: Codes, values: NDArray[np.int64]) -> int:
-        """The tensor with these elements.
+    def build(self, codes: Codes, values: NDArray[np.int64]) -> int:
+        """Return the tensor with these elements.
 
         Args:
-            codes: Of the shape of the operand; :data:`NO_TENSOR` for what belongs to the program.
-            values: Its integers, for the latter.
+            codes: Codes in the shape of the operand; :data:`NO_TENSOR` for elements that belong to
+                the program.
+            values: Integers of the operand, in its shape, for the latter.
         """
         if bool((codes == NO_TENSOR).all()):
             return self.constant(values)
         view = self._view(codes)
         if view is not None:
-            return self._viewed(*view)
+            return self._build_view(*view)
         cuts = self._cuts(codes)
         if cuts is None:
-            return self._gathered(codes, values)
+            return self._build_gather(codes, values)
         axis, bounds = cuts
-        places = [(slice(None),) * axis + (slice(*pair),) for pair in pairwise(bounds)]
-        parts = [self.make(codes[place], values[place]) for place in places]
+        slices = [(slice(None),) * axis + (slice(*pair),) for pair in pairwise(bounds)]
+        parts = [self.build(codes[each], values[each]) for each in slices]
         return self.emit("CONCATENATION", parts, codes.shape, {"axis": axis})
 
     def _view(self, codes: Codes) -> tuple[int, View] | None:
-        """The tensor and the view of it that codes are, if they are one."""
+        """Return the tensor and the view of it that codes are, if they are one."""
         if codes.min() < 0:
             return None
         source = int(codes.flat[0]) >> _ELEMENT_BITS
@@ -262,47 +295,47 @@ class Movements:
         inside = tensors_in(codes) == [source]
         return (source, view) if view is not None and inside else None
 
-    def _viewed(self, source: int, view: View) -> int:
-        if view.is_whole and view.order == tuple(range(len(view.order))) and not view.reversed:
+    def _build_view(self, source: int, view: View) -> int:
+        if view.is_full and view.order == tuple(range(len(view.order))) and not view.reversed:
             return self._broadcast(source, view)
-        held = source
-        if not view.is_whole:
-            held = self._reshaped(source, view.shape)
+        number = source
+        if not view.is_full:
+            number = self._reshaped(source, view.shape)
             ends = [
                 b + (n - 1) * s + 1
-                for b, n, s in zip(view.begin, view.sizes, view.steps, strict=True)
+                for b, n, s in zip(view.begin, view.sizes, view.strides, strict=True)
             ]
-            bounds = [np.array(x, np.int32) for x in (view.begin, ends, view.steps)]
-            held = self.emit("STRIDED_SLICE", [held, *bounds], view.sizes, {})
+            bounds = [np.array(x, np.int32) for x in (view.begin, ends, view.strides)]
+            number = self.emit("STRIDED_SLICE", [number, *bounds], view.sizes, {})
         sizes = [size for size in view.sizes if size > 1]
         if view.order != tuple(range(len(view.order))):
-            held = self._reshaped(held, sizes)
+            number = self._reshaped(number, sizes)
             sizes = [sizes[axis] for axis in view.order]
-            held = self.emit("TRANSPOSE", [held, np.array(view.order, np.int32)], sizes, {})
+            number = self.emit("TRANSPOSE", [number, np.array(view.order, np.int32)], sizes, {})
         if view.reversed:
-            held = self._reshaped(held, sizes)
+            number = self._reshaped(number, sizes)
             axes = np.array(view.reversed, np.int32)
             for axis in axes:  # The kernel takes adjacent axes alone.
-                held = self.emit("REVERSE_V2", [held, axis[None]], sizes, {})
-        return self._broadcast(held, view)
+                number = self.emit("REVERSE_V2", [number, axis[None]], sizes, {})
+        return self._broadcast(number, view)
 
-    def _broadcast(self, held: int, view: View) -> int:
-        held = self._reshaped(held, view.spread)
+    def _broadcast(self, number: int, view: View) -> int:
+        number = self._reshaped(number, view.spread)
         if view.spread == view.result:
-            return held
+            return number
         form = np.array(view.result, np.int32)
-        return self.emit("BROADCAST_TO", [held, form], view.result, {})
+        return self.emit("BROADCAST_TO", [number, form], view.result, {})
 
-    def _reshaped(self, held: int, shape: Sequence[int]) -> int:
-        if tuple(shape) == self.shape_of(held):
-            return held
+    def _reshaped(self, number: int, shape: Sequence[int]) -> int:
+        if tuple(shape) == self.shape_of(number):
+            return number
         form = np.array(shape, np.int32)
-        return self.emit("RESHAPE", [held, form], tuple(shape), {"newShape": list(shape)})
+        return self.emit("RESHAPE", [number, form], tuple(shape), {"newShape": list(shape)})
 
     def _cuts(self, codes: Codes) -> tuple[int, list[int]] | None:
-        """The axis along which the fewest parts are views, and where they begin and end."""
-        found = [(axis, self._bounds(codes, axis)) for axis in range(codes.ndim)]
-        simple = [(axis, bounds) for axis, bounds in found if bounds is not None]
+        """Return the axis along which the fewest parts are views, and the bounds of the parts."""
+        cuts = [(axis, self._bounds(codes, axis)) for axis in range(codes.ndim)]
+        simple = [(axis, bounds) for axis, bounds in cuts if bounds is not None]
         if simple:
             return min(simple, key=lambda each: len(each[1]))
         # Parts that have to be cut again, along another axis.
@@ -313,7 +346,7 @@ class Movements:
         return axis, list(range(codes.shape[axis] + 1))
 
     def _bounds(self, codes: Codes, axis: int) -> list[int] | None:
-        """Where to cut along an axis so that every part is a view; None if that is no way."""
+        """Return the bounds along an axis between which every part is a view; None without such."""
         along = np.moveaxis(codes, axis, 0)
         bounds = [0]
         while bounds[-1] < len(along):
@@ -324,7 +357,7 @@ class Movements:
         return bounds
 
     def _end(self, along: Codes, axis: int, start: int) -> int:
-        """End of the longest part from ``start`` on that is a view, or a constant."""
+        """Return the end of the longest part from ``start`` on that is a view, or a constant."""
 
         def is_simple(end: int) -> bool:
             part = np.moveaxis(along[start:end], 0, axis)
@@ -342,23 +375,23 @@ class Movements:
                 beyond = middle
         return known
 
-    def _gathered(self, codes: Codes, values: NDArray[np.int64]) -> int:
-        """Any elements of any tensors, one by one."""
+    def _build_gather(self, codes: Codes, values: NDArray[np.int64]) -> int:
+        """Gather any elements of any tensors, one by one."""
         parts, index = [], np.zeros(codes.shape, np.int32)
         start = 0
         for source in tensors_in(codes):
             size = prod(self.shape_of(source))
             parts.append(self._reshaped(source, (size,)))
-            here = belong(codes, source)
+            here = refers_to(codes, source)
             index[here] = elements_in(codes[here]) + start
             start += size
         fixed = codes == NO_TENSOR
         if fixed.any():
-            levels, places = np.unique(values[fixed], return_inverse=True)
-            parts.append(self.constant(levels))
-            index[fixed] = start + places
-            start += len(levels)
-        held = parts[0]
+            constants, inverse = np.unique(values[fixed], return_inverse=True)
+            parts.append(self.constant(constants))
+            index[fixed] = start + inverse
+            start += len(constants)
+        number = parts[0]
         if len(parts) > 1:
-            held = self.emit("CONCATENATION", parts, (start,), {"axis": 0})
-        return self.emit("GATHER", [held, index], codes.shape, {"axis": 0})
+            number = self.emit("CONCATENATION", parts, (start,), {"axis": 0})
+        return self.emit("GATHER", [number, index], codes.shape, {"axis": 0})

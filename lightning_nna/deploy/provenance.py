@@ -1,17 +1,17 @@
-"""Where every element of a tensor came from, whatever moved it since.
+"""Follow the origin of every element of a tensor through whatever moves it.
 
-A chip knows no views. Between two of its instructions PyTorch transposes, slices, pads, stacks and
-copies, in the open and inside of our own operators; an export has to say the same in the chip's own
-movements. ``Provenance`` watches the functions below autograd while a forward runs. Each element of
-each tensor that the data reaches has an *address*, given where it is computed; functions that only
-move values move addresses along, all others give new ones. Views need no watching: addresses belong
-to the storage.
+An accelerator has no views. Between two of its instructions PyTorch transposes, slices, pads,
+stacks and copies, in the module and inside of our own operators; an export has to do the same with
+the accelerator's layout operators. ``Provenance`` follows the functions below autograd while a
+forward runs. Each element of each tensor that the data reaches has a *provenance id*, assigned
+where it is computed; functions that only move values move the ids along, all others assign new
+ones. Views need no attention: ids belong to the storage.
 
-An address below 0 is no data. It holds *causes*, one bit each: nothing (:data:`CONSTANT`), integer
+An id below 0 is no data. It is a set of *causes*, one bit each: nothing (:data:`CONSTANT`), integer
 arguments that the value was computed from and that therefore are part of the program, or a random
 number (:data:`RANDOM`), which no program can repeat.
 
-    address -1: no cause; -2: integer argument 0; -3: integer argument 1; -4: both
+    id -1: no cause; -2: integer argument 0; -3: integer argument 1; -4: both
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-#: Address of what no input of the network has reached: it belongs to the program.
+#: Id of a value that no input of the network has reached: it belongs to the program.
 CONSTANT = -1
-#: Address of what was computed of the first integers that came in (lengths, say).
+#: Id of a value computed from the first integer argument (lengths, say).
 STEERING = -2
 #: Cause: a random number.
 RANDOM = 1 << 60
-#: Cause: what a module keeps in an attribute, perhaps from an earlier call.
-KEPT = 1 << 61
+#: Cause: a tensor in an attribute of a module, perhaps from an earlier call.
+ATTRIBUTE = 1 << 61
 #: Integer arguments beyond so many share the last bit.
 MOST_ARGUMENTS = 48
 
-# Functions that copy values, and which of their arguments hold them; the rest steer.
+# Functions that copy values, and the arguments that hold these; the rest decide about the layout.
 _COPIES: dict[str, tuple[int, ...]] = {
     "aten::_pack_padded_sequence": (0,),
     "aten::_to_copy": (0,),
@@ -52,7 +52,7 @@ _COPIES: dict[str, tuple[int, ...]] = {
     "aten::stack": (0,),
     "aten::take": (0,),
 }
-# Functions that take the form of a tensor and not its values.
+# Functions that read the shape of a tensor and not its values.
 _FRESH = frozenset(
     """
     aten::empty_like aten::full_like aten::new_empty aten::new_empty_strided aten::new_full
@@ -60,7 +60,7 @@ _FRESH = frozenset(
     aten::randn_like aten::zeros_like
     """.split()
 )
-# Functions that hand Python a value, or a shape that depends on values.
+# Functions that return a value to Python, or a shape that depends on values.
 _ASKS = frozenset({"aten::_local_scalar_dense", "aten::equal"})
 _SHAPES = frozenset(
     """
@@ -68,31 +68,31 @@ _SHAPES = frozenset(
     aten::repeat_interleave aten::unique_consecutive aten::unique_dim
     """.split()
 )
-# Functions that put a number where a mask says; a 0 is on every grid and may be filled in.
+# Functions that fill in a number by a mask; a 0 is exact with all quantization parameters.
 _MASKED_FILLS = frozenset({"aten::masked_fill", "aten::masked_fill_"})
-# Which have a seed though they compute of their operands, unless they drop some.
+# Functions that have a seed though they compute from their operands, unless they drop some.
 _NOT_RANDOM = ("attention", "gru", "lstm", "rnn")
 _FILLS = frozenset({"aten::fill_", "aten::zero_"})
-# What changes the type of a copy and not its elements.
+# Arguments that change the type of a copy and not its elements.
 _TYPE_KEYWORDS = frozenset({"dtype", "layout", "device", "pin_memory", "non_blocking"})
 
 
 class Provenance(TorchDispatchMode):
-    """Follows elements through a forward.
+    """Follow elements through a forward.
 
     Args:
-        decides: Called with a tensor that data have reached, where Python asks for its value.
-        origin: Says where in the module's code a function is called.
+        on_decision: Callback for a tensor that data have reached, when Python reads its value.
+        origin: Function that returns the line of the module's code that calls now, or None.
 
     Attributes:
-        moved_by: Causes, as bits, that have decided where values went.
+        layout_causes: Causes, as bits, that have decided about the layout of values.
 
     Example:
         >>> with Provenance() as provenance:
         ...     x = torch.arange(6.0).reshape(2, 3)
-        ...     first = provenance.begin(x)
+        ...     first = provenance.assign(x)
         ...     y = torch.cat([x.T, torch.zeros(1, 2)])
-        >>> provenance.addresses(y)
+        >>> provenance.ids(y)
         tensor([[ 0,  3],
                 [ 1,  4],
                 [ 2,  5],
@@ -101,88 +101,130 @@ class Provenance(TorchDispatchMode):
 
     def __init__(
         self,
-        decides: Callable[[Tensor], None] = lambda x: None,
+        on_decision: Callable[[Tensor], None] = lambda x: None,
         origin: Callable[[], str | None] = lambda: None,
     ) -> None:
         super().__init__()
-        self._decides, self._origin = decides, origin
-        self._held: dict[int, Tensor] = {}
-        # Kept, because memory that is freed becomes another tensor's.
+        self._on_decision, self._origin = on_decision, origin
+        self._ids: dict[int, Tensor] = {}
+        # Referenced, because memory that is freed becomes another tensor's.
         self._storages: list[Any] = []
         self._next = 0
-        # Addresses of integer arguments: first, end, bit.
+        # Ids of integer arguments: first, end, bit.
         self._integers: list[tuple[int, int, int]] = []
-        # Why addresses are no movement of others: first, end, text.
+        # Reasons why ids are no layout of others: first, end, text.
         self._reasons: list[tuple[int, int, str]] = []
-        self.moved_by = 0
-        self._drawn = False
+        self.layout_causes = 0
+        self._has_random = False
 
     @property
     def count(self) -> int:
-        """Addresses given so far."""
+        """Return the number of ids so far."""
         return self._next
 
-    def begin(self, x: Tensor) -> Tensor:
-        """Give every element of a tensor an address of its own, and return them.
+    def assign(self, x: Tensor) -> Tensor:
+        """Assign an id of its own to every element of a tensor, and return the ids.
 
-        Integers are a cause from now on: what is computed of them alone belongs to the program.
+        Integers are a cause from now on: what is computed from them alone belongs to the program.
+
+        Args:
+            x: Argument of the forward, any shape and type.
+
+        Returns:
+            Ids, int64, in the shape of ``x``.
         """
         first = self._next
         self._write(x, self._fresh(x.shape))
         if not x.is_floating_point() and not x.is_complex():
             bit = 1 << min(len(self._integers), MOST_ARGUMENTS - 1)
             self._integers.append((first, self._next, bit))
-        return self.addresses(x)
+        return self.ids(x)
 
-    def keep(self, x: Tensor) -> None:
-        """Follow what is computed of a tensor that a module keeps."""
-        self._write(x, torch.full(x.shape, CONSTANT - KEPT))
+    def follow_attribute(self, x: Tensor) -> None:
+        """Follow the values computed from a tensor in an attribute of a module.
+
+        Args:
+            x: Value of the attribute, any shape.
+        """
+        self._write(x, torch.full(x.shape, CONSTANT - ATTRIBUTE))
 
     def complete(self, x: Tensor) -> Tensor:
-        """Give the elements of a tensor that are no data addresses, too, and return all."""
-        held = self.addresses(x)
-        self._write(x, torch.where(held < 0, self._fresh(x.shape), held))
-        return self.addresses(x)
+        """Assign ids to the elements of a tensor that are no data, too, and return all ids.
 
-    def addresses(self, x: Tensor) -> Tensor:
-        """Addresses of the elements of a tensor, of its shape, int64."""
-        held = self._held.get(_key(x))
-        if held is None:
+        Args:
+            x: Result of an instruction, any shape.
+
+        Returns:
+            Ids, int64, in the shape of ``x``.
+        """
+        ids = self.ids(x)
+        self._write(x, torch.where(ids < 0, self._fresh(x.shape), ids))
+        return self.ids(x)
+
+    def ids(self, x: Tensor) -> Tensor:
+        """Return the ids of the elements of a tensor.
+
+        Args:
+            x: Tensor of the forward, any shape.
+
+        Returns:
+            Ids, int64, in the shape of ``x``.
+        """
+        ids = self._ids.get(_key(x))
+        if ids is None:
             return torch.full(x.shape, CONSTANT)
-        return held.as_strided(x.shape, x.stride(), x.storage_offset()).clone()
+        return ids.as_strided(x.shape, x.stride(), x.storage_offset()).clone()
 
     def reaches(self, values: Any) -> bool:
-        """Tell whether data or a cause is in any tensor among values, nested."""
+        """Tell if data or a cause is in any tensor among values, nested."""
         return bool(self._reached(values))
 
     def causes(self, values: Any) -> int | None:
-        """Causes of all tensors among values, nested, as bits; None if data are among them."""
-        found = 0
+        """Collect the causes of all tensors among values, nested; None if data are among them.
+
+        Args:
+            values: Tensors, in any nesting of lists, tuples and mappings.
+
+        Returns:
+            Causes as bits.
+        """
+        causes = 0
         for x in self._reached(values):
-            bits = self.causes_of(self.addresses(x))
+            bits = self.causes_of(self.ids(x))
             if bits is None:
                 return None
-            found |= bits
-        return found
+            causes |= bits
+        return causes
 
-    def causes_of(self, addresses: Tensor) -> int | None:
-        """Causes that addresses hold, as bits; None if any is of data."""
-        flat = addresses.reshape(-1)
-        data, found = flat[flat >= 0], 0
+    def causes_of(self, ids: Tensor) -> int | None:
+        """Collect the causes in ids; None if any is of data.
+
+        Args:
+            ids: Ids, int64, any shape.
+
+        Returns:
+            Causes as bits.
+        """
+        flat = ids.reshape(-1)
+        data, causes = flat[flat >= 0], 0
         for first, end, bit in self._integers if len(data) else ():
             inside = (data >= first) & (data < end)
             if bool(inside.any()):
-                found, data = found | bit, data[~inside]
+                causes, data = causes | bit, data[~inside]
         if len(data):
             return None
-        for address in flat[flat < CONSTANT].unique().tolist():
-            found |= CONSTANT - address
-        return found
+        for negative in flat[flat < CONSTANT].unique().tolist():
+            causes |= CONSTANT - negative
+        return causes
 
-    def reason(self, address: int) -> str | None:
-        """Why a value is no movement of others, if that is known."""
+    def reason(self, provenance_id: int) -> str | None:
+        """Return the reason why a value is no layout of others, if it is known.
+
+        Args:
+            provenance_id: Id of the value.
+        """
         for first, end, text in self._reasons:
-            if first <= address < end:
+            if first <= provenance_id < end:
                 return text
         return None
 
@@ -193,10 +235,10 @@ class Provenance(TorchDispatchMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        """Run a function and follow what it does."""
+        """Run a function and follow its effect on ids."""
         kwargs = kwargs or {}
         for x in self._deciding(func, args, kwargs):
-            self._decides(x)
+            self._on_decision(x)
         result = func(*args, **kwargs)
         self._follow(func, args, kwargs, result)
         return result
@@ -204,11 +246,11 @@ class Provenance(TorchDispatchMode):
     def _deciding(
         self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Sequence[Tensor]:
-        """Arguments that data have reached and whose values decide what Python sees next."""
+        """Return arguments that data have reached and whose values Python sees or branches on."""
         name = func._schema.name
         if name in _ASKS or name in _SHAPES:
             return self._reached(args, kwargs)
-        if name == "aten::index":  # By a mask, which gives as many values as are true.
+        if name == "aten::index":  # By a mask, whose number of true values is a shape.
             return [x for x in self._reached(args[1]) if x.dtype in (torch.bool, torch.uint8)]
         return ()
 
@@ -217,31 +259,31 @@ class Provenance(TorchDispatchMode):
     ) -> None:
         name = func._schema.name
         written = list(_written(func, args, kwargs))
-        taken = {_key(x) for x in _tensors((args, kwargs))}
-        fresh = [x for x in _tensors(result) if _key(x) not in taken]
+        operands = {_key(x) for x in _tensors((args, kwargs))}
+        fresh = [x for x in _tensors(result) if _key(x) not in operands]
         reached = name not in _FRESH and self._reached(args, kwargs)
         if name == "aten::copy_":
-            moved = self.addresses(args[1]).expand(args[0].shape)
+            moved = self.ids(args[1]).expand(args[0].shape)
             self._write(args[0], moved)
         elif name in _FILLS and not _tensors((args[1:], kwargs)):
             self._write(args[0], torch.full(args[0].shape, CONSTANT))
         elif _is_random(func) and (written or not reached):
-            self._drawn = True
+            self._has_random = True
             for x in (*fresh, *written):
                 self._write(x, torch.full(x.shape, CONSTANT - RANDOM))
         elif not reached:
             for x in written:
                 self._write(x, torch.full(x.shape, CONSTANT))
-        elif name in _COPIES and not written and self._may_steer(name, args, kwargs):
+        elif name in _COPIES and not written and self._layout_is_fixed(name, args, kwargs):
             self._copy(func, args, kwargs, fresh)
-        elif name in _MASKED_FILLS and args[2] == 0 and self._may_steer(name, args, kwargs):
-            filled = self.addresses(args[0]).masked_fill(args[1], CONSTANT)
+        elif name in _MASKED_FILLS and args[2] == 0 and self._layout_is_fixed(name, args, kwargs):
+            filled = self.ids(args[0]).masked_fill(args[1], CONSTANT)
             self._write(written[0] if written else result, filled)
         else:
             self._computed(func, (args, kwargs), (*fresh, *written))
 
     def _computed(self, func: Any, operands: Any, results: Sequence[Tensor]) -> None:
-        """Give results of a computation new addresses, or the causes of all operands."""
+        """Assign new ids to the results of a computation, or the causes of all operands."""
         causes = self.causes(operands)
         for x in results:
             if causes is not None:
@@ -253,64 +295,64 @@ class Provenance(TorchDispatchMode):
                 self._reasons.append((first, self._next, text))
 
     def _why(self, func: Any, operands: Any, result: Tensor) -> str | None:
-        """Why a result of data can be no part of a program, if that is to be seen here."""
+        """Return why a result of data can be no part of a program, if it can be told here."""
         name = func._schema.name
-        if self._drawn and self._mixes_random(operands):
+        if self._has_random and self._mixes_random(operands):
             return f"random numbers are mixed in by {name}"
-        for x in self._reached(operands):  # A mask passes its reason on, whatever is made of it.
+        for x in self._reached(operands):  # A mask passes its reason on to all that uses it.
             if torch.bool in (x.dtype, result.dtype) and x.numel():
-                known = self.reason(int(self.addresses(x).max()))
+                known = self.reason(int(self.ids(x).max()))
                 if known is not None:
                     return known
-        chooses = name in _COPIES
-        if result.is_floating_point() and not chooses:
+        is_copy = name in _COPIES
+        if result.is_floating_point() and not is_copy:
             return None
         origin = self._origin()
-        if origin is None:  # The chip's own arithmetic.
+        if origin is None:  # Arithmetic of the emulation.
             return None
-        what = "decide what is moved where" if chooses else "decide"
-        return f"values of the data {what}, by {name} at {origin}"
+        effect = "decide about the layout" if is_copy else "decide"
+        return f"values of the data {effect}, by {name} at {origin}"
 
     def _mixes_random(self, operands: Any) -> bool:
-        held = [self.addresses(x).reshape(-1) for x in self._reached(operands)]
-        return any(bool(((x < CONSTANT) & ((CONSTANT - x) & RANDOM > 0)).any()) for x in held)
+        flat = [self.ids(x).reshape(-1) for x in self._reached(operands)]
+        return any(bool(((x < CONSTANT) & ((CONSTANT - x) & RANDOM > 0)).any()) for x in flat)
 
     def _copy(
         self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], results: list[Tensor]
     ) -> None:
-        """Run the same function on addresses."""
+        """Run the same function on ids."""
         name = func._schema.name
-        places = _COPIES[name]
+        copied = _COPIES[name]
         moved = [
-            tree_map(lambda x: self.addresses(x) if isinstance(x, Tensor) else x, value)
-            if position in places
+            tree_map(lambda x: self.ids(x) if isinstance(x, Tensor) else x, value)
+            if position in copied
             else value
             for position, value in enumerate(args)
         ]
-        kept = {key: value for key, value in kwargs.items() if key not in _TYPE_KEYWORDS}
+        options = {key: value for key, value in kwargs.items() if key not in _TYPE_KEYWORDS}
         if name == "aten::constant_pad_nd":
-            moved, kept = [*moved[:2], CONSTANT], {}
+            moved, options = [*moved[:2], CONSTANT], {}
         run: Callable[..., Any] = torch.clone if name == "aten::_to_copy" else func
         if name == "aten::_to_copy":
-            kept = {}
-        found = _tensors(run(*moved, **kept))
-        for result, addresses in zip(results[:1], found, strict=False):
-            self._write(result, addresses)
-        for result in results[1:]:  # The sizes of the steps of packed sequences.
+            options = {}
+        outputs = _tensors(run(*moved, **options))
+        for result, ids in zip(results[:1], outputs, strict=False):
+            self._write(result, ids)
+        for result in results[1:]:  # The batch sizes of packed sequences.
             self._write(result, torch.full(result.shape, CONSTANT - (self.causes(args[1:]) or 0)))
 
     def _reached(self, *values: Any) -> list[Tensor]:
-        """Tensors among arguments whose storage has data."""
-        return [x for x in _tensors(values) if _key(x) in self._held]
+        """Return the tensors among arguments whose storage has data."""
+        return [x for x in _tensors(values) if _key(x) in self._ids]
 
-    def _may_steer(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Tell whether no data decide what moves where; what does decide is part of the program."""
-        places = _COPIES.get(name, (0,))
-        rest = [value for position, value in enumerate(args) if position not in places]
+    def _layout_is_fixed(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Tell if no data decide about the layout; what does decide is part of the program."""
+        copied = _COPIES.get(name, (0,))
+        rest = [value for position, value in enumerate(args) if position not in copied]
         causes = self.causes((rest, kwargs))
         if causes is None or causes & RANDOM:
             return False
-        self.moved_by |= causes
+        self.layout_causes |= causes
         return True
 
     def _fresh(self, shape: Sequence[int]) -> Tensor:
@@ -318,18 +360,18 @@ class Provenance(TorchDispatchMode):
         first, self._next = self._next, self._next + count
         return torch.arange(first, self._next).reshape(tuple(shape))
 
-    def _write(self, x: Tensor, addresses: Tensor) -> None:
-        """Put addresses into the places that a tensor has in its storage."""
+    def _write(self, x: Tensor, ids: Tensor) -> None:
+        """Write ids to the elements of a tensor in its storage."""
         key = _key(x)
         elements = x.untyped_storage().nbytes() // x.element_size()
-        held = self._held.get(key)
-        if held is None and bool((addresses == CONSTANT).all()):
+        stored = self._ids.get(key)
+        if stored is None and bool((ids == CONSTANT).all()):
             return  # No data there, as before.
-        if held is None:
+        if stored is None:
             self._storages.append(x.untyped_storage())
-        if held is None or len(held) != elements:
-            held = self._held[key] = torch.full((elements,), CONSTANT)
-        held.as_strided(x.shape, x.stride(), x.storage_offset()).copy_(addresses)
+        if stored is None or len(stored) != elements:
+            stored = self._ids[key] = torch.full((elements,), CONSTANT)
+        stored.as_strided(x.shape, x.stride(), x.storage_offset()).copy_(ids)
 
 
 def _key(x: Tensor) -> int:
@@ -341,13 +383,13 @@ def _tensors(values: Any) -> list[Tensor]:
 
 
 def _is_random(func: Any) -> bool:
-    """Tell whether a function draws random numbers."""
+    """Tell if a function draws random numbers."""
     seeded = torch.Tag.nondeterministic_seeded in func.tags
     return seeded and not any(word in func._schema.name for word in _NOT_RANDOM)
 
 
 def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Tensor]:
-    """Arguments that a function writes to."""
+    """Yield the arguments that a function writes to."""
     for position, argument in enumerate(func._schema.arguments):
         if argument.alias_info is not None and argument.alias_info.is_write:
             value = args[position] if position < len(args) else kwargs.get(argument.name)

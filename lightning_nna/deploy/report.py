@@ -1,4 +1,4 @@
-"""Each weight of a module on the chip: bits, values, zeros, entropy, bytes, error and cycles."""
+"""Report bits, centroids, zeros, entropy, bytes, error and cycles of every emulated weight."""
 
 from __future__ import annotations
 
@@ -16,21 +16,22 @@ from lightning_nna.weights.packed import packed_size
 from lightning_nna.weights.pipeline import pipeline_of
 from lightning_nna.weights.read_packed import width_of
 
-# What Vela calls the parts of an LSTM does not say of which layer they are.
+# Vela's name for the parts of an LSTM, which does not name the layer.
 _LSTM = "UnidirectionalSequenceLstm"
 
 
 def layer_figures(module: nn.Module, reports: Sequence[VelaReport] = ()) -> list[LayerFigures]:
-    """Look at every weight that a module has used on the chip.
+    """Measure every weight that an emulated module has used.
 
     Args:
-        module: On the chip; it has run there.
-        reports: Vela's, of the module's programs. An operator counts for the layer whose call site
-            it bears; the LSTM layers of one program share the cycles of their parts by the bits
-            that their weights need, because Vela calls these parts alike in every layer.
+        module: Emulated module that has run.
+        reports: Vela's reports of the module's programs. An operator counts for the layer whose
+            call site it has in its name; the LSTM layers of one program share the cycles of their
+            parts by the bits that their weights need, because Vela names these parts alike in every
+            layer.
 
     Raises:
-        ValueError: If the module is not on a chip, or has not run there.
+        ValueError: If the module is not emulated, or has not run.
 
     Example:
         >>> import torch
@@ -45,17 +46,17 @@ def layer_figures(module: nn.Module, reports: Sequence[VelaReport] = ()) -> list
     """
     emulator = attached(module)
     if emulator is None or not emulator.state.used_weights:
-        raise ValueError("the module has not run on the chip: calibrate it and run it there first")
+        raise ValueError("the module has not run emulated: calibrate it and run it emulated first")
     pipeline = pipeline_of(module)
     rows = []
     for name, parameter in module.named_parameters():
         count = emulator.state.rows_of(parameter)
         if count is None:
             continue
-        held = emulator.state.weight(parameter, count)
+        weight = emulator.state.weight(parameter, count)
         stages = pipeline.stages_of(parameter)
         latent = pipeline.latent(name) if stages else parameter
-        values = int(held.stored.unique().numel())
+        values = int(weight.stored.unique().numel())
         rows.append(
             LayerFigures(
                 name=name,
@@ -63,10 +64,10 @@ def layer_figures(module: nn.Module, reports: Sequence[VelaReport] = ()) -> list
                 bits=width_of(values),
                 weights=parameter.numel(),
                 values=values,
-                zeros=float((held.stored == 0).float().mean()),
-                entropy_bits=entropy_bits(held.stored),
-                packed_bytes=packed_size(held, count),
-                sqnr_db=_sqnr_db(latent, held.values.reshape(latent.shape)),
+                zeros=float((weight.stored == 0).float().mean()),
+                entropy_bits=entropy_bits(weight.stored),
+                packed_bytes=packed_size(weight, count),
+                sqnr_db=_sqnr_db(latent, weight.values.reshape(latent.shape)),
             )
         )
     return _with_cycles(module, rows, reports)
@@ -75,15 +76,15 @@ def layer_figures(module: nn.Module, reports: Sequence[VelaReport] = ()) -> list
 def write_report(
     module: nn.Module, folder: str | Path, reports: Sequence[VelaReport] = ()
 ) -> list[LayerFigures]:
-    """Write ``report.html`` and ``report.csv`` of a module on the chip.
+    """Write ``report.html`` and ``report.csv`` of an emulated module.
 
     Args:
-        module: See :func:`layer_figures`.
-        folder: Where they go.
-        reports: See :func:`layer_figures`; the page has a line for each.
+        module: Emulated module that has run.
+        folder: Folder of the files.
+        reports: Vela's reports, see :func:`layer_figures`; the page has a line for each.
 
     Returns:
-        The rows.
+        The rows of the report, one a weight.
 
     Raises:
         ValueError: See :func:`layer_figures`.
@@ -95,7 +96,7 @@ def write_report(
             "Cycles are Vela's estimates for one run of each program; LSTM layers of one program "
             "share theirs by the entropy of their weights."
         )
-    title = f"{type(module).__name__} on the chip"
+    title = f"{type(module).__name__}, emulated"
     write_whole(Path(folder) / "report.html", as_html(rows, title=title, notes=notes))
     write_whole(Path(folder) / "report.csv", as_csv(rows))
     return rows
@@ -110,22 +111,22 @@ def _sqnr_db(weight: Tensor, deployed: Tensor) -> float:
 def _with_cycles(
     module: nn.Module, rows: list[LayerFigures], reports: Sequence[VelaReport]
 ) -> list[LayerFigures]:
-    """The rows with what Vela's operators say of their layers."""
+    """Return the rows with the cycles of their layers."""
     cycles: dict[str, float] = {}
     recurrent = {n for n, m in module.named_modules() if isinstance(m, (nn.LSTM, nn.LSTMCell))}
     need = {row.name: row.weights * row.entropy_bits for row in rows}
     for report in reports:
         named = [operator.name for operator in report.operators]
         together = sum(o.cycles for o in report.operators if o.operator == _LSTM)
-        mine = [
+        layers = [
             row.name
             for row in rows
             if _layer(row.name) in recurrent
             and any(name.startswith(f"{_layer(row.name)}/lstm") for name in named)
         ]
-        whole = sum(need[name] for name in mine)
-        for name in mine:
-            cycles[name] = cycles.get(name, 0.0) + together * need[name] / max(whole, 1.0)
+        total = sum(need[name] for name in layers)
+        for name in layers:
+            cycles[name] = cycles.get(name, 0.0) + together * need[name] / max(total, 1.0)
         for row in rows:
             if _layer(row.name) in recurrent:
                 continue
@@ -145,5 +146,5 @@ def _with_cycles(
 
 
 def _layer(parameter: str) -> str:
-    """Path of the module that has a parameter."""
+    """Return the path of the module that has a parameter."""
     return parameter.rpartition(".")[0]

@@ -1,8 +1,8 @@
-"""A module on the chip as a .tflite file, and LiteRT to run it.
+"""Export an emulated module as a .tflite file, and run it with LiteRT.
 
-The file is fully integer and holds, beside the program, what is needed to call it from floats:
-which of the caller's tensors goes where. Its results are those of the module on the chip, in every
-bit, on LiteRT's *reference* kernels; the optimized ones are faster and may differ.
+The file is fully integer and has, in addition to the program, the ports that are needed to call it
+from floats: the tensor of each argument and result. Its results are those of the emulated module,
+in every bit, on LiteRT's *reference* kernels; the optimized ones are faster and may differ.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-from lightning_nna.deploy.capture import called, capture, emulator_of, on_chip
+from lightning_nna.deploy.capture import capture, emulator_of, forward_of, on_chip
 from lightning_nna.deploy.flatbuffer import build_model
-from lightning_nna.deploy.graph import Port, Program, quantized
+from lightning_nna.deploy.graph import Port, Program, dtype_of_qparams, quantize
 from lightning_nna.emulation.ranges import QParams
 from lightning_nna.files import whole_file
 from lightning_nna.weights.read_packed import NO_DIGEST, checked, sealed
@@ -36,17 +36,17 @@ _METADATA = "lightning-nna"
 
 @dataclass(frozen=True)
 class TFLiteModel:
-    """What was written.
+    """A .tflite file that was exported.
 
     Args:
-        path: The file.
-        size_bytes: Of the file.
-        weight_bytes: Of all constants, each counted once.
-        operators: How many instructions of each kind, in the order in which they first run.
-        inputs: Where the caller's arguments enter.
-        outputs: Where results leave.
+        path: Path of the file.
+        size_bytes: Bytes of the file.
+        weight_bytes: Bytes of all constants, each counted once.
+        operators: Number of instructions of each kind, in the order in which they first run.
+        inputs: Ports of the caller's arguments.
+        outputs: Ports of the results.
         fixed: Positions of arguments that are part of the program.
-        spec: Name of the chip.
+        spec: Name of the spec.
         left_out: Positions of results that are no activations, and so are none of the program's.
     """
 
@@ -67,13 +67,19 @@ class TFLiteModel:
 
 
 class Agreement(float):
-    """Share of outputs that are equal in every bit; 1.0 where all are.
+    """Fraction of outputs that are equal in every bit; 1.0 if all are.
+
+    Args:
+        equal: Number of outputs that are equal.
+        outputs: Number of outputs that were compared.
+        inputs: Number of sets of inputs that they came from.
+        skipped: Number of sets of random inputs on which the module itself has no finite result.
 
     Attributes:
-        outputs: How many were compared.
-        differing: How many of them differ.
-        inputs: How many sets of inputs they came from.
-        skipped: Sets of random inputs on which the module itself gives no finite value.
+        outputs: Number of outputs that were compared.
+        differing: Number of outputs that differ.
+        inputs: Number of sets of inputs that they came from.
+        skipped: Number of sets of random inputs on which the module itself has no finite result.
 
     Example:
         >>> Agreement(47, 48, inputs=5)
@@ -88,7 +94,7 @@ class Agreement(float):
     skipped: int
 
     def __new__(cls, equal: int, outputs: int, *, inputs: int = 1, skipped: int = 0) -> Agreement:
-        """The share ``equal / outputs``."""
+        """Compute the fraction ``equal / outputs``."""
         self = super().__new__(cls, equal / outputs)
         self.outputs, self.differing = outputs, outputs - equal
         self.inputs, self.skipped = inputs, skipped
@@ -111,22 +117,22 @@ def export_tflite(
     forward: Callable[..., Any] | None = None,
     allow_cpu: bool = False,
 ) -> TFLiteModel:
-    """Write a module on the chip as a fully integer .tflite program of one shape.
+    """Write an emulated module as a fully integer .tflite program of one shape.
 
-    The same module and inputs give the same bytes. Tensors are called by their call sites. A
+    The same module and inputs give the same bytes. Tensors are named by their call sites. A
     recurrent state that is an argument becomes an input that the program overwrites, and an output
-    where it is a result: the streaming form. One that starts at zero is a variable of the program.
+    if it is a result: the streaming form. One that starts at zero is a variable of the program.
 
     Args:
-        module: A module on the chip, calibrated.
+        module: Emulated module, calibrated.
         example_inputs: Arguments of its forward.
-        path: Written whole or not at all.
-        forward: How the module runs, called with it and the arguments; None for its own forward.
-        allow_cpu: Whether float operators that no chip has may stand in the program and run on the
-            CPU, see :func:`.capture.capture`; it is not fully integer then.
+        path: Path of the file, which is written completely or not at all.
+        forward: Function of the module and the arguments that runs it; None for its own forward.
+        allow_cpu: Whether float operators that no accelerator has may be in the program and run on
+            the CPU, see :func:`.capture.capture`; it is not fully integer then.
 
     Returns:
-        What was written.
+        Path, sizes, operators and ports of the program.
 
     Raises:
         CaptureError: See :func:`.capture.capture`.
@@ -142,7 +148,7 @@ def export_tflite(
         ({'FULLY_CONNECTED': 1, 'TANH': 1}, 1.0 of 120 outputs from 5 inputs)
     """
     program = capture(module, example_inputs, forward=forward, allow_cpu=allow_cpu)
-    contents = write(program)
+    contents = program_bytes(program)
     with whole_file(Path(path)) as unfinished:
         unfinished.write_bytes(contents)
     return TFLiteModel(
@@ -158,8 +164,8 @@ def export_tflite(
     )
 
 
-def write(program: Program) -> bytes:
-    """The file of a program, with a checksum of all of it."""
+def program_bytes(program: Program) -> bytes:
+    """Return the file of a program, with a checksum of all of it."""
     notes = {
         "format": _FORMAT,
         "version": version("lightning-nna"),
@@ -180,21 +186,22 @@ def write(program: Program) -> bytes:
 
 
 class LiteRTProgram:
-    """A program of :func:`export_tflite` on LiteRT.
+    """A program of :func:`export_tflite`, loaded into LiteRT.
 
     Args:
-        path: The file.
-        optimized: Take the kernels that are made for speed; their outputs may differ.
-        threads: Of the optimized kernels.
+        path: Path of the file.
+        optimized: Whether the optimized kernels run, whose outputs may differ.
+        threads: Number of threads of the optimized kernels.
 
     Attributes:
-        inputs: Where arguments enter.
-        outputs: Where results leave.
+        spec: Name of the spec.
+        inputs: Ports of the arguments.
+        outputs: Ports of the results.
         fixed: Arguments that are part of the program, by position.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If the file is not one of :func:`export_tflite`, or not as it was written.
+        ValueError: If the file is not one of :func:`export_tflite`, or was altered.
     """
 
     def __init__(self, path: str | Path, *, optimized: bool = False, threads: int = 1) -> None:
@@ -215,43 +222,46 @@ class LiteRTProgram:
             if optimized or "builtin opcode 'ELU'" not in str(error):
                 raise
             raise ValueError(
-                f"{path} has an ELU, and LiteRT has no reference kernel of it: give optimized=True"
+                f"{path} has an ELU, and LiteRT has no reference kernel of it: pass optimized=True"
             ) from error
         self._interpreter.allocate_tensors()
         details = self._interpreter.get_input_details(), self._interpreter.get_output_details()
         self._details = {each["name"]: each for side in details for each in side}
 
     def __call__(self, inputs: Sequence[Any]) -> list[NDArray[Any]]:
-        """Run once, from the state that the arguments give, or from zero.
+        """Run once, from the state in the arguments, or from zero.
 
         Args:
-            inputs: Arguments as the module takes them, nested as it likes: tensors or arrays.
+            inputs: Arguments of the module, tensors or arrays in its nesting.
 
         Returns:
-            Results that are activations, one after the other, as float32 on their grids; those of
-            an operator of the CPU are on none.
+            Results that are activations, one after the other, dequantized to float32.
 
         Raises:
-            ValueError: If an argument is missing, has another shape than the program, or another
-                value than the one that is part of it.
+            ValueError: If an argument is missing, has another shape than in the program, or another
+                value than the one that is part of the program.
         """
-        given = [np.asarray(x) for x in tree_leaves(list(inputs))]
+        arguments = [np.asarray(x) for x in tree_leaves(list(inputs))]
         for position, value in self.fixed.items():
-            _demand_fixed(position, value, given)
+            _validate_fixed(position, value, arguments)
         self._interpreter.reset_all_variables()
         for port in self.inputs:
-            self._set(port, given)
+            self._set(port, arguments)
         self._interpreter.invoke()
-        found: dict[int, NDArray[Any]] = {}
+        results: dict[int, NDArray[Any]] = {}
         for port in self.outputs:
             values = self._get(port)
-            whole = found.setdefault(port.position, np.empty(port.shape, values.dtype).reshape(-1))
-            whole[slice(*(port.part or (None,)))] = values.reshape(-1)
+            flat = results.setdefault(port.position, np.empty(port.shape, values.dtype).reshape(-1))
+            flat[slice(*(port.part or (None,)))] = values.reshape(-1)
         shapes = {port.position: port.shape for port in self.outputs}
-        return [values.reshape(shapes[position]) for position, values in found.items()]
+        return [values.reshape(shapes[position]) for position, values in results.items()]
 
-    def grid_of(self, port: Port) -> QParams | None:
-        """The grid of a tensor that enters or leaves, None for plain integers."""
+    def qparams_of(self, port: Port) -> QParams | None:
+        """Return the quantization parameters of a port; None for plain integers and floats.
+
+        Args:
+            port: Port of an argument or a result.
+        """
         detail = self._details[port.tensor]
         scale, zero_point = detail["quantization"]
         if not scale:
@@ -259,41 +269,42 @@ class LiteRTProgram:
         limits = np.iinfo(detail["dtype"])
         return QParams(float(scale), int(zero_point), int(limits.min), int(limits.max))
 
-    def _set(self, port: Port, given: Sequence[NDArray[Any]]) -> None:
-        if port.position >= len(given):
-            raise ValueError(f"argument {port.position} is missing: {len(given)} were given")
-        value, detail = given[port.position], self._details[port.tensor]
+    def _set(self, port: Port, arguments: Sequence[NDArray[Any]]) -> None:
+        if port.position >= len(arguments):
+            raise ValueError(f"argument {port.position} is missing: got {len(arguments)}")
+        value, detail = arguments[port.position], self._details[port.tensor]
         if value.shape != port.shape:
             raise ValueError(
                 f"argument {port.position} has shape {value.shape}, the program {port.shape}; "
                 "export it for another shape"
             )
-        grid = self.grid_of(port)
+        qparams = self.qparams_of(port)
         if not np.isfinite(value).all():
             raise ValueError(f"argument {port.position} has values that are not finite")
-        if grid is not None:
-            value = quantized(value, np.dtype(detail["dtype"]).name, grid.scale, grid.zero_point)
+        if qparams is not None:
+            dtype = np.dtype(detail["dtype"]).name
+            value = quantize(value, dtype, qparams.scale, qparams.zero_point)
         if port.part is not None:
             value = value.reshape(-1)[slice(*port.part)]
-        held = value.astype(detail["dtype"]).reshape(detail["shape"])
-        self._interpreter.set_tensor(detail["index"], held)
+        stored = value.astype(detail["dtype"]).reshape(detail["shape"])
+        self._interpreter.set_tensor(detail["index"], stored)
 
     def _get(self, port: Port) -> NDArray[Any]:
-        grid = self.grid_of(port)
+        qparams = self.qparams_of(port)
         integers = self._interpreter.get_tensor(self._details[port.tensor]["index"])
-        if grid is None:  # Of an operator of the CPU.
+        if qparams is None:  # The result of an operator of the CPU.
             return np.asarray(integers)
-        centered = integers.astype(np.int32) - grid.zero_point
-        return np.asarray(centered.astype(np.float32) * np.float32(grid.scale))
+        centered = integers.astype(np.int32) - qparams.zero_point
+        return np.asarray(centered.astype(np.float32) * np.float32(qparams.scale))
 
 
-def _demand_fixed(position: int, value: Any, given: Sequence[NDArray[Any]]) -> None:
-    """Refuse another value of an argument than the program was made for."""
-    found = given[position].tolist() if position < len(given) else None
-    if found != value:
+def _validate_fixed(position: int, value: Any, arguments: Sequence[NDArray[Any]]) -> None:
+    """Validate that an argument has the value that the program was exported with."""
+    argument = arguments[position].tolist() if position < len(arguments) else None
+    if argument != value:
         raise ValueError(
             f"argument {position} is part of the program, which was exported with {value!r:.200}, "
-            f"got {found!r:.200}: export the module for these"
+            f"got {argument!r:.200}: export the module for these"
         )
 
 
@@ -303,17 +314,17 @@ def run_tflite(
     """Run a program of :func:`export_tflite` once; see :class:`LiteRTProgram`.
 
     Args:
-        path: The file.
-        inputs: Arguments as the module takes them.
-        optimized: Take the kernels that are made for speed; their outputs may differ.
+        path: Path of the file.
+        inputs: Arguments of the module, tensors or arrays in its nesting.
+        optimized: Whether the optimized kernels run, whose outputs may differ.
 
     Returns:
-        Results that are activations, as float32 on their grids.
+        Results that are activations, dequantized to float32.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If the file is not one of :func:`export_tflite`, or not as it was written, or
-            an argument does not fit.
+        ValueError: If the file is not one of :func:`export_tflite`, or was altered, or an argument
+            does not fit.
     """
     return LiteRTProgram(path, optimized=optimized)(inputs)
 
@@ -327,22 +338,22 @@ def verify(
     optimized: bool = False,
     random_inputs: int = 4,
 ) -> Agreement:
-    """Compare a program with the module on the chip, in every bit.
+    """Compare a program with the emulated module, in every bit.
 
-    Beside the inputs that are given, random ones are compared: every other set lies within the
-    ranges of the arguments, the rest reach three times as far. Integers and masks are drawn from
-    the values that are given; arguments that are part of the program stay as they are.
+    In addition to ``inputs``, random ones are compared: every other set lies within the ranges of
+    the arguments, the rest reach three times as far. Integers and masks are drawn from the values
+    in ``inputs``; arguments that are part of the program stay unchanged.
 
     Args:
-        module: The module that was exported.
-        path: The file.
+        module: Module that was exported.
+        path: Path of the file.
         inputs: Arguments of its forward.
-        forward: How the module runs, as it was exported.
-        optimized: Look at the kernels that are made for speed.
-        random_inputs: Sets of random inputs, the same in every call; 0 for none.
+        forward: Function that runs the module, as it was exported.
+        optimized: Whether the optimized kernels run, whose outputs may differ.
+        random_inputs: Number of sets of random inputs, the same in every call; 0 for none.
 
     Returns:
-        The share of equal outputs, 1.0 where all are, which says how many were compared.
+        The fraction of equal outputs, 1.0 if all are, with the number of outputs compared.
 
     Raises:
         ValueError: If results of the module have another shape or type than the program's, or
@@ -352,63 +363,65 @@ def verify(
     emulator = emulator_of(module)
     leaves, form = tree_flatten(list(inputs))
     random = np.random.default_rng(0)
+    run = forward_of(module, forward)
     equal = total = skipped = 0
     with on_chip(module, emulator):
         for trial in range(random_inputs + 1):
             if trial:
-                leaves = _drawn(program, leaves, random, reach=1.0 if trial % 2 else 3.0)
+                leaves = _random_arguments(program, leaves, random, reach=1.0 if trial % 2 else 3.0)
             arguments = [x.detach().clone() if isinstance(x, Tensor) else x for x in leaves]
             for port in program.inputs:
-                grid = program.grid_of(port)
-                if port.from_chip and grid is not None:
-                    arguments[port.position] = on_grid(arguments[port.position], grid)
-                    emulator.state.set_qparams(arguments[port.position], grid)
-            found = program(leaves)
+                qparams = program.qparams_of(port)
+                if port.from_chip and qparams is not None:
+                    arguments[port.position] = fake_quantize(arguments[port.position], qparams)
+                    emulator.state.set_qparams(arguments[port.position], qparams)
+            outputs = program(leaves)
             try:
-                results = tree_leaves(called(module, forward)(*tree_unflatten(arguments, form)))
+                results = tree_leaves(run(*tree_unflatten(arguments, form)))
             except FloatingPointError:
                 if not trial:
                     raise
                 skipped += 1
                 continue
             positions = dict.fromkeys(port.position for port in program.outputs)
-            for position, ours in zip(positions, found, strict=True):
-                theirs = _comparable(position, ours, results)
-                equal += int(((theirs == ours) | (np.isnan(theirs) & np.isnan(ours))).sum())
-                total += ours.size
+            for position, output in zip(positions, outputs, strict=True):
+                expected = _comparable(position, output, results)
+                equal += int(((expected == output) | (np.isnan(expected) & np.isnan(output))).sum())
+                total += output.size
     return Agreement(equal, total, inputs=random_inputs + 1 - skipped, skipped=skipped)
 
 
-def _comparable(position: int, ours: NDArray[Any], results: Sequence[Any]) -> NDArray[Any]:
-    """A result of the module that a program's can be compared with."""
-    remedy = "export the module anew, or give the forward that it was exported with"
-    theirs = results[position] if position < len(results) else None
-    if not isinstance(theirs, Tensor) or not theirs.is_floating_point():
-        kind = f"{theirs.dtype} tensor" if isinstance(theirs, Tensor) else type(theirs).__name__
+def _comparable(position: int, output: NDArray[Any], results: Sequence[Any]) -> NDArray[Any]:
+    """Return the result of the module that an output of the program can be compared with."""
+    remedy = "export the module again, or pass the forward that it was exported with"
+    result = results[position] if position < len(results) else None
+    if not isinstance(result, Tensor) or not result.is_floating_point():
+        kind = f"{result.dtype} tensor" if isinstance(result, Tensor) else type(result).__name__
         raise ValueError(
-            f"result {position} is a {kind} in the module and {ours.dtype} in the program: {remedy}"
+            f"result {position} is a {kind} in the module and {output.dtype} in the program: "
+            f"{remedy}"
         )
-    if tuple(theirs.shape) != ours.shape:
+    if tuple(result.shape) != output.shape:
         raise ValueError(
-            f"result {position} has shape {tuple(theirs.shape)} in the module and {ours.shape} in "
-            f"the program: {remedy}"
+            f"result {position} has shape {tuple(result.shape)} in the module and {output.shape} "
+            f"in the program: {remedy}"
         )
-    return np.asarray(theirs.detach().float().cpu().numpy())
+    return np.asarray(result.detach().float().cpu().numpy())
 
 
-def _drawn(
+def _random_arguments(
     program: LiteRTProgram, leaves: Sequence[Any], random: np.random.Generator, reach: float
 ) -> list[Any]:
-    """Random arguments in the place of those that a program reads."""
+    """Replace the arguments that a program reads by random ones."""
     result = list(leaves)
     bounds: dict[int, tuple[float, float]] = {}
     for port in program.inputs:
-        grid, given = program.grid_of(port), leaves[port.position]
-        if grid is None:
-            choice = random.choice(given.numpy().reshape(-1), tuple(given.shape))
-            result[port.position] = torch.from_numpy(choice)
+        qparams, argument = program.qparams_of(port), leaves[port.position]
+        if qparams is None:
+            sample = random.choice(argument.numpy().reshape(-1), tuple(argument.shape))
+            result[port.position] = torch.from_numpy(sample)
             continue
-        low, high = (bound * grid.scale for bound in grid.bounds)
+        low, high = (bound * qparams.scale for bound in qparams.bounds)
         known = bounds.get(port.position, (low, high))
         bounds[port.position] = min(known[0], low), max(known[1], high)
     for position, (low, high) in bounds.items():
@@ -418,19 +431,27 @@ def _drawn(
     return result
 
 
-def on_grid(x: Tensor, grid: QParams) -> Tensor:
-    """Floats as the chip has them."""
-    kind = "int8" if grid.bits == 8 else "int16"
-    integers = quantized(x.detach().numpy(), kind, grid.scale, grid.zero_point)
-    centered = torch.from_numpy(integers - grid.zero_point).float()
-    return centered * torch.tensor(grid.scale, dtype=torch.float32)
+def fake_quantize(x: Tensor, qparams: QParams) -> Tensor:
+    """Round floats to the values that quantization parameters represent.
+
+    Args:
+        x: Floats, any shape.
+        qparams: Quantization parameters.
+
+    Returns:
+        Float32 values, in the shape of ``x``.
+    """
+    dtype = dtype_of_qparams(qparams)
+    integers = quantize(x.detach().numpy(), dtype, qparams.scale, qparams.zero_point)
+    centered = torch.from_numpy(integers - qparams.zero_point).float()
+    return centered * torch.tensor(qparams.scale, dtype=torch.float32)
 
 
 def _notes(contents: bytes, path: str | Path) -> dict[str, Any]:
-    """What the file says of itself; its checksum is right, so it is all there."""
+    """Read the metadata of a file whose checksum is right, and which so is complete."""
     start = contents.find(f'{{"format": "{_FORMAT}"'.encode())
     if start < 0:
-        raise ValueError(f"{path} is no program of export_tflite: it says nothing of one")
+        raise ValueError(f"{path} is no program of export_tflite: it has no metadata of one")
     notes, _ = json.JSONDecoder().raw_decode(contents[start:].decode("utf-8", "replace"))
     return dict(notes)
 

@@ -1,9 +1,9 @@
-"""What an Ethos-U makes of a program: Arm's compiler Vela, asked for memory, cycles and time.
+"""Estimate memory, cycles and time of a program on an Ethos-U with Arm's compiler Vela.
 
 Vela compresses weights (a tensor of at most 32 values comes down to its entropy), so that the bytes
 which it reports, and on a system that reads weights from flash the time as well, are those of the
-compressed network. On an Ethos-U85 zeros make a layer faster where they lie 2 of 4 along the input
-channel; convolutions with zeros anywhere may take longer than dense ones. Times are estimates of
+compressed network. On an Ethos-U85 zeros make a layer faster if they are 2 of 4 along the input
+channel; convolutions with zeros elsewhere may take longer than dense ones. Times are estimates of
 operators on the NPU; there are none for those on the CPU, which are counted apart.
 
 Reference:
@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
-#: For a family of accelerators the system whose weights are in flash, and its memory mode.
+#: System whose weights are in flash, and its memory mode, by the family of the accelerator.
 _DEFAULTS = {
     "ethos-u55": ("Ethos_U55_High_End_Embedded", "Shared_Sram"),
     "ethos-u65": ("Ethos_U65_Embedded", "Shared_Sram"),
@@ -32,7 +32,7 @@ _MEMORIES = ("sram", "dram", "on_chip_flash", "off_chip_flash")
 
 
 class VelaError(RuntimeError):
-    """Vela is not there or refuses a program; the message has Vela's own."""
+    """Vela is missing or rejects a program; the message has Vela's own."""
 
 
 @dataclass(frozen=True)
@@ -40,12 +40,12 @@ class VelaOperator:
     """One operator of the compiled program.
 
     Args:
-        name: Of its output; a call site, or what Vela has made of one.
-        operator: Kind in the program that was compiled.
+        name: Name of its output; a call site, or Vela's name for a part of one.
+        operator: Kind of operator in the program that was compiled.
         on_npu: Whether the NPU runs it.
-        cycles: Of the slowest of computation and memories; 0 on the CPU.
-        compute_cycles: Of the computation alone.
-        macs: Products that are summed.
+        cycles: Cycles of the slowest of computation and memories; 0 on the CPU.
+        compute_cycles: Cycles of the computation alone.
+        macs: Number of products that are summed.
     """
 
     name: str
@@ -61,18 +61,18 @@ class VelaReport:
     """Vela's estimate for one inference.
 
     Args:
-        accelerator: As ``"ethos-u55-128"``.
-        system: System configuration: clock, memories and their bandwidths.
-        memory_mode: What lies in which memory.
-        operators: In the order in which they run.
-        weight_bytes: Weights of the operators on the NPU, as they came.
-        encoded_bytes: The same, compressed.
-        sram_bytes: SRAM used.
-        dram_bytes: DRAM used.
-        flash_bytes: Flash used, on the chip and off it.
-        cycles: Of one inference.
-        compute_cycles: Of its computation alone.
-        memory_cycles: Of the busiest memory.
+        accelerator: Name of the accelerator, as ``"ethos-u55-128"``.
+        system: Name of the system configuration: clock, memories and their bandwidths.
+        memory_mode: Name of the mapping of weights and activations to memories.
+        operators: Operators, in the order in which they run.
+        weight_bytes: Bytes of the weights of the operators on the NPU, uncompressed.
+        encoded_bytes: Bytes of the same weights, compressed.
+        sram_bytes: Bytes of SRAM used.
+        dram_bytes: Bytes of DRAM used.
+        flash_bytes: Bytes of flash used, on-chip and off-chip.
+        cycles: Cycles of one inference.
+        compute_cycles: Cycles of its computation alone.
+        memory_cycles: Cycles of the busiest memory.
         inference_ms: Milliseconds of one inference, without operators on the CPU.
     """
 
@@ -92,22 +92,22 @@ class VelaReport:
 
     @property
     def npu_operators(self) -> int:
-        """How many operators the NPU runs."""
+        """Count the operators on the NPU."""
         return sum(operator.on_npu for operator in self.operators)
 
     @property
     def cpu_operators(self) -> tuple[str, ...]:
-        """Kinds of the operators that stay on the CPU."""
+        """List the kinds of the operators on the CPU."""
         return tuple(operator.operator for operator in self.operators if not operator.on_npu)
 
     @property
     def memory_bytes(self) -> int:
-        """All memory that is used."""
+        """Return the bytes of all memory used."""
         return self.sram_bytes + self.dram_bytes + self.flash_bytes
 
     @property
     def is_bandwidth_bound(self) -> bool:
-        """Whether reading and writing takes longer than computing."""
+        """Tell if reading and writing takes longer than computing."""
         return self.memory_cycles > self.compute_cycles
 
     def __str__(self) -> str:
@@ -128,14 +128,15 @@ def vela_report(
     system: str | None = None,
     memory_mode: str | None = None,
 ) -> VelaReport:
-    """Compile a .tflite program with Vela and return what it says.
+    """Compile a .tflite program with Vela and return its estimate.
 
     Args:
-        path: The program.
-        accelerator: As Vela's ``--accelerator-config``.
-        system: As Vela's ``--system-config``, among those of its ``Arm/vela.ini``; None for the
-            family's system with weights in flash.
-        memory_mode: As Vela's ``--memory-mode``; None for weights in flash and the rest in SRAM.
+        path: Path of the program.
+        accelerator: Name of the accelerator, Vela's ``--accelerator-config``.
+        system: Name of the system, Vela's ``--system-config``, in its ``Arm/vela.ini``; None for
+            the family's system with weights in flash.
+        memory_mode: Name of the memory mode, Vela's ``--memory-mode``; None for weights in flash
+            and the rest in SRAM.
 
     Returns:
         Vela's estimate.
@@ -143,7 +144,7 @@ def vela_report(
     Raises:
         FileNotFoundError: If there is no such file.
         ValueError: If the accelerator is of no family that is known.
-        VelaError: If Vela is missing, or refuses the program or the system.
+        VelaError: If Vela is missing, or rejects the program or the system.
 
     Example:
         >>> import tempfile, torch
@@ -186,23 +187,23 @@ def _compile(path: Path, folder: Path, accelerator: str, system: str, memory_mod
     command += ["--accelerator-config", accelerator, "--system-config", system]
     command += ["--memory-mode", memory_mode, "--verbose-performance"]
     try:
-        done = subprocess.run(
+        process = subprocess.run(
             command, capture_output=True, text=True, check=False, timeout=_LONGEST_SECONDS
         )
     except subprocess.TimeoutExpired as error:
         raise VelaError(f"Vela took more than {_LONGEST_SECONDS} s over {path}") from error
-    if done.returncode != 0:
-        said = (done.stderr.strip() or done.stdout.strip()).splitlines()[-1:]
+    if process.returncode != 0:
+        lines = (process.stderr.strip() or process.stdout.strip()).splitlines()[-1:]
         raise VelaError(
-            f"Vela refuses {path} for {accelerator}, {system}, {memory_mode}: {' '.join(said)}"
+            f"Vela rejects {path} for {accelerator}, {system}, {memory_mode}: {' '.join(lines)}"
         )
 
 
 def _table(folder: Path, pattern: str) -> list[dict[str, str]]:
-    found = sorted(folder.glob(pattern))
-    if not found:
-        raise VelaError(f"Vela has written no {pattern}: another version than this reads?")
-    with found[0].open(newline="", encoding="utf-8") as file:
+    paths = sorted(folder.glob(pattern))
+    if not paths:
+        raise VelaError(f"Vela has written no {pattern}: is it another version than 5?")
+    with paths[0].open(newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
 
 

@@ -1,4 +1,4 @@
-"""What a program would take from its example and keep for ever is an error that names it."""
+"""A value of the example that would be fixed in a program is an error that names it."""
 
 from __future__ import annotations
 
@@ -15,24 +15,13 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from lightning_nna import calibrate, coverage
 from lightning_nna.deploy import CaptureError, export_tflite, run_tflite, verify
+from tests.deploy.networks import SPECS, FunctionNetwork
 
 pytestmark = pytest.mark.exactness
-SPECS = {8: "litert-int8", 16: "litert-int16x8"}
-
-
-class Net(nn.Module):
-    """A function of arguments and layers."""
-
-    def __init__(self, function: Callable[..., Any], *layers: nn.Module) -> None:
-        super().__init__()
-        self.function, self.layers = function, nn.ModuleList(layers)
-
-    def forward(self, *arguments: Any) -> Any:
-        return self.function(*arguments, *self.layers)
 
 
 def calibrated(function: Any, arguments: Any, *layers: nn.Module, bits: int = 8) -> nn.Module:
-    net = Net(function, *layers)
+    net = FunctionNetwork(function, *layers)
     calibrate(net, [arguments], forward=lambda module, x: module(*x), spec=SPECS[bits])
     return net
 
@@ -64,46 +53,46 @@ DECISIONS: dict[str, tuple[Callable[..., Tensor], str]] = {
     "a float mask": (after(lambda y: y * (y > 0).float()), "decide, by aten::gt"),
     "an index": (
         after(lambda y: torch.sigmoid(y[torch.arange(6), y.argmax(1)])),
-        "decide what is moved where, by aten::index",
+        "decide about the layout, by aten::index",
     ),
     "an embedding of the best": (
         lambda x, linear: F.embedding(linear(x).argmax(1), linear.weight),
         "decide, by aten::argmax",
     ),
-    "a choice of rows": (after(lambda y: torch.sigmoid(y[y > 0])), "asks for a value of the data"),
+    "a choice of rows": (after(lambda y: torch.sigmoid(y[y > 0])), "reads a value of the data"),
     "masked_select": (
         after(lambda y: torch.sigmoid(torch.masked_select(y, y > 0))),
-        "asks for a value of the data",
+        "reads a value of the data",
     ),
     "how many there are": (
         after(lambda y: torch.sigmoid(y[: len((y > 0).nonzero())])),
-        "asks for a value of the data",
+        "reads a value of the data",
     ),
     "a number": (
         after(lambda y: torch.sigmoid(y) if y.mean() > 0 else torch.tanh(y)),
-        r"test_capture\.py:\d+ in <lambda> asks for a value of the data",
+        r"test_capture\.py:\d+ in <lambda> reads a value of the data",
     ),
-    "a list": (after(lambda y: torch.sigmoid(y * y.tolist()[0][0])), "asks for a value"),
-    "an array": (after(lambda y: torch.sigmoid(y * float(y.numpy().max()))), "asks for a value"),
+    "a list": (after(lambda y: torch.sigmoid(y * y.tolist()[0][0])), "reads a value"),
+    "an array": (after(lambda y: torch.sigmoid(y * float(y.numpy().max()))), "reads a value"),
     "whether it is equal": (
         after(lambda y: torch.sigmoid(y) if torch.equal(y, y + 1) else torch.tanh(y)),
-        "asks for a value",
+        "reads a value",
     ),
     "a width": (
         lambda x, linear: torch.sigmoid(F.pad(linear(x), (0, int((x > 0).sum())))),
-        "asks for a value",
+        "reads a value",
     ),
     "a weight": (
         lambda x, linear: F.linear(x, linear(x)),
-        r"fully_connected#\d/weight is computed of the data",
+        r"fully_connected#\d/weight is computed from the data",
     ),
     "a kernel": (
         lambda x, linear: F.conv1d(x[None], linear(x)[:, :, None]),
-        r"convolution#0/weight is computed of the data",
+        r"convolution#0/weight is computed from the data",
     ),
     "a bias": (
         lambda x, linear: F.linear(x, linear.weight, linear(x)[0]),
-        r"fully_connected#\d/bias is computed of the data",
+        r"fully_connected#\d/bias is computed from the data",
     ),
     "a norm": (drawn_from(F.normalize), r"normalize#0 is no operator of"),
     "dropout": (
@@ -116,7 +105,7 @@ DECISIONS: dict[str, tuple[Callable[..., Tensor], str]] = {
     ),
     "batch statistics": (
         lambda x, linear: F.batch_norm(linear(x), None, None, training=True),
-        r"batch_norm#0/weight is computed of the data.*running statistics",
+        r"batch_norm#0/weight is computed from the data.*running statistics",
     ),
 }
 
@@ -140,7 +129,7 @@ def test_data_decide_nothing(kind: str, bits: int, allow_cpu: bool, tmp_path: Pa
         (
             [nn.Conv1d(6, 5, 3), nn.BatchNorm1d(5, track_running_stats=False)],
             (3, 6, 9),
-            r"1/batch_norm#0/.* is computed of the data.*track_running_stats=True",
+            r"1/batch_norm#0/.* is computed from the data.*track_running_stats=True",
         ),
         ([nn.BatchNorm1d(6, track_running_stats=False)], (8, 6), "track_running_stats=True"),
         (
@@ -260,7 +249,7 @@ def test_a_mask_is_an_input(bits: int, tmp_path: Path) -> None:
     assert verify(net, model.path, [x, ~keep]) == 1.0
 
 
-def test_labels_that_decide_as_well_are_refused(tmp_path: Path) -> None:
+def test_labels_that_decide_as_well_are_an_error(tmp_path: Path) -> None:
     def forward(labels: Tensor, embedding: nn.Embedding) -> Tensor:
         y = embedding(labels)
         return torch.softmax(y.masked_fill((labels == 0)[..., None], -torch.inf), 1)
@@ -286,14 +275,14 @@ def test_a_network_of_integers_alone_is_told_to_take_floats(tmp_path: Path) -> N
         export_tflite(net, [image], tmp_path / "net.tflite")
 
 
-def test_an_empty_batch_is_refused(tmp_path: Path) -> None:
+def test_an_empty_batch_is_an_error(tmp_path: Path) -> None:
     net = calibrated(lambda x, linear: linear(x), (torch.randn(3, 6),), nn.Linear(6, 6))
     with pytest.raises(CaptureError, match=r"arguments are empty, of shape \(0, 6\)"):
         export_tflite(net, [torch.randn(0, 6)], tmp_path / "net.tflite")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_empty_result_beside_others_is_left_out(tmp_path: Path) -> None:
+def test_an_empty_result_among_others_is_left_out(tmp_path: Path) -> None:
     # As the carried frames of a streaming encoder that needs none.
     x = torch.randn(3, 6)
     net = calibrated(lambda x, linear: (y := linear(x), y[:0]), (x,), nn.Linear(6, 6))
@@ -302,7 +291,7 @@ def test_an_empty_result_beside_others_is_left_out(tmp_path: Path) -> None:
     assert verify(net, model.path, [x]) == 1.0
 
 
-def test_results_that_are_all_empty_are_refused(tmp_path: Path) -> None:
+def test_results_that_are_all_empty_are_an_error(tmp_path: Path) -> None:
     net = calibrated(lambda x, linear: linear(x)[:0], (torch.randn(3, 6),), nn.Linear(6, 6))
     with pytest.raises(CaptureError, match="no result of the forward is an activation"):
         export_tflite(net, [torch.randn(3, 6)], tmp_path / "net.tflite")
@@ -323,7 +312,7 @@ def test_a_constant_in_an_operand_is_joined_once(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("bits", SPECS)
 @pytest.mark.parametrize("axis", [0, 1, -1])
-def test_a_stack_of_other_grids(axis: int, bits: int, tmp_path: Path) -> None:
+def test_a_stack_of_tensors_of_different_scales(axis: int, bits: int, tmp_path: Path) -> None:
     torch.manual_seed(0)
     x = torch.randn(3, 6)
     net = calibrated(
@@ -337,7 +326,7 @@ def test_a_stack_of_other_grids(axis: int, bits: int, tmp_path: Path) -> None:
     np.testing.assert_allclose(run_tflite(model.path, [x])[0], net(x).detach(), atol=0.05)
 
 
-def test_a_stack_on_one_grid_requantizes_nothing(tmp_path: Path) -> None:
+def test_a_stack_of_tensors_of_one_scale_requantizes_nothing(tmp_path: Path) -> None:
     x = torch.randn(3, 6)
     net = calibrated(lambda x: torch.stack([torch.tanh(x), torch.tanh(x).flip(0)]), (x,))
     model = export_tflite(net, [x], tmp_path / "net.tflite")
@@ -378,7 +367,7 @@ def test_arguments_that_are_passed_on_are_left_out(tmp_path: Path) -> None:
     assert found.shape == (3, 6)
 
 
-def test_a_forward_without_activations_is_refused(tmp_path: Path) -> None:
+def test_a_forward_without_activations_is_an_error(tmp_path: Path) -> None:
     net = calibrated(
         lambda x, linear: (linear(x).argmax(1), x), (torch.randn(3, 6),), nn.Linear(6, 6)
     )

@@ -17,22 +17,10 @@ from lightning_nna import calibrate
 from lightning_nna.deploy import export_tflite, run_tflite, verify
 from lightning_nna.deploy.flatbuffer import OperatorSpec, TensorSpec, version_of
 from lightning_nna.emulation.operators.catalog import kernels, operators
+from tests.deploy.networks import SPECS, FunctionNetwork
 from tests.emulation.operators.examples import EXAMPLES
 
 pytestmark = pytest.mark.exactness
-SPECS = {8: "litert-int8", 16: "litert-int16x8"}
-
-
-class Net(nn.Module):
-    """A function of the outputs of a layer, which lie on a grid, and layers that it calls."""
-
-    def __init__(self, function: Callable[..., Any], *layers: nn.Module) -> None:
-        super().__init__()
-        self.function, self.layers = function, nn.ModuleList(layers)
-
-    def forward(self, *inputs: Tensor) -> Any:
-        x, *rest = inputs
-        return self.function(torch.tanh(x) if x.is_floating_point() else x, *rest, *self.layers)
 
 
 def permuted(x: Tensor) -> Tensor:
@@ -42,7 +30,7 @@ def permuted(x: Tensor) -> Tensor:
 
 IMAGE = (2, 4, 6, 6)
 ROWS = (3, 4)
-# What is written besides TANH: the function, the input's shape, and layers.
+# Operators written besides TANH: a function of a quantized tensor, the input's shape, and layers.
 CASES: dict[
     str, tuple[Callable[..., Any], tuple[int, ...], tuple[Callable[[], nn.Module], ...]]
 ] = {
@@ -94,7 +82,7 @@ ONLY_8_BITS = {
     "HARD_SWISH": (F.hardswish, ROWS, ()),
     "LOG_SOFTMAX": (lambda x: torch.log_softmax(x, -1), ROWS, ()),
 }
-# Operators of the CPU: what leaves the grid and comes back.
+# Operators of the CPU, which are dequantized before and quantized after.
 ON_THE_CPU = {
     name: (lambda x, function=function: torch.tanh(function(torch.sigmoid(x) + 0.1)), ROWS, ())
     for name, function in {
@@ -119,15 +107,16 @@ MANY_AXES = {
 def exported(case: Any, bits: int, path: Path, **settings: Any) -> tuple[nn.Module, Any, Any]:
     function, shape, layers = case
     torch.manual_seed(0)
-    net, x = Net(function, *(make() for make in layers)), torch.randn(shape)
+    net = FunctionNetwork(lambda x, *rest: function(torch.tanh(x), *rest), *(f() for f in layers))
+    x = torch.randn(shape)
     calibrate(net, [x], spec=SPECS[bits])
     return net, x, export_tflite(net, [x], path, **settings)
 
 
 @pytest.mark.parametrize("bits", SPECS)
-@pytest.mark.parametrize("name", CASES)
-def test_an_operator_of_the_chip_is_loaded_and_equal(name: str, bits: int, tmp_path: Path) -> None:
-    net, x, model = exported(CASES[name], bits, tmp_path / "net.tflite")
+@pytest.mark.parametrize(("name", "case"), [*CASES.items(), *MANY_AXES.items()])
+def test_an_operator_is_loaded_and_equal(name: str, case: Any, bits: int, tmp_path: Path) -> None:
+    net, x, model = exported(case, bits, tmp_path / "net.tflite")
     assert name in model.operators
     assert verify(net, model.path, [x]) == 1.0
 
@@ -145,14 +134,6 @@ def test_an_operator_of_the_cpu_is_loaded(name: str, bits: int, tmp_path: Path) 
     net, x, model = exported(ON_THE_CPU[name], bits, tmp_path / "net.tflite", allow_cpu=True)
     assert {name, "DEQUANTIZE", "QUANTIZE"} <= set(model.operators)
     assert verify(net, model.path, [x]) > 0.9
-
-
-@pytest.mark.parametrize("bits", SPECS)
-@pytest.mark.parametrize("name", MANY_AXES)
-def test_movements_of_many_axes_are_loaded_and_equal(name: str, bits: int, tmp_path: Path) -> None:
-    net, x, model = exported(MANY_AXES[name], bits, tmp_path / "net.tflite")
-    assert name in model.operators
-    assert verify(net, model.path, [x]) == 1.0
 
 
 def test_elu_runs_on_the_other_kernels(tmp_path: Path) -> None:

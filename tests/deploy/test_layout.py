@@ -1,4 +1,4 @@
-"""Movements that are found run on LiteRT, and must give the very elements."""
+"""LayoutBuilder that are found run on LiteRT, and must give the very elements."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_nna.deploy.flatbuffer import options_of
-from lightning_nna.deploy.layout import NO_TENSOR, Movements, codes_of, elements_in
+from lightning_nna.deploy.layout import NO_TENSOR, LayoutBuilder, codes_of, elements_in
 from tests.litert import OperatorSpec, TensorSpec, build_model, run_model
 
 pytestmark = pytest.mark.exactness
@@ -38,12 +38,12 @@ class Machine:
         return self.tensors[f"x{number}"].shape
 
     def make(self, codes: Any) -> Any:
-        movements = Movements(self.emit, self.constant, self.shape_of)
-        made = movements.make(codes, np.full(codes.shape, FILL))
+        builder = LayoutBuilder(self.emit, self.constant, self.shape_of)
+        number = builder.build(codes, np.full(codes.shape, FILL))
         # An input that is a result as well is one tensor on LiteRT, so it is copied.
-        shape = self.shape_of(made)
+        shape = self.shape_of(number)
         options = options_of("RESHAPE", {"newShape": list(shape)})
-        last = OperatorSpec("RESHAPE", (f"x{made}",), ("y",), options)
+        last = OperatorSpec("RESHAPE", (f"x{number}",), ("y",), options)
         tensors = self.tensors | {"y": TensorSpec(shape, "int16", 0.1)}
         model = build_model(tensors, [*self.operators, last], ["x0", "x1"], ["y"])
         return run_model(model, HELD)[0]
@@ -103,7 +103,7 @@ def test_an_operand_is_made_of_what_is_there(name: str) -> None:
 
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(st.data())
-def test_any_chain_of_movements(data: st.DataObject) -> None:
+def test_any_chain_of_layouts(data: st.DataObject) -> None:
     codes = data.draw(st.sampled_from([a, b]))
     for _ in range(data.draw(st.integers(1, 4))):
         axis = data.draw(st.integers(0, codes.ndim - 1))

@@ -1,4 +1,4 @@
-"""Addresses follow elements through whatever PyTorch does to a tensor."""
+"""Provenance ids follow elements through whatever PyTorch does to a tensor."""
 
 from __future__ import annotations
 
@@ -35,64 +35,64 @@ MOVED: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 @pytest.mark.parametrize("name", MOVED)
-def test_a_movement_moves_addresses_like_values(name: str) -> None:
+def test_a_layout_moves_ids_like_values(name: str) -> None:
     x = torch.arange(24.0).reshape(2, 3, 4)
     with Provenance() as provenance:
-        provenance.begin(x)
+        provenance.assign(x)
         moved = MOVED[name](x)
-    assert torch.equal(provenance.addresses(moved).double(), moved.double())
+    assert torch.equal(provenance.ids(moved).double(), moved.double())
 
 
 def test_what_is_filled_in_is_the_programs() -> None:
     x = torch.ones(2, 2)
     with Provenance() as provenance:
-        provenance.begin(x)
+        provenance.assign(x)
         padded = F.pad(x, (1, 0))
         joined = torch.cat([x.new_zeros(1, 2), x])
         weight = torch.ones(2, 2) * 3
-    assert provenance.addresses(padded)[:, 0].tolist() == [CONSTANT] * 2
-    assert provenance.addresses(joined)[0].tolist() == [CONSTANT] * 2
-    assert provenance.addresses(weight).unique().tolist() == [CONSTANT]
+    assert provenance.ids(padded)[:, 0].tolist() == [CONSTANT] * 2
+    assert provenance.ids(joined)[0].tolist() == [CONSTANT] * 2
+    assert provenance.ids(weight).unique().tolist() == [CONSTANT]
 
 
-def test_what_computes_gives_new_addresses() -> None:
+def test_a_computation_assigns_new_ids() -> None:
     x = torch.ones(3)
     with Provenance() as provenance:
-        first = provenance.begin(x)
+        first = provenance.assign(x)
         doubled = x * 2
         view = doubled[1:]
         x.add_(1)
-    seen = torch.cat([first, provenance.addresses(doubled), provenance.addresses(x)])
+    seen = torch.cat([first, provenance.ids(doubled), provenance.ids(x)])
     assert len(seen.unique()) == 9
-    assert torch.equal(provenance.addresses(view), provenance.addresses(doubled)[1:])
+    assert torch.equal(provenance.ids(view), provenance.ids(doubled)[1:])
 
 
-def test_data_that_decide_where_values_go_make_no_movement() -> None:
+def test_data_that_decide_about_a_layout_make_none() -> None:
     x, order = torch.randn(4), torch.randn(4)
     with Provenance() as provenance:
-        first = provenance.begin(x)
-        provenance.begin(order)
+        first = provenance.assign(x)
+        provenance.assign(order)
         chosen = x[order.argsort()]
-    assert not set(provenance.addresses(chosen).tolist()) & set(first.tolist())
+    assert not set(provenance.ids(chosen).tolist()) & set(first.tolist())
 
 
 def test_integers_that_come_in_steer() -> None:
     lengths = torch.tensor([2, 1])
     with Provenance() as provenance:
-        provenance.begin(lengths)
+        provenance.assign(lengths)
         mask = torch.arange(2) < lengths[:, None]
-    assert provenance.addresses(mask).unique().tolist() == [STEERING]
+    assert provenance.ids(mask).unique().tolist() == [STEERING]
 
 
 def test_causes_are_those_of_all_operands_in_float_too() -> None:
     first, second = torch.tensor([2, 1]), torch.tensor([3, 3])
     with Provenance() as provenance:
-        provenance.begin(first)
-        provenance.begin(second)
+        provenance.assign(first)
+        provenance.assign(second)
         mask = (first < second).float() * 2.0
         drawn = torch.rand(2) + mask
         data = torch.ones(2)
-        provenance.begin(data)
+        provenance.assign(data)
         mixed = data * mask
     assert provenance.causes(mask) == 0b11
     assert provenance.causes(drawn) == 0b11 | RANDOM
@@ -102,14 +102,14 @@ def test_causes_are_those_of_all_operands_in_float_too() -> None:
 def test_lengths_move_values_and_data_do_not() -> None:
     x, lengths = torch.arange(12.0).reshape(2, 3, 2), torch.tensor([3, 1])
     with Provenance(origin=lambda: "here") as provenance:
-        provenance.begin(x)
-        provenance.begin(lengths)
+        provenance.assign(x)
+        provenance.assign(lengths)
         last = x[torch.arange(2), lengths - 1]
         kept = x.masked_fill((torch.arange(3) >= lengths[:, None])[..., None], 0.0)
         by_data = x[(x[:, 0, 0] * 0).long()]
-    assert provenance.addresses(last).tolist() == [[4, 5], [6, 7]]
-    assert provenance.addresses(kept)[1].tolist() == [[6, 7], [CONSTANT] * 2, [CONSTANT] * 2]
-    assert provenance.moved_by == 1
-    assert int(provenance.addresses(by_data).min()) > 13
-    reason = provenance.reason(int(provenance.addresses(by_data).min()))
-    assert reason == "values of the data decide what is moved where, by aten::index at here"
+    assert provenance.ids(last).tolist() == [[4, 5], [6, 7]]
+    assert provenance.ids(kept)[1].tolist() == [[6, 7], [CONSTANT] * 2, [CONSTANT] * 2]
+    assert provenance.layout_causes == 1
+    assert int(provenance.ids(by_data).min()) > 13
+    reason = provenance.reason(int(provenance.ids(by_data).min()))
+    assert reason == "values of the data decide about the layout, by aten::index at here"

@@ -74,8 +74,8 @@ def test_cycles_go_to_the_layers_that_they_are_of(net: nn.Module) -> None:
     assert rows["second.weight_ih_l0"].cycles is None
 
 
-def test_without_a_chip() -> None:
-    with pytest.raises(ValueError, match="has not run on the chip"):
+def test_a_module_that_is_not_emulated() -> None:
+    with pytest.raises(ValueError, match="has not run emulated"):
         layer_figures(nn.Linear(2, 2))
 
 

@@ -1,4 +1,4 @@
-"""Programs of modules on the chip: every bit on LiteRT, the same bytes, errors with a remedy."""
+"""Programs of emulated modules: every bit on LiteRT, the same bytes, errors with a remedy."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from lightning_nna.deploy import (
 )
 from lightning_nna.deploy.capture import capture
 from lightning_nna.emulation.attachment import attached
+from tests.deploy.networks import SPECS
 from tests.emulation.random_networks import BATCH, INPUTS, LABELS, TIME, Network, plans
 from tests.recipes.asr.test_emulated import batch, conformer
 
@@ -29,7 +30,6 @@ pytestmark = [
     pytest.mark.exactness,
     pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN"),
 ]
-SPECS = {8: "litert-int8", 16: "litert-int16x8"}
 FEW = settings(
     max_examples=8,
     deadline=None,
@@ -229,15 +229,19 @@ class Sorted(nn.Module):
     ("net", "example", "message"),
     [
         (Softplus(), torch.randn(2, 3), r"softplus#0 is no operator of litert-int8.*coverage"),
-        (Halves(), torch.tensor([[1, 2]]), r"computed of integer arguments, off the chip"),
+        (
+            Halves(),
+            torch.tensor([[1, 2]]),
+            r"computed from integer arguments in no emulated operator",
+        ),
         (
             Sorted(),
             torch.randn(4),
-            r"test_tflite.py:\d+ in Sorted.forward asks for a value of the data",
+            r"test_tflite.py:\d+ in Sorted.forward reads a value of the data",
         ),
     ],
 )
-def test_what_is_no_program_is_refused(
+def test_a_module_that_is_no_program_is_an_error(
     net: nn.Module, example: Tensor, message: str, tmp_path: Path
 ) -> None:
     calibrated(net, example)
@@ -247,7 +251,7 @@ def test_what_is_no_program_is_refused(
 
 
 class Detour(nn.Module):
-    """Between two layers, what the chip has not."""
+    """A function between two layers that no accelerator has."""
 
     def __init__(self, detour: Any) -> None:
         super().__init__()
@@ -305,7 +309,10 @@ def test_what_the_cpu_leaves_may_be_a_result_and_may_be_read_twice(tmp_path: Pat
     [
         (nn.functional.softplus, r"softplus#0 is no operator of litert-int8.*forward=$"),
         (lambda x: x.exp_(), r"exp#0 is no operator of litert-int8.*forward=$"),
-        (lambda x: torch.exp(x).flip(1), "reads floats that no operator of the CPU has left so"),
+        (
+            lambda x: torch.exp(x).flip(1),
+            "reads floats that no operator of the CPU computes in this layout",
+        ),
     ],
 )
 def test_what_the_cpu_cannot_have_either(detour: Any, message: str, tmp_path: Path) -> None:
@@ -314,7 +321,7 @@ def test_what_the_cpu_cannot_have_either(detour: Any, message: str, tmp_path: Pa
         export_tflite(calibrated(net, x), [x], tmp_path / "net.tflite", allow_cpu=True)
 
 
-def test_paths_without_ranges_are_refused_and_leave_none() -> None:
+def test_paths_without_ranges_are_an_error_and_leave_none() -> None:
     net = nn.Sequential(nn.Linear(3, 3), nn.Tanh())
     with pytest.raises(CaptureError, match="has no ranges yet: call calibrate"):
         capture(net, [torch.randn(2, 3)])

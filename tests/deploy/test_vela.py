@@ -85,7 +85,7 @@ def test_an_embedding_stays_on_the_cpu(tmp_path: Path) -> None:
     ("settings", "kind", "message"),
     [
         ({"accelerator": "ethos-n78"}, ValueError, "accelerator must be of ethos-u55"),
-        ({"system": "Ethos_U55_Nowhere"}, VelaError, r"Vela refuses.*Ethos_U55_Nowhere not found"),
+        ({"system": "Ethos_U55_Nowhere"}, VelaError, r"Vela rejects.*Ethos_U55_Nowhere not found"),
     ],
 )
 def test_what_vela_has_not(lstm: Path, settings: Any, kind: Any, message: str) -> None:
@@ -97,7 +97,7 @@ def test_what_is_no_program(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="there is no program"):
         vela_report(tmp_path / "nowhere.tflite")
     (tmp_path / "bad.tflite").write_text("no flatbuffer")
-    with pytest.raises(VelaError, match=r"Vela refuses .*bad\.tflite"):
+    with pytest.raises(VelaError, match=r"Vela rejects .*bad\.tflite"):
         vela_report(tmp_path / "bad.tflite")
 
 
