@@ -384,7 +384,7 @@ def test_an_elu_runs_on_the_only_kernel_that_there_is(tmp_path: Path) -> None:
     x = torch.randn(20, 6)
     net = calibrated(nn.Sequential(nn.ELU()), x)
     path = export_tflite(net, [x], tmp_path / "net.tflite").path
-    with pytest.raises(ValueError, match=r"no reference kernel of it: give optimized=True"):
+    with pytest.raises(ValueError, match=r"no reference kernel of it: pass optimized=True"):
         run_tflite(path, [x])
     with emulate(net), torch.no_grad():
         expected = net(x)
