@@ -41,7 +41,7 @@ _STOP, _END = 5, 13
 
 def trainer(*callbacks: Callback, steps: int = _END, **settings: Any) -> pl.Trainer:
     """A quiet CPU Trainer for a few optimizer steps."""
-    chosen: dict[str, Any] = {
+    defaults: dict[str, Any] = {
         "accelerator": "cpu",
         "devices": 1,
         "max_steps": steps,
@@ -53,7 +53,7 @@ def trainer(*callbacks: Callback, steps: int = _END, **settings: Any) -> pl.Trai
         "num_sanity_val_steps": 0,
         "callbacks": list(callbacks),
     }
-    return pl.Trainer(**(chosen | settings))
+    return pl.Trainer(**(defaults | settings))
 
 
 def module(seed: int = 0, **settings: Any) -> SmallRecurrentModule:
@@ -78,24 +78,24 @@ def assert_same(first: Any, second: Any) -> None:
 
 def resume_equals_uninterrupted(factory: Factory, folder: Path) -> None:
     """A run that stopped in mid-epoch and resumed equals the one that did not, bit for bit."""
-    whole, callback = module(), factory()
+    uninterrupted, callback = module(), factory()
     one = trainer(callback)
-    one.fit(whole)
+    one.fit(uninterrupted)
     first = trainer(factory(), steps=_STOP)
     first.fit(module())
     first.save_checkpoint(folder / "stopped.ckpt")
     resumed, again = module(seed=1), factory()
     two = trainer(again)
     two.fit(resumed, ckpt_path=folder / "stopped.ckpt")
-    assert_same(whole.state_dict(), resumed.state_dict())
+    assert_same(uninterrupted.state_dict(), resumed.state_dict())
     assert_same(one.optimizers[0].state_dict(), two.optimizers[0].state_dict())
     assert_same(callback.state_dict(), again.state_dict())
 
 
 def resume_within_calibration(factory: Factory, folder: Path) -> None:
     """The same for a run that stopped after its first step."""
-    whole, callback = module(), factory()
-    trainer(callback, steps=4).fit(whole)
+    uninterrupted, callback = module(), factory()
+    trainer(callback, steps=4).fit(uninterrupted)
     first = trainer(factory(), steps=1)
     with warnings.catch_warnings():  # That no step ran emulated, as is meant here.
         warnings.simplefilter("ignore")
@@ -103,7 +103,7 @@ def resume_within_calibration(factory: Factory, folder: Path) -> None:
     first.save_checkpoint(folder / "stopped.ckpt")
     resumed, again = module(seed=1), factory()
     trainer(again, steps=4).fit(resumed, ckpt_path=folder / "stopped.ckpt")
-    assert_same(whole.state_dict(), resumed.state_dict())
+    assert_same(uninterrupted.state_dict(), resumed.state_dict())
     assert_same(callback.state_dict(), again.state_dict())
 
 
@@ -147,7 +147,7 @@ def checkpoint_carries_the_callback_to_test(factory: Factory, folder: Path) -> N
 def untrained_tensors_are_untouched(factory: Factory, folder: Path) -> None:
     """With a learning rate of 0 and in evaluation every tensor stays byte-identical.
 
-    But for those that a weight method has selected: when a fit ends, they are as deployed.
+    Except those that a weight method has selected: when a fit ends, they are as deployed.
     """
     still, callback = module(learning_rate=0.0), factory()
     before = copy.deepcopy(still.state_dict())
@@ -175,15 +175,15 @@ def pickles_before_and_after(factory: Factory, folder: Path) -> None:
 
 def accumulation_counts_optimizer_steps(factory: Factory, folder: Path) -> None:
     """With accumulated gradients the run has half the optimizer steps, and resumes as well."""
-    whole, callback = module(), factory()
-    trainer(callback, steps=6, accumulate_grad_batches=2).fit(whole)
+    uninterrupted, callback = module(), factory()
+    trainer(callback, steps=6, accumulate_grad_batches=2).fit(uninterrupted)
     first = trainer(factory(), steps=3, accumulate_grad_batches=2)
     first.fit(module())
     first.save_checkpoint(folder / "stopped.ckpt")
     resumed, again = module(seed=1), factory()
     two = trainer(again, steps=6, accumulate_grad_batches=2)
     two.fit(resumed, ckpt_path=folder / "stopped.ckpt")
-    assert_same(whole.state_dict(), resumed.state_dict())
+    assert_same(uninterrupted.state_dict(), resumed.state_dict())
     assert_same(callback.state_dict(), again.state_dict())
 
 
@@ -202,7 +202,7 @@ def layers_of_configure_model_count(factory: Factory, folder: Path) -> None:
 
 
 def averaged_weights_are_evaluated(factory: Factory, folder: Path) -> None:
-    """Beside an average of the weights, validation sees the average; and the run resumes."""
+    """With an average of the weights, validation sees the average; and the run resumes."""
     _resumes(factory, folder, module, lambda: EMAWeightAveraging(decay=0.5))
     average = EMAWeightAveraging(decay=0.5)
     fitted = module()
@@ -215,7 +215,7 @@ def averaged_weights_are_evaluated(factory: Factory, folder: Path) -> None:
 
 
 def checkpointed_activations_change_nothing(factory: Factory, folder: Path) -> None:
-    """What is computed again in the backward is what was computed."""
+    """A forward that the backward computes again gives the same values."""
     plain = module()
     trainer(factory(), steps=_STOP).fit(plain)
     for reentrant in (True, False):
@@ -225,7 +225,7 @@ def checkpointed_activations_change_nothing(factory: Factory, folder: Path) -> N
 
 
 def manual_optimization_equals_automatic(factory: Factory, folder: Path) -> None:
-    """Who calls the optimizer's step makes no difference."""
+    """A step that the module calls itself makes no difference."""
     automatic, manual = module(), module(manual=True)
     first, second = factory(), factory()
     trainer(first).fit(automatic)
@@ -246,7 +246,7 @@ def runs_under_bf16_mixed(factory: Factory, folder: Path) -> None:
 
 
 def logs_under_its_own_names(factory: Factory, folder: Path) -> None:
-    """What the callback logs begins with ``nna/`` or ``drift/``."""
+    """Every log key of the callback begins with ``nna/`` or ``drift/``."""
     plain, run = trainer(steps=16), trainer(factory(), steps=16)
     plain.fit(module())
     run.fit(module())
@@ -284,8 +284,8 @@ def copies_carry_on(factory: Factory, folder: Path) -> None:
     fitted.trainer = None  # A Trainer holds loaders, loggers and processes; Lightning drops it too.
     twin, its = copy.deepcopy(fitted), copy.deepcopy(callback)
     trainer(callback, steps=_STOP).fit(fitted)
-    (found,) = trainer(its).test(twin, verbose=False)
-    assert found == expected, f"{found} differs from {expected}"
+    (result,) = trainer(its).test(twin, verbose=False)
+    assert result == expected, f"{result} differs from {expected}"
     trainer(its, steps=_STOP).fit(twin)
     assert_same(dict(fitted.state_dict()), dict(twin.state_dict()))
     assert_same(callback.state_dict(), its.state_dict())
@@ -321,14 +321,14 @@ def joined_run_resumes(factory: Factory, folder: Path) -> None:
     first = trainer(steps=_STOP)
     first.fit(module())
     first.save_checkpoint(folder / "float.ckpt")
-    whole, callback = module(), factory()
-    trainer(callback).fit(whole, ckpt_path=folder / "float.ckpt")
+    uninterrupted, callback = module(), factory()
+    trainer(callback).fit(uninterrupted, ckpt_path=folder / "float.ckpt")
     joined = trainer(factory(), steps=_STOP + 4)
     joined.fit(module(seed=1), ckpt_path=folder / "float.ckpt")
     joined.save_checkpoint(folder / "joined.ckpt")
     resumed, again = module(seed=2), factory()
     trainer(again).fit(resumed, ckpt_path=folder / "joined.ckpt")
-    assert_same(dict(whole.state_dict()), dict(resumed.state_dict()))
+    assert_same(dict(uninterrupted.state_dict()), dict(resumed.state_dict()))
     assert_same(callback.state_dict(), again.state_dict())
 
 
@@ -342,8 +342,8 @@ def second_module_is_as_the_first(factory: Factory, folder: Path) -> None:
         other = module(seed=1)
         trainer(callback).fit(other)
         results.append((dict(other.state_dict()), callback.state_dict()))
-    for found in results[1:]:
-        assert_same(results[0], found)
+    for result in results[1:]:
+        assert_same(results[0], result)
 
 
 class _SaveCheckpoint(Callback):
@@ -377,19 +377,19 @@ def _resumes(
     factory: Factory,
     folder: Path,
     build: Callable[[], pl.LightningModule],
-    beside: Callable[[], Callback] = Callback,
+    companion: Callable[[], Callback] = Callback,
 ) -> None:
-    """Compare a whole run with one that stopped in mid-epoch, whatever the module."""
+    """Compare an uninterrupted run with one that stopped in mid-epoch, whatever the module."""
     path = folder / "stopped.ckpt"
     torch.manual_seed(0)  # What `configure_model` builds is drawn as the run starts.
-    whole, callback = build(), factory()
-    trainer(callback, beside()).fit(whole)
+    uninterrupted, callback = build(), factory()
+    trainer(callback, companion()).fit(uninterrupted)
     torch.manual_seed(0)
     # Saved within the run: at its end an average of the weights takes their place.
-    trainer(factory(), beside(), _SaveCheckpoint(path), steps=_STOP).fit(build())
+    trainer(factory(), companion(), _SaveCheckpoint(path), steps=_STOP).fit(build())
     resumed, again = build(), factory()
-    trainer(again, beside()).fit(resumed, ckpt_path=path)
-    assert_same(dict(whole.state_dict()), dict(resumed.state_dict()))
+    trainer(again, companion()).fit(resumed, ckpt_path=path)
+    assert_same(dict(uninterrupted.state_dict()), dict(resumed.state_dict()))
     assert_same(callback.state_dict(), again.state_dict())
 
 
@@ -403,7 +403,7 @@ def _checkpoint(factory: Factory, folder: Path) -> Path:
 
 
 def is_unhooked(module: nn.Module) -> bool:
-    """Whether no forward hook is left on a module or anything in it."""
+    """Tell whether no forward hook is left on a module or anything in it."""
     return not any(m._forward_hooks or m._forward_pre_hooks for m in module.modules())
 
 

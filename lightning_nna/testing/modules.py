@@ -52,7 +52,7 @@ class RandomSequences(Dataset):
 
 
 class ResumableLoader:
-    """Batches in a fixed order that know where they stopped; each rank has its own share.
+    """Batches in a fixed order that know where they stopped; each rank has its own part.
 
     Args:
         dataset: Pairs of tensors.
@@ -69,17 +69,17 @@ class ResumableLoader:
         self.dataset, self.batch_size, self.next = dataset, batch_size, 0
 
     @staticmethod
-    def _share() -> tuple[int, int]:
+    def _ranks() -> tuple[int, int]:
         """Rank and number of ranks."""
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             return torch.distributed.get_rank(), torch.distributed.get_world_size()
         return 0, 1
 
     def __len__(self) -> int:
-        return len(self.dataset) // self.batch_size // self._share()[1]
+        return len(self.dataset) // self.batch_size // self._ranks()[1]
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        rank, ranks = self._share()
+        rank, ranks = self._ranks()
         while self.next < len(self):
             first = (self.next * ranks + rank) * self.batch_size
             self.next += 1
@@ -159,7 +159,7 @@ class SmallRecurrentModule(pl.LightningModule):
         self.log("val/loss", F.cross_entropy(self(x), y))
 
     def test_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> None:
-        """As validation."""
+        """Cross-entropy on other sequences."""
         x, y = batch
         self.log("test/loss", F.cross_entropy(self(x), y))
 
@@ -205,8 +205,8 @@ class SeveralOptimizersModule(SmallRecurrentModule):
         """A forward for each optimizer, as in adversarial training."""
         x, y = batch
         optimizers: Any = self.optimizers()
-        for place, optimizer in enumerate(optimizers):
-            if place and batch_index % 2:
+        for number, optimizer in enumerate(optimizers):
+            if number and batch_index % 2:
                 continue
             optimizer.zero_grad()
             loss = self.loss(self(x), y)

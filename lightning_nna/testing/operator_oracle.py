@@ -334,11 +334,11 @@ def in_place_forms(
         if name.endswith("_") and not name.startswith("__") and method and plain:
             arguments = _arguments(plain)
             if arguments is not None:
-                forms.append((f"{name}", _calling(method, arguments), _calling(plain, arguments)))
+                forms.append((name, _calling(method, arguments), _calling(plain, arguments)))
         function: Any = getattr(F, name, None)
         code = getattr(function, "__code__", None)
         if code is not None and "inplace" in code.co_varnames[: code.co_argcount]:
-            forms.append((f"{name}(inplace=True)", _calling(function, (), inplace=True), function))
+            forms.append((name, _calling(function, (), inplace=True), function))
     return forms
 
 

@@ -17,7 +17,9 @@ from torch import Tensor, nn
 
 from lightning_nna import calibrate, emulate
 from lightning_nna.emulation.learned_scales import Learned
+from lightning_nna.emulation.operators.catalog import operators
 from lightning_nna.emulation.telemetry import Telemetry
+from lightning_nna.testing.operator_oracle import in_place_forms
 from tests.emulation.modules import Function
 
 
@@ -108,25 +110,24 @@ class _Spread(nn.Module):
         return result
 
 
-#: In-place functions, and what they stand for.
+#: In-place forms of all operators, and what they stand for; then forms with other arguments, and
+#: functions that are no operator.
 FUNCTIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
-    "relu": (lambda x: F.relu(x, inplace=True), F.relu),
+    **{
+        label: (in_place, plain)
+        for operator in operators().values()
+        for label, in_place, plain in in_place_forms(operator)
+    },
     "relu by keyword": (lambda x: F.relu(input=x, inplace=True), F.relu),
-    "relu_": (lambda x: x.relu_(), F.relu),
-    "relu6": (lambda x: F.relu6(x, True), F.relu6),
-    "hardtanh": (lambda x: F.hardtanh(x, 0.0, 6.0, inplace=True), F.relu6),
-    "hardswish": (lambda x: F.hardswish(x, inplace=True), F.hardswish),
-    "hardsigmoid": (lambda x: F.hardsigmoid(x, inplace=True), F.hardsigmoid),
-    "silu": (lambda x: F.silu(x, inplace=True), F.silu),
-    "leaky_relu": (lambda x: F.leaky_relu(x, 0.2, inplace=True), lambda x: F.leaky_relu(x, 0.2)),
-    "elu": (lambda x: F.elu(x, inplace=True), F.elu),
-    "sigmoid_": (lambda x: x.sigmoid_(), torch.sigmoid),
-    "tanh_": (lambda x: x.tanh_(), torch.tanh),
+    "relu6 by position": (lambda x: F.relu6(x, True), F.relu6),
+    "hardtanh of relu6": (lambda x: F.hardtanh(x, 0.0, 6.0, inplace=True), F.relu6),
+    "leaky_relu of 0.2": (
+        lambda x: F.leaky_relu(x, 0.2, inplace=True),
+        lambda x: F.leaky_relu(x, 0.2),
+    ),
     "dropout": (lambda x: F.dropout(x, 0.5, True, True), lambda x: F.dropout(x, 0.5)),
     "mul_": (lambda x: x.mul_(x.clone()), lambda x: x.mul(x.clone())),
-    "add_": (lambda x: x.add_(0.5), lambda x: x.add(0.5)),
-    "sub_": (lambda x: x.sub_(0.5), lambda x: x.sub(0.5)),
-    "div_": (lambda x: x.div_(3.0), lambda x: x.div(3.0)),
+    "div_ by 3": (lambda x: x.div_(3.0), lambda x: x.div(3.0)),
     "mish": (lambda x: F.mish(x, inplace=True), F.mish),
     "clamp_": (lambda x: x.clamp_(min=0.1), lambda x: x.clamp(min=0.1)),
 }

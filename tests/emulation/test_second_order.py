@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_nna import calibrate, emulate
 from lightning_nna.emulation.learned_scales import Learned
+from lightning_nna.emulation.operators.catalog import operators
 from tests.emulation.modules import Function
 
 ERROR = (
@@ -62,7 +63,7 @@ OPERATORS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], str]] = {
     "gelu": (nn.GELU, FLAT, "gelu"),
     "leaky relu": (nn.LeakyReLU, FLAT, "leaky_relu"),
     "elu": (nn.ELU, FLAT, "elu"),
-    "hardswish": (nn.Hardswish, FLAT, "hard_swish"),
+    "hard_swish": (nn.Hardswish, FLAT, "hard_swish"),
     "silu": (nn.SiLU, FLAT, ".*"),
     "tanh": (nn.Tanh, FLAT, "tanh"),
     "sigmoid": (nn.Sigmoid, FLAT, "sigmoid"),
@@ -72,20 +73,18 @@ OPERATORS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], str]] = {
     "lstm": (lambda: Layer(nn.LSTM(8, 8), first), SEQUENCE, "lstm"),
     "gru": (lambda: Layer(nn.GRU(8, 8), first), SEQUENCE, ".*"),
     "softmax": (lambda: nn.Softmax(-1), FLAT, "softmax"),
-    "log softmax": (lambda: nn.LogSoftmax(-1), FLAT, "log softmax"),
+    "log_softmax": (lambda: nn.LogSoftmax(-1), FLAT, "log softmax"),
     "add": (lambda: Function(lambda x: x + x.flip(0)), FLAT, "sum, difference or product"),
     "mul": (lambda: Function(lambda x: x * x.flip(0)), FLAT, "sum, difference or product"),
     "mean": (lambda: Function(lambda x: x.mean(0)), FLAT, "mean"),
     "matmul": (lambda: Function(lambda x: x @ x.T), FLAT, "matmul"),
     "attention": (lambda: Layer(nn.MultiheadAttention(8, 2), attended), SEQUENCE, ".*"),
 }
-#: The accelerator has these in 8 bits only.
-NARROW = ("elu", "gelu", "hardswish", "log softmax")
 CASES = [
     pytest.param(name, spec, id=f"{name}-{spec}")
     for name in OPERATORS
     for spec in SPECS
-    if spec == "litert-int8" or name not in NARROW
+    if spec == "litert-int8" or name not in operators() or 16 in operators()[name].widths
 ]
 
 
