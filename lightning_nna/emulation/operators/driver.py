@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -70,7 +71,7 @@ def drive(operator: Operator, call: Call, *operands: Tensor | float, **parameter
     function = operator.float
     assert function is not None
     named = zip(operands, operator.operands, strict=True)
-    activations = tuple(call.operand(operand, name) for operand, name in named)
+    activations = tuple(_operand(operator, call, operand, name) for operand, name in named)
     values = [activation.value for activation in activations]
     if call.observing:
         result = function(*values, **parameters)
@@ -130,6 +131,12 @@ def real(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         )
 
     return integers
+
+
+def _operand(operator: Operator, call: Call, x: Tensor | float, name: str) -> Activation:
+    """One operand on its quantization parameters."""
+    bits = operator.operand_bits.get(name)
+    return (call if bits is None else replace(call, bits=bits)).operand(x, name)
 
 
 class _Driven(torch.autograd.Function):

@@ -95,6 +95,7 @@ class Operator:
         float: The operator on float tensors, with the signature of the torch function.
         operands: Names of the arguments of ``float`` that are activations or constants; the others
             are parameters.
+        operand_bits: Widths of the operands that do not have the width of the activations.
         integers: Integers of the result less its zero point, not clipped, whole numbers, in the
             shape of the result: takes the operands as ``Activation``, the quantization parameters
             ``y`` of the result, the ``call``, and the parameters, the latter three by name.
@@ -126,6 +127,7 @@ class Operator:
     torch: Sequence[str | Callable[..., Any]]
     float: Callable[..., Tensor] | None = None
     operands: tuple[str, ...] = ("input",)
+    operand_bits: Mapping[str, int] = field(default_factory=dict)
     integers: Callable[..., Tensor] | None = None
     backward: Callable[..., Any] | None = None
     backward_from_output: Callable[..., Tensor] | None = None
