@@ -18,13 +18,12 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
-from lightning_nna.elementary import square_root
 from lightning_nna.emulation.arguments import first_of, floats, written
 from lightning_nna.emulation.compilation import COMPILING
 from lightning_nna.emulation.constants import Kind
 from lightning_nna.emulation.modes import Location
 from lightning_nna.emulation.non_finite import with_cause
-from lightning_nna.emulation.operators import driver
+from lightning_nna.emulation.operators import driver, float_kernels
 from lightning_nna.emulation.operators.call import Call
 from lightning_nna.emulation.operators.catalog import operator_of, operators
 from lightning_nna.emulation.operators.layout import (
@@ -42,7 +41,7 @@ from lightning_nna.emulation.state import EmulationState
 from lightning_nna.emulation.telemetry import Telemetry, in_float
 
 # Where two modules are emulated in nested blocks, one dispatch calls the other.
-TRANSPARENT_FILES.add(__file__)
+TRANSPARENT_FILES.update((__file__, float_kernels.__file__))
 
 _BACKWARD = frozenset({"backward", "grad"})
 # Functions that give numbers or masks of values: no value changes, but somebody has read it.
@@ -198,7 +197,7 @@ class Dispatch(TorchFunctionMode):
             return self._plainly(func, args, kwargs)
         operator = operator_of(name)
         label = name.strip("_") if operator is None else operator.name or name
-        run = _IN_DOUBLE.get(name, func)
+        run = float_kernels.FLOAT_FUNCTIONS.get(name, func)
         # A layer with weights is the accelerator's whatever it is given: what it takes in is an
         # activation, though it may have come in as integers.
         layer = operators().get(label)
@@ -541,34 +540,6 @@ def _is_identity(func: Callable[..., Any], args: tuple[Any, ...]) -> bool:
     how the backward hooks of modules begin.
     """
     return func.__name__ == "view_as" and len(args) == 2 and args[0] is args[1]
-
-
-def _in_double(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """A function of float32 that stays on the CPU, rounded once from float64.
-
-    PyTorch's own last bit of a float32 is another one from processor to processor, and from a long
-    tensor to a short one. That of a float64 is lost in the rounding, but once in 2^28 values.
-    """
-
-    def rounded(input: Tensor, **kwargs: Any) -> Tensor:
-        if kwargs or input.dtype != torch.float32:
-            return function(input, **kwargs)
-        return function(input.double()).float()
-
-    return rounded
-
-
-def _inverse_square_root(input: Tensor, **kwargs: Any) -> Tensor:
-    """One over the rounded root, as a runtime computes it: both are rounded as IEEE 754 has it."""
-    if kwargs or input.dtype != torch.float32:
-        return torch.rsqrt(input, **kwargs)
-    return square_root(input).reciprocal()
-
-
-_IN_DOUBLE: dict[str, Callable[..., Tensor]] = {
-    "rsqrt": _inverse_square_root,
-    **{f.__name__: _in_double(f) for f in (torch.cos, torch.exp, torch.log, torch.sin, torch.sqrt)},
-}
 
 
 def _kind_of(func: Callable[..., Any]) -> tuple[str, str]:
