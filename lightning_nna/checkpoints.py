@@ -18,10 +18,11 @@ from torch import nn
 
 from lightning_nna.emulation.attachment import attach
 from lightning_nna.emulation.scope import lightning_classes
-from lightning_nna.pruning.masks import MaskStage
-from lightning_nna.quantization.fixed_centroids import CentroidSettings, FixedCentroids
-from lightning_nna.quantization.general_quantizer_transform import GeneralQuantizerStage
-from lightning_nna.weights.pipeline import Stage, pipeline_of
+from lightning_nna.pruning.masks import MaskTransform
+from lightning_nna.quantization.fixed_centroids import FixedCentroids
+from lightning_nna.quantization.general_quantizer_transform import GeneralQuantizerTransform
+from lightning_nna.weights.codebook import CodebookSettings
+from lightning_nna.weights.pipeline import WeightTransform, pipeline_of
 
 
 def load_deployed(
@@ -102,7 +103,7 @@ def deploy_weights(module: nn.Module, callbacks: Mapping[str, Any]) -> list[str]
     """
     pipeline = pipeline_of(module)
     pipeline.forget_ended()
-    stages: list[tuple[str, Stage]] = []
+    transforms: list[tuple[str, WeightTransform]] = []
     for key, state in callbacks.items():
         if isinstance(state, Mapping) and "latents" in state:
             if "method" not in state:
@@ -110,15 +111,15 @@ def deploy_weights(module: nn.Module, callbacks: Mapping[str, Any]) -> list[str]
                     f"the state of {key} was written by an older version, which did not keep what "
                     f"deployment needs: resume the run with its callbacks, and save it again"
                 )
-            stages += _stages_of(module, state)
-    for name, stage in stages:
-        pipeline.claim(name, module.get_parameter(name), stage)
-    names = list(dict.fromkeys(name for name, _ in stages))
+            transforms += _transforms_of(module, state)
+    for name, transform in transforms:
+        pipeline.claim(name, module.get_parameter(name), transform)
+    names = list(dict.fromkeys(name for name, _ in transforms))
     for name in names:
         parameter = module.get_parameter(name)
         parameter.copy_(pipeline.hard(parameter))
-    for _, stage in stages:
-        pipeline.end(stage)
+    for _, transform in transforms:
+        pipeline.end(transform)
     return names
 
 
@@ -155,26 +156,28 @@ def put_ranges_back(module: nn.Module, callbacks: Mapping[str, Any]) -> None:
         emulator.load_state_dict(saved)
 
 
-def _stages_of(module: nn.Module, state: Mapping[str, Any]) -> Iterator[tuple[str, Stage]]:
-    """The stages of one callback, by the parameters' names."""
+def _transforms_of(
+    module: nn.Module, state: Mapping[str, Any]
+) -> Iterator[tuple[str, WeightTransform]]:
+    """The transforms of one callback, by the parameters' names."""
     for name, saved in state.get("masks", {}).items():
-        mask = MaskStage(state["method"], module.get_parameter(name), revives=False)
+        mask = MaskTransform(state["method"], module.get_parameter(name), revives=False)
         mask.load_state_dict(saved)
         yield name, mask
-    if state["method"] == "mracos":
-        return  # It pulls weights, and leaves them where they are.
+    if state["method"] == "mracos_regularization":
+        return  # It pulls weights, and deploys them unchanged.
     for name, saved in state.get("centroids", {}).items():
         parameter, settings = module.get_parameter(name), dict(state["settings"])
         bits = settings["bits"][name]
-        stage: GeneralQuantizerStage | FixedCentroids
-        if "levels" in saved:
-            known = {field.name for field in fields(CentroidSettings)}
-            chosen = {key: value for key, value in settings.items() if key in known}
-            # Of another use than to find centroids, which are known.
-            chosen["max_entropy_bits"] = None
-            stage = FixedCentroids(module, name, parameter, bits, CentroidSettings(**chosen))
+        transform: GeneralQuantizerTransform | FixedCentroids
+        if "scale_log2" not in saved:
+            known = {field.name for field in fields(CodebookSettings)}
+            codebook = {key: value for key, value in settings.items() if key in known}
+            # It serves to fit centroids, which are known.
+            codebook["max_entropy_bits"] = None
+            transform = FixedCentroids(module, name, parameter, bits, CodebookSettings(**codebook))
         else:
-            stage = GeneralQuantizerStage(
+            transform = GeneralQuantizerTransform(
                 parameter,
                 bits,
                 mu=settings["mu"],
@@ -182,8 +185,8 @@ def _stages_of(module: nn.Module, state: Mapping[str, Any]) -> Iterator[tuple[st
                 power_of_two_scales=settings["power_of_two_scales"],
                 pin_zero=settings["pin_zero"] and bits > 1,
             )
-        stage.load_state_dict(saved)
-        yield name, stage
+        transform.load_state_dict(saved)
+        yield name, transform
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Adam by key, for what methods learn beside the weights; the same on every rank."""
+"""Adam by key, for tensors that methods learn besides the weights; the same on every rank."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from lightning_nna.distributed import is_distributed
 
 
 class KeyedAdam:
-    """Adam for learned steps or centroids, whatever optimizers the module's parameters have.
+    """Adam for learned scales or centroids, whatever optimizers the module's parameters have.
 
-    Some come when their weight is first used, so state is kept by key and not by position.
+    A scale may be added when its weight is first used, so the state goes by key, not by position.
 
     Args:
-        learning_rate: Change of a number in one update; for a step's logarithm to base 2, 0.01 is
-            0.7 %.
+        learning_rate: Change of a number in one update, positive; for a scale's logarithm to base
+            2, 0.01 is 0.7 %.
 
     Raises:
         ValueError: If ``learning_rate`` is not positive.
@@ -40,25 +40,25 @@ class KeyedAdam:
             raise ValueError(f"a learning rate must be positive, got {learning_rate}")
         self.learning_rate = learning_rate
         self._state: dict[str, dict[str, Tensor]] = {}
-        self._held: dict[str, Tensor] = {}
+        self._tensors: dict[str, Tensor] = {}
         self._adam: torch.optim.Adam | None = None
 
     def update(self, tensors: dict[str, Tensor], *, divisor: float = 1.0) -> None:
         """Move everything that a gradient has reached since the last update, and drop gradients.
 
         Args:
-            tensors: All that is learned, by key; the same keys on every rank.
-            divisor: What the loss was multiplied with, as a gradient scaler does.
+            tensors: All learned tensors by key; the same keys on every rank.
+            divisor: Factor of the loss, as of a gradient scaler.
         """
         with torch._C.DisableTorchFunction(), torch.no_grad():
             if is_distributed():
                 _average(tensors)
             self._hold(tensors)
-            found = [x.grad for x in self._held.values() if x.grad is not None]
-            for grad in found:
+            grads = [x.grad for x in self._tensors.values() if x.grad is not None]
+            for grad in grads:
                 grad.div_(divisor)
             # After a scaler has skipped an overflowed step its gradient is still there.
-            if self._adam is not None and found and _is_finite(found):
+            if self._adam is not None and grads and _is_finite(grads):
                 self._adam.param_groups[0]["lr"] = self.learning_rate
                 self._adam.step()
             self.zero_grad(tensors)
@@ -73,7 +73,7 @@ class KeyedAdam:
         """Adam's state by key."""
         state = {key: dict(values) for key, values in self._state.items()}
         if self._adam is not None:
-            for key, step in self._held.items():
+            for key, step in self._tensors.items():
                 if step in self._adam.state:
                     values = self._adam.state[step]
                     state[key] = {name: value.clone() for name, value in values.items()}
@@ -82,7 +82,7 @@ class KeyedAdam:
     def load_state_dict(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Go on where the state was taken."""
         self._state = {key: dict(values) for key, values in state.items()}
-        self._held, self._adam = {}, None
+        self._tensors, self._adam = {}, None
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy or pickle has the state by key, not the tensors themselves."""
@@ -90,10 +90,10 @@ class KeyedAdam:
 
     def _hold(self, tensors: dict[str, Tensor]) -> None:
         """Take in tensors that are new, or have been loaded or moved since."""
-        same = tensors.keys() == self._held.keys()
-        if same and all(tensors[key] is held for key, held in self._held.items()):
+        same = tensors.keys() == self._tensors.keys()
+        if same and all(tensors[key] is known for key, known in self._tensors.items()):
             return
-        self._state, self._held = self.state_dict(), tensors
+        self._state, self._tensors = self.state_dict(), tensors
         self._adam = torch.optim.Adam(tensors.values(), lr=self.learning_rate, foreach=True)
         for key, step in tensors.items():
             if key in self._state:

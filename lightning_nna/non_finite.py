@@ -11,14 +11,14 @@ from torch import Tensor
 def require_finite_weights(weights: Mapping[str, Tensor]) -> None:
     """Raise unless all of some weights are finite.
 
-    What is not finite would be looked up beside a table, or become a centroid. Sums tell, which is
-    ten times as fast as to ask of every weight; on a GPU the host waits once for all of them.
+    Other weights would index beside a table, or become a centroid. Sums are tested, which is ten
+    times as fast as to test every weight; on a GPU the host waits once for all of them.
 
     Args:
-        weights: By their names.
+        weights: Weights by name, float, any shapes.
 
     Raises:
-        FloatingPointError: Names the weights that are not.
+        FloatingPointError: If a weight is not finite; names it.
 
     Example:
         >>> require_finite_weights({"head.weight": torch.tensor([1.0, float("inf")])})
@@ -31,10 +31,10 @@ def require_finite_weights(weights: Mapping[str, Tensor]) -> None:
         sums = [weight.sum(dtype=torch.float32) for weight in weights.values()]
         if bool(torch.stack([total.to(sums[0].device) for total in sums]).isfinite().all()):
             return
-        # Sums of very large weights may pass what float32 has.
+        # Sums of very large weights may exceed float32.
         wrong = [name for name, weight in weights.items() if not bool(weight.isfinite().all())]
     if wrong:
         raise FloatingPointError(
             f"{', '.join(wrong)} has weights that are not finite: look for the batch or the "
-            f"learning rate that made them so"
+            f"learning rate that caused it"
         )

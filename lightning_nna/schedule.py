@@ -1,7 +1,7 @@
 r"""A number that changes over a training run: ``Schedule``.
 
 Between two times it goes from ``start`` to ``end``; before and after it is constant. With
-:math:`t` the share of that stretch that has passed, the shapes are
+:math:`t` the fraction of that stretch that has passed, the shapes are
 
 .. math::
     \text{linear: } a + (b - a)\,t, \qquad
@@ -28,21 +28,21 @@ _SHAPES: tuple[Shape, ...] = ("linear", "cosine", "geometric", "cubic", "step")
 
 @dataclass(frozen=True)
 class Schedule:
-    """A number over optimizer steps.
+    """Value over optimizer steps.
 
-    A time is a count of optimizer steps if it is an ``int``, and a share of the whole run if it is
-    a ``float``: ``until=500`` is step 500, ``until=0.5`` the middle of the run.
+    A time is a count of optimizer steps if it is an ``int``, and a fraction of the whole run if it
+    is a ``float``: ``until=500`` is step 500, ``until=0.5`` the middle of the run.
 
     Args:
         start: Value up to ``begin``.
         end: Value from ``until`` on; None for that of ``start``.
-        begin: When the change begins.
-        until: When it ends.
+        begin: Time at which the change begins.
+        until: Time at which it ends.
         shape: ``"linear"``, ``"cosine"``, ``"geometric"`` (equal factors in equal times),
             ``"cubic"`` (fast at first) or ``"step"``.
 
     Raises:
-        ValueError: If a share is not in [0, 1], a step is negative, it ends before it begins, a
+        ValueError: If a fraction is not in [0, 1], a step is negative, it ends before it begins, a
             geometric schedule has a value that is not positive, or ``shape`` is unknown.
 
     Example:
@@ -78,25 +78,25 @@ class Schedule:
 
     @property
     def needs_total(self) -> bool:
-        """Whether the length of the run must be known."""
+        """True if the length of the run must be known."""
         times = (self.begin, self.until)
         return self.start != self.last and any(isinstance(t, float) and t > 0 for t in times)
 
     def at(self, step: int, *, total: float = math.inf) -> float:
-        """Value at an optimizer step.
+        """Compute the value at an optimizer step.
 
         Args:
-            step: Optimizer steps that have been done.
-            total: Optimizer steps of the whole run.
+            step: Number of optimizer steps so far.
+            total: Number of optimizer steps of the whole run.
 
         Raises:
-            ValueError: If a time is a share of the run and ``total`` is not finite.
+            ValueError: If a time is a fraction of the run and ``total`` is not finite.
         """
         if self.start == self.last:
             return self.start
         if self.needs_total and not math.isfinite(total):
             raise ValueError(
-                "a schedule in shares of a run needs its length: set max_steps or max_epochs of "
+                "a schedule in fractions of a run needs its length: set max_steps or max_epochs of "
                 "the Trainer, or give begin and until in steps (ints)"
             )
         begin, until = step_of(self.begin, total), step_of(self.until, total)
@@ -104,20 +104,24 @@ class Schedule:
             return self.last
         if step <= begin:
             return self.start
-        share = (step - begin) / (until - begin)
+        fraction = (step - begin) / (until - begin)
         if self.shape == "geometric":
-            return self.start * (self.last / self.start) ** share
+            return self.start * (self.last / self.start) ** fraction
         if self.shape == "step":
             return self.start
         if self.shape == "cubic":
-            share = 1 - (1 - share) ** 3
+            fraction = 1 - (1 - fraction) ** 3
         if self.shape == "cosine":
-            share = (1 - math.cos(math.pi * share)) / 2
-        return self.start + (self.last - self.start) * share
+            fraction = (1 - math.cos(math.pi * fraction)) / 2
+        return self.start + (self.last - self.start) * fraction
 
     @classmethod
     def of(cls, value: Schedule | Mapping[str, Any] | float) -> Schedule:
-        """What a user may write for a schedule: one, its keys, or a number.
+        """Convert what a user may write for a schedule: one, its keys, or a number.
+
+        Args:
+            value: Schedule, a mapping of its keyword arguments, or a constant.
+
 
         Example:
             >>> Schedule.of(0.5).at(10)
@@ -131,7 +135,11 @@ class Schedule:
 
 
 def step_of(time: int | float, total: float) -> float:
-    """A time as a count of optimizer steps.
+    """Convert a time to a count of optimizer steps.
+
+    Args:
+        time: Time: an int counts steps, a float is a fraction of the run.
+        total: Number of optimizer steps of the run.
 
     Example:
         >>> step_of(7, 100), step_of(0.5, 100)
@@ -141,7 +149,11 @@ def step_of(time: int | float, total: float) -> float:
 
 
 def require_time(name: str, time: int | float) -> None:
-    """Raise unless ``time`` is a count of steps or a share of a run.
+    """Raise unless ``time`` is a count of steps or a fraction of a run.
+
+    Args:
+        name: Name of the argument, for the message.
+        time: Time: an int counts steps, a float is a fraction of the run.
 
     Raises:
         ValueError: Names what is wrong.
@@ -150,6 +162,6 @@ def require_time(name: str, time: int | float) -> None:
         raise ValueError(f"{name} must be at least 0, got {time}")
     if isinstance(time, float) and time > 1:
         raise ValueError(
-            f"{name} is a share of the run if it is a float, at most 1.0, got {time}"
+            f"{name} is a fraction of the run if it is a float, at most 1.0, got {time}"
             "; steps are ints"
         )

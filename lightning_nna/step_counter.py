@@ -30,7 +30,7 @@ class StepCounter:
         self.total = math.inf
         self._stepped = stepped
         self._counts: list[int] = []
-        self._places: dict[int, int] = {}
+        self._indices: dict[int, int] = {}
         self._handles: list[Any] = []
         # Batches that have begun, and the Trainer's two counts when the callback joined.
         self._batches = 0
@@ -99,7 +99,7 @@ class StepCounter:
     def attach(self, optimizers: Iterable[Optimizer]) -> None:
         """Count the steps of these from now on, beside those counted before."""
         optimizers = list(optimizers)
-        self._places = {id(optimizer): place for place, optimizer in enumerate(optimizers)}
+        self._indices = {id(optimizer): index for index, optimizer in enumerate(optimizers)}
         if len(self._counts) != len(optimizers):
             self._counts = [self.steps] * len(optimizers)
         for optimizer in optimizers:
@@ -141,7 +141,7 @@ class StepCounter:
         return {**self.__dict__, "_places": {}, "_handles": []}
 
     def _count(self, optimizer: Optimizer, *_: Any) -> None:
-        self._counts[self._places[id(optimizer)]] += 1
+        self._counts[self._indices[id(optimizer)]] += 1
         advanced = max(self._counts) > self.steps
         self.steps = max(self._counts)
         self._stepped(advanced)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from lightning_nna import calibrate, emulate
 from lightning_nna.deploy import export_tflite
-from lightning_nna.quantization.general_quantizer_transform import GeneralQuantizerStage
+from lightning_nna.quantization.general_quantizer_transform import GeneralQuantizerTransform
 from lightning_nna.weights.codebook import Codebook
 from lightning_nna.weights.pipeline import pipeline_of
 
@@ -85,23 +85,23 @@ class Attention(nn.Module):
 
 
 def general_quantizer(name: str, weight: Tensor) -> Any:
-    stage = GeneralQuantizerStage(weight, 3, groups=len(weight), learn_scale=True)
+    transform = GeneralQuantizerTransform(weight, 3, groups=len(weight), learn_scale=True)
     # As a training leaves them: nowhere in particular.
-    stage.centroids = stage.centroids * 0.93 + 0.011
-    stage.scale_log2 = stage.scale_log2 - 0.137
-    return stage
+    transform.centroids = transform.centroids * 0.93 + 0.011
+    transform.scale_log2 = transform.scale_log2 - 0.137
+    return transform
 
 
 class Fixed:
-    """The stage of S8BQAT, with values of a given entropy."""
+    """The transform of S8BQAT, with values of a given entropy."""
 
-    method, place = "HardCompression", 1
+    method, order = "HardCompression", 1
 
     def __init__(self, name: str, weight: Tensor) -> None:
         self.codebook = Codebook.fit(weight, 4, max_entropy_bits=2.6)
         self.grid = self.codebook.grid
 
-    def transform(self, weight: Tensor, *, hard: bool) -> Tensor:
+    def apply(self, weight: Tensor, *, hard: bool) -> Tensor:
         return self.codebook.project(weight)
 
     def pull_back(self, weight: Tensor, grad: Tensor) -> Tensor:
@@ -146,10 +146,10 @@ def digests(path: Path) -> dict[str, list[str]]:
         if method is not None:
             for key, weight in net.named_parameters():
                 if weight.dim() > 1:
-                    stage = method(key, weight)
-                    pipeline_of(net).claim(key, weight, stage)
+                    transform = method(key, weight)
+                    pipeline_of(net).claim(key, weight, transform)
                     with torch.no_grad():
-                        weight.copy_(stage.transform(weight, hard=True))
+                        weight.copy_(transform.apply(weight, hard=True))
         with torch.no_grad(), emulate(net, spec) as chip:
             chip.load_state_dict(state["chip"])
             if learned:

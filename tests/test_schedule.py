@@ -37,7 +37,7 @@ def test_a_share_of_a_run_without_an_end() -> None:
     [
         ({"shape": "square"}, "shape must be one of"),
         ({"begin": -1}, "begin must be at least 0, got -1"),
-        ({"until": 1.5}, r"until is a share of the run if it is a float, at most 1.0, got 1.5"),
+        ({"until": 1.5}, r"until is a fraction of the run if it is a float, at most 1.0, got 1.5"),
         ({"start": 0.0, "shape": "geometric"}, "needs positive values, got 0.0 to 1.0"),
     ],
 )

@@ -11,7 +11,7 @@ from lightning_nna.deploy.vela import VelaReport
 from lightning_nna.emulation.attachment import attached
 from lightning_nna.emulation.telemetry import SiteTelemetry
 from lightning_nna.files import write_whole
-from lightning_nna.weights.layers import LayerFigures, as_csv, as_html, entropy_bits
+from lightning_nna.weights.layers import LayerMetrics, as_csv, as_html, entropy_bits
 from lightning_nna.weights.packed import packed_size
 from lightning_nna.weights.pipeline import pipeline_of
 from lightning_nna.weights.read_packed import width_of
@@ -20,7 +20,7 @@ from lightning_nna.weights.read_packed import width_of
 _LSTM = "UnidirectionalSequenceLstm"
 
 
-def layer_figures(module: nn.Module, reports: Sequence[VelaReport] = ()) -> list[LayerFigures]:
+def layer_figures(module: nn.Module, reports: Sequence[VelaReport] = ()) -> list[LayerMetrics]:
     """Measure every weight that an emulated module has used.
 
     Args:
@@ -54,13 +54,13 @@ def layer_figures(module: nn.Module, reports: Sequence[VelaReport] = ()) -> list
         if count is None:
             continue
         weight = emulator.state.weight(parameter, count)
-        stages = pipeline.stages_of(parameter)
-        latent = pipeline.latent(name) if stages else parameter
+        transforms = pipeline.transforms_of(parameter)
+        latent = pipeline.latent(name) if transforms else parameter
         values = int(weight.stored.unique().numel())
         rows.append(
-            LayerFigures(
+            LayerMetrics(
                 name=name,
-                method=stages[-1].method if stages else "chip",
+                method=transforms[-1].method if transforms else "chip",
                 bits=width_of(values),
                 weights=parameter.numel(),
                 values=values,
@@ -75,7 +75,7 @@ def layer_figures(module: nn.Module, reports: Sequence[VelaReport] = ()) -> list
 
 def write_report(
     module: nn.Module, folder: str | Path, reports: Sequence[VelaReport] = ()
-) -> list[LayerFigures]:
+) -> list[LayerMetrics]:
     """Write ``report.html`` and ``report.csv`` of an emulated module.
 
     Args:
@@ -109,8 +109,8 @@ def _sqnr_db(weight: Tensor, deployed: Tensor) -> float:
 
 
 def _with_cycles(
-    module: nn.Module, rows: list[LayerFigures], reports: Sequence[VelaReport]
-) -> list[LayerFigures]:
+    module: nn.Module, rows: list[LayerMetrics], reports: Sequence[VelaReport]
+) -> list[LayerMetrics]:
     """Return the rows with the cycles of their layers."""
     cycles: dict[str, float] = {}
     recurrent = {n for n, m in module.named_modules() if isinstance(m, (nn.LSTM, nn.LSTMCell))}
@@ -138,7 +138,7 @@ def _with_cycles(
             if own:
                 cycles[row.name] = cycles.get(row.name, 0.0) + sum(own)
     return [
-        LayerFigures(**{**vars(row), "cycles": round(cycles[row.name])})
+        LayerMetrics(**{**vars(row), "cycles": round(cycles[row.name])})
         if row.name in cycles
         else row
         for row in rows

@@ -47,7 +47,7 @@ def _scales_of_rows(
     grid: WeightGrid, weight: Tensor, rows_per_scale: int, spec: NNASpec
 ) -> Float[Tensor, " rows"]:
     """Return the scales of a grid row by row, if an operator of the accelerator can have them."""
-    rows, groups = weight.shape[0], len(grid.steps)
+    rows, groups = weight.shape[0], len(grid.scales)
     if grid.maximum > spec.weight_max:
         raise ValueError(
             f"a weight has centroids in ±{grid.maximum}, the accelerator's weights are in "
@@ -57,11 +57,11 @@ def _scales_of_rows(
         raise ValueError(
             f"a weight of {rows} rows has {groups} scales, and an operator of the accelerator "
             f"needs one "
-            f"for every {rows_per_scale} rows: set granularity='tensor' on the method"
+            f"for every {rows_per_scale} rows: set granularity='per_tensor' on the method"
         )
-    if spec.power_of_two_scales and bool((torch.frexp(grid.steps).mantissa != 0.5).any()):
+    if spec.power_of_two_scales and bool((torch.frexp(grid.scales).mantissa != 0.5).any()):
         raise ValueError(
             "the accelerator's scales are powers of two and those of the centroids are not: set "
             "power_of_two_scales=True on the method"
         )
-    return grid.steps.repeat_interleave(rows // groups)
+    return grid.scales.repeat_interleave(rows // groups)

@@ -58,9 +58,9 @@ class CompressedSensingPruning(PruningMethod):
         revives: Whether zeroed weights are trained on and may return until masks freeze.
         settings: The other arguments of :class:`.PruningMethod`.
 
-    Logs ``nna/csp/sparsity``, ``…/nmse`` (mean over layers, of the last recovery), ``…/nmse_max``
-    and ``…/support_kept`` (share of the kept weights that were kept before), and for each layer
-    ``…/nmse/<parameter>`` and ``…/support_kept/<parameter>``.
+    Logs ``nna/compressed_sensing_pruning/sparsity``, ``…/nmse`` (mean over layers, of the last
+    recovery), ``…/nmse_max`` and ``…/support_kept`` (fraction of the kept weights that were kept
+    before), and for each layer ``…/nmse/<parameter>`` and ``…/support_kept/<parameter>``.
 
     Raises:
         ValueError: If an argument is out of range, or a pattern matches nothing or does not divide
@@ -82,7 +82,7 @@ class CompressedSensingPruning(PruningMethod):
     solver, the fit of the survivors and the bound are ours.
     """
 
-    method = "csp"
+    method = "compressed_sensing_pruning"
 
     def __init__(
         self,
@@ -116,7 +116,7 @@ class CompressedSensingPruning(PruningMethod):
         self.most_nmse, self.refit, self.most_columns = most_nmse, refit, most_columns
         #: Error of the last recovery, by the names of the parameters.
         self.nmse: dict[str, float] = {}
-        self._kept: dict[str, float] = {}
+        self._support_kept: dict[str, float] = {}
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, int] = {}
         # Sums over rows of squared gradients, by the names of the parameters.
@@ -147,7 +147,7 @@ class CompressedSensingPruning(PruningMethod):
     @override
     def forget(self) -> None:
         super().forget()
-        for known in (self.nmse, self._kept, self._sums, self._counts, self._powers):
+        for known in (self.nmse, self._support_kept, self._sums, self._counts, self._powers):
             known.clear()
         self._moments = None
 
@@ -180,7 +180,7 @@ class CompressedSensingPruning(PruningMethod):
                     self._powers[name] = self._powers.get(name, 0.0) + power
 
     def _is_measuring(self) -> bool:
-        return self._steps_to_choice(self.steps) <= self.measure_steps
+        return self._steps_to_mask_update(self.steps) <= self.measure_steps
 
     def _enter(self) -> None:
         # A forward within a backward repeats one that was seen already.
@@ -210,25 +210,27 @@ class CompressedSensingPruning(PruningMethod):
         return not self.is_comparable or (power is not None and bool(power.any()))
 
     @override
-    def energies(self, name: str, weight: Tensor) -> Tensor:
+    def importance_scores(self, name: str, weight: Tensor) -> Tensor:
         moment = self._measured[name]
         power = torch.ones_like(weight[0]) if moment is None else moment.diagonal()
         # A row's squared gradient is its output's, times the power of the inputs.
         scale = (power / power.sum().clamp_min(1e-30)).sqrt()
-        return self.pattern.energies(weight * scale * self._row_scale(name, weight))
+        return self.pattern.importance_scores(weight * scale * self._row_scale(name, weight))
 
     @override
-    def choose(self, name: str, weight: Tensor, sparsity: float) -> Tensor:
+    def select_mask(self, name: str, weight: Tensor, sparsity: float) -> Tensor:
         layout = self.layouts[name]
-        before = layout.to_matrix(self.masks[name].mask)
-        found = self.recover(name, weight, sparsity)
-        self.nmse[name] = found.nmse
-        if self.most_nmse is not None and found.nmse > self.most_nmse:
-            return before
-        self._kept[name] = float((found.mask & before).sum() / found.mask.sum().clamp_min(1))
+        previous_mask = layout.to_matrix(self.masks[name].mask)
+        solution = self.recover(name, weight, sparsity)
+        self.nmse[name] = solution.nmse
+        if self.most_nmse is not None and solution.nmse > self.most_nmse:
+            return previous_mask
+        self._support_kept[name] = float(
+            (solution.mask & previous_mask).sum() / solution.mask.sum().clamp_min(1)
+        )
         # What went starts from zero again: what it did is in the fitted weights now.
-        self._parameters[name].copy_(layout.from_matrix(found.weight))
-        return found.mask
+        self._parameters[name].copy_(layout.from_matrix(solution.weight))
+        return solution.mask
 
     def recover(self, name: str, weight: Tensor, sparsity: float) -> SparseSolution:
         """The sparse weight of a layer at a sparsity."""
@@ -236,7 +238,7 @@ class CompressedSensingPruning(PruningMethod):
         start = None if bool(mask.all()) else mask
         # What a row's error counts is what the row is scaled by: rows are fitted one by one.
         scale = self._row_scale(name, weight)
-        found = recover_sparse_weight(
+        solution = recover_sparse_weight(
             weight * scale,
             self._measured[name],
             sparsity=sparsity,
@@ -245,23 +247,23 @@ class CompressedSensingPruning(PruningMethod):
             refit=self.refit,
             exact=False,
         )
-        return replace(found, weight=found.weight / scale)
+        return replace(solution, weight=solution.weight / scale)
 
     def _row_scale(self, name: str, weight: Tensor) -> Tensor:
         """Roots of what the errors of the rows count, as a column; whole powers of two."""
         power = self._powers.get(name)
         if power is None or not bool(power.any()):
             return torch.ones_like(weight[:, :1])
-        floor = _LEAST_WEIGHT * power.mean()
-        return torch.exp2(power.clamp_min(floor).log2().div(2).round())[:, None]
+        least = _LEAST_WEIGHT * power.mean()
+        return torch.exp2(power.clamp_min(least).log2().div(2).round())[:, None]
 
     @override
     def measure(self) -> None:
         self._measured = {name: self._moment(name) for name in self._parameters}
         if self._moments is None:
             return
-        found = (name for name, moment in self._measured.items() if moment is None)
-        unseen = [name for name in found if name not in self._moments.looked_up]
+        unmeasured = (name for name, moment in self._measured.items() if moment is None)
+        unseen = [name for name in unmeasured if name not in self._moments.looked_up]
         if unseen and not self._has_warned:
             self._has_warned = True
             rank_zero_warn(
@@ -290,37 +292,39 @@ class CompressedSensingPruning(PruningMethod):
             projection = torch.randn(columns, columns, generator=generator)
             return (projection.T @ projection / columns).to(self._parameters[name].device)
         assert self._moments is not None, "prepared for this measurement"
-        found = self._moments.moment(name)
-        if found is not None and not bool(torch.isfinite(found).all()):
+        moment = self._moments.moment(name)
+        if moment is not None and not bool(torch.isfinite(moment).all()):
             raise FloatingPointError(f"the inputs of {name} have a moment that is not finite")
-        if found is None or not layout.is_kernel:
-            return found
+        if moment is None or not layout.is_kernel:
+            return moment
         # Inputs are seen channel by channel; see `InputMoments`.
-        order = torch.arange(columns, device=found.device).view(layout.channels, -1).T.flatten()
-        return found[order][:, order]
+        order = torch.arange(columns, device=moment.device).view(layout.channels, -1).T.flatten()
+        return moment[order][:, order]
 
     # --- logs and state -----------------------------------------------------------------------
 
     @override
-    def figures(self) -> dict[str, float]:
-        found = {"sparsity": self.sparsity}
+    def metrics(self) -> dict[str, float]:
+        metrics = {"sparsity": self.sparsity}
         if self.nmse:
-            found["nmse"] = sum(self.nmse.values()) / len(self.nmse)
-            found["nmse_max"] = max(self.nmse.values())
-            found |= {f"nmse/{name}": error for name, error in self.nmse.items()}
-        if self._kept:
-            found["support_kept"] = sum(self._kept.values()) / len(self._kept)
-            found |= {f"support_kept/{name}": share for name, share in self._kept.items()}
-        return found
+            metrics["nmse"] = sum(self.nmse.values()) / len(self.nmse)
+            metrics["nmse_max"] = max(self.nmse.values())
+            metrics |= {f"nmse/{name}": error for name, error in self.nmse.items()}
+        if self._support_kept:
+            metrics["support_kept"] = sum(self._support_kept.values()) / len(self._support_kept)
+            metrics |= {
+                f"support_kept/{name}": fraction for name, fraction in self._support_kept.items()
+            }
+        return metrics
 
     @override
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_fit_end(trainer, pl_module)
         width = max(len(name) for name in self.masks)
         lines = [f"{'tensor':{width}}  zeros   nmse"]
-        for name, stage in self.masks.items():
+        for name, transform in self.masks.items():
             error = f"{self.nmse[name]:.4f}" if name in self.nmse else "-"
-            lines.append(f"{name:{width}}  {stage.sparsity:5.1%}  {error}")
+            lines.append(f"{name:{width}}  {transform.sparsity:5.1%}  {error}")
         rank_zero_info("CompressedSensingPruning:\n" + "\n".join(lines))
 
     @override
@@ -328,7 +332,7 @@ class CompressedSensingPruning(PruningMethod):
         return {
             **super().state_dict(),
             "nmse": dict(self.nmse),
-            "kept": dict(self._kept),
+            "kept": dict(self._support_kept),
             "sums": {name: total.clone() for name, total in self._sums.items()},
             "counts": dict(self._counts),
             "powers": dict(self._powers),
@@ -337,7 +341,7 @@ class CompressedSensingPruning(PruningMethod):
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
-        self.nmse, self._kept = dict(state_dict["nmse"]), dict(state_dict["kept"])
+        self.nmse, self._support_kept = dict(state_dict["nmse"]), dict(state_dict["kept"])
         self._sums.clear()
         self._counts.clear()
         self._sums.update(state_dict["sums"])

@@ -84,15 +84,15 @@ class InputMoments(TorchFunctionMode):
                 dist.all_reduce(rows)
                 count = int(rows)
             if total is not None and count:
-                held = self.sums.get(name)
-                self.sums[name] = total if held is None else held.add_(total)
+                earlier = self.sums.get(name)
+                self.sums[name] = total if earlier is None else earlier.add_(total)
                 self.counts[name] = self.counts.get(name, 0) + count
         self._fresh, self._fresh_counts = {}, {}
 
     def clear(self) -> None:
         """Forget what was seen."""
-        for seen in (self.sums, self.counts, self._fresh, self._fresh_counts):
-            seen.clear()
+        for store in (self.sums, self.counts, self._fresh, self._fresh_counts):
+            store.clear()
 
     def __torch_function__(
         self,
@@ -123,8 +123,8 @@ class InputMoments(TorchFunctionMode):
             return
         rows = inputs.detach().reshape(-1, inputs.shape[-1]).float()
         product = rows.T @ rows
-        held = self._fresh.get(name)
-        self._fresh[name] = product if held is None else held.add_(product)
+        earlier = self._fresh.get(name)
+        self._fresh[name] = product if earlier is None else earlier.add_(product)
         self._fresh_counts[name] = self._fresh_counts.get(name, 0) + len(rows)
 
     def _embedding(
@@ -159,8 +159,8 @@ class InputMoments(TorchFunctionMode):
         if id(last) in self._names:
             unit = torch.eye(last.shape[1], dtype=last.dtype, device=last.device)
             # Without dropout: it would draw numbers that training is to draw.
-            given = bound | {"out_proj_weight": unit, "out_proj_bias": None, "dropout_p": 0.0}
-            self._add(last, func(**given)[0])
+            arguments = bound | {"out_proj_weight": unit, "out_proj_bias": None, "dropout_p": 0.0}
+            self._add(last, func(**arguments)[0])
 
     def _convolution(
         self,
@@ -191,8 +191,8 @@ class InputMoments(TorchFunctionMode):
             padding, dilation = (0, *padding), (1, *dilation)
         patches = F.unfold(x, kernel, dilation, padding, stride)
         # (batch, groups x columns, places): each group is an input of the same rows' columns.
-        batch, _, places = patches.shape
-        self._add(weight, patches.reshape(batch, groups, -1, places).transpose(2, 3))
+        batch, _, positions = patches.shape
+        self._add(weight, patches.reshape(batch, groups, -1, positions).transpose(2, 3))
 
     def _recurrent(self, func: Callable[..., Any], output: Tensor, *args: Any) -> None:
         # (input, states, weights, …, batch_first), or (data, batch sizes, states, weights, …).
@@ -206,29 +206,29 @@ class InputMoments(TorchFunctionMode):
         directions = 2 if both else 1
         each = len(weights) // (layers * directions)
 
-        def outputs(x: Tensor, place: int) -> Tensor:
+        def outputs(x: Tensor, index: int) -> Tensor:
             """Of one layer in one direction; those of an only one are there already."""
             if layers * directions == 1:
                 return output
-            own = list(weights[place * each : (place + 1) * each])
-            first = [s[place : place + 1] for s in (states if is_lstm else [states])]
+            own = list(weights[index * each : (index + 1) * each])
+            first = [s[index : index + 1] for s in (states if is_lstm else [states])]
             state = tuple(first) if is_lstm else first[0]
-            found: Tensor = func(x, *sizes, state, own, biases, 1, 0.0, False, False, *rest)[0]
-            return found
+            result: Tensor = func(x, *sizes, state, own, biases, 1, 0.0, False, False, *rest)[0]
+            return result
 
         for layer in range(layers):
-            found = []
+            results = []
             for direction in range(directions):
-                place = layer * directions + direction
-                inner, outer = weights[place * each : place * each + 2]
+                index = layer * directions + direction
+                inner, outer = weights[index * each : index * each + 2]
                 self._add(inner, x)
                 if direction:  # The second direction is that of time reversed.
-                    result = _reversed(outputs(_reversed(x, sizes, rest), place), sizes, rest)
+                    result = _reversed(outputs(_reversed(x, sizes, rest), index), sizes, rest)
                 else:
-                    result = outputs(x, place)
+                    result = outputs(x, index)
                 self._add(outer, result)
-                found.append(result)
-            x = torch.cat(found, -1)
+                results.append(result)
+            x = torch.cat(results, -1)
 
 
 def _reversed(x: Tensor, sizes: tuple[Any, ...], rest: tuple[Any, ...]) -> Tensor:
@@ -237,8 +237,8 @@ def _reversed(x: Tensor, sizes: tuple[Any, ...], rest: tuple[Any, ...]) -> Tenso
     packed = nn.utils.rnn.PackedSequence(x, sizes[0])
     padded, lengths = nn.utils.rnn.pad_packed_sequence(packed)
     turned = torch.zeros_like(padded)
-    for place, length in enumerate(lengths.tolist()):
-        turned[:length, place] = padded[:length, place].flip(0)
+    for row, length in enumerate(lengths.tolist()):
+        turned[:length, row] = padded[:length, row].flip(0)
     return nn.utils.rnn.pack_padded_sequence(turned, lengths).data
 
 

@@ -26,7 +26,7 @@ class L1Pruning(MagnitudePruning):
         strength: :math:`\lambda`.
         settings: The other arguments of :class:`.PruningMethod`.
 
-    Logs ``nna/l1/sparsity``.
+    Logs ``nna/l1_pruning/sparsity``.
 
     Raises:
         ValueError: As :class:`.MagnitudePruning`, or if ``strength`` is negative.
@@ -36,7 +36,7 @@ class L1Pruning(MagnitudePruning):
         0.01
     """
 
-    method = "l1"
+    method = "l1_pruning"
 
     def __init__(self, sparsity: float, *, strength: float = 0.01, **settings: Any) -> None:
         super().__init__(sparsity, **settings)

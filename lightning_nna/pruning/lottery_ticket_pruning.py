@@ -28,7 +28,7 @@ class LotteryTicketPruning(MagnitudePruning):
             of a round.
 
     The optimizer's state is forgotten with each rewinding; its learning rate goes on.
-    Logs ``nna/lottery_ticket/sparsity``.
+    Logs ``nna/lottery_ticket_pruning/sparsity``.
 
     Raises:
         ValueError: As :class:`.MagnitudePruning`, or if ``rewind_step`` is negative.
@@ -38,7 +38,7 @@ class LotteryTicketPruning(MagnitudePruning):
         0
     """
 
-    method = "lottery_ticket"
+    method = "lottery_ticket_pruning"
 
     def __init__(self, sparsity: float, *, rewind_step: int = 0, **settings: Any) -> None:
         super().__init__(sparsity, **settings)

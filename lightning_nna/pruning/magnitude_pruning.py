@@ -21,7 +21,7 @@ class MagnitudePruning(PruningMethod):
         sparsity: See :class:`.PruningMethod`, whose other arguments it takes as well. In the paper
             zeroed weights do not return, and so it is here unless ``revives`` is set.
 
-    Logs ``nna/magnitude/sparsity``.
+    Logs ``nna/magnitude_pruning/sparsity``.
 
     Raises:
         ValueError: If an argument is out of range, or a pattern matches nothing or does not divide
@@ -40,11 +40,11 @@ class MagnitudePruning(PruningMethod):
         0.5
     """
 
-    method = "magnitude"
+    method = "magnitude_pruning"
 
     @override
-    def energies(self, name: str, weight: Tensor) -> Tensor:
-        return self.pattern.energies(weight)
+    def importance_scores(self, name: str, weight: Tensor) -> Tensor:
+        return self.pattern.importance_scores(weight)
 
 
 class RandomPruning(MagnitudePruning):
@@ -57,12 +57,12 @@ class RandomPruning(MagnitudePruning):
         'unstructured'
     """
 
-    method = "random"
+    method = "random_pruning"
 
     @override
-    def energies(self, name: str, weight: Tensor) -> Tensor:
+    def importance_scores(self, name: str, weight: Tensor) -> Tensor:
         # A number from the name, the same on every rank and in every process.
         seed = sum(place * byte for place, byte in enumerate(name.encode(), start=1))
-        shape = self.pattern.energies(torch.empty_like(weight)).shape
+        shape = self.pattern.importance_scores(torch.empty_like(weight)).shape
         drawn = torch.rand(shape, generator=torch.Generator().manual_seed(seed))
         return drawn.to(weight.device)

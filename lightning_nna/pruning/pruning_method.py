@@ -1,4 +1,4 @@
-"""What every pruning callback shares: ``PruningMethod``."""
+"""``PruningMethod``: the base of pruning callbacks, for plugins as well."""
 
 from __future__ import annotations
 
@@ -14,43 +14,62 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_nna.non_finite import require_finite_weights
-from lightning_nna.pruning.masks import MaskStage, MatrixLayout, global_sparsities
+from lightning_nna.pruning.masks import MaskTransform, MatrixLayout, global_sparsities
 from lightning_nna.pruning.sparsity_pattern import SparsityPattern
 from lightning_nna.resumed_settings import require_same
 from lightning_nna.schedule import Schedule, require_time, step_of
 from lightning_nna.weights.method import WeightMethod
-from lightning_nna.weights.pipeline import Stage, unseen
+from lightning_nna.weights.pipeline import WeightTransform, unseen
 from lightning_nna.weights.selection import Sparsities
 
 Scope = Literal["layer", "global"]
 
 
 class PruningMethod(WeightMethod, ABC):
-    """Zeroes more and more of each selected weight, as a schedule says, until masks freeze.
+    """Base of callbacks that zero more and more of each selected weight, until masks freeze.
 
-    Sparsity is absolute: the share of all weights of a tensor that are zero. Every
-    ``every_n_steps`` masks are chosen anew from the dense weights, which live on under them; from
-    ``freeze_step`` on they stay. In evaluation and after ``fit`` zeros are exact.
+    Sparsity is absolute: the fraction of all weights of a tensor that are zero. Every
+    ``every_n_steps`` masks are selected again from the dense latent weights; from ``freeze_step``
+    on they stay. In evaluation and after ``fit`` zeros are exact.
+
+    A subclass sets ``method`` and implements :meth:`importance_scores`; it may override
+    :meth:`measure`, :meth:`select_mask`, :attr:`is_comparable` and :meth:`shares_budget`, and any
+    hook of :class:`.WeightMethod`.
 
     Args:
-        sparsity: At the end, of every selected tensor, at least 0 and below 1.
-        schedule: Of the share of ``sparsity`` that is reached: a :class:`.Schedule` or its keys.
-        every_n_steps: Optimizer steps from one choice of masks to the next; one within half of them
-            before ``freeze_step``, where the last is, is left out.
-        freeze_step: From then on masks stay: a step (int) or a share of the run (float).
-        pattern: Where zeros may lie: see :meth:`.SparsityPattern.of`. Neighbors of N:M and columns
-            of a block are input channels of a convolution, at one place of its kernel.
-        scope: Whether each ``"layer"`` loses its share, or the ``"global"`` least weights go, with
-            the same share of all selected weights; a layer keeps a hundredth at least. A weight
-            that cannot be compared with others, as one without gradients where these decide, loses
-            its own share.
-        revives: Whether zeroed weights are trained on and may return until masks freeze.
-        targets: Globs or ``re:…`` on the names of parameters, or of modules that hold them.
+        sparsity: Sparsity at the end, of every selected tensor, at least 0 and below 1.
+        schedule: Fraction of ``sparsity`` over the run: a :class:`.Schedule` or its keys.
+        every_n_steps: Number of optimizer steps from one mask update to the next; an update within
+            half of them before ``freeze_step``, the last one, is left out.
+        freeze_step: Time from which masks stay: a step (int) or a fraction of the run (float).
+        pattern: Pattern of the zeros: see :meth:`.SparsityPattern.of`. Neighbors of N:M and columns
+            of a block are input channels of a convolution, at one position of its kernel.
+        scope: Budget: ``"layer"`` prunes each tensor to its sparsity; ``"global"`` prunes the least
+            weights of all tensors to the same mean, and keeps a hundredth of each. A weight that
+            cannot be compared with others, as one without gradients if these decide, has its own
+            sparsity.
+        revives: Whether zeroed weights are trained and may return until masks freeze.
+        targets: Patterns of the selected weights: globs or ``re:…`` on the names of parameters, or
+            of modules that have them. See :mod:`lightning_nna.weights.selection`.
         overrides: Sparsities by pattern, or the path of a JSON file with them.
-        exclude: Patterns of weights that are left alone.
+        exclude: Patterns of weights that are not pruned.
+
+    Raises:
+        ValueError: If an argument is out of range, or a pattern matches nothing or does not divide
+            a weight.
+        FloatingPointError: If a weight is not finite.
+
+    Example:
+        >>> import torch
+        >>> class OldestFirst(PruningMethod):
+        ...     method = "oldest_first"
+        ...     def importance_scores(self, name, weight):
+        ...         return self.pattern.importance_scores(torch.ones_like(weight).cumsum(1))
+        >>> OldestFirst(0.5).pattern.name
+        'unstructured'
     """
 
-    place = 0
+    order = 0
 
     def __init__(
         self,
@@ -84,63 +103,75 @@ class PruningMethod(WeightMethod, ABC):
         self.pattern = SparsityPattern.of(pattern)
         if scope == "global" and self.pattern.group:
             raise ValueError(
-                f"pattern {self.pattern.name!r} fixes the share of every group, which leaves no "
+                f"pattern {self.pattern.name!r} fixes the fraction of every group, which leaves no "
                 f"budget to be shared: set scope='layer'"
             )
         self.scope, self.revives = scope, revives
-        self.masks: dict[str, MaskStage] = {}
-        #: How each selected weight is seen as a matrix, once a run has started.
+        self.masks: dict[str, MaskTransform] = {}
+        #: Layout of each selected weight as a matrix, once a run has started.
         self.layouts: dict[str, MatrixLayout] = {}
         self._saved: dict[str, Any] = {}
-        # The last choice of masks was made; nothing changes them any more.
+        # The last mask update has been done; masks stay.
         self._is_final = False
 
-    # --- what a method says -------------------------------------------------------------------
+    # --- hooks of a method --------------------------------------------------------------------
 
     @abstractmethod
-    def energies(self, name: str, weight: Tensor) -> Tensor:
-        """What each unit of a weight is worth, for the budget and for the choice.
+    def importance_scores(self, name: str, weight: Tensor) -> Tensor:
+        """Compute the importance scores of the units of a weight.
+
+        Units with the least scores are pruned, and budgets are shared by them.
 
         Args:
-            name: Of the parameter.
-            weight: As a matrix, float32.
+            name: Name of the parameter.
+            weight: Latent weight as a matrix, float32, shape ``(rows, columns)``.
+
+        Returns:
+            Scores, not negative, in the shape of the pattern's units.
         """
 
     @property
     def is_comparable(self) -> bool:
-        """Whether energies of different layers are in one unit."""
+        """True if the scores of different layers are in one unit."""
         return False
 
     def shares_budget(self, name: str) -> bool:
-        """Tell whether a weight takes part in the budget of all; else it loses its own share."""
+        """Tell whether a weight takes part in the global budget; else it has its own sparsity.
+
+        Args:
+            name: Name of the parameter.
+        """
         return True
 
     def measure(self) -> None:
-        """Look at what the choice of masks needs; nothing has changed yet, and errors are early."""
+        """Measure the inputs of a mask update, before anything has changed."""
 
-    def choose(self, name: str, weight: Tensor, sparsity: float) -> Tensor:
-        """The mask of a weight at a sparsity: the units of greatest energy.
+    def select_mask(self, name: str, weight: Tensor, sparsity: float) -> Tensor:
+        """Select the mask of a weight at a sparsity: the units of the greatest scores.
 
         Args:
-            name: Of the parameter.
-            weight: As a matrix, float32.
-            sparsity: Share of zeros.
+            name: Name of the parameter.
+            weight: Latent weight as a matrix, float32, shape ``(rows, columns)``.
+            sparsity: Fraction of zeros.
+
+        Returns:
+            Mask of shape ``(rows, columns)``, bool: True for kept weights.
         """
         shape = weight.shape[0], weight.shape[1]
-        return self.pattern.mask(self.energies(name, weight), sparsity, shape)
+        return self.pattern.mask(self.importance_scores(name, weight), sparsity, shape)
 
     # --- own ----------------------------------------------------------------------------------
 
     @property
     def sparsity(self) -> float:
-        """Share of zeros in all selected weights now; 0 before a run has started."""
+        """Fraction of zeros in all selected weights now; 0 before a run has started."""
         if not self.masks:
             return 0.0
-        kept = sum(stage.kept for stage in self.masks.values())
-        return 1 - kept / sum(stage.mask.numel() for stage in self.masks.values())
+        kept_count = sum(transform.kept_count for transform in self.masks.values())
+        return 1 - kept_count / sum(transform.mask.numel() for transform in self.masks.values())
 
     @override
-    def stages(self) -> dict[str, Stage]:
+    def transforms(self) -> dict[str, WeightTransform]:
         return {**self.masks}
 
     @override
@@ -158,22 +189,26 @@ class PruningMethod(WeightMethod, ABC):
         if trainer is None:
             super().require_settings(trainer)
             return
-        # Until masks freeze the next choice of masks honors what has changed.
+        # Until masks freeze, the next mask update follows the new settings.
         saved, now = self._saved_settings.get("sparsity", self.numbers), self.numbers
         tensors = {"tensors": sorted(saved)}, {"tensors": sorted(now)}
         require_same(type(self).__name__, *tensors)
 
     @override
     def missed(self) -> list[str]:
-        wanted = sum(self.numbers[n] * stage.mask.numel() for n, stage in self.masks.items())
+        wanted = sum(
+            self.numbers[n] * transform.mask.numel() for n, transform in self.masks.items()
+        )
         wanted *= self.schedule.last
-        zeros = sum(stage.mask.numel() - stage.kept for stage in self.masks.values())
-        weights = sum(stage.mask.numel() for stage in self.masks.values())
+        zeros = sum(
+            transform.mask.numel() - transform.kept_count for transform in self.masks.values()
+        )
+        weights = sum(transform.mask.numel() for transform in self.masks.values())
         # Less than one unit of a weight cannot be zeroed; with N:M, one weight of every group.
         units = 0.0
-        for name, stage in self.masks.items():
+        for name, transform in self.masks.items():
             each = self.pattern.group or self.pattern.units(self.layouts[name].matrix_shape)
-            units += stage.mask.numel() / each
+            units += transform.mask.numel() / each
         if wanted - zeros <= units:
             return []
         return [f"sparsity is {zeros / weights:.1%}, not {wanted / weights:.1%}"]
@@ -188,7 +223,7 @@ class PruningMethod(WeightMethod, ABC):
             self.layouts[name] = MatrixLayout.of(owner, parameter)
         self._require_fit()
         self.masks = {
-            name: MaskStage(self.method, parameter, revives=self.revives)
+            name: MaskTransform(self.method, parameter, revives=self.revives)
             for name, parameter in self._parameters.items()
         }
         self.rejoin()
@@ -199,7 +234,7 @@ class PruningMethod(WeightMethod, ABC):
             if name in self.masks:
                 self.masks[name].load_state_dict(state)
         self._saved = {}
-        self._settle()
+        self._update_revival()
 
     @override
     def located(self) -> None:
@@ -207,7 +242,7 @@ class PruningMethod(WeightMethod, ABC):
             self._is_final = False  # The run has become longer.
         if self._is_final:
             require_same(type(self).__name__, self._saved_settings, self.settings())
-        self._settle()
+        self._update_revival()
 
     @override
     def forget(self) -> None:
@@ -219,9 +254,9 @@ class PruningMethod(WeightMethod, ABC):
         super().on_fit_start(trainer, pl_module)
         if self.steps == 0:
             unseen(self._advance)()
-            # What needs a measurement chooses its masks after the first step.
+            # A method that needs a measurement selects its masks after the first step.
             self._is_final = self._freezes() <= 0 and self.sparsity > 0
-        self._settle()
+        self._update_revival()
 
     @override
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -241,18 +276,18 @@ class PruningMethod(WeightMethod, ABC):
 
     @override
     def stepped(self) -> None:
-        if self._steps_to_choice(self.steps - 1) <= 1:
+        if self._steps_to_mask_update(self.steps - 1) <= 1:
             self._advance()
             self._is_final = self.steps >= self._freezes()
-        self._settle()
+        self._update_revival()
 
     @override
-    def figures(self) -> dict[str, float]:
+    def metrics(self) -> dict[str, float]:
         return {"sparsity": self.sparsity}
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        masks = {name: stage.state_dict() for name, stage in self.masks.items()}
+        masks = {name: transform.state_dict() for name, transform in self.masks.items()}
         return {**super().state_dict(), "masks": self._saved or masks, "final": self._is_final}
 
     @override
@@ -262,9 +297,9 @@ class PruningMethod(WeightMethod, ABC):
         self._is_final = bool(state_dict.get("final", False))
 
     def _warn_of_dense(self) -> None:
-        """Say so where no mask was ever chosen for the module."""
+        """Warn if no mask was ever selected for the module."""
         wanted = any(self.numbers.values()) and self.schedule.last > 0
-        if wanted and all(stage.keeps_all for stage in self.masks.values()):
+        if wanted and all(transform.keeps_all for transform in self.masks.values()):
             rank_zero_warn(
                 f"{type(self).__name__} has no masks for this module, which is evaluated dense: "
                 f"fit it first, or pass ckpt_path of a run with the callback"
@@ -288,16 +323,16 @@ class PruningMethod(WeightMethod, ABC):
         return self._is_final or self.steps >= self._freezes()
 
     def _freezes(self) -> float:
-        """The step of the last choice of masks."""
+        """Return the step of the last mask update; infinite without an end of the run."""
         freezes = step_of(self.freeze_step, self._total_steps)
         if not math.isfinite(freezes):
             return freezes
         return math.ceil(freezes - 1e-9)
 
-    def _steps_to_choice(self, step: int) -> float:
-        """Optimizer steps from ``step`` to the next choice of masks; the last is at freezing.
+    def _steps_to_mask_update(self, step: int) -> float:
+        """Count the optimizer steps from ``step`` to the next mask update; the last one freezes.
 
-        One that was jumped over, since the run has become shorter, is due at once.
+        An update that was skipped, since the run has become shorter, is due at once.
         """
         if self._is_final:
             return math.inf
@@ -305,18 +340,18 @@ class PruningMethod(WeightMethod, ABC):
         if step >= freezes:
             return 1
         regular = self.every_n_steps - step % self.every_n_steps
-        # One just before the last would be for nothing.
+        # An update just before the last one would be for nothing.
         is_late = freezes - (step + regular) < self.every_n_steps / 2
         return freezes - step if is_late else regular
 
-    def _settle(self) -> None:
-        """Frozen masks let nothing return."""
-        for stage in self.masks.values():
-            stage.revives = self.revives and not self._is_frozen()
+    def _update_revival(self) -> None:
+        """Stop zeroed weights from returning once masks are frozen."""
+        for transform in self.masks.values():
+            transform.revives = self.revives and not self._is_frozen()
 
     def _advance(self) -> None:
-        share = self.schedule.at(self.steps, total=self._total_steps)
-        wanted = {name: sparsity * share for name, sparsity in self.numbers.items()}
+        fraction = self.schedule.at(self.steps, total=self._total_steps)
+        wanted = {name: sparsity * fraction for name, sparsity in self.numbers.items()}
         if not any(wanted.values()):
             return
         require_finite_weights(self._parameters)
@@ -325,13 +360,13 @@ class PruningMethod(WeightMethod, ABC):
         weights = {n: layouts[n].to_matrix(p).float() for n, p in self._parameters.items()}
         if self.scope == "global":
             sharing = {name: w for name, w in weights.items() if self.shares_budget(name)}
-            energies = {name: self.energies(name, weight) for name, weight in sharing.items()}
+            scores = {name: self.importance_scores(name, w) for name, w in sharing.items()}
             shapes = {name: (w.shape[0], w.shape[1]) for name, w in sharing.items()}
             if sharing:
                 wanted = wanted | global_sparsities(
-                    energies, wanted, self.pattern, shapes, relative=not self.is_comparable
+                    scores, wanted, self.pattern, shapes, relative=not self.is_comparable
                 )
         for name, weight in weights.items():
-            mask = self.choose(name, weight, wanted[name])
+            mask = self.select_mask(name, weight, wanted[name])
             self.masks[name].set_mask(layouts[name].from_matrix(mask))
         rank_zero_info(f"{type(self).__name__}: {self.sparsity:.1%} of the weights are zero")

@@ -59,10 +59,10 @@ class SparseSolution:
     """A sparse weight.
 
     Args:
-        weight: With zeros, in the dtype of the dense one.
-        mask: True where weights were kept.
+        weight: Weight with zeros, in the dtype of the dense one, shape ``(rows, columns)``.
+        mask: Mask of that shape, bool: True for kept weights.
         nmse: Error of the layer's output over the output's power; 0 for a layer without power.
-        iterations: Of the solver.
+        iterations: Number of iterations of the solver.
     """
 
     weight: Float[Tensor, "rows columns"]
@@ -86,18 +86,18 @@ def recover_sparse_weight(
     max_iterations: int = 100,
     tolerance: float = 1e-5,
 ) -> SparseSolution:
-    r"""The sparse weight that explains a layer's measurement best, as far as the solver finds it.
+    r"""Find the sparse weight that explains a layer's measurement best, as far as a solver can.
 
     The same input gives the same result; of equal candidates the first is kept.
 
     Args:
-        weight: Dense, finite.
+        weight: Dense weight, finite, shape ``(rows, columns)``.
         second_moment: :math:`E[a a^T]` of the layer's inputs; None for the identity, where the
             largest weights are kept. An input that never varied from zero counts almost nothing.
-        sparsity: Share of zeros, in [0, 1); or
+        sparsity: Fraction of zeros, in [0, 1); or
         penalty: :math:`\lambda` of the absolute values; of the norms of blocks, times the root of
             their size, with a pattern of blocks.
-        pattern: Where zeros may lie.
+        pattern: Pattern of the zeros.
         start: A support to start from, for example that of the last call; the result is no worse
             than the best on it (supports are compared near their fits).
         refit: Fit the weights on the support by least squares.
@@ -107,7 +107,7 @@ def recover_sparse_weight(
         solver: Of a given sparsity: ``"admm"``, or ``"iht"`` for iterative hard thresholding, which
             is simpler and ends in poorer supports.
         max_iterations: Most iterations; 0 takes the largest weights, scaled by their inputs.
-        tolerance: FISTA and IHT end when the weight changes by less than this share of itself.
+        tolerance: FISTA and IHT end when the weight changes by less than this fraction of itself.
 
     Raises:
         ValueError: If not one of ``sparsity`` and ``penalty`` is given, one of them is out of
@@ -120,28 +120,28 @@ def recover_sparse_weight(
         >>> recover_sparse_weight(torch.tensor([[1.0, 1.0]]), moment, sparsity=0.5).weight
         tensor([[1.9000, 0.0000]])
     """
-    chosen = SparsityPattern.of(pattern)
-    _require_arguments(weight, second_moment, sparsity, penalty, chosen, solver)
+    zeros = SparsityPattern.of(pattern)
+    _require_arguments(weight, second_moment, sparsity, penalty, zeros, solver)
     problem = _Problem.of(weight, second_moment)
     effort = _THOROUGH if exact else _QUICK
     settings = _Settings(solver, refit, effort, max_iterations, tolerance)
     if penalty is not None:
-        return problem.penalized(chosen, penalty, settings)
+        return problem.penalized(zeros, penalty, settings)
     assert sparsity is not None, "one of the two was required"
-    return problem.thresholded(chosen, sparsity, start, settings)
+    return problem.thresholded(zeros, sparsity, start, settings)
 
 
 @dataclass(frozen=True)
 class _Effort:
-    """How far one goes.
+    """Effort of a recovery.
 
     Attributes:
-        iterations: Of ADMM, at most.
-        first_rho: Its first weight.
-        rho_grows: The weight's factor an iteration.
-        stayed: It ends after as many iterations without change.
-        compares: Steps of conjugate gradients to compare supports.
-        fits: Further steps in place of the exact fit; 0 for the exact fit.
+        iterations: Greatest number of iterations of ADMM.
+        first_rho: First weight of ADMM's penalty.
+        rho_grows: Factor of that weight in each iteration.
+        stayed: Number of iterations without change after which ADMM ends.
+        compares: Number of steps of conjugate gradients that compare supports.
+        fits: Number of further steps instead of the exact fit; 0 for the exact fit.
     """
 
     iterations: int
@@ -215,7 +215,7 @@ class _Problem:
         shape = self.weight.shape[0], self.weight.shape[1]
 
         def support(y: Tensor) -> Tensor:
-            return pattern.mask(pattern.energies(y), sparsity, shape)
+            return pattern.mask(pattern.importance_scores(y), sparsity, shape)
 
         effort, iterations = settings.effort, 0
         masks = []
@@ -225,8 +225,8 @@ class _Problem:
             masks.append(self._within(pattern, sparsity, start))
         if self.scaled_moment is not None and settings.max_iterations > 0:
             solver = self.split if settings.solver == "admm" else self.descend
-            found, iterations = solver(support, masks[-1], settings)
-            masks.append(found)
+            mask, iterations = solver(support, masks[-1], settings)
+            masks.append(mask)
         steps = effort.compares if settings.refit else 0
         fits = [self.fit(mask, steps) for mask in masks]
         errors = [self.nmse(fit) for fit in fits]
@@ -315,21 +315,21 @@ class _Problem:
         """The weight on a support, whose fit may have begun."""
         if settings.refit and settings.effort.fits:
             y = self.fit(mask, settings.effort.fits, start)
-            found = (y / self.scale).to(self.weight.dtype)
-            return SparseSolution(found, mask, self.nmse(y), iterations)
+            sparse = (y / self.scale).to(self.weight.dtype)
+            return SparseSolution(sparse, mask, self.nmse(y), iterations)
         if settings.refit and self.moment is not None:
-            found = refit_on_support(self.weight, self.moment, mask).to(self.weight.dtype)
+            sparse = refit_on_support(self.weight, self.moment, mask).to(self.weight.dtype)
         else:
-            found = self.weight.masked_fill(~mask, 0.0)
-        nmse = measurement_nmse(self.weight, found, self.moment)
-        return SparseSolution(found, mask, nmse, iterations)
+            sparse = self.weight.masked_fill(~mask, 0.0)
+        nmse = measurement_nmse(self.weight, sparse, self.moment)
+        return SparseSolution(sparse, mask, nmse, iterations)
 
     def _within(self, pattern: SparsityPattern, sparsity: float, start: Tensor) -> Tensor:
         """A support of the wanted size that holds the started one, or lies in it."""
-        # Units of the start come first, by their energy; then the others.
-        energies = pattern.energies(self.scaled_weight)
-        inside = pattern.energies(start.to(energies.dtype)) > 0
-        raised = energies + inside * (energies.max() + 1.0)
+        # Units of the start come first, by their scores; then the others.
+        importance_scores = pattern.importance_scores(self.scaled_weight)
+        inside = pattern.importance_scores(start.to(importance_scores.dtype)) > 0
+        raised = importance_scores + inside * (importance_scores.max() + 1.0)
         return pattern.mask(raised, sparsity, (start.shape[0], start.shape[1]))
 
 
@@ -339,11 +339,11 @@ def _sum(x: Tensor) -> float:
 
 def _shrink(x: Tensor, pattern: SparsityPattern, threshold: float) -> Tensor:
     """Soft thresholding of weights, or of the norms of blocks."""
-    energies = pattern.energies(x)
-    if energies.shape == x.shape:
+    importance_scores = pattern.importance_scores(x)
+    if importance_scores.shape == x.shape:
         return softshrink(x, threshold)
-    high, wide = x.shape[0] // energies.shape[0], x.shape[1] // energies.shape[1]
-    norms = energies.sqrt()
+    high, wide = x.shape[0] // importance_scores.shape[0], x.shape[1] // importance_scores.shape[1]
+    norms = importance_scores.sqrt()
     root = (high * wide) ** 0.5
     factor = (1 - threshold * root / norms.clamp_min(1e-30)).clamp_min_(0)
     return x * factor.repeat_interleave(high, 0).repeat_interleave(wide, 1)

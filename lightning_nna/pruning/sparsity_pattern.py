@@ -1,4 +1,4 @@
-"""Which zeros a chip can use: single weights, blocks, N of M, whole rows or columns.
+"""Patterns of zeros for accelerators: single weights, blocks, N of M, whole rows or columns.
 
 A weight is seen as a matrix of output rows and input columns. A pattern divides it into units that
 are kept or zeroed together. The columns of a convolution are input channels side by side, place by
@@ -18,25 +18,25 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class SparsityPattern:
-    """How zeros may lie. Use :meth:`of`.
+    """Arrangement of the zeros that a pattern allows. Use :meth:`of`.
 
     Args:
-        name: As :meth:`of` takes it.
-        rows: Of a unit; 0 for all rows of the weight.
-        columns: Of a unit; 0 for all columns.
-        kept: With N:M, units kept in each group; 0 for a budget over the whole weight.
+        name: Name of the pattern, as :meth:`of` takes it.
+        rows: Number of rows of a unit; 0 for all rows of the weight.
+        columns: Number of columns of a unit; 0 for all columns.
+        keep: With N:M, number of units kept in each group; 0 for a budget over the whole weight.
         group: With N:M, neighboring units of a row in a group; 0 without groups.
     """
 
     name: str
     rows: int = 1
     columns: int = 1
-    kept: int = 0
+    keep: int = 0
     group: int = 0
 
     @classmethod
     def of(cls, pattern: str | SparsityPattern) -> SparsityPattern:
-        """The pattern of a name.
+        """Parse the name of a pattern.
 
         Args:
             pattern: ``"unstructured"``, ``"row"``, ``"column"``, blocks of rows and columns such as
@@ -57,23 +57,23 @@ class SparsityPattern:
             return cls(pattern, columns=0)
         if pattern == "column":
             return cls(pattern, rows=0)
-        found = re.fullmatch(r"([1-9]\d*)([x:])([1-9]\d*)", pattern)
-        if found is None:
+        match = re.fullmatch(r"([1-9]\d*)([x:])([1-9]\d*)", pattern)
+        if match is None:
             raise ValueError(
                 f"unknown pattern {pattern!r}: choose unstructured, row, column, a block such as "
                 f"1x16, or N:M such as 2:4"
             )
-        first, second = int(found[1]), int(found[3])
-        if found[2] == "x":
+        first, second = int(match[1]), int(match[3])
+        if match[2] == "x":
             return cls(pattern, rows=first, columns=second)
         if first > second:
             raise ValueError(f"pattern {pattern!r} keeps {first} weights of {second}: N is over M")
-        return cls(pattern, kept=first, group=second)
+        return cls(pattern, keep=first, group=second)
 
     @property
     def least_density(self) -> float:
-        """Share of weights that N:M keeps at least; 0 for other patterns."""
-        return self.kept / self.group if self.group else 0.0
+        """Fraction of weights that N:M keeps at least; 0 for other patterns."""
+        return self.keep / self.group if self.group else 0.0
 
     def fits(self, shape: tuple[int, int], channels: int | None = None) -> bool:
         """Say whether units divide a matrix.
@@ -95,7 +95,7 @@ class SparsityPattern:
 
         Args:
             shape: Rows and columns.
-            name: Of the weight, for the message.
+            name: Name of the weight, for the message.
 
         Raises:
             ValueError: Names the weight, its shape and the pattern.
@@ -107,15 +107,17 @@ class SparsityPattern:
             )
 
     def units(self, shape: tuple[int, int]) -> int:
-        """Number of units in a matrix."""
+        """Count the units in a matrix."""
         rows, columns = shape
         return (rows // (self.rows or rows)) * (columns // (self.columns or columns))
 
-    def energies(self, weight: Float[Tensor, "rows columns"]) -> Float[Tensor, "high wide"]:
+    def importance_scores(
+        self, weight: Float[Tensor, "rows columns"]
+    ) -> Float[Tensor, "high wide"]:
         """Sum of squares of each unit.
 
         Example:
-            >>> SparsityPattern.of("1x2").energies(torch.tensor([[1.0, 2.0, 3.0, 0.0]]))
+            >>> SparsityPattern.of("1x2").importance_scores(torch.tensor([[1.0, 2.0, 3.0, 0.0]]))
             tensor([[5., 9.]])
         """
         rows, columns = weight.shape
@@ -126,16 +128,16 @@ class SparsityPattern:
         return squares.reshape(rows // high, high, columns // wide, wide).sum((1, 3))
 
     def mask(
-        self, energies: Float[Tensor, "high wide"], sparsity: float, shape: tuple[int, int]
+        self, scores: Float[Tensor, "high wide"], sparsity: float, shape: tuple[int, int]
     ) -> Bool[Tensor, "rows columns"]:
-        """Keep the units of greatest energy.
+        """Keep the units of the greatest importance scores.
 
-        Of two units with the same energy the one that comes first is kept.
+        Of two units with the same score the one that comes first is kept.
 
         Args:
-            energies: Of the units.
-            sparsity: Share of units that are zeroed, 0 to 1, rounded to whole units; with N:M, each
-                group loses its share, and keeps N at least.
+            scores: Importance scores of the units, not negative.
+            sparsity: Fraction of units that are zeroed, 0 to 1, rounded to whole units; with N:M,
+                each group loses its fraction, and keeps N at least.
             shape: Rows and columns of the weight.
 
         Example:
@@ -144,21 +146,24 @@ class SparsityPattern:
             tensor([[ True, False,  True, False]])
         """
         if self.group:
-            kept = max(self.kept, self.group - int(sparsity * self.group))
-            grouped = energies.reshape(-1, self.group)
-            order = grouped.argsort(dim=1, descending=True, stable=True)[:, :kept]
-            chosen = torch.zeros_like(grouped, dtype=torch.bool).scatter_(1, order, True)
-            return chosen.view(shape)
-        chosen = greatest(energies, energies.numel() - round(sparsity * energies.numel()))
+            keep = max(self.keep, self.group - int(sparsity * self.group))
+            grouped = scores.reshape(-1, self.group)
+            order = grouped.argsort(dim=1, descending=True, stable=True)[:, :keep]
+            mask = torch.zeros_like(grouped, dtype=torch.bool).scatter_(1, order, True)
+            return mask.view(shape)
+        units = greatest(
+            scores,
+            scores.numel() - round(sparsity * scores.numel()),
+        )
         rows, columns = shape
-        high, wide = rows // energies.shape[0], columns // energies.shape[1]
+        high, wide = rows // scores.shape[0], columns // scores.shape[1]
         if (high, wide) == (1, 1):
-            return chosen
-        return chosen.repeat_interleave(high, 0).repeat_interleave(wide, 1)
+            return units
+        return units.repeat_interleave(high, 0).repeat_interleave(wide, 1)
 
 
 def greatest(values: Tensor, count: int) -> Tensor:
-    """Mask of the ``count`` greatest; of equal ones, the first in row-major order.
+    """Mask the ``count`` greatest; of equal ones, the first in row-major order.
 
     Args:
         values: Floats that are not negative, of any shape.
@@ -175,15 +180,15 @@ def greatest(values: Tensor, count: int) -> Tensor:
         return torch.ones_like(values, dtype=torch.bool)
     # Floats that are not negative are in the order of their bits: the upper ones say which are in,
     # which are out, and which few have to be sorted.
-    held = flat + 0.0 if flat.dtype == torch.float64 else flat.float() + 0.0
-    is_double = held.dtype == torch.float64
-    upper = (held.view(torch.int64) >> 47).int() if is_double else held.view(torch.int32) >> 15
+    exact = flat + 0.0 if flat.dtype == torch.float64 else flat.float() + 0.0
+    is_double = exact.dtype == torch.float64
+    upper = (exact.view(torch.int64) >> 47).int() if is_double else exact.view(torch.int32) >> 15
     sizes = torch.bincount(upper, minlength=1 << 16).flip(0)
     reached = sizes.cumsum(0)
-    place = int((reached < count).sum())
-    bucket = (1 << 16) - 1 - place
-    chosen = upper > bucket
+    full = int((reached < count).sum())
+    bucket = (1 << 16) - 1 - full
+    mask = upper > bucket
     near = (upper == bucket).nonzero().flatten()
-    order = held[near].argsort(descending=True, stable=True)
-    chosen[near[order[: count - int(reached[place] - sizes[place])]]] = True
-    return chosen.view_as(values)
+    order = exact[near].argsort(descending=True, stable=True)
+    mask[near[order[: count - int(reached[full] - sizes[full])]]] = True
+    return mask.view_as(values)

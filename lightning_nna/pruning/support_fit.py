@@ -1,8 +1,8 @@
-r"""What a weight on a support can do: the least-squares fit of its survivors, and what is left.
+r"""The least-squares fit of a weight on a support, and its error.
 
 With the second moment :math:`M = E[a a^T]` of a layer's inputs, a row :math:`w` and a support
-:math:`S`, the fit solves :math:`M_{SS}\, x_S = (M w)_S`. Where less goes than stays, the same fit
-is found from what goes, :math:`P`, and :math:`H = M^{-1}`:
+:math:`S`, the fit solves :math:`M_{SS}\, x_S = (M w)_S`. If fewer weights go than
+stay, the same fit follows from those that go, :math:`P`, and :math:`H = M^{-1}`:
 
 .. math:: x = w - H_{:P}\, (H_{PP})^{-1} w_P .
 
@@ -34,8 +34,8 @@ def refit_on_support(
     """Least squares of every row on its own support, by Cholesky, some rows at a time.
 
     Args:
-        weight: Dense.
-        second_moment: Of the inputs.
+        weight: Dense weight, shape ``(rows, columns)``.
+        second_moment: Second moment of the inputs, shape ``(columns, columns)``.
         mask: True where weights are fitted; elsewhere they are zero.
 
     Returns:
@@ -56,9 +56,9 @@ def refit_on_support(
         inverse = _inverse(moment)
     if inverse is None:
         return _solved(moment, dense @ moment, mask, counts, order)
-    gone = ~mask
-    multipliers = _solved(inverse, dense, gone, gone.sum(1), order.flip(0))
-    return (dense - multipliers @ inverse).masked_fill_(gone, 0.0)
+    pruned = ~mask
+    multipliers = _solved(inverse, dense, pruned, pruned.sum(1), order.flip(0))
+    return (dense - multipliers @ inverse).masked_fill_(pruned, 0.0)
 
 
 def _solved(matrix: Tensor, target: Tensor, mask: Tensor, counts: Tensor, order: Tensor) -> Tensor:
@@ -74,14 +74,14 @@ def _solved(matrix: Tensor, target: Tensor, mask: Tensor, counts: Tensor, order:
         if most == 0:
             continue
         columns = (~mask[rows]).to(torch.uint8).argsort(dim=1, stable=True)[:, :most]
-        held = torch.arange(most, device=mask.device) < counts[rows, None]
+        is_used = torch.arange(most, device=mask.device) < counts[rows, None]
         gram = matrix[columns[:, :, None], columns[:, None, :]]
-        gram *= held[:, :, None] & held[:, None, :]
-        gram.diagonal(dim1=1, dim2=2).add_(torch.where(held, 0.0, 1.0))
-        right = target[rows[:, None], columns] * held
+        gram *= is_used[:, :, None] & is_used[:, None, :]
+        gram.diagonal(dim1=1, dim2=2).add_(torch.where(is_used, 0.0, 1.0))
+        right = target[rows[:, None], columns] * is_used
         factor = _cholesky(gram, ridge)
-        found = torch.cholesky_solve(right[:, :, None], factor)[:, :, 0]
-        result[rows[:, None], columns] = found * held
+        solved = torch.cholesky_solve(right[:, :, None], factor)[:, :, 0]
+        result[rows[:, None], columns] = solved * is_used
     return result
 
 
@@ -111,8 +111,8 @@ def descend_on_support(
     conditioned inputs need few.
 
     Args:
-        weight: Dense.
-        second_moment: Of the inputs.
+        weight: Dense weight, shape ``(rows, columns)``.
+        second_moment: Second moment of the inputs, shape ``(columns, columns)``.
         mask: True where weights are fitted; elsewhere they are zero.
         iterations: Steps.
         start: What the steps begin at, zero where the mask is False; None for the dense weight on
@@ -134,13 +134,13 @@ def descend_on_support(
     moment, dense = second_moment.float(), weight.float()
     diagonal = moment.diagonal()
     inverse = torch.where(diagonal > 0, 1 / diagonal, 0.0)
-    kept = mask.view(torch.uint8).to(dense.dtype)
-    x = dense * kept if start is None else start.clone()
-    residual = ((dense - x) @ moment).mul_(kept)
+    support = mask.view(torch.uint8).to(dense.dtype)
+    x = dense * support if start is None else start.clone()
+    residual = ((dense - x) @ moment).mul_(support)
     direction = residual * inverse
     power = (residual * direction).sum(1, keepdim=True)
     for _ in range(iterations):
-        product = (direction @ moment).mul_(kept)
+        product = (direction @ moment).mul_(support)
         curvature = (direction * product).sum(1, keepdim=True)
         step = torch.where(curvature > 0, power / curvature, 0.0)
         x.addcmul_(step, direction)
@@ -183,7 +183,7 @@ def _cholesky(gram: Tensor, ridge: float) -> Tensor:
 
 
 def _batch_size(counts: Tensor, order: Tensor, done: int) -> int:
-    """How many of the next rows are solved together."""
+    """Count the next rows that are solved together."""
     remaining = order[done:]
     sizes = counts[remaining].double()
     entries = torch.arange(1, len(sizes) + 1, device=sizes.device) * sizes.square()

@@ -1,12 +1,33 @@
-r"""The General Quantizer's hold on one parameter.
+r"""The General Quantizer's transform of one parameter, and the gradients of its centroids.
 
 .. math::
-    x = \mathrm{clip}(w / s, -1, 1), \quad v = F_\mu(x), \quad
-    \hat w = s\, F_\mu^{-1}\Big(\sum_j A_j(v)\, z_j\Big),
+    x = \mathrm{clip}(w / r, -1, 1), \quad v = F_\mu(x), \quad
+    \hat w = r\, F_\mu^{-1}\Big(\sum_j A_j(v)\, z_j\Big),
 
-with centroids :math:`z` that are trained, and an assignment :math:`A` that hardens; see
-:mod:`lightning_nna.quantization.mu_law`. Centroids are used as the chip will hold them: at the
-nearest whole multiple of :math:`s / n_{max}` (the gradient passes this rounding unchanged).
+with centroids :math:`z` that are trained, the clipping range :math:`r`, and an assignment
+:math:`A` that hardens; see :mod:`lightning_nna.quantization.mu_law`. Centroids are used as they are
+deployed: as integers of at most :math:`n_{max}` times the scale :math:`s = r / n_{max}` (the
+gradient passes this rounding unchanged).
+
+Three units meet here. An example with :math:`\mu = 15`, :math:`r = 0.2` and :math:`n_{max} = 127`:
+
+=============  ==========================  ===================================================
+unit           centroid                    computed by
+=============  ==========================  ===================================================
+µ-law domain   :math:`z = 0.5`             trained
+clipping       0.2                         :math:`F_\mu^{-1}(z) = (16^{0.5} - 1) / 15`
+grid           25                          rounded from :math:`0.2 \cdot 127 = 25.4`
+weight         0.0394                      :math:`25 \cdot s = 25 \cdot 0.2 / 127`
+=============  ==========================  ===================================================
+
+Hard weights whose gradients sum to 3.0 at that centroid give it the gradient
+
+.. math::
+    3.0\; r\, \frac{d F_\mu^{-1}}{d v}(z)
+    = 3.0 \cdot 0.2 \cdot \frac{\ln 16}{15} (1 + 15 \cdot 25 / 127) = 0.438
+
+with the slope at the rounded centroid; see ``_leave_centroid_gradient``. The optimizer of the
+centroids is in :class:`.GeneralQuantizer`.
 """
 
 from __future__ import annotations
@@ -32,14 +53,14 @@ from lightning_nna.quantization.mu_law import (
 )
 from lightning_nna.weights.codebook import (
     Codebook,
-    best_levels,
-    in_steps,
-    in_units,
+    best_centroids,
+    from_grid_units,
     maximum_of,
-    middles,
-    narrowed,
+    midpoints,
+    narrowed_scales,
     relative_gap,
-    steps_of,
+    scales_of,
+    to_grid_units,
 )
 from lightning_nna.weights.pipeline import WeightGrid
 
@@ -50,7 +71,7 @@ _Version = tuple[int, int]
 
 @dataclass(frozen=True)
 class _Ascending:
-    """Centroids in ascending order, where the grid puts them, and the place that each is from."""
+    """Centroids in ascending order, rounded, and the index of each in ``centroids``."""
 
     on_grid: Tensor
     order: Tensor
@@ -58,43 +79,44 @@ class _Ascending:
 
 @dataclass(frozen=True)
 class _HardAssignment:
-    """By cell: the value in steps, which of the ascending centroids it is, and a slope of one."""
+    """Assignment by cell: centroid in grid units, its index among the ascending ones, slope."""
 
     values: Tensor
     nearest: Tensor
     slopes: Tensor
 
 
-class GeneralQuantizerStage:
-    """A stage of the weight pipeline, see the module.
+class GeneralQuantizerTransform:
+    """Transform of a parameter with trained centroids, see the module.
 
     Args:
-        weight: Where centroids start: its Lloyd-Max points, or the best ones of
-            ``max_entropy_bits``, in the µ-law's domain.
-        bits: 1 to 8.
-        groups: Scales.
-        mu: Of the µ-law.
-        power: Of the distance.
+        weight: Weight, shape ``(rows, …)``, finite: centroids start at its Lloyd-Max points, or the
+            best ones of ``max_entropy_bits``, in the µ-law's domain.
+        bits: Bits of an index, 1 to 8.
+        groups: Number of scales, a divisor of the rows.
+        mu: Strength of the µ-law's compression, at least 0; 0 for none.
+        power: Power of the distance in the softmax, 1 or 2.
         train_centroids: Whether centroids get a gradient.
-        scale: Where scales start, and stay unless they are learned: at the ``"largest"`` weight, or
-            at the largest of the ``"centroids"``, beyond which weights then get no gradient.
+        scale: Clipping range at the start, which stays unless it is learned: the ``"largest"``
+            weight, or the largest of the ``"centroids"``, beyond which weights get no gradient.
         learn_scale: Whether scales get a gradient.
-        grid_bits: Of the chip's grid; None for none.
-        power_of_two_scales: Whether the grid's steps are powers of two.
+        grid_bits: Width of integer centroids in bits; None for float centroids.
+        power_of_two_scales: Whether scales are powers of two.
         pin_zero: Whether one centroid is zero and stays there.
         max_entropy_bits: Greatest entropy of the indices at the start, in bits a weight; None for
             any.
 
     Attributes:
-        centroids: In [-1, 1], shape ``(levels,)``; trained.
-        scale_log2: Logarithms to base 2 of the scales, shape ``(groups,)``.
-        sharpness: Of the assignment.
-        is_hard: Whether weights take their values in training, too.
-        works: Whether weights are transformed in training at all, in this step.
+        centroids: Centroids in the µ-law's domain, in [-1, 1], shape ``(centroids,)``; trained.
+        scale_log2: Logarithms to base 2 of the clipping ranges, shape ``(groups,)``; trained with
+            ``learn_scale``.
+        sharpness: Sharpness of the soft assignment, positive.
+        is_hard: Whether weights are at their centroids in training, too.
+        is_active: Whether training transforms weights at all, in this step.
     """
 
-    method = "GeneralQuantizer"
-    place = 1
+    method = "general_quantizer"
+    order = 1
 
     def __init__(
         self,
@@ -115,38 +137,38 @@ class GeneralQuantizerStage:
         self.bits, self.mu, self.power, self.grid_bits = bits, mu, power, grid_bits
         self.train_centroids, self.learn_scale = train_centroids, learn_scale
         self.power_of_two_scales, self.pin_zero = power_of_two_scales, pin_zero
-        self.sharpness, self.is_hard, self.works = 1.0, False, True
+        self.sharpness, self.is_hard, self.is_active = 1.0, False, True
         self.gradient_sharpness: float | None = 1.0
         self.maximum = maximum_of(grid_bits or 8)
-        steps = steps_of(weight, groups, grid_bits=grid_bits, power_of_two=power_of_two_scales)
-        scaled = (in_steps(weight, steps) / self.maximum).clamp_(-1, 1)
-        found = best_levels(scaled, bits, pin_zero=pin_zero, max_entropy_bits=max_entropy_bits)
-        if scale == "centroids" and bool(found.any()):
-            narrower = narrowed(steps, float(found.abs().max()), power_of_two_scales)
-            found *= (steps[0] / narrower[0]).to(found.dtype)
+        steps = scales_of(weight, groups, grid_bits=grid_bits, power_of_two=power_of_two_scales)
+        scaled = (to_grid_units(weight, steps) / self.maximum).clamp_(-1, 1)
+        start = best_centroids(scaled, bits, pin_zero=pin_zero, max_entropy_bits=max_entropy_bits)
+        if scale == "centroids" and bool(start.any()):
+            narrower = narrowed_scales(steps, float(start.abs().max()), power_of_two_scales)
+            start *= (steps[0] / narrower[0]).to(start.dtype)
             steps = narrower
-        self.centroids = mu_law(found, mu).clamp_(-1, 1)
+        self.centroids = mu_law(start, mu).clamp_(-1, 1)
         self.scale_log2 = elementary.log2(steps.double() * self.maximum).float()
-        self._kept_ascending: tuple[_Version, _Ascending] | None = None
-        self._kept: tuple[tuple[float, _Version], SoftAssignment] | None = None
-        self._kept_hard: tuple[_Version, _HardAssignment] | None = None
-        # Of the weight that is substituted; so many bytes again as the weight has.
+        self._ascending_cache: tuple[_Version, _Ascending] | None = None
+        self._soft_cache: tuple[tuple[float, _Version], SoftAssignment] | None = None
+        self._hard_cache: tuple[_Version, _HardAssignment] | None = None
+        # Cells of the substituted weight, int32: as many bytes again as the weight has.
         self._cells: Tensor | None = None
         # Rounding the logarithm would move a scale that nobody learns.
-        self._fixed_steps = steps
+        self._fixed_scales = steps
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy or pickle has centroids and scales, not what is kept of them."""
-        kept = ("_kept_ascending", "_kept", "_kept_hard", "_cells")
-        return {**self.__dict__, **dict.fromkeys(kept)}
+        """Return the state of a copy: centroids and scales, without caches."""
+        caches = ("_ascending_cache", "_soft_cache", "_hard_cache", "_cells")
+        return {**self.__dict__, **dict.fromkeys(caches)}
 
-    # --- what the weight takes ------------------------------------------------------------------
+    # --- codebook ------------------------------------------------------------------------------
 
     @property
-    def steps(self) -> Float[Tensor, " groups"]:
-        """Steps of the grid."""
+    def scales(self) -> Float[Tensor, " groups"]:
+        """Scales, float32, shape ``(groups,)``: clipping ranges over the largest integer."""
         if not self.learn_scale:
-            return self._fixed_steps
+            return self._fixed_scales
         exponent = self.scale_log2.detach().double()
         if self.power_of_two_scales:
             return elementary.exp2(
@@ -156,55 +178,58 @@ class GeneralQuantizerStage:
 
     @property
     def grid(self) -> WeightGrid | None:
-        """Where hard weights lie."""
-        return None if self.grid_bits is None else WeightGrid(self.steps, self.maximum)
+        """Quantization parameters of hard weights; None for float centroids."""
+        return None if self.grid_bits is None else WeightGrid(self.scales, self.maximum)
 
     @property
     def codebook(self) -> Codebook:
-        """The values as they are deployed; its borders are those of the µ-law's domain."""
+        """Codebook of the deployed weights; its thresholds are half-way in the µ-law's domain."""
         z = self._ascending().on_grid
-        levels = self._levels(z)
-        borders = inverse_mu_law(middles(z), self.mu) * self.maximum
-        return Codebook(levels, borders, self.steps, self.grid_bits)
+        centroids = self._in_grid_units(z)
+        thresholds = inverse_mu_law(midpoints(z), self.mu) * self.maximum
+        return Codebook(centroids, thresholds, self.scales, self.grid_bits)
 
     def _ascending(self) -> _Ascending:
-        """The centroids as they are used, kept while they do not change."""
+        """Sort and round the centroids; cached while they do not change."""
         version = self._version
-        if self._kept_ascending is None or self._kept_ascending[0] != version:
+        if self._ascending_cache is None or self._ascending_cache[0] != version:
             z, order = self.centroids.detach().sort()
             if self.grid_bits is not None:
-                z = mu_law(self._levels(z) / self.maximum, self.mu)
-            self._kept_ascending = (version, _Ascending(z, order))
-        return self._kept_ascending[1]
+                z = mu_law(self._in_grid_units(z) / self.maximum, self.mu)
+            self._ascending_cache = (version, _Ascending(z, order))
+        return self._ascending_cache[1]
 
-    def _levels(self, z: Tensor) -> Tensor:
-        """Values in steps: on the grid, whole numbers."""
-        levels = inverse_mu_law(z, self.mu) * self.maximum
-        return levels if self.grid_bits is None else levels.round()
+    def _in_grid_units(self, z: Tensor) -> Tensor:
+        """Convert centroids from the µ-law's domain to grid units, integers if there is a grid."""
+        centroids = inverse_mu_law(z, self.mu) * self.maximum
+        return centroids if self.grid_bits is None else centroids.round()
 
     @property
     def _version(self) -> _Version:
         return id(self.centroids), self.centroids._version
 
-    # --- a stage --------------------------------------------------------------------------------
+    # --- transform ----------------------------------------------------------------------------
 
     @torch.no_grad()
-    def transform(self, weight: Tensor, *, hard: bool) -> Tensor:
-        """The quantized weight; soft in training until it is to be hard."""
-        if not hard and not self.works:
+    def apply(self, weight: Tensor, *, hard: bool) -> Tensor:
+        """Quantize a weight; in training softly until ``is_hard``."""
+        if not hard and not self.is_active:
             return weight
         cells = self._cells_of(weight)
         if not hard:
             self._cells = cells
         if hard or self.is_hard:
-            return self._looked_up(cells, self._hard().values, self.steps).to(weight.dtype)
+            return self._looked_up(cells, self._hard().values, self.scales).to(weight.dtype)
         values = self._soft(self.sharpness).values
-        return self._looked_up(cells, values, self.steps * self.maximum).to(weight.dtype)
+        return self._looked_up(cells, values, self.scales * self.maximum).to(weight.dtype)
 
     @torch.no_grad()
     def pull_back(self, weight: Tensor, grad: Tensor) -> Tensor:
-        """Gradient of the latent weight; those of centroids and scales are left with them."""
-        if not self.works:
+        """Compute the gradient of the latent weight, and those of centroids and scales.
+
+        The latter are assigned to ``centroids.grad`` and ``scale_log2.grad``.
+        """
+        if not self.is_active:
             return grad
         cells = self._cells_of(weight) if self._cells is None else self._cells
         self._cells = None
@@ -225,87 +250,107 @@ class GeneralQuantizerStage:
         return self.sharpness
 
     def _cells_of(self, weight: Tensor) -> Tensor:
-        return cell_of(weight.detach(), cells_for(len(self.centroids)), self.steps * self.maximum)
+        return cell_of(weight.detach(), cells_for(len(self.centroids)), self.scales * self.maximum)
 
     def _looked_up(self, cells: Tensor, table: Tensor, scales: Tensor) -> Tensor:
         if len(scales) == 1:
             return (table * scales).index_select(0, cells.flatten()).view(cells.shape)
-        return in_units(table.index_select(0, cells.flatten()).view(cells.shape), scales)
+        return from_grid_units(table.index_select(0, cells.flatten()).view(cells.shape), scales)
 
     def _soft(self, sharpness: float) -> SoftAssignment:
-        """The soft assignment, kept while neither centroids nor sharpness change."""
+        """Compute the soft assignment; cached while neither centroids nor sharpness change."""
         key = (sharpness, self._version)
-        if self._kept is None or self._kept[0] != key:
+        if self._soft_cache is None or self._soft_cache[0] != key:
             z = self._ascending().on_grid
-            made = SoftAssignment(z, sharpness=sharpness, mu=self.mu, power=self.power)
-            self._kept = (key, made)
-        return self._kept[1]
+            soft = SoftAssignment(z, sharpness=sharpness, mu=self.mu, power=self.power)
+            self._soft_cache = (key, soft)
+        return self._soft_cache[1]
 
     def _hard(self) -> _HardAssignment:
-        """The nearest centroid in the µ-law's domain, from each cell's middle."""
+        """Assign each cell to the centroid nearest to its middle in the µ-law's domain; cached."""
         version = self._version
-        if self._kept_hard is None or self._kept_hard[0] != version:
+        if self._hard_cache is None or self._hard_cache[0] != version:
             z = self._ascending().on_grid
             nearest = nearest_by_cell(z, self.mu)
             slopes = torch.ones(len(nearest), device=z.device)
             slopes[0] = slopes[-1] = 0
-            made = _HardAssignment(self._levels(z)[nearest], nearest, slopes)
-            self._kept_hard = (version, made)
-        return self._kept_hard[1]
+            hard = _HardAssignment(self._in_grid_units(z)[nearest], nearest, slopes)
+            self._hard_cache = (version, hard)
+        return self._hard_cache[1]
 
     def _leave_centroid_gradient(self, cells: Tensor, grad: Tensor) -> None:
-        scales = self.steps * self.maximum
-        scaled = grad.float() if len(scales) == 1 else in_units(grad.float(), scales)
+        """Assign the gradient of the centroids, see the example of the module.
+
+        Args:
+            cells: Cells of the weights, int32, in the shape of the weight.
+            grad: Gradient of the quantized weight, in that shape.
+        """
+        # Weights of one cell have one result, so that their gradients are summed first. In the
+        # module's example: 1.0 + 2.0 = 3.0, times r = 0.2 is 0.6, times the slope 0.731 of the
+        # expansion is 0.438.
+        scales = self.scales * self.maximum
+        scaled = grad.float() if len(scales) == 1 else from_grid_units(grad.float(), scales)
         count = cells_for(len(self.centroids)) + 2
         sums = torch.bincount(cells.flatten(), weights=scaled.flatten(), minlength=count).float()
         if len(scales) == 1:
             sums = sums * scales
         ascending = self._ascending()
         if self.is_hard:
-            found = torch.zeros_like(ascending.on_grid).index_add_(0, self._hard().nearest, sums)
-            found *= inverse_mu_law_slope(ascending.on_grid, self.mu)
+            by_centroid = torch.zeros_like(ascending.on_grid)
+            by_centroid.index_add_(0, self._hard().nearest, sums)
+            by_centroid *= inverse_mu_law_slope(ascending.on_grid, self.mu)
         else:
-            found = self._soft(self.sharpness).centroid_gradient(sums)
-        result = torch.empty_like(found).index_copy_(0, ascending.order, found)
+            by_centroid = self._soft(self.sharpness).centroid_gradient(sums)
+        result = torch.empty_like(by_centroid).index_copy_(0, ascending.order, by_centroid)
         if self.pin_zero:
             result[self.centroids == 0] = 0
         self.centroids.grad = result
 
     def _leave_scale_gradient(self, weight: Tensor, slopes: Tensor, grad: Tensor) -> None:
-        scales = self.steps * self.maximum
-        x = in_steps(weight, scales)
-        value = in_steps(self.transform(weight, hard=False), scales)
-        share = (grad.float() * in_units(value - x * slopes, scales)).reshape(len(scales), -1)
-        # As LSQ scales it. d/d(log2 s) is s ln(2) d/ds, and the share is s d/ds already.
-        factor = math.log(2) / math.sqrt(share.shape[1] * self.maximum)
-        self.scale_log2.grad = share.sum(1) * factor
+        """Assign the gradient of the scales' logarithms.
+
+        Args:
+            weight: Latent weight, shape ``(rows, …)``.
+            slopes: Slopes of the quantized by the latent weight, in that shape.
+            grad: Gradient of the quantized weight, in that shape.
+        """
+        scales = self.scales * self.maximum
+        x = to_grid_units(weight, scales)
+        quantized = to_grid_units(self.apply(weight, hard=False), scales)
+        terms = (grad.float() * from_grid_units(quantized - x * slopes, scales)).reshape(
+            len(scales), -1
+        )
+        # LSQ's factor. d/d(log2 r) is r ln(2) d/dr, and the terms are r d/dr already: a weight
+        # beyond r = 0.2 with slope 0 and gradient 3.0 adds 3.0 * 0.2 = 0.6.
+        factor = math.log(2) / math.sqrt(terms.shape[1] * self.maximum)
+        self.scale_log2.grad = terms.sum(1) * factor
         self._cells = None
 
     # --- state ------------------------------------------------------------------------------------
 
     def learned(self) -> dict[str, Tensor]:
-        """What is trained, by name."""
-        found = {"centroids": self.centroids} if self.train_centroids else {}
-        return {**found, "scale": self.scale_log2} if self.learn_scale else found
+        """Return the trained tensors, by name."""
+        tensors = {"centroids": self.centroids} if self.train_centroids else {}
+        return {**tensors, "scale": self.scale_log2} if self.learn_scale else tensors
 
     @torch.no_grad()
-    def settle(self) -> None:
+    def clamp_centroids(self) -> None:
         """Bring centroids back into [-1, 1] after an update."""
         self.centroids.clamp_(-1, 1)
 
     @torch.no_grad()
     def soft_hard_gap(self, weight: Tensor) -> float:
-        """Root of the mean square of soft less hard weights, relative to that of the weights."""
+        """Distance of soft and hard weights: root of its mean square, relative to the weights."""
         cells = self._cells_of(weight)
-        away = self._soft(self.sharpness).values * self.maximum - self._hard().values
-        return relative_gap(weight, self._looked_up(cells, away, self.steps))
+        difference = self._soft(self.sharpness).values * self.maximum - self._hard().values
+        return relative_gap(weight, self._looked_up(cells, difference, self.scales))
 
     def state_dict(self) -> dict[str, Any]:
-        """Centroids and scales."""
+        """Return copies of centroids and scales."""
         return {
             "centroids": self.centroids.detach().clone(),
             "scale_log2": self.scale_log2.detach().clone(),
-            "steps": self.steps.clone(),
+            "scales": self.scales.clone(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -313,5 +358,5 @@ class GeneralQuantizerStage:
         device = self.centroids.device
         self.centroids = state["centroids"].to(device).clone()
         self.scale_log2 = state["scale_log2"].to(device).clone()
-        self._fixed_steps = state["steps"].to(device).clone()
-        self._kept_ascending = self._kept = self._kept_hard = None
+        self._fixed_scales = state["scales"].to(device).clone()
+        self._ascending_cache = self._soft_cache = self._hard_cache = None

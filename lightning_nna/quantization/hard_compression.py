@@ -1,4 +1,4 @@
-"""``HardCompression``: weights are put onto few values, again and again, until they stay there.
+"""``HardCompression``: weights are moved to their centroids again and again, until they stay.
 
 Reference:
     Zhen et al., "Sub-8-bit quantization aware training for 8-bit neural network accelerator with
@@ -8,54 +8,40 @@ Reference:
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import Tensor
-from typing_extensions import override
+from typing_extensions import Unpack, override
 
 from lightning_nna.non_finite import require_finite_weights
-from lightning_nna.quantization.fixed_centroids import CentroidSettings
-from lightning_nna.quantization.s8bqat import S8BQATMethod
+from lightning_nna.quantization.s8bqat import S8BQATArguments, S8BQATMethod
 from lightning_nna.schedule import require_time, step_of
-from lightning_nna.weights.pipeline import Stage
-from lightning_nna.weights.selection import Granularity
+from lightning_nna.weights.pipeline import WeightTransform
 
-#: Running means of the gradient, by the names that optimizers give them.
+#: Names of running means of the gradient in the state of optimizers.
 _MOMENTA = ("exp_avg", "momentum_buffer")
 
 
 class HardCompression(S8BQATMethod):
     """Every so many steps, move each selected weight to its nearest Lloyd-Max centroid.
 
-    Centroids are found when the run starts, from the weights as they are then, and stay. In
-    evaluation weights are at their centroids, whatever the step; when ``fit`` ends they are left
-    there. With ``trainer.test`` alone this rounds a trained model.
+    Centroids are fitted to the weights when the run starts, and stay. In evaluation weights are at
+    their centroids in every step; when ``fit`` ends they are left there. With ``trainer.test``
+    alone this rounds a trained model.
 
     Args:
-        bits: Of every selected tensor, 1 to 8.
-        every_n_steps: Optimizer steps from one compression to the next.
-        start_step: The first one: a step (int) or a share of the run (float).
-        momentum: What becomes of the optimizer's running mean of the gradient when weights have
+        bits: Bits of the index of a weight, 1 to 8, of every selected tensor.
+        every_n_steps: Number of optimizer steps from one compression to the next.
+        start_step: Time of the first compression: a step (int) or a fraction of the run (float).
+        momentum: Treatment of the optimizer's running mean of the gradient when weights have
             jumped: ``"keep"`` it, since it is still the gradient's, or ``"reset"`` it to zero, so
             that no weight is carried on from before. Means of squares are kept in any case.
-        granularity: A scale for the ``"tensor"``, or for each ``"channel"`` as far as the chip's
-            operators can have them; values are those of the tensor in any case.
-        grid_bits: Centroids lie on the chip's grid of that many bits; None for anywhere.
-        power_of_two_scales: Scales of the grid are powers of two, as chips without multiplier need.
-        pin_zero: One centroid is zero; not with 1 bit, which needs one of either sign.
-        refresh_every_n_steps: Find centroids anew every so many optimizer steps; 0 for never.
-        max_entropy_bits: Greatest mean entropy of a tensor's indices, in bits a weight: values are
-            then those of :func:`.entropy_constrained`, which a chip that codes its weights reads in
-            fewer bytes. It is that of the weights as centroids are found. Tensors that
-            ``overrides`` gives other bits than ``bits`` keep Lloyd-Max values; None for all of
-            them.
-        targets: Globs or ``re:…`` on the names of parameters, or of modules that hold them.
-        overrides: Bits by pattern, or the path of a JSON file with them.
+        settings: Shared arguments of :class:`.CodebookMethod` and :class:`.S8BQATMethod`:
+            ``granularity``, ``grid_bits``, ``power_of_two_scales``, ``pin_zero``,
+            ``refresh_every_n_steps``, ``max_entropy_bits``, ``targets`` and ``overrides``.
 
-    Logs ``nna/hard_compression/distance`` (root of the mean square of what lies between weights
+    Logs ``nna/hard_compression/distance`` (root of the mean square of the distance of weights
     and centroids, relative to the weights; mean over tensors), ``…/distance_max`` and
     ``…/compressions``.
 
@@ -85,24 +71,9 @@ class HardCompression(S8BQATMethod):
         every_n_steps: int = 100,
         start_step: int | float = 0,
         momentum: Literal["keep", "reset"] = "keep",
-        granularity: Granularity = "tensor",
-        grid_bits: int | None = 8,
-        power_of_two_scales: bool = False,
-        pin_zero: bool = False,
-        refresh_every_n_steps: int = 0,
-        max_entropy_bits: float | None = None,
-        targets: Sequence[str] = ("*",),
-        overrides: Mapping[str, int] | str | Path = {},  # noqa: B006
+        **settings: Unpack[S8BQATArguments],
     ) -> None:
-        settings = CentroidSettings(
-            granularity,
-            grid_bits,
-            power_of_two_scales,
-            pin_zero,
-            refresh_every_n_steps,
-            max_entropy_bits,
-        )
-        super().__init__(bits, settings=settings, targets=targets, overrides=overrides)
+        super().__init__(bits, **settings)
         if every_n_steps < 1:
             raise ValueError(f"every_n_steps must be at least 1, got {every_n_steps}")
         require_time("start_step", start_step)
@@ -111,11 +82,11 @@ class HardCompression(S8BQATMethod):
         self.every_n_steps, self.start_step = every_n_steps, start_step
         self.momentum = momentum
         self.compressions = 0
-        # Step of the last one; None before the first.
+        # Step of the last compression; None before the first.
         self._compressed: int | None = None
 
     @override
-    def stages(self) -> dict[str, Stage]:
+    def transforms(self) -> dict[str, WeightTransform]:
         return {**self.centroids}
 
     @override
@@ -126,7 +97,7 @@ class HardCompression(S8BQATMethod):
             return
         self.compressions += 1
         self._compressed = self.steps
-        require_finite_weights(self._parameters)  # What is not would become a centroid.
+        require_finite_weights(self._parameters)  # It would become a centroid.
         for name, parameter in self._parameters.items():
             parameter.copy_(self.centroids[name].codebook.project(parameter))
             if self.momentum == "reset":
@@ -147,7 +118,7 @@ class HardCompression(S8BQATMethod):
         self.compressions, self._compressed = 0, None
 
     @override
-    def figures(self) -> dict[str, float]:
+    def metrics(self) -> dict[str, float]:
         distances = [
             centroids.soft_hard_gap(self._parameters[name])
             for name, centroids in self.centroids.items()
@@ -171,7 +142,7 @@ class HardCompression(S8BQATMethod):
         self._compressed = None if compressed is None else int(str(compressed))
 
     def _due(self) -> float:
-        """Step of the next compression."""
+        """Return the step of the next compression; infinite without an end of the run."""
         start = step_of(self.start_step, self._total_steps)
         start = round(start) if math.isfinite(start) else start
         if self._compressed is None:

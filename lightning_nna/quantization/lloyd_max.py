@@ -1,4 +1,4 @@
-r"""Lloyd-Max: the levels of a scalar quantizer with the least mean squared error.
+r"""Lloyd-Max: the centroids of a scalar quantizer with the least mean squared error.
 
 Between neighboring centroids lies a threshold, and a centroid is the mean of its cell:
 
@@ -28,33 +28,33 @@ from jaxtyping import Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lightning_nna.quantization.optimal_cells import MOST_LEVELS, Line, best_cells, spread_cuts
+from lightning_nna.quantization.optimal_cells import MOST_CELLS, Line, best_cells, spread_cuts
 
 Initialization = Literal["optimal", "quantiles"]
 
-_MOST_LEVELS = 65536
+_MOST_CENTROIDS = 65536
 
 
 @dataclass(frozen=True)
 class ScalarQuantizer:
-    """Levels that values are rounded to.
+    """Centroids that values are rounded to.
 
     Args:
-        centroids: The levels, ascending, float32. Where there are fewer distinct values than
-            levels, these are the values, the largest one repeated.
+        centroids: Codebook entries, ascending, float32, shape ``(centroids,)``. If there are fewer
+            distinct values than centroids, these are the values, the largest one repeated.
         distortion: (Weighted) mean squared error, in the squared unit of the values, of the
             centroids before they were rounded to float32.
         iterations: Lloyd iterations that were done.
     """
 
-    centroids: Float[Tensor, " levels"]
+    centroids: Float[Tensor, " centroids"]
     distortion: float
     iterations: int
 
 
 def lloyd_max(
     values: Float[Tensor, "..."],
-    levels: int,
+    size: int,
     *,
     weights: Float[Tensor, "..."] | None = None,
     initialization: Initialization = "optimal",
@@ -62,29 +62,29 @@ def lloyd_max(
     max_iterations: int = 200,
     tolerance: float = 1e-9,
 ) -> ScalarQuantizer:
-    """Centroids with the least mean squared error.
+    """Compute the centroids with the least mean squared error.
 
     The same input gives the same bits. The work is done on the CPU, in float64. A cell that runs
     empty goes to the cell of greatest distortion: its centroid moves to the value there that is
     farthest from its own.
 
     Args:
-        values: What is to be quantized, on any device.
-        levels: Number of centroids, 1 to 65536.
-        weights: How much every value counts, in the shape of ``values``; None: all the same.
+        values: Values to quantize, any shape, on any device.
+        size: Number of centroids, 1 to 65536.
+        weights: Weights of the values, in their shape, not negative; None for equal ones.
         initialization: ``"optimal"`` starts at the best cells: with at most 4096 distinct values
             the result is the optimum. ``"quantiles"`` starts at cells of equal mass and may end in
-            a poorer place. Above 256 levels, ``"optimal"`` starts at cells as wide as the density
-            to the power of -1/3, which is best for many levels.
-        pin_zero: One centroid is exactly 0.
-        max_iterations: Most Lloyd iterations.
-        tolerance: Iterations end when no centroid moves by more than this share of the span.
+            a poorer optimum. Above 256 centroids, ``"optimal"`` starts at cells as wide as the
+            density to the power of -1/3, which is best for many centroids.
+        pin_zero: Whether one centroid is exactly 0.
+        max_iterations: Greatest number of Lloyd iterations.
+        tolerance: Iterations end when no centroid moves by more than this fraction of the span.
 
     Returns:
         Centroids, on the device of ``values``, with their error.
 
     Raises:
-        ValueError: If ``levels`` is out of its bounds, if there are no values, if weights are
+        ValueError: If ``size`` is out of its bounds, if there are no values, if weights are
             negative, all zero or of another shape, or if the initialization is unknown.
         FloatingPointError: If a value or weight is not finite.
 
@@ -95,43 +95,43 @@ def lloyd_max(
     Reference:
         Lloyd, "Least squares quantization in PCM", IEEE Trans. Inf. Theory 28(2), 1982.
     """
-    if not 1 <= levels <= _MOST_LEVELS:
-        raise ValueError(f"levels must be 1 to {_MOST_LEVELS}, got {levels}")
+    if not 1 <= size <= _MOST_CENTROIDS:
+        raise ValueError(f"size must be 1 to {_MOST_CENTROIDS}, got {size}")
     if initialization not in ("optimal", "quantiles"):
         raise ValueError(f'initialization must be "optimal" or "quantiles", got {initialization!r}')
     line = line_of(values, weights, centered=not pin_zero)
-    known = np.union1d(line.values, [0.0]) if pin_zero else line.values
-    if len(known) <= levels:
-        padding = np.full(levels - len(known), known[-1])
-        centroids, distortion, iterations = np.concatenate([known, padding]), 0.0, 0
+    distinct = np.union1d(line.values, [0.0]) if pin_zero else line.values
+    if len(distinct) <= size:
+        padding = np.full(size - len(distinct), distinct[-1])
+        centroids, distortion, iterations = np.concatenate([distinct, padding]), 0.0, 0
     else:
-        if initialization == "optimal" and levels <= MOST_LEVELS:
-            cuts, pinned = best_cells(line, levels, pin_zero=pin_zero)
+        if initialization == "optimal" and size <= MOST_CELLS:
+            cuts, pinned = best_cells(line, size, pin_zero=pin_zero)
         else:
-            cuts, pinned = spread_cuts(line, levels, dense=initialization == "optimal"), None
+            cuts, pinned = spread_cuts(line, size, dense=initialization == "optimal"), None
         start = line.means(cuts)
         if pin_zero:
             start[np.abs(start).argmin() if pinned is None else pinned] = 0.0
-        # More levels than places to cut at leave cells empty.
+        # More centroids than places to cut at leave cells empty.
         start = start[(cuts[1:] > cuts[:-1]) | (start == 0.0)]
-        start = np.sort(np.concatenate([start, np.full(levels - len(start), start[-1])]))
+        start = np.sort(np.concatenate([start, np.full(size - len(start), start[-1])]))
         centroids, iterations = _lloyd(line, start, pin_zero, max_iterations, tolerance)
         distortion = line.errors(centroids, line.nearest_cuts(centroids)).sum() / line.mass[-1]
-    found = torch.from_numpy(centroids + 0.0).to(values.device, torch.float32)
-    return ScalarQuantizer(found, float(distortion), iterations)
+    rounded = torch.from_numpy(centroids + 0.0).to(values.device, torch.float32)
+    return ScalarQuantizer(rounded, float(distortion), iterations)
 
 
 def lloyd_max_groups(
     groups: Float[Tensor, "groups values"],
-    levels: int,
+    size: int,
     *,
     weights: Float[Tensor, "groups values"] | None = None,
     initialization: Initialization = "optimal",
     pin_zero: bool = False,
     max_iterations: int = 200,
     tolerance: float = 1e-9,
-) -> Float[Tensor, "groups levels"]:
-    """Centroids of every row by itself; the arguments are those of :func:`lloyd_max`.
+) -> Float[Tensor, "groups centroids"]:
+    """Compute the centroids of every row by itself, with the arguments of :func:`lloyd_max`.
 
     Example:
         >>> lloyd_max_groups(torch.tensor([[0.0, 2.0, 9.0], [1.0, 5.0, 7.0]]), 2)
@@ -142,25 +142,25 @@ def lloyd_max_groups(
         raise ValueError("there are no groups")
     if weights is not None and weights.shape != groups.shape:
         raise ValueError(f"weights have shape {list(weights.shape)}, not {list(groups.shape)}")
-    found = [
+    rows = [
         lloyd_max(
             group,
-            levels,
-            weights=None if weights is None else weights[row],
+            size,
+            weights=None if weights is None else weights[index],
             initialization=initialization,
             pin_zero=pin_zero,
             max_iterations=max_iterations,
             tolerance=tolerance,
         ).centroids
-        for row, group in enumerate(groups)
+        for index, group in enumerate(groups)
     ]
-    return torch.stack(found)
+    return torch.stack(rows)
 
 
 def nearest(
-    values: Float[Tensor, "*shape"], centroids: Float[Tensor, " levels"]
+    values: Float[Tensor, "*shape"], centroids: Float[Tensor, " centroids"]
 ) -> Int[Tensor, "*shape"]:
-    """Index of the nearest centroid; of two as near, the lower one.
+    """Look up the nearest centroid; the lower one of two that are equally near.
 
     Args:
         values: Any values, on the device of ``centroids``.
@@ -185,50 +185,50 @@ def nearest(
 
 
 def snap_to_grid(
-    centroids: Float[Tensor, " levels"], step: float, *, maximum: int = 127
-) -> Float[Tensor, " levels"]:
-    r"""Integers for centroids: those nearest to ``centroids / step``, yet distinct.
+    centroids: Float[Tensor, " centroids"], scale: float, *, maximum: int = 127
+) -> Float[Tensor, " centroids"]:
+    r"""Round centroids to integers: the nearest to ``centroids / scale``, yet distinct.
 
     Centroids that would share an integer spread over its neighbors, in their order, with the
     least squared movement before the rounding: an isotonic regression of :math:`z_k / s - k`.
     Equal centroids stay equal, and zero stays zero. Where the grid has no room they share.
 
     Args:
-        centroids: Ascending, in the unit of ``step``.
-        step: Distance of neighboring integers, positive.
-        maximum: Integers are within ±this.
+        centroids: Centroids in the unit of ``scale``, ascending, shape ``(centroids,)``.
+        scale: Distance of neighboring integers, positive.
+        maximum: Largest integer; the smallest is its negative.
 
     Returns:
         Whole numbers in the dtype of ``centroids``.
 
     Raises:
-        ValueError: If ``step`` or ``maximum`` is not positive.
+        ValueError: If ``scale`` or ``maximum`` is not positive.
 
     Example:
         >>> snap_to_grid(torch.tensor([-0.2, 0.0, 0.2, 1.1, 200.0]), 1.0)
         tensor([ -1.,   0.,   1.,   2., 127.])
     """
-    if not step > 0 or maximum < 1:
-        raise ValueError(f"step and maximum must be positive, got {step} and {maximum}")
-    exact, place = torch.unique(centroids.detach().double().cpu() / step, return_inverse=True)
-    places = exact.numpy()
-    below, above = places[places < 0], places[places > 0]
-    if len(below) + len(above) < len(places):
+    if not scale > 0 or maximum < 1:
+        raise ValueError(f"scale and maximum must be positive, got {scale} and {maximum}")
+    exact, indices = torch.unique(centroids.detach().double().cpu() / scale, return_inverse=True)
+    points = exact.numpy()
+    below, above = points[points < 0], points[points > 0]
+    if len(below) + len(above) < len(points):
         parts = [_distinct(below, -maximum, -1), np.zeros(1), _distinct(above, 1, maximum)]
         snapped = np.concatenate(parts)
     else:
-        snapped = _distinct(places, -maximum, maximum)
-    return torch.from_numpy(snapped)[place].to(centroids)
+        snapped = _distinct(points, -maximum, maximum)
+    return torch.from_numpy(snapped)[indices].to(centroids)
 
 
-def _distinct(places: NDArray[np.float64], lowest: int, highest: int) -> NDArray[np.float64]:
+def _distinct(points: NDArray[np.float64], lowest: int, highest: int) -> NDArray[np.float64]:
     """Ascending integers in the bounds, near ascending places; distinct if they fit."""
-    spare = highest - lowest + 1 - len(places)
+    spare = highest - lowest + 1 - len(points)
     if spare < 0:
-        return np.clip(np.floor(places + 0.5), lowest, highest)
+        return np.clip(np.floor(points + 0.5), lowest, highest)
     blocks: list[tuple[float, int]] = []
-    for index, place in enumerate(places):
-        mean, size = float(place) - index, 1
+    for index, point in enumerate(points):
+        mean, size = float(point) - index, 1
         while blocks and blocks[-1][0] > mean:
             before, count = blocks.pop()
             mean = (mean * size + before * count) / (size + count)
@@ -236,8 +236,8 @@ def _distinct(places: NDArray[np.float64], lowest: int, highest: int) -> NDArray
         blocks.append((mean, size))
     means = np.repeat([mean for mean, _ in blocks], [size for _, size in blocks])
     # Half up, in contrast to half to even, gives the same after a shift by an integer.
-    whole = np.clip(np.floor(means + 0.5), lowest, lowest + spare)
-    return whole + np.arange(len(places))
+    integers = np.clip(np.floor(means + 0.5), lowest, lowest + spare)
+    return integers + np.arange(len(points))
 
 
 def line_of(

@@ -33,7 +33,7 @@ _BEYOND = 2.0**-12
 
 
 def mracos(
-    weight: Float[Tensor, "*shape"], centroids: Float[Tensor, " levels"], *, scaled: bool = True
+    weight: Float[Tensor, "*shape"], centroids: Float[Tensor, " centroids"], *, scaled: bool = True
 ) -> Float[Tensor, "*shape"]:
     """Penalty of every weight.
 
@@ -63,7 +63,7 @@ def mracos(
 
 
 def mracos_gradient(
-    weight: Float[Tensor, "*shape"], centroids: Float[Tensor, " levels"], *, scaled: bool = True
+    weight: Float[Tensor, "*shape"], centroids: Float[Tensor, " centroids"], *, scaled: bool = True
 ) -> Float[Tensor, "*shape"]:
     r"""Derivative of :func:`mracos`, in closed form.
 

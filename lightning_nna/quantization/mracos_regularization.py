@@ -7,22 +7,19 @@ Reference:
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
-from typing_extensions import override
+from typing_extensions import Unpack, override
 
 from lightning_nna.non_finite import require_finite_weights
-from lightning_nna.quantization.fixed_centroids import CentroidSettings
 from lightning_nna.quantization.mracos import mracos, mracos_gradient
-from lightning_nna.quantization.s8bqat import S8BQATMethod
+from lightning_nna.quantization.s8bqat import S8BQATArguments, S8BQATMethod
 from lightning_nna.schedule import Schedule
-from lightning_nna.weights.codebook import in_steps, in_units
-from lightning_nna.weights.selection import Granularity
+from lightning_nna.weights.codebook import from_grid_units, to_grid_units
 
 
 class MRACosRegularization(S8BQATMethod):
@@ -33,21 +30,16 @@ class MRACosRegularization(S8BQATMethod):
     :class:`.HardCompression` with the same bits, and the two share one set of centroids.
 
     Args:
-        bits: Of every selected tensor, 1 to 8.
-        strength: :math:`\lambda`; the regularizer is a sum over weights, and so is the gradient of
-            a mean loss small beside it if this is large.
-        schedule: Of a factor of ``strength`` over the run: a :class:`.Schedule` or its keys.
-        scaled: Arches of slope 1, whatever their width; else of height 1.
-        granularity: See :class:`.HardCompression`.
-        grid_bits: See :class:`.HardCompression`.
-        power_of_two_scales: See :class:`.HardCompression`.
-        pin_zero: See :class:`.HardCompression`.
-        refresh_every_n_steps: See :class:`.HardCompression`.
-        max_entropy_bits: See :class:`.HardCompression`.
-        targets: Globs or ``re:…`` on the names of parameters, or of modules that hold them.
-        overrides: Bits by pattern, or the path of a JSON file with them.
+        bits: Bits of the index of a weight, 1 to 8, of every selected tensor.
+        strength: Weight :math:`\lambda` of the regularizer, not negative. The regularizer is a sum
+            over weights: a large value dominates the gradient of a mean loss.
+        schedule: Factor of ``strength`` over the run: a :class:`.Schedule` or its keys.
+        scaled: Whether arches have slope 1, whatever their width; else height 1.
+        settings: Shared arguments of :class:`.CodebookMethod` and :class:`.S8BQATMethod`:
+            ``granularity``, ``grid_bits``, ``power_of_two_scales``, ``pin_zero``,
+            ``refresh_every_n_steps``, ``max_entropy_bits``, ``targets`` and ``overrides``.
 
-    Logs ``nna/mracos/penalty`` (:math:`\sum R(w)`) and ``nna/mracos/strength``.
+    Logs ``nna/mracos_regularization/penalty`` (:math:`\sum R(w)`) and ``…/strength``.
 
     Raises:
         ValueError: If an argument is out of range, a pattern matches nothing, or a callback that
@@ -66,7 +58,7 @@ class MRACosRegularization(S8BQATMethod):
         >>> trainer.fit(SmallRecurrentModule())
     """
 
-    method = "mracos"
+    method = "mracos_regularization"
 
     def __init__(
         self,
@@ -75,24 +67,9 @@ class MRACosRegularization(S8BQATMethod):
         strength: float = 1e-4,
         schedule: Schedule | Mapping[str, Any] | float = 1.0,
         scaled: bool = True,
-        granularity: Granularity = "tensor",
-        grid_bits: int | None = 8,
-        power_of_two_scales: bool = False,
-        pin_zero: bool = False,
-        refresh_every_n_steps: int = 0,
-        max_entropy_bits: float | None = None,
-        targets: Sequence[str] = ("*",),
-        overrides: Mapping[str, int] | str | Path = {},  # noqa: B006
+        **settings: Unpack[S8BQATArguments],
     ) -> None:
-        settings = CentroidSettings(
-            granularity,
-            grid_bits,
-            power_of_two_scales,
-            pin_zero,
-            refresh_every_n_steps,
-            max_entropy_bits,
-        )
-        super().__init__(bits, settings=settings, targets=targets, overrides=overrides)
+        super().__init__(bits, **settings)
         if strength < 0:
             raise ValueError(f"strength must not be negative, got {strength}")
         self.strength, self.schedule = strength, Schedule.of(schedule)
@@ -118,7 +95,7 @@ class MRACosRegularization(S8BQATMethod):
 
     @override
     @torch.no_grad()
-    def figures(self) -> dict[str, float]:
+    def metrics(self) -> dict[str, float]:
         penalty = sum(float(self._penalty(n, p).sum()) for n, p in self._parameters.items())
         return {"penalty": penalty, "strength": self._factor()}
 
@@ -135,12 +112,16 @@ class MRACosRegularization(S8BQATMethod):
         return self.strength * self.schedule.at(self.steps, total=self._total_steps)
 
     def _penalty(self, name: str, weight: Tensor) -> Tensor:
-        """In the unit of the weights where arches are scaled; arches of 1 have none."""
+
         book = self.centroids[name].codebook
-        found = mracos(in_steps(weight, book.steps), book.levels, scaled=self.scaled)
-        return in_units(found, book.steps) if self.scaled else found
+        units = to_grid_units(weight, book.scales)
+        penalty = mracos(units, book.centroids, scaled=self.scaled)
+        return from_grid_units(penalty, book.scales) if self.scaled else penalty
 
     def _gradient(self, name: str, weight: Tensor) -> Tensor:
+        # A scale of 0.5 and grid units w / 0.5: arches of slope 1 keep it in both units; arches of
+        # height 1 with slope 3 in grid units have slope 3 / 0.5 = 6 in the unit of the weights.
         book = self.centroids[name].codebook
-        found = mracos_gradient(in_steps(weight, book.steps), book.levels, scaled=self.scaled)
-        return found if self.scaled else in_units(found, 1 / book.steps)
+        units = to_grid_units(weight, book.scales)
+        slope = mracos_gradient(units, book.centroids, scaled=self.scaled)
+        return slope if self.scaled else from_grid_units(slope, 1 / book.scales)

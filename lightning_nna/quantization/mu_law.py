@@ -15,11 +15,11 @@ which hardens to the nearest centroid as :math:`\alpha` grows. How far it has ha
 dimensionless sharpness :math:`S = \alpha \Delta^p`, with :math:`\Delta` the mean spacing of the
 centroids: about 1 is soft, from 32 on nearly hard.
 
-Written for every weight, the softmax takes the memory of ``levels`` copies of the weights. But
+Written for every weight, the softmax takes the memory of as many copies of the weights. But
 :math:`g` is a function of one variable: :class:`SoftAssignment` cuts [-1, 1] into some thousand
 cells and has value and gradients in the middle of each, exactly. A weight needs its cell and a
-look-up, for 256 levels as for two. In a cell only the few centroids count that are near the one
-nearest to it; the table is of cells and such neighbors, never of cells and levels.
+look-up, for 256 centroids as for two. In a cell only the few centroids count that are near the one
+nearest to it; the table is of cells and such neighbors, never of cells and centroids.
 
 Reference:
     Zhen et al., "Sub-8-bit quantization for on-device speech recognition: a regularization-free
@@ -109,7 +109,7 @@ def inverse_mu_law_slope(v: Float[Tensor, "*shape"], mu: float) -> Float[Tensor,
     return torch.exp(v.abs() * rate) * (rate / mu)
 
 
-def mean_spacing(centroids: Float[Tensor, " levels"]) -> float:
+def mean_spacing(centroids: Float[Tensor, " centroids"]) -> float:
     """Mean distance of neighboring centroids; 1 where they are all the same.
 
     Example:
@@ -147,7 +147,7 @@ class SoftAssignment:
     """
 
     def __init__(
-        self, centroids: Float[Tensor, " levels"], *, sharpness: float, mu: float, power: int = 2
+        self, centroids: Float[Tensor, " centroids"], *, sharpness: float, mu: float, power: int = 2
     ) -> None:
         require_mu(mu)
         if not sharpness > 0:
@@ -162,8 +162,11 @@ class SoftAssignment:
         # precision, where they are few; what is left, of a cell and a centroid, is in single.
         root = sharpness ** (1 / power) / mean_spacing(z)
         scaled = z.double() * root
-        self._places = _neighbors(scaled, root, power)
-        near = scaled.index_select(0, self._places.flatten()).view_as(self._places) - scaled
+        self._neighbor_indices = _neighbors(scaled, root, power)
+        near = (
+            scaled.index_select(0, self._neighbor_indices.flatten()).view_as(self._neighbor_indices)
+            - scaled
+        )
         near = near.float().index_select(1, self._nearest)
         own = z.index_select(0, self._nearest)
         point = ((v - own) * root).float()
@@ -173,32 +176,32 @@ class SoftAssignment:
         else:
             scores, pull = (away + point).mul_(near), away
         # An exponential too small for a normal number takes a processor a hundred times as long.
-        shares = scores.clamp_(min=-3 * _NEGLIGIBLE).exp_()
-        torch.threshold_(shares, math.exp(-2 * _NEGLIGIBLE), 0.0)
-        total = shares.sum(0)
-        mean = (shares * near).sum(0).div_(total)
+        terms = scores.clamp_(min=-3 * _NEGLIGIBLE).exp_()
+        torch.threshold_(terms, math.exp(-2 * _NEGLIGIBLE), 0.0)
+        total = terms.sum(0)
+        mean = (terms * near).sum(0).div_(total)
         means = torch.add(own, mean, alpha=1 / root)
         self.values = _expanded(means, mu)
         # How fast a centroid's score grows with the centroid, and falls with the point: p times it.
-        spread = near.sub_(mean).mul_(pull).mul_(shares)
+        spread = near.sub_(mean).mul_(pull).mul_(terms)
         self._expansion = inverse_mu_law_slope(means, mu).div_(total)
         self.slopes = spread.sum(0).mul_(-power).mul_(self._expansion).div_(slope)
         self.slopes[0] = self.slopes[-1] = 0
-        self._per_centroid = shares.add_(spread, alpha=power)
+        self._per_centroid = terms.add_(spread, alpha=power)
 
-    def centroid_gradient(self, sums: Float[Tensor, " cells"]) -> Float[Tensor, " levels"]:
+    def centroid_gradient(self, sums: Float[Tensor, " cells"]) -> Float[Tensor, " centroids"]:
         """Gradient of the centroids.
 
         Args:
             sums: Sum, over the weights in each cell, of the gradient of what came of them.
         """
-        shares = self._per_centroid * (sums * self._expansion)
-        regions = shares.new_zeros(self._places.shape).index_add_(1, self._nearest, shares)
-        found = shares.new_zeros(self._places.shape[1])
-        return found.index_add_(0, self._places.flatten(), regions.flatten())
+        terms = self._per_centroid * (sums * self._expansion)
+        regions = terms.new_zeros(self._neighbor_indices.shape).index_add_(1, self._nearest, terms)
+        gradient = terms.new_zeros(self._neighbor_indices.shape[1])
+        return gradient.index_add_(0, self._neighbor_indices.flatten(), regions.flatten())
 
 
-def nearest_by_cell(centroids: Float[Tensor, " levels"], mu: float) -> Int[Tensor, " cells"]:
+def nearest_by_cell(centroids: Float[Tensor, " centroids"], mu: float) -> Int[Tensor, " cells"]:
     """The nearest centroid of every cell, from its middle; the lower one half-way between two.
 
     Args:
@@ -210,22 +213,22 @@ def nearest_by_cell(centroids: Float[Tensor, " levels"], mu: float) -> Int[Tenso
         tensor([0, 0, 1, 1])
     """
     v, _ = _law_of_cells(cells_for(len(centroids)), mu, centroids.device)
-    borders = (centroids[1:] + centroids[:-1]).double() / 2
-    # The few borders are looked for among the many cells, not the other way round.
-    first = torch.nn.functional.pad(torch.searchsorted(v, borders, right=True), (1, 1))
+    thresholds = (centroids[1:] + centroids[:-1]).double() / 2
+    # The few thresholds are looked for among the many cells, not the other way round.
+    first = torch.nn.functional.pad(torch.searchsorted(v, thresholds, right=True), (1, 1))
     first[-1] = len(v)
-    levels = torch.arange(len(centroids), device=v.device)
-    return torch.repeat_interleave(levels, first.diff(), output_size=len(v))
+    indices = torch.arange(len(centroids), device=v.device)
+    return torch.repeat_interleave(indices, first.diff(), output_size=len(v))
 
 
-def cells_for(levels: int) -> int:
-    """Cells between -1 and 1 in which so many levels are told apart well.
+def cells_for(size: int) -> int:
+    """Cells between -1 and 1 in which so many centroids are told apart well.
 
     Example:
         >>> cells_for(4), cells_for(256)
         (1024, 8192)
     """
-    return max(1024, 32 * levels)
+    return max(1024, 32 * size)
 
 
 @lru_cache(maxsize=16)
@@ -242,8 +245,8 @@ def cell_middles(cells: int, device: torch.device | None = None) -> Float[Tensor
         >>> cell_middles(2)
         tensor([-1.0000, -0.5000,  0.5000,  1.0000])
     """
-    places = torch.arange(cells + 2, device=device, dtype=torch.float32)
-    return (places - 0.5).mul_(2 / cells).sub_(1).clamp_(-1, 1)
+    indices = torch.arange(cells + 2, device=device, dtype=torch.float32)
+    return (indices - 0.5).mul_(2 / cells).sub_(1).clamp_(-1, 1)
 
 
 def cell_of(
@@ -262,12 +265,14 @@ def cell_of(
     """
     half = cells / 2
     if scales is None:
-        at = weight * half
+        position = weight * half
     elif len(scales) == 1:
-        at = weight.float() * (half / scales)
+        position = weight.float() * (half / scales)
     else:
-        at = (weight.float().reshape(len(scales), -1) * (half / scales)[:, None]).view(weight.shape)
-    return at.add_(half + 1).clamp_(0, cells + 1).int()
+        position = (weight.float().reshape(len(scales), -1) * (half / scales)[:, None]).view(
+            weight.shape
+        )
+    return position.add_(half + 1).clamp_(0, cells + 1).int()
 
 
 def require_mu(mu: float) -> None:
@@ -281,7 +286,7 @@ def require_mu(mu: float) -> None:
 
 
 def _neighbors(z: Tensor, root: float, power: int) -> Tensor:
-    """Centroids that count somewhere in the region of each, shape ``(neighbors, levels)``.
+    """Centroids that count somewhere in the region of each, shape ``(neighbors, centroids)``.
 
     Those that count at a point lie between two limits that ascend with the point, so the region's
     ends say which do. As many for all: what is more is negligible.

@@ -22,13 +22,13 @@ from numpy.typing import NDArray
 
 from lightning_nna import elementary
 
-#: With more levels the best cells are not looked for.
-MOST_LEVELS = 256
+#: With more cells the best cells are not looked for.
+MOST_CELLS = 256
 
 # Up to so many distinct values the dynamic programme is done over all of them.
 _MOST_VALUES = 4096
 _FEWEST_BINS = 512
-_BINS_PER_LEVEL = 8
+_BINS_PER_CELL = 8
 # Candidates on either side of a cut while cuts are moved, and how much finer each round is.
 _REACH = 8
 _FINER = 4
@@ -118,16 +118,16 @@ class Line:
         )
 
 
-def best_cells(line: Line, levels: int, *, pin_zero: bool) -> tuple[Places, int | None]:
+def best_cells(line: Line, size: int, *, pin_zero: bool) -> tuple[Places, int | None]:
     """Cells with the least squared error: the best ones of all if distinct values are few.
 
     Args:
-        line: More distinct values than levels; its origin is 0 if zero is pinned.
-        levels: Number of cells.
+        line: More distinct values than cells; its origin is 0 if zero is pinned.
+        size: Number of cells.
         pin_zero: The centroid of one cell is 0.
 
     Returns:
-        levels + 1 places where cells begin and end, and the index of the cell of zero, or None.
+        size + 1 places where cells begin and end, and the index of the cell of zero, or None.
 
     Example:
         >>> line = Line.of(np.array([0.0, 1.0, 10.0, 11.0]), None, centered=True)
@@ -136,9 +136,9 @@ def best_cells(line: Line, levels: int, *, pin_zero: bool) -> tuple[Places, int 
     """
     n = len(line.values)
     if n <= _MOST_VALUES:
-        return _programme(line.mass, line.sums, levels, pin_zero)
-    edges = _edges(line, max(_FEWEST_BINS, _BINS_PER_LEVEL * levels))
-    coarse, pinned = _programme(line.mass[edges], line.sums[edges], levels, pin_zero)
+        return _programme(line.mass, line.sums, size, pin_zero)
+    edges = _edges(line, max(_FEWEST_BINS, _BINS_PER_CELL * size))
+    coarse, pinned = _programme(line.mass[edges], line.sums[edges], size, pin_zero)
     inner = coarse[1:-1]
     width = edges[np.minimum(inner + 1, len(edges) - 1)] - edges[np.maximum(inner - 1, 0)]
     return _move(line, edges[coarse], width / _FINER, pinned), pinned
@@ -158,8 +158,8 @@ def spread_cuts(line: Line, cells: int, *, dense: bool) -> Places:
         ends = min(n, cells)
         marks = np.linspace(0, n, 16 * cells + 1).astype(np.intp)
         marks = np.unique(np.concatenate([marks, np.arange(ends), n - np.arange(ends)]))
-        at = line.values[np.minimum(marks, n - 1)]
-        amount = _cube_root(np.diff(line.mass[marks]) * np.diff(at) ** 2)
+        points = line.values[np.minimum(marks, n - 1)]
+        amount = _cube_root(np.diff(line.mass[marks]) * np.diff(points) ** 2)
         total = np.concatenate([[0.0], np.cumsum(amount)])
     else:
         marks, total = np.arange(n + 1), line.mass
@@ -177,23 +177,21 @@ def _cube_root(x: Floats) -> Floats:
 def _edges(line: Line, bins: int) -> Places:
     """Edges of bins: half follow the density's cube root, and half, for safety, the mass."""
     halves = [spread_cuts(line, bins // 2, dense=dense) for dense in (True, False)]
-    # However the mass lies, there are more bins than levels.
+    # However the mass lies, there are more bins than cells.
     evenly = np.linspace(0, len(line.values), bins // 4 + 1).astype(np.intp)
     return np.unique(np.concatenate([*halves, evenly]))
 
 
-def _programme(
-    mass: Floats, sums: Floats, levels: int, pin_zero: bool
-) -> tuple[Places, int | None]:
+def _programme(mass: Floats, sums: Floats, size: int, pin_zero: bool) -> tuple[Places, int | None]:
     """The dynamic programme over all places of the prefix sums."""
     n = len(mass) - 1
     free = sums**2 / np.maximum(mass, _TINY)
     with_zero = np.zeros(n + 1)
-    before = np.zeros((levels, n + 1), np.int32)
-    before_with_zero = np.zeros((levels, n + 1), np.int32)
-    is_zero = np.zeros((levels, n + 1), bool)
+    before = np.zeros((size, n + 1), np.int32)
+    before_with_zero = np.zeros((size, n + 1), np.int32)
+    is_zero = np.zeros((size, n + 1), bool)
     is_zero[0] = True
-    for k in range(1, levels):
+    for k in range(1, size):
         if pin_zero:
             # The cell of zero adds nothing, so that it is best begun at the greatest gain so far.
             top = np.maximum.accumulate(free)
@@ -204,10 +202,10 @@ def _programme(
             with_zero = np.where(is_zero[k], top, gain)
             before_with_zero[k] = np.where(is_zero[k], begin, start)
         free, before[k] = _layer(free, mass, sums)
-    cuts = np.zeros(levels + 1, np.intp)
+    cuts = np.zeros(size + 1, np.intp)
     cuts[-1] = n
     pinned = None
-    for k in range(levels - 1, -1, -1):
+    for k in range(size - 1, -1, -1):
         seeks_zero = pin_zero and pinned is None
         cuts[k] = (before_with_zero if seeks_zero else before)[k, cuts[k + 1]]
         if seeks_zero and is_zero[k, cuts[k + 1]]:
@@ -232,9 +230,9 @@ def _layer(gains: Floats, mass: Floats, sums: Floats) -> tuple[Floats, Places]:
             tried = np.arange(counts.sum()) - np.repeat(starts - low, counts)
             weight = np.repeat(mass[ends], counts) - mass[tried]
             total = np.repeat(sums[ends], counts) - sums[tried]
-            found = gains[tried] + total * total / np.maximum(weight, _TINY)
-            top = np.maximum.reduceat(found, starts)
-            hits = np.flatnonzero(found == np.repeat(top, counts))
+            totals = gains[tried] + total * total / np.maximum(weight, _TINY)
+            top = np.maximum.reduceat(totals, starts)
+            hits = np.flatnonzero(totals == np.repeat(top, counts))
             first = hits[np.searchsorted(hits, starts)]
             best[ends], begin[ends] = top, tried[first]
         half //= 2
@@ -261,24 +259,24 @@ def _move_once(line: Line, cuts: Places, steps: Floats, pinned: int | None) -> t
     reach = np.arange(-_REACH, _REACH + 1)
     inner = np.clip(cuts[1:-1, None] + np.rint(np.outer(steps, reach)).astype(np.intp), 0, n)
     width = len(reach)
-    places = np.concatenate([np.zeros((1, width), np.intp), inner, np.full((1, width), n)])
-    mass, sums = line.mass[places], line.sums[places]
+    candidates = np.concatenate([np.zeros((1, width), np.intp), inner, np.full((1, width), n)])
+    mass, sums = line.mass[candidates], line.sums[candidates]
     weight = mass[1:, None, :] - mass[:-1, :, None]
     with np.errstate(over="ignore"):  # Of cells that end before they begin, ruled out below.
         gains = (sums[1:, None, :] - sums[:-1, :, None]) ** 2 / np.maximum(weight, _TINY)
     if pinned is not None:
         gains[pinned] = 0.0
-    gains[places[1:, None, :] < places[:-1, :, None]] = -np.inf
+    gains[candidates[1:, None, :] < candidates[:-1, :, None]] = -np.inf
     total = gains[0, 0]
-    chosen = np.zeros((len(gains), width), np.intp)
+    choices = np.zeros((len(gains), width), np.intp)
     columns = np.arange(width)
     for k in range(1, len(gains)):
         sum_ = total[:, None] + gains[k]
-        chosen[k] = sum_.argmax(0)
-        total = sum_[chosen[k], columns]
-    at = 0
+        choices[k] = sum_.argmax(0)
+        total = sum_[choices[k], columns]
+    choice = 0
     moved = cuts.copy()
     for k in range(len(gains) - 1, 0, -1):
-        at = chosen[k, at]
-        moved[k] = places[k, at]
+        choice = choices[k, choice]
+        moved[k] = candidates[k, choice]
     return moved, float(total[0])

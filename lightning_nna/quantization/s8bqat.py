@@ -1,54 +1,48 @@
-"""What S8BQAT's two callbacks share: fixed centroids, and their state."""
+"""``S8BQATMethod``: the base of S8BQAT's two callbacks, which share fixed centroids."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any
 
-from typing_extensions import override
+from typing_extensions import Unpack, override
 
+from lightning_nna.quantization.codebook_method import CodebookArguments, CodebookMethod
 from lightning_nna.quantization.fixed_centroids import (
-    CentroidSettings,
     FixedCentroids,
     forget_centroids,
     shared_centroids,
 )
-from lightning_nna.weights.method import BitsMethod, require_levels
+from lightning_nna.weights.method import require_codebook_size
 
 
-class S8BQATMethod(BitsMethod):
-    """A callback that works with a module's Lloyd-Max centroids.
+class S8BQATArguments(CodebookArguments, total=False):
+    """Keyword arguments of :class:`S8BQATMethod`, for the signatures of its subclasses."""
+
+    refresh_every_n_steps: int
+
+
+class S8BQATMethod(CodebookMethod):
+    """Base of a callback that works with a module's Lloyd-Max centroids.
 
     Args:
-        bits: See :class:`.BitsMethod`.
-        settings: How centroids are found.
-        targets: See :class:`.BitsMethod`.
-        overrides: See :class:`.BitsMethod`.
+        bits: See :class:`.CodebookMethod`.
+        refresh_every_n_steps: Number of optimizer steps from one fit of the centroids to the next;
+            0 to fit them only when the run starts.
+        settings: Other arguments of :class:`.CodebookMethod`.
     """
 
     def __init__(
-        self,
-        bits: int,
-        *,
-        settings: CentroidSettings,
-        targets: Sequence[str],
-        overrides: Mapping[str, int] | str | Path,
+        self, bits: int, *, refresh_every_n_steps: int = 0, **settings: Unpack[CodebookArguments]
     ) -> None:
-        super().__init__(
-            bits, targets=targets, overrides=overrides, max_entropy_bits=settings.max_entropy_bits
-        )
-        self.centroid_settings = settings
+        super().__init__(bits, **settings)
+        if refresh_every_n_steps < 0:
+            raise ValueError(
+                f"refresh_every_n_steps must be at least 0, got {refresh_every_n_steps}"
+            )
+        self.refresh_every_n_steps = refresh_every_n_steps
         #: Centroids by the name of the parameter, once a run has started.
         self.centroids: dict[str, FixedCentroids] = {}
         self._saved: dict[str, Any] = {}
-
-    @override
-    def settings(self) -> dict[str, Any]:
-        found = asdict(self.centroid_settings)
-        del found["refresh_every_n_steps"], found["max_entropy_bits"]
-        return {**super().settings(), **found}
 
     @override
     def prepare(self) -> None:
@@ -59,18 +53,18 @@ class S8BQATMethod(BitsMethod):
     def rejoin(self) -> None:
         assert self._module is not None, "a run has started"
         for name, parameter in self._parameters.items():
-            settings = replace(self.centroid_settings, max_entropy_bits=self.rate_of(name))
             self.centroids[name] = shared_centroids(
                 self._module,
                 name,
                 parameter,
                 self.bits[name],
-                settings,
+                self.settings_of(name),
+                refresh_every_n_steps=self.refresh_every_n_steps,
                 known=self.centroids.get(name),
             )
         for name, state in self._saved.items():
             if name in self.centroids:
-                require_levels(name, len(state["levels"]), self.bits[name])
+                require_codebook_size(name, len(state["centroids"]), self.bits[name])
                 self.centroids[name].load_state_dict(state)
         self._saved = {}
 
@@ -86,14 +80,14 @@ class S8BQATMethod(BitsMethod):
             forget_centroids(self._module)
 
     def refresh(self) -> None:
-        """Find centroids anew where it is time."""
+        """Fit centroids again if it is time."""
         for name, centroids in self.centroids.items():
             centroids.refresh(self._parameters[name], self.steps)
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        found = {name: centroids.state_dict() for name, centroids in self.centroids.items()}
-        return {**super().state_dict(), "centroids": self._saved or found}
+        states = {name: centroids.state_dict() for name, centroids in self.centroids.items()}
+        return {**super().state_dict(), "centroids": self._saved or states}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -101,6 +95,6 @@ class S8BQATMethod(BitsMethod):
         self._saved = dict(state_dict["centroids"])
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy or pickle has the values, not what is shared with others."""
+        """Return the state of a copy: with plain centroids, which nobody else shares."""
         saved = self.state_dict()["centroids"]
         return {**super().__getstate__(), "centroids": {}, "_saved": saved}

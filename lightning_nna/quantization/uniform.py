@@ -1,6 +1,6 @@
-r"""``UniformQuantization``: uniform levels, trained straight-through or with LSQ.
+r"""``UniformQuantization``: uniform centroids, trained straight-through or with LSQ.
 
-Levels of :math:`b` bits are :math:`s\,q` with whole :math:`q` in :math:`[-2^{b-1}, 2^{b-1} - 1]`
+Centroids of :math:`b` bits are :math:`s\,q` with whole :math:`q` in :math:`[-2^{b-1}, 2^{b-1} - 1]`
 (±1/2 for one bit), with one distance :math:`s` a tensor, which starts where the mean square error
 of rounding is least. The distance stays there (straight-through), or is learned with the gradient
 of LSQ.
@@ -22,12 +22,12 @@ from typing_extensions import override
 from lightning_nna.emulation.arithmetic.quantized_weight import round_significands
 from lightning_nna.keyed_adam import KeyedAdam
 from lightning_nna.weights.method import BitsMethod
-from lightning_nna.weights.pipeline import Stage, WeightGrid
+from lightning_nna.weights.pipeline import WeightGrid, WeightTransform
 
 _MAXIMUM = 127
 
 
-class UniformStage:
+class UniformTransform:
     """Round a weight to uniform levels; straight-through, with LSQ's gradient of their distance.
 
     Args:
@@ -35,11 +35,11 @@ class UniformStage:
         bits: 1 to 8.
 
     Attributes:
-        step_log2: Logarithm to base 2 of the distance of two levels; trained.
+        scale_log2: Logarithm to base 2 of the distance of two levels; trained.
     """
 
-    method = "uniform levels"
-    place = 1
+    method = "uniform_quantization"
+    order = 1
 
     def __init__(self, weight: Tensor, bits: int) -> None:
         half = float(2 ** (bits - 1))
@@ -47,30 +47,30 @@ class UniformStage:
         self.high: float = half - 1 if bits > 1 else 0.5
         # So many of the grid's steps lie between two levels: the chip holds each of them exactly.
         self._fine = max(1, int(_MAXIMUM / -self.low))
-        self.step_log2 = torch.tensor([math.log2(self._best_step(weight.detach().float()))])
+        self.scale_log2 = torch.tensor([math.log2(self._best_step(weight.detach().float()))])
 
     @property
     def grid(self) -> WeightGrid:
         """The chip's grid."""
-        step = torch.exp2(self.step_log2.detach().double()) / self._fine
+        step = torch.exp2(self.scale_log2.detach().double()) / self._fine
         return WeightGrid(round_significands(step).float(), _MAXIMUM)
 
-    def transform(self, weight: Tensor, *, hard: bool) -> Tensor:
+    def apply(self, weight: Tensor, *, hard: bool) -> Tensor:
         """Every weight at its level."""
-        return self._levels(weight) * (self.grid.steps * self._fine)
+        return self._centroid_of(weight) * (self.grid.scales * self._fine)
 
     def pull_back(self, weight: Tensor, grad: Tensor) -> Tensor:
         """1 between the ends and 0 beyond; the gradient of the step is left with it."""
-        v = weight / (self.grid.steps * self._fine)
+        v = weight / (self.grid.scales * self._fine)
         inside = (v >= self.low) & (v <= self.high)
-        levels = self._levels(weight)
-        slope = torch.where(inside, levels - v, levels) * grad
+        q = self._centroid_of(weight)
+        slope = torch.where(inside, q - v, q) * grad
         factor = math.log(2) / math.sqrt(v.numel() * max(self.high, 0.5))
-        self.step_log2.grad = slope.sum().reshape(1) * self.grid.steps * self._fine * factor
+        self.scale_log2.grad = slope.sum().reshape(1) * self.grid.scales * self._fine * factor
         return grad * inside
 
-    def _levels(self, weight: Tensor) -> Tensor:
-        v = weight / (self.grid.steps * self._fine)
+    def _centroid_of(self, weight: Tensor) -> Tensor:
+        v = weight / (self.grid.scales * self._fine)
         if self.high == 0.5:
             return torch.where(v > 0, 0.5, -0.5)
         return v.round().clamp_(self.low, self.high)
@@ -97,7 +97,7 @@ class UniformQuantization(BitsMethod):
         overrides: As of the weight methods.
     """
 
-    method = "uniform"
+    method = "uniform_quantization"
 
     def __init__(
         self,
@@ -111,34 +111,38 @@ class UniformQuantization(BitsMethod):
         super().__init__(bits, targets=targets, overrides=overrides)
         self.learned = learned
         self._adam = KeyedAdam(scale_lr)
-        self._stages: dict[str, UniformStage] = {}
+        self._transforms: dict[str, UniformTransform] = {}
         self._saved: dict[str, Tensor] = {}
 
     @override
-    def stages(self) -> dict[str, Stage]:
-        return {**self._stages}
+    def transforms(self) -> dict[str, WeightTransform]:
+        return {**self._transforms}
 
     @override
     def prepare(self) -> None:
-        self._stages = {n: UniformStage(p, self.bits[n]) for n, p in self._parameters.items()}
+        self._transforms = {
+            n: UniformTransform(p, self.bits[n]) for n, p in self._parameters.items()
+        }
         for name, step in self._saved.items():
-            self._stages[name].step_log2 = step.clone()
+            self._transforms[name].scale_log2 = step.clone()
 
     @override
     def stepped(self) -> None:
-        steps = {name: stage.step_log2 for name, stage in self._stages.items()}
+        steps = {name: transform.scale_log2 for name, transform in self._transforms.items()}
         if self.learned:
             self._adam.update(steps)
         self._adam.zero_grad(steps)
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        steps = {name: stage.step_log2.detach() for name, stage in self._stages.items()}
-        return {**super().state_dict(), "step_log2": steps or self._saved}
+        steps = {
+            name: transform.scale_log2.detach() for name, transform in self._transforms.items()
+        }
+        return {**super().state_dict(), "scale_log2": steps or self._saved}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
-        self._saved = dict(state_dict["step_log2"])
-        for name, stage in self._stages.items():
-            stage.step_log2 = self._saved[name].clone()
+        self._saved = dict(state_dict["scale_log2"])
+        for name, transform in self._transforms.items():
+            transform.scale_log2 = self._saved[name].clone()

@@ -1,1 +1,1 @@
-"""What quantization and pruning share: pipeline, base callback, selection, codebooks, reports."""
+"""The shared parts of quantization and pruning: pipeline, base callback, selection, codebooks."""

@@ -1,4 +1,4 @@
-r"""How many bits each tensor gets: greedy, from the measured loss.
+r"""Allocation of bits to tensors: greedy, from the measured loss.
 
 Every tensor alone is rounded to its Lloyd-Max codebook of each width, and the loss of a calibration
 batch is measured. All tensors start at the widest; then the change with the least increase of the
@@ -36,12 +36,12 @@ from lightning_nna.weights.selection import (
 
 @dataclass(frozen=True)
 class BitAllocation:
-    """Bits by tensor, and what they were chosen from.
+    """Bits by tensor, and the measurements behind them.
 
     Args:
-        bits: By the name of the parameter.
+        bits: Bits of the index of a weight, by the name of the parameter.
         losses: Loss with this tensor alone rounded, by name and bits.
-        sizes: Bytes of this tensor, by name and bits: indices, levels and scales.
+        sizes: Sizes of this tensor in bytes (indices, centroids and scales), by name and bits.
         weights: Number of weights, by name.
         float_loss: Loss with nothing rounded.
     """
@@ -54,17 +54,17 @@ class BitAllocation:
 
     @property
     def overrides(self) -> dict[str, int]:
-        """What every weight method takes as ``overrides``."""
+        """Bits by tensor, as every weight method takes them in ``overrides``."""
         return dict(self.bits)
 
     @property
     def packed_bytes(self) -> int:
-        """Size of all tensors."""
+        """Size of all tensors in bytes."""
         return sum(self.sizes[name][bits] for name, bits in self.bits.items())
 
     @property
     def mean_bits(self) -> float:
-        """Mean width of a weight's index."""
+        """Mean width of a weight's index in bits."""
         total = sum(self.weights[name] * bits for name, bits in self.bits.items())
         return total / sum(self.weights.values())
 
@@ -89,10 +89,12 @@ class BitAllocation:
         content = read_json(path)
         if not isinstance(content, dict) or "measured" not in content:
             raise ValueError(f"{path} was not written by BitAllocation.save: it has no 'measured'")
-        held = content["measured"]
+        measured = content["measured"]
         for key in ("losses", "sizes"):
-            held[key] = {n: {int(b): x for b, x in row.items()} for n, row in held[key].items()}
-        return cls(**held)
+            measured[key] = {
+                n: {int(b): x for b, x in row.items()} for n, row in measured[key].items()
+            }
+        return cls(**measured)
 
     def __str__(self) -> str:
         """A table: tensor, weights, bits, increase of the loss, bytes."""
@@ -118,25 +120,27 @@ def allocate_bits(
     target_mean_bits: float | None = None,
     targets: Sequence[str] = ("*",),
     candidates: Sequence[int] = (1, 2, 3, 4, 5, 6, 7, 8),
-    granularity: Granularity = "tensor",
+    granularity: Granularity = "per_tensor",
     grid_bits: int | None = 8,
 ) -> BitAllocation:
-    """Choose bits for every tensor so that the whole has a size.
+    """Allocate bits to every tensor so that all of them have a given size.
 
     Args:
-        module: A trained module; put into evaluation for the time of the measurement.
-        loss: Of the module, on a calibration batch; called once for every tensor and width.
-        target_bytes: Greatest size of all selected tensors.
-        target_mean_bits: Greatest mean width of a weight, instead.
-        targets: Globs or ``re:…`` on the names of parameters, or of modules that hold them.
-        candidates: Widths that a tensor may get.
-        granularity: As of the weight method that is to follow.
-        grid_bits: As of the weight method that is to follow.
+        module: Trained module; in evaluation for the time of the measurement.
+        loss: Function of the module that returns its loss on a calibration batch; called once for
+            every tensor and width.
+        target_bytes: Greatest size of all selected tensors in bytes.
+        target_mean_bits: Greatest mean width of a weight in bits, instead.
+        targets: Patterns of the selected weights: globs or ``re:…`` on the names of parameters, or
+            of modules that have them.
+        candidates: Widths that a tensor may get, 1 to 8.
+        granularity: Granularity of the weight method that is to follow.
+        grid_bits: Width of integer centroids of the weight method that is to follow.
 
     Raises:
         ValueError: If not exactly one target is given, it is too small, a width is not 1 to 8, or
             a pattern matches nothing.
-        FloatingPointError: If a weight, or the loss of the module as it is, is not finite.
+        FloatingPointError: If a weight, or the loss of the unchanged module, is not finite.
 
     Example:
         >>> net, x = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 2)), torch.randn(16, 8)
@@ -154,24 +158,26 @@ def allocate_bits(
     for bits in candidates:
         BitWidths(bits)
     names = list(BitWidths(max(candidates), targets).of(module))
-    found = _measure(module, loss, names, sorted(set(candidates)), granularity, grid_bits)
+    measured = _measure(module, loss, names, sorted(set(candidates)), granularity, grid_bits)
     if target_mean_bits is not None:
-        # Levels and scales are little beside the indices, and do not count here.
-        costs = {n: {b: b * found.weights[n] for b in found.sizes[n]} for n in names}
-        budget = math.floor(target_mean_bits * sum(found.weights.values()))
+        # Centroids and scales are few compared with indices, and do not count here.
+        costs = {n: {b: b * measured.weights[n] for b in measured.sizes[n]} for n in names}
+        budget = math.floor(target_mean_bits * sum(measured.weights.values()))
         unit = "bits"
     else:
         assert target_bytes is not None, "one target is given"
-        costs, budget, unit = found.sizes, target_bytes, "bytes"
+        costs, budget, unit = measured.sizes, target_bytes, "bytes"
     least = sum(min(row.values()) for row in costs.values())
     if least > budget:
         raise ValueError(
             f"the target is {budget} {unit}, and the least that these tensors can have is {least} "
             f"{unit}: raise it, or add lower widths to candidates"
         )
-    lowered = _lower(found.bits, found.losses, costs, budget)
-    chosen = _raise(lowered, found.losses, costs, budget)
-    return BitAllocation(chosen, found.losses, found.sizes, found.weights, found.float_loss)
+    lowered = _lower(measured.bits, measured.losses, costs, budget)
+    bits_by_name = _raise(lowered, measured.losses, costs, budget)
+    return BitAllocation(
+        bits_by_name, measured.losses, measured.sizes, measured.weights, measured.float_loss
+    )
 
 
 def _measure(
@@ -182,33 +188,37 @@ def _measure(
     granularity: Granularity,
     grid_bits: int | None,
 ) -> BitAllocation:
-    """Losses and sizes of every tensor at every width; all at the widest."""
-    held = candidates_of(module)
+    """Measure losses and sizes of every tensor at every width; all have the widest."""
+    candidates_by_name = candidates_of(module)
     losses: dict[str, dict[int, float]] = {}
     sizes: dict[str, dict[int, int]] = {}
     with torch.no_grad(), _evaluating(module):
         float_loss = float(loss(module))
         if not math.isfinite(float_loss):
-            raise FloatingPointError(f"the loss of the module as it is is {float_loss}")
+            raise FloatingPointError(f"the loss of the unchanged module is {float_loss}")
         for name in names:
-            parameter = held[name]
+            parameter = candidates_by_name[name]
             require_finite_weights({name: parameter})
             groups = groups_of(module, name, parameter, granularity)
-            whole = parameter.detach().clone()
+            original = parameter.detach().clone()
             losses[name], sizes[name] = {}, {}
             try:
                 for bits in candidates:
-                    book = Codebook.fit(whole, bits, groups=groups, grid_bits=grid_bits)
-                    parameter.copy_(book.project(whole))
+                    book = Codebook.fit(original, bits, groups=groups, grid_bits=grid_bits)
+                    parameter.copy_(book.project(original))
                     measured = float(loss(module))
-                    # A network that is broken by so few bits is not to have them.
+                    # So few bits break the network: they are never allocated.
                     losses[name][bits] = measured if math.isfinite(measured) else math.inf
-                    sizes[name][bits] = book.packed_bytes(whole, bits)
+                    sizes[name][bits] = book.packed_bytes(original, bits)
             finally:
-                parameter.copy_(whole)
+                parameter.copy_(original)
     widest = dict.fromkeys(names, candidates[-1])
     return BitAllocation(
-        widest, losses, sizes, {name: held[name].numel() for name in names}, float_loss
+        widest,
+        losses,
+        sizes,
+        {name: candidates_by_name[name].numel() for name in names},
+        float_loss,
     )
 
 
@@ -255,7 +265,7 @@ def _raise(
 
 
 def _increase(losses: dict[int, float], to: int, now: int) -> float:
-    """Of the loss, with ``to`` bits instead of ``now``; noise that lowers it counts as nothing."""
+    """Increase of the loss with ``to`` bits instead of ``now``; a decrease by noise counts as 0."""
     if math.isinf(losses[to]):
         return math.inf
     return max(0.0, losses[to] - losses[now])
@@ -263,7 +273,7 @@ def _increase(losses: dict[int, float], to: int, now: int) -> float:
 
 @contextmanager
 def _evaluating(module: nn.Module) -> Iterator[None]:
-    """Evaluation, and the mode of every module as it was afterwards."""
+    """Put a module into evaluation, and restore the mode of every part afterwards."""
     modes = {child: child.training for child in module.modules()}
     module.eval()
     try:

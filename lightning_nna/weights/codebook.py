@@ -1,18 +1,18 @@
-r"""The values that a weight may take: centroids on an integer grid, times a scale.
+r"""Codebooks: integer centroids times a scale, in place of a weight's values.
 
-A weight of :math:`b` bits takes :math:`2^b` values,
+A weight of :math:`b` bits takes one of :math:`2^b` centroids,
 
 .. math:: \hat w = s_g\, n_k, \qquad n_1 \le \dots \le n_K,\quad |n_k| \le n_{max},
 
-with one set of levels :math:`n_k` for the whole tensor and a step :math:`s_g` for the tensor or for
-each group of its rows. Where levels are whole numbers, the chip holds them as they are: it reads
-:math:`b` bits a weight and multiplies in 8.
+with one set of centroids :math:`n_k` for the tensor and a scale :math:`s_g` for the tensor or for
+each group of its rows. Integer centroids are deployed unchanged: the accelerator reads :math:`b`
+bits a weight and multiplies in 8.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Protocol, get_args, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -25,23 +25,57 @@ from lightning_nna.emulation.arithmetic.quantized_weight import (
 )
 from lightning_nna.quantization.entropy_constrained import entropy_constrained
 from lightning_nna.quantization.lloyd_max import lloyd_max, snap_to_grid
-from lightning_nna.weights.pipeline import Stage, WeightGrid
+from lightning_nna.weights.pipeline import WeightGrid, WeightTransform
+from lightning_nna.weights.selection import Granularity
+
+
+@dataclass(frozen=True)
+class CodebookSettings:
+    """Settings of the codebooks that a method fits.
+
+    Args:
+        granularity: Scales: ``"per_tensor"``, or ``"per_channel"`` as far as the operators of the
+            accelerator have them; the centroids are those of the tensor in any case.
+        grid_bits: Width of integer centroids in bits, 2 to 8; None for float centroids.
+        power_of_two_scales: Whether scales are powers of two.
+        pin_zero: Whether one centroid is zero.
+        max_entropy_bits: Greatest entropy of a tensor's indices, in bits a weight; None for any.
+
+    Raises:
+        ValueError: If a setting is out of range.
+    """
+
+    granularity: Granularity = "per_tensor"
+    grid_bits: int | None = 8
+    power_of_two_scales: bool = False
+    pin_zero: bool = False
+    max_entropy_bits: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.granularity not in get_args(Granularity):
+            raise ValueError(
+                f"granularity must be 'per_tensor' or 'per_channel', got {self.granularity!r}"
+            )
+        if self.grid_bits is not None and not 2 <= self.grid_bits <= 8:
+            raise ValueError(f"grid_bits must be 2 to 8, or None, got {self.grid_bits}")
 
 
 @dataclass(frozen=True)
 class Codebook:
-    """Levels, where one gives way to the next, and steps.
+    """Centroids, decision thresholds between neighbors, and scales.
 
     Args:
-        levels: Ascending, in units of the step; equal ones are one value.
-        thresholds: ``levels - 1`` borders between neighbors; a weight on a border takes the lower.
-        steps: One positive step a group of rows.
-        grid_bits: Levels are integers of that many bits; None if they need not be.
+        centroids: Codebook entries in units of the scale, ascending, float32, shape
+            ``(centroids,)``; equal ones count once.
+        thresholds: Decision thresholds in units of the scale, shape ``(centroids - 1,)``; a weight
+            on a threshold takes the lower centroid.
+        scales: Scales in the unit of the weights, float32, shape ``(groups,)``, positive.
+        grid_bits: Width of integer centroids in bits; None for float centroids.
     """
 
-    levels: Float[Tensor, " levels"]
-    thresholds: Float[Tensor, " borders"]
-    steps: Float[Tensor, " groups"]
+    centroids: Float[Tensor, " centroids"]
+    thresholds: Float[Tensor, " thresholds"]
+    scales: Float[Tensor, " groups"]
     grid_bits: int | None = 8
 
     @classmethod
@@ -56,87 +90,109 @@ class Codebook:
         pin_zero: bool = False,
         max_entropy_bits: float | None = None,
     ) -> Codebook:
-        """The Lloyd-Max codebook of a trained weight, or the best one of a given entropy.
+        """Fit the Lloyd-Max codebook of a trained weight, or the best one of a given entropy.
 
         Args:
-            weight: Finite weights.
-            bits: Of an index, 1 to 8.
-            groups: Scales, a divisor of the rows.
+            weight: Trained weight, finite, shape ``(rows, …)``.
+            bits: Bits of an index, 1 to 8.
+            groups: Number of scales, a divisor of the rows.
             grid_bits: See :class:`Codebook`.
-            power_of_two_scales: Round steps up to powers of two.
-            pin_zero: Let one level be exactly zero.
-            max_entropy_bits: Greatest entropy of the indices, in bits a weight, before levels are
-                put on the grid; None for Lloyd-Max levels.
+            power_of_two_scales: Whether scales are rounded up to powers of two.
+            pin_zero: Whether one centroid is exactly zero.
+            max_entropy_bits: Greatest entropy of the indices, in bits a weight, before centroids
+                are rounded to integers; None for Lloyd-Max centroids.
 
         Example:
             >>> book = Codebook.fit(torch.tensor([[-1.0, -0.9, 0.5, 0.6]]), bits=1)
             >>> book.project(torch.tensor([[-2.0, 0.1]])).round(decimals=3)
             tensor([[-0.9530,  0.5510]])
         """
-        steps = steps_of(weight, groups, grid_bits=grid_bits, power_of_two=power_of_two_scales)
-        scaled = in_steps(weight, steps)
-        levels = best_levels(scaled, bits, pin_zero=pin_zero, max_entropy_bits=max_entropy_bits)
+        scales = scales_of(weight, groups, grid_bits=grid_bits, power_of_two=power_of_two_scales)
+        scaled = to_grid_units(weight, scales)
+        centroids = best_centroids(
+            scaled, bits, pin_zero=pin_zero, max_entropy_bits=max_entropy_bits
+        )
         if grid_bits is not None:
-            levels = snap_to_grid(levels, 1.0, maximum=maximum_of(grid_bits))
-        return cls(levels, middles(levels), steps, grid_bits)
+            centroids = snap_to_grid(centroids, 1.0, maximum=maximum_of(grid_bits))
+        return cls(centroids, midpoints(centroids), scales, grid_bits)
 
     @property
     def grid(self) -> WeightGrid | None:
-        """Where the values lie, for the chip."""
+        """Quantization parameters of the quantized weight; None for float centroids."""
         if self.grid_bits is None:
             return None
-        return WeightGrid(self.steps, maximum_of(self.grid_bits))
+        return WeightGrid(self.scales, maximum_of(self.grid_bits))
 
     @property
-    def centroids(self) -> Float[Tensor, "groups levels"]:
-        """Every value that a weight of each group may take, in the unit of the weights."""
-        return self.steps[:, None] * self.levels
+    def scaled_centroids(self) -> Float[Tensor, "groups centroids"]:
+        """Centroids of each group in the unit of the weights, shape ``(groups, centroids)``."""
+        return self.scales[:, None] * self.centroids
 
     def indices(self, weight: Float[Tensor, "rows *rest"]) -> Int[Tensor, "rows *rest"]:
-        """The level of every weight, int64."""
-        return torch.bucketize(in_steps(weight, self.steps), self.thresholds)
+        """Look up the centroid of every weight.
+
+        Args:
+            weight: Weights in the unit of the scales, shape ``(rows, …)``.
+
+        Returns:
+            Indices of the centroids, int64, in the shape of ``weight``.
+        """
+        return torch.bucketize(to_grid_units(weight, self.scales), self.thresholds)
 
     def project(self, weight: Float[Tensor, "rows *rest"]) -> Float[Tensor, "rows *rest"]:
-        """Every weight at its level. Twice is the same as once."""
-        return in_units(self.levels[self.indices(weight)], self.steps).to(weight.dtype)
+        """Move every weight to its centroid. Twice is the same as once.
+
+        Args:
+            weight: Weights in the unit of the scales, shape ``(rows, …)``.
+        """
+        return from_grid_units(self.centroids[self.indices(weight)], self.scales).to(weight.dtype)
 
     def packed_bytes(self, weight: Tensor, bits: int) -> int:
-        """Size of indices, levels (a byte each) and steps (four bytes each)."""
-        return -(-weight.numel() * bits // 8) + 2**bits + 4 * len(self.steps)
+        """Size of indices, centroids (a byte each) and scales (four bytes each), in bytes.
+
+        Args:
+            weight: Weight whose indices are stored.
+            bits: Bits of an index.
+        """
+        return -(-weight.numel() * bits // 8) + 2**bits + 4 * len(self.scales)
 
 
 @runtime_checkable
-class CodebookStage(Stage, Protocol):
-    """A stage whose hard weights are those of a codebook."""
+class CodebookTransform(WeightTransform, Protocol):
+    """A transform whose hard weights are those of a codebook."""
 
-    #: Of an index.
+    #: Bits of an index.
     bits: int
 
     @property
     def codebook(self) -> Codebook:
-        """The values as they are deployed."""
+        """Codebook of the deployed weights."""
 
     def soft_hard_gap(self, weight: Tensor) -> float:
-        """What lies between the weight the method trains with and the deployed one.
+        """Distance of the weight in training and the deployed one, relative to the weight.
 
-        Root of its mean square, relative to that of the weight.
+        Args:
+            weight: Latent weight.
+
+        Returns:
+            Root of the mean square of the difference over that of the weight.
         """
 
 
-def best_levels(
+def best_centroids(
     weight: Float[Tensor, "..."], bits: int, *, pin_zero: bool, max_entropy_bits: float | None
-) -> Float[Tensor, " levels"]:
-    """The levels of the least squared error, of a given entropy if there is one.
+) -> Float[Tensor, " centroids"]:
+    """Compute the centroids of the least squared error, of a given entropy if there is one.
 
     Args:
-        weight: What is to be quantized.
-        bits: Of an index.
-        pin_zero: Whether one level is exactly zero.
+        weight: Values to quantize, any shape.
+        bits: Bits of an index.
+        pin_zero: Whether one centroid is exactly zero.
         max_entropy_bits: Greatest entropy of the indices, in bits a weight; None for any.
 
     Example:
         >>> weight = torch.linspace(-1, 1, 1001).pow(3)
-        >>> best_levels(weight, 2, pin_zero=False, max_entropy_bits=None)
+        >>> best_centroids(weight, 2, pin_zero=False, max_entropy_bits=None)
         tensor([-0.7450, -0.2980,  0.0335,  0.6258])
     """
     if max_entropy_bits is None:
@@ -146,50 +202,98 @@ def best_levels(
     ).centroids
 
 
-def relative_gap(weight: Tensor, away: Tensor) -> float:
-    """Root of the mean square of ``away``, relative to that of a weight; 0 for a weight of zeros.
+def relative_gap(weight: Tensor, difference: Tensor) -> float:
+    """Divide the root of the mean square of a difference by that of a weight.
+
+    Args:
+        weight: Weight, any shape.
+        difference: Difference of two weights, in the same unit and shape.
+
+    Returns:
+        0 for a weight of zeros.
 
     Example:
         >>> relative_gap(torch.tensor([3.0, 4.0]), torch.tensor([0.0, 1.0]))
         0.2
     """
     power = float(weight.detach().float().square().mean())
-    return (float(away.detach().float().square().mean()) / power) ** 0.5 if power > 0 else 0.0
+    return (float(difference.detach().float().square().mean()) / power) ** 0.5 if power > 0 else 0.0
 
 
-def steps_of(
+def scales_of(
     weight: Tensor, groups: int, *, grid_bits: int | None, power_of_two: bool = False
 ) -> Float[Tensor, " groups"]:
-    """Steps with which the largest weight of each group is the largest integer."""
+    """Compute scales with which the largest weight of each group is the largest integer.
+
+    Args:
+        weight: Weight, shape ``(rows, …)``.
+        groups: Number of scales, a divisor of the rows.
+        grid_bits: Width of the integers in bits; None for 8.
+        power_of_two: Whether scales are rounded up to powers of two.
+
+    Example:
+        >>> scales_of(torch.tensor([[1.27, -0.3]]), 1, grid_bits=8)
+        tensor([0.0100])
+    """
     flat = weight.detach().float().reshape(groups, -1)
     return largest_scales(flat, maximum=maximum_of(grid_bits or 8), power_of_two=power_of_two)
 
 
-def narrowed(steps: Tensor, share: float, power_of_two: bool) -> Float[Tensor, " groups"]:
-    """Steps with which that share of the range is the largest integer, or a little more.
+def narrowed_scales(
+    scales: Tensor, fraction: float, power_of_two: bool
+) -> Float[Tensor, " groups"]:
+    """Compute scales with which a fraction of the range is the largest integer, or a little more.
+
+    Args:
+        scales: Scales of the whole range, shape ``(groups,)``, positive.
+        fraction: Fraction of the range, above 0 and at most 1.
+        power_of_two: Whether scales are rounded up to powers of two.
 
     Example:
-        >>> narrowed(torch.tensor([1.0]), 0.3, True)
+        >>> narrowed_scales(torch.tensor([1.0]), 0.3, True)
         tensor([0.5000])
     """
-    wanted = steps.double() * share
+    wanted = scales.double() * fraction
     if power_of_two:
         return powers_of_two(wanted).float()
     return round_significands(wanted).float()
 
 
-def in_steps(weight: Tensor, steps: Tensor) -> Tensor:
-    """A weight in units of its steps, float32."""
-    return (weight.detach().float().reshape(len(steps), -1) / steps[:, None]).reshape(weight.shape)
+def to_grid_units(weight: Tensor, scales: Tensor) -> Tensor:
+    """Divide a weight by its scales.
+
+    Args:
+        weight: Weight, shape ``(rows, …)``.
+        scales: Scales of groups of rows, shape ``(groups,)``.
+
+    Returns:
+        Weight in grid units, float32.
+
+    Example:
+        >>> to_grid_units(torch.tensor([[1.0], [1.0]]), torch.tensor([0.5, 0.25]))
+        tensor([[2.],
+                [4.]])
+    """
+    return (weight.detach().float().reshape(len(scales), -1) / scales[:, None]).reshape(
+        weight.shape
+    )
 
 
-def in_units(scaled: Tensor, steps: Tensor) -> Tensor:
-    """What :func:`in_steps` divided, multiplied again."""
-    return (scaled.reshape(len(steps), -1) * steps[:, None]).reshape(scaled.shape)
+def from_grid_units(scaled: Tensor, scales: Tensor) -> Tensor:
+    """Multiply grid units by their scales: the inverse of :func:`to_grid_units`.
+
+    Args:
+        scaled: Weight in grid units, shape ``(rows, …)``.
+        scales: Scales of groups of rows, shape ``(groups,)``.
+    """
+    return (scaled.reshape(len(scales), -1) * scales[:, None]).reshape(scaled.shape)
 
 
 def maximum_of(grid_bits: int) -> int:
-    """Largest integer of a symmetric grid.
+    """Return the largest integer of a symmetric grid.
+
+    Args:
+        grid_bits: Width of the integers in bits.
 
     Example:
         >>> maximum_of(8)
@@ -198,6 +302,10 @@ def maximum_of(grid_bits: int) -> int:
     return int(2 ** (grid_bits - 1) - 1)
 
 
-def middles(levels: Tensor) -> Tensor:
-    """Borders half-way between neighbors."""
-    return (levels[1:] + levels[:-1]) / 2
+def midpoints(centroids: Tensor) -> Tensor:
+    """Compute the decision thresholds half-way between neighbors.
+
+    Args:
+        centroids: Centroids, ascending, shape ``(centroids,)``.
+    """
+    return (centroids[1:] + centroids[:-1]) / 2

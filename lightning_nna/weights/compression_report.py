@@ -21,7 +21,7 @@ from lightning_nna.figure_files import (
 from lightning_nna.files import write_whole
 from lightning_nna.weights.layers import as_csv, as_html
 from lightning_nna.weights.pipeline import pipeline_of
-from lightning_nna.weights.report import Snapshot, as_json, codebook_stages
+from lightning_nna.weights.report import Snapshot, as_json, codebook_transforms
 
 
 class CompressionReport(Callback):
@@ -41,9 +41,9 @@ class CompressionReport(Callback):
         figures: Whether figures are drawn; they need matplotlib.
         most_tensors: Histograms are drawn of so many tensors, the largest.
 
-    Logs, at each snapshot, ``nna/compression/packed_bytes``, ``…/mean_bits``, ``…/entropy_bits``,
-    ``…/zeros``, ``…/soft_hard_gap`` and ``…/sqnr_db/<parameter>``; figures go to loggers that take
-    them (TensorBoard, W&B).
+    Logs, at each snapshot, ``nna/compression_report/packed_bytes``, ``…/mean_bits``,
+    ``…/entropy_bits``, ``…/zeros``, ``…/soft_hard_gap`` and ``…/sqnr_db/<parameter>``; figures go
+    to loggers that take them (TensorBoard, W&B).
 
     Raises:
         ValueError: If an argument is out of range, or no callback of the Trainer is a weight
@@ -91,7 +91,7 @@ class CompressionReport(Callback):
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if not any(codebook_stages(pipeline_of(pl_module))):
+        if not any(codebook_transforms(pipeline_of(pl_module))):
             raise ValueError(
                 "CompressionReport found no weights with centroids, which neither pruning nor "
                 "regularization alone gives them: add a weight method, such as GeneralQuantizer or "
@@ -164,9 +164,9 @@ class CompressionReport(Callback):
             return
         snapshot = Snapshot.of(trainer.global_step, pipeline_of(pl_module))
         self.snapshots.append(snapshot)
-        figures = {f"nna/compression/{name}": x for name, x in snapshot.figures().items()}
+        metrics = {f"nna/compression_report/{name}": x for name, x in snapshot.metrics().items()}
         for logger in trainer.loggers:
-            logger.log_metrics(figures, step=snapshot.step)
+            logger.log_metrics(metrics, step=snapshot.step)
 
     def _draw(self, trainer: pl.Trainer, folder: Path) -> None:
         from lightning_nna.weights.layer_figures import draw
@@ -176,6 +176,6 @@ class CompressionReport(Callback):
                 trainer,
                 figure,
                 folder / f"{name}.png",
-                key=f"nna/compression/{name}",
+                key=f"nna/compression_report/{name}",
                 step=self.snapshots[-1].step,
             )

@@ -17,11 +17,11 @@ _WEIGHTS, _CENTROIDS = "tab:blue", "tab:red"
 
 
 def draw(snapshots: Sequence[Snapshot], *, most_tensors: int) -> dict[str, Figure]:
-    """Every figure, by its name.
+    """Draw every figure, by its name.
 
     Args:
-        snapshots: In the order of training; at least one.
-        most_tensors: Histograms are drawn of so many tensors, the largest.
+        snapshots: Snapshots in the order of training; at least one.
+        most_tensors: Number of the largest tensors whose histograms are drawn.
     """
     with mpl.rc_context({"axes.spines.top": False, "axes.spines.right": False, "font.size": 8.0}):
         return {
@@ -34,17 +34,17 @@ def draw(snapshots: Sequence[Snapshot], *, most_tensors: int) -> dict[str, Figur
 def histograms(snapshots: Sequence[Snapshot], *, most_tensors: int) -> Figure:
     """Weights of each tensor, one ridge a snapshot, with centroids as ticks below each."""
     newest = snapshots[-1].tensors
-    largest = sorted(range(len(newest)), key=lambda at: -newest[at].weights)[:most_tensors]
-    chosen = sorted(largest)
-    rows = -(-len(chosen) // _COLUMNS)
-    size = (3.2 * min(_COLUMNS, len(chosen)), 0.7 + 2.2 * rows)
+    largest = sorted(range(len(newest)), key=lambda index: -newest[index].weights)[:most_tensors]
+    shown = sorted(largest)
+    rows = -(-len(shown) // _COLUMNS)
+    size = (3.2 * min(_COLUMNS, len(shown)), 0.7 + 2.2 * rows)
     figure = Figure(figsize=size, layout="constrained")
-    axes = figure.subplots(rows, min(_COLUMNS, len(chosen)), squeeze=False).flatten()
-    for place, at in zip(axes, chosen, strict=False):
-        _ridges(place, [(snapshot.step, snapshot.tensors[at]) for snapshot in snapshots])
-    for place in axes[len(chosen) :]:
-        place.set_axis_off()
-    left_out = len(newest) - len(chosen)
+    axes = figure.subplots(rows, min(_COLUMNS, len(shown)), squeeze=False).flatten()
+    for panel, index in zip(axes, shown, strict=False):
+        _ridges(panel, [(snapshot.step, snapshot.tensors[index]) for snapshot in snapshots])
+    for panel in axes[len(shown) :]:
+        panel.set_axis_off()
+    left_out = len(newest) - len(shown)
     suffix = f"; the {left_out} smallest tensors are left out" if left_out else ""
     figure.suptitle(f"Weights (blue) and their centroids (red) by optimizer step{suffix}")
     return figure
@@ -59,7 +59,7 @@ def sqnr(snapshot: Snapshot) -> Figure:
     finite = [t.sqnr_db if math.isfinite(t.sqnr_db) else 0.0 for t in tensors]
     bars = axes.barh(names, finite, color=_WEIGHTS, height=0.7)
     labels = [
-        f"{t.sqnr_db:.1f}" if math.isfinite(t.sqnr_db) else "no error: at its values"
+        f"{t.sqnr_db:.1f}" if math.isfinite(t.sqnr_db) else "no error: at its centroids"
         for t in tensors
     ]
     axes.bar_label(bars, labels, padding=3)
@@ -69,7 +69,7 @@ def sqnr(snapshot: Snapshot) -> Figure:
 
 
 def soft_hard_gap(snapshots: Sequence[Snapshot]) -> Figure:
-    """What lies between soft and hard weights over training: tensors thin, their mean bold."""
+    """Plot the distance of soft and hard weights over training: tensors thin, their mean bold."""
     figure = Figure(figsize=(6.4, 3.2), layout="constrained")
     axes = figure.subplots()
     steps = [snapshot.step for snapshot in snapshots]

@@ -1,6 +1,6 @@
-r"""What each layer has become, as a table: CSV for programs, one self-contained page for people.
+r"""A table of all weights: CSV for programs, one self-contained page for people.
 
-With :math:`p_v` the share of the weights that have value :math:`v`, the entropy of a weight is
+With :math:`p_v` the fraction of the weights that have value :math:`v`, the entropy of a weight is
 
 .. math:: H = -\sum_v p_v \log_2 p_v,
 
@@ -20,20 +20,20 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class LayerFigures:
+class LayerMetrics:
     """One weight of the network.
 
     Args:
-        name: Of the parameter.
-        method: That chose its values.
-        bits: Of an index of its values.
-        weights: How many.
-        values: Distinct ones.
-        zeros: Share of weights that are zero.
-        entropy_bits: Bits of entropy a weight.
-        packed_bytes: Of the weight where it is packed.
-        sqnr_db: Signal to quantization noise, in decibels; infinite without error.
-        cycles: Of the accelerator; None where nobody has compiled it.
+        name: Name of the parameter.
+        method: Name of the method of its centroids.
+        bits: Bits of an index.
+        weights: Number of weights.
+        values: Number of distinct weights.
+        zeros: Fraction of weights that are zero.
+        entropy_bits: Entropy in bits a weight.
+        packed_bytes: Size of the packed weight in bytes.
+        sqnr_db: Signal to quantization noise in decibels; infinite without error.
+        cycles: Cycles of the accelerator; None if it was not compiled.
     """
 
     name: str
@@ -63,21 +63,21 @@ def entropy_bits(x: Tensor) -> float:
     return float(-(shares * shares.log2()).sum()) + 0.0
 
 
-def as_csv(rows: Sequence[LayerFigures]) -> str:
+def as_csv(rows: Sequence[LayerMetrics]) -> str:
     """The table with a head, one line a layer.
 
     Example:
-        >>> print(as_csv([LayerFigures("w", "gq", 1, 8, 2, 0.5, 1.0, 9, 20.0)]).splitlines()[1])
+        >>> print(as_csv([LayerMetrics("w", "gq", 1, 8, 2, 0.5, 1.0, 9, 20.0)]).splitlines()[1])
         w,gq,1,8,2,0.5,1.0,9,20.0,
     """
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow([field.name for field in fields(LayerFigures)])
+    writer.writerow([field.name for field in fields(LayerMetrics)])
     writer.writerows(astuple(row) for row in rows)
     return text.getvalue()
 
 
-def as_html(rows: Sequence[LayerFigures], *, title: str, notes: Sequence[str] = ()) -> str:
+def as_html(rows: Sequence[LayerMetrics], *, title: str, notes: Sequence[str] = ()) -> str:
     """The table and its figures as one page that needs no other file.
 
     Args:
@@ -101,11 +101,11 @@ def as_html(rows: Sequence[LayerFigures], *, title: str, notes: Sequence[str] = 
     )
 
 
-def _finite_sqnr(row: LayerFigures) -> float:
+def _finite_sqnr(row: LayerMetrics) -> float:
     return row.sqnr_db if math.isfinite(row.sqnr_db) else 0.0
 
 
-_BITS: list[tuple[str, Callable[[LayerFigures], float]]] = [
+_BITS: list[tuple[str, Callable[[LayerMetrics], float]]] = [
     ("#b8cde0", lambda row: float(row.bits)),
     ("#4878a8", lambda row: row.entropy_bits),
 ]
@@ -115,7 +115,7 @@ _HEADS = (
 )
 
 
-def _cells(row: LayerFigures) -> list[str]:
+def _cells(row: LayerMetrics) -> list[str]:
     sqnr = f"{row.sqnr_db:.1f}" if math.isfinite(row.sqnr_db) else "∞"
     cycles = "-" if row.cycles is None else f"{row.cycles:,}"
     return _line(
@@ -124,11 +124,11 @@ def _cells(row: LayerFigures) -> list[str]:
     )
 
 
-def _total(rows: Sequence[LayerFigures]) -> list[str]:
+def _total(rows: Sequence[LayerMetrics]) -> list[str]:
     """Sums, and means over all weights."""
     weights = sum(row.weights for row in rows)
 
-    def mean(figure: Callable[[LayerFigures], float]) -> float:
+    def mean(figure: Callable[[LayerMetrics], float]) -> float:
         return sum(figure(row) * row.weights for row in rows) / max(weights, 1)
 
     known = [row.cycles for row in rows if row.cycles is not None]
@@ -146,8 +146,8 @@ def _line(name: str, method: str, *numbers: str) -> list[str]:
 
 def _bars(
     title: str,
-    rows: Sequence[LayerFigures],
-    series: Sequence[tuple[str, Callable[[LayerFigures], float]]],
+    rows: Sequence[LayerMetrics],
+    series: Sequence[tuple[str, Callable[[LayerMetrics], float]]],
 ) -> str:
     """Horizontal bars, one a layer; several series lie on top of one another."""
     largest = max((figure(row) for row in rows for _, figure in series), default=0.0) or 1.0

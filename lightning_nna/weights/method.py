@@ -1,26 +1,30 @@
-"""What every callback that works on weights shares: ``WeightMethod``."""
+"""``WeightMethod``: the base of callbacks that transform weights, for plugins as well.
+
+A method of one's own is one class in one file: it selects parameters, gives each a
+:class:`.WeightTransform`, and overrides the hooks it needs. The base does the rest: latent weights,
+evaluation, deployment, checkpoints, copies, several optimizers, logs.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypedDict
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 from typing_extensions import override
 
+from lightning_nna.lifecycle import ModuleBoundCallback
 from lightning_nna.non_finite import require_finite_weights
-from lightning_nna.quantization.entropy_constrained import require_rate
 from lightning_nna.resumed_settings import require_same
 from lightning_nna.step_counter import StepCounter
 from lightning_nna.weights.pipeline import (
-    Stage,
     WeightPipeline,
+    WeightTransform,
     digest_of,
     pipeline_of,
     unseen,
@@ -28,124 +32,144 @@ from lightning_nna.weights.pipeline import (
 from lightning_nna.weights.selection import BitWidths, ByTensor, candidates_of, frozen_in
 
 
-class WeightMethod(Callback):
-    """Chooses parameters, puts stages on them, and keeps the latent weights safe.
+class WeightMethod(ModuleBoundCallback):
+    """Base of callbacks that select parameters, transform them, and keep the latent weights.
 
-    In training the parameters hold what the stages make of them from a batch's first forward to
-    the optimizer's step; in validation, test and prediction they hold what would be deployed.
-    When ``fit`` ends they are left as deployed, for good; should training go on, from the same
-    objects or from a checkpoint, it goes on from the latent weights. The ``state_dict`` of a
-    checkpoint holds the deployed weights as well, and the callback's state the latent ones.
+    In training the parameters hold the transformed weights from a batch's first forward to the
+    optimizer's step; in validation, test and prediction they hold the deployed ones. When ``fit``
+    ends they stay as deployed; if training goes on, from the same objects or from a checkpoint, it
+    goes on from the latent weights. The ``state_dict`` of a checkpoint holds the deployed weights,
+    the callback's state the latent ones. Several callbacks of one class share a Trainer if they
+    have other ``targets`` or ``exclude``.
 
-    A callback that meets a second module begins anew there. A copy or pickle of a callback carries
-    on with a module whose selected weights are, in every bit, those that the callback's module had
-    when it was copied; with any other it begins anew, and says so. Several callbacks of one class
-    share a Trainer if they have other ``targets`` or ``exclude``.
+    A subclass sets :attr:`method`, overrides :meth:`prepare` and :meth:`transforms`, and any of
+    the other hooks: :meth:`step_begins`, :meth:`stepped`, :meth:`learn`, :meth:`settings`,
+    :meth:`missed`, :meth:`metrics`, :meth:`forget`, :meth:`rejoin`, :meth:`located`,
+    ``state_dict`` and ``load_state_dict``. A state that is loaded waits until :meth:`prepare` or
+    :meth:`rejoin` is called. :data:`lightning_nna.testing.contract.CHECKS` are the promises that a
+    method keeps.
 
     Args:
-        selection: Which parameters, and a number for each.
+        selection: Selection of parameters, with a number (bits, sparsity) for each.
+
+    Example:
+        >>> from lightning_nna.weights.selection import BitWidths
+        >>> class Rounded(WeightMethod):
+        ...     method = "rounded"
+        >>> Rounded(BitWidths(4, targets=["encoder"])).state_key
+        "Rounded{'targets': ['encoder']}"
     """
 
-    #: Of the method, in log keys and messages.
+    #: Name in log keys (``nna/<method>/<metric>``), reports and messages: the class in snake case.
     method: ClassVar[str]
-    #: In the weight pipeline: masks 0, centroids 1. What methods do after a step goes by it, too.
-    place: ClassVar[int] = 1
+    #: Order of the transforms in the weight pipeline, and of the work after a step: masks 0,
+    #: centroids 1.
+    order: ClassVar[int] = 1
 
     def __init__(self, selection: ByTensor[Any]) -> None:
+        super().__init__()
         self.selection = selection
         #: The number of each selected parameter, by its name, once a run has started.
         self.numbers: dict[str, Any] = {}
         self._counter = StepCounter(self._stepped)
         #: In log keys, where a Trainer has several callbacks of the class.
         self._label = ""
-        self._module: pl.LightningModule | None = None
+        # Its weights are read when the callback is copied, however long after the run.
+        self._strong_module: pl.LightningModule | None = None
         self._pipeline: WeightPipeline | None = None
         self._parameters: dict[str, nn.Parameter] = {}
         self._handles: list[Any] = []
         self._optimizers: list[Optimizer] = []
-        # What was trained, while the parameters hold what is deployed after a fit.
+        # Latent weights after a fit, while the parameters hold the deployed ones.
         self._latents: dict[str, Tensor] = {}
-        # Names that were frozen when the run began, also where a resumed one has thawed them
-        # already; and those of them that were left alone therefore.
+        # Names of parameters that were frozen when the run began, also if a resumed run has thawed
+        # them already; and those of them that are not selected for that reason.
         self._frozen: list[str] = []
         self._saved_frozen: list[str] | None = None
         self._left_frozen: list[str] = []
-        # Of a state that was loaded: its settings, and whether a module has taken it.
+        # Settings of a loaded state, and whether that state is deferred.
         self._saved_settings: dict[str, Any] = {}
         self._is_loaded = False
-        # The parameters are those of the checkpoint that the latent weights are of.
+        # Parameters and latent weights are of one checkpoint.
         self._is_resumed = False
-        # Of a copy that has met no module yet: digests of the weights that its state goes with.
-        self._copied_with: dict[str, str] | None = None
 
     @property
     def steps(self) -> int:
-        """Optimizer steps since the callback took part in the run."""
+        """Number of optimizer steps since the callback took part in the run."""
         return self._counter.steps
 
     @property
     def state_key(self) -> str:
         """Name of the callback's state in a checkpoint: with its targets, unless they are all."""
         patterns = {"targets": self.selection.targets, "exclude": self.selection.exclude}
-        given = {
+        restricting = {
             key: list(value)
             for key, value in patterns.items()
             if list(value) != (["*"] if key == "targets" else [])
         }
-        return self._generate_state_key(**given) if given else type(self).__qualname__
+        return self._generate_state_key(**restricting) if restricting else type(self).__qualname__
 
     @property
     def _total_steps(self) -> float:
-        """Optimizer steps of the run, as :attr:`steps` counts them."""
+        """Number of optimizer steps of the run, as :attr:`steps` counts them."""
         return self._counter.total
 
     @property
     def selected(self) -> list[str]:
-        """Names of the parameters that the method has taken, once a run has started."""
+        """Names of the selected parameters, once a run has started."""
         return list(self.numbers)
 
-    # --- what a method says -------------------------------------------------------------------
+    # --- hooks of a method --------------------------------------------------------------------
 
-    def stages(self) -> dict[str, Stage]:
-        """The stage of every selected parameter, by name; none for a mere regularizer."""
+    def transforms(self) -> dict[str, WeightTransform]:
+        """Return the transform of every selected parameter, by name; none for a regularizer."""
         return {}
 
     def prepare(self) -> None:
-        """Find the state of the method, unless it was loaded; the latent weights are in place."""
+        """Create the transforms, and take a deferred state; parameters hold latent weights."""
 
     def step_begins(self, optimizer: Optimizer) -> None:
-        """The optimizer is about to step: latent weights and their gradients are in place."""
+        """Act before an optimizer steps; parameters and their gradients are the latent ones.
+
+        Args:
+            optimizer: Optimizer that is about to step.
+        """
 
     def stepped(self) -> None:
-        """The count of steps has advanced."""
+        """Act after the count of steps has advanced."""
 
     def learn(self) -> None:
-        """Update what is learned besides the weights, after the step of any optimizer."""
+        """Update learned tensors other than the weights, after the step of any optimizer."""
 
     def settings(self) -> dict[str, Any]:
         """Return settings that a run cannot change once it has begun; see :func:`require_same`.
 
-        It is what :func:`.load_deployed` needs, too.
+        Checkpoints have them, and :func:`.load_deployed` reads them.
+
+        Returns:
+            Plain values by name; a mapping for a setting of each parameter.
         """
         return {}
 
     def missed(self) -> list[str]:
-        """Targets that were not reached, with both numbers, when ``fit`` ends."""
+        """Describe targets that are not reached when ``fit`` ends, each with both numbers."""
         return []
 
+    @override
     def forget(self) -> None:
-        """Forget what is known of a module and its run: another module comes."""
+        """Drop the state of the module and its runs: another module comes."""
         self._counter.reset()
+        self._is_loaded = False
         self._latents, self._saved_settings, self._saved_frozen = {}, {}, None
 
     def rejoin(self) -> None:
-        """A run begins on the module of the run before, or with a state that was loaded."""
+        """Take a deferred state: a run starts on the module of the run before."""
 
     def located(self) -> None:
-        """The length of the run is known, and where in it the callback is."""
+        """Act when the length of the run and the step within it are known."""
 
-    def figures(self) -> dict[str, float]:
-        """What to log, by the quantity's name."""
+    def metrics(self) -> dict[str, float]:
+        """Compute the metrics to log, by name."""
         return {}
 
     # --- life cycle ---------------------------------------------------------------------------
@@ -155,20 +179,20 @@ class WeightMethod(Callback):
         self._optimizers = list(trainer.optimizers)
         self._attach(pl_module, fit=trainer)
         for optimizer in trainer.optimizers:
-            if isinstance(optimizer, LBFGS) and self.stages():
+            if isinstance(optimizer, LBFGS) and self.transforms():
                 raise ValueError(
                     f"{type(self).__name__} needs an optimizer that takes one gradient a step; "
                     f"LBFGS takes several"
                 )
         self._resume()
-        self.pipeline.attend(self.place, self._after_step)
+        self.pipeline.attend(self.order, self._after_step)
         # With several optimizers, a forward follows a step within one batch.
         for child in pl_module.children():
             self._handles.append(child.register_forward_pre_hook(ModuleHook(self._substitute)))
         same = [one for one in trainer.callbacks if type(one) is type(self)]  # type: ignore[attr-defined]
         patterns = [*self.selection.targets, *(f"!{one}" for one in self.selection.exclude)]
         self._label = "+".join(patterns) + "/" if len(same) > 1 else ""
-        if self.stages():
+        if self.transforms():
             _warn_of_weights_only(trainer)
 
     @override
@@ -200,8 +224,8 @@ class WeightMethod(Callback):
         self._release()
         self._deploy()
         self._end()
-        held = candidates_of(pl_module)
-        thawed = [name for name in self._left_frozen if held[name].requires_grad]
+        candidates = candidates_of(pl_module)
+        thawed = [name for name in self._left_frozen if candidates[name].requires_grad]
         if thawed:
             rank_zero_warn(
                 f"{type(self).__name__}: {', '.join(thawed)} was frozen when the run began and has "
@@ -337,12 +361,14 @@ class WeightMethod(Callback):
     ) -> None:
         self._is_resumed = True
         saved = checkpoint["callbacks"]
-        taken = {one.state_key for one in trainer.callbacks}  # type: ignore[attr-defined]
+        present = {one.state_key for one in trainer.callbacks}  # type: ignore[attr-defined]
         name = type(self).__qualname__
         if self.state_key not in saved and "settings" not in saved.get(name, {"settings": {}}):
-            saved[self.state_key] = saved[name]  # Of a version that left targets out of the key.
+            saved[self.state_key] = saved[name]  # An older version left targets out of the key.
         others = [key for key in saved if key == name or str(key).startswith(f"{name}{{")]
-        if self.state_key not in saved and (others := [key for key in others if key not in taken]):
+        if self.state_key not in saved and (
+            others := [key for key in others if key not in present]
+        ):
             raise ValueError(
                 f"the checkpoint has the state of {' and '.join(map(str, others))}, and the "
                 f"Trainer has {self.state_key}: resume with the targets of the checkpoint, or "
@@ -355,11 +381,10 @@ class WeightMethod(Callback):
     ) -> None:
         if self._pipeline is None:
             return
-        # Beside an average of the weights that is in their place; it stays as it is, since training
-        # goes on from it.
+        # An average of the weights, if there is one, stays unchanged: it is not what is trained.
         weights = checkpoint.get("current_model_state", checkpoint["state_dict"])
         latents = checkpoint["callbacks"][self.state_key]["latents"]
-        latents.clear()  # Those of a weight that was changed after the fit are of no use.
+        latents.clear()  # A weight that was changed after the fit has no use for its latent one.
         aliases = _names_of(pl_module)
         for name in self._owned():
             latent = self._latents.get(name, self._pipeline.latent(name)).clone()
@@ -370,11 +395,26 @@ class WeightMethod(Callback):
                     weights[alias] = deployed
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy or pickle has the state, not the module; and knows the module's copy by sight."""
-        state = {**self.__dict__, "_handles": [], "_parameters": {}, "_optimizers": []}
-        if self._module is not None and not self._is_loaded:
-            state["_copied_with"] = _digests(self._module, self.numbers)
-        return {**state, "_module": None, "_pipeline": None, "_training": False}
+        """Return the state of a copy: see :class:`.ModuleBoundCallback`."""
+        state = {**super().__getstate__(), "_handles": [], "_parameters": {}, "_optimizers": []}
+        return {**state, "_strong_module": None, "_pipeline": None, "_training": False}
+
+    @property
+    @override
+    def has_deferred_state(self) -> bool:
+        return self._is_loaded
+
+    @override
+    def carry_on(self) -> None:
+        with torch.inference_mode(False):  # A test may take a state that is trained on later.
+            self.load_state_dict(self.state_dict())
+
+    @override
+    def digests(self, module: pl.LightningModule) -> dict[str, str]:
+        is_own = module is self._module
+        names = self.numbers if is_own else self.selection.of(module, self._frozen)
+        candidates = candidates_of(module)
+        return {name: digest_of(candidates[name]) for name in candidates.keys() & set(names)}
 
     # --- own ----------------------------------------------------------------------------------
 
@@ -398,51 +438,34 @@ class WeightMethod(Callback):
         is_new = self._module is not pl_module
         if is_new:
             self._end()
-            if self._copied_with is not None:
-                self._carry_on(pl_module)
-            elif self._module is not None and not self._is_loaded:
-                self.forget()
+            self._meet(pl_module)
             frozen = frozen_in(pl_module) if self._saved_frozen is None else self._saved_frozen
             self._frozen = frozen
             self.numbers = self.selection.of(pl_module, frozen)
-            self._module, self._pipeline = pl_module, pipeline_of(pl_module)
+            self._strong_module, self._pipeline = pl_module, pipeline_of(pl_module)
         self._saved_frozen = None
         # Also on the same module: loading a state may have replaced its parameters.
-        held = candidates_of(pl_module)
-        self._parameters = {name: held[name] for name in self.numbers}
+        candidates = candidates_of(pl_module)
+        self._parameters = {name: candidates[name] for name in self.numbers}
         self.require_settings(fit)
         if fit is not None:
             self._counter.start(fit)
-        with torch.inference_mode(False):  # What is made or loaded for a test may be trained later.
+        with torch.inference_mode(False):  # A state of a test may be trained later.
             if is_new:
                 self.prepare()
             else:
                 self.rejoin()
         self._is_loaded = False
         if fit is None:
-            # Weights that are changed before the next fit are no longer the checkpoint's.
+            # The weights may change before the next fit: they are no longer the checkpoint's.
             self._saved_settings, self._is_resumed = {}, False
-        for name, stage in self.stages().items():
-            self.pipeline.claim(name, self._parameters[name], stage)
+        for name, transform in self.transforms().items():
+            self.pipeline.claim(name, self._parameters[name], transform)
         if is_new:
             self._say(pl_module)
 
-    def _carry_on(self, pl_module: pl.LightningModule) -> None:
-        """A copy meets its first module: take the state along if it goes with the weights."""
-        selected = self.selection.of(pl_module, self._frozen)
-        if _digests(pl_module, selected) == self._copied_with:
-            with torch.inference_mode(False):  # What a test takes along may be trained on.
-                self.load_state_dict(self.state_dict())
-            return
-        self._copied_with = None
-        self.forget()
-        rank_zero_info(
-            f"{type(self).__name__} is a copy and begins anew: the weights of this module are not "
-            f"those that it was copied with; pass ckpt_path of the run to go on from there"
-        )
-
     def _say(self, pl_module: pl.LightningModule) -> None:
-        """Tell which tensors are selected, and which are left alone and why."""
+        """Report the selected tensors, and the others with the reason."""
         name = type(self).__name__
         shown = ", ".join(f"{tensor} ({number})" for tensor, number in self.numbers.items())
         rank_zero_info(f"{name}: {self.selection.quantity} of {len(self.numbers)} tensors: {shown}")
@@ -455,20 +478,23 @@ class WeightMethod(Callback):
             )
 
     def _end(self) -> None:
-        """The run is over: stages make room for those of other methods."""
+        """End the transforms, which makes room for those of other methods."""
         if self._pipeline is not None:
-            for stage in self.stages().values():
-                self._pipeline.end(stage)
+            for transform in self.transforms().values():
+                self._pipeline.end(transform)
 
     def _owned(self) -> list[str]:
-        """Parameters whose last stage is the method's: of several, one sees to what is deployed."""
-        mine = {id(stage) for stage in self.stages().values()}
-        found = []
+        """Return the names of parameters whose last transform is the method's.
+
+        Of several methods of one parameter, the last deploys it.
+        """
+        own = {id(transform) for transform in self.transforms().values()}
+        names = []
         for name, parameter in self._parameters.items():
-            stages = self.pipeline.stages_of(parameter)
-            if stages and id(stages[-1]) in mine:
-                found.append(name)
-        return found
+            transforms = self.pipeline.transforms_of(parameter)
+            if transforms and id(transforms[-1]) in own:
+                names.append(name)
+        return names
 
     def _substitute(self) -> None:
         if self._training and self.pipeline.phase == "latent":
@@ -484,13 +510,13 @@ class WeightMethod(Callback):
             self.stepped()
 
     def _log(self, pl_module: pl.LightningModule) -> None:
-        require_finite_weights(self._parameters)  # Figures look weights up in tables.
-        for quantity, figure in unseen(self.figures)().items():
-            pl_module.log(f"nna/{self.method}/{self._label}{quantity}", figure)
+        require_finite_weights(self._parameters)  # Metrics look weights up in tables.
+        for name, metric in unseen(self.metrics)().items():
+            pl_module.log(f"nna/{self.method}/{self._label}{name}", metric)
 
     @torch.no_grad()
     def _deploy(self) -> None:
-        """Leave the parameters as deployed, and keep what was trained."""
+        """Leave the parameters as deployed, and store the latent weights."""
         for name in self._owned():
             parameter = self._parameters[name]
             self._latents[name] = parameter.detach().clone()
@@ -498,12 +524,12 @@ class WeightMethod(Callback):
 
     @torch.no_grad()
     def _resume(self) -> None:
-        """Go on from the latent weights, where nobody has changed what was deployed of them."""
+        """Restore the latent weights of parameters that are still as they were deployed."""
         for name, latent in self._latents.items():
             if (parameter := self._parameters.get(name)) is None:
-                continue  # Of a tensor that is not selected any more: its settings are refused.
-            latent = latent.to(parameter.device)  # That of a copy may lie where it was trained.
-            # A checkpoint has both, and another processor may deploy another last bit.
+                continue  # It is not selected any more, which the settings tell.
+            latent = latent.to(parameter.device)  # A copy has it on the device of its training.
+            # A checkpoint has both, and another processor may differ in the last bit.
             if self._is_resumed or torch.equal(self.pipeline.hard_of(name, latent), parameter):
                 parameter.copy_(latent)
             else:
@@ -511,7 +537,7 @@ class WeightMethod(Callback):
         self._latents, self._is_resumed = {}, False
 
     def _release(self) -> None:
-        """Take every hook off, and put latent weights that an exception left aside back."""
+        """Remove all hooks, and restore latent weights after an exception."""
         self._training = False
         self._counter.detach()
         for handle in self._handles:
@@ -522,35 +548,34 @@ class WeightMethod(Callback):
             self._pipeline.restore()
 
 
-def require_levels(name: str, levels: int, bits: int) -> None:
-    """Raise if a codebook of a checkpoint is of other bits than a tensor is to have.
+def require_codebook_size(name: str, size: int, bits: int) -> None:
+    """Raise if a codebook of a checkpoint has not the bits of its tensor.
+
+    Args:
+        name: Name of the tensor.
+        size: Number of centroids in the checkpoint.
+        bits: Bits of an index, 1 to 8.
 
     Raises:
         ValueError: Names the tensor, and both numbers.
     """
-    if levels != 2**bits:
+    if size != 2**bits:
         raise ValueError(
-            f"{name} has {levels} values in the checkpoint, and {bits} bits are 2**{bits}: resume "
+            f"{name} has {size} centroids in the checkpoint, and {bits} bits are 2**{bits}: resume "
             f"with its bits, or begin a new run from its weights (lightning_nna.load_deployed)"
         )
 
 
 def _names_of(module: nn.Module) -> dict[int, list[str]]:
-    """All names of each parameter, by its id: a tied weight has several."""
+    """Return all names of each parameter, by its id: a tied weight has several."""
     names: dict[int, list[str]] = {}
     for name, parameter in module.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
     return names
 
 
-def _digests(module: nn.Module, names: Iterable[str]) -> dict[str, str]:
-    """Compute digests that tell the weights of a module from any others, by their names."""
-    held = candidates_of(module)
-    return {name: digest_of(held[name]) for name in held.keys() & set(names)}
-
-
 def _warn_of_weights_only(trainer: pl.Trainer) -> None:
-    """Lightning asks no callback for what it writes there."""
+    """Warn of checkpoints of weights only, for which Lightning asks no callback."""
     # ``pytorch_lightning`` has a class of its own, and users have others.
     if any(getattr(one, "save_weights_only", False) for one in trainer.checkpoint_callbacks):
         rank_zero_warn(
@@ -560,15 +585,21 @@ def _warn_of_weights_only(trainer: pl.Trainer) -> None:
         )
 
 
+class BitsArguments(TypedDict, total=False):
+    """Keyword arguments of :class:`BitsMethod`, for the signatures of its subclasses."""
+
+    targets: Sequence[str]
+    overrides: Mapping[str, int] | str | Path
+
+
 class BitsMethod(WeightMethod):
-    """A weight method with a width for each tensor.
+    """Base of weight methods with a bit width for each tensor.
 
     Args:
-        bits: Of every selected tensor, 1 to 8.
-        targets: Globs or ``re:…`` on the names of parameters, or of modules that hold them.
+        bits: Bits of the index of a weight, 1 to 8, of every selected tensor.
+        targets: Patterns of the selected weights: globs or ``re:…`` on the names of parameters, or
+            of modules that have them. See :mod:`lightning_nna.weights.selection`.
         overrides: Bits by pattern, or the path of a JSON file with them.
-        max_entropy_bits: Greatest entropy of the indices of a tensor of ``bits`` bits, in bits a
-            weight; None for any. Tensors that ``overrides`` gives other bits have none.
 
     Raises:
         ValueError: If a number is out of range.
@@ -578,41 +609,33 @@ class BitsMethod(WeightMethod):
         self,
         bits: int,
         *,
-        targets: Sequence[str],
-        overrides: Mapping[str, int] | str | Path,
-        max_entropy_bits: float | None = None,
+        targets: Sequence[str] = ("*",),
+        overrides: Mapping[str, int] | str | Path = {},  # noqa: B006
     ) -> None:
         super().__init__(BitWidths(bits, targets, overrides))
-        if max_entropy_bits is not None:
-            require_rate(max_entropy_bits, bits)
-        self.max_entropy_bits = max_entropy_bits
 
     @override
     def settings(self) -> dict[str, Any]:
-        return {"bits": dict(self.numbers), "max_entropy_bits": self.max_entropy_bits}
+        return {"bits": dict(self.numbers)}
 
     @property
     def bits(self) -> dict[str, int]:
         """Bits by the names of the selected parameters, once a run has started."""
         return self.numbers
 
-    def rate_of(self, name: str) -> float | None:
-        """Greatest entropy of the indices of a selected parameter; None for any."""
-        return self.max_entropy_bits if self.bits[name] == self.selection.default else None
-
 
 class ModuleHook:
-    """A hook on a module; copies and pickles of the module carry one that does nothing.
+    """A hook on a module; copies and pickles of the module have one that does nothing.
 
     Args:
-        act: Called without arguments; None for nothing.
+        act: Function without arguments; None for nothing.
     """
 
     def __init__(self, act: Callable[[], None] | None) -> None:
         self.act = act
 
     def __call__(self, *_: Any) -> None:
-        """As the module calls it."""
+        """Act, whatever the arguments of the module."""
         if self.act is not None:
             self.act()
 

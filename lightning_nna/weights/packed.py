@@ -1,4 +1,4 @@
-"""Weights in as few bytes as they need: bits for zeros, indices of few values, or as they are.
+"""Packed weights: bits for zeros, indices of few distinct values, or plain values.
 
 For each tensor the smallest of four layouts is taken:
 
@@ -11,11 +11,11 @@ few       :math:`b` bits a weight; the :math:`2^b` values or fewer
 both      one bit a weight, whether it is not zero; :math:`b` bits and the values of the others
 ========  ==================================================================================
 
-All of them give every bit back, that of a negative zero included. Weights of a module that is on
-the chip are held as the chip has them, 8-bit integers in one of these layouts, and their steps.
+All of them restore every bit, that of a negative zero included. Weights of an emulated module are
+stored as they are deployed, 8-bit integers in one of these layouts, and their scales.
 
 The file is a safetensors file with a manifest and a checksum of the whole: one that was cut off or
-altered is refused. :mod:`.read_packed` reads it with NumPy and safetensors alone.
+altered is an error. :mod:`.read_packed` reads it with NumPy and safetensors alone.
 """
 
 from __future__ import annotations
@@ -55,9 +55,9 @@ class PackedReport:
 
     Args:
         layouts: ``"dense"``, ``"sparse"``, ``"few"`` or ``"both"``.
-        packed: What each tensor takes in the file.
-        plain: What it takes as it is.
-        coded: What an entropy coder would need for its values one by one, beside the values.
+        packed: Size of each tensor in the file.
+        plain: Size of each tensor unpacked.
+        coded: Size of each tensor with entropy-coded indices, the distinct values included.
     """
 
     layouts: dict[str, str]
@@ -67,17 +67,17 @@ class PackedReport:
 
     @property
     def packed_bytes(self) -> int:
-        """Of all tensors; the file has a header of some hundred bytes besides."""
+        """Size of all tensors in bytes; the file has a header of some hundred bytes besides."""
         return sum(self.packed.values())
 
     @property
     def plain_bytes(self) -> int:
-        """Of all tensors as they are."""
+        """Size of all unpacked tensors in bytes."""
         return sum(self.plain.values())
 
     @property
     def coded_bytes(self) -> int:
-        """Of all tensors, entropy-coded."""
+        """Size of all entropy-coded tensors in bytes."""
         return sum(self.coded.values())
 
     def __str__(self) -> str:
@@ -97,11 +97,11 @@ class PackedReport:
 
 
 def save_packed(source: nn.Module | Mapping[str, Tensor], path: str | Path) -> PackedReport:
-    """Write tensors in as few bytes as they need.
+    """Write tensors in as few bytes as possible.
 
     Args:
-        source: A module, whose ``state_dict`` is written, or tensors by name. Weights that a
-            module on the chip has used there are written as they are deployed.
+        source: A module, whose ``state_dict`` is written, or tensors by name. Weights that an
+            emulated module has used are written as they are deployed.
         path: Written whole or not at all.
 
     Returns:
@@ -127,16 +127,16 @@ def save_packed(source: nn.Module | Mapping[str, Tensor], path: str | Path) -> P
     for name, tensor in tensors.items():
         integers, scales = grids.get(name, (tensor, None))
         bits = _bits_of(name, integers)
-        layout, held = _smallest(bits)
+        layout, stored = _smallest(bits)
         if scales is not None:
-            held = {**held, "scales": scales.detach().cpu().float().numpy()}
+            stored = {**stored, "scales": scales.detach().cpu().float().numpy()}
         entries[name] = {
             "layout": layout,
             "shape": list(tensor.shape),
             "dtype": str(tensor.dtype).removeprefix("torch."),
         }
-        parts |= {f"{name}|{part}": array for part, array in held.items()}
-        packed[name] = sum(array.nbytes for array in held.values())
+        parts |= {f"{name}|{part}": array for part, array in stored.items()}
+        packed[name] = sum(array.nbytes for array in stored.values())
         plain[name] = tensor.numel() * tensor.element_size()
         coded[name] = _coded_bytes(bits) + (0 if scales is None else 4 * len(scales))
     metadata = {"format": FORMAT, "tensors": json.dumps(entries), "sha256": NO_DIGEST}
@@ -160,25 +160,33 @@ def load_packed(path: str | Path) -> dict[str, Tensor]:
 
 
 def _grids(module: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
-    """Integers and steps of the weights that a module has used on the chip."""
+    """Return integers and scales of the weights that an emulated module has used."""
     emulator = attached(module)
     if emulator is None:
         return {}
-    found = {}
+    integers_and_scales = {}
     for name, parameter in module.named_parameters(remove_duplicate=False):
         rows = emulator.state.rows_of(parameter)
         if rows is not None:
-            held = emulator.state.weight(parameter, rows)
-            steps = held.scales.reshape(-1, rows)[:, 0]
-            found[name] = held.stored.reshape(parameter.shape).to(torch.int8), steps
-    return found
+            quantized = emulator.state.weight(parameter, rows)
+            scales = quantized.scales.reshape(-1, rows)[:, 0]
+            integers_and_scales[name] = (
+                quantized.stored.reshape(parameter.shape).to(torch.int8),
+                scales,
+            )
+    return integers_and_scales
 
 
 def packed_size(weight: QuantizedWeight, rows_per_scale: int) -> int:
-    """Bytes of a weight of the chip in its smallest layout, steps included."""
+    """Count the bytes of a quantized weight in its smallest layout, scales included.
+
+    Args:
+        weight: Quantized weight of an emulated module.
+        rows_per_scale: Number of rows that share a scale.
+    """
     integers = weight.stored.to(torch.int8)
-    _, held = _smallest(_bits_of("a weight", integers))
-    return sum(array.nbytes for array in held.values()) + 4 * (len(integers) // rows_per_scale)
+    _, stored = _smallest(_bits_of("a weight", integers))
+    return sum(array.nbytes for array in stored.values()) + 4 * (len(integers) // rows_per_scale)
 
 
 def _coded_bytes(bits: Bits) -> int:
@@ -192,11 +200,11 @@ def _coded_bytes(bits: Bits) -> int:
 def _smallest(bits: Bits) -> tuple[str, dict[str, NDArray[Any]]]:
     """The layout with the fewest bytes, and its parts."""
     choices: dict[str, dict[str, NDArray[Any]]] = {"dense": {"values": bits}}
-    is_kept = bits != 0
-    kept = bits[is_kept]
-    mask = {"mask": np.packbits(is_kept)}
-    choices["sparse"] = {**mask, "values": kept}
-    for name, some, more in (("few", bits, {}), ("both", kept, mask)):
+    is_nonzero = bits != 0
+    nonzero = bits[is_nonzero]
+    mask = {"mask": np.packbits(is_nonzero)}
+    choices["sparse"] = {**mask, "values": nonzero}
+    for name, some, more in (("few", bits, {}), ("both", nonzero, mask)):
         levels, indices = np.unique(some, return_inverse=True)
         if 0 < len(levels) <= _MOST_VALUES:
             choices[name] = {**more, "levels": levels, "indices": _pack(indices, len(levels))}
@@ -208,8 +216,8 @@ def _smallest(bits: Bits) -> tuple[str, dict[str, NDArray[Any]]]:
 def _pack(indices: NDArray[np.intp], levels: int) -> NDArray[np.uint8]:
     """Indices in as many bits as they need, the highest first, one after the other."""
     width = width_of(levels)
-    places = np.arange(width - 1, -1, -1)
-    return np.packbits((indices.reshape(-1, 1) >> places & 1).astype(np.uint8))
+    positions = np.arange(width - 1, -1, -1)
+    return np.packbits((indices.reshape(-1, 1) >> positions & 1).astype(np.uint8))
 
 
 def _bits_of(name: str, tensor: Tensor) -> Bits:

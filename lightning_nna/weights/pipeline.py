@@ -1,16 +1,16 @@
-"""The weight pipeline: what methods make of a parameter before the chip's grid.
+"""The weight pipeline: transforms of a parameter before it is quantized for the accelerator.
 
-A method claims a parameter with a *stage*: a mask, or a set of centroids. While a forward runs,
-the parameter itself holds what its stages make of it, in one fixed order whatever the order of the
-callbacks; the weight that is trained (the *latent* weight) is kept aside, and is back in its place
-when the optimizer steps. So no layer is replaced and no function is wrapped: functional calls,
-scripted and compiled modules, recurrent layers, an emulated chip and a plain one see the same
-values. The gradient that reaches the transformed weight is pulled back through the stages once,
-when the optimizer is about to step: it is linear, so accumulated gradients need no more.
+A method claims a parameter with a *transform*: a mask, or a set of centroids. During a forward the
+parameter itself holds the result of its transforms, which are applied in one fixed order whatever
+the order of the callbacks. The weight that is trained (the *latent* weight) is stored aside, and
+is back when the optimizer steps. So no layer is replaced and no function is wrapped: functional
+calls, scripted and compiled modules, recurrent layers and an emulated module see the same values.
+The gradient of the transformed weight is pulled back through the transforms once, when the
+optimizer is about to step: the pull-back is linear, so accumulated gradients need no more.
 
-A stage is *live* during a run of its method, and *ended* after it. An ended stage makes room for
-another method, and no longer takes part in training. It still counts where the module is exported
-or emulated, as long as nobody changes the weight that its run left.
+A transform is *live* during a run of its method, and *ended* after it. An ended transform makes
+room for another method, and no longer takes part in training. It still counts where the module is
+exported or emulated, as long as nobody changes the weight that its run left.
 """
 
 from __future__ import annotations
@@ -32,19 +32,22 @@ from lightning_nna.non_finite import require_finite_weights
 P = ParamSpec("P")
 R = TypeVar("R")
 
-#: ``latent``: parameters hold what is trained; ``train`` and ``hard``: what stages make of it.
+#: ``latent``: parameters hold the trained weights; ``train`` and ``hard``: transformed ones.
 PipelinePhase = Literal["latent", "train", "hard"]
 
 
-#: Tensors without stages that are remembered.
+#: Number of tensors without transforms that are remembered.
 _STRANGERS = 4096
 
 
 def unseen(function: Callable[P, R]) -> Callable[P, R]:
-    """Let a function run without gradient, and unseen by the chip's dispatch.
+    """Let a function run without gradient, and unseen by the emulator's dispatch.
 
-    Within a batch, the dispatch would ask of every operation whose it is, and that takes longer
+    Within a batch, the dispatch would look up the owner of every operation, which takes longer
     than the operation.
+
+    Args:
+        function: Function on weights.
     """
 
     @functools.wraps(function)
@@ -57,127 +60,147 @@ def unseen(function: Callable[P, R]) -> Callable[P, R]:
 
 @dataclass(frozen=True)
 class WeightGrid:
-    """The integer grid on which a stage leaves a parameter.
+    """Quantization parameters of a transformed weight: symmetric integers times scales.
 
     Args:
-        steps: One positive step for each group of rows (first axis of the weight), float32.
-        maximum: Largest integer.
+        scales: Scales, float32, shape ``(groups,)``, positive: one for each group of rows (first
+            axis of the weight).
+        maximum: Largest integer, for example 127 for 8 bits.
     """
 
-    steps: Float[Tensor, " groups"]
+    scales: Float[Tensor, " groups"]
     maximum: int
 
 
-class Stage(Protocol):
-    """One method's hold on one parameter."""
+class WeightTransform(Protocol):
+    """Transform of one parameter by one method: a mask, or a set of centroids.
+
+    Attributes that the method learns get their gradients from :meth:`pull_back`.
+    """
 
     #: Name of the method, for messages.
     method: str
-    #: Place in the pipeline: masks 0, centroids 1. One stage a place.
-    place: int
+    #: Position in the pipeline: masks 0, centroids 1. A parameter has one transform of each.
+    order: int
 
     @property
     def grid(self) -> WeightGrid | None:
-        """Where results lie in phase ``hard``; None for anywhere."""
+        """Quantization parameters of hard weights; None for float weights."""
 
-    def transform(self, weight: Tensor, *, hard: bool) -> Tensor:
-        """What to use instead of ``weight``; ``weight`` itself if nothing is to be done."""
+    def apply(self, weight: Tensor, *, hard: bool) -> Tensor:
+        """Transform a weight.
+
+        Args:
+            weight: Latent weight, or the result of the transform before.
+            hard: Return the deployed weight; else the one that training uses.
+
+        Returns:
+            Transformed weight, in the shape and type of ``weight``; ``weight`` itself if unchanged.
+        """
 
     def pull_back(self, weight: Tensor, grad: Tensor) -> Tensor:
-        """Gradient of ``weight``, given that of what it was transformed to in training."""
+        """Pull a gradient back through the transform that training used.
+
+        Args:
+            weight: Input of :meth:`apply`.
+            grad: Gradient of the transformed weight, in the shape of ``weight``.
+
+        Returns:
+            Gradient of ``weight``.
+        """
 
 
 @runtime_checkable
 class Masking(Protocol):
-    """A stage of place 0: what it zeroes stays zero, whatever comes after it."""
+    """A transform of order 0: its zeros stay zero, whatever comes after it."""
 
     @property
     def mask(self) -> Tensor:
-        """True where weights are kept, in the shape of the parameter."""
+        """Mask in the shape of the parameter, bool: True for kept weights."""
 
     @property
     def keeps_all(self) -> bool:
-        """Whether the mask is True everywhere."""
+        """True if the mask is True everywhere."""
 
     def zero_(self, weight: Tensor) -> None:
-        """Zero in place what the mask does not keep."""
+        """Zero a weight in place where the mask is False."""
 
 
 class WeightPipeline:
-    """The stages of one module's parameters. Use :func:`pipeline_of`.
+    """Transforms of one module's parameters. Use :func:`pipeline_of`.
 
     Args:
-        module: Parameters are looked up in it by their names, since loading a state with
-            ``assign=True`` replaces them; None keeps those that were claimed.
+        module: Module in which parameters are looked up by name, since loading a state with
+            ``assign=True`` replaces them; None for the parameters that were claimed.
 
     Attributes:
-        phase: What the parameters hold now.
+        phase: Kind of weights that the parameters hold now.
     """
 
     def __init__(self, module: nn.Module | None = None) -> None:
         self.phase: PipelinePhase = "latent"
         self._module = None if module is None else ref(module)
-        self._stages: dict[str, list[Stage]] = {}
+        self._transforms: dict[str, list[WeightTransform]] = {}
         self._parameters: dict[str, nn.Parameter] = {}
         self._by_id: dict[int, str] = {}
         self._latent: dict[str, Tensor] = {}
-        # Where latent weights lay in the last step: memory that is freed in every step is fetched
-        # from the system in every step.
+        # Buffers of the latent weights of the last step: memory that is freed in every step is
+        # fetched from the system in every step.
         self._spare: dict[str, Tensor] = {}
         # Parameters whose gradient is that of a transformed weight.
         self._pending: set[str] = set()
         self._steppers: list[tuple[int, Callable[[bool], None]]] = []
         self._stepped: list[functools.partial[None]] = []
-        # Of stages whose run has ended, by their ids; and digests of the values that they left.
+        # Ids of transforms whose run has ended, and digests of the weights that they left.
         self._ended: set[int] = set()
         self._left: dict[str, str | None] = {}
-        # Tensors that were asked for and have no stages, by their ids.
+        # Tensors without transforms, by their ids: a look-up of them is not repeated.
         self._strangers: dict[int, ReferenceType[Tensor]] = {}
 
     # --- claims -------------------------------------------------------------------------------
 
-    def claim(self, name: str, parameter: nn.Parameter, stage: Stage) -> None:
-        """Put a stage on a parameter for a run; again the same one changes nothing.
+    def claim(self, name: str, parameter: nn.Parameter, transform: WeightTransform) -> None:
+        """Put a transform on a parameter for a run; again the same one changes nothing.
 
-        A stage whose run has ended makes room.
+        A transform whose run has ended makes room.
 
         Raises:
-            ValueError: If another method has that place.
+            ValueError: If another method has claimed that order.
         """
         self._strangers.clear()
-        held = self._stages.setdefault(name, [])
-        for other in list(held):
-            if other is not stage and other.place == stage.place:
+        claimed = self._transforms.setdefault(name, [])
+        for other in list(claimed):
+            if other is not transform and other.order == transform.order:
                 if id(other) not in self._ended:
                     raise ValueError(
-                        f"{name} is claimed by {other.method} and by {stage.method}: a tensor "
+                        f"{name} is claimed by {other.method} and by {transform.method}: a tensor "
                         f"takes one of them; narrow the targets of either"
                     )
-                held.remove(other)
+                claimed.remove(other)
                 self._ended.discard(id(other))
-        self._ended.discard(id(stage))
-        if not any(other is stage for other in held):
-            held.append(stage)
-            held.sort(key=lambda one: one.place)
-        self._holds(name, parameter)
+        self._ended.discard(id(transform))
+        if not any(other is transform for other in claimed):
+            claimed.append(transform)
+            claimed.sort(key=lambda one: one.order)
+        self._remember(name, parameter)
 
-    def release(self, stage: Stage) -> None:
-        """Take a stage off its parameter."""
-        for name, stages in list(self._stages.items()):
-            self._keep(name, [one for one in stages if one is not stage])
-        self._ended.discard(id(stage))
+    def release(self, transform: WeightTransform) -> None:
+        """Take a transform off its parameter."""
+        for name, transforms in list(self._transforms.items()):
+            self._keep(name, [one for one in transforms if one is not transform])
+        self._ended.discard(id(transform))
 
-    def end(self, stage: Stage) -> None:
-        """Note that the run of a stage is over: see the module on what it still does."""
-        for name, stages in self._stages.items():
-            if any(one is stage for one in stages):
-                self._ended.add(id(stage))
+    def end(self, transform: WeightTransform) -> None:
+        """Mark a transform as ended: its run is over, see the module."""
+        for name, transforms in self._transforms.items():
+            if any(one is transform for one in transforms):
+                self._ended.add(id(transform))
                 self._left[name] = digest_of(self.latent(name))
 
     def forget_ended(self) -> None:
-        """Take stages of earlier runs off: weights are about to be trained."""
-        for name, stages in list(self._stages.items()):
-            self._keep(name, [one for one in stages if id(one) not in self._ended])
+        """Take transforms of earlier runs off: weights are about to be trained."""
+        for name, transforms in list(self._transforms.items()):
+            self._keep(name, [one for one in transforms if id(one) not in self._ended])
         self._ended.clear()
         self._left.clear()
 
@@ -186,61 +209,63 @@ class WeightPipeline:
         module = None if self._module is None else self._module()
         if module is None:
             return
-        for name, held in list(self._parameters.items()):
+        for name, known in list(self._parameters.items()):
             now = _parameter_of(module, name)
-            if now is not None and now is not held:
-                self._holds(name, now)
+            if now is not None and now is not known:
+                self._remember(name, now)
                 if name in self._left:
                     self._left[name] = None
 
     @unseen
-    def carried(self) -> dict[str, tuple[list[Stage], str]]:
+    def carried(self) -> dict[str, tuple[list[WeightTransform], str]]:
         """Stages by parameter, for :meth:`adopt`, and a digest of what each parameter holds."""
-        return {name: (list(stages), digest_of(held)) for name, held, stages in self.claims()}
+        return {
+            name: (list(transforms), digest_of(held)) for name, held, transforms in self.claims()
+        }
 
     @unseen
-    def adopt(self, carried: Mapping[str, tuple[list[Stage], str]]) -> None:
-        """Take the stages of the module that this one is a copy of, as those of an ended run.
+    def adopt(self, carried: Mapping[str, tuple[list[WeightTransform], str]]) -> None:
+        """Take the transforms of the module that this one is a copy of, as those of an ended run.
 
         Args:
-            carried: From :meth:`carried` of that module's pipeline. Stages of a weight that has
-                changed since are left out, as are those of one that a method has claimed here.
+            carried: Result of :meth:`carried` of that module's pipeline. Transforms of a weight
+                that has changed since are left out, as are those of one that is claimed here.
         """
         module = None if self._module is None else self._module()
-        for name, (stages, digest) in carried.items():
+        for name, (transforms, digest) in carried.items():
             parameter = None if module is None else _parameter_of(module, name)
-            if parameter is None or name in self._stages or digest_of(parameter) != digest:
+            if parameter is None or name in self._transforms or digest_of(parameter) != digest:
                 continue
             with torch.inference_mode(False):  # Weights may be trained, wherever they were loaded.
-                own = copy.deepcopy(stages)
-            for stage in own:
-                self.claim(name, parameter, stage)
-                self.end(stage)
+                own = copy.deepcopy(transforms)
+            for transform in own:
+                self.claim(name, parameter, transform)
+                self.end(transform)
 
-    def stages_of(self, weight: Tensor) -> list[Stage]:
-        """Stages of a parameter, in order; none for any other tensor."""
+    def transforms_of(self, weight: Tensor) -> list[WeightTransform]:
+        """Return the transforms of a parameter, in order; none for any other tensor."""
         name = self._name_of(weight)
         return [] if name is None else self._counting(name)
 
-    def claims(self) -> Iterator[tuple[str, nn.Parameter, list[Stage]]]:
-        """Name, parameter and stages of all that is claimed, in the order of the first claims."""
+    def claims(self) -> Iterator[tuple[str, nn.Parameter, list[WeightTransform]]]:
+        """Yield name, parameter and transforms of each claimed weight, in order of the claims."""
         self.refresh()
-        for name in list(self._stages):
-            if stages := self._counting(name):
-                yield name, self._parameters[name], stages
+        for name in list(self._transforms):
+            if transforms := self._counting(name):
+                yield name, self._parameters[name], transforms
 
-    def _holds(self, name: str, parameter: nn.Parameter) -> None:
+    def _remember(self, name: str, parameter: nn.Parameter) -> None:
         before = self._parameters.get(name)
         if before is not None and before is not parameter:
             self._by_id.pop(id(before), None)
         self._parameters[name] = parameter
         self._by_id[id(parameter)] = name
 
-    def _keep(self, name: str, stages: list[Stage]) -> None:
-        """Leave a parameter the stages that are given; without any it is forgotten."""
-        self._stages[name] = stages
-        if not stages:
-            del self._stages[name]
+    def _keep(self, name: str, transforms: list[WeightTransform]) -> None:
+        """Leave a parameter only these transforms; without any it is forgotten."""
+        self._transforms[name] = transforms
+        if not transforms:
+            del self._transforms[name]
             self._left.pop(name, None)
             self._by_id.pop(id(self._parameters.pop(name)), None)
 
@@ -248,45 +273,45 @@ class WeightPipeline:
         name = self._by_id.get(id(weight))
         if name is not None and self._parameters[name] is weight:
             return name
-        seen = self._strangers.get(id(weight))
-        if not self._stages or (seen is not None and seen() is weight):
+        stranger = self._strangers.get(id(weight))
+        if not self._transforms or (stranger is not None and stranger() is weight):
             return None
         self.refresh()
         name = self._by_id.get(id(weight))
         if name is not None and self._parameters[name] is weight:
             return name
         if len(self._strangers) > _STRANGERS:
-            self._strangers.clear()  # Weights that a parametrization makes anew in every forward.
+            self._strangers.clear()  # A parametrization computes its weight in every forward.
         self._strangers[id(weight)] = ref(weight)
         return None
 
-    def _counting(self, name: str) -> list[Stage]:
-        """Stages of a parameter; ended ones are taken off once the weight has changed."""
-        stages = self._stages.get(name, [])
-        if self.phase != "latent" or not any(id(one) in self._ended for one in stages):
-            return stages
+    def _counting(self, name: str) -> list[WeightTransform]:
+        """Return the transforms of a parameter; a changed weight drops the ended ones."""
+        transforms = self._transforms.get(name, [])
+        if self.phase != "latent" or not any(id(one) in self._ended for one in transforms):
+            return transforms
         weight = self._parameters[name].detach()
         # By values: PyTorch does not count writes through ``.data``.
         left = digest_of(weight)
         if self._left.get(name) == left:
-            return stages
-        if torch.equal(unseen(_transformed)(weight, stages, hard=True), weight):
+            return transforms
+        if torch.equal(unseen(_applied)(weight, transforms, hard=True), weight):
             self._left[name] = left
-            return stages
-        self._keep(name, [one for one in stages if id(one) not in self._ended])
-        return self._stages.get(name, [])
+            return transforms
+        self._keep(name, [one for one in transforms if id(one) not in self._ended])
+        return self._transforms.get(name, [])
 
     # --- steps --------------------------------------------------------------------------------
 
-    def attend(self, place: int, stepped: Callable[[bool], None]) -> None:
-        """Let a method say what it does after the step of any optimizer; masks do it first.
+    def attend(self, order: int, stepped: Callable[[bool], None]) -> None:
+        """Register the work that a method does after the step of any optimizer; masks come first.
 
         Args:
-            place: Of the method.
-            stepped: Called with whether the clock has advanced: with several optimizers the step
-                of one of them counts.
+            order: Order of the method's transforms.
+            stepped: Function of whether the count of steps has advanced: with several optimizers
+                the step of one of them counts.
         """
-        self._steppers.append((place, stepped))
+        self._steppers.append((order, stepped))
         self._steppers.sort(key=lambda one: one[0])
 
     def leave(self, stepped: Callable[[bool], None]) -> None:
@@ -297,7 +322,7 @@ class WeightPipeline:
             self._spare = {}
 
     def has_stepped(self, stepped: Callable[[bool], None], advanced: bool) -> None:
-        """A method has seen an optimizer step; when all have, they act in their order."""
+        """Note that a method has seen an optimizer step; when all have, they act in their order."""
         self._stepped.append(functools.partial(stepped, advanced))
         if len(self._stepped) == len(self._steppers):
             acts = {one.func: one for one in self._stepped}
@@ -309,12 +334,12 @@ class WeightPipeline:
 
     @unseen
     def substitute(self, phase: Literal["train", "hard"]) -> None:
-        """Let the parameters hold what their stages make of them.
+        """Let the parameters hold the transformed weights.
 
         A second call in the same phase changes nothing.
 
         Raises:
-            RuntimeError: If they hold that of the other phase.
+            RuntimeError: If they hold the weights of the other phase.
             FloatingPointError: If a weight is not finite; names it.
         """
         if self.phase == phase:
@@ -322,24 +347,24 @@ class WeightPipeline:
         if self.phase != "latent":
             raise RuntimeError(f"weights are substituted for {self.phase!r} already: restore first")
         self.refresh()
-        counting = {name: self._counting(name) for name in list(self._stages)}
-        require_finite_weights({name: self._parameters[name] for name in self._stages})
+        counting = {name: self._counting(name) for name in list(self._transforms)}
+        require_finite_weights({name: self._parameters[name] for name in self._transforms})
         self.phase = phase
-        for name, stages in counting.items():
-            if not stages:
+        for name, transforms in counting.items():
+            if not transforms:
                 continue
             weight = self._parameters[name].detach()
-            mask = _mask_of(stages)
-            if mask is not None and len(stages) == 1:
+            mask = _mask_of(transforms)
+            if mask is not None and len(transforms) == 1:
                 if mask.keeps_all:
                     continue
-                self._latent[name] = self._aside(name, weight)
+                self._latent[name] = self._stored(name, weight)
                 mask.zero_(weight)  # In place: weights are read and written half as often.
             else:
-                result = _transformed(weight, stages, hard=phase == "hard")
+                result = _applied(weight, transforms, hard=phase == "hard")
                 if result is weight:
                     continue
-                self._latent[name] = self._aside(name, weight)
+                self._latent[name] = self._stored(name, weight)
                 weight.copy_(result)
             if phase == "train":
                 self._pending.add(name)
@@ -354,7 +379,7 @@ class WeightPipeline:
         self._latent.clear()
         self.phase = "latent"
 
-    def _aside(self, name: str, weight: Tensor) -> Tensor:
+    def _stored(self, name: str, weight: Tensor) -> Tensor:
         spare = self._spare.pop(name, None)
         if spare is None or (spare.shape, spare.dtype, spare.device) != (
             weight.shape,
@@ -369,7 +394,7 @@ class WeightPipeline:
         """Turn gradients of transformed weights into gradients of the latent ones.
 
         Args:
-            parameters: Of the optimizer that is about to step; the latent weights are in place.
+            parameters: Parameters of the optimizer that is about to step; they hold latent weights.
         """
         for parameter in parameters:
             name = self._by_id.get(id(parameter))
@@ -378,46 +403,46 @@ class WeightPipeline:
             self._pending.discard(name)
             sparse = parameter.grad if parameter.grad.is_sparse else None
             grad = parameter.grad if sparse is None else sparse.to_dense()
-            grad = _pulled_back(parameter.detach(), self._stages[name], grad)
+            grad = _pulled_back(parameter.detach(), self._transforms[name], grad)
             parameter.grad = grad if sparse is None else grad.sparse_mask(sparse.coalesce())
 
-    # --- what others ask ----------------------------------------------------------------------
+    # --- look-ups ----------------------------------------------------------------------------
 
     def latent(self, name: str) -> Tensor:
-        """The latent weight of a parameter, whatever it holds now."""
+        """Return the latent weight of a parameter, in every phase."""
         return self._latent.get(name, self._parameters[name].detach())
 
     @unseen
     def deployed(self, weight: Tensor) -> Tensor:
-        """A parameter as an operator is to use it now; any other tensor as it is."""
-        stages = self.stages_of(weight)
-        if self.phase != "latent" or not stages:
+        """Return a parameter as an operator uses it now; any other tensor unchanged."""
+        transforms = self.transforms_of(weight)
+        if self.phase != "latent" or not transforms:
             return weight
         return self.hard(weight)
 
     @unseen
     def hard(self, weight: Tensor) -> Tensor:
-        """What is deployed of a parameter that holds its latent weight."""
+        """Compute the deployed weight of a parameter that holds its latent weight."""
         name = self._by_id.get(id(weight))
         if name is not None:
             require_finite_weights({name: weight})
-        return _transformed(weight.detach(), self.stages_of(weight), hard=True)
+        return _applied(weight.detach(), self.transforms_of(weight), hard=True)
 
     @unseen
     def hard_latent(self, name: str) -> Tensor:
-        """What is deployed of a parameter, whatever it holds now."""
+        """Compute the deployed weight of a parameter, in every phase."""
         return self.hard_of(name, self.latent(name))
 
     @unseen
     def hard_of(self, name: str, latent: Tensor) -> Tensor:
-        """Transform any latent weight of a parameter's shape by the parameter's stages."""
+        """Transform any latent weight of a parameter's shape by the parameter's transforms."""
         require_finite_weights({name: latent})
-        return _transformed(latent, self._counting(name), hard=True)
+        return _applied(latent, self._counting(name), hard=True)
 
     def grid_of(self, weight: Tensor) -> WeightGrid | None:
-        """The grid on which the last stage leaves a parameter, if it is on one."""
-        stages = self.stages_of(weight)
-        return stages[-1].grid if stages else None
+        """Return the quantization parameters of the last transform of a parameter, or None."""
+        transforms = self.transforms_of(weight)
+        return transforms[-1].grid if transforms else None
 
 
 @unseen
@@ -435,40 +460,40 @@ def digest_of(weight: Tensor) -> str:
     return hashlib.blake2b(values.numpy().data, digest_size=16).hexdigest()
 
 
-def _mask_of(stages: Sequence[Stage]) -> Masking | None:
-    return stages[0] if isinstance(stages[0], Masking) else None
+def _mask_of(transforms: Sequence[WeightTransform]) -> Masking | None:
+    return transforms[0] if isinstance(transforms[0], Masking) else None
 
 
-def _transformed(weight: Tensor, stages: Sequence[Stage], *, hard: bool) -> Tensor:
-    """What all stages make of a weight; a mask has the last word, too."""
+def _applied(weight: Tensor, transforms: Sequence[WeightTransform], *, hard: bool) -> Tensor:
+    """Apply all transforms to a weight; a mask comes first and last."""
     result = weight
-    for stage in stages:
-        result = stage.transform(result, hard=hard)
-    if len(stages) > 1 and isinstance(stages[0], Masking) and result is not weight:
-        result = stages[0].transform(result, hard=hard)
+    for transform in transforms:
+        result = transform.apply(result, hard=hard)
+    if len(transforms) > 1 and isinstance(transforms[0], Masking) and result is not weight:
+        result = transforms[0].apply(result, hard=hard)
     return result
 
 
-def _pulled_back(weight: Tensor, stages: Sequence[Stage], grad: Tensor) -> Tensor:
-    """Gradient of a weight through its stages; what a mask has zeroed goes by the mask alone."""
+def _pulled_back(weight: Tensor, transforms: Sequence[WeightTransform], grad: Tensor) -> Tensor:
+    """Pull a gradient back through all transforms; masked weights skip those after the mask."""
     inputs = [weight]
-    for stage in stages[:-1]:
-        inputs.append(stage.transform(inputs[-1], hard=False))
-    masking = _mask_of(stages)
+    for transform in transforms[:-1]:
+        inputs.append(transform.apply(inputs[-1], hard=False))
+    masking = _mask_of(transforms)
     mask = None if masking is None else masking.mask
-    for stage, before in reversed(list(zip(stages, inputs, strict=True))):
-        if mask is not None and stage is not stages[0]:
-            grad = torch.where(mask, stage.pull_back(before, grad * mask), grad)
+    for transform, before in reversed(list(zip(transforms, inputs, strict=True))):
+        if mask is not None and transform is not transforms[0]:
+            grad = torch.where(mask, transform.pull_back(before, grad * mask), grad)
         else:
-            grad = stage.pull_back(before, grad)
+            grad = transform.pull_back(before, grad)
     return grad
 
 
 def _parameter_of(module: nn.Module, name: str) -> nn.Parameter | None:
-    """The parameter that a module has under a name, if it has one."""
+    """Return the parameter of a name, if the module has one."""
     path, _, leaf = name.rpartition(".")
-    for part in path.split(".") if path else ():
-        child = module._modules.get(part)
+    for child_name in path.split(".") if path else ():
+        child = module._modules.get(child_name)
         if child is None:
             return None
         module = child
@@ -479,17 +504,20 @@ _PIPELINES: WeakKeyDictionary[nn.Module, WeightPipeline] = WeakKeyDictionary()
 
 
 def pipeline_of(module: nn.Module) -> WeightPipeline:
-    """The pipeline of a module; an empty one is made where there is none.
+    """Return the pipeline of a module; a new one if it has none.
 
     It is remembered here and not on the module, so that nothing is saved with its weights. A copy
-    or pickle of an emulated module brings the stages along with the emulation.
+    or pickle of an emulated module brings the transforms along with the emulation.
+
+    Args:
+        module: Module whose weights are transformed.
 
     Example:
         >>> module = nn.Linear(2, 2)
         >>> pipeline_of(module) is pipeline_of(module)
         True
     """
-    held = _PIPELINES.get(module)
-    if held is None:
-        held = _PIPELINES[module] = WeightPipeline(module)
-    return held
+    pipeline = _PIPELINES.get(module)
+    if pipeline is None:
+        pipeline = _PIPELINES[module] = WeightPipeline(module)
+    return pipeline

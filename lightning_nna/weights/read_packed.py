@@ -1,4 +1,4 @@
-"""A reader of packed weights that needs NumPy and safetensors alone.
+"""A reader of packed weights that needs only NumPy and safetensors.
 
 This file imports nothing of the package: where the weights are unpacked it can be used by itself.
 
@@ -36,7 +36,7 @@ def read_packed(path: str | Path) -> dict[str, NDArray[Any]]:
         FileNotFoundError: If there is no such file.
         ValueError: If the file is another, or not as it was written.
     """
-    return {name: _array(*found) for name, found in packed_bits(path).items()}
+    return {name: _array(*parts) for name, parts in packed_bits(path).items()}
 
 
 def packed_bits(path: str | Path) -> dict[str, tuple[Bits, str, tuple[int, ...]]]:
@@ -53,7 +53,7 @@ def packed_bits(path: str | Path) -> dict[str, tuple[Bits, str, tuple[int, ...]]
     for key, array in load(contents).items():
         name, _, part = key.rpartition("|")
         parts.setdefault(name, {})[part] = array
-    found = {}
+    tensors = {}
     for name, entry in json.loads(metadata["tensors"]).items():
         shape, dtype = tuple(entry["shape"]), str(entry["dtype"])
         count = int(np.prod(shape, dtype=np.int64))
@@ -62,8 +62,8 @@ def packed_bits(path: str | Path) -> dict[str, tuple[Bits, str, tuple[int, ...]]
         bits = unpacked(parts[name], count, _UNSIGNED[size])
         if scaled:
             bits = _scaled(bits, parts[name]["scales"]).view(np.uint32)
-        found[name] = bits, dtype, shape
-    return found
+        tensors[name] = bits, dtype, shape
+    return tensors
 
 
 def checked(path: Path) -> bytes:
@@ -76,11 +76,11 @@ def checked(path: Path) -> bytes:
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}")
     contents = path.read_bytes()
-    found = _DIGEST.findall(contents)
-    if len(found) != 1:
-        raise ValueError(f"{path} is no file of this project: it has {len(found)} checksums")
-    blank = contents.replace(found[0], NO_DIGEST.encode())
-    if hashlib.sha256(blank).hexdigest() != found[0].decode():
+    digests = _DIGEST.findall(contents)
+    if len(digests) != 1:
+        raise ValueError(f"{path} is no file of this project: it has {len(digests)} checksums")
+    blank = contents.replace(digests[0], NO_DIGEST.encode())
+    if hashlib.sha256(blank).hexdigest() != digests[0].decode():
         raise ValueError(f"{path} is not as it was written: its checksum differs; write it again")
     return contents
 
@@ -92,21 +92,21 @@ def sealed(contents: bytes) -> bytes:
     return contents.replace(NO_DIGEST.encode(), digest.encode())
 
 
-def unpacked(held: Mapping[str, NDArray[Any]], count: int, kind: type) -> Bits:
+def unpacked(parts: Mapping[str, NDArray[Any]], count: int, kind: type) -> Bits:
     """Bits of a tensor from its parts: levels by index, and a mask of what is not zero."""
-    kept = count
-    is_kept = None
-    if "mask" in held:
-        is_kept = np.unpackbits(held["mask"], count=count).astype(bool)
-        kept = int(is_kept.sum())
-    if "indices" in held:
-        values = held["levels"][_indices(held["indices"], kept, len(held["levels"]))]
+    nonzero = count
+    is_nonzero = None
+    if "mask" in parts:
+        is_nonzero = np.unpackbits(parts["mask"], count=count).astype(bool)
+        nonzero = int(is_nonzero.sum())
+    if "indices" in parts:
+        values = parts["levels"][_indices(parts["indices"], nonzero, len(parts["levels"]))]
     else:
-        values = held["values"]
-    if is_kept is None:
+        values = parts["values"]
+    if is_nonzero is None:
         return values.astype(kind)
     bits: Bits = np.zeros(count, kind)
-    bits[is_kept] = values
+    bits[is_nonzero] = values
     return bits
 
 
@@ -122,7 +122,7 @@ def _indices(packed: NDArray[np.uint8], count: int, levels: int) -> NDArray[np.i
 
 
 def _scaled(integers: Bits, scales: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Weights on the chip's grid: 8-bit integers and a step for each group of rows."""
+    """Multiply 8-bit integers by the scale of each group of rows."""
     rows = integers.view(np.int8).reshape(len(scales), -1)
     return (rows.astype(np.float32) * scales[:, None]).reshape(-1)
 

@@ -1,6 +1,6 @@
-r"""What compression does to each tensor: size, error, and how both came about in training.
+r"""Size and error of each compressed tensor, over training.
 
-With a trained weight :math:`w` and what is deployed of it, :math:`\hat w`,
+With a latent weight :math:`w` and the deployed one, :math:`\hat w`,
 
 .. math:: \mathrm{SQNR} = 10 \log_{10} \frac{\sum w^2}{\sum (w - \hat w)^2}.
 """
@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from lightning_nna.emulation.telemetry import SiteTelemetry
-from lightning_nna.weights.codebook import CodebookStage
-from lightning_nna.weights.layers import LayerFigures, entropy_bits
+from lightning_nna.weights.codebook import CodebookTransform
+from lightning_nna.weights.layers import LayerMetrics, entropy_bits
 from lightning_nna.weights.pipeline import WeightPipeline, unseen
 
 _BINS = 101
@@ -28,20 +28,20 @@ class TensorReport:
     """One tensor at one time.
 
     Args:
-        name: Of the parameter.
-        method: That chose its values.
-        bits: Of an index.
-        weights: How many.
-        values: Distinct ones that are deployed.
-        sqnr_db: Of what is deployed, in decibels; infinite without error.
-        soft_hard_gap: Root of the mean square of what lies between the weight that the method
-            trains with and the one it deploys, relative to the weights.
-        packed_bytes: Indices, levels (a byte each) and steps (four bytes each).
+        name: Name of the parameter.
+        method: Name of the method of its centroids.
+        bits: Bits of an index.
+        weights: Number of weights.
+        values: Number of distinct deployed weights.
+        sqnr_db: SQNR of the deployed weight in decibels; infinite without error.
+        soft_hard_gap: Root of the mean square of the distance between the weight in training and
+            the deployed one, relative to the weights.
+        packed_bytes: Size in bytes: indices, centroids (a byte each), scales (four bytes each).
         widest: Largest absolute weight.
         histogram: Numbers of weights in equal bins from ``-widest`` to ``widest``.
-        centroids: Ascending values of the first group of rows.
-        zeros: Share of weights that are deployed as zero.
-        entropy_bits: Entropy of what is deployed of a weight, in bits.
+        centroids: Centroids of the first group of rows in the unit of the weights, ascending.
+        zeros: Fraction of deployed weights that are zero.
+        entropy_bits: Entropy of the deployed weight, in bits a weight.
     """
 
     name: str
@@ -59,14 +59,16 @@ class TensorReport:
     entropy_bits: float = 0.0
 
     @classmethod
-    def of(cls, name: str, weight: Tensor, hard: Tensor, stage: CodebookStage) -> TensorReport:
-        """Look at a weight.
+    def of(
+        cls, name: str, weight: Tensor, hard: Tensor, transform: CodebookTransform
+    ) -> TensorReport:
+        """Measure a weight.
 
         Args:
-            name: Of the parameter.
-            weight: As it is trained.
-            hard: What is deployed of it.
-            stage: That chose the values.
+            name: Name of the parameter.
+            weight: Latent weight.
+            hard: Deployed weight, in its shape.
+            transform: Transform with the codebook.
         """
         w = weight.detach().float()
         widest = float(w.abs().max())
@@ -74,23 +76,23 @@ class TensorReport:
         histogram = torch.histc(w, _BINS, -reach, reach)
         return cls(
             name=name,
-            method=stage.method,
-            bits=stage.bits,
+            method=transform.method,
+            bits=transform.bits,
             weights=w.numel(),
             values=len(hard.unique()),
             sqnr_db=_sqnr_db(w, hard),
-            soft_hard_gap=stage.soft_hard_gap(weight),
-            packed_bytes=stage.codebook.packed_bytes(weight, stage.bits),
+            soft_hard_gap=transform.soft_hard_gap(weight),
+            packed_bytes=transform.codebook.packed_bytes(weight, transform.bits),
             widest=widest,
             histogram=[int(count) for count in histogram.tolist()],
-            centroids=stage.codebook.centroids[0].tolist(),
+            centroids=transform.codebook.scaled_centroids[0].tolist(),
             zeros=float((hard == 0).float().mean()),
             entropy_bits=entropy_bits(hard),
         )
 
-    def row(self) -> LayerFigures:
-        """As a line of the table of all layers."""
-        return LayerFigures(
+    def row(self) -> LayerMetrics:
+        """Return the line of the table of all layers."""
+        return LayerMetrics(
             self.name,
             self.method,
             self.bits,
@@ -108,8 +110,8 @@ class Snapshot:
     """All tensors at one time.
 
     Args:
-        step: Optimizer steps so far.
-        tensors: In the module's order.
+        step: Number of optimizer steps so far.
+        tensors: Reports of the tensors, in the module's order.
     """
 
     step: int
@@ -118,8 +120,8 @@ class Snapshot:
     @classmethod
     @unseen
     def of(cls, step: int, pipeline: WeightPipeline) -> Snapshot:
-        """Look at every tensor that has a codebook."""
-        return cls(step, [TensorReport.of(*found) for found in codebook_stages(pipeline)])
+        """Measure every tensor that has a codebook."""
+        return cls(step, [TensorReport.of(*found) for found in codebook_transforms(pipeline)])
 
     @property
     def packed_bytes(self) -> int:
@@ -137,8 +139,8 @@ class Snapshot:
         weights = sum(t.weights for t in self.tensors)
         return sum(t.entropy_bits * t.weights for t in self.tensors) / weights
 
-    def figures(self) -> dict[str, float]:
-        """What to log, by the quantity's name; an error of nothing has no SQNR."""
+    def metrics(self) -> dict[str, float]:
+        """Compute the metrics to log, by name; a weight without error has no SQNR."""
         weights = sum(t.weights for t in self.tensors)
         finite = {t.name: t.sqnr_db for t in self.tensors if math.isfinite(t.sqnr_db)}
         return {
@@ -179,18 +181,18 @@ class Snapshot:
 
     @classmethod
     def from_state(cls, state: dict[str, Any]) -> Snapshot:
-        """What :meth:`state_dict` gave."""
+        """Restore a snapshot from :meth:`state_dict`."""
         return cls(state["step"], [TensorReport(**tensor) for tensor in state["tensors"]])
 
 
-def codebook_stages(
+def codebook_transforms(
     pipeline: WeightPipeline,
-) -> Iterator[tuple[str, Tensor, Tensor, CodebookStage]]:
-    """Name, trained weight, deployed weight and stage of every tensor with a codebook."""
-    for name, _, stages in pipeline.claims():
-        stage = stages[-1]
-        if isinstance(stage, CodebookStage):
-            yield name, pipeline.latent(name), pipeline.hard_latent(name), stage
+) -> Iterator[tuple[str, Tensor, Tensor, CodebookTransform]]:
+    """Yield name, latent weight, deployed weight and transform of tensors with a codebook."""
+    for name, _, transforms in pipeline.claims():
+        transform = transforms[-1]
+        if isinstance(transform, CodebookTransform):
+            yield name, pipeline.latent(name), pipeline.hard_latent(name), transform
 
 
 def as_json(snapshots: Sequence[Snapshot]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Selection of a method's parameters, and a number for each: bits, or a share of zeros.
+"""Selection of a method's parameters, and a number for each: bits, or a fraction of zeros.
 
 By default a method takes the *weights of operators* that are trained. What an operator multiplies
 with shows in the layer that owns a parameter, and where a module of one's own does, in its shape:
@@ -32,7 +32,7 @@ from typing_extensions import override
 from lightning_nna.settings_files import read_json
 
 V = TypeVar("V")
-Granularity = Literal["tensor", "channel"]
+Granularity = Literal["per_tensor", "per_channel"]
 
 _LARGEST_BITS = 8
 #: Layers of PyTorch that multiply with their weights, or look rows of them up.
@@ -45,7 +45,7 @@ _NORM = re.compile(r"Norm(\dd)?$")
 _NO_WEIGHT = re.compile(
     r"(?:^|[_.])(?:bias(?:es)?|pos|pe|pos(?:ition|enc|emb)\w*|tokens?|states?|h0|c0)(?=$|[_.\d])"
 )
-#: Layers whose operators on the chip have a scale for every row of the weight.
+#: Layers whose operators have a scale for every row of the weight.
 _ROW_BY_ROW = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
@@ -105,14 +105,14 @@ class ByTensor(ABC, Generic[V]):
     """A number for each of the weights that a method takes.
 
     Args:
-        default: Of a tensor that no override names.
-        targets: Globs or ``re:…`` on the names of parameters, or of modules that hold them. Each
+        default: Number of a tensor that no override names.
+        targets: Globs or ``re:…`` on the names of parameters, or of modules that have them. Each
             takes the weights of operators that it fits and that are trained, see the module; if
             there are none, the frozen ones, and if there are none, other parameters.
         overrides: Numbers by pattern; of several that match, the last counts. A path names a JSON
             file with such a mapping, or with an entry ``overrides`` as :class:`.BitAllocation`
             saves it.
-        exclude: Patterns of weights that are left alone, whatever ``targets`` says.
+        exclude: Patterns of weights that are never selected, whatever ``targets`` says.
 
     Raises:
         ValueError: If a number is out of range, or a file is not such a mapping.
@@ -127,8 +127,8 @@ class ByTensor(ABC, Generic[V]):
 
     def __post_init__(self) -> None:
         for patterns in ("targets", "exclude"):
-            given = getattr(self, patterns)
-            one = [given] if isinstance(given, str) else list(given)
+            patterns_or_one = getattr(self, patterns)
+            one = [patterns_or_one] if isinstance(patterns_or_one, str) else list(patterns_or_one)
             object.__setattr__(self, patterns, one)
         if isinstance(self.overrides, str | Path):
             object.__setattr__(self, "overrides", _read(Path(self.overrides)))
@@ -149,21 +149,21 @@ class ByTensor(ABC, Generic[V]):
         """Numbers by the names of the parameters that are selected, in the module's order.
 
         Args:
-            module: Its parameters are selected from.
+            module: Module with the parameters.
             frozen: Names of the parameters that count as frozen; None for :func:`frozen_in`.
 
         Raises:
             ValueError: If a pattern matches no parameter.
         """
-        chosen = self._chosen(module, frozen)
+        names = self._selected(module, frozen)
         overrides: Mapping[str, V] = self.overrides  # type: ignore[assignment]
         for pattern in overrides:
-            _select([pattern], [chosen])
-        found = {}
-        for name in chosen:
+            _select([pattern], [names])
+        numbers_by_name = {}
+        for name in names:
             numbers = [number for p, number in overrides.items() if matches_path(p, name)]
-            found[name] = numbers[-1] if numbers else self.default
-        return found
+            numbers_by_name[name] = numbers[-1] if numbers else self.default
+        return numbers_by_name
 
     def left_alone(
         self, module: nn.Module, frozen: Collection[str] | None = None
@@ -171,7 +171,7 @@ class ByTensor(ABC, Generic[V]):
         """Names that ``targets`` fit and that are not taken, nor excluded, by the reason.
 
         Args:
-            module: Its parameters are selected from.
+            module: Module with the parameters.
             frozen: See :meth:`of`.
 
         Raises:
@@ -183,23 +183,23 @@ class ByTensor(ABC, Generic[V]):
             >>> Sparsities(0.5).left_alone(net)
             {'frozen': ['0.weight']}
         """
-        chosen, of_operators = set(self._chosen(module, frozen)), set(operator_weights(module))
-        found: dict[str, list[str]] = {}
+        selected, of_operators = set(self._selected(module, frozen)), set(operator_weights(module))
+        names_by_reason: dict[str, list[str]] = {}
         for name in candidates_of(module):
             fits = any(matches_path(pattern, name) for pattern in self.targets)
             excluded = any(matches_path(pattern, name) for pattern in self.exclude)
-            if fits and not excluded and name not in chosen:
+            if fits and not excluded and name not in selected:
                 reason = "frozen" if name in of_operators else "no weights of operators"
-                found.setdefault(reason, []).append(name)
-        return found
+                names_by_reason.setdefault(reason, []).append(name)
+        return names_by_reason
 
-    def _chosen(self, module: nn.Module, frozen: Collection[str] | None) -> list[str]:
+    def _selected(self, module: nn.Module, frozen: Collection[str] | None) -> list[str]:
         names, of_operators = list(candidates_of(module)), list(operator_weights(module))
         still = set(frozen_in(module) if frozen is None else frozen)
         trained = [name for name in of_operators if name not in still]
-        chosen = _select(self.targets, [trained, of_operators, names])
+        selected = _select(self.targets, [trained, of_operators, names])
         left_out = set(_select(self.exclude, [names]))
-        return [name for name in chosen if name not in left_out]
+        return [name for name in selected if name not in left_out]
 
 
 class BitWidths(ByTensor[int]):
@@ -224,7 +224,7 @@ class BitWidths(ByTensor[int]):
 
 
 class Sparsities(ByTensor[float]):
-    """Shares of zeros in the weights that a method takes, at least 0 and below 1.
+    """Fractions of zeros in the weights that a method takes, at least 0 and below 1.
 
     Example:
         >>> network = nn.ModuleDict({"joint": nn.Linear(2, 2), "encoder": nn.Linear(2, 2)})
@@ -242,13 +242,13 @@ class Sparsities(ByTensor[float]):
 
 
 def candidates_of(module: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the parameters that a method can take where they are named.
+    """Return the parameters that a method can take if they are named.
 
-    They are float, of two axes or more, and not of a loss or a metric. What a parametrization
-    computes a weight from is none.
+    They are float, of two axes or more, and not of a loss or a metric. The originals of a
+    parametrization are none.
 
     Args:
-        module: Its parameters are looked at.
+        module: Module with the parameters.
 
     Example:
         >>> list(candidates_of(nn.LayerNorm((3, 2))))
@@ -270,7 +270,7 @@ def operator_weights(module: nn.Module) -> dict[str, nn.Parameter]:
     """Return the candidates that operators multiply with, or look up in; see the module.
 
     Args:
-        module: Its parameters are looked at.
+        module: Module with the parameters.
 
     Example:
         >>> net = nn.Module()
@@ -290,7 +290,7 @@ def frozen_in(module: nn.Module) -> list[str]:
     """Return the names of the frozen parameters; none where no parameter at all is trained.
 
     Args:
-        module: Its parameters are looked at.
+        module: Module with the parameters.
 
     Example:
         >>> frozen_in(nn.Linear(2, 2).requires_grad_(False))
@@ -301,16 +301,17 @@ def frozen_in(module: nn.Module) -> list[str]:
 
 
 def groups_of(module: nn.Module, name: str, weight: Tensor, granularity: Granularity) -> int:
-    """Number of scales of a parameter.
+    """Count the scales of a parameter.
 
     Args:
-        module: That it belongs to.
-        name: Of the parameter.
-        weight: The parameter.
-        granularity: ``"tensor"``: one. ``"channel"``: one a row of a linear layer or convolution,
-            one a gate of an LSTM, one elsewhere: what the chip's operators can have.
+        module: Module that it belongs to.
+        name: Name of the parameter.
+        weight: Parameter, shape ``(rows, …)``.
+        granularity: ``"per_tensor"``: one. ``"per_channel"``: one for each row of a linear layer or
+            convolution, one for each gate of an LSTM, one elsewhere: as the operators of the
+            accelerator have them.
     """
-    if granularity == "tensor":
+    if granularity == "per_tensor":
         return 1
     owner = module.get_submodule(name.rpartition(".")[0])
     if isinstance(owner, _ROW_BY_ROW):
@@ -320,30 +321,30 @@ def groups_of(module: nn.Module, name: str, weight: Tensor, granularity: Granula
     return 1
 
 
-def _select(patterns: Sequence[str], levels: Sequence[Sequence[str]]) -> list[str]:
+def _select(patterns: Sequence[str], tiers: Sequence[Sequence[str]]) -> list[str]:
     """As ``select``, and a pattern that names a module takes all that it holds.
 
     Args:
-        patterns: Each takes what it fits in the first level where it fits anything.
-        levels: Names, each level a part of the next. A pattern of stars alone names nothing, and so
-            fits in the first level only.
+        patterns: Patterns; each selects what it fits in the first tier where it fits anything.
+        tiers: Names in tiers, each a subset of the next. A pattern of stars alone names nothing,
+            and so fits in the first tier only.
     """
-    names, chosen = levels[-1], set()
+    names, selected = tiers[-1], set()
     for pattern in patterns:
-        reachable = levels if pattern.strip("*") else levels[:1]
+        reachable = tiers if pattern.strip("*") else tiers[:1]
         fits = ([n for n in level if matches_path(pattern, n)] for level in reachable)
         below = next((level for level in fits if level), [])
-        if not below and names and reachable != levels:
+        if not below and names and reachable != tiers:
             raise ValueError(
                 f"pattern {pattern!r} matches no weight of an operator that is trained: name what "
                 f"is to be taken; there are: {', '.join(names[:8])}{', …' if names[8:] else ''}"
             )
-        chosen.update(below or select([pattern], names, what="weight"))
-    return [name for name in names if name in chosen]
+        selected.update(below or select([pattern], names, what="weight"))
+    return [name for name in names if name in selected]
 
 
 def matches_path(pattern: str, name: str) -> bool:
-    """Whether a pattern fits a name, or that of a module that holds it.
+    """Say whether a pattern fits a name, or the name of a module that has it.
 
     Example:
         >>> matches_path("joint", "joint.output.weight"), matches_path("*.output", "joint.output.w")
@@ -370,7 +371,7 @@ def _is_loss_or_metric(module: nn.Module) -> bool:
 def _read(path: Path) -> dict[str, Any]:
     """Numbers by pattern from a JSON file."""
     content = read_json(path)
-    found = content.get("overrides", content) if isinstance(content, dict) else None
-    if not isinstance(found, dict):
+    numbers = content.get("overrides", content) if isinstance(content, dict) else None
+    if not isinstance(numbers, dict):
         raise ValueError(f"{path} holds no numbers by pattern, but {type(content).__name__}")
-    return found
+    return numbers

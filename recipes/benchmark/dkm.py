@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 
-class DKMStage:
+class DKMTransform:
     """Attention of every weight to every centroid, as DKM has it, with autograd's gradient.
 
     Args:
@@ -21,7 +21,7 @@ class DKMStage:
     """
 
     method = "DKM"
-    place = 1
+    order = 1
     grid = None
 
     def __init__(self, weight: Tensor, bits: int, iterations: int = 1) -> None:
@@ -31,7 +31,7 @@ class DKMStage:
         self._iterations = iterations
         self._latent, self._result = weight, weight
 
-    def transform(self, weight: Tensor, *, hard: bool) -> Tensor:
+    def apply(self, weight: Tensor, *, hard: bool) -> Tensor:
         """What attention makes of the weights; its graph is kept."""
         with torch.enable_grad():
             self._latent = weight.detach().clone().requires_grad_()

@@ -21,12 +21,12 @@ from torch import Tensor, nn
 
 from lightning_nna.files import write_whole
 from lightning_nna.keyed_adam import KeyedAdam
-from lightning_nna.quantization.general_quantizer_transform import GeneralQuantizerStage
+from lightning_nna.quantization.general_quantizer_transform import GeneralQuantizerTransform
 from lightning_nna.quantization.mracos import mracos_gradient
-from lightning_nna.quantization.uniform import UniformStage
-from lightning_nna.weights.codebook import Codebook, in_steps
-from lightning_nna.weights.pipeline import Stage, pipeline_of
-from recipes.benchmark.dkm import DKMStage
+from lightning_nna.quantization.uniform import UniformTransform
+from lightning_nna.weights.codebook import Codebook, to_grid_units
+from lightning_nna.weights.pipeline import WeightTransform, pipeline_of
+from recipes.benchmark.dkm import DKMTransform
 from recipes.benchmark.emulation import machine, time_ratios
 from recipes.benchmark.memory import peak_bytes, peak_in_process
 from recipes.benchmark.rows import Row, append_row, has_row, read_rows
@@ -51,7 +51,7 @@ class Method:
 
     Args:
         title: In tables.
-        attach: Puts stages on a network's weights; gives what is done before the optimizer's step.
+        attach: Claims a network's weights; returns what is done before the optimizer's step.
     """
 
     title: str
@@ -79,16 +79,20 @@ class Method:
         return step
 
 
-def _with_stages(make: Callable[[Tensor, int], Stage], module: nn.Module, bits: int) -> Step:
-    stages: dict[str, Any] = {n: make(p, bits) for n, p in module.named_parameters() if p.ndim > 1}
-    for name, stage in stages.items():
-        pipeline_of(module).claim(name, module.get_parameter(name), stage)
+def _with_transforms(
+    make: Callable[[Tensor, int], WeightTransform], module: nn.Module, bits: int
+) -> Step:
+    transforms: dict[str, Any] = {
+        n: make(p, bits) for n, p in module.named_parameters() if p.ndim > 1
+    }
+    for name, transform in transforms.items():
+        pipeline_of(module).claim(name, module.get_parameter(name), transform)
     adam = KeyedAdam(1e-4)
 
     def before_step() -> None:
         learned = {
-            name: stage.centroids if hasattr(stage, "centroids") else stage.step_log2
-            for name, stage in stages.items()
+            name: transform.centroids if hasattr(transform, "centroids") else transform.scale_log2
+            for name, transform in transforms.items()
         }
         adam.update({name: x for name, x in learned.items() if x.grad is not None})
 
@@ -96,13 +100,13 @@ def _with_stages(make: Callable[[Tensor, int], Stage], module: nn.Module, bits: 
 
 
 def _gq(is_hard: bool) -> Callable[[nn.Module, int], Step]:
-    def make(weight: Tensor, bits: int) -> Stage:
-        stage = GeneralQuantizerStage(weight, bits)
-        stage.sharpness, stage.is_hard = 4.0, is_hard
-        stage.gradient_sharpness = None
-        return stage
+    def make(weight: Tensor, bits: int) -> WeightTransform:
+        transform = GeneralQuantizerTransform(weight, bits)
+        transform.sharpness, transform.is_hard = 4.0, is_hard
+        transform.gradient_sharpness = None
+        return transform
 
-    return lambda module, bits: _with_stages(make, module, bits)
+    return lambda module, bits: _with_transforms(make, module, bits)
 
 
 def _s8bqat(module: nn.Module, bits: int) -> Step:
@@ -117,7 +121,7 @@ def _s8bqat(module: nn.Module, bits: int) -> Step:
         for name, weight in weights.items():
             book = books[name]
             if weight.grad is not None:
-                pull = mracos_gradient(in_steps(weight, book.steps), book.levels)
+                pull = mracos_gradient(to_grid_units(weight, book.scales), book.centroids)
                 weight.grad.add_(pull, alpha=1e-4)
             if steps % _COMPRESS_EVERY == 0:
                 weight.copy_(book.project(weight))
@@ -129,8 +133,8 @@ METHODS: dict[str, Method] = {
     "gq": Method("GQ, hard", _gq(True)),
     "gq_soft": Method("GQ, soft", _gq(False)),
     "s8bqat": Method("S8BQAT", _s8bqat),
-    "lsq": Method("LSQ", lambda module, bits: _with_stages(UniformStage, module, bits)),
-    "dkm": Method("DKM", lambda module, bits: _with_stages(DKMStage, module, bits)),
+    "lsq": Method("LSQ", lambda module, bits: _with_transforms(UniformTransform, module, bits)),
+    "dkm": Method("DKM", lambda module, bits: _with_transforms(DKMTransform, module, bits)),
 }
 _FLOAT = Method("float", lambda module, bits: lambda: None)
 

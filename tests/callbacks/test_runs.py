@@ -55,7 +55,7 @@ def test_pruning_that_joins_a_run_has_a_schedule_of_what_is_left(kind: Any, tmp_
     path, joined, prune = stopped(tmp_path, steps=6), module(), kind(0.5)
     trainer(prune, steps=12).fit(joined, ckpt_path=path)
     assert (prune.steps, zeros(joined)) == (6, 0.5)
-    assert not any(stage.revives for stage in prune.masks.values())
+    assert not any(transform.revives for transform in prune.masks.values())
 
 
 def test_compression_that_joins_a_run_has_a_schedule_of_what_is_left(tmp_path: Path) -> None:
@@ -149,8 +149,9 @@ def test_a_target_that_is_missed_is_warned_of(callback: WeightMethod, missed: st
         ),
         (
             GeneralQuantizer(3, hard_from=2),
-            GeneralQuantizer(3, hard_from=2, mu=7.0, granularity="channel"),
-            "mu is 15.0 there and 7.0 here, granularity is 'tensor' there and 'channel' here",
+            GeneralQuantizer(3, hard_from=2, mu=7.0, granularity="per_channel"),
+            "mu is 15.0 there and 7.0 here, granularity is 'per_tensor' there and 'per_channel' "
+            "here",
         ),
         (
             GeneralQuantizer(3, hard_from=2, targets=["lstm"]),
@@ -222,8 +223,8 @@ def test_scales_that_are_not_learned_any_more_stay_as_they_are(tmp_path: Path) -
     path = stopped(tmp_path, before)
     after = GeneralQuantizer(3, hard_from=2)
     trainer(after).fit(module(), ckpt_path=path)
-    for name, stage in after._stages.items():
-        assert torch.equal(stage.steps, before._stages[name].steps), name
+    for name, transform in after._transforms.items():
+        assert torch.equal(transform.scales, before._transforms[name].scales), name
 
 
 # --- one run after another ------------------------------------------------------------------------
@@ -238,8 +239,8 @@ def test_a_method_follows_another_on_the_same_module() -> None:
         MagnitudePruning(0.5),
     ):
         trainer(callback, steps=4).fit(fitted)
-        assert [type(s) for s in pipeline_of(fitted).stages_of(fitted.lstm.weight_hh_l0)] == [
-            type(next(iter(callback.stages().values())))
+        assert [type(s) for s in pipeline_of(fitted).transforms_of(fitted.lstm.weight_hh_l0)] == [
+            type(next(iter(callback.transforms().values())))
         ]
     assert zeros(fitted) == 0.5
 
@@ -288,8 +289,8 @@ def test_two_callbacks_of_one_class_on_other_tensors(tmp_path: Path) -> None:
     assert (zeros(resumed.lstm), zeros(resumed.head)) == (0.5, 0.75)
     logged = {k: float(v) for k, v in run.logged_metrics.items() if "sparsity" in k}
     assert logged == {
-        "nna/magnitude/*+!head/sparsity": pytest.approx(0.5, abs=0.01),
-        "nna/magnitude/head/sparsity": 0.75,
+        "nna/magnitude_pruning/*+!head/sparsity": pytest.approx(0.5, abs=0.01),
+        "nna/magnitude_pruning/head/sparsity": 0.75,
     }
 
 

@@ -15,7 +15,7 @@ from torch import nn
 from lightning_nna import calibrate, emulate
 from lightning_nna.deploy import layer_figures, write_report
 from lightning_nna.deploy.vela import VelaOperator, VelaReport
-from lightning_nna.weights.layers import LayerFigures, as_csv, as_html, entropy_bits
+from lightning_nna.weights.layers import LayerMetrics, as_csv, as_html, entropy_bits
 
 
 class Net(nn.Module):
@@ -88,8 +88,8 @@ def test_entropy() -> None:
 
 
 ROWS = [
-    LayerFigures("a<b>", "gq", 5, 100, 32, 0.25, 4.5, 70, 31.0, 1000),
-    LayerFigures("c", "chip", 8, 300, 200, 0.0, 7.0, 400, math.inf, 3000),
+    LayerMetrics("a<b>", "gq", 5, 100, 32, 0.25, 4.5, 70, 31.0, 1000),
+    LayerMetrics("c", "chip", 8, 300, 200, 0.0, 7.0, 400, math.inf, 3000),
 ]
 
 

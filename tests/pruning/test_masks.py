@@ -6,38 +6,38 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_nna.pruning.masks import MaskStage, MatrixLayout, global_sparsities
+from lightning_nna.pruning.masks import MaskTransform, MatrixLayout, global_sparsities
 from lightning_nna.pruning.sparsity_pattern import SparsityPattern
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_what_is_masked_is_a_plain_zero(dtype: torch.dtype) -> None:
     weight = torch.tensor([[-1.5, 2.0], [torch.inf, -0.25], [torch.nan, -torch.inf]], dtype=dtype)
-    stage = MaskStage("method", weight, revives=False)
-    assert stage.transform(weight, hard=True) is weight
-    stage.set_mask(torch.tensor([[True, False], [False, True], [False, False]]))
+    transform = MaskTransform("method", weight, revives=False)
+    assert transform.apply(weight, hard=True) is weight
+    transform.set_mask(torch.tensor([[True, False], [False, True], [False, False]]))
     expected = torch.tensor([[-1.5, 0.0], [0.0, -0.25], [0.0, 0.0]], dtype=dtype)
     in_place = weight.clone()
-    stage.zero_(in_place)
+    transform.zero_(in_place)
     for masked in (
-        stage.transform(weight, hard=False),
-        stage.pull_back(weight, weight),
+        transform.apply(weight, hard=False),
+        transform.pull_back(weight, weight),
         in_place,
     ):
         assert torch.equal(masked, expected)
         assert not torch.signbit(masked[expected == 0]).any()
-    stage.revives = True
-    assert stage.pull_back(weight, weight) is weight
+    transform.revives = True
+    assert transform.pull_back(weight, weight) is weight
 
 
 def test_a_new_mask_takes_the_place_of_the_old_one() -> None:
     weight = torch.arange(1.0, 4.0)
-    stage = MaskStage("method", weight, revives=False)
+    transform = MaskTransform("method", weight, revives=False)
     for kept in ([True, False, True], [False, True, True]):
-        stage.set_mask(torch.tensor(kept))
-        assert stage.kept == 2
-        assert stage.sparsity == pytest.approx(1 / 3)
-        assert torch.equal(stage.transform(weight, hard=True) != 0, torch.tensor(kept))
+        transform.set_mask(torch.tensor(kept))
+        assert transform.kept_count == 2
+        assert transform.sparsity == pytest.approx(1 / 3)
+        assert torch.equal(transform.apply(weight, hard=True) != 0, torch.tensor(kept))
 
 
 @pytest.mark.parametrize(
@@ -90,15 +90,15 @@ def test_the_least_of_all_layers_go(patterns: str, relative: bool) -> None:
         "a": torch.randn(30, 8, generator=generator),
         "b": 1.5 * torch.randn(20, 16, generator=generator),
     }
-    energies = {name: pattern.energies(w) for name, w in weights.items()}
+    importance_scores = {name: pattern.importance_scores(w) for name, w in weights.items()}
     shapes = {name: (w.shape[0], w.shape[1]) for name, w in weights.items()}
     wanted = {"a": 0.2, "b": 0.3}
-    found = global_sparsities(energies, wanted, pattern, shapes, relative=relative)
+    found = global_sparsities(importance_scores, wanted, pattern, shapes, relative=relative)
     units = []
-    for name, energy in energies.items():
-        size = weights[name].numel() // energy.numel()
-        total = float(energy.double().sum()) if relative else 1.0
-        units += [(float(e) / total / size, size, name) for e in energy.flatten()]
+    for name, scores in importance_scores.items():
+        size = weights[name].numel() // scores.numel()
+        total = float(scores.double().sum()) if relative else 1.0
+        units += [(float(e) / total / size, size, name) for e in scores.flatten()]
     budget = sum(wanted[name] * weights[name].numel() for name in weights)
     gone = dict.fromkeys(weights, 0)
     taken = 0

@@ -96,9 +96,9 @@ def test_the_last_choice_is_at_freezing_and_none_is_just_before(
     every: int, freeze: int, expected: list[int]
 ) -> None:
     class Noting(MagnitudePruning):
-        def choose(self, name: str, weight: Tensor, sparsity: float) -> Tensor:
+        def select_mask(self, name: str, weight: Tensor, sparsity: float) -> Tensor:
             chosen_at.append(self.steps)
-            return super().choose(name, weight, sparsity)
+            return super().select_mask(name, weight, sparsity)
 
     chosen_at: list[int] = []
     prune = Noting(0.5, every_n_steps=every, freeze_step=freeze, targets=["head.first.weight"])
@@ -190,7 +190,7 @@ def test_a_global_budget_takes_from_layers_that_can_spare() -> None:
     callback = made("magnitude", 0.5, scope="global", schedule=1.0, every_n_steps=1)
     trainer(callback, steps=11).fit(fitted)
     assert callback.sparsity == pytest.approx(0.5, abs=0.01)
-    shares = {name: stage.sparsity for name, stage in callback.masks.items()}
+    shares = {name: transform.sparsity for name, transform in callback.masks.items()}
     assert shares["head.first.weight"] == max(shares.values()) > 0.5
 
 
@@ -199,7 +199,7 @@ def test_zeroed_weights_may_return_until_masks_freeze() -> None:
 
     class Watch(pl.Callback):
         def on_train_batch_end(self, *_: Any) -> None:
-            masks.append({n: stage.mask.clone() for n, stage in callback.masks.items()})
+            masks.append({n: transform.mask.clone() for n, transform in callback.masks.items()})
 
     callback = made("csp", 0.5, schedule=1.0, freeze_step=20)
     trainer(callback, Watch(), steps=30).fit(SmallRecurrentModule(learning_rate=0.05))
@@ -217,7 +217,7 @@ def test_a_layer_waits_while_its_error_would_be_too_large() -> None:
     free = made("csp", 0.9)
     trainer(free).fit(module())
     assert strict.sparsity < 0.6 < free.sparsity
-    assert max(strict.figures()["nmse_max"], 1e-3) > 1e-3
+    assert max(strict.metrics()["nmse_max"], 1e-3) > 1e-3
 
 
 def test_the_fit_of_survivors_makes_up_for_what_goes() -> None:

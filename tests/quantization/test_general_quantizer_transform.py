@@ -1,4 +1,4 @@
-"""The stage of the General Quantizer against its definition in float64, by autograd."""
+"""The transform of the General Quantizer against its definition in float64, by autograd."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_nna.quantization.general_quantizer_transform import GeneralQuantizerStage
+from lightning_nna.quantization.general_quantizer_transform import GeneralQuantizerTransform
 from lightning_nna.quantization.lloyd_max import lloyd_max
 from lightning_nna.quantization.mu_law import (
     cell_middles,
@@ -25,22 +25,24 @@ def weights(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * 0.1
 
 
-def at_middles(stage: GeneralQuantizerStage, rows: int, columns: int) -> Tensor:
+def at_middles(transform: GeneralQuantizerTransform, rows: int, columns: int) -> Tensor:
     """Weights in the middle of cells, where the table and the definition are to agree."""
-    count = cells_for(len(stage.centroids))
+    count = cells_for(len(transform.centroids))
     inner = cell_middles(count)[1:-1]
     chosen = torch.randint(count, (rows, columns), generator=torch.Generator().manual_seed(7))
-    scales = (stage.steps * stage.maximum).repeat_interleave(rows // len(stage.steps))
+    scales = (transform.scales * transform.maximum).repeat_interleave(rows // len(transform.scales))
     return inner[chosen] * scales[:, None]
 
 
-def definition(stage: GeneralQuantizerStage, weight: Tensor, z: Tensor, log2: Tensor) -> Tensor:
+def definition(
+    transform: GeneralQuantizerTransform, weight: Tensor, z: Tensor, log2: Tensor
+) -> Tensor:
     """Clip, compand, softmax over every centroid, expand, scale."""
     scales = torch.exp2(log2).repeat_interleave(len(weight) // len(log2))[:, None]
-    v = mu_law((weight / scales).clamp(-1, 1), stage.mu)
-    alpha = stage.sharpness / mean_spacing(z) ** stage.power
-    shares = torch.softmax(-alpha * (v[..., None] - z).abs() ** stage.power, -1)
-    return scales * inverse_mu_law((shares * z).sum(-1), stage.mu)
+    v = mu_law((weight / scales).clamp(-1, 1), transform.mu)
+    alpha = transform.sharpness / mean_spacing(z) ** transform.power
+    shares = torch.softmax(-alpha * (v[..., None] - z).abs() ** transform.power, -1)
+    return scales * inverse_mu_law((shares * z).sum(-1), transform.mu)
 
 
 @pytest.mark.parametrize("groups", [1, 4])
@@ -49,42 +51,42 @@ def definition(stage: GeneralQuantizerStage, weight: Tensor, z: Tensor, log2: Te
 def test_soft_weights_and_gradients_are_those_of_the_definition(
     groups: int, bits: int, power: int
 ) -> None:
-    stage = GeneralQuantizerStage(
+    transform = GeneralQuantizerTransform(
         weights(8, 500), bits, groups=groups, power=power, grid_bits=None, learn_scale=True
     )
-    stage.sharpness = 4.0
-    weight = at_middles(stage, 8, 500)
+    transform.sharpness = 4.0
+    weight = at_middles(transform, 8, 500)
     w = weight.double().requires_grad_()
-    z = stage.centroids.double().sort().values.requires_grad_()
-    log2 = stage.scale_log2.double().requires_grad_()
-    expected = definition(stage, w, z, log2)
-    found = stage.transform(weight, hard=False)
+    z = transform.centroids.double().sort().values.requires_grad_()
+    log2 = transform.scale_log2.double().requires_grad_()
+    expected = definition(transform, w, z, log2)
+    found = transform.apply(weight, hard=False)
     torch.testing.assert_close(found.double(), expected.detach(), rtol=0, atol=1e-4)
     grad = weights(8, 500, seed=3)
     by_weight, by_centroid, by_scale = torch.autograd.grad((expected * grad).sum(), (w, z, log2))
-    pulled = stage.pull_back(weight, grad)
+    pulled = transform.pull_back(weight, grad)
     torch.testing.assert_close(pulled.double(), by_weight, rtol=5e-3, atol=2e-3)
-    assert stage.centroids.grad is not None
-    ascending = stage.centroids.grad[stage.centroids.argsort()]
+    assert transform.centroids.grad is not None
+    ascending = transform.centroids.grad[transform.centroids.argsort()]
     torch.testing.assert_close(ascending.double(), by_centroid, rtol=5e-3, atol=5e-3)
-    assert stage.scale_log2.grad is not None
-    scaled = by_scale / math.sqrt(4000 / groups * stage.maximum)
-    torch.testing.assert_close(stage.scale_log2.grad.double(), scaled, rtol=1e-2, atol=1e-5)
+    assert transform.scale_log2.grad is not None
+    scaled = by_scale / math.sqrt(4000 / groups * transform.maximum)
+    torch.testing.assert_close(transform.scale_log2.grad.double(), scaled, rtol=1e-2, atol=1e-5)
 
 
 @pytest.mark.parametrize("bits", range(1, 9))
 def test_it_starts_at_lloyd_max_points_and_hard_weights_take_the_nearest(bits: int) -> None:
     weight = weights(40, 300)
-    stage = GeneralQuantizerStage(weight, bits, mu=0.0)
+    transform = GeneralQuantizerTransform(weight, bits, mu=0.0)
     largest = weight.abs().max()
     expected = lloyd_max(weight / largest, 2**bits).centroids
-    torch.testing.assert_close(stage.centroids, expected, rtol=0, atol=1e-5)
-    hard = stage.transform(weight, hard=True)
+    torch.testing.assert_close(transform.centroids, expected, rtol=0, atol=1e-5)
+    hard = transform.apply(weight, hard=True)
     assert len(hard.unique()) <= 2**bits
-    integers = hard / stage.steps
+    integers = hard / transform.scales
     assert float((integers - integers.round()).abs().max()) < 1e-4
     # The nearest of what the grid makes of the centroids, unless a border runs through the cell.
-    levels = stage.codebook.levels * stage.steps
+    levels = transform.codebook.centroids * transform.scales
     least = (weight[..., None] - levels).abs().min(-1).values
     width = 2 * largest / cells_for(2**bits)
     assert float(((weight - hard).abs() - least).max()) <= float(width)
@@ -93,26 +95,31 @@ def test_it_starts_at_lloyd_max_points_and_hard_weights_take_the_nearest(bits: i
 @pytest.mark.parametrize("mu", [0.0, 15.0, 255.0])
 @pytest.mark.parametrize("groups", [1, 8])
 def test_hard_weights_are_those_of_the_codebook_and_stay(mu: float, groups: int) -> None:
-    stage = GeneralQuantizerStage(weights(8, 900), 5, mu=mu, groups=groups)
-    hard = stage.transform(weights(8, 900), hard=True)
-    assert torch.equal(stage.transform(hard, hard=True), hard)
-    assert torch.equal(stage.codebook.project(hard), hard)
+    transform = GeneralQuantizerTransform(weights(8, 900), 5, mu=mu, groups=groups)
+    hard = transform.apply(weights(8, 900), hard=True)
+    assert torch.equal(transform.apply(hard, hard=True), hard)
+    assert torch.equal(transform.codebook.project(hard), hard)
 
 
 def test_once_hard_a_centroid_has_the_gradient_of_its_weights() -> None:
     weight = weights(6, 700)
-    stage = GeneralQuantizerStage(weight, 2, grid_bits=None)
-    stage.is_hard, stage.gradient_sharpness = True, None
-    found = stage.transform(weight, hard=False)
+    transform = GeneralQuantizerTransform(weight, 2, grid_bits=None)
+    transform.is_hard, transform.gradient_sharpness = True, None
+    found = transform.apply(weight, hard=False)
     grad = weights(6, 700, seed=5)
-    pulled = stage.pull_back(weight, grad)
-    z = stage.centroids.double().sort().values.requires_grad_()
-    nearest = (found[..., None] - stage.codebook.centroids[0]).abs().argmin(-1)
-    values = stage.steps.double() * stage.maximum * inverse_mu_law(z[nearest], stage.mu)
+    pulled = transform.pull_back(weight, grad)
+    z = transform.centroids.double().sort().values.requires_grad_()
+    nearest = (found[..., None] - transform.codebook.scaled_centroids[0]).abs().argmin(-1)
+    values = (
+        transform.scales.double() * transform.maximum * inverse_mu_law(z[nearest], transform.mu)
+    )
     (expected,) = torch.autograd.grad((values * grad).sum(), z)
-    assert stage.centroids.grad is not None
+    assert transform.centroids.grad is not None
     torch.testing.assert_close(
-        stage.centroids.grad[stage.centroids.argsort()].double(), expected, rtol=1e-4, atol=1e-6
+        transform.centroids.grad[transform.centroids.argsort()].double(),
+        expected,
+        rtol=1e-4,
+        atol=1e-6,
     )
     # Straight-through: unchanged, but for the largest weight, at the end of the range.
     inside = weight.abs() < weight.abs().max() * (1 - 1e-5)
@@ -121,25 +128,25 @@ def test_once_hard_a_centroid_has_the_gradient_of_its_weights() -> None:
 
 def test_the_gradient_has_the_sharpness_it_was_given() -> None:
     weight = weights(4, 800)
-    soft = GeneralQuantizerStage(weight, 3)
+    soft = GeneralQuantizerTransform(weight, 3)
     soft.sharpness = 2.0
-    hard = GeneralQuantizerStage(weight, 3)
+    hard = GeneralQuantizerTransform(weight, 3)
     hard.sharpness, hard.is_hard, hard.gradient_sharpness = 32.0, True, 2.0
     grad = weights(4, 800, seed=2)
-    for stage in (soft, hard):
-        stage.transform(weight, hard=False)
+    for transform in (soft, hard):
+        transform.apply(weight, hard=False)
     assert torch.equal(soft.pull_back(weight, grad), hard.pull_back(weight, grad))
 
 
 def test_centroids_in_any_order_get_their_own_gradient() -> None:
     weight = weights(4, 800)
-    plain, shuffled = (GeneralQuantizerStage(weight, 2) for _ in range(2))
+    plain, shuffled = (GeneralQuantizerTransform(weight, 2) for _ in range(2))
     order = torch.tensor([2, 0, 3, 1])
     shuffled.centroids = plain.centroids[order].clone()
     grad = weights(4, 800, seed=2)
-    for stage in (plain, shuffled):
-        stage.transform(weight, hard=False)
-        stage.pull_back(weight, grad)
+    for transform in (plain, shuffled):
+        transform.apply(weight, hard=False)
+        transform.pull_back(weight, grad)
     assert plain.centroids.grad is not None
     assert shuffled.centroids.grad is not None
     assert torch.equal(shuffled.centroids.grad, plain.centroids.grad[order])
@@ -147,35 +154,35 @@ def test_centroids_in_any_order_get_their_own_gradient() -> None:
 
 def test_a_pinned_zero_gets_no_gradient() -> None:
     weight = weights(4, 800)
-    stage = GeneralQuantizerStage(weight, 2, pin_zero=True)
-    stage.transform(weight, hard=False)
-    stage.pull_back(weight, weights(4, 800, seed=2))
-    assert stage.centroids.grad is not None
-    is_zero = stage.centroids == 0
+    transform = GeneralQuantizerTransform(weight, 2, pin_zero=True)
+    transform.apply(weight, hard=False)
+    transform.pull_back(weight, weights(4, 800, seed=2))
+    assert transform.centroids.grad is not None
+    is_zero = transform.centroids == 0
     assert int(is_zero.sum()) == 1
-    assert bool((stage.centroids.grad == 0).eq(is_zero).all())
-    assert 0.0 in stage.transform(weight, hard=True)
+    assert bool((transform.centroids.grad == 0).eq(is_zero).all())
+    assert 0.0 in transform.apply(weight, hard=True)
 
 
 @pytest.mark.parametrize("settings", [{}, {"learn_scale": True}, {"grid_bits": None}])
 def test_saved_and_loaded_it_gives_the_same_bits(settings: dict[str, Any]) -> None:
     weight = weights(4, 300)
-    stage = GeneralQuantizerStage(weight, 3, **settings)
-    stage.centroids.add_(0.01)
-    stage.scale_log2.sub_(0.1)
-    other = GeneralQuantizerStage(weights(4, 300, seed=9), 3, **settings)
-    other.load_state_dict(stage.state_dict())
-    assert torch.equal(other.transform(weight, hard=True), stage.transform(weight, hard=True))
-    assert torch.equal(other.transform(weight, hard=False), stage.transform(weight, hard=False))
+    transform = GeneralQuantizerTransform(weight, 3, **settings)
+    transform.centroids.add_(0.01)
+    transform.scale_log2.sub_(0.1)
+    other = GeneralQuantizerTransform(weights(4, 300, seed=9), 3, **settings)
+    other.load_state_dict(transform.state_dict())
+    assert torch.equal(other.apply(weight, hard=True), transform.apply(weight, hard=True))
+    assert torch.equal(other.apply(weight, hard=False), transform.apply(weight, hard=False))
 
 
 def test_the_gap_closes_as_the_assignment_hardens() -> None:
     weight = weights(10, 1000)
-    stage = GeneralQuantizerStage(weight, 2)
+    transform = GeneralQuantizerTransform(weight, 2)
     gaps = []
     for sharpness in (1.0, 8.0, 64.0, 1e5):
-        stage.sharpness = sharpness
-        gaps.append(stage.soft_hard_gap(weight))
+        transform.sharpness = sharpness
+        gaps.append(transform.soft_hard_gap(weight))
     assert gaps == sorted(gaps, reverse=True)
     assert gaps[0] > 0.1
     assert gaps[-1] < 0.02
@@ -184,26 +191,28 @@ def test_the_gap_closes_as_the_assignment_hardens() -> None:
 @pytest.mark.parametrize("groups", [1, 4])
 def test_a_scale_at_the_centroids_clips_what_lies_beyond(groups: int) -> None:
     weight = weights(8, 500)
-    stage = GeneralQuantizerStage(weight, 2, groups=groups, mu=0.0, scale="centroids")
-    stage.is_hard, stage.gradient_sharpness = True, None
-    limits = (stage.steps * stage.maximum).repeat_interleave(8 // groups)[:, None]
-    assert float(stage.centroids.abs().max()) == pytest.approx(1.0, abs=1e-5)
+    transform = GeneralQuantizerTransform(weight, 2, groups=groups, mu=0.0, scale="centroids")
+    transform.is_hard, transform.gradient_sharpness = True, None
+    limits = (transform.scales * transform.maximum).repeat_interleave(8 // groups)[:, None]
+    assert float(transform.centroids.abs().max()) == pytest.approx(1.0, abs=1e-5)
     assert float(limits.max()) < 0.7 * float(weight.abs().max())
-    hard = stage.transform(weight, hard=True)
-    wide = GeneralQuantizerStage(weight, 2, groups=groups, mu=0.0).transform(weight, hard=True)
+    hard = transform.apply(weight, hard=True)
+    wide = GeneralQuantizerTransform(weight, 2, groups=groups, mu=0.0).apply(weight, hard=True)
     # The grid is finer now; a weight at a border may go to the other side.
     assert float(((hard - wide).abs() < 2e-3).float().mean()) > 0.99
-    stage.transform(weight, hard=False)
-    pulled = stage.pull_back(weight, torch.ones_like(weight))
+    transform.apply(weight, hard=False)
+    pulled = transform.pull_back(weight, torch.ones_like(weight))
     cell = 2 * limits / cells_for(4)
     assert not pulled[weight.abs() > limits + cell].any()
     assert bool((pulled[weight.abs() < limits - cell] == 1).all())
 
 
 def test_powers_of_two_steps_stay_such_as_scales_are_learned() -> None:
-    stage = GeneralQuantizerStage(weights(4, 90), 3, learn_scale=True, power_of_two_scales=True)
-    stage.scale_log2.add_(0.37)
-    assert torch.frexp(stage.steps).mantissa.tolist() == [0.5]
+    transform = GeneralQuantizerTransform(
+        weights(4, 90), 3, learn_scale=True, power_of_two_scales=True
+    )
+    transform.scale_log2.add_(0.37)
+    assert torch.frexp(transform.scales).mantissa.tolist() == [0.5]
 
 
 @pytest.mark.parametrize("bits", [1, 4, 8])
@@ -211,12 +220,12 @@ def test_a_codebook_is_the_nearest_level_of_every_weight(bits: int) -> None:
     weight = weights(6, 400)
     book = Codebook.fit(weight, bits, groups=3)
     hard = book.project(weight)
-    distance = (weight.reshape(3, -1, 1).double() - book.centroids.double()[:, None]).abs()
-    expected = book.centroids.gather(1, distance.argmin(-1)).reshape(weight.shape)
+    distance = (weight.reshape(3, -1, 1).double() - book.scaled_centroids.double()[:, None]).abs()
+    expected = book.scaled_centroids.gather(1, distance.argmin(-1)).reshape(weight.shape)
     # A weight half-way between two levels may go to either, as float32 has it.
     torch.testing.assert_close((weight - hard).abs(), (weight - expected).abs(), atol=1e-7, rtol=0)
     assert torch.equal(book.project(hard), hard)
-    assert len(book.levels.unique()) <= 2**bits
+    assert len(book.centroids.unique()) <= 2**bits
     assert book.packed_bytes(weight, bits) == 2400 * bits // 8 + 2**bits + 3 * 4
 
 
@@ -228,9 +237,9 @@ def test_levels_on_the_grid_keep_the_entropy_that_was_asked_for(
     weight = weights(80, 500)
     settings: dict[str, Any] = {"groups": groups, "pin_zero": pin_zero, "max_entropy_bits": 4.3}
     book = Codebook.fit(weight, 5, **settings)
-    stage = GeneralQuantizerStage(weight, 5, mu=0.0, **settings)
-    for hard in (book.project(weight), stage.transform(weight, hard=True)):
-        integers = (hard.reshape(groups, -1) / stage.steps[:, None]).round()
+    transform = GeneralQuantizerTransform(weight, 5, mu=0.0, **settings)
+    for hard in (book.project(weight), transform.apply(weight, hard=True)):
+        integers = (hard.reshape(groups, -1) / transform.scales[:, None]).round()
         shares = integers.unique(return_counts=True)[1] / weight.numel()
         # Below it by what a level that drops out takes along; above by what the grid moves borders.
         assert 4.3 - 0.06 <= float(-(shares * shares.log2()).sum()) <= 4.3 + 0.02

@@ -70,8 +70,8 @@ def textbook(x: Floats, levels: int) -> float:
 def error_of(x: Floats, centroids: torch.Tensor) -> float:
     """Mean squared distance from the nearest of some centroids."""
     places = centroids.double().numpy()
-    middles = (places[1:] + places[:-1]) / 2
-    return float(((x - places[np.searchsorted(middles, x)]) ** 2).mean())
+    midpoints = (places[1:] + places[:-1]) / 2
+    return float(((x - places[np.searchsorted(midpoints, x)]) ** 2).mean())
 
 
 @settings(max_examples=150, deadline=None)
@@ -241,8 +241,8 @@ def test_a_grid_without_room_is_shared() -> None:
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"levels": 0}, ValueError, "levels must be 1 to 65536, got 0"),
-        ({"levels": 65537}, ValueError, "got 65537"),
+        ({"size": 0}, ValueError, "size must be 1 to 65536, got 0"),
+        ({"size": 65537}, ValueError, "got 65537"),
         ({"values": torch.zeros(0)}, ValueError, "no values"),
         ({"values": torch.tensor([1.0, torch.nan])}, FloatingPointError, "not finite"),
         ({"values": torch.tensor([1.0, -torch.inf])}, FloatingPointError, "not finite"),
@@ -254,9 +254,9 @@ def test_a_grid_without_room_is_shared() -> None:
     ],
 )
 def test_bad_input(arguments: dict, error: type[Exception], message: str) -> None:  # type: ignore[type-arg]
-    given_arguments = {"values": torch.tensor([1.0, 2.0]), "levels": 1} | arguments
+    given_arguments = {"values": torch.tensor([1.0, 2.0]), "size": 1} | arguments
     with pytest.raises(error, match=message):
-        lloyd_max(given_arguments.pop("values"), given_arguments.pop("levels"), **given_arguments)
+        lloyd_max(given_arguments.pop("values"), given_arguments.pop("size"), **given_arguments)
 
 
 def test_bad_groups_and_grids() -> None:

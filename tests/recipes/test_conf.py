@@ -53,15 +53,22 @@ def _bind(node: dict[str, Any]) -> None:
     signature = inspect.signature(target)
     bound = signature.bind_partial if node.get("_partial_") else signature.bind
     bound(**settings)
-    for keyword in _forwarded(path):
-        assert settings.keys() <= signature.parameters.keys() | keyword.parameters.keys()
+    taken = signature.parameters.keys() | _forwarded(path, target)
+    assert settings.keys() <= taken, f"{path} does not take {settings.keys() - taken}"
 
 
-def _forwarded(path: str) -> list[inspect.Signature]:
-    """The signature behind the ``**settings`` of the corpora's functions."""
-    if not path.startswith("recipes.asr.data."):
-        return []
-    return [inspect.signature(importlib.import_module("recipes.asr.data").SpeechDataModule)]
+def _forwarded(path: str, target: Any) -> set[str]:
+    """Names of the arguments behind ``**settings``: of base classes, or of a corpus's module."""
+    owners = [owner for owner in getattr(target, "__mro__", ()) if "__init__" in vars(owner)]
+    if path.startswith("recipes.asr.data."):
+        owners = [importlib.import_module("recipes.asr.data").SpeechDataModule]
+    names: set[str] = set()
+    for owner in owners:
+        parameters = inspect.signature(owner.__init__).parameters
+        names |= parameters.keys()
+        if not any(one.kind is one.VAR_KEYWORD for one in parameters.values()):
+            break
+    return names
 
 
 @pytest.mark.parametrize("choice", CHOICES)

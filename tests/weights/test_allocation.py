@@ -65,7 +65,7 @@ def test_sizes_are_exact_to_the_byte() -> None:
         lambda m: m[0](torch.ones(7)).sum() ** 2,
         target_bytes=100,
         candidates=CANDIDATES,
-        granularity="channel",
+        granularity="per_channel",
     )
     expected = 0
     for name, rows, count in (("0.weight", 5, 35), ("1.weight", 4, 24)):

@@ -154,8 +154,8 @@ def test_figures_on_disk_and_in_tensorboard(tmp_path: Path) -> None:
         assert picture[..., :3].std() > 0.02  # Something is drawn.
     events = EventAccumulator(str(tmp_path / "run"))
     events.Reload()
-    assert sorted(events.Tags()["images"]) == [f"nna/compression/{name}" for name in names]
-    logged = [event.value for event in events.Scalars("nna/compression/packed_bytes")]
+    assert sorted(events.Tags()["images"]) == [f"nna/compression_report/{name}" for name in names]
+    logged = [event.value for event in events.Scalars("nna/compression_report/packed_bytes")]
     assert logged == [float(snapshot.packed_bytes) for snapshot in watch.snapshots]
 
 
@@ -165,7 +165,9 @@ def test_scalars_in_a_csv_file_and_an_error_of_nothing_is_null(tmp_path: Path) -
     logger = CSVLogger(tmp_path, name="", version="run")
     trainer(hard, MRACosRegularization(3), watch, steps=4, logger=logger).fit(module())
     header = (tmp_path / "run" / "metrics.csv").read_text().splitlines()[0].split(",")
-    assert {"nna/compression/mean_bits", "nna/compression/soft_hard_gap"} <= set(header)
+    assert {"nna/compression_report/mean_bits", "nna/compression_report/soft_hard_gap"} <= set(
+        header
+    )
     newest = json.loads((tmp_path / "report" / "compression.json").read_text())["snapshots"][-1]
     assert [tensor["sqnr_db"] for tensor in newest["tensors"]] == [None] * len(hard.selected)
     assert {tensor["method"] for tensor in newest["tensors"]} == {"S8BQAT"}

@@ -82,7 +82,7 @@ def test_a_copy_of_a_used_callback_begins_anew_with_another_module(
             trainer(callback, steps=8).fit(other)
             results.append((dict(other.state_dict()), callback.state_dict()))
     assert_same(*results)
-    (said,) = (one for one in caplog.messages if "is a copy and begins anew" in one)
+    (said,) = (one for one in caplog.messages if "is a copy and begins again" in one)
     assert said.startswith(type(used).__name__)
 
 
@@ -298,10 +298,10 @@ def test_centroids_stay_unless_they_are_to_be_refreshed() -> None:
     for every in (0, 4):
         callback = hard(refresh_every_n_steps=every, start_step=1.0)
         trainer(callback, steps=1).fit(fitted := module())
-        before = callback.centroids["head.first.weight"].codebook.centroids.clone()
+        before = callback.centroids["head.first.weight"].codebook.scaled_centroids.clone()
         trainer(callback, steps=6).fit(fitted)
         books[every] = torch.equal(
-            callback.centroids["head.first.weight"].codebook.centroids, before
+            callback.centroids["head.first.weight"].codebook.scaled_centroids, before
         )
     assert books == {0: True, 4: False}
 
@@ -361,7 +361,7 @@ def test_two_fits_go_on_from_what_was_trained() -> None:
         ({"overrides": {"head": 0}}, r"overrides\['head'\] must be an int"),
         ({"max_entropy_bits": 0.0}, "max_entropy_bits must be above 0 and at most 3 bits, got 0.0"),
         ({"max_entropy_bits": 3.5}, "max_entropy_bits must be above 0 and at most 3 bits, got 3.5"),
-        ({"granularity": "row"}, "granularity must be 'tensor' or 'channel', got 'row'"),
+        ({"granularity": "row"}, "granularity must be 'per_tensor' or 'per_channel', got 'row'"),
     ],
 )
 def test_wrong_arguments_are_named(method: str, settings: dict[str, object], message: str) -> None:
@@ -407,7 +407,7 @@ class Several(SmallRecurrentModule):
 
 @pytest.mark.parametrize("on_chip", [False, True], ids=["float", "chip"])
 @pytest.mark.parametrize("method", ["gq", "hard"])
-@pytest.mark.parametrize("granularity", ["tensor", "channel"])
+@pytest.mark.parametrize("granularity", ["per_tensor", "per_channel"])
 def test_every_kind_of_weight(method: str, granularity: str, on_chip: bool) -> None:
     torch.manual_seed(0)
     fitted = Several()

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from lightning_nna import bake, calibrate, emulate
 from lightning_nna.callbacks import CompressedSensingPruning, GeneralQuantizer
-from lightning_nna.deploy import load_packed, read_packed, save_packed
+from lightning_nna.deploy import load_packed, save_packed
 from lightning_nna.emulation.attachment import attach, attached
 from lightning_nna.testing.contract import module, trainer
+from lightning_nna.weights import read_packed
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:

@@ -17,9 +17,9 @@ from lightning_nna.weights.pipeline import WeightGrid, WeightPipeline, pipeline_
 class Mask:
     """Keeps every second column."""
 
-    method, place, grid = "mask", 0, None
+    method, order, grid = "mask", 0, None
 
-    def transform(self, weight: Tensor, *, hard: bool) -> Tensor:
+    def apply(self, weight: Tensor, *, hard: bool) -> Tensor:
         return weight * self.kept(weight)
 
     def pull_back(self, weight: Tensor, grad: Tensor) -> Tensor:
@@ -32,10 +32,10 @@ class Mask:
 class Softened:
     """tanh in training; on a grid when hard."""
 
-    method, place = "softened", 1
+    method, order = "softened", 1
     grid: WeightGrid | None = WeightGrid(torch.tensor([0.125]), 127)
 
-    def transform(self, weight: Tensor, *, hard: bool) -> Tensor:
+    def apply(self, weight: Tensor, *, hard: bool) -> Tensor:
         return (weight * 8).round() / 8 if hard else weight.tanh()
 
     def pull_back(self, weight: Tensor, grad: Tensor) -> Tensor:
@@ -51,8 +51,8 @@ def linear() -> nn.Linear:
 def test_stages_act_in_their_places_and_gradients_flow_back(order: tuple[type, type]) -> None:
     layer, pipeline = linear(), WeightPipeline()
     latent = layer.weight.detach().clone()
-    for stage in order:
-        pipeline.claim("weight", layer.weight, stage())
+    for transform in order:
+        pipeline.claim("weight", layer.weight, transform())
     x = torch.randn(3, 6)
     pipeline.substitute("train")
     assert pipeline.latent("weight").equal(latent)
@@ -97,10 +97,10 @@ def test_claims() -> None:
     pipeline.claim("weight", layer.weight, mine)
     with pytest.raises(ValueError, match="weight is claimed by softened and by softened"):
         pipeline.claim("weight", layer.weight, Softened())
-    assert pipeline.stages_of(layer.weight) == [mine]
-    assert pipeline.stages_of(layer.weight.detach()) == pipeline.stages_of(layer.bias) == []
+    assert pipeline.transforms_of(layer.weight) == [mine]
+    assert pipeline.transforms_of(layer.weight.detach()) == pipeline.transforms_of(layer.bias) == []
     pipeline.release(mine)
-    assert pipeline.stages_of(layer.weight) == []
+    assert pipeline.transforms_of(layer.weight) == []
     pipeline.claim("weight", layer.weight, Softened())
 
 
@@ -132,16 +132,16 @@ def test_the_chip_takes_the_grid_of_the_last_stage() -> None:
     ("grid", "rows_per_scale", "chip", "message"),
     [
         (WeightGrid(torch.ones(1), 2047), 1, "litert-int8", "set grid_bits=8"),
-        (WeightGrid(torch.ones(4), 127), 4, "litert-int8", "set granularity='tensor'"),
+        (WeightGrid(torch.ones(4), 127), 4, "litert-int8", "set granularity='per_tensor'"),
         (WeightGrid(torch.full((1,), 0.3), 127), 1, "shift", "set power_of_two_scales=True"),
     ],
 )
 def test_a_grid_that_the_chip_has_not(
     grid: WeightGrid, rows_per_scale: int, chip: str, message: str
 ) -> None:
-    layer, stage = linear(), Softened()
-    stage.grid = grid
-    pipeline_of(layer).claim("weight", layer.weight, stage)
+    layer, transform = linear(), Softened()
+    transform.grid = grid
+    pipeline_of(layer).claim("weight", layer.weight, transform)
     with pytest.raises(ValueError, match=message):
         on_grid(pipeline_of(layer), layer.weight, rows_per_scale, resolve_spec(chip))
 
@@ -150,7 +150,7 @@ def test_a_copy_of_the_module_has_no_stages() -> None:
     layer = linear()
     pipeline_of(layer).claim("weight", layer.weight, Softened())
     twin = copy.deepcopy(layer)
-    assert pipeline_of(twin).stages_of(twin.weight) == []
+    assert pipeline_of(twin).transforms_of(twin.weight) == []
 
 
 def write_in_place(weight: nn.Parameter, values: Tensor) -> None:
@@ -178,11 +178,11 @@ def test_an_ended_stage_counts_until_the_weight_is_changed_in_whatever_way(
     write: Callable[[nn.Parameter, Tensor], None], hard: bool
 ) -> None:
     layer, spec = linear(), resolve_spec("litert-int8")
-    pipeline, stage = pipeline_of(layer), Softened()
-    pipeline.claim("weight", layer.weight, stage)
+    pipeline, transform = pipeline_of(layer), Softened()
+    pipeline.claim("weight", layer.weight, transform)
     write_in_place(layer.weight, pipeline.hard(layer.weight) if hard else layer.weight)
-    pipeline.end(stage)
-    deployed = stage.transform(layer.weight.detach(), hard=True)
+    pipeline.end(transform)
+    deployed = transform.apply(layer.weight.detach(), hard=True)
     assert torch.equal(on_grid(pipeline, layer.weight, 1, spec).values, deployed)
     pipeline.substitute("hard")
     pipeline.restore()
@@ -193,4 +193,4 @@ def test_an_ended_stage_counts_until_the_weight_is_changed_in_whatever_way(
     fresh = nn.Parameter(values.clone())
     expected = on_grid(WeightPipeline(), fresh, 1, spec)
     assert torch.equal(on_grid(pipeline, layer.weight, 1, spec).values, expected.values)
-    assert pipeline.stages_of(layer.weight) == []
+    assert pipeline.transforms_of(layer.weight) == []

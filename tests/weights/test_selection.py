@@ -165,7 +165,9 @@ def test_patterns_that_match_nothing() -> None:
 
 def test_scales_by_channel_are_those_the_chip_can_have() -> None:
     network = Network()
-    groups = {n: groups_of(network, n, p, "channel") for n, p in operator_weights(network).items()}
+    groups = {
+        n: groups_of(network, n, p, "per_channel") for n, p in operator_weights(network).items()
+    }
     assert groups == {
         "encoder.weight_ih_l0": 4,
         "encoder.weight_hh_l0": 4,
@@ -175,7 +177,9 @@ def test_scales_by_channel_are_those_the_chip_can_have() -> None:
         "joint.0.weight": 4,
         "joint.2.weight": 2,
     }
-    assert {groups_of(network, n, p, "tensor") for n, p in operator_weights(network).items()} == {1}
+    assert {
+        groups_of(network, n, p, "per_tensor") for n, p in operator_weights(network).items()
+    } == {1}
 
 
 def test_weights_that_are_not_finite_are_named() -> None:

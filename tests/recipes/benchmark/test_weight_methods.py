@@ -8,7 +8,7 @@ from torch import nn
 
 from lightning_nna.weights.pipeline import pipeline_of
 from recipes.benchmark import lloyd_max, weight_methods
-from recipes.benchmark.dkm import DKMStage
+from recipes.benchmark.dkm import DKMTransform
 from recipes.benchmark.weight_methods import METHODS
 from recipes.benchmark.works import Work
 
@@ -33,12 +33,12 @@ def test_dkm_is_k_means_where_its_attention_is_sharp() -> None:
     weight = torch.cat([torch.full((50,), -1.0), torch.full((50,), 2.0)]).add(
         torch.randn(100, generator=torch.Generator().manual_seed(0)) * 0.01
     )
-    stage = DKMStage(weight, 1, iterations=3)
-    stage._temperature = 1e-3
-    found = stage.transform(weight, hard=False)
+    transform = DKMTransform(weight, 1, iterations=3)
+    transform._temperature = 1e-3
+    found = transform.apply(weight, hard=False)
     expected = torch.cat([weight[:50].mean().expand(50), weight[50:].mean().expand(50)])
     torch.testing.assert_close(found, expected)
-    assert stage.pull_back(weight, torch.ones(100)).shape == weight.shape
+    assert transform.pull_back(weight, torch.ones(100)).shape == weight.shape
 
 
 def row(method: str, bits: int, time: float, memory: float) -> dict[str, Any]:
