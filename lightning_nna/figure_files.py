@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -9,7 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_warn
+from typing_extensions import override
 
 from lightning_nna.files import whole_file
 
@@ -54,6 +57,52 @@ def figure_folder(trainer: pl.Trainer, dirpath: Path | None, name: str) -> Path:
     # The Trainer broadcasts it.
     logged = trainer.log_dir
     return dirpath or Path(logged or trainer.default_root_dir) / name
+
+
+class FileWriter(Callback):
+    """Base of callbacks that write files when a fit has ended and its weights are deployed.
+
+    A subclass calls :meth:`plan_files` at the end of training, and implements :meth:`write`.
+
+    Args:
+        dirpath: Folder of the files; None for a folder in the logger's one.
+        default_folder: Name of that folder.
+    """
+
+    def __init__(self, dirpath: str | Path | None, default_folder: str) -> None:
+        self.dirpath = None if dirpath is None else Path(dirpath)
+        self._default_folder = default_folder
+        # Folder of this run, once its training has ended.
+        self._folder: Path | None = None
+
+    @abstractmethod
+    def write(self, trainer: pl.Trainer, pl_module: pl.LightningModule, folder: Path) -> None:
+        """Write the files of a fit; an ``OSError`` becomes a warning.
+
+        Args:
+            trainer: Trainer of the fit.
+            pl_module: Module with deployed weights.
+            folder: Folder of the files, which may not exist yet.
+        """
+
+    def plan_files(self, trainer: pl.Trainer, *, wanted: bool = True) -> None:
+        """Have files written after the fit, by the first process alone; call it on every rank.
+
+        Args:
+            trainer: Trainer of the fit.
+            wanted: Whether there is anything to write.
+        """
+        folder = figure_folder(trainer, self.dirpath, self._default_folder)
+        if wanted and trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            self._folder = folder
+
+    @override
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        # After `on_fit_end`, where weight methods deploy: an error here costs no weights.
+        folder, self._folder = self._folder, None
+        if folder is not None:
+            with warned_of(type(self).__name__, folder):
+                self.write(trainer, pl_module, folder)
 
 
 def save_figure(trainer: pl.Trainer, figure: Figure, path: Path, *, key: str, step: int) -> None:

@@ -17,16 +17,14 @@ from weakref import ref
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from typing_extensions import override
 
 from lightning_nna.drift.detector import DriftDetector, DriftReading, Mode
 from lightning_nna.figure_files import (
-    figure_folder,
+    FileWriter,
     require_matplotlib,
     save_figure,
-    warned_of,
 )
 
 #: Reaction to the begin of a drift; a callable takes trainer, module, metric and reading.
@@ -36,7 +34,7 @@ OnDrift: TypeAlias = (
 )
 
 
-class DriftMonitor(Callback):
+class DriftMonitor(FileWriter):
     """Monitor metrics of validation: denoise them, and flag one that has become worse for good.
 
     After each validation of a fit it logs, for a metric such as ``val/wer``,
@@ -111,7 +109,7 @@ class DriftMonitor(Callback):
         if figures:
             require_matplotlib()
         self.on_drift, self.draws = on_drift, figures
-        self.dirpath = None if dirpath is None else Path(dirpath)
+        super().__init__(dirpath, "drift")
         self.detectors = {
             name: DriftDetector(
                 wavelet=wavelet,
@@ -127,8 +125,6 @@ class DriftMonitor(Callback):
         self.readings: dict[str, list[DriftReading]] = {name: [] for name in names}
         self.steps: dict[str, list[int]] = {name: [] for name in names}
         self._warned: set[tuple[str, str]] = set()
-        # Folder of the plots of this run, once its training has ended.
-        self._folder: Path | None = None
         # Module whose metrics were read, unless a state was loaded since; and the state before it.
         self._module: ref[pl.LightningModule] | None = None
         self._initial_state = self.state_dict()
@@ -165,30 +161,23 @@ class DriftMonitor(Callback):
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        folder = figure_folder(trainer, self.dirpath, "drift")
-        if self.draws and trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            self._folder = folder
+        self.plan_files(trainer, wanted=self.draws)
 
     @override
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        # After `on_fit_end`, where weight methods deploy: an error here costs no weights.
-        folder, self._folder = self._folder, None
-        if folder is None:
-            return
+    def write(self, trainer: pl.Trainer, pl_module: pl.LightningModule, folder: Path) -> None:
         from lightning_nna.drift.plot import draw
 
         stems = _stems(self.readings)
-        with warned_of("DriftMonitor", folder):
-            for name, readings in self.readings.items():
-                if readings:
-                    figure = draw(readings, self.steps[name], title=name, xlabel="optimizer step")
-                    save_figure(
-                        trainer,
-                        figure,
-                        folder / f"{stems[name]}.png",
-                        key=f"drift/{name}/figure",
-                        step=self.steps[name][-1],
-                    )
+        for name, readings in self.readings.items():
+            if readings:
+                figure = draw(readings, self.steps[name], title=name, xlabel="optimizer step")
+                save_figure(
+                    trainer,
+                    figure,
+                    folder / f"{stems[name]}.png",
+                    key=f"drift/{name}/figure",
+                    step=self.steps[name][-1],
+                )
 
     @override
     def state_dict(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-r"""``CompressedSensingPruning``: which weights go, and when, by sparse recovery of each layer.
+r"""``CompressedSensingPruning``: pruning by sparse recovery of each layer from its inputs.
 
 Reference:
     Zhen et al., "Compressed-sensing pruning", ICASSP 2021, arXiv 2102.04932.
@@ -25,19 +25,19 @@ from lightning_nna.weights.method import ModuleHook
 Measurement = Literal["activations", "identity", "random"]
 Weighting = Literal["gradients", "equal"]
 
-# Of the mean weight of an output: one that got no gradient still counts a little.
+# Fraction of the mean weight of an output: one without gradient still counts a little.
 _LEAST_WEIGHT = 1e-3
 
 
 class CompressedSensingPruning(PruningMethod):
-    r"""Prune each layer to the sparse weight that gives its measurement back best.
+    r"""Prune each layer to the sparse weight that explains its measurement best.
 
     Every ``every_n_steps`` each selected weight is measured on the inputs that reached it in the
     last ``measure_steps`` steps; the sparsest weight that explains the measurement is recovered
-    (:func:`.recover_sparse_weight`), with what survives fitted by least squares to make up for what
-    goes. With ``scope="global"`` layers share one budget by what their errors cost the loss. Zeroed
-    weights start from zero again and may return while training goes on; from ``freeze_step`` on
-    masks stay. A layer waits at the sparsity it has while the error of its recovery would be over
+    (:func:`.recover_sparse_weight`), with the remaining weights fitted by least squares to make up
+    for the others. With ``scope="global"`` layers share one budget by the cost of their errors.
+    Zeroed weights start from zero again and may return while training goes on; from ``freeze_step``
+    on masks stay. A layer waits at the sparsity it has while the error of its recovery would be over
     ``most_nmse``.
 
     Args:
@@ -47,16 +47,16 @@ class CompressedSensingPruning(PruningMethod):
             whose inputs are not seen (:class:`.InputMoments`), such as those of embeddings and
             transposed convolutions, are measured by the identity; one warning lists all of them
             but the embeddings, which have no inputs but numbers of rows.
-        measure_steps: Optimizer steps before each recovery whose inputs count.
-        weighting: What the error of each output counts: ``"gradients"``, the mean square of its
-            gradients in those steps, so that an error is what it costs the loss; or ``"equal"``.
+        measure_steps: Number of optimizer steps before each recovery whose inputs count.
+        weighting: Weight of the error of each output: ``"gradients"``, the mean square of its
+            gradients in those steps, so that errors are costs of the loss; or ``"equal"``.
             Gradients also make layers comparable: see ``scope``.
-        most_nmse: Most error of the layer's output over the output's power, both weighed as
-            ``weighting`` says; None for no bound.
-        refit: Whether what survives is fitted, by some steps of conjugate gradients.
-        most_columns: A weight with more columns is an error, since its moment would be that large.
-        revives: Whether zeroed weights are trained on and may return until masks freeze.
-        settings: The other arguments of :class:`.PruningMethod`.
+        most_nmse: Greatest error of the layer's output over the output's power, both weighted by
+            ``weighting``; None for no bound.
+        refit: Whether the remaining weights are fitted, by some steps of conjugate gradients.
+        most_columns: Greatest number of columns of a weight, whose moment has their square.
+        revives: Whether zeroed weights are trained and may return until masks freeze.
+        settings: Other arguments of :class:`.PruningMethod`.
 
     Logs ``nna/compressed_sensing_pruning/sparsity``, ``…/nmse`` (mean over layers, of the last
     recovery), ``…/nmse_max`` and ``…/support_kept`` (fraction of the kept weights that were kept
@@ -114,7 +114,7 @@ class CompressedSensingPruning(PruningMethod):
         self.measurement, self.measure_steps = measurement, measure_steps
         self.weighting = weighting
         self.most_nmse, self.refit, self.most_columns = most_nmse, refit, most_columns
-        #: Error of the last recovery, by the names of the parameters.
+        #: Errors of the last recovery, by the names of the parameters.
         self.nmse: dict[str, float] = {}
         self._support_kept: dict[str, float] = {}
         self._sums: dict[str, Tensor] = {}
@@ -124,7 +124,7 @@ class CompressedSensingPruning(PruningMethod):
         self._moments: InputMoments | None = None
         self._entered = 0
         self._has_warned = False
-        # The moment of each weight while masks are chosen; None where the identity measures it.
+        # Moment of each weight during a mask update; None if the identity measures it.
         self._measured: dict[str, Tensor | None] = {}
 
     # --- measuring ----------------------------------------------------------------------------
@@ -156,7 +156,7 @@ class CompressedSensingPruning(PruningMethod):
         super().on_fit_start(trainer, pl_module)
         if self._moments is None:
             return
-        # Inside of what others enter for a whole batch, so that it sees functions first. On every
+        # Entered after the modes of a whole batch, so that it sees functions first. On every
         # module: a network may be run by other methods than its forward.
         for part in pl_module.modules():
             self._handles.append(part.register_forward_pre_hook(ModuleHook(self._enter)))
@@ -183,7 +183,7 @@ class CompressedSensingPruning(PruningMethod):
         return self._steps_to_mask_update(self.steps) <= self.measure_steps
 
     def _enter(self) -> None:
-        # A forward within a backward repeats one that was seen already.
+        # A forward within a backward repeats one that was observed already.
         is_repeated = torch._C._current_graph_task_id() != -1
         if self._entered or (self._training and self._is_measuring() and not is_repeated):
             self._entered += 1
@@ -205,7 +205,7 @@ class CompressedSensingPruning(PruningMethod):
 
     @override
     def shares_budget(self, name: str) -> bool:
-        # Without gradients nothing says what an error of the layer costs the loss.
+        # Without gradients the cost of an error of the layer is unknown.
         power = self._powers.get(name)
         return not self.is_comparable or (power is not None and bool(power.any()))
 
@@ -228,15 +228,21 @@ class CompressedSensingPruning(PruningMethod):
         self._support_kept[name] = float(
             (solution.mask & previous_mask).sum() / solution.mask.sum().clamp_min(1)
         )
-        # What went starts from zero again: what it did is in the fitted weights now.
+        # Pruned weights start from zero again: the fitted weights have taken over their effect.
         self._parameters[name].copy_(layout.from_matrix(solution.weight))
         return solution.mask
 
     def recover(self, name: str, weight: Tensor, sparsity: float) -> SparseSolution:
-        """The sparse weight of a layer at a sparsity."""
+        """Recover the sparse weight of a layer.
+
+        Args:
+            name: Name of the parameter.
+            weight: Latent weight as a matrix, float32, shape ``(rows, columns)``.
+            sparsity: Fraction of zeros.
+        """
         mask = self.layouts[name].to_matrix(self.masks[name].mask)
         start = None if bool(mask.all()) else mask
-        # What a row's error counts is what the row is scaled by: rows are fitted one by one.
+        # Rows are scaled by the weights of their errors, since they are fitted one by one.
         scale = self._row_scale(name, weight)
         solution = recover_sparse_weight(
             weight * scale,
@@ -250,7 +256,7 @@ class CompressedSensingPruning(PruningMethod):
         return replace(solution, weight=solution.weight / scale)
 
     def _row_scale(self, name: str, weight: Tensor) -> Tensor:
-        """Roots of what the errors of the rows count, as a column; whole powers of two."""
+        """Compute roots of the weights of the rows' errors, shape ``(rows, 1)``, powers of two."""
         power = self._powers.get(name)
         if power is None or not bool(power.any()):
             return torch.ones_like(weight[:, :1])
@@ -275,7 +281,7 @@ class CompressedSensingPruning(PruningMethod):
     @override
     def _advance(self) -> None:
         if self.steps == 0 and self.measurement == "activations":
-            return  # Nothing was measured yet.
+            return  # There is no measurement yet.
         super()._advance()
         self._measured = {}
         self._powers = {}
@@ -349,5 +355,5 @@ class CompressedSensingPruning(PruningMethod):
         self._powers = dict(state_dict["powers"])
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy or pickle has what was seen, and looks at no module."""
+        """Return the state of a copy: the measurements, without a module."""
         return {**super().__getstate__(), "_moments": None, "_entered": 0}

@@ -1,7 +1,7 @@
-r"""Second moments :math:`E[a a^T]` of what reaches each weight, seen where it is multiplied.
+r"""Second moments :math:`E[a a^T]` of the inputs of each weight, observed where it multiplies.
 
 A weight is known by its identity when a function of torch is called with it, so that modules,
-functional calls and fused recurrent layers are seen alike. Nothing of a batch is kept.
+functional calls and fused recurrent layers are observed alike. No input of a batch is stored.
 """
 
 from __future__ import annotations
@@ -26,18 +26,19 @@ TRANSPARENT_FILES.add(__file__)
 
 
 class InputMoments(TorchFunctionMode):
-    """Sums of the outer products of inputs, while it is entered.
+    """Sum the outer products of inputs within a ``with`` block.
 
     Linear layers, one- and two-dimensional convolutions (by groups, one moment for all), recurrent
     layers (hidden states stand for the states before them) and cells and, where PyTorch calls them,
     the projections of attention. Embeddings, whose inputs are numbers of rows, are noted as looked
-    up. All else is not seen: transposed and three-dimensional convolutions, the projections inside
-    of recurrent layers, other functions, and weights that are transformed before they are used.
+    up. Nothing else is observed: transposed and three-dimensional convolutions, the projections
+    inside of recurrent layers, other functions, and weights that are transformed before their use.
 
     Args:
-        parameters: By name.
-        sums: Where sums go that all ranks agree on, see :meth:`agree`; it may hold earlier ones.
-        counts: Where the numbers of summed rows go.
+        parameters: Parameters by name, each seen as ``(rows, columns)``.
+        sums: Sums of outer products by name, shape ``(columns, columns)``, that all ranks agree on,
+            see :meth:`agree`; earlier ones are added to.
+        counts: Numbers of summed input rows by name.
     """
 
     def __init__(
@@ -53,7 +54,7 @@ class InputMoments(TorchFunctionMode):
         self.counts = {} if counts is None else counts
         self._fresh: dict[str, Tensor] = {}
         self._fresh_counts: dict[str, int] = {}
-        #: Weights whose inputs are numbers of rows.
+        #: Names of weights whose inputs are numbers of rows.
         self.looked_up: set[str] = set()
         self._looks: dict[str, Callable[..., None]] = {
             "embedding": self._embedding,
@@ -66,14 +67,22 @@ class InputMoments(TorchFunctionMode):
         }
 
     def moment(self, name: str) -> Float[Tensor, "columns columns"] | None:
-        """The mean outer product; None for a weight that nothing has reached."""
+        """Compute the mean outer product of a weight's inputs; None without any input.
+
+        Args:
+            name: Name of the parameter.
+        """
         self.agree()
         if not self.counts.get(name):
             return None
         return self.sums[name] / self.counts[name]
 
     def agree(self, *, over_ranks: bool = False) -> None:
-        """Take what was seen since the last time into the sums, of all ranks if so told."""
+        """Add the new outer products to the sums.
+
+        Args:
+            over_ranks: Whether those of all processes are added.
+        """
         for name, parameter in self._parameters.items():
             total, count = self._fresh.get(name), self._fresh_counts.get(name, 0)
             if over_ranks:
@@ -90,7 +99,7 @@ class InputMoments(TorchFunctionMode):
         self._fresh, self._fresh_counts = {}, {}
 
     def clear(self) -> None:
-        """Forget what was seen."""
+        """Drop all sums and counts."""
         for store in (self.sums, self.counts, self._fresh, self._fresh_counts):
             store.clear()
 
@@ -101,7 +110,7 @@ class InputMoments(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        """Look at the inputs of a function that multiplies with a weight."""
+        """Observe the inputs of a function that multiplies with a weight."""
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
         look = self._looks.get(name)
@@ -117,7 +126,7 @@ class InputMoments(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def _add(self, weight: Any, inputs: Tensor) -> None:
-        """Take in inputs of a weight, the last axis its columns."""
+        """Add the outer products of a weight's inputs, shape ``(…, columns)``."""
         name = self._names.get(id(weight))
         if name is None:
             return
@@ -146,7 +155,7 @@ class InputMoments(TorchFunctionMode):
         self._add(weight, input)
 
     def _attention(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
-        """Inputs of the packed projection, or of three, and what the last one is given."""
+        """Observe the inputs of the packed projection, or of three, and of the last one."""
         bound = dict(zip(_ATTENTION_ARGUMENTS, args, strict=False)) | kwargs
         inputs = [bound[name] for name in ("query", "key", "value")]
         packed = bound["in_proj_weight"]
@@ -190,7 +199,7 @@ class InputMoments(TorchFunctionMode):
             kernel, stride = (1, *kernel), (1, *stride)
             padding, dilation = (0, *padding), (1, *dilation)
         patches = F.unfold(x, kernel, dilation, padding, stride)
-        # (batch, groups x columns, places): each group is an input of the same rows' columns.
+        # (batch, groups x columns, positions): each group is an input of the same rows' columns.
         batch, _, positions = patches.shape
         self._add(weight, patches.reshape(batch, groups, -1, positions).transpose(2, 3))
 
@@ -207,7 +216,7 @@ class InputMoments(TorchFunctionMode):
         each = len(weights) // (layers * directions)
 
         def outputs(x: Tensor, index: int) -> Tensor:
-            """Of one layer in one direction; those of an only one are there already."""
+            """Compute the outputs of one layer in one direction; an only one has them already."""
             if layers * directions == 1:
                 return output
             own = list(weights[index * each : (index + 1) * each])
@@ -222,7 +231,7 @@ class InputMoments(TorchFunctionMode):
                 index = layer * directions + direction
                 inner, outer = weights[index * each : index * each + 2]
                 self._add(inner, x)
-                if direction:  # The second direction is that of time reversed.
+                if direction:  # The second direction reads time reversed.
                     result = _reversed(outputs(_reversed(x, sizes, rest), index), sizes, rest)
                 else:
                     result = outputs(x, index)

@@ -1,4 +1,4 @@
-r"""``L1Pruning``: weights shrink towards zero by a proximal step, and the least of them go.
+r"""``L1Pruning``: weights shrink towards zero by a proximal step, and the least are pruned.
 
 Reference:
     Parikh and Boyd, "Proximal algorithms", Foundations and Trends in Optimization 1(3), 2014.
@@ -15,7 +15,7 @@ from lightning_nna.pruning.magnitude_pruning import MagnitudePruning
 
 
 class L1Pruning(MagnitudePruning):
-    r"""Soft thresholding after every optimizer step, and masks as :class:`.MagnitudePruning` has.
+    r"""Threshold weights softly after every step, with the masks of :class:`.MagnitudePruning`.
 
     .. math:: w \leftarrow \mathrm{sign}(w) \max(|w| - \eta \lambda, 0)
 
@@ -23,8 +23,8 @@ class L1Pruning(MagnitudePruning):
 
     Args:
         sparsity: See :class:`.PruningMethod`.
-        strength: :math:`\lambda`.
-        settings: The other arguments of :class:`.PruningMethod`.
+        strength: Threshold :math:`\lambda` per learning rate, not negative.
+        settings: Other arguments of :class:`.PruningMethod`.
 
     Logs ``nna/l1_pruning/sparsity``.
 
@@ -47,7 +47,7 @@ class L1Pruning(MagnitudePruning):
     @override
     def stepped(self) -> None:
         if not self._is_frozen():
-            # Schedulers step later: this is the rate that the step was taken with.
+            # Schedulers step later: this is the learning rate of the step.
             groups = [group for one in self._optimizers for group in one.param_groups]
             rates = {id(p): float(group["lr"]) for group in groups for p in group["params"]}
             for parameter in self._parameters.values():

@@ -1,4 +1,4 @@
-"""``LotteryTicketPruning``: after each choice of masks, weights go back to what they once were.
+"""``LotteryTicketPruning``: after each mask update, weights return to their early values.
 
 Reference:
     Frankle and Carbin, "The lottery ticket hypothesis", ICLR 2019, arXiv 1803.03635; Frankle et
@@ -19,12 +19,12 @@ from lightning_nna.resumed_settings import require_same
 
 
 class LotteryTicketPruning(MagnitudePruning):
-    """Magnitude pruning in rounds, with all parameters rewound after each of them.
+    """Prune by magnitude in rounds, with all parameters rewound after each of them.
 
     Args:
         sparsity: See :class:`.PruningMethod`.
-        rewind_step: Optimizer step whose parameters are kept and returned to.
-        settings: The other arguments of :class:`.PruningMethod`; ``every_n_steps`` is the length
+        rewind_step: Optimizer step whose parameters are stored and restored, at least 0.
+        settings: Other arguments of :class:`.PruningMethod`; ``every_n_steps`` is the length
             of a round.
 
     The optimizer's state is forgotten with each rewinding; its learning rate goes on.

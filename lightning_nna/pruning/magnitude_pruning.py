@@ -1,4 +1,4 @@
-"""``MagnitudePruning`` and ``RandomPruning``: the least weights go, or any.
+"""``MagnitudePruning`` and ``RandomPruning``: the least weights are pruned, or any.
 
 Reference:
     Zhu and Gupta, "To prune, or not to prune: exploring the efficacy of pruning for model
@@ -15,7 +15,7 @@ from lightning_nna.pruning.pruning_method import PruningMethod
 
 
 class MagnitudePruning(PruningMethod):
-    """Gradual magnitude pruning: at each choice the least weights are zeroed.
+    """Prune gradually by magnitude: each mask update zeroes the least weights.
 
     Args:
         sparsity: See :class:`.PruningMethod`, whose other arguments it takes as well. In the paper
@@ -48,9 +48,9 @@ class MagnitudePruning(PruningMethod):
 
 
 class RandomPruning(MagnitudePruning):
-    """Zero weights at random: what any other choice has to beat.
+    """Zero weights at random: the baseline of every other method.
 
-    The arguments are those of :class:`.PruningMethod`. Which weights go is the same in every run.
+    The arguments are those of :class:`.PruningMethod`. Every run prunes the same weights.
 
     Example:
         >>> RandomPruning(0.9).pattern.name
@@ -62,7 +62,7 @@ class RandomPruning(MagnitudePruning):
     @override
     def importance_scores(self, name: str, weight: Tensor) -> Tensor:
         # A number from the name, the same on every rank and in every process.
-        seed = sum(place * byte for place, byte in enumerate(name.encode(), start=1))
+        seed = sum(position * byte for position, byte in enumerate(name.encode(), start=1))
         shape = self.pattern.importance_scores(torch.empty_like(weight)).shape
         drawn = torch.rand(shape, generator=torch.Generator().manual_seed(seed))
         return drawn.to(weight.device)

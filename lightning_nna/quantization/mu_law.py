@@ -11,7 +11,7 @@ In its domain a point :math:`v` is assigned softly to centroids :math:`z`,
 .. math::
     g(v) = \sum_j A_j z_j, \qquad A_j = \operatorname{softmax}_j(-\alpha |v - z_j|^p),
 
-which hardens to the nearest centroid as :math:`\alpha` grows. How far it has hardened says the
+which hardens to the nearest centroid as :math:`\alpha` grows. The
 dimensionless sharpness :math:`S = \alpha \Delta^p`, with :math:`\Delta` the mean spacing of the
 centroids: about 1 is soft, from 32 on nearly hard.
 

@@ -12,30 +12,29 @@ Reference:
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from typing_extensions import override
+from typing_extensions import Unpack, override
 
 from lightning_nna.emulation.arithmetic.quantized_weight import round_significands
 from lightning_nna.keyed_adam import KeyedAdam
-from lightning_nna.weights.method import BitsMethod
+from lightning_nna.weights.method import BitsArguments, BitsMethod
 from lightning_nna.weights.pipeline import WeightGrid, WeightTransform
 
 _MAXIMUM = 127
 
 
 class UniformTransform:
-    """Round a weight to uniform levels; straight-through, with LSQ's gradient of their distance.
+    """Round a weight to uniform centroids; straight-through, with LSQ's gradient of their distance.
 
     Args:
-        weight: Whose rounding error sets the first step.
-        bits: 1 to 8.
+        weight: Weight, any shape, finite, whose rounding error sets the first distance.
+        bits: Bits of an index, 1 to 8.
 
     Attributes:
-        scale_log2: Logarithm to base 2 of the distance of two levels; trained.
+        scale_log2: Logarithm to base 2 of the distance of two centroids, shape ``(1,)``; trained.
     """
 
     method = "uniform_quantization"
@@ -45,56 +44,72 @@ class UniformTransform:
         half = float(2 ** (bits - 1))
         self.low: float = -half if bits > 1 else -0.5
         self.high: float = half - 1 if bits > 1 else 0.5
-        # So many of the grid's steps lie between two levels: the chip holds each of them exactly.
+        # Number of 8-bit integers from one centroid to the next, so that each centroid is one: with
+        # 3 bits, q is -4 to 3 and centroids are -124, -93, ..., 93.
         self._fine = max(1, int(_MAXIMUM / -self.low))
-        self.scale_log2 = torch.tensor([math.log2(self._best_step(weight.detach().float()))])
+        self.scale_log2 = torch.tensor([math.log2(self._best_distance(weight.detach().float()))])
 
     @property
     def grid(self) -> WeightGrid:
-        """The chip's grid."""
-        step = torch.exp2(self.scale_log2.detach().double()) / self._fine
-        return WeightGrid(round_significands(step).float(), _MAXIMUM)
+        """Quantization parameters of the quantized weight, 8-bit integers."""
+        distance = torch.exp2(self.scale_log2.detach().double())
+        return WeightGrid(round_significands(distance / self._fine).float(), _MAXIMUM)
 
     def apply(self, weight: Tensor, *, hard: bool) -> Tensor:
-        """Every weight at its level."""
-        return self._centroid_of(weight) * (self.grid.scales * self._fine)
+        """Move every weight to its centroid, in training, too."""
+        return self._centroid_of(weight) * self._distance
 
     def pull_back(self, weight: Tensor, grad: Tensor) -> Tensor:
-        """1 between the ends and 0 beyond; the gradient of the step is left with it."""
-        v = weight / (self.grid.scales * self._fine)
+        """Pass the gradient within the range, zero it outside; assign that of the distance."""
+        v = weight / self._distance
         inside = (v >= self.low) & (v <= self.high)
         q = self._centroid_of(weight)
+        # LSQ: d(q s)/ds is q - v inside and q outside. With s = 0.5, a weight 0.7 has v = 1.4,
+        # q = 1 and adds -0.4 times its gradient.
         slope = torch.where(inside, q - v, q) * grad
         factor = math.log(2) / math.sqrt(v.numel() * max(self.high, 0.5))
         self.scale_log2.grad = slope.sum().reshape(1) * self.grid.scales * self._fine * factor
         return grad * inside
 
+    @property
+    def _distance(self) -> Tensor:
+        return self.grid.scales * self._fine
+
     def _centroid_of(self, weight: Tensor) -> Tensor:
-        v = weight / (self.grid.scales * self._fine)
+        v = weight / self._distance
         if self.high == 0.5:
             return torch.where(v > 0, 0.5, -0.5)
         return v.round().clamp_(self.low, self.high)
 
-    def _best_step(self, weight: Tensor) -> float:
+    def _best_distance(self, weight: Tensor) -> float:
         widest = float(weight.abs().max()) / max(self.high, 0.5)
         errors = {}
-        for share in torch.linspace(0.05, 1.0, 96).tolist():
-            step = widest * share
-            v = weight / step
+        for fraction in torch.linspace(0.05, 1.0, 96).tolist():
+            distance = widest * fraction
+            v = weight / distance
             q = torch.where(v > 0, 0.5, -0.5) if self.high == 0.5 else v.round()
-            errors[step] = float((q.clamp_(self.low, self.high) * step - weight).square().mean())
-        return min(errors, key=lambda step: errors[step])
+            rounded = q.clamp_(self.low, self.high) * distance
+            errors[distance] = float((rounded - weight).square().mean())
+        return min(errors, key=lambda distance: errors[distance])
 
 
 class UniformQuantization(BitsMethod):
-    """Train with uniform levels, straight-through.
+    """Train with uniform centroids, straight-through; with LSQ if their distance is learned.
 
     Args:
-        bits: Of every selected tensor, 1 to 8.
-        learned: Whether steps are learned (LSQ).
-        scale_lr: Learning rate of the logarithms of the steps.
-        targets: As of the weight methods.
-        overrides: As of the weight methods.
+        bits: Bits of the index of a weight, 1 to 8, of every selected tensor.
+        learned: Whether distances are learned (LSQ).
+        scale_lr: Learning rate of the logarithms to base 2 of the distances.
+        settings: Other arguments of :class:`.BitsMethod`: ``targets`` and ``overrides``.
+
+    Raises:
+        ValueError: If an argument is out of range, or a pattern matches nothing.
+
+    Example:
+        >>> UniformQuantization(4, learned=True, targets=["encoder"]).learned
+        True
+
+    Differs from the paper: the logarithm of the distance is learned, by an Adam of its own.
     """
 
     method = "uniform_quantization"
@@ -105,10 +120,9 @@ class UniformQuantization(BitsMethod):
         *,
         learned: bool,
         scale_lr: float = 0.003,
-        targets: Sequence[str] = ("*",),
-        overrides: Mapping[str, int] | str = {},
+        **settings: Unpack[BitsArguments],
     ) -> None:
-        super().__init__(bits, targets=targets, overrides=overrides)
+        super().__init__(bits, **settings)
         self.learned = learned
         self._adam = KeyedAdam(scale_lr)
         self._transforms: dict[str, UniformTransform] = {}
@@ -121,24 +135,23 @@ class UniformQuantization(BitsMethod):
     @override
     def prepare(self) -> None:
         self._transforms = {
-            n: UniformTransform(p, self.bits[n]) for n, p in self._parameters.items()
+            name: UniformTransform(parameter, self.bits[name])
+            for name, parameter in self._parameters.items()
         }
-        for name, step in self._saved.items():
-            self._transforms[name].scale_log2 = step.clone()
+        for name, saved in self._saved.items():
+            self._transforms[name].scale_log2 = saved.clone()
 
     @override
     def stepped(self) -> None:
-        steps = {name: transform.scale_log2 for name, transform in self._transforms.items()}
+        scales = {name: transform.scale_log2 for name, transform in self._transforms.items()}
         if self.learned:
-            self._adam.update(steps)
-        self._adam.zero_grad(steps)
+            self._adam.update(scales)
+        self._adam.zero_grad(scales)
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        steps = {
-            name: transform.scale_log2.detach() for name, transform in self._transforms.items()
-        }
-        return {**super().state_dict(), "scale_log2": steps or self._saved}
+        scales = {name: one.scale_log2.detach() for name, one in self._transforms.items()}
+        return {**super().state_dict(), "scale_log2": scales or self._saved}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

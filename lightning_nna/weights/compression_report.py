@@ -1,4 +1,4 @@
-"""``CompressionReport``: what the weight methods of a run did, as a table and figures."""
+"""``CompressionReport``: the weights of a run's methods, as a table and figures."""
 
 from __future__ import annotations
 
@@ -8,23 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
-from lightning_nna.figure_files import (
-    figure_folder,
-    require_matplotlib,
-    save_figure,
-    warned_of,
-)
+from lightning_nna.figure_files import FileWriter, require_matplotlib, save_figure
 from lightning_nna.files import write_whole
 from lightning_nna.weights.layers import as_csv, as_html
 from lightning_nna.weights.pipeline import pipeline_of
 from lightning_nna.weights.report import Snapshot, as_json, codebook_transforms
 
 
-class CompressionReport(Callback):
+class CompressionReport(FileWriter):
     """Watch the weights of the run's weight methods, and report when ``fit`` ends.
 
     The table has bits, distinct values, zeros, entropy, SQNR and packed bytes of every tensor; it
@@ -36,10 +30,10 @@ class CompressionReport(Callback):
     Args:
         dirpath: Folder of ``compression.json``, ``.csv``, ``.html`` and the figures; None for
             ``compression`` in the logger's folder, or in ``default_root_dir`` without a logger.
-        snapshots: How often weights are looked at: so many times evenly over the run, its start and
-            end included; at the end of every epoch if the run's length is not known.
+        snapshots: Number of snapshots, evenly over the run, its start and end included; without a
+            known length of the run, one at the end of every epoch.
         figures: Whether figures are drawn; they need matplotlib.
-        most_tensors: Histograms are drawn of so many tensors, the largest.
+        most_tensors: Number of the largest tensors whose histograms are drawn.
 
     Logs, at each snapshot, ``nna/compression_report/packed_bytes``, ``…/mean_bits``,
     ``…/entropy_bits``, ``…/zeros``, ``…/soft_hard_gap`` and ``…/sqnr_db/<parameter>``; figures go
@@ -82,12 +76,10 @@ class CompressionReport(Callback):
             )
         if figures:
             require_matplotlib()
-        self.dirpath = None if dirpath is None else Path(dirpath)
+        super().__init__(dirpath, "compression")
         self.count, self.draws, self.most_tensors = snapshots, figures, most_tensors
         #: What was seen so far, in the order of training.
         self.snapshots: list[Snapshot] = []
-        # Where the report of this run goes, once its training has ended.
-        self._folder: Path | None = None
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -130,25 +122,18 @@ class CompressionReport(Callback):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._look(trainer, pl_module)
         rank_zero_info(f"CompressionReport:\n{self.snapshots[-1]}")
-        folder = figure_folder(trainer, self.dirpath, "compression")
-        if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            self._folder = folder
+        self.plan_files(trainer)
 
     @override
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        # After `on_fit_end`, where methods deploy: an error here costs no weights.
-        folder, self._folder = self._folder, None
-        if folder is None:
-            return
-        with warned_of("CompressionReport", folder):
-            history = json.dumps(as_json(self.snapshots), indent=1) + "\n"
-            write_whole(folder / "compression.json", history)
-            rows = [tensor.row() for tensor in self.snapshots[-1].tensors]
-            write_whole(folder / "compression.csv", as_csv(rows))
-            title = f"Compression of {type(pl_module).__name__}"
-            write_whole(folder / "compression.html", as_html(rows, title=title))
-            if self.draws:
-                self._draw(trainer, folder)
+    def write(self, trainer: pl.Trainer, pl_module: pl.LightningModule, folder: Path) -> None:
+        history = json.dumps(as_json(self.snapshots), indent=1) + "\n"
+        write_whole(folder / "compression.json", history)
+        rows = [tensor.row() for tensor in self.snapshots[-1].tensors]
+        write_whole(folder / "compression.csv", as_csv(rows))
+        title = f"Compression of {type(pl_module).__name__}"
+        write_whole(folder / "compression.html", as_html(rows, title=title))
+        if self.draws:
+            self._draw(trainer, folder)
 
     @override
     def state_dict(self) -> dict[str, Any]:
