@@ -37,7 +37,7 @@ class CompressedSensingPruning(PruningMethod):
     (:func:`.recover_sparse_weight`), with the remaining weights fitted by least squares to make up
     for the others. With ``scope="global"`` layers share one budget by the cost of their errors.
     Zeroed weights start from zero again and may return while training goes on; from ``freeze_step``
-    on masks stay. A layer waits at the sparsity it has while the error of its recovery would be over
+    on masks stay. A layer waits at its sparsity while the error of its recovery would be over
     ``most_nmse``.
 
     Args:

@@ -65,7 +65,7 @@ def test_two_of_four_along_the_input_channel_are_time_saved_on_a_u85(tmp_path: P
         net = nn.Conv2d(64, 64, 3, padding=1)
         layout = MatrixLayout(net.weight.shape) if flat else MatrixLayout.of(net, net.weight)
         matrix, pattern = layout.to_matrix(net.weight), SparsityPattern.of("2:4")
-        mask = pattern.mask(pattern.energies(matrix), 0.5, layout.matrix_shape)
+        mask = pattern.mask(pattern.importance_scores(matrix), 0.5, layout.matrix_shape)
         net.weight.data *= layout.from_matrix(mask)
         path = program(tmp_path, net, torch.randn(1, 64, 16, 16))
         report = vela_report(path, accelerator="ethos-u85-256", system="Ethos_U85_SYS_DRAM_High")

@@ -170,7 +170,7 @@ def test_scalars_in_a_csv_file_and_an_error_of_nothing_is_null(tmp_path: Path) -
     )
     newest = json.loads((tmp_path / "report" / "compression.json").read_text())["snapshots"][-1]
     assert [tensor["sqnr_db"] for tensor in newest["tensors"]] == [None] * len(hard.selected)
-    assert {tensor["method"] for tensor in newest["tensors"]} == {"S8BQAT"}
+    assert {tensor["method"] for tensor in newest["tensors"]} == {"hard_compression"}
 
 
 def test_an_endless_run_is_looked_at_each_epoch(tmp_path: Path) -> None:

@@ -119,7 +119,7 @@ def test_every_weight_ends_with_few_values(method: str) -> None:
     for name in callback.selected:
         values = fitted.get_parameter(name).unique()
         assert len(values) <= (2 if name.startswith("head.first") else 8)
-        steps = values / pipeline_of(fitted).grid_of(fitted.get_parameter(name)).steps
+        steps = values / pipeline_of(fitted).grid_of(fitted.get_parameter(name)).scales
         assert torch.equal(steps, steps.round())
 
 
@@ -250,7 +250,7 @@ def test_mracos_equals_autograd_on_an_explicit_term(settings: dict[str, object])
     ours, explicit = WithoutTerm(cell="gru"), ExplicitTerm(cell="gru")
     explicit.load_state_dict(ours.state_dict())
     explicit.books = {
-        name: Codebook.fit(parameter.detach(), bits=3).centroids[0]
+        name: Codebook.fit(parameter.detach(), bits=3).scaled_centroids[0]
         for name, parameter in explicit.named_parameters()
         if parameter.ndim == 2
     }
@@ -335,7 +335,7 @@ def test_after_an_exception_the_latent_weights_are_back() -> None:
 
 
 def test_a_tensor_that_two_methods_claim() -> None:
-    with pytest.raises(ValueError, match=r"claimed by GeneralQuantizer and by S8BQAT"):
+    with pytest.raises(ValueError, match=r"claimed by general_quantizer and by hard_compression"):
         trainer(gq(), hard()).fit(module())
     trainer(gq(targets=["lstm"]), hard(targets=["head"])).fit(module())
 
@@ -417,7 +417,7 @@ def test_every_kind_of_weight(method: str, granularity: str, on_chip: bool) -> N
     grids = pipeline_of(fitted)
     for name in callback.selected:
         weight = fitted.get_parameter(name)
-        steps = grids.grid_of(weight).steps
+        steps = grids.grid_of(weight).scales
         integers = weight.reshape(len(steps), -1) / steps[:, None]
         assert len(integers.unique()) <= 4
     (result,) = trainer(*chip, callback).test(fitted, verbose=False)
