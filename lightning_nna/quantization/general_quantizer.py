@@ -118,7 +118,7 @@ class GeneralQuantizer(CodebookMethod):
 
     @override
     def settings(self) -> dict[str, Any]:
-        return {**super().settings(), "mu": self.mu, "scale": self.scale}
+        return {"mu": self.mu, "scale": self.scale, **super().settings()}
 
     @override
     def missed(self) -> list[str]:
