@@ -53,8 +53,9 @@ def _bind(node: dict[str, Any]) -> None:
     signature = inspect.signature(target)
     bound = signature.bind_partial if node.get("_partial_") else signature.bind
     bound(**settings)
-    taken = signature.parameters.keys() | _forwarded(path, target)
-    assert settings.keys() <= taken, f"{path} does not take {settings.keys() - taken}"
+    forwarded = _forwarded(path, target)
+    unknown = settings.keys() - signature.parameters.keys() - forwarded
+    assert not forwarded or not unknown, f"{path} does not take {unknown}"
 
 
 def _forwarded(path: str, target: Any) -> set[str]:
