@@ -183,8 +183,8 @@ class Recorder:
             return ()
         with untracked():
             qparams = self.emulator.state.qparams_of(x)
-            parts = self.emulator.state.parts_of(x)
-            first = qparams if parts is None else parts.grids[0]
+            parts = self.emulator.state.mixed_qparams_of(x)
+            first = qparams if parts is None else parts.qparams[0]
             kind = "float32" if first is None else dtype_of_qparams(first)
             codes = self.provenance_map.resolve(x, kind, f"result {position}")
             sources = tensors_in(codes)
@@ -197,7 +197,7 @@ class Recorder:
                     f"{fixed if self.provenance_map.integers else ''}"
                 )
             if parts is not None:
-                return self._parts(position, x, codes, parts.which.numpy())
+                return self._parts(position, x, codes, parts.index.numpy())
             if len(sources) > 1 and self._cells.keys() >= set(sources):
                 return self._parts(position, x, codes, tensor_of(codes))
             number = self._as_computed(codes)

@@ -27,7 +27,7 @@ def clip(rounded: Tensor, qparams: QParams, keep: bool) -> tuple[Tensor, Tensor 
     low, high = qparams.bounds
     # Every grid lies where float32 holds all integers, and half the bytes take half the time.
     rounded = rounded.float()
-    if qparams.rectified:
+    if qparams.fused_relu:
         rounded = rounded.clamp_min_(low)
     if not rounded.is_cpu:
         clipped = rounded.clamp(low, high)

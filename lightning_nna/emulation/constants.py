@@ -142,7 +142,7 @@ class Constants:
             if isinstance(x, Tensor) and self._kind(x) is Kind.INTEGER:
                 self._kinds.pop(x)
 
-    def wrote(self, target: Tensor) -> None:
+    def note_write(self, target: Tensor) -> None:
         """Data have been written to a tensor: neither it nor its views are the program's."""
         self._writes.note(target)
         for x in (target, target._base):

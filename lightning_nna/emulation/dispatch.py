@@ -35,7 +35,7 @@ from lightning_nna.emulation.operators.layout import (
 )
 from lightning_nna.emulation.operators.record import Operator
 from lightning_nna.emulation.program import choice
-from lightning_nna.emulation.ranges import Parts
+from lightning_nna.emulation.ranges import MixedQParams
 from lightning_nna.emulation.sites import TRANSPARENT_FILES, CallSites
 from lightning_nna.emulation.state import EmulationState
 from lightning_nna.emulation.telemetry import Telemetry, in_float
@@ -151,7 +151,7 @@ class Dispatch(TorchFunctionMode):
         if self.scope.stack and self.scope.stack[-1] == path:
             self.scope.stack.pop()
             if is_root:
-                self.state.consumed_outside(result)
+                self.state.note_outside_consumers(result)
             self.leave()
 
     # --- sorting --------------------------------------------------------------------------------
@@ -178,7 +178,7 @@ class Dispatch(TorchFunctionMode):
         if kind == "factory":
             return self._make(func, args, kwargs)
         if kind == "decision":
-            self.state.consumed_outside((args, kwargs))
+            self.state.note_outside_consumers((args, kwargs))
             return self._decide(func, args, kwargs)
         if kind == "movement" or name == "copy_" or _is_padding(name, args, kwargs):
             return self._move(func, args, kwargs)
@@ -193,7 +193,7 @@ class Dispatch(TorchFunctionMode):
             return self._decide(func, args, kwargs)
         path, location = self.call_sites.locate()
         if path is None:
-            self.state.consumed_outside((args, kwargs))
+            self.state.note_outside_consumers((args, kwargs))
             return self._plainly(func, args, kwargs)
         operator = operator_of(name)
         label = name.strip("_") if operator is None else operator.name or name
@@ -243,7 +243,7 @@ class Dispatch(TorchFunctionMode):
         """Run a function as torch does; what it writes to is no longer what it was."""
         result = func(*args, **kwargs)
         if targets := written(func, args, kwargs):
-            self.state.wrote(targets)
+            self.state.note_writes(targets)
         return result
 
     def _outside(
@@ -325,7 +325,7 @@ class Dispatch(TorchFunctionMode):
             exact = in_float(func, args, kwargs)
             first = result if isinstance(result, Tensor) else result[0]
             if exact is not None:
-                exact = self.state.fusion.rectify(key, exact)
+                exact = self.state.fusion.apply_relu(key, exact)
                 telemetry.compare(key, exact, first, self.state.qparams_of(first))
         if self.state.scales.learning == "all" and f"{key}/output" in self.state.scales.activations:
             result = self._learn_output(key, result, func, args, kwargs)
@@ -345,7 +345,7 @@ class Dispatch(TorchFunctionMode):
         operands = self.state.quantized_operands(args, kwargs)
         learned = self.state.scales.learn_output(f"{key}/output", result, tag, func, operands)
         self.state.set_qparams(learned, tag)
-        self.state.fusion.copied(result, learned)
+        self.state.fusion.note_copy(result, learned)
         return learned
 
     # --- what is written in place ---------------------------------------------------------------
@@ -373,7 +373,7 @@ class Dispatch(TorchFunctionMode):
         has_backward = torch.is_grad_enabled() and any(
             x.requires_grad for x in floats((args, kwargs))
         )
-        operand = self.state.copied(target) if has_backward else target
+        operand = self.state.clone(target) if has_backward else target
         args, kwargs = tree_map(lambda x: operand if x is target else x, (args, kwargs))
         result = self._emulate(operator, call, partial(_on_a_copy, func), args, kwargs)
         self._store(target, result)
@@ -411,8 +411,8 @@ class Dispatch(TorchFunctionMode):
         """
         tag = self.state.qparams_of(result)
         target.copy_(result)
-        self.state.wrote([target])
-        self.state.fusion.copied(result, target)
+        self.state.note_writes([target])
+        self.state.fusion.note_copy(result, target)
         # Other types cannot hold every integer.
         if tag is not None and target.dtype == torch.float32:
             self.state.set_qparams(target, tag)
@@ -429,21 +429,21 @@ class Dispatch(TorchFunctionMode):
         source = next(iter(floats(first if holds else args)), None)
         identity = _is_identity(func, args)
         if source is not None and not identity:
-            self.state.fusion.reads(source, "a movement")
+            self.state.fusion.note_consumer(source, "a movement")
         tag = None if source is None else self.state.qparams_of(source)
         kind = None if tag is not None else self.state.constants.kind_of(sources)
         result = func(*args, **kwargs)
-        self.state.wrote(written(func, args, kwargs), kind)
+        self.state.note_writes(written(func, args, kwargs), kind)
         if kind is None or self.call_sites.in_scope():
             self.state.constants.mark(result, kind)
-        parts = self.state.parts_of(source) if tag is None and source is not None else None
-        if parts is not None and source is not None and not copies:
-            self._move_parts(parts, source, (func, args, kwargs), result)
+        mixed = self.state.mixed_qparams_of(source) if tag is None and source is not None else None
+        if mixed is not None and source is not None and not copies:
+            self._move_mixed_qparams(mixed, source, (func, args, kwargs), result)
         if source is not None and tag is None and kind is None:
             for leaf in floats(result):
-                self.state.fusion.moved(source, leaf)
+                self.state.fusion.note_layout(source, leaf)
         if source is not None and identity:
-            self.state.fusion.copied(source, result)
+            self.state.fusion.note_copy(source, result)
         if tag is not None:
             for leaf in floats(result):
                 if leaf.dtype == torch.float32:  # Other types cannot hold every integer.
@@ -456,24 +456,24 @@ class Dispatch(TorchFunctionMode):
                     mode.recorder(instruction)
         return result
 
-    def _move_parts(
+    def _move_mixed_qparams(
         self,
-        parts: Parts,
+        mixed: MixedQParams,
         source: Tensor,
         call: tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]],
         result: Any,
     ) -> None:
-        """Follow which grid every element of a result lies on, by the same movement of numbers."""
+        """Attach parameters to the elements of a result: the index moves as the values do."""
         func, args, kwargs = call
-        moved = func(*(parts.which if x is source else x for x in args), **kwargs)
+        moved = func(*(mixed.index if x is source else x for x in args), **kwargs)
         leaves = moved if isinstance(moved, (tuple, list)) else [moved]
-        for leaf, which in zip(floats(result), leaves, strict=True):
-            moved_parts = Parts(which, parts.grids)
-            grid = moved_parts.one_grid() if which.numel() else None
-            if grid is not None:
-                self.state.set_qparams(leaf, grid)
+        for leaf, index in zip(floats(result), leaves, strict=True):
+            moved_qparams = MixedQParams(index, mixed.qparams)
+            qparams = moved_qparams.single() if index.numel() else None
+            if qparams is not None:
+                self.state.set_qparams(leaf, qparams)
             elif leaf is not source:
-                self.state.set_parts(leaf, moved_parts)
+                self.state.set_mixed_qparams(leaf, moved_qparams)
 
     def _share_qparams(self, name: str, args: tuple[Any, ...]) -> bool:
         """Tell whether every float tensor among arguments carries the same parameters.
@@ -496,7 +496,7 @@ class Dispatch(TorchFunctionMode):
         """Run in float a function of no activation: its result is a constant of the program."""
         result = func(*args, **kwargs)
         targets = written(func, args, kwargs)
-        self.state.wrote(targets, kind)
+        self.state.note_writes(targets, kind)
         self.state.constants.mark((result, targets), kind)
         self._tell(key, "constant", (args, kwargs), result)
         return result
@@ -508,10 +508,10 @@ class Dispatch(TorchFunctionMode):
         if not self.state.calibrated:
             self.state.require_ranges(key)
         for operand in floats((args, kwargs)):
-            self.state.fusion.reads(operand, key)
-            self.state.fusion.check_finished(operand, key)
+            self.state.fusion.note_consumer(operand, key)
+            self.state.fusion.require_computed(operand, key)
         result = func(*args, **kwargs)
-        self.state.wrote(written(func, args, kwargs))
+        self.state.note_writes(written(func, args, kwargs))
         self.state.constants.mark(result, None)
         self._tell(key, "cpu", (args, kwargs), result)
         return result

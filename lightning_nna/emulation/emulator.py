@@ -271,7 +271,7 @@ class Emulator:
             raise RuntimeError(self._why_no_ranges())
         state.calibrated = True
         state.fusion.freeze()
-        state.ranges.clamp(state.fusion.rectified)
+        state.ranges.clamp(state.fusion.fused_relu)
         self.learn(state.scales.learning)
         # An activation of an observed forward has no parameters yet, whatever its mark says.
         state.forget_qparams()

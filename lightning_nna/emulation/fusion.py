@@ -1,13 +1,13 @@
 """Fusion of layers with the batch norm or the ReLU that follows them.
 
-While ranges are observed, a layer notes its result, and everything that takes it in is noted as a
-reader. A layer folds if a batch norm is its only reader. From then on its result, on no grid yet,
-waits with the layer's sums for that norm. A function out of scope and whoever gets what the root's
-forward returns are readers, too.
+While ranges are observed, a layer notes its result, and every operator that takes the result is
+noted as a consumer. A layer is folded into a batch norm that is its only consumer: from then on its
+result has no quantization parameters and is deferred, with the layer's sums, until that norm runs.
+A function out of scope and the caller of the root's forward are consumers, too.
 
-An operator of any kind whose only reader is a ReLU needs no grid for what that ReLU takes away: its
-range ends at 0 (and at 6), so that its own clipping is the ReLU, as the fused activation of a
-reference kernel is, and the grid is twice as fine.
+ReLU fusion: an operator of any kind whose only consumer is a ReLU needs no integers for values that
+the ReLU removes. Its range ends at 0 (and at 6 for a ReLU6), so that its own clipping is the ReLU,
+as with the fused activation of a reference kernel, and its scale is smaller.
 """
 
 from __future__ import annotations
@@ -29,18 +29,19 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class FusionCandidate:
-    """A layer whose result waits for the batch norm that it folds.
+    """A layer whose result is deferred until the batch norm after it runs.
 
     Args:
-        sums: The layer's sums without its bias, whole numbers, channels along the second axis;
-            empty where the result will do.
-        bias: The layer's bias, or None.
-        weight: The layer's quantized weight, with a scale for each channel.
-        x: The layer's input.
-        rounding: Of the layer's kernel.
+        sums: Sums of the layer without its bias, whole numbers, shape ``(batch, channels, …)``;
+            empty if the backward and the norm need the result alone.
+        bias: Bias of the layer, shape ``(channels,)``, or None.
+        weight: Quantized weight of the layer, with a scale for each channel.
+        x: Input of the layer.
+        rounding: Rounding of the layer's kernel.
         exact: Whether the sums are needed.
-        sums_of: Forms the sums with another weight of the same shape.
-        record: Reports the instruction, given the call, the folded weight and bias and the output.
+        sums_of: Function that computes the sums for another weight of the same shape.
+        record: Function that records the instruction, given the call, the folded weight and bias
+            and the output.
         site: Key of the layer's call site.
     """
 
@@ -56,143 +57,167 @@ class FusionCandidate:
 
 
 class Fusion:
-    """Record of layers and the norms after them.
+    """Record producers and consumers of results, and which of them are fused.
 
     Args:
-        writes: What was written to in place, see :mod:`.marks`.
+        writes: Writes to tensors, see :mod:`.marks`.
+
+    Attributes:
+        fused_relu: Largest value of the ReLU that is fused into a site, by site; infinite for none.
     """
 
     def __init__(self, writes: Writes) -> None:
-        self._sites: set[str] = set()
-        self._candidates: set[str] = set()
-        self._readers: dict[str, set[str]] = {}
+        self.fused_relu: dict[str, float] = {}
+        self._folded: set[str] = set()
+        self._batch_norm_producers: set[str] = set()
+        self._relu_producers: dict[str, float] = {}
+        self._consumers: dict[str, set[str]] = {}
+        # By tensor: the site of the layer that has produced it, or the deferred layer.
         self._producers = Marks(writes)
+        # By tensor: the site of the operator, of any kind, that has produced it.
         self._outputs = Marks(writes)
-        # Views and the like of what waits for its norm, by tensor.
-        self._moved = Marks(writes)
-        # Sites of results that end at 0 for their ReLU, by tensor.
-        self._clamped = Marks(writes)
+        # By tensor: the deferred layer some of whose values a layout operator has put there.
+        self._deferred_layouts = Marks(writes)
+        # By tensor: the site of the operator whose output has a fused ReLU.
+        self._fused_outputs = Marks(writes)
         self._warned: set[str] = set()
-        #: Largest value that a ReLU leaves of an operator's results, by site.
-        self.rectified: dict[str, float] = {}
-        self._rectifiers: dict[str, float] = {}
 
-    def observed(self, result: Tensor, by: str) -> None:
-        """Note an operator's result by its site."""
-        self._outputs[result] = by
+    def note_output(self, result: Tensor, site: str) -> None:
+        """Note the site of an operator's result, of any shape."""
+        self._outputs[result] = site
 
-    def copied(self, source: Tensor, copy: Tensor) -> None:
-        """Another tensor holds the values of an operator's result now."""
-        self.passed_on(source, copy)
-        held = self._producers.get(source)
-        if held is not None:
-            self._producers[copy] = held
+    def note_copy(self, source: Tensor, copy: Tensor) -> None:
+        """Note that ``copy`` has the values and the shape of an operator's result ``source``."""
+        self.note_alias(source, copy)
+        producer = self._producers.get(source)
+        if producer is not None:
+            self._producers[copy] = producer
 
-    def passed_on(self, source: Tensor, result: Tensor) -> None:
-        """Another tensor stands for an operator's result now: some of its values, or dropout's."""
-        for known in (self._outputs, self._clamped):
-            held = known.get(source)
-            if held is not None:
-                known[result] = held
+    def note_alias(self, source: Tensor, result: Tensor) -> None:
+        """Note that ``result``, of any shape, counts as the output of ``source``'s site.
 
-    def rectifies(self, x: Tensor, upper: float) -> None:
-        """Note that a ReLU, with a largest value, takes a result in."""
+        It has some of the values of ``source``, or all of them after a dropout.
+        """
+        for sites in (self._outputs, self._fused_outputs):
+            site = sites.get(source)
+            if site is not None:
+                sites[result] = site
+
+    def note_relu(self, x: Tensor, upper: float) -> None:
+        """Note that a ReLU with the largest value ``upper`` consumes ``x``, of any shape."""
         site = self._outputs.get(x)
         if site is not None:
-            self._rectifiers[site] = upper
+            self._relu_producers[site] = upper
 
-    def rectify(self, site: str, x: Tensor) -> Tensor:
-        """Clamp values of any shape as the site's ReLU does, if it has one."""
-        upper = self.rectified.get(site)
+    def note_batch_norm(self, x: Tensor) -> None:
+        """Note that a batch norm consumes ``x``, shape ``(batch, channels, …)``."""
+        producer = self._producers.get(x)
+        if isinstance(producer, str):
+            self._batch_norm_producers.add(producer)
+
+    def apply_relu(self, site: str, x: Tensor) -> Tensor:
+        """Clamp values of any shape as the ReLU that is fused into a site does, if there is one."""
+        upper = self.fused_relu.get(site)
         return x if upper is None else x.clamp(0.0, upper)
 
-    def produced(self, result: Tensor, by: str | FusionCandidate) -> Tensor:
-        """Note a layer's result by its site, or the waiting layer itself; return the result."""
-        self._producers[result] = by
+    def note_producer(self, result: Tensor, producer: str | FusionCandidate) -> Tensor:
+        """Note the layer that has produced a result.
+
+        Args:
+            result: Result of a layer, shape ``(batch, channels, …)``.
+            producer: Key of the layer's call site, or the layer itself if its result is deferred.
+
+        Returns:
+            ``result``.
+        """
+        self._producers[result] = producer
         return result
 
-    def reads(self, x: Tensor, reader: str) -> None:
-        """Note who takes a result in."""
+    def note_consumer(self, x: Tensor, consumer: str) -> None:
+        """Note a site, or any other name, that consumes ``x``, of any shape."""
         producer = self._producers.get(x)
         if not isinstance(producer, str):
             producer = self._outputs.get(x)
         if producer is not None:
-            self._readers.setdefault(producer, set()).add(reader)
-        if len(self._clamped):
-            self._check_reader(x, reader)
+            self._consumers.setdefault(producer, set()).add(consumer)
+        if len(self._fused_outputs):
+            self._warn_of_new_consumer(x, consumer)
 
-    def _check_reader(self, x: Tensor, reader: str) -> None:
-        """Warn, once for each site, of who takes in what has been clamped for another."""
-        site = self._clamped.get(x)
-        if site is None or site in self._warned or reader in self._readers.get(site, ()):
+    def _warn_of_new_consumer(self, x: Tensor, consumer: str) -> None:
+        """Warn, once for each site, of a consumer that meets the output of a fused ReLU."""
+        site = self._fused_outputs.get(x)
+        if site is None or site in self._warned or consumer in self._consumers.get(site, ()):
             return
         self._warned.add(site)
         log.warning(
-            "%s ends at 0, because in calibration a ReLU alone read its result; now %s reads it, "
-            "too, and finds no value below 0: calibrate with batches that take this path",
+            "%s ends at 0, because in calibration a ReLU was the only consumer of its result; now "
+            "%s consumes it, too, and gets no value below 0: calibrate with batches that take this "
+            "path",
             site,
-            reader,
+            consumer,
         )
 
-    def clamped(self, result: Tensor, site: str) -> None:
-        """Note a result that has been clamped for its ReLU."""
-        self._clamped[result] = site
-
-    def normalizes(self, x: Tensor) -> None:
-        """Note that a batch norm takes a result in."""
-        producer = self._producers.get(x)
-        if isinstance(producer, str):
-            self._candidates.add(producer)
+    def note_fused_output(self, result: Tensor, site: str) -> None:
+        """Note a result, of any shape, that has been clamped by the ReLU fused into its site."""
+        self._fused_outputs[result] = site
 
     def freeze(self) -> None:
-        """Fold from now on what has been seen to fold."""
-        self._sites |= {site for site in self._candidates if len(self._readers[site]) == 1}
-        for site, upper in self._rectifiers.items():
-            if len(self._readers[site]) == 1 and site not in self._sites:
-                self.rectified[site] = upper
+        """Fuse from now on what has had a batch norm or a ReLU as its only consumer."""
+        self._folded |= {
+            site for site in self._batch_norm_producers if len(self._consumers[site]) == 1
+        }
+        for site, upper in self._relu_producers.items():
+            if len(self._consumers[site]) == 1 and site not in self._folded:
+                self.fused_relu[site] = upper
         self._outputs.clear()
 
-    def folds(self, site: str) -> bool:
-        """Tell whether the layer at a site is folded."""
-        return site in self._sites
+    def is_folded(self, site: str) -> bool:
+        """Tell whether the layer at a site is folded into the batch norm after it."""
+        return site in self._folded
 
-    def waiting(self, x: Tensor) -> FusionCandidate | None:
-        """The layer that waits with this result for its batch norm."""
+    def deferred(self, x: Tensor) -> FusionCandidate | None:
+        """Return the layer whose deferred result is ``x``, shape ``(batch, channels, …)``."""
         producer = self._producers.get(x)
         return producer if isinstance(producer, FusionCandidate) else None
 
-    def moved(self, x: Tensor, result: Tensor) -> None:
-        """Note what holds values of a result that waits for its batch norm."""
-        waiting = self.waiting(x) or self._moved.get(x)
-        if waiting is not None:
-            self._moved[result] = waiting
+    def note_layout(self, x: Tensor, result: Tensor) -> None:
+        """Note that a layout operator has put values of ``x`` in ``result``; both of any shape."""
+        candidate = self.deferred(x) or self._deferred_layouts.get(x)
+        if candidate is not None:
+            self._deferred_layouts[result] = candidate
 
-    def check_finished(self, x: Tensor, reader: str) -> None:
-        """Refuse to read what waits for its batch norm.
+    def require_computed(self, x: Tensor, consumer: str) -> None:
+        """Raise if a result is deferred until a batch norm runs.
+
+        Args:
+            x: Operand of any shape.
+            consumer: Key of the site that consumes it.
 
         Raises:
             RuntimeError: If ``x`` is such a result; names both sites.
         """
-        waiting = self.waiting(x) or self._moved.get(x)
-        if waiting is not None:
+        candidate = self.deferred(x) or self._deferred_layouts.get(x)
+        if candidate is not None:
             raise RuntimeError(
-                f"{reader} reads the result of {waiting.site}, which is folded into the batch norm "
-                f"after it, since in calibration nobody else read it: calibrate with batches that "
-                f"take this path"
+                f"{consumer} consumes the result of {candidate.site}, which is folded into the "
+                f"batch norm after it, because in calibration that norm was its only consumer: "
+                f"calibrate with batches that take this path"
             )
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain values."""
+        """Return the noted sites as plain values."""
         return {
-            "sites": sorted(self._sites),
-            "candidates": sorted(self._candidates),
-            "rectified": dict(sorted(self.rectified.items())),
-            "rectifiers": dict(sorted(self._rectifiers.items())),
-            "readers": {site: sorted(names) for site, names in sorted(self._readers.items())},
+            "folded": sorted(self._folded),
+            "batch_norm_producers": sorted(self._batch_norm_producers),
+            "fused_relu": dict(sorted(self.fused_relu.items())),
+            "relu_producers": dict(sorted(self._relu_producers.items())),
+            "consumers": {site: sorted(names) for site, names in sorted(self._consumers.items())},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where the state was taken."""
-        self._sites, self._candidates = set(state["sites"]), set(state["candidates"])
-        self.rectified, self._rectifiers = dict(state["rectified"]), dict(state["rectifiers"])
-        self._readers = {site: set(names) for site, names in state["readers"].items()}
+        """Restore what :meth:`state_dict` returned."""
+        self._folded = set(state["folded"])
+        self._batch_norm_producers = set(state["batch_norm_producers"])
+        self.fused_relu = dict(state["fused_relu"])
+        self._relu_producers = dict(state["relu_producers"])
+        self._consumers = {site: set(names) for site, names in state["consumers"].items()}

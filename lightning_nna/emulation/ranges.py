@@ -1,12 +1,12 @@
-r"""Ranges of activations, and the scales and zero points that follow from them.
+r"""Ranges of activations, and the quantization parameters that follow from them.
 
-A call site's range is observed while the network runs in float, then frozen:
+The range of a call site is observed while the network runs in float, then frozen:
 
 .. math:: q = \mathrm{clip}(\mathrm{round}(x / s) + o,\ q_{lo},\ q_{hi}), \qquad x \approx s (q - o)
 
 Scales have 16-bit significands (those of 16-bit activations 8-bit ones), so that every
-:math:`s (q - o)` is exact in float32: an activation travels as the float tensor it stands for and
-its integers are recovered without loss.
+:math:`s (q - o)` is exact in float32: an activation is passed on as the float tensor of its real
+values, and its integers are recovered without loss.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from lightning_nna.elementary import ceil_log2
 from lightning_nna.emulation.arithmetic.fixed_point import INT16_MAX, INT16_MIN
 from lightning_nna.emulation.observers import OBSERVERS, MinMax, Observer, Range, new_range, restore
 
-#: float32 has 24 bits: what the integer does not take is the scale's.
+#: Significand bits of a scale by width of the activations. float32 has 24: with integers of 8 bits,
+#: 16 are left for the scale, so that the product of both is exact.
 _SIGNIFICAND_BITS = {8: 16, 16: 8}
 
 
@@ -38,7 +39,7 @@ class QParams:
         zero_point: :math:`o`, the integer that stands for 0.
         low: Smallest integer, included.
         high: Largest integer, included.
-        rectified: Whether a ReLU follows, whose backward takes care of what was clipped at 0.
+        fused_relu: Whether a ReLU follows whose backward handles the values clipped at 0.
 
     Example:
         >>> QParams(0.5, -128).bounds
@@ -49,11 +50,11 @@ class QParams:
     zero_point: int
     low: int = -128
     high: int = 127
-    rectified: bool = field(default=False, compare=False, repr=False)
+    fused_relu: bool = field(default=False, compare=False, repr=False)
 
     @property
     def bounds(self) -> tuple[int, int]:
-        """Smallest and largest integer after the zero point is taken off."""
+        """Smallest and largest integer less the zero point."""
         return self.low - self.zero_point, self.high - self.zero_point
 
     @property
@@ -68,7 +69,9 @@ class QParams:
         return max(-low, high)
 
     def widened(self) -> QParams:
-        """The 16-bit grid that holds every value of an 8-bit one: 128 steps for each of its own.
+        """Return 16-bit parameters that hold every value of 8-bit ones without loss.
+
+        The scale is 128 times smaller, so 8-bit values from ±255 scales are integers in ±32640.
 
         Example:
             >>> QParams(0.5, 3).widened()
@@ -78,19 +81,23 @@ class QParams:
 
 
 class _Pending(QParams):
-    """No parameters yet: equal to those of no grid, whatever their values."""
+    """Mark an activation whose parameters are not known yet; unequal to all other parameters."""
 
 
-#: Stands in the place of parameters while ranges are being observed.
+#: Parameters of every activation while ranges are being observed.
 PENDING: QParams = _Pending(1.0, 0)
 
-#: Outputs that the reference fixes, whatever the data.
+#: Parameters of outputs that the reference kernels fix, whatever the data.
 SIGMOID_OUTPUT = QParams(1 / 256, -128)
 TANH_OUTPUT = QParams(1 / 128, 0)
 
 
 def round_significand(scale: float, bits: int = 8) -> float:
-    """Round a positive scale up to the significand that activations of a width leave to it.
+    """Round a positive scale up to the significand bits of scales.
+
+    Args:
+        scale: Scale, positive.
+        bits: Width of the activations, 8 or 16; scales have 16 or 8 significand bits.
 
     Example:
         >>> round_significand(0.1) * 255 == float(torch.tensor(round_significand(0.1)) * 255)
@@ -102,7 +109,11 @@ def round_significand(scale: float, bits: int = 8) -> float:
 
 
 def round_to_significand(scale: float, bits: int = 8) -> float:
-    """Round a positive scale to the nearest of the scales that :func:`round_significand` gives.
+    """Round a positive scale to the nearest one with the significand bits of scales.
+
+    Args:
+        scale: Scale, positive.
+        bits: Width of the activations, 8 or 16; scales have 16 or 8 significand bits.
 
     Example:
         >>> round_to_significand(1 + 2**-20), round_significand(1 + 2**-20) > 1
@@ -117,16 +128,19 @@ def round_to_significand(scale: float, bits: int = 8) -> float:
 def affine_qparams(
     minimum: float, maximum: float, *, bits: int = 8, power_of_two: bool = False
 ) -> QParams:
-    """Scale and zero point of an activation that covers a range and 0.
+    """Compute quantization parameters that cover a range and 0.
+
+    For values from 0 to 255 the scale is 255 / 255 = 1, and the zero point -128 - 0 / 1 = -128: the
+    integer -128 stands for 0 and 127 for 255.
 
     Args:
         minimum: Smallest value, in the activation's unit.
-        maximum: Largest value.
-        bits: 8, with a zero point, or 16, symmetric.
-        power_of_two: Round the scale up to a power of two.
+        maximum: Largest value, in the same unit.
+        bits: Width of the integers: 8, with a zero point, or 16, symmetric.
+        power_of_two: Whether the scale is rounded up to a power of two.
 
     Raises:
-        ValueError: If the range is not finite or upside down.
+        ValueError: If the range is not finite, or ``minimum`` exceeds ``maximum``.
 
     Example:
         >>> affine_qparams(0.0, 255.0)
@@ -140,7 +154,7 @@ def affine_qparams(
         return symmetric_qparams(max(-minimum, maximum), bits=16, power_of_two=power_of_two)
     low, high = min(minimum, 0.0), max(maximum, 0.0)
     width = high - low
-    if width < 1e-30:  # Nothing but zeros: any scale will do.
+    if width < 1e-30:  # All values are 0, which every scale holds.
         return QParams(1.0, 0)
     scale = _rounded(width / 255, 8, power_of_two)
     zero_point = max(-128, min(127, round(-128 - low / scale)))
@@ -149,7 +163,12 @@ def affine_qparams(
 
 @lru_cache(maxsize=4096)
 def symmetric_qparams(magnitude: float, *, bits: int = 8, power_of_two: bool = False) -> QParams:
-    """Scale of a constant or a 16-bit activation in ±magnitude with zero point 0.
+    """Compute quantization parameters with zero point 0 for values in ±magnitude.
+
+    Args:
+        magnitude: Largest absolute value, in the unit of the tensor.
+        bits: Width of the integers: 8, from -127 to 127, or 16, from -32768 to 32767.
+        power_of_two: Whether the scale is rounded up to a power of two.
 
     Example:
         >>> symmetric_qparams(127.0)
@@ -161,44 +180,50 @@ def symmetric_qparams(magnitude: float, *, bits: int = 8, power_of_two: bool = F
 
 
 def _rounded(scale: float, bits: int, power_of_two: bool) -> float:
-    """Return a scale that the accelerator has, not below the given one."""
+    """Round a scale up to one that the accelerator can represent."""
     return math.ldexp(1.0, ceil_log2(scale)) if power_of_two else round_significand(scale, bits)
 
 
-def no_finer(grid: QParams, step: float, *, power_of_two: bool = False) -> QParams:
-    """A grid, with steps of at least ``step``.
+def with_min_scale(qparams: QParams, min_scale: float, *, power_of_two: bool = False) -> QParams:
+    """Return quantization parameters whose scale is at least ``min_scale``.
 
     Args:
-        grid: Any grid.
-        step: Smallest scale.
-        power_of_two: Round the scale up to a power of two.
+        qparams: Any quantization parameters.
+        min_scale: Smallest scale, positive, in the same unit.
+        power_of_two: Whether a raised scale is rounded up to a power of two.
 
     Example:
-        >>> no_finer(QParams(1e-9, 3), 0.25)
+        >>> with_min_scale(QParams(1e-9, 3), 0.25)
         QParams(scale=0.25, zero_point=3, low=-128, high=127)
     """
-    if grid.scale >= step:
-        return grid
-    return replace(grid, scale=_rounded(step, grid.bits, power_of_two))
+    if qparams.scale >= min_scale:
+        return qparams
+    return replace(qparams, scale=_rounded(min_scale, qparams.bits, power_of_two))
 
 
 def cell_state_exponent(magnitude: float) -> int:
-    """Exponent e of the LSTM cell's scale 2^e: the finest in -15 to -9 that holds a magnitude.
+    """Return the exponent e of the scale 2^e of an LSTM cell state, from -15 to -9.
+
+    It is the smallest whose 16-bit integers hold ±magnitude: 5.0 needs ±8 = 2^3, so e = 3 - 15.
+
+    Args:
+        magnitude: Largest absolute value of the cell state.
 
     Example:
         >>> cell_state_exponent(1.0), cell_state_exponent(5.0), cell_state_exponent(1000.0)
         (-15, -12, -9)
     """
-    needed = ceil_log2(max(magnitude, 1e-30))
-    return max(-15, min(-9, needed - 15))
+    integer_bits = ceil_log2(max(magnitude, 1e-30))
+    return max(-15, min(-9, integer_bits - 15))
 
 
 @dataclass
 class RangeTable:
-    """Ranges by key (``site`` or ``site/input``), observed, frozen, saved.
+    """Hold ranges by key: ``site/output``, or ``site/`` and the name of an operand.
 
     Args:
-        observer: How a range follows from what was seen, see :mod:`.observers`.
+        observer: Rule by which a range follows from observed values, see :mod:`.observers`.
+        ranges: Ranges by key.
 
     Raises:
         ValueError: If the observer is unknown.
@@ -212,8 +237,9 @@ class RangeTable:
 
     observer: Observer = "min_max"
     ranges: dict[str, Range] = field(default_factory=dict)
-    #: What this rank has seen since the ranks last shared: counts must not be added twice.
-    _fresh: dict[str, Range] = field(default_factory=dict)
+    # Ranges of the values that this rank has observed since the ranks last shared, and the state
+    # after that: counts must not be added twice.
+    _unshared: dict[str, Range] = field(default_factory=dict)
     _shared: dict[str, list[Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -227,11 +253,11 @@ class RangeTable:
         return self.ranges[key]
 
     def observe(self, key: str, x: Tensor) -> None:
-        """Take the values of ``x`` into the range of ``key``.
+        """Include values in a range.
 
         Args:
-            key: Name of the site, and of the operand where it has several.
-            x: A float tensor; an empty one changes nothing.
+            key: Key of the range.
+            x: Observed values, float, any shape; without elements nothing changes.
 
         Raises:
             FloatingPointError: If ``x`` has a value that is not finite; names the site.
@@ -241,44 +267,52 @@ class RangeTable:
         low, high = (float(bound) for bound in torch.aminmax(x.detach().float()))
         if not (math.isfinite(low) and math.isfinite(high)):
             raise FloatingPointError(not_finite(key, low, high))
-        tables = [self.ranges, self._fresh] if is_distributed() else [self.ranges]
+        tables = [self.ranges, self._unshared] if is_distributed() else [self.ranges]
         for table in tables:
             table.setdefault(key, new_range(self.observer)).update(x, low, high)
 
     def rename(self, sites: Mapping[str, str]) -> None:
-        """Let what this rank has seen since the ranks last shared belong to sites of other keys."""
-        self._fresh = {
-            "/".join((sites.get(site, site), *rest)): seen
-            for key, seen in self._fresh.items()
+        """Rename sites in what this rank has observed since the ranks last shared.
+
+        Args:
+            sites: New keys of sites by their old keys.
+        """
+        self._unshared = {
+            "/".join((sites.get(site, site), *rest)): unshared
+            for key, unshared in self._unshared.items()
             for site, *rest in [_site_and_rest(key)]
         }
 
     def share(self) -> None:
-        """Let every rank of a distributed run have what any of them has seen."""
+        """Merge the ranges of all ranks of a distributed run."""
         if not is_distributed():
             return
-        mine = {key: seen.state() for key, seen in self._fresh.items()}
+        unshared = {key: observed.state() for key, observed in self._unshared.items()}
         tables: list[Any] = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(tables, mine)
+        torch.distributed.all_gather_object(tables, unshared)
         self.ranges = {key: restore(state) for key, state in self._shared.items()}
         for table in tables:
             self.absorb(table)
-        self._fresh, self._shared = {}, self.state_dict()
+        self._unshared, self._shared = {}, self.state_dict()
 
     def absorb(self, state: dict[str, list[Any]]) -> None:
-        """Let the ranges cover what another table has seen, given its :meth:`state_dict`."""
-        for key, saved in state.items():
-            seen = restore(saved)
-            if key in self.ranges:
-                self.ranges[key].merge(seen)
-            else:
-                self.ranges[key] = seen
-
-    def clamp(self, uppers: Mapping[str, float]) -> None:
-        """Let the outputs of sites begin at 0 and end at a largest value.
+        """Merge the ranges of another table into these.
 
         Args:
-            uppers: Largest values by site, infinite for none.
+            state: What the other's :meth:`state_dict` has returned.
+        """
+        for key, saved in state.items():
+            other = restore(saved)
+            if key in self.ranges:
+                self.ranges[key].merge(other)
+            else:
+                self.ranges[key] = other
+
+    def clamp(self, uppers: Mapping[str, float]) -> None:
+        """Clamp the ranges of outputs as fused ReLUs clamp their values.
+
+        Args:
+            uppers: Largest value of each ReLU by site, infinite for none.
 
         Example:
             >>> table = RangeTable()
@@ -288,28 +322,28 @@ class RangeTable:
             MinMax(minimum=0.0, maximum=2.0)
         """
         for site, upper in uppers.items():
-            seen = self.ranges[f"{site}/output"]
-            self.ranges[f"{site}/output"] = MinMax(0.0, min(max(seen.maximum, 0.0), upper))
+            observed = self.ranges[f"{site}/output"]
+            self.ranges[f"{site}/output"] = MinMax(0.0, min(max(observed.maximum, 0.0), upper))
 
     def state_dict(self) -> dict[str, list[Any]]:
-        """Plain values by key."""
-        return {key: seen.state() for key, seen in sorted(self.ranges.items())}
+        """Return the ranges as plain values, by key."""
+        return {key: observed.state() for key, observed in sorted(self.ranges.items())}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Replace every range by the saved ones."""
         self.ranges = {key: restore(saved) for key, saved in state.items()}
-        self._fresh, self._shared = {}, dict(state)
+        self._unshared, self._shared = {}, dict(state)
 
 
 def _site_and_rest(key: str) -> list[str]:
-    """A key's site, and what follows it."""
+    """Split the key of a range into its site and the rest."""
     path, mark, rest = key.partition("#")
     ordinal, *others = rest.split("/", 1)
     return [path + mark + ordinal, *others]
 
 
 def not_finite(key: str, low: float, high: float) -> str:
-    """The message of an activation that is not finite."""
+    """Return the message of an error for an activation that is not finite."""
     return (
         f"{key} produced a value that is not finite (minimum {low}, maximum {high}); "
         f"lower the learning rate, or look for a division or logarithm before it"
@@ -317,18 +351,20 @@ def not_finite(key: str, low: float, high: float) -> str:
 
 
 @dataclass(frozen=True)
-class Parts:
-    """Grids of a tensor whose elements lie on several, as the last states of several layers.
+class MixedQParams:
+    """Quantization parameters of a tensor whose elements have different ones.
+
+    The last states of several recurrent layers, stacked, are such a tensor.
 
     Args:
-        which: Number of the grid of every element, of the tensor's shape.
-        grids: The grids; None for what is on none.
+        index: Position in ``qparams`` for each element, int64, of the tensor's shape.
+        qparams: Quantization parameters; None for elements without any.
     """
 
-    which: Tensor
-    grids: tuple[QParams | None, ...]
+    index: Tensor
+    qparams: tuple[QParams | None, ...]
 
-    def one_grid(self) -> QParams | None:
-        """The grid of all elements; None where there are several, or none."""
-        numbers = self.which.unique().tolist()
-        return self.grids[numbers[0]] if len(numbers) == 1 else None
+    def single(self) -> QParams | None:
+        """Return the parameters that all elements share; None if they have several, or none."""
+        positions = self.index.unique().tolist()
+        return self.qparams[positions[0]] if len(positions) == 1 else None

@@ -1,4 +1,4 @@
-"""``EmulationState``: all that is known of one emulated module.
+"""``EmulationState``: the state of one emulated module.
 
 Ranges and call sites, the quantization parameters of live tensors, quantized weights, fusion,
 learned scales and the modes of threads. Operators read and write it through their call; the
@@ -24,7 +24,7 @@ from lightning_nna.emulation.learned_scales import LearnedScales
 from lightning_nna.emulation.marks import Marks, Writes
 from lightning_nna.emulation.modes import Modes, Phase
 from lightning_nna.emulation.observers import Observer
-from lightning_nna.emulation.ranges import Parts, QParams, RangeTable
+from lightning_nna.emulation.ranges import MixedQParams, QParams, RangeTable
 from lightning_nna.emulation.sites import SiteTable
 from lightning_nna.emulation.spec import NNASpec
 from lightning_nna.emulation.weight_grids import on_grid
@@ -33,12 +33,12 @@ log = logging.getLogger(__name__)
 
 
 class EmulationState:
-    """Hold all that is known of one module while it is observed or emulated.
+    """Hold the state of one module while it is observed or emulated.
 
     Args:
-        module: The module; only a weak reference to it is kept.
-        spec: The accelerator.
-        observer: How ranges follow from observed values.
+        module: Module; only a weak reference to it is kept.
+        spec: Accelerator.
+        observer: Rule by which ranges follow from observed values.
 
     Attributes:
         modes: The mode of every thread. Only :meth:`.Emulator.running` enters modes.
@@ -69,7 +69,7 @@ class EmulationState:
         self.observed_forward = False
         self.fallbacks: set[str] = set()
         self._qparams = Marks(self._writes)
-        self._parts = Marks(self._writes)
+        self._mixed_qparams = Marks(self._writes)
         self._weights: dict[tuple[int, int], tuple[Tensor, Any, QuantizedWeight]] = {}
         self._warned: set[str] = set()
 
@@ -85,9 +85,9 @@ class EmulationState:
         return "the module" if module is None else type(module).__name__
 
     def follow_tensors(self) -> None:
-        """Know parameters and buffers by their name, whichever tensors stand for them now.
+        """Look the module's parameters and buffers up again.
 
-        ``load_state_dict(…, assign=True)`` and moving to another device put others in their place.
+        ``load_state_dict(…, assign=True)`` and moving to another device replace the tensors.
         """
         module = self.module()
         if module is None:
@@ -97,10 +97,10 @@ class EmulationState:
         self.scales.follow(module)
 
     def require_ranges(self, fallback: str | None = None) -> None:
-        """Make sure that a module that is to be emulated can be; note that an observed one has run.
+        """Raise if the module is emulated without ranges; note an observed forward.
 
         Args:
-            fallback: Site that runs, of a function that is no operator of the accelerator.
+            fallback: Key of the site that runs, if its function is no operator of the accelerator.
 
         Raises:
             RuntimeError: If no ranges were observed.
@@ -137,75 +137,75 @@ class EmulationState:
         return qparams
 
     def set_qparams(self, x: Tensor, qparams: QParams) -> None:
-        """Let quantization parameters travel with a tensor of any shape."""
+        """Attach quantization parameters to a tensor of any shape."""
         self._qparams[x] = qparams
 
-    def parts_of(self, x: Tensor) -> Parts | None:
-        """Return the parameters of a tensor of any shape whose elements have several."""
-        parts: Parts | None = self._parts.get(x)
-        return parts
+    def mixed_qparams_of(self, x: Tensor) -> MixedQParams | None:
+        """Return the parameters of a tensor of any shape whose elements have different ones."""
+        mixed: MixedQParams | None = self._mixed_qparams.get(x)
+        return mixed
 
-    def set_parts(self, x: Tensor, parts: Parts) -> None:
-        """Let every element of a tensor of any shape carry one of several parameters."""
-        self._parts[x] = parts
+    def set_mixed_qparams(self, x: Tensor, mixed: MixedQParams) -> None:
+        """Attach different parameters to the elements of a tensor of any shape."""
+        self._mixed_qparams[x] = mixed
 
-    def set_rows(self, x: Tensor, grids: Sequence[QParams | None]) -> None:
-        """Let each entry of the first axis carry its own quantization parameters.
+    def set_row_qparams(self, x: Tensor, qparams: Sequence[QParams | None]) -> None:
+        """Attach quantization parameters to every row of a tensor.
 
         Args:
-            x: Any shape.
-            grids: One for each entry; if one is None, nothing is noted.
+            x: Shape ``(rows, …)``.
+            qparams: Parameters of each row; if one is None, nothing is attached.
         """
-        if all(grid is not None for grid in grids):
-            numbers = torch.arange(len(grids), device=x.device)
-            which = numbers.reshape(-1, *[1] * (x.dim() - 1)).expand(x.shape)
-            self._parts[x] = Parts(which.contiguous(), tuple(grids))
+        if all(each is not None for each in qparams):
+            positions = torch.arange(len(qparams), device=x.device)
+            index = positions.reshape(-1, *[1] * (x.dim() - 1)).expand(x.shape)
+            self._mixed_qparams[x] = MixedQParams(index.contiguous(), tuple(qparams))
 
     def forget_qparams(self) -> None:
         """Forget the quantization parameters of all live tensors."""
         self._qparams.clear()
-        self._parts.clear()
+        self._mixed_qparams.clear()
 
-    def wrote(self, targets: Iterable[Tensor], kind: Kind | None = None) -> None:
-        """Forget what was known of tensors that something has written to.
+    def note_writes(self, targets: Iterable[Tensor], kind: Kind | None = None) -> None:
+        """Forget the marks of tensors that have been written to.
 
         Args:
             targets: Tensors of any shape.
-            kind: What was written: None for data.
+            kind: Kind of the values written; None for data.
         """
         for target in targets:
             self._writes.note(target)
             if kind is None:
-                self.constants.wrote(target)
+                self.constants.note_write(target)
 
-    def copied(self, x: Tensor) -> Tensor:
-        """Copy a tensor of any shape, with all that is known of it."""
-        twin, qparams = x.clone(), self.qparams_of(x)
+    def clone(self, x: Tensor) -> Tensor:
+        """Copy a tensor of any shape, with its quantization parameters and its producer."""
+        copy, qparams = x.clone(), self.qparams_of(x)
         if qparams is not None:
-            self.set_qparams(twin, qparams)
-        self.fusion.copied(x, twin)
-        return twin
+            self.set_qparams(copy, qparams)
+        self.fusion.note_copy(x, copy)
+        return copy
 
-    def consumed_outside(self, values: Any) -> None:
-        """Note that something that is not emulated reads activations.
+    def note_outside_consumers(self, values: Any) -> None:
+        """Note that code that is not emulated consumes activations.
 
         Args:
             values: Tensors of any shape, nested.
         """
         if self.phase != "float":
             for x in floats(values):
-                self.fusion.reads(x, "something else")
+                self.fusion.note_consumer(x, "code that is not emulated")
 
     # --- weights --------------------------------------------------------------------------------
 
     def weight(self, weight: Tensor, rows_per_scale: int) -> QuantizedWeight:
-        """Return a weight after the weight pipeline, on the accelerator's integers.
+        """Return the quantized weight, after the weight pipeline.
 
-        It is computed once in each outermost scope, and again after a write that can be seen.
+        It is computed once in each outermost scope, and again after a write that is noted.
 
         Args:
-            weight: Shape ``(rows, …)``, float32.
-            rows_per_scale: Rows that share a scale; divides the number of rows.
+            weight: Weight, float32, shape ``(rows, …)``.
+            rows_per_scale: Number of rows that share a scale; divides the number of rows.
         """
         key, scale = (id(weight), rows_per_scale), self.scales.of_weight(weight, rows_per_scale)
         cached = self._weights.get(key)
@@ -228,23 +228,23 @@ class EmulationState:
         """Return the rows per scale of a weight that an operator has used; None for any other.
 
         Args:
-            weight: Any shape.
+            weight: Weight of any shape.
         """
         return self.used_weights.get(self.names.get(id(weight), ""))
 
     def trainable(self, weight: Tensor, rows_per_scale: int) -> Tensor:
-        """Return the tensor that the gradient of a weight goes to, of the weight's shape."""
+        """Return the tensor that receives the gradient of a weight, of the weight's shape."""
         return self.scales.trainable(weight, rows_per_scale, self.weight)
 
     def quantized_operands(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Return arguments of a torch function with quantized weights in place of float ones."""
+        """Return arguments of a torch function with weights replaced by their quantized values."""
 
         def replaced(leaf: Any) -> Any:
             if not isinstance(leaf, Tensor):
                 return leaf
-            # It may be a view of a parameter, as in ``x @ w.T``.
+            # The argument may be a view of a parameter, as in ``x @ w.T``.
             base = leaf if leaf._base is None else leaf._base
             rows = self.rows_of(base)
             if rows is None:
@@ -263,7 +263,7 @@ class EmulationState:
     # --- warnings -------------------------------------------------------------------------------
 
     def first_run_after_freeze(self, key: str) -> None:
-        """Warn, once, of a site that ran only after the ranges were frozen."""
+        """Warn, once, of a site that first runs after the ranges were frozen."""
         if key not in self._warned:
             self._warned.add(key)
             log.warning(
@@ -273,12 +273,18 @@ class EmulationState:
             )
 
     def watches_overflow(self, site: str) -> bool:
-        """Tell whether a site's overflows are counted, or none of them has been reported."""
+        """Tell whether a site's overflows are counted by a telemetry or not yet reported."""
         counted = self.modes.current.telemetry is not None
         return counted or f"{site} overflows" not in self._warned
 
     def count_overflow(self, site: str, lost: int, sums: int) -> None:
-        """Note how many sums left the accumulator's range; warn, once, of a site."""
+        """Count sums that overflow; warn once for each site.
+
+        Args:
+            site: Key of the call site.
+            lost: Number of sums outside the range of the accumulator.
+            sums: Number of all sums.
+        """
         if (telemetry := self.modes.current.telemetry) is not None:
             telemetry.overflow(site, lost, sums)
         if lost and f"{site} overflows" not in self._warned:
@@ -294,12 +300,12 @@ class EmulationState:
             )
 
     def count_biases(self, site: str, smallest: Tensor, scales: Tensor) -> None:
-        """Note how many channels need a larger scale for their bias.
+        """Count channels whose scale was raised for their bias.
 
         Args:
             site: Key of the call site.
-            smallest: Smallest scale that holds each channel's bias, shape ``(channels,)``.
-            scales: Scale of each channel's weights, shape ``(channels,)``.
+            smallest: Smallest scales that hold the biases, float, shape ``(channels,)``.
+            scales: Scales of the weights, float, shape ``(channels,)``.
         """
         if (telemetry := self.modes.current.telemetry) is not None:
             telemetry.biases(site, int((smallest > scales).sum()), len(scales))

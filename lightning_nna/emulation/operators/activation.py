@@ -44,6 +44,7 @@ from lightning_nna.emulation.ranges import (
     TANH_OUTPUT,
     QParams,
     round_significand,
+    with_min_scale,
 )
 
 #: Sigmoid and tanh of 16 bits, in steps of 2^-15.
@@ -306,19 +307,19 @@ def _dropped(call: Call, input: Tensor, p: float, training: bool, shape: tuple[i
     if not training or not 0 < p < 1:
         result = F.dropout(input, p, training)
         if result is not input:
-            call.state.fusion.passed_on(input, result)
+            call.state.fusion.note_alias(input, result)
         return result if tag is None else call.unchanged(result, Activation(input, tag))
     kept = torch.empty(shape, dtype=input.dtype, device=input.device).bernoulli_(1 - p)
     if tag is None or tag == PENDING:
         result = input * kept.div_(1 - p)
-        call.state.fusion.passed_on(input, result)
+        call.state.fusion.note_alias(input, result)
         return result if tag is None else call.with_qparams(result, tag)
-    grown = replace(tag, scale=round_significand(tag.scale / (1 - p), tag.bits), rectified=False)
+    grown = replace(tag, scale=round_significand(tag.scale / (1 - p), tag.bits), fused_relu=False)
     with float32_arithmetic(input):
         # By a tensor: a GPU would multiply by the inverse of a number.
         integers = input / torch.full((), tag.scale, device=input.device)
         result = call.with_qparams(integers * kept.mul_(grown.scale), grown)
-    call.state.fusion.passed_on(input, result)
+    call.state.fusion.note_alias(input, result)
     return result
 
 
@@ -331,7 +332,7 @@ def _clamped(call: Call, input: Tensor, upper: float | None) -> Tensor:
     """ReLU, or ReLU up to a bound, on the grid of its input."""
     x = call.operand(input, "input")
     if call.observing:
-        call.state.fusion.rectifies(x.value, math.inf if upper is None else upper)
+        call.state.fusion.note_relu(x.value, math.inf if upper is None else upper)
         result = torch.relu(x.value) if upper is None else F.hardtanh(x.value, 0.0, upper)
         return call.unchanged(result, x)
     with float32_arithmetic(x.value):

@@ -71,11 +71,11 @@ def batch_norm(
     if call.observing:
         spec = call.state.spec
         if spec.weight_granularity == "per_channel" and not spec.power_of_two_scales:
-            call.state.fusion.normalizes(input)
+            call.state.fusion.note_batch_norm(input)
         given = call.operand(input, "input").value
         arguments = (running_mean, running_var, weight, bias, training, momentum, eps)
         return call.observed(F.batch_norm(given, *arguments))
-    folded = call.state.fusion.waiting(input)
+    folded = call.state.fusion.deferred(input)
     x = None if folded is not None else call.operand(input, "input")
     values = input if x is None else x.value
     with float32_arithmetic(values):

@@ -23,7 +23,7 @@ from lightning_nna.emulation.float32_arithmetic import float32_arithmetic
 from lightning_nna.emulation.program import Activation, Instruction, Stored
 from lightning_nna.emulation.ranges import (
     PENDING,
-    Parts,
+    MixedQParams,
     QParams,
     affine_qparams,
     not_finite,
@@ -72,9 +72,9 @@ class Call:
             return self._scalar(float(x))
         tag = self.state.qparams_of(x)
         if tag is not None:
-            self.state.fusion.reads(x, self.site)
+            self.state.fusion.note_consumer(x, self.site)
             # The ReLU's backward takes care of what was clipped for it, and no other.
-            tag = replace(tag, rectified=False) if tag.rectified else tag
+            tag = replace(tag, fused_relu=False) if tag.fused_relu else tag
             return self._of_width(Activation(x, tag))
         if self.state.constants.in_program(x):
             return self.constant(x)
@@ -82,10 +82,10 @@ class Call:
         if self.observing:
             self.state.ranges.observe(key, x)
             return Activation(x, PENDING)
-        self.state.fusion.check_finished(x, self.site)
+        self.state.fusion.require_computed(x, self.site)
         qparams = self._frozen(key, x)
-        if (parts := self.state.parts_of(x)) is not None:
-            return Activation(self._joined(x, parts, qparams), qparams)
+        if (mixed := self.state.mixed_qparams_of(x)) is not None:
+            return Activation(self._joined(x, mixed, qparams), qparams)
         with float32_arithmetic(x):
             result = Activation(quantize(x, qparams, key), qparams)
         if self.recording:
@@ -102,7 +102,7 @@ class Call:
         self.state.ranges.observe(f"{self.site}/{name}", result if seen is None else seen)
         self.state.set_qparams(result, PENDING)
         if name == "output" and self.bits == 8:
-            self.state.fusion.observed(result, self.site)
+            self.state.fusion.note_output(result, self.site)
         return result
 
     def unchanged(self, result: Tensor, like: Activation) -> Tensor:
@@ -118,15 +118,15 @@ class Call:
             if key not in self.state.ranges:
                 return frozen
         grid = self._grid(key, self.min_value)
-        if name == "output" and self.site in self.state.fusion.rectified:
-            return replace(grid, rectified=True)
+        if name == "output" and self.site in self.state.fusion.fused_relu:
+            return replace(grid, fused_relu=True)
         return grid
 
     def with_qparams(self, result: Tensor, qparams: QParams) -> Tensor:
         """Let the result carry its parameters."""
         self.state.set_qparams(result, qparams)
-        if qparams.rectified:
-            self.state.fusion.clamped(result, self.site)
+        if qparams.fused_relu:
+            self.state.fusion.note_fused_output(result, self.site)
         return result
 
     def viewed(self, view: Tensor, of: Tensor) -> Tensor:
@@ -159,16 +159,16 @@ class Call:
     def selected(self, x: Tensor, index: int) -> Tensor:
         """One part of a tensor along its first axis, with the parameters that it has there."""
         result = self.viewed(x[index], x)
-        parts = self.state.parts_of(x)
-        grid = None if parts is None else Parts(parts.which[index], parts.grids).one_grid()
+        mixed = self.state.mixed_qparams_of(x)
+        grid = None if mixed is None else MixedQParams(mixed.index[index], mixed.qparams).single()
         return result if grid is None else self.with_qparams(result, grid)
 
-    def _joined(self, x: Tensor, parts: Parts, y: QParams) -> Tensor:
+    def _joined(self, x: Tensor, mixed: MixedQParams, y: QParams) -> Tensor:
         """A tensor of several grids on one."""
-        values, which = x.reshape(-1), parts.which.reshape(-1)
+        values, index = x.reshape(-1), mixed.index.reshape(-1)
         moved, places = [], []
-        for number, grid in enumerate(parts.grids):
-            place = (which == number).nonzero().flatten()
+        for number, grid in enumerate(mixed.qparams):
+            place = (index == number).nonzero().flatten()
             if not len(place):
                 continue
             assert grid is not None

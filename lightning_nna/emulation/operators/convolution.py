@@ -59,8 +59,8 @@ def convolution(
         return convolve_in_float(input, weight, bias, geometry)
 
     if call.observing:
-        return call.state.fusion.produced(call.observed(in_float()), call.site)
-    if call.state.fusion.folds(call.site):
+        return call.state.fusion.note_producer(call.observed(in_float()), call.site)
+    if call.state.fusion.is_folded(call.site):
         return _waiting(call, x, weight, bias, geometry)
     rows_per_scale = 1 if call.state.spec.weight_granularity == "per_channel" else weight.shape[0]
     quantized = call.state.weight(weight, rows_per_scale)
@@ -88,10 +88,10 @@ def _waiting(
         record_convolution(at, x, shift, folded, geometry, y)
 
     exact = needs_exact(call, x, quantized)
-    waiting = FusionCandidate(
+    deferred = FusionCandidate(
         sums, bias, quantized, x, _rounding(call, x), exact, sums_of, record, call.site
     )
-    return call.state.fusion.produced(result, waiting)
+    return call.state.fusion.note_producer(result, deferred)
 
 
 def supports_convolution(input: Any, weight: Tensor, *args: Any, **kwargs: Any) -> bool:

@@ -28,7 +28,7 @@ from lightning_nna.emulation.float32_arithmetic import float32_arithmetic
 from lightning_nna.emulation.operators.call import Call, look_up
 from lightning_nna.emulation.operators.record import Operator
 from lightning_nna.emulation.program import Activation
-from lightning_nna.emulation.ranges import PENDING, QParams, no_finer
+from lightning_nna.emulation.ranges import PENDING, QParams, with_min_scale
 
 #: Arguments of torch functions that say where a result goes: the emulator writes it there.
 _DESTINATIONS = ("inplace", "out")
@@ -83,7 +83,7 @@ def drive(operator: Operator, call: Call, *operands: Tensor | float, **parameter
         y = call.output(lambda: function(*values, **parameters))
         if operator.finest is not None:
             step = first.qparams.scale * operator.finest
-            y = no_finer(y, step, power_of_two=call.state.spec.power_of_two_scales)
+            y = with_min_scale(y, step, power_of_two=call.state.spec.power_of_two_scales)
     else:
         y = operator.output[first.qparams.bits]
     with float32_arithmetic(first.value):

@@ -110,7 +110,7 @@ def concatenate(call: Call, tensors: list[Tensor], dim: int = 0) -> Tensor:
 
 def _is_plain(call: Call, x: Tensor) -> bool:
     """Tell whether a tensor is float data that no operator has quantized."""
-    on_a_grid = call.state.qparams_of(x) is not None or call.state.parts_of(x) is not None
+    on_a_grid = call.state.qparams_of(x) is not None or call.state.mixed_qparams_of(x) is not None
     return not on_a_grid and not call.state.constants.is_own(x)
 
 

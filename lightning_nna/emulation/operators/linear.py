@@ -41,8 +41,8 @@ def linear(call: Call, input: Tensor, weight: Tensor, bias: Tensor | None = None
     if call.observing:
         result = call.observed(F.linear(input, weight, bias))
         # A batch norm over (batch, channels); elsewhere its channels are not the layer's.
-        return call.state.fusion.produced(result, call.site) if input.dim() == 2 else result
-    if call.state.fusion.folds(call.site):
+        return call.state.fusion.note_producer(result, call.site) if input.dim() == 2 else result
+    if call.state.fusion.is_folded(call.site):
         return _waiting(call, x, weight, bias)
     rows_per_scale = 1 if call.state.spec.weight_granularity == "per_channel" else weight.shape[0]
     quantized = call.state.weight(weight, rows_per_scale)
@@ -68,10 +68,10 @@ def _waiting(call: Call, x: Activation, weight: Tensor, bias: Tensor | None) -> 
         _record(at, x, shift, folded, y)
 
     rounding = call.state.spec.rounding_of("real")
-    waiting = FusionCandidate(
+    deferred = FusionCandidate(
         sums.detach(), bias, quantized, x, rounding, exact, sums_of, record, call.site
     )
-    return call.state.fusion.produced(result, waiting)
+    return call.state.fusion.note_producer(result, deferred)
 
 
 def fully_connected(

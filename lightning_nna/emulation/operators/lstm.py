@@ -96,7 +96,7 @@ def lstm_layer(
         if call.observing:
             result = call.observed(outputs, seen=_with_start(outputs, h_0))
             # The layer reads its output itself, as the state of the next step.
-            call.state.fusion.reads(result, f"{call.site}/state")
+            call.state.fusion.note_consumer(result, f"{call.site}/state")
             return result, call.viewed(layout.last(outputs), result), layout.last(cells)
     cell, y = _cell(call, x, layout, h_0, c_0, weights)
     with float32_arithmetic(rows):

@@ -144,7 +144,7 @@ def _together(call: Call, states: States, batched: bool) -> Tensor:
     result = result if batched else result.squeeze(1)
     if len(states) == 1:
         return call.viewed(result, states[0])
-    call.state.set_rows(result, [call.state.qparams_of(state) for state in states])
+    call.state.set_row_qparams(result, [call.state.qparams_of(state) for state in states])
     return result
 
 

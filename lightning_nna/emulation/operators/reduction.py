@@ -32,7 +32,7 @@ from lightning_nna.emulation.operators.call import Call
 from lightning_nna.emulation.operators.linear import overflowed
 from lightning_nna.emulation.operators.record import Form, Kernel, Operator, register_operator
 from lightning_nna.emulation.program import Activation, Stored
-from lightning_nna.emulation.ranges import QParams, no_finer
+from lightning_nna.emulation.ranges import QParams, with_min_scale
 
 # How many times finer than its input a mean may be: 16 bits then hold 8 steps of the input.
 _FINEST = 2**12
@@ -107,7 +107,7 @@ def mean_grid(call: Call, x: QParams, y: QParams, count: int = 1) -> QParams:
     float forward. With a grid for that alone the multiplier would shift the sum out of 32 bits.
     """
     step = count * x.scale / _FINEST
-    return no_finer(y, step, power_of_two=call.state.spec.power_of_two_scales)
+    return with_min_scale(y, step, power_of_two=call.state.spec.power_of_two_scales)
 
 
 def mean_onto(
