@@ -546,7 +546,7 @@ class Recorder:
         h, c = inputs[_STATES[0]], inputs[_STATES[1]]
         assert h is not None
         assert c is not None
-        hidden, cells = instruction.left
+        hidden, cells = instruction.new_state
         assert hidden.source is not None
         assert cells.source is not None
         self._state[h] = self.provenance_map.resolve(hidden.source, hidden.dtype, instruction.site)

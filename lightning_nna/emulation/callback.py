@@ -27,7 +27,7 @@ from typing_extensions import override
 
 from lightning_nna.emulation.attachment import attach, attached
 from lightning_nna.emulation.emulator import Emulator
-from lightning_nna.emulation.learned_scales import LEARNED, Learned, agree_on_keys
+from lightning_nna.emulation.learned_scales import LEARNED, Learned, share_keys
 from lightning_nna.emulation.modes import Fidelity, Phase
 from lightning_nna.emulation.observers import OBSERVERS, Observer
 from lightning_nna.emulation.spec import NNASpec, resolve_spec
@@ -437,7 +437,7 @@ class NNAEmulation(Callback):
             self._emulated_steps += int(self.emulator.calibrated)
         if self.learned_scales != "none" and self.emulator.calibrated:
             divisor = 1.0 if self._scaler is None else self._scaler.get_scale()
-            agree_on_keys(self.emulator.scales)
+            share_keys(self.emulator.scales)
             self._scale_optimizer.update(self.emulator.scales.tensors(), divisor=divisor)
 
     def _release(self) -> None:

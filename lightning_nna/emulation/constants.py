@@ -1,15 +1,15 @@
-"""Tensors that are no activations: their values are part of the program, whatever comes in.
+"""Constants of the program: tensors whose values do not depend on the data.
 
-- *Constants* are parameters, buffers, what a forward makes of numbers (``arange``, ``zeros``), and
-  what is computed of these alone.
-- *Integers* are arguments that are no floats (lengths, positions, masks), and what is computed of
-  them and of constants: they steer the program, which is made for their values.
-- *Data* are floats that come in, activations, and the integers and masks that are computed of them.
+- *Constants* are parameters, buffers, tensors that a forward creates from numbers (``arange``,
+  ``zeros``), and results of functions of these alone.
+- *Integers* are arguments that are not floats (lengths, positions, masks), and results of functions
+  of them and of constants. A program is exported for their values.
+- *Data* are float arguments, activations, and integers and masks that are computed from them.
 
-What depends on constants and integers alone runs in float and is folded into a constant of the
-program: position encodings, normalized weights, lengths. It is quantized where it meets an
-activation, as a parameter is. A layer with weights is different: what it takes in is an
-activation, so that images of bytes are data as soon as a layer reads them.
+A function of constants and integers alone runs in float, and its result is a constant of the
+program: position encodings, normalized weights, lengths. It is quantized as an operand of an
+operator, as a parameter is. The input of a layer with weights is always an activation, so images of
+bytes are data as soon as a layer consumes them.
 """
 
 from __future__ import annotations
@@ -27,24 +27,24 @@ from lightning_nna.emulation.marks import Marks, Writes
 
 
 class Kind(Enum):
-    """Dependence of the values of a tensor."""
+    """Name what the values of a tensor depend on."""
 
     CONSTANT = "constant"
     INTEGER = "integer"
-    #: Only integers and buffers need the mark: floats of which nothing is known are data.
+    #: Mark of integers and buffers alone: floats without a mark are data.
     DATA = "data"
 
 
 class _Forward(threading.local):
-    """The outermost forward of a thread, by its number."""
+    """Number the outermost forwards of a thread."""
 
     number = 0
 
 
 class Constants:
-    """Kinds of tensors, for the time of one outermost forward.
+    """Hold the kinds of tensors during one outermost forward.
 
-    What a backward computes again, as activation checkpointing does, it finds as it was.
+    In a backward, where activation checkpointing runs forwards again, kinds stay valid.
 
     Args:
         names: Names of the module's parameters and buffers by ``id``.
@@ -52,45 +52,49 @@ class Constants:
 
     def __init__(self, names: Mapping[int, str]) -> None:
         self._names = names
-        # A table of zeros stays a constant when constants are written to it.
+        # Counts writes of data alone: zeros stay a constant when constants are written to them.
         self._writes = Writes()
-        self._kinds = Marks(self._writes, seen=True)
+        self._kinds = Marks(self._writes, noted_only=True)
         self._forward = _Forward()
         self._numbers = count(1)
 
     def rename(self, names: Mapping[int, str]) -> None:
-        """Take other tensors for the module's parameters and buffers, by ``id``."""
+        """Replace the names of the module's parameters and buffers by ``id``."""
         self._names = names
 
-    def begin(self) -> None:
-        """An outermost forward begins: what it is given is data, wherever it has come from."""
+    def begin_forward(self) -> None:
+        """Start an outermost forward: float arguments are data, even results of the forward before."""
         if not _in_backward():
             self._forward.number = next(self._numbers)
 
     def is_own(self, x: Tensor) -> bool:
-        """Tell whether a tensor is itself a parameter or buffer."""
+        """Tell whether a tensor of any shape is itself a parameter or buffer."""
         return id(x) in self._names or isinstance(x, nn.Parameter)
 
     def is_constant(self, x: Tensor) -> bool:
-        """Tell whether the values of a tensor depend on the module alone."""
+        """Tell whether the values of a tensor of any shape depend on the module alone."""
         return self._kind(x) is Kind.CONSTANT
 
     def in_program(self, x: Tensor) -> bool:
-        """Tell whether the values of a tensor are no data: a constant, or computed of integers."""
+        """Tell whether a tensor of any shape is a constant, or computed from integers: no data."""
         return self._kind(x) in (Kind.CONSTANT, Kind.INTEGER)
 
     def _kind(self, x: Tensor) -> Kind | None:
-        held: tuple[Kind, int] | None = self._kinds.get(x)
-        if held is not None and (held[1] == self._forward.number or _in_backward()):
-            return held[0]
+        mark: tuple[Kind, int] | None = self._kinds.get(x)
+        if mark is not None and (mark[1] == self._forward.number or _in_backward()):
+            return mark[0]
         return Kind.CONSTANT if self.is_own(x) else None
 
     def kind_of(self, values: Any) -> Kind | None:
-        """Return what a function of some arguments, nested, depends on; None for data.
+        """Return the kind of a function's result.
 
-        Also None where there is no tensor at all.
+        Args:
+            values: Arguments of the function, nested.
+
+        Returns:
+            None if the result depends on data, or if no argument is a tensor.
         """
-        found: Kind | None = None
+        result: Kind | None = None
         for x in _tensors(values):
             kind = self._kind(x)
             if kind is None:
@@ -99,11 +103,16 @@ class Constants:
                 kind = Kind.INTEGER
             if kind is Kind.DATA:
                 return None
-            found = Kind.INTEGER if Kind.INTEGER in (found, kind) else kind
-        return found
+            result = Kind.INTEGER if Kind.INTEGER in (result, kind) else kind
+        return result
 
     def mark(self, results: Any, kind: Kind | None) -> None:
-        """Note what results depend on: floats if they are no data, integers if they are."""
+        """Note the kind of results: of floats unless they are data, of integers if they are.
+
+        Args:
+            results: Results of a function, nested.
+            kind: Kind of the results; None for data.
+        """
         for x in _tensors(results):
             is_float = x.is_floating_point() or x.is_complex()
             if is_float and kind is not None:
@@ -114,36 +123,42 @@ class Constants:
     def _set(self, x: Tensor, kind: Kind) -> None:
         self._kinds[x] = (kind, self._forward.number)
 
-    def made(self, result: Tensor, filled: Any) -> None:
-        """Note a tensor of the code's own values, filled with some of these."""
-        holds = any(True for _ in _tensors(filled))
-        kind = self.kind_of(filled) if holds else Kind.CONSTANT
-        self.mark(result, kind)
-
-    def follow(self, result: Any, given: Any, in_scope: Callable[[], bool]) -> None:
-        """Note the result of a function of integers, or of one that decides.
+    def mark_created(self, result: Tensor, contents: Any) -> None:
+        """Note a tensor that the module's code creates.
 
         Args:
-            result: Its result, nested.
-            given: Its arguments.
-            in_scope: Whether the code that calls is emulated; asked only if it matters.
+            result: New tensor of any shape.
+            contents: Values that it is filled with, nested; numbers or tensors.
+        """
+        has_tensors = any(True for _ in _tensors(contents))
+        kind = self.kind_of(contents) if has_tensors else Kind.CONSTANT
+        self.mark(result, kind)
+
+    def mark_decision(self, result: Any, arguments: Any, in_scope: Callable[[], bool]) -> None:
+        """Note the result of a comparison, or of a function of integers.
+
+        Args:
+            result: Result of the function, nested.
+            arguments: Arguments of the function, nested.
+            in_scope: Function that tells whether the calling code is emulated; slow, so it is
+                called only if needed.
         """
         if not any(True for _ in _tensors(result)):
             return
-        kind = self.kind_of(given)
-        if kind is None and not any(True for _ in _tensors(given)):
+        kind = self.kind_of(arguments)
+        if kind is None and not any(True for _ in _tensors(arguments)):
             return
         if kind is None or in_scope():
             self.mark(result, kind)
 
-    def enters(self, args: tuple[Any, ...]) -> None:
-        """A layer takes arguments in: what was computed of integers is data from now on."""
+    def mark_layer_inputs(self, args: tuple[Any, ...]) -> None:
+        """Note that a layer consumes its arguments: results of integers are data from now on."""
         for x in args:
             if isinstance(x, Tensor) and self._kind(x) is Kind.INTEGER:
                 self._kinds.pop(x)
 
     def note_write(self, target: Tensor) -> None:
-        """Data have been written to a tensor: neither it nor its views are the program's."""
+        """Note data written to a tensor of any shape: it and its views are no constants any more."""
         self._writes.note(target)
         for x in (target, target._base):
             if x is not None and id(x) in self._names and not isinstance(x, nn.Parameter):

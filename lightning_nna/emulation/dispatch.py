@@ -34,7 +34,7 @@ from lightning_nna.emulation.operators.layout import (
     is_zero_padding,
 )
 from lightning_nna.emulation.operators.record import Operator
-from lightning_nna.emulation.program import choice
+from lightning_nna.emulation.program import selection
 from lightning_nna.emulation.ranges import MixedQParams
 from lightning_nna.emulation.sites import TRANSPARENT_FILES, CallSites
 from lightning_nna.emulation.state import EmulationState
@@ -142,7 +142,7 @@ class Dispatch(TorchFunctionMode):
         self.state.require_ranges()
         self.enter()
         if not self.scope.stack:
-            self.state.constants.begin()
+            self.state.constants.begin_forward()
         self.scope.stack.append(path)
 
     def end_forward(self, path: str, result: Any, *, is_root: bool) -> None:
@@ -216,7 +216,7 @@ class Dispatch(TorchFunctionMode):
             key = self.call_sites.key(path, name.strip("_"), location)
             return self._fall_back(key, run, args, kwargs)
         if has_weights:
-            self.state.constants.enters(args)
+            self.state.constants.mark_layer_inputs(args)
         return self._run(operator, self.call_sites.key(path, label, location), func, args, kwargs)
 
     def _make(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -226,7 +226,7 @@ class Dispatch(TorchFunctionMode):
         filled = (args[1:], kwargs) if func.__name__.startswith(("new_", "full")) else ()
         filled = (args, kwargs) if func.__name__ in ("tensor", "as_tensor", "full") else filled
         if isinstance(result, Tensor) and self.call_sites.in_scope():
-            self.state.constants.made(result, filled)
+            self.state.constants.mark_created(result, filled)
         return result
 
     def _decide(
@@ -234,7 +234,7 @@ class Dispatch(TorchFunctionMode):
     ) -> Any:
         """Compute integers and masks, or floats of them: data if they come from data."""
         result = self._plainly(func, args, kwargs)
-        self.state.constants.follow(result, (args, kwargs), self.call_sites.in_scope)
+        self.state.constants.mark_decision(result, (args, kwargs), self.call_sites.in_scope)
         return result
 
     def _plainly(
@@ -339,7 +339,7 @@ class Dispatch(TorchFunctionMode):
         if (
             tag is None
             or not result.requires_grad
-            or not self.state.scales.made(f"{key}/output", tag)
+            or not self.state.scales.is_learned(f"{key}/output", tag)
         ):
             return result
         operands = self.state.quantized_operands(args, kwargs)
@@ -451,7 +451,7 @@ class Dispatch(TorchFunctionMode):
             mode = self.state.modes.current
             if mode.recorder is not None and mode.phase == "emulate" and mode.fidelity == "exact":
                 path = self.call_sites.path
-                instruction = choice(func.__name__, path, args, result, self.state.qparams_of)
+                instruction = selection(func.__name__, path, args, result, self.state.qparams_of)
                 if instruction is not None:
                     mode.recorder(instruction)
         return result

@@ -1,10 +1,11 @@
-"""Marks of a tensor, for as long as nobody writes to its memory.
+"""Marks of tensors, valid until something writes to their memory.
 
-A grid, or the site that has made a result, is remembered by tensor. Views share memory: what is
-written through one of them changes all, and what was known of the others is wrong from then on. So
-every mark has the time at which it was set, and holds only if its tensor's storage has not been
-written to since. PyTorch counts writes itself, but not those to tensors of inference mode nor those
-through ``.data``; :class:`Writes` counts all that pass the dispatch. Both counts must agree.
+Quantization parameters, or the site that has produced a result, are stored by tensor. Views share
+memory: a write through one of them changes all, so that the marks of the others are wrong from then
+on. Therefore a mark has the time at which it was set, and is valid only if the storage of its
+tensor has not been written to since. PyTorch counts writes itself, but not those to tensors of
+inference mode nor those through ``.data``; :class:`Writes` counts all that pass the dispatch. A
+mark is valid only if both counts are unchanged.
 """
 
 from __future__ import annotations
@@ -20,10 +21,10 @@ Stamp = tuple[int, int, int, int]
 
 
 class Writes:
-    """Times at which storages were written to, by address.
+    """Record the times of writes to storages, by address.
 
-    Memory that is freed becomes another tensor's. Time never runs back, so that marks of the new
-    tensor are later than any write to the old one.
+    Freed memory is used again for other tensors. Times only grow, so that marks of a new tensor are
+    later than any write to an old one in its place.
     """
 
     def __init__(self) -> None:
@@ -31,16 +32,19 @@ class Writes:
         self._last: dict[int, int] = {}
 
     def note(self, x: Tensor) -> None:
-        """The memory of a tensor has been written to."""
+        """Record a write to the memory of a tensor of any shape."""
         self.now += 1
         self._last[_storage_of(x)] = self.now
 
     def last(self, x: Tensor) -> int:
-        """When the memory of a tensor was last written to; 0 for never."""
+        """Return the time of the last write to the memory of a tensor of any shape; 0 for none."""
         return self._last.get(_storage_of(x), 0) if self._last else 0
 
     def stamp(self, x: Tensor) -> Stamp:
-        """Return a value that differs once a tensor has been written to or given other memory.
+        """Return a value that changes with a write to a tensor, and with other memory for it.
+
+        Args:
+            x: Tensor of any shape.
 
         Example:
             >>> writes, x = Writes(), torch.zeros(4)
@@ -55,11 +59,11 @@ class Writes:
 
 
 class Marks:
-    """A value for each of some tensors, forgotten with the tensor or with a write to its memory.
+    """Map tensors to values; an entry ends with its tensor or with a write to its memory.
 
     Args:
-        writes: Of the same emulator.
-        seen: Whether only writes that are noted count, and not those that PyTorch counts.
+        writes: Writes that the emulator records.
+        noted_only: Whether the writes that PyTorch counts are ignored.
 
     Example:
         >>> writes = Writes()
@@ -72,8 +76,8 @@ class Marks:
         True
     """
 
-    def __init__(self, writes: Writes, *, seen: bool = False) -> None:
-        self._writes, self._version = writes, _no_version if seen else _version
+    def __init__(self, writes: Writes, *, noted_only: bool = False) -> None:
+        self._writes, self._version = writes, _no_version if noted_only else _version
         self._table = WeakTensorKeyDictionary()
 
     def __len__(self) -> int:
@@ -83,7 +87,7 @@ class Marks:
         self._table[x] = (value, self._writes.now, self._version(x))
 
     def get(self, x: Tensor) -> Any:
-        """The value of a tensor, or None."""
+        """Return the value of a tensor of any shape, or None."""
         mark = self._table.get(x)
         if mark is None:
             return None
@@ -91,16 +95,16 @@ class Marks:
         return value if version == self._version(x) and self._writes.last(x) <= since else None
 
     def pop(self, x: Tensor) -> None:
-        """Forget a tensor."""
+        """Remove the entry of a tensor of any shape."""
         self._table.pop(x, None)
 
     def clear(self) -> None:
-        """Forget all."""
+        """Remove all entries."""
         self._table = WeakTensorKeyDictionary()
 
 
 def _version(x: Tensor) -> int:
-    """PyTorch's own count of writes; those to tensors of inference mode have none."""
+    """Return PyTorch's count of writes; tensors of inference mode have none."""
     return -1 if x.is_inference() else x._version
 
 

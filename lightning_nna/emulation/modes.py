@@ -1,8 +1,8 @@
-"""The mode in which a module runs, thread by thread.
+"""The mode in which each thread runs a module.
 
 As with ``torch.no_grad``, a mode belongs to the thread that entered it. Threads of autograd's
-engine have none of their own: where activation checkpointing calls forwards in them again, the mode
-is that of the thread that called the backward.
+engine enter none: if activation checkpointing runs forwards in them, the mode is that of the thread
+that called the backward.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from lightning_nna.emulation.telemetry import Telemetry
 Fidelity = Literal["exact", "fast"]
 FIDELITIES: tuple[Fidelity, ...] = ("exact", "fast")
 Phase = Literal["float", "observe", "emulate"]
-#: Where a site runs: on the accelerator, on the CPU, or nowhere, being a constant of the program.
+#: Location of a site: on the accelerator, on the CPU, or folded into a constant of the program.
 Location = Literal["chip", "cpu", "constant"]
-#: Receives the key of a site, where it runs, its operands and its result.
+#: Receives the key of a site, its location, its operands and its result.
 Listener = Callable[[str, Location, Any, Any], None]
 #: Receives every instruction that runs in exact fidelity.
 Recorder = Callable[[Instruction], None]
@@ -31,14 +31,14 @@ Recorder = Callable[[Instruction], None]
 
 @dataclass(frozen=True, eq=False)
 class Mode:
-    """A way to run a module.
+    """Describe how a module runs.
 
     Args:
-        phase: In float, in float with its ranges observed, or emulated.
-        fidelity: Fidelity of the emulation.
-        telemetry: Receives the metrics of every site; None for none.
-        recorder: Receives every instruction; None for nobody.
-        listener: Receives every site; None for nobody.
+        phase: ``"float"``, ``"observe"`` (in float, with ranges observed) or ``"emulate"``.
+        fidelity: ``"exact"``, or ``"fast"`` for float rounding in the requantization to 8 bits.
+        telemetry: Receiver of the metrics of every site, or None.
+        recorder: Receiver of every instruction, or None.
+        listener: Receiver of every site, or None.
     """
 
     phase: Phase = "float"
@@ -52,7 +52,7 @@ _FLOAT = Mode()
 
 
 class Modes:
-    """The mode of every thread; float where a thread has entered none.
+    """Hold the mode of every thread; a thread that has entered none runs in float.
 
     Example:
         >>> modes = Modes()
@@ -76,7 +76,7 @@ class Modes:
 
     @property
     def current(self) -> Mode:
-        """The mode of this thread; asked for with every torch function.
+        """Mode of this thread; read with every torch function, so it must be fast.
 
         Raises:
             RuntimeError: In a thread of autograd's engine, if backwards of several modes run.
@@ -91,10 +91,13 @@ class Modes:
         return _FLOAT
 
     def enter(self, mode: Mode | None) -> Mode | None:
-        """Let this thread have a mode; None for no mode of its own.
+        """Set the mode of this thread.
+
+        Args:
+            mode: Mode of the thread from now on; None for none of its own.
 
         Returns:
-            The mode that it had before.
+            The mode that the thread had before.
         """
         before = self._by_thread.pop(get_ident(), None)
         if mode is not None:
@@ -102,7 +105,7 @@ class Modes:
         return before
 
     def others_run(self) -> bool:
-        """Tell whether another thread has entered a mode."""
+        """Tell whether a living thread other than this one has entered a mode."""
         alive = {thread.ident for thread in enumerate_threads()} - {get_ident()}
         return any(thread in alive for thread in list(self._by_thread))
 

@@ -1,8 +1,8 @@
 """Instructions of the accelerator with their integers, as a recorder of a forward receives them.
 
-Every operator reports the instruction that it has just emulated in the vocabulary of the
-TensorFlow Lite schema, with its operands in that schema's layout. Whoever listens (an export, a
-test that runs the same instruction on LiteRT) needs to know nothing of torch functions.
+Every operator records the instruction that it has just emulated, by its name in the TensorFlow Lite
+schema and with its operands in that schema's layout. A recorder (an export, a test that runs the
+instruction on LiteRT) does not depend on torch functions.
 """
 
 from __future__ import annotations
@@ -16,24 +16,24 @@ from torch import Tensor
 
 from lightning_nna.emulation.ranges import QParams
 
-# Movements of tensors on one grid that are instructions nevertheless, because values decide.
-_CHOICES = {"maximum": "MAXIMUM", "minimum": "MINIMUM", "where": "SELECT_V2"}
+# Layout functions that select elements by their values, and so are instructions.
+_SELECTIONS = {"maximum": "MAXIMUM", "minimum": "MINIMUM", "where": "SELECT_V2"}
 
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor as the accelerator holds it: real value = scale (integer - zero point).
+    """A tensor as the accelerator stores it: real value = scale (integer - zero point).
 
     Args:
-        integers: Stored values, int64, or float32 where ``dtype`` says so.
+        integers: Stored values, int64 or, if ``dtype`` is ``"float32"``, float32; any shape.
         dtype: ``"int8"``, ``"int16"``, ``"int32"``, ``"int64"``, ``"bool"`` or ``"float32"``.
-        scale: One number, one for each index of ``channel_axis``, or 0 for none.
-        zero_point: The integer that stands for 0.
-        constant: Whether it belongs to the program and not to the data.
-        channel_axis: Axis along which several scales go.
-        variable: Whether it is state that the instruction reads and then overwrites.
-        source: Where its values stand in the forward, in the shape of ``integers``: the tensor
-            itself or one that was moved there from it. None for what belongs to no tensor.
+        scale: Scale: one number, a tensor of shape ``(channels,)``, or 0 for none.
+        zero_point: Integer that stands for 0.
+        constant: Whether the tensor belongs to the program and not to the data.
+        channel_axis: Axis of ``integers`` that the scales of several channels belong to.
+        variable: Whether the tensor is a state that the instruction reads and then overwrites.
+        source: Tensor of the forward that has the values, in the shape of ``integers``: the tensor
+            itself or the result of a layout operator. None if there is no such tensor.
     """
 
     integers: Tensor
@@ -48,41 +48,46 @@ class Stored:
 
 @dataclass(frozen=True)
 class Activation:
-    """A float32 tensor that lies on an integer grid, and the grid."""
+    """A quantized tensor, as the float32 tensor of its real values.
+
+    Args:
+        value: Real values, float32, any shape: integers less the zero point, times the scale.
+        qparams: Quantization parameters.
+        constant: Whether the tensor is part of the program, as a parameter or a number is.
+    """
 
     value: Tensor
     qparams: QParams
-    #: Whether it depends on no activation, as a parameter or a number: part of the program.
     constant: bool = False
 
     def integers(self) -> Tensor:
-        """Integers less the zero point, exact, in float32."""
+        """Compute integers less the zero point, exact, in float32, of the value's shape."""
         # The quotient is a whole number; a GPU multiplies by the inverse instead of dividing.
         quotient = self.value.detach() / self.qparams.scale
         return quotient if quotient.is_cpu else quotient.round_()
 
     def stored(self) -> Stored:
-        """The integers with the zero point, for an instruction."""
-        integers = self.integers().long() + self.qparams.zero_point
-        dtype = "int8" if self.qparams.bits == 8 else "int16"
-        grid = self.qparams
+        """Return the integers with the zero point, for an instruction."""
+        qparams = self.qparams
+        integers = self.integers().long() + qparams.zero_point
+        dtype = "int8" if qparams.bits == 8 else "int16"
         return Stored(
-            integers, dtype, grid.scale, grid.zero_point, self.constant, source=self.value
+            integers, dtype, qparams.scale, qparams.zero_point, self.constant, source=self.value
         )
 
 
 @dataclass(frozen=True)
 class Instruction:
-    """One instruction of the accelerator and the integers of one run of it.
+    """One instruction of the accelerator, with the integers of one run.
 
     Args:
-        operator: Its name among the schema's builtin operators, as ``"FULLY_CONNECTED"``.
+        operator: Name of a builtin operator of the schema, as ``"FULLY_CONNECTED"``.
         site: Key of the call site.
         inputs: Operands; None for an absent one.
         outputs: Results.
-        options: Fields of the operator's options, by the schema's own names.
-        intermediates: Tensors that carry scales alone (the LSTM's).
-        left: What it leaves in its variable operands, in their order.
+        options: Fields of the operator's options, by the schema's names.
+        intermediates: Tensors that have scales alone (those of the LSTM).
+        new_state: Values of the variable operands after the run, in the order of the operands.
     """
 
     operator: str
@@ -91,16 +96,16 @@ class Instruction:
     outputs: tuple[Stored, ...]
     options: Mapping[str, Any] = field(default_factory=dict)
     intermediates: tuple[Stored, ...] = ()
-    left: tuple[Stored, ...] = ()
+    new_state: tuple[Stored, ...] = ()
 
 
 def activation(value: Tensor, qparams: QParams, *, constant: bool = False) -> Stored:
-    """The stored form of a float tensor that lies on a grid.
+    """Return the stored form of a quantized tensor.
 
     Args:
-        value: Float32 values on the grid.
-        qparams: The grid.
-        constant: See :class:`Stored`.
+        value: Real values of the integers, float32, any shape.
+        qparams: Quantization parameters.
+        constant: Whether the tensor belongs to the program and not to the data.
 
     Example:
         >>> activation(torch.tensor([0.0, 1.5]), QParams(0.5, -128)).integers
@@ -111,30 +116,31 @@ def activation(value: Tensor, qparams: QParams, *, constant: bool = False) -> St
     return Stored(integers, dtype, qparams.scale, qparams.zero_point, constant, source=value)
 
 
-def choice(
+def selection(
     name: str,
     path: str,
     args: tuple[Any, ...],
     result: Tensor,
     qparams_of: Callable[[Tensor], QParams | None],
 ) -> Instruction | None:
-    """The instruction of what looks like a movement and chooses between values of one grid.
+    """Return the instruction of a layout function that selects elements by their values.
 
     Args:
-        name: Of the torch function.
-        path: Of the module.
-        args: Of the function.
-        result: What it has given.
-        qparams_of: Gives the grid of a tensor.
+        name: Name of the torch function.
+        path: Path of the module.
+        args: Positional arguments of the function.
+        result: Result of the function, any shape.
+        qparams_of: Function that returns the quantization parameters of a tensor.
 
     Returns:
-        None for what moves values wherever they go.
+        None for functions that move elements whatever their values are.
     """
-    grid = qparams_of(result) if name in _CHOICES else None
-    if grid is None:
+    qparams = qparams_of(result) if name in _SELECTIONS else None
+    if qparams is None:
         return None
     tensors = [torch.as_tensor(x, dtype=torch.float32) for x in args[-2:]]
-    inputs = [activation(x, grid, constant=qparams_of(x) is None) for x in tensors]
+    inputs = [activation(x, qparams, constant=qparams_of(x) is None) for x in tensors]
     if name == "where":
         inputs.insert(0, Stored(args[0], "bool", source=args[0]))
-    return Instruction(_CHOICES[name], f"{path}/{name}", tuple(inputs), (activation(result, grid),))
+    outputs = (activation(result, qparams),)
+    return Instruction(_SELECTIONS[name], f"{path}/{name}", tuple(inputs), outputs)

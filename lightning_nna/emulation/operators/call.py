@@ -193,12 +193,12 @@ class Call:
         inputs: Sequence[Stored | None],
         outputs: Sequence[Stored],
         intermediates: Sequence[Stored] = (),
-        left: Sequence[Stored] = (),
+        new_state: Sequence[Stored] = (),
         **options: Any,
     ) -> None:
         """Report an instruction, see :class:`Instruction`."""
         if self.recording and self.recorder is not None:
-            rest = tuple(intermediates), tuple(left)
+            rest = tuple(intermediates), tuple(new_state)
             self.recorder(
                 Instruction(operator, self.site, tuple(inputs), tuple(outputs), options, *rest)
             )
@@ -237,7 +237,7 @@ class Call:
             bits=self.bits,
             power_of_two=self.state.spec.power_of_two_scales,
         )
-        return grid if min_value else self.state.scales.grid(key, grid)
+        return grid if min_value else self.state.scales.output_qparams(key, grid)
 
     def _scalar(self, x: float) -> Activation:
         """A Python number as a constant of one element."""

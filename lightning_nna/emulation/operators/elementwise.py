@@ -174,7 +174,7 @@ class _Binary(torch.autograd.Function):
         if not call.exact and not _spills(kind, left.qparams, right.qparams, y, rounding):
             rounded = _fast(kind, left, right, y, rounding)
         elif (
-            not call.state.scales.moves_outputs
+            not call.state.scales.learns_outputs
             and all(map(_has_table, (left, right)))
             and y.bits == 8
         ):

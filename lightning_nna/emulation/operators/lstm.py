@@ -369,7 +369,7 @@ def _record(
             inputs,
             [_grid_like(hidden[rows], grids.h, source=at.outputs[rows])],
             _intermediates(cell),
-            left=[
+            new_state=[
                 _grid_like(hidden[last], grids.h, source=at.outputs[last]),
                 _grid_like(cells[last], cell_grid, source=at.c_n[chosen]),
             ],
