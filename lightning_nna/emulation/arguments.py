@@ -1,4 +1,4 @@
-"""Arguments of torch functions: tensors among them, and those that a call writes to."""
+"""Tensors among the arguments of torch functions, and those that a call writes to."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-# In-place functions by name that change no value, but a shape or what autograd does.
+# In-place functions by name that change a shape or autograd's state, and no value.
 _WRITE_NOTHING = frozenset(
     """
     as_strided_ detach_ requires_grad_ share_memory_ squeeze_ swapaxes_ swapdims_ t_ transpose_
@@ -20,7 +20,7 @@ _WRITE_NOTHING = frozenset(
 
 
 def floats(values: Any) -> list[Tensor]:
-    """Float tensors among nested values."""
+    """Return the float tensors, of any shape, among nested values."""
     leaves = [values] if isinstance(values, Tensor) else tree_leaves(values)
     return [x for x in leaves if isinstance(x, Tensor) and x.is_floating_point()]
 
@@ -40,7 +40,7 @@ def is_in_place(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping
         >>> is_in_place(torch.nn.functional.celu, (x, 1.0, True), {})
         True
     """
-    position = _place_of_inplace(func)
+    position = _position_of_inplace(func)
     if position is None:
         return False
     if position < 0:
@@ -51,7 +51,12 @@ def is_in_place(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping
 def written(
     func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> list[Tensor]:
-    """List the tensors that a call writes to: its first argument, or what ``out`` names.
+    """List the tensors, of any shape, that a call writes to: its first argument or ``out``.
+
+    Args:
+        func: Torch function.
+        args: Its positional arguments.
+        kwargs: Its keyword arguments.
 
     Example:
         >>> x = torch.zeros(1)
@@ -63,16 +68,20 @@ def written(
         return [x for x in tree_leaves(out) if isinstance(x, Tensor)]
     if is_in_place(func, args, kwargs):
         first = first_of(args, kwargs)
-        # ``_foreach_mul_`` and ``_fused_adam_`` write to a list of tensors.
+        # The first argument of ``_foreach_mul_`` or ``_fused_adam_`` is a list of tensors.
         targets = first if isinstance(first, (list, tuple)) else [first]
         return [x for x in targets if isinstance(x, Tensor)]
     return []
 
 
 @cache
-def _place_of_inplace(func: Callable[..., Any]) -> int | None:
-    """Place of the argument ``inplace``; None without one, -1 for what always works in place."""
-    # ``mul_.Scalar`` is an overload that ``torch.ops`` names.
+def _position_of_inplace(func: Callable[..., Any]) -> int | None:
+    """Return the position of the argument ``inplace``.
+
+    Returns:
+        None for a function without it, -1 for one that always writes to its first argument.
+    """
+    # ``torch.ops`` has names with an overload, as ``mul_.Scalar``.
     name = getattr(func, "__name__", "").partition(".")[0]
     if name == "__set__":
         return -1 if getattr(getattr(func, "__self__", None), "__name__", "") == "data" else None
@@ -80,6 +89,6 @@ def _place_of_inplace(func: Callable[..., Any]) -> int | None:
         return None if name in _WRITE_NOTHING else -1
     try:
         parameters = list(inspect.signature(func).parameters)
-    except (TypeError, ValueError):  # Built-in functions tell by their name.
+    except (TypeError, ValueError):  # A built-in function has no signature, and no ``inplace``.
         return None
     return parameters.index("inplace") if "inplace" in parameters else None

@@ -1,7 +1,8 @@
-"""Emulate a module, calibrate it, and let it be a float module again.
+"""Emulate a module, calibrate it, and make it a float module again.
 
-A module has at most one emulator. It is remembered here and not on the module; a copy or pickle of
-the module carries plain state of it, from which an emulator of its own is built on demand.
+A module has at most one emulator. It is stored here and not on the module. A copy or pickle of the
+module has the emulator's state as plain values, from which an emulator of its own is built on
+demand.
 """
 
 from __future__ import annotations
@@ -27,14 +28,14 @@ _DEFAULT = "litert-int8"
 _ATTACHED: WeakKeyDictionary[nn.Module, Emulator] = WeakKeyDictionary()
 
 
-# Two threads that meet a module at once must not both attach to it.
+# Two threads must not both attach an emulator to one module.
 _LOCK = RLock()
 
 
 def attached(module: nn.Module) -> Emulator | None:
-    """Return the emulator of a module: its own, or that of the module that it is part of.
+    """Return the emulator of a module, or of the module that it is part of; None without one.
 
-    A copy or pickle of a module with an emulator has one, too, with the same ranges.
+    A copy or pickle of a module with an emulator has an emulator with the same ranges.
     """
     module = _uncompiled(module)
     with _LOCK:
@@ -47,7 +48,7 @@ def attached(module: nn.Module) -> Emulator | None:
 
 
 def _carried_or_outer(module: nn.Module) -> Emulator | None:
-    """Return the emulator that a copy has brought along, or that of the module around this one."""
+    """Return the emulator that a copy carries, or that of the module around this one."""
     carried = outer = None
     for hooks in hooks_of(module):
         if hooks.shared.dispatch is not None:
@@ -55,7 +56,7 @@ def _carried_or_outer(module: nn.Module) -> Emulator | None:
             outer = None if root is None else _ATTACHED.get(root)
         elif hooks.path == ROOT and hooks.shared.carried is not None:
             carried = hooks.shared.carried
-    # A copy inside of a module that has observed nothing yet goes on with its own ranges.
+    # A copy keeps its own ranges if the module around it has observed nothing yet.
     if carried is None or not (outer is None or outer.is_unused):
         return outer
     remove_copied_hooks(module)
@@ -73,12 +74,12 @@ def attach(
     """Give a module an emulator, or return the one that it has.
 
     Args:
-        module: Any module. What is part of a module with an emulator takes that one.
-        spec: The accelerator, see :class:`Emulator`; None for the one that the module has, and for
-            ``"litert-int8"`` where it has none.
-        targets: Modules that count, see :class:`Emulator`; of a part, the targets of the whole.
-            None for those that the module has, and for all where it has none.
-        observer: See :class:`Emulator`; ranges that are there already stay as they are.
+        module: Any module. A part of a module with an emulator uses that emulator.
+        spec: Accelerator, see :class:`Emulator`; None for the emulator's own, or for
+            ``"litert-int8"`` if the module has no emulator.
+        targets: Globs of module names, see :class:`Emulator`; for a part of a module with an
+            emulator, those of that module. None for the emulator's own, or for all modules.
+        observer: Rule of the ranges, see :class:`Emulator`; existing ranges keep theirs.
 
     Raises:
         ValueError: If the module has an emulator for another accelerator or other targets.
@@ -87,7 +88,7 @@ def attach(
     with _LOCK:
         emulator = attached(module)
         if emulator is not None and emulator.is_unused and emulator.module is module:
-            # Of a calibration that failed, or of a block without ranges: it binds to nothing.
+            # Without ranges, as after a failed calibration, it may be replaced.
             emulator.detach()
             emulator = None
         if emulator is None:
@@ -109,26 +110,25 @@ def attach(
                 f"{list(emulator.targets)}, which leave it out; call strip on the "
                 f"{type(owner).__name__} first"
             )
-        same = targets in (("*",), emulator.targets)
+        same_targets = targets in (("*",), emulator.targets)
     else:
-        path, same = None, targets == emulator.targets
-    if emulator.spec != resolve_spec(spec) or not same:
+        path, same_targets = None, targets == emulator.targets
+    if emulator.spec != resolve_spec(spec) or not same_targets:
         subject = "the module" if path is None else f"the {type(owner).__name__} around {path!r}"
         raise ValueError(
             f"{subject} is emulated on {emulator.spec.name!r} with targets "
             f"{list(emulator.targets)} already; "
             f"call strip({'module' if path is None else 'the ' + type(owner).__name__}) before "
-            f"another accelerator or other targets, or leave spec and targets out for those that "
-            f"it has"
+            f"another accelerator or other targets, or leave out spec and targets to use its own"
         )
     return emulator
 
 
 def _own(module: nn.Module, action: str) -> Emulator | None:
-    """The emulator of a module as a whole.
+    """Return the emulator that is attached to a module itself; None without one.
 
     Raises:
-        ValueError: If the module is part of one with an emulator; says what is to be done.
+        ValueError: If the module is part of one with an emulator; the message says what to do.
     """
     emulator = attached(module)
     owner = None if emulator is None else emulator.module
@@ -142,7 +142,7 @@ def _own(module: nn.Module, action: str) -> Emulator | None:
 
 
 def _uncompiled(module: nn.Module) -> nn.Module:
-    """The module that ``torch.compile`` was given."""
+    """Return the module inside of a wrapper of ``torch.compile``."""
     return module._orig_mod if isinstance(module, torch._dynamo.OptimizedModule) else module
 
 
@@ -155,22 +155,22 @@ def emulate(
     fidelity: Fidelity = "exact",
     learned_scales: Learned = "none",
 ) -> Iterator[Emulator]:
-    """Emulate a module inside a ``with`` block, whatever loop drives it.
+    """Emulate a module inside a ``with`` block.
 
-    Ranges stay with the module after the block, and go with its copies and pickles; outside of the
-    block the module runs in float. As with ``torch.no_grad``, the block is one of the thread that
-    enters it: other threads run the module in float, or in blocks of their own. Blocks nest.
+    The module, its copies and its pickles keep the ranges after the block; outside of the block the
+    module runs in float. As with ``torch.no_grad``, a block belongs to the thread that enters it:
+    other threads run the module in float, or in blocks of their own. Blocks nest.
 
     Args:
-        module: Any module. Of a part of a module with an emulator, that emulator is used.
-        spec: The accelerator, see :class:`Emulator`; None for the one that the module has, and for
-            ``"litert-int8"`` where it has none.
-        targets: Modules that count, see :class:`Emulator`; None for those that the module has, and
-            for all where it has none.
+        module: Any module. A part of a module with an emulator uses that emulator.
+        spec: Accelerator, see :class:`Emulator`; None for the emulator's own, or for
+            ``"litert-int8"`` if the module has no emulator.
+        targets: Globs of module names, see :class:`Emulator`; None for the emulator's own, or for
+            all modules.
         fidelity: ``"exact"``, or ``"fast"`` for float rounding in the requantization to 8 bits.
-        learned_scales: Steps that the block trains: of ``"weights"``, of ``"all"``, or ``"none"``;
-            see :mod:`.learned_scales` and :class:`.KeyedAdam`. Steps that were learned before
-            are used in any case.
+        learned_scales: Tensors whose scales get gradients: ``"weights"``, ``"all"`` (weights and
+            outputs) or ``"none"``; see :mod:`.learned_scales` and :class:`.KeyedAdam`. Scales that
+            were learned before are always used.
 
     Yields:
         The emulator. Observe ranges first: ``with emulator.observing(): module(batch)``.
@@ -202,21 +202,21 @@ def calibrate(
     targets: Sequence[str] | None = None,
     observer: Observer = "min_max",
 ) -> Emulator:
-    """Find ranges from float forwards, without training.
+    """Observe ranges in float forwards, without training, and freeze them.
 
-    Modules run in evaluation mode meanwhile; then each is in training or not as before. Ranges that
-    the module has already are widened; where a batch raises they are as before. ``strip`` first to
-    begin anew.
+    The module runs in evaluation mode; afterwards all of its parts have the mode that they had
+    before. Existing ranges are widened; if a batch raises, they are restored. Call ``strip`` first
+    to start with empty ranges.
 
     Args:
         module: Any module.
-        batches: What to run; the ranges cover all of it.
-        forward: How a batch runs through the module, on every path that will be used.
-        spec: The accelerator, see :class:`Emulator`; None for the one that the module has, and for
-            ``"litert-int8"`` where it has none.
-        targets: Modules that count, see :class:`Emulator`; None for those that the module has, and
-            for all where it has none.
-        observer: How ranges follow from what is observed, see :class:`Emulator`.
+        batches: Batches to run; the ranges cover all of them.
+        forward: Function that runs a batch through the module, on every path that will be used.
+        spec: Accelerator, see :class:`Emulator`; None for the emulator's own, or for
+            ``"litert-int8"`` if the module has no emulator.
+        targets: Globs of module names, see :class:`Emulator`; None for the emulator's own, or for
+            all modules.
+        observer: Rule by which ranges follow from observed values, see :class:`Emulator`.
 
     Returns:
         The emulator, attached and calibrated: ``emulate(module)`` and ``NNAEmulation`` use it.
@@ -224,11 +224,12 @@ def calibrate(
     Raises:
         RuntimeError: If nothing was observed, or another thread runs the module.
         TypeError: If ``forward`` is no function.
-        ValueError: If the module is part of one with an emulator, or see :func:`attach`.
+        ValueError: If the module is part of one with an emulator, or has an emulator for another
+            accelerator or other targets.
     """
     if not callable(forward):
         raise TypeError(
-            f"forward must be a function, got {forward!r}; give the accelerator as spec=…"
+            f"forward must be a function, got {forward!r}; pass the accelerator as spec=…"
         )
     _own(module, "calibrate")
     emulator = attach(module, spec, targets=targets, observer=observer)
@@ -247,7 +248,7 @@ def calibrate(
 
 
 def strip(module: nn.Module) -> nn.Module:
-    """Take the emulator off a module: it is the float module it was, in every bit.
+    """Remove the emulator of a module, which then runs in float as before, bit for bit.
 
     Args:
         module: A module with or without an emulator.
@@ -267,10 +268,9 @@ def strip(module: nn.Module) -> nn.Module:
 
 
 def bake(module: nn.Module) -> nn.Module:
-    """Fold quantized weights into plain weights, and take the emulator off the module.
+    """Replace weights by their quantized values, and remove the emulator of the module.
 
-    Every weight that an emulated operator has used is replaced by the value that its integers
-    stand for. Activations run in float again.
+    A weight is replaced if an emulated operator has used it. Activations run in float again.
 
     Args:
         module: An emulated module that has run at least once.
@@ -279,7 +279,7 @@ def bake(module: nn.Module) -> nn.Module:
         The same module.
 
     Raises:
-        RuntimeError: If the module has no emulator, or has not run emulated.
+        RuntimeError: If the module has no emulator or has not run emulated.
         ValueError: If the module is part of one with an emulator.
     """
     emulator = _own(module, "bake")

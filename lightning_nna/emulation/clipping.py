@@ -1,4 +1,4 @@
-"""The end of every operator: whole numbers are clipped to the grid of its output."""
+"""Clip the results of operators to the integers of their outputs."""
 
 from __future__ import annotations
 
@@ -8,31 +8,32 @@ from torch import Tensor
 from lightning_nna.emulation.arithmetic.rescaling import Rescaler
 from lightning_nna.emulation.ranges import QParams
 
-# Accumulators that are requantized at a time, so that they stay in the cache.
+# Number of accumulators in a block that is requantized at once; a block fits the cache.
 _BLOCK = 2**15
 
 
 def clip(rounded: Tensor, qparams: QParams, keep: bool) -> tuple[Tensor, Tensor | None]:
-    """Clip whole numbers to a grid.
+    """Clip integers to the range of quantization parameters.
 
     Args:
-        rounded: Integers less the zero point, float; overwritten.
-        qparams: The grid.
-        keep: Whether the backward needs to know what was clipped.
+        rounded: Integers less the zero point, float, any shape; overwritten.
+        qparams: Quantization parameters of the result.
+        keep: Whether a backward needs the clipped elements.
 
     Returns:
-        Integers less the zero point as float32, and what :func:`inside` needs: None where nothing
-        was clipped, else on a CPU the flat indices of the few that were, elsewhere a mask.
+        Integers less the zero point, float32, of the same shape, and a value for :func:`inside`:
+        None if no element was clipped; else on a CPU the flat indices of the clipped elements,
+        int64, shape ``(clipped,)``, and on other devices a mask of all elements that were not.
     """
     low, high = qparams.bounds
-    # Every grid lies where float32 holds all integers, and half the bytes take half the time.
+    # float32 holds all integers between the bounds exactly, and takes half the time of float64.
     rounded = rounded.float()
     if qparams.fused_relu:
         rounded = rounded.clamp_min_(low)
     if not rounded.is_cpu:
         clipped = rounded.clamp(low, high)
         return clipped, (clipped == rounded if keep else None)
-    # Comparisons are slow there, and most often nothing is clipped.
+    # Comparisons are slow on a CPU, and most often nothing is clipped.
     if not rounded.numel() or _within(rounded, low, high):
         return rounded, None
     if not keep:
@@ -42,7 +43,15 @@ def clip(rounded: Tensor, qparams: QParams, keep: bool) -> tuple[Tensor, Tensor 
 
 
 def inside(grad: Tensor, clipped: Tensor | None) -> Tensor:
-    """A gradient where nothing was clipped, zero elsewhere; see :func:`clip`."""
+    """Set a gradient to zero where the result was clipped.
+
+    Args:
+        grad: Gradient of the result, float32, any shape.
+        clipped: Second value that :func:`clip` has returned.
+
+    Returns:
+        The gradient, of the same shape.
+    """
     if clipped is None:
         return grad
     if clipped.dtype == torch.bool:
@@ -51,59 +60,69 @@ def inside(grad: Tensor, clipped: Tensor | None) -> Tensor:
 
 
 class Clipped:
-    """Note clipped elements of a tensor that is computed block by block.
+    """Collect the clipped elements of a tensor that is computed block by block.
 
     Args:
-        keep: Whether the backward needs to know.
+        keep: Whether a backward needs the clipped elements.
     """
 
     def __init__(self, keep: bool) -> None:
         self.keep = keep
-        self._found: list[Tensor] = []
+        self._blocks: list[Tensor] = []
 
     def clip(self, rounded: Tensor, qparams: QParams, first: int) -> Tensor:
-        """Clip a block whose first element has the flat index ``first``, see :func:`clip`."""
+        """Clip a block, see :func:`clip`.
+
+        Args:
+            rounded: Integers less the zero point, float, any shape; overwritten.
+            qparams: Quantization parameters of the result.
+            first: Flat index of the block's first element in the tensor.
+
+        Returns:
+            Integers less the zero point, float32, of the same shape.
+        """
         centered, clipped = clip(rounded, qparams, self.keep)
         if clipped is not None:
-            # A mask is that of the only block.
-            self._found.append(clipped if clipped.dtype == torch.bool else clipped + first)
+            # There is a mask only if one block is the whole tensor.
+            self._blocks.append(clipped if clipped.dtype == torch.bool else clipped + first)
         return centered
 
     def joined(self) -> Tensor | None:
-        """Return what :func:`inside` needs of all blocks."""
-        if not self._found:
+        """Return the value for :func:`inside`: flat indices, shape ``(clipped,)``, or a mask."""
+        if not self._blocks:
             return None
-        return self._found[0] if len(self._found) == 1 else torch.cat(self._found)
+        return self._blocks[0] if len(self._blocks) == 1 else torch.cat(self._blocks)
 
 
 def rescale_rows(
     sums: Tensor, rescaler: Rescaler, y: QParams, *, keep: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Requantize accumulators to a grid, block by block.
+    """Requantize accumulators, block by block.
 
     Args:
-        sums: Whole numbers, any dtype, shape ``(rows, columns)``.
-        rescaler: With factors and offset of shape ``(columns,)`` or of none.
-        y: The grid.
-        keep: Whether the backward needs to know what was clipped.
+        sums: Accumulators, whole numbers of any dtype, shape ``(rows, columns)``.
+        rescaler: Rescaler with factors and offset of shape ``(columns,)`` or ``()``.
+        y: Quantization parameters of the result.
+        keep: Whether a backward needs the clipped elements.
 
     Returns:
-        Values on the grid, float32, and what was clipped, see :func:`clip`.
+        Real values of the result, float32, shape ``(rows, columns)``, and the second value of
+        :func:`clip`.
     """
     if not sums.is_cpu:
         centered, clipped = clip(rescaler(sums.to(rescaler.dtype)), y, keep)
         return centered.mul_(y.scale), clipped
     columns = sums.shape[1]
-    step = max(1, _BLOCK // max(columns, 1))
-    room = torch.empty(min(step, len(sums)), columns, dtype=rescaler.dtype)
+    rows = max(1, _BLOCK // max(columns, 1))
+    buffer = torch.empty(min(rows, len(sums)), columns, dtype=rescaler.dtype)
     values, blocks = torch.empty(sums.shape), Clipped(keep)
-    for first in range(0, len(sums), step):
-        block = sums[first : first + step]
-        centered = blocks.clip(rescaler(room[: len(block)].copy_(block)), y, first * columns)
-        torch.mul(centered, y.scale, out=values[first : first + step])
+    for first in range(0, len(sums), rows):
+        block = sums[first : first + rows]
+        centered = blocks.clip(rescaler(buffer[: len(block)].copy_(block)), y, first * columns)
+        torch.mul(centered, y.scale, out=values[first : first + rows])
     return values, blocks.joined()
 
 
 def _within(x: Tensor, low: int, high: int) -> bool:
-    least, greatest = torch.aminmax(x)
-    return float(least) >= low and float(greatest) <= high
+    smallest, largest = torch.aminmax(x)
+    return float(smallest) >= low and float(largest) <= high

@@ -1,4 +1,4 @@
-"""``torch.compile`` set aside: compiled code would hide its functions from the dispatch."""
+"""Disable ``torch.compile`` while emulating: the dispatch cannot see functions of compiled code."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from contextlib import AbstractContextManager
 import torch
 
 _HIDDEN = (
-    "compiled code calls an emulated module, whose operators it would hide: call it "
-    "inside `with emulate(module)`, where torch.compile is set aside, or strip(module)"
+    "compiled code calls an emulated module, whose operators the emulation cannot see: call it "
+    "inside `with emulate(module)`, where torch.compile is disabled, or call strip(module)"
 )
 
 
-class CompilingSetAside:
-    """Sets ``torch.compile`` aside in the whole process, as long as any thread intercepts."""
+class CompilationDisabled:
+    """Disable ``torch.compile`` in the whole process while any thread dispatches."""
 
     def __init__(self) -> None:
         self._entered = 0
@@ -22,7 +22,7 @@ class CompilingSetAside:
         self._stance: AbstractContextManager[None] | None = None
 
     def enter(self) -> None:
-        """Set it aside.
+        """Disable compilation; calls nest.
 
         Raises:
             RuntimeError: If compiled code is running already.
@@ -40,12 +40,12 @@ class CompilingSetAside:
                 self._stance.__exit__(None, None, None)
 
 
-#: One for the whole process.
-COMPILING = CompilingSetAside()
+#: State of the whole process.
+COMPILATION_DISABLED = CompilationDisabled()
 
 
 def _without_compiling() -> AbstractContextManager[None]:
-    """Set ``torch.compile`` aside until the result is exited."""
+    """Disable ``torch.compile`` until the returned context is exited."""
     require_untraced()
     try:
         return torch.compiler.set_stance("force_eager")
@@ -54,10 +54,10 @@ def _without_compiling() -> AbstractContextManager[None]:
 
 
 def require_untraced() -> None:
-    """Raise where ``torch.compile`` traces the caller, which could not see through the emulation.
+    """Raise if ``torch.compile`` traces the caller, since it cannot trace the emulation.
 
     Raises:
-        RuntimeError: If it does.
+        RuntimeError: If compiled code is traced.
     """
     if torch.compiler.is_compiling():
         raise RuntimeError(_HIDDEN)

@@ -63,7 +63,7 @@ class Constants:
         self._names = names
 
     def begin_forward(self) -> None:
-        """Start an outermost forward: float arguments are data, even results of the forward before."""
+        """Start an outermost forward: kinds of an earlier one are no longer valid."""
         if not _in_backward():
             self._forward.number = next(self._numbers)
 
@@ -158,7 +158,7 @@ class Constants:
                 self._kinds.pop(x)
 
     def note_write(self, target: Tensor) -> None:
-        """Note data written to a tensor of any shape: it and its views are no constants any more."""
+        """Note data written to a tensor of any shape: it and its views are data from now on."""
         self._writes.note(target)
         for x in (target, target._base):
             if x is not None and id(x) in self._names and not isinstance(x, nn.Parameter):

@@ -1,9 +1,9 @@
-"""The dispatch: every torch function that a forward calls passes here.
+"""Dispatch every torch function that a forward calls.
 
-``Dispatch`` is a ``TorchFunctionMode``. It finds the call site of each function and runs it: as an
-operator of the accelerator, as a data-movement operator, as a constant of the program, or, in
-float, as whatever the accelerator does not have. What the operators' record leaves open is decided
-here, once for all of them: phases, in-place results, learned scales, telemetry, and who is told.
+``Dispatch`` is a ``TorchFunctionMode``. It finds the call site of each function and runs it as an
+operator of the accelerator, as a layout (data-movement) operator, as a constant of the program, or
+in float if the accelerator does not have it. It also handles, once for all operators, phases,
+in-place results, learned scales, telemetry and listeners.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
 from lightning_nna.emulation.arguments import first_of, floats, written
-from lightning_nna.emulation.compilation import COMPILING
+from lightning_nna.emulation.compilation import COMPILATION_DISABLED
 from lightning_nna.emulation.constants import Kind
 from lightning_nna.emulation.modes import Location
 from lightning_nna.emulation.non_finite import with_cause
@@ -40,18 +40,18 @@ from lightning_nna.emulation.sites import TRANSPARENT_FILES, CallSites
 from lightning_nna.emulation.state import EmulationState
 from lightning_nna.emulation.telemetry import Telemetry, in_float
 
-# Where two modules are emulated in nested blocks, one dispatch calls the other.
+# If two modules are emulated in nested blocks, one dispatch calls the other.
 TRANSPARENT_FILES.update((__file__, float_kernels.__file__))
 
 _BACKWARD = frozenset({"backward", "grad"})
-# Functions that give numbers or masks of values: no value changes, but somebody has read it.
+# Functions that return Python numbers, indices or masks: they consume values and return none.
 _DECISIONS = frozenset(
     """
     item tolist numpy __bool__ __repr__ __format__ __array__ eq ne lt le gt ge __eq__ __ne__ __lt__
     __le__ __gt__ __ge__ isnan isinf isfinite any all argmax argmin nonzero equal allclose
     """.split()
 )
-# Functions that give shapes or random tensors.
+# Functions that return shapes or random tensors.
 _IGNORED = frozenset(
     """
     __len__ __get__ __set__ size dim numel stride is_contiguous storage_offset data_ptr
@@ -62,7 +62,7 @@ _IGNORED = frozenset(
     _nested_tensor_from_mask_left_aligned
     """.split()
 )
-# Functions that give tensors of the code's own values.
+# Functions that create tensors from numbers.
 _FACTORIES = frozenset(
     """
     zeros ones empty full arange range tensor as_tensor scalar_tensor zeros_like ones_like
@@ -70,7 +70,7 @@ _FACTORIES = frozenset(
     bartlett_window blackman_window hamming_window hann_window kaiser_window
     """.split()
 )
-# Functions whose result is random whatever they are given.
+# Functions whose result is random.
 _RANDOM = frozenset(
     """
     bernoulli bernoulli_ cauchy_ exponential_ geometric_ log_normal_ multinomial normal normal_
@@ -80,16 +80,16 @@ _RANDOM = frozenset(
 _FLOAT, _COMPLEX = 1, 2
 _FILLS = ("masked_fill", "masked_fill_")
 
-#: By function, see :func:`_kind_of`: asked for with every call.
+#: Results of :func:`_kind_of` by function; it is needed with every call.
 _KINDS: dict[Callable[..., Any], tuple[str, str]] = {}
 
 
 class Dispatch(TorchFunctionMode):
-    """Runs torch functions in the modules in scope as the accelerator does.
+    """Run torch functions in the modules in scope as the accelerator does.
 
     Args:
-        state: What is known of the module.
-        call_sites: Finds the site of the running code.
+        state: State of the module.
+        call_sites: Finder of the call site of the running code.
     """
 
     def __init__(self, state: EmulationState, call_sites: CallSites) -> None:
@@ -102,8 +102,8 @@ class Dispatch(TorchFunctionMode):
     def enter(self) -> None:
         """Start dispatching in this thread; calls nest.
 
-        Weights are transformed again for each outermost scope. Code that was compiled would hide
-        its functions, so it runs as it was written meanwhile.
+        Weights are quantized again for each outermost scope. ``torch.compile`` is disabled, since
+        the dispatch cannot see the functions of compiled code.
 
         Raises:
             RuntimeError: If compiled code is running already.
@@ -111,7 +111,7 @@ class Dispatch(TorchFunctionMode):
         if self.scope.entered == 0:
             self.state.forget_weights()
             self.state.follow_tensors()
-            COMPILING.enter()
+            COMPILATION_DISABLED.enter()
             self.__enter__()
         self.scope.entered += 1
 
@@ -120,14 +120,14 @@ class Dispatch(TorchFunctionMode):
         self.scope.entered -= 1
         if self.scope.entered == 0:
             self.__exit__(None, None, None)
-            COMPILING.leave()
+            COMPILATION_DISABLED.leave()
 
     def unwind(self, entered: int, depth: int) -> None:
-        """Undo what an exception has left of forwards and scopes.
+        """Leave scopes and forwards that an exception has ended.
 
         Args:
-            entered: Number of scopes that stay.
-            depth: Number of modules that stay among those whose forward is running.
+            entered: Number of scopes that stay entered.
+            depth: Number of modules whose forward still runs.
         """
         del self.scope.stack[depth:]
         while self.scope.entered > entered:
@@ -147,14 +147,14 @@ class Dispatch(TorchFunctionMode):
 
     def end_forward(self, path: str, result: Any, *, is_root: bool) -> None:
         """Leave the scope of a module whose forward has ended, or raised."""
-        # Where another hook raised, the forward may never have begun.
+        # If another hook raised, the forward has not begun.
         if self.scope.stack and self.scope.stack[-1] == path:
             self.scope.stack.pop()
             if is_root:
                 self.state.note_outside_consumers(result)
             self.leave()
 
-    # --- sorting --------------------------------------------------------------------------------
+    # --- classification -------------------------------------------------------------------------
 
     def __torch_function__(
         self,
@@ -163,7 +163,7 @@ class Dispatch(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        """Sort a function into operator, data movement, constant, ignored, or fallback."""
+        """Run a function as an operator, a layout operator, a constant, ignored, or a fallback."""
         kwargs = kwargs or {}
         known = _KINDS.get(func)
         if known is None:
@@ -176,11 +176,11 @@ class Dispatch(TorchFunctionMode):
         if kind == "backward":
             return self._outside(func, args, kwargs)
         if kind == "factory":
-            return self._make(func, args, kwargs)
+            return self._create(func, args, kwargs)
         if kind == "decision":
             self.state.note_outside_consumers((args, kwargs))
             return self._decide(func, args, kwargs)
-        if kind == "movement" or name == "copy_" or _is_padding(name, args, kwargs):
+        if kind == "layout" or name == "copy_" or _is_padding(name, args, kwargs):
             return self._move(func, args, kwargs)
         if (
             name in JOINS
@@ -198,8 +198,7 @@ class Dispatch(TorchFunctionMode):
         operator = operator_of(name)
         label = name.strip("_") if operator is None else operator.name or name
         run = float_kernels.FLOAT_FUNCTIONS.get(name, func)
-        # A layer with weights is the accelerator's whatever it is given: what it takes in is an
-        # activation, though it may have come in as integers.
+        # The input of a layer with weights is an activation, even if it was computed from integers.
         layer = operators().get(label)
         has_weights = layer is not None and layer.has_weights
         if not has_weights and not label.startswith("embedding") and name not in _RANDOM:
@@ -219,20 +218,22 @@ class Dispatch(TorchFunctionMode):
             self.state.constants.mark_layer_inputs(args)
         return self._run(operator, self.call_sites.key(path, label, location), func, args, kwargs)
 
-    def _make(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Make a tensor of the code's own values: a constant, if the code is emulated."""
+    def _create(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Create a tensor from numbers: a constant, if the code is emulated."""
         result = self._plainly(func, args, kwargs)
-        # What a tensor is like says nothing of its values; what it is filled with does.
-        filled = (args[1:], kwargs) if func.__name__.startswith(("new_", "full")) else ()
-        filled = (args, kwargs) if func.__name__ in ("tensor", "as_tensor", "full") else filled
+        # The first argument of ``new_full`` and the like gives no values, only a device and dtype.
+        contents = (args[1:], kwargs) if func.__name__.startswith(("new_", "full")) else ()
+        contents = (args, kwargs) if func.__name__ in ("tensor", "as_tensor", "full") else contents
         if isinstance(result, Tensor) and self.call_sites.in_scope():
-            self.state.constants.mark_created(result, filled)
+            self.state.constants.mark_created(result, contents)
         return result
 
     def _decide(
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        """Compute integers and masks, or floats of them: data if they come from data."""
+        """Run a comparison, or a function of integers; its result is data if an argument is."""
         result = self._plainly(func, args, kwargs)
         self.state.constants.mark_decision(result, (args, kwargs), self.call_sites.in_scope)
         return result
@@ -240,7 +241,7 @@ class Dispatch(TorchFunctionMode):
     def _plainly(
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        """Run a function as torch does; what it writes to is no longer what it was."""
+        """Run a function as torch does, and note its writes."""
         result = func(*args, **kwargs)
         if targets := written(func, args, kwargs):
             self.state.note_writes(targets)
@@ -249,9 +250,10 @@ class Dispatch(TorchFunctionMode):
     def _outside(
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        """Run a function that may call forwards itself, as a backward does under checkpointing.
+        """Run a function that may call forwards, as a backward does with activation checkpointing.
 
-        PyTorch takes the mode off while it handles a function; the forwards put it on again.
+        PyTorch disables the function mode while it handles a function; such a forward enters it
+        again.
         """
         entered, stack = self.scope.entered, self.scope.stack
         self.scope.entered, self.scope.stack = 0, []
@@ -261,7 +263,7 @@ class Dispatch(TorchFunctionMode):
         finally:
             self.state.modes.in_backward.remove(threading.get_ident())
             self.scope.entered, self.scope.stack = entered, stack
-            # Hooks of a backward are not seen: they may have written to weights through ``.data``.
+            # Hooks of a backward are not dispatched, and may have written to weights by ``.data``.
             self.state.forget_weights()
 
     # --- operators -------------------------------------------------------------------------------
@@ -274,22 +276,22 @@ class Dispatch(TorchFunctionMode):
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Any:
-        """Run an operator of the accelerator, if this spec has it in this form."""
+        """Run an operator of the accelerator, or fall back if the spec does not support the call."""
         state, mode = self.state, self.state.modes.current
         if mode.phase == "float":
             return func(*args, **kwargs)
         if not state.calibrated:
             state.require_ranges()
-        known = not operator.name or state.spec.has_operator(operator.name)
-        known = known and state.spec.activation_bits in operator.widths
-        if not known or not operator.supports(*args, **kwargs):
+        has_operator = not operator.name or state.spec.has_operator(operator.name)
+        has_operator = has_operator and state.spec.activation_bits in operator.widths
+        if not has_operator or not operator.supports(*args, **kwargs):
             return self._fall_back(key, func, args, kwargs)
         bits = state.spec.activation_bits
         call = Call(
             state,
             key,
             mode.phase == "observe",
-            # With 16 bits float32 has no room for a rounding that is nearly always right.
+            # With 16 bits, rounding in float32 would be wrong too often.
             mode.fidelity == "exact" or bits == 16,
             bits,
             recorder=mode.recorder,
@@ -298,7 +300,7 @@ class Dispatch(TorchFunctionMode):
         if targets:
             return self._run_writing(targets, operator, call, func, args, kwargs)
         result = self._emulate(operator, call, func, args, kwargs)
-        if not isinstance(result, Tensor):  # Indices of extremes, say.
+        if not isinstance(result, Tensor):  # With indices, as those of maxima.
             state.constants.mark(result, None)
         if operator.name:
             self._tell(key, "chip", (args, kwargs), result)
@@ -312,10 +314,10 @@ class Dispatch(TorchFunctionMode):
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Any:
-        """Compute the operator's result, a new tensor; ``func`` is the same in float."""
+        """Compute the operator's result, a new tensor; ``func`` is its torch function."""
         key = call.site
         telemetry = None if call.observing or not operator.name else self._telemetry()
-        # Batch statistics in training would be counted twice.
+        # The float result for the telemetry would update the batch statistics a second time.
         telemetry = None if operator.name == "batch_norm" else telemetry
         try:
             result = driver.run(operator, call, args, kwargs)
@@ -334,21 +336,21 @@ class Dispatch(TorchFunctionMode):
     def _learn_output(
         self, key: str, result: Tensor, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]
     ) -> Tensor:
-        """Let the gradient reach the learned scale, if the result has it."""
-        tag = self.state.qparams_of(result)
+        """Let the gradient reach the learned scale, if the result has one."""
+        qparams = self.state.qparams_of(result)
         if (
-            tag is None
+            qparams is None
             or not result.requires_grad
-            or not self.state.scales.is_learned(f"{key}/output", tag)
+            or not self.state.scales.is_learned(f"{key}/output", qparams)
         ):
             return result
         operands = self.state.quantized_operands(args, kwargs)
-        learned = self.state.scales.learn_output(f"{key}/output", result, tag, func, operands)
-        self.state.set_qparams(learned, tag)
+        learned = self.state.scales.learn_output(f"{key}/output", result, qparams, func, operands)
+        self.state.set_qparams(learned, qparams)
         self.state.fusion.note_copy(result, learned)
         return learned
 
-    # --- what is written in place ---------------------------------------------------------------
+    # --- in-place results -----------------------------------------------------------------------
 
     def _run_writing(
         self,
@@ -359,11 +361,10 @@ class Dispatch(TorchFunctionMode):
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Any:
-        """Run an operator whose result goes into an existing tensor.
+        """Run an operator whose result is written to an existing tensor.
 
-        The operator gives a new tensor, as any other call, which is then copied: what autograd
-        has kept of the operands must stay as it was, so that an operand which is overwritten is
-        copied first, where there will be a backward.
+        The operator returns a new tensor, which is then copied to the target. If a backward will
+        follow, the target's values are copied before: autograd has saved them as an operand.
         """
         if kwargs.get("out") is not None:
             return self._run_into(targets, operator, call, func, args, kwargs)
@@ -390,7 +391,7 @@ class Dispatch(TorchFunctionMode):
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Any:
-        """Run an operator with ``out=``, as torch has it: without gradients, and of any shape."""
+        """Run an operator with ``out=``; as in torch, without gradients and with any shape."""
         others = {key: value for key, value in kwargs.items() if key != "out"}
         if torch.is_grad_enabled() and any(x.requires_grad for x in floats((args, others))):
             return func(*args, **kwargs)  # Raises what torch raises.
@@ -405,49 +406,50 @@ class Dispatch(TorchFunctionMode):
         return kwargs["out"]
 
     def _store(self, target: Tensor, result: Tensor) -> None:
-        """Write an operator's result, and what is known of it, to another tensor.
+        """Write an operator's result and its quantization parameters to another tensor.
 
-        What was known of the target, and of every tensor that shares its memory, is forgotten.
+        Marks of the target, and of every tensor that shares its memory, end.
         """
-        tag = self.state.qparams_of(result)
+        qparams = self.state.qparams_of(result)
         target.copy_(result)
         self.state.note_writes([target])
         self.state.fusion.note_copy(result, target)
-        # Other types cannot hold every integer.
-        if tag is not None and target.dtype == torch.float32:
-            self.state.set_qparams(target, tag)
+        # Other dtypes cannot hold every integer.
+        if qparams is not None and target.dtype == torch.float32:
+            self.state.set_qparams(target, qparams)
 
     def _move(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Move data: parameters of the first tensor (not a condition) go to float results.
+        """Run a layout function: float results get the quantization parameters of the source.
 
-        Those of the second where it is copied into the first.
+        The source is the first float tensor among the arguments; for ``copy_`` the second argument.
         """
-        copies = func.__name__ == "copy_"
-        first = args[1] if copies else first_of(args, kwargs)
-        sources = first if copies else (args, kwargs)
-        holds = isinstance(first, Tensor) and first.is_floating_point()
-        source = next(iter(floats(first if holds else args)), None)
-        identity = _is_identity(func, args)
-        if source is not None and not identity:
-            self.state.fusion.note_consumer(source, "a movement")
-        tag = None if source is None else self.state.qparams_of(source)
-        kind = None if tag is not None else self.state.constants.kind_of(sources)
+        is_copy = func.__name__ == "copy_"
+        first = args[1] if is_copy else first_of(args, kwargs)
+        sources = first if is_copy else (args, kwargs)
+        is_float = isinstance(first, Tensor) and first.is_floating_point()
+        source = next(iter(floats(first if is_float else args)), None)
+        is_identity = _is_identity(func, args)
+        if source is not None and not is_identity:
+            self.state.fusion.note_consumer(source, "a layout operator")
+        qparams = None if source is None else self.state.qparams_of(source)
+        kind = None if qparams is not None else self.state.constants.kind_of(sources)
         result = func(*args, **kwargs)
         self.state.note_writes(written(func, args, kwargs), kind)
         if kind is None or self.call_sites.in_scope():
             self.state.constants.mark(result, kind)
-        mixed = self.state.mixed_qparams_of(source) if tag is None and source is not None else None
-        if mixed is not None and source is not None and not copies:
+        has_mixed = qparams is None and source is not None
+        mixed = self.state.mixed_qparams_of(source) if has_mixed else None
+        if mixed is not None and source is not None and not is_copy:
             self._move_mixed_qparams(mixed, source, (func, args, kwargs), result)
-        if source is not None and tag is None and kind is None:
+        if source is not None and qparams is None and kind is None:
             for leaf in floats(result):
                 self.state.fusion.note_layout(source, leaf)
-        if source is not None and identity:
+        if source is not None and is_identity:
             self.state.fusion.note_copy(source, result)
-        if tag is not None:
+        if qparams is not None:
             for leaf in floats(result):
-                if leaf.dtype == torch.float32:  # Other types cannot hold every integer.
-                    self.state.set_qparams(leaf, tag)
+                if leaf.dtype == torch.float32:  # Other dtypes cannot hold every integer.
+                    self.state.set_qparams(leaf, qparams)
             mode = self.state.modes.current
             if mode.recorder is not None and mode.phase == "emulate" and mode.fidelity == "exact":
                 path = self.call_sites.path
@@ -476,14 +478,14 @@ class Dispatch(TorchFunctionMode):
                 self.state.set_mixed_qparams(leaf, moved_qparams)
 
     def _share_qparams(self, name: str, args: tuple[Any, ...]) -> bool:
-        """Tell whether every float tensor among arguments carries the same parameters.
+        """Tell whether all float tensors among arguments have the same quantization parameters.
 
-        While ranges are observed nobody knows: what can join different grids notes its range then.
+        While ranges are observed parameters are not known yet, and ``stack`` observes a range.
         """
         if name == "stack" and self.state.phase == "observe":
             return False
-        tags = [self.state.qparams_of(leaf) for leaf in floats(args)]
-        return bool(tags) and tags[0] is not None and all(tag == tags[0] for tag in tags)
+        qparams = [self.state.qparams_of(leaf) for leaf in floats(args)]
+        return bool(qparams) and qparams[0] is not None and all(q == qparams[0] for q in qparams)
 
     def _fold(
         self,
@@ -493,7 +495,7 @@ class Dispatch(TorchFunctionMode):
         kwargs: dict[str, Any],
         kind: Kind,
     ) -> Any:
-        """Run in float a function of no activation: its result is a constant of the program."""
+        """Run in float a function without activations: its result is a constant of the program."""
         result = func(*args, **kwargs)
         targets = written(func, args, kwargs)
         self.state.note_writes(targets, kind)
@@ -517,7 +519,7 @@ class Dispatch(TorchFunctionMode):
         return result
 
     def _tell(self, key: str, location: Location, operands: Any, result: Any) -> None:
-        """Tell the listener of the mode, if there is one, what a site did."""
+        """Pass a site's location, operands and result to the listener of the mode, if any."""
         listener = self.state.modes.current.listener
         if listener is not None:
             listener(key, location, operands, result)
@@ -534,24 +536,24 @@ def _on_a_copy(func: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -
 
 
 def _is_identity(func: Callable[..., Any], args: tuple[Any, ...]) -> bool:
-    """Return whether a movement returns its tensor unchanged.
+    """Tell whether a layout function returns its tensor unchanged.
 
-    PyTorch calls ``x.view_as(x)`` on what an ``autograd.Function`` returns as it came in, which is
-    how the backward hooks of modules begin.
+    PyTorch calls ``x.view_as(x)`` if an ``autograd.Function`` returns its input unchanged, as that
+    of a module's backward hooks does.
     """
     return func.__name__ == "view_as" and len(args) == 2 and args[0] is args[1]
 
 
 def _kind_of(func: Callable[..., Any]) -> tuple[str, str]:
-    """Return a function's name and its kind; the empty string if that depends on the call."""
+    """Return the name of a function and its kind, ``""`` if the kind depends on the call."""
     name = getattr(func, "__name__", "")
     if name in _BACKWARD:
         return name, "backward"
     if name in MOVEMENTS:
-        return name, "movement"
+        return name, "layout"
     if name == "__get__":
         viewed = getattr(getattr(func, "__self__", None), "__name__", "") in VIEW_PROPERTIES
-        return name, "movement" if viewed else "ignored"
+        return name, "layout" if viewed else "ignored"
     if name == "__set__":
         assigned = getattr(getattr(func, "__self__", None), "__name__", "")
         return name, "assignment" if assigned == "data" else "ignored"
@@ -571,7 +573,7 @@ def _is_padding(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> boo
 
 
 def _makes_a_mask(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Tell whether minus infinity is filled in: in no activation, that makes a mask of scores."""
+    """Tell whether a call fills with minus infinity, which makes a mask of attention scores."""
     return name in _FILLS and _filled_in(args, kwargs) == float("-inf")
 
 
@@ -582,7 +584,7 @@ def _filled_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> float | None:
 
 
 def _types_in(values: Iterable[Any]) -> int:
-    """Tell whether float tensors, complex tensors or complex numbers are among arguments, as bits.
+    """Return bits for float tensors, and for complex tensors or numbers, among arguments.
 
     Without any of them there is nothing to emulate.
     """

@@ -81,7 +81,7 @@ class Emulator:
                 ", ".join(self.scripted),
             )
         if compiled := compiled_modules(module):
-            log.warning("torch.compile is set aside while emulated: %s", ", ".join(compiled))
+            log.warning("torch.compile is disabled while emulated: %s", ", ".join(compiled))
         self.state = EmulationState(module, resolve_spec(spec), observer)
         call_sites = CallSites(
             self.state.sites,

@@ -1,8 +1,8 @@
-"""Emulated operators are differentiable once: their gradient must not be differentiated again.
+"""Forbid second derivatives of emulated operators.
 
-The gradient of an emulated operator takes the quantized weights and the clipping as constants.
-PyTorch would differentiate it all the same, without what was taken as constant: the penalty of a
-WGAN-GP or a Hessian would be zero or wrong, without a message.
+The gradient of an emulated operator treats the quantized weights and the clipping as constants.
+PyTorch would differentiate that gradient without the terms of these constants: the gradient penalty
+of a WGAN-GP or a Hessian would be zero or wrong, without a message.
 """
 
 from __future__ import annotations
@@ -18,18 +18,19 @@ Backward = Callable[..., tuple[Tensor | None, ...]]
 
 
 def first_order(operator: str) -> Callable[[Backward], Backward]:
-    """Make a gradient that is to be differentiated again an error.
+    """Decorate a backward so that it raises if its gradient is to be differentiated again.
 
-    The error comes where the gradient is asked for with ``create_graph=True``. Later would be too
-    late, as with ``torch.autograd.function.once_differentiable``: its error is no part of the graph
-    where the incoming gradient is a constant, as that of a sum is, or where PyTorch computes the
-    gradients of some tensors only, and then a Hessian is zero.
+    It raises as soon as a gradient is computed with ``create_graph=True``. The error of
+    ``torch.autograd.function.once_differentiable`` comes later and can be missed: it is not part of
+    the graph if the incoming gradient is a constant, as that of a sum is, or if PyTorch computes
+    the gradients of some tensors only; a Hessian is zero then.
 
     Args:
-        operator: What the error calls the operator.
+        operator: Name of the operator in the error.
 
     Returns:
-        A decorator of the ``backward`` of a ``torch.autograd.Function``.
+        A decorator of the ``backward`` of a ``torch.autograd.Function``. Gradients have the shapes
+        of their tensors.
 
     Example:
         >>> class Square(torch.autograd.Function):
@@ -54,7 +55,7 @@ def first_order(operator: str) -> Callable[[Backward], Backward]:
     def decorate(backward: Backward) -> Backward:
         @wraps(backward)
         def once(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-            # A backward runs with gradients enabled if, and only if, create_graph is set.
+            # Gradients are enabled in a backward only with create_graph=True.
             if torch.is_grad_enabled():
                 raise RuntimeError(
                     f"an emulated operator ({operator}) has no second derivative, which "

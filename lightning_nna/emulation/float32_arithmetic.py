@@ -1,4 +1,4 @@
-"""Keep autocast and function modes off the emulated arithmetic."""
+"""Disable autocast and function modes in the emulated arithmetic."""
 
 from __future__ import annotations
 
@@ -10,12 +10,16 @@ from torch import Tensor
 
 
 def float32_arithmetic(x: Tensor) -> AbstractContextManager[None]:
-    """Keep autocast and function modes off the emulated arithmetic."""
+    """Disable autocast and function modes in a ``with`` block.
+
+    Args:
+        x: Tensor of any shape on the device of the arithmetic.
+    """
     return _Float32Arithmetic(x)
 
 
 class _Float32Arithmetic(AbstractContextManager[None]):
-    """Entered for every instruction: a generator would take twice the time."""
+    """Enter and exit without a generator, which would take twice the time for every instruction."""
 
     def __init__(self, x: Tensor) -> None:
         self.kind = x.device.type

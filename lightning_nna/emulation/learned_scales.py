@@ -10,8 +10,8 @@ With :math:`v = x / s` and integers in :math:`q_{lo} \dots q_{hi}`, LSQ gives a 
     \frac{\partial \hat x}{\partial x} = \begin{cases}
         1 & q_{lo} \le v \le q_{hi} \\ 0 & \text{outside,} \end{cases}
 
-times :math:`1 / \sqrt{n\, q_{hi}}` for the :math:`n` values that share the scale. The parameter that
-is trained is :math:`p = \log_2 s`: the scale stays positive, and a change of :math:`p` is the same
+times :math:`1 / \sqrt{n\, q_{hi}}` for the :math:`n` values that share the scale. The trained
+parameter is :math:`p = \log_2 s`: the scale stays positive, and a change of :math:`p` is the same
 relative change of every scale. The accelerator uses :math:`2^p` rounded to its significand, or
 :math:`2^{\mathrm{round}(p)}`; the gradient passes this rounding unchanged.
 
@@ -29,8 +29,8 @@ and have 3 bits, so integers from -3 to 3.
 
 - :math:`v = (1.2, -2.6, 9)`, and the integers are :math:`(1, -3, 3)`: the last is clipped.
 - :math:`\partial \hat x / \partial s = (1 - 1.2,\ -3 + 2.6,\ 3) = (-0.2, -0.4, 3)`.
-- With a gradient of 1 for every :math:`\hat x`, these add to 2.4; times :math:`1 / \sqrt{3 \cdot 3}`
-  that is 0.8.
+- With a gradient of 1 for every :math:`\hat x`, these add to 2.4. Times
+  :math:`1 / \sqrt{3 \cdot 3}`, that is 0.8.
 - :math:`\partial s / \partial p = s \ln 2 = 0.347`, so :math:`p` gets the gradient 0.277:
   gradient descent makes the scale smaller.
 - The weights get the gradients :math:`(1, 1, 0)`.

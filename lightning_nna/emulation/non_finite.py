@@ -1,4 +1,4 @@
-"""Errors of values that are not finite: they name the call site, and the parameter at fault."""
+"""Name the call site and the parameter in errors of values that are not finite."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from torch.utils._pytree import tree_leaves
 def with_cause(
     error: FloatingPointError, site: str, operands: Any, names: Mapping[int, str]
 ) -> FloatingPointError:
-    """The error that names a site and, if one is not finite, the parameter among its operands.
+    """Return an error that names a site and its parameters that are not finite.
 
     Args:
-        error: What an operator raised.
+        error: Error that an operator has raised.
         site: Key of the call site.
         operands: Arguments of the torch function, nested.
-        names: Names of parameters and buffers by ``id``.
+        names: Names of the module's parameters and buffers by ``id``.
 
     Example:
         >>> weight = torch.tensor([float("nan")])
@@ -27,12 +27,12 @@ def with_cause(
         FloatingPointError('head/mul#0: head.gain has a value that is not finite; ...')
     """
     tensors = [x for x in tree_leaves(operands) if isinstance(x, Tensor) and id(x) in names]
-    culprits = [names[id(x)] for x in tensors if not bool(torch.isfinite(x).all())]
-    if culprits:
+    non_finite = [names[id(x)] for x in tensors if not bool(torch.isfinite(x).all())]
+    if non_finite:
         return FloatingPointError(
-            f"{site}: {', '.join(culprits)} has a value that is not finite; an update has spoiled "
-            f"it: lower the learning rate, clip gradients, or look for what is not finite in the "
-            f"loss"
+            f"{site}: {', '.join(non_finite)} has a value that is not finite after an update: "
+            f"lower the learning rate, clip gradients, or look for a value that is not finite in "
+            f"the loss"
         )
     message = str(error)
     return error if message.startswith(site) else FloatingPointError(f"{site}: {message}")

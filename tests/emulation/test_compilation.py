@@ -1,4 +1,4 @@
-"""``torch.compile`` is set aside on the chip: whatever way it was applied, results are the same."""
+"""``torch.compile`` is disabled while emulated: however it was applied, results are the same."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_what_was_compiled_is_named(apply: Module, caplog: pytest.LogCaptureFixt
     with emulate(net):
         pass
     named = {compiled_in_place: "the module", with_compiled_child: "head"}[apply]
-    assert caplog.messages == [f"torch.compile is set aside while emulated: {named}"]
+    assert caplog.messages == [f"torch.compile is disabled while emulated: {named}"]
 
 
 class WithCompiledFunction(nn.Module):
@@ -182,5 +182,5 @@ def test_compiled_code_that_calls_the_chip_is_refused() -> None:
     emulator = calibrate(net, [x])
     # A mode without the scope of `running`, which would set compiled code aside.
     emulator.state.modes.enter(Mode("emulate"))
-    with pytest.raises(RuntimeError, match=r"operators it would hide: call it inside `with emul"):
+    with pytest.raises(RuntimeError, match=r"the emulation cannot see: call it inside `with emul"):
         compiled(x)

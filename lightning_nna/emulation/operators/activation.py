@@ -44,7 +44,6 @@ from lightning_nna.emulation.ranges import (
     TANH_OUTPUT,
     QParams,
     round_significand,
-    with_min_scale,
 )
 
 #: Sigmoid and tanh of 16 bits, in steps of 2^-15.
