@@ -276,7 +276,7 @@ class Dispatch(TorchFunctionMode):
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Any:
-        """Run an operator of the accelerator, or fall back if the spec does not support the call."""
+        """Run an operator of the accelerator, or fall back if the spec lacks it in this form."""
         state, mode = self.state, self.state.modes.current
         if mode.phase == "float":
             return func(*args, **kwargs)
@@ -437,8 +437,9 @@ class Dispatch(TorchFunctionMode):
         self.state.note_writes(written(func, args, kwargs), kind)
         if kind is None or self.call_sites.in_scope():
             self.state.constants.mark(result, kind)
-        has_mixed = qparams is None and source is not None
-        mixed = self.state.mixed_qparams_of(source) if has_mixed else None
+        mixed = None
+        if source is not None and qparams is None:
+            mixed = self.state.mixed_qparams_of(source)
         if mixed is not None and source is not None and not is_copy:
             self._move_mixed_qparams(mixed, source, (func, args, kwargs), result)
         if source is not None and qparams is None and kind is None:

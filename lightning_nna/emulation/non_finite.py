@@ -30,7 +30,7 @@ def with_cause(
     non_finite = [names[id(x)] for x in tensors if not bool(torch.isfinite(x).all())]
     if non_finite:
         return FloatingPointError(
-            f"{site}: {', '.join(non_finite)} has a value that is not finite after an update: "
+            f"{site}: {', '.join(non_finite)} has a value that is not finite; "
             f"lower the learning rate, clip gradients, or look for a value that is not finite in "
             f"the loss"
         )

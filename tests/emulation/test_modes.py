@@ -538,7 +538,7 @@ def test_a_calibration_that_fails_leaves_nothing_behind(begun: bool, observer: s
 @pytest.mark.parametrize("spec", ["litert-int16x8", "shift"])
 def test_what_failed_before_it_observed_binds_a_module_to_nothing(spec: str) -> None:
     x, net = torch.randn(20, 6), network()
-    with pytest.raises(TypeError, match="give the accelerator as spec="):
+    with pytest.raises(TypeError, match="pass the accelerator as spec="):
         calibrate(net, [x], spec)  # type: ignore[arg-type]
     with pytest.raises(RuntimeError, match="has no ranges"), emulate(net):
         net(x)
@@ -555,7 +555,7 @@ def test_emulate_without_a_spec_takes_the_one_of_the_module_and_of_its_copies() 
     for each in (net, copy.deepcopy(net)):
         with torch.no_grad(), emulate(each):
             assert torch.equal(each(x), expected)
-    with pytest.raises(ValueError, match="leave spec and targets out"), emulate(net, "shift"):
+    with pytest.raises(ValueError, match="leave out spec and targets"), emulate(net, "shift"):
         pass
 
 
