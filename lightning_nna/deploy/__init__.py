@@ -3,16 +3,11 @@
 # First: without the extra nothing below can be imported.
 from lightning_nna.deploy import _extra as _extra
 from lightning_nna.deploy.graph import CaptureError
+from lightning_nna.deploy.litert import LiteRTProgram, run_tflite
 from lightning_nna.deploy.report import layer_figures, write_report
-from lightning_nna.deploy.tflite import (
-    Agreement,
-    LiteRTProgram,
-    TFLiteModel,
-    export_tflite,
-    run_tflite,
-    verify,
-)
+from lightning_nna.deploy.tflite import TFLiteModel, export_tflite
 from lightning_nna.deploy.vela import VelaError, VelaOperator, VelaReport, vela_report
+from lightning_nna.deploy.verification import Agreement, verify
 from lightning_nna.weights.packed import PackedReport, load_packed, save_packed
 
 __all__ = [

@@ -80,7 +80,7 @@ def capture(
             "of its example, so export it with at least one of a batch"
         )
     recorder = Recorder(emulator, allow_cpu=allow_cpu)
-    with recorder.python_reads(), on_chip(module, emulator), recorder.listening():
+    with recorder.python_reads(), emulated_evaluation(module, emulator), recorder.recording():
         attributes = attributes_of(module)
         recorder.follow_attributes(attributes)
         copies = [recorder.argument(k, x) for k, x in enumerate(leaves)]
@@ -99,7 +99,7 @@ def capture(
 
 
 @contextmanager
-def on_chip(module: nn.Module, emulator: Emulator) -> Iterator[None]:
+def emulated_evaluation(module: nn.Module, emulator: Emulator) -> Iterator[None]:
     """Run a module emulated and in evaluation mode; afterwards it is unchanged."""
     training = [(each, each.training) for each in module.modules()]
     module.eval()

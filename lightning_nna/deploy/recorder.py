@@ -118,13 +118,13 @@ class Recorder:
         return PythonReads(self.provenance_map.on_decision)
 
     @contextmanager
-    def listening(self) -> Iterator[None]:
+    def recording(self) -> Iterator[None]:
         """Record the instructions of a forward; validate that all were calibrated."""
         emulator = self.emulator
         known = set(emulator.ranges.ranges)
         try:
             with (
-                emulator.running(recorder=self._take, listener=self._refuse),
+                emulator.running(recorder=self._record, listener=self._validate_function),
                 self.provenance_map.provenance,
             ):
                 yield
@@ -313,7 +313,7 @@ class Recorder:
 
     # --- instructions ---------------------------------------------------------------------------
 
-    def _refuse(self, key: str, where: Location, operands: Any, result: Any) -> None:
+    def _validate_function(self, key: str, where: Location, operands: Any, result: Any) -> None:
         with untracked():
             if where != "cpu" or not self.provenance_map.provenance.reaches(result):
                 return
@@ -342,7 +342,7 @@ class Recorder:
         stored = activation(x, qparams)
         return self._operand(Instruction("DEQUANTIZE", key, (stored,), ()), 0, stored)
 
-    def _take(self, instruction: Instruction) -> None:
+    def _record(self, instruction: Instruction) -> None:
         """Record one instruction: connect its operands, and define the codes of its results."""
         with untracked():
             if not self._depends(instruction):

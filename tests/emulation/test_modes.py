@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.overrides import _get_current_function_mode
 
 from lightning_nna import bake, calibrate, coverage, emulate, strip
-from lightning_nna.deploy.tflite import export_tflite, verify
+from lightning_nna.deploy import export_tflite, verify
 from lightning_nna.emulation.attachment import attach, attached
 from lightning_nna.testing import SmallNet
 from lightning_nna.testing.contract import assert_same, is_unhooked
