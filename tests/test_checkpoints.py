@@ -69,9 +69,9 @@ def test_every_checkpoint_is_loaded_as_it_is_deployed(method: str, tmp_path: Pat
         assert_same(dict(fitted.state_dict()), dict(loaded.state_dict()))
         with emulate(loaded), torch.no_grad():
             assert torch.equal(loaded(x), expected)
-        for name, rows in attached(loaded).used_weights.items():
+        for name, rows in attached(loaded).state.used_weights.items():
             theirs, ours = (
-                attached(one).weight(one.get_parameter(name), rows) for one in (fitted, loaded)
+                attached(one).state.weight(one.get_parameter(name), rows) for one in (fitted, loaded)
             )
             assert torch.equal(theirs.stored, ours.stored)
             assert torch.equal(theirs.scales, ours.scales)
