@@ -1,67 +1,80 @@
-"""Weights of few bits on AN4: every method from the same float weights, with the same budget.
+"""Low-bit weights on AN4: every method from the same float weights, with the same budget.
 
-    python -m recipes.benchmark.compression --workers 2          # what is missing, then the page
+    python -m recipes.benchmark.compression --workers 2          # run what is missing, then report
     python -m recipes.benchmark.compression --seeds 1 --bits 2   # a part of the grid
     python -m recipes.benchmark.compression --page-only
 
-Every cell is one run of ``recipes.train`` (from ``recipes/pretrained/an4_rnnt.safetensors``, on the
-chip, with the settings of ``experiment=an4_rnnt_finetune``) or of ``recipes.evaluate`` (rounding
-without training). A cell that is in ``docs/results/compression.jsonl`` is not run again, and a run
-that was stopped goes on. PARQ needs the extra ``bench``.
+Each run is one of ``recipes.train`` (from ``recipes/pretrained/an4_rnnt.safetensors``, emulated,
+with the settings of ``experiment=an4_rnnt_finetune``) or of ``recipes.evaluate`` (rounding without
+training). PARQ needs the extra ``bench``.
 """
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from functools import partial
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from lightning_nna.weights.selection import matches_path
-from recipes.benchmark.compression_page import draw, page
-from recipes.benchmark.fine_tuning import (
+from recipes.benchmark.grid import Study, axis, threads_option
+from recipes.benchmark.plots import plot_losses
+from recipes.benchmark.recipe_runs import (
     SEEDS,
     START,
+    STEPS,
+    RecipeRun,
     evaluation,
-    figures_of,
-    run,
-    run_cells,
-    summary_of,
+    metrics_of,
+    run_recipe,
     training,
 )
-from recipes.benchmark.fine_tuning_page import write_page
-from recipes.benchmark.rows import append_row, has_row, read_rows
+from recipes.benchmark.report import (
+    Fields,
+    against,
+    difference,
+    hardest_rival,
+    interval,
+    line,
+    loss_change,
+    mean_loss,
+    outcome,
+    paired,
+    percent,
+    relative,
+    wer_change,
+    word_errors,
+)
+from recipes.benchmark.rows import Row, select, spread
 from recipes.weights import load_weights
 
-ROWS = Path("docs/results/compression.jsonl")
 RUNS = Path("runs/compression")
 BITS = (5, 4, 3, 2)
-#: Mixed allocations by their place in the grid: what is asked of ``recipes.allocate``. With all
-#: widths to choose from, 4 bits in the mean need no tensor of 1 bit.
+#: Mixed allocations: settings of ``recipes.allocate``, by the name that stands for the bits. With
+#: all widths to choose from, 4 bits in the mean need no tensor of 1 bit.
 MIXED, ONE_BIT = "mixed", "one_bit"
 ALLOCATIONS = {
     MIXED: ("target_mean_bits=4",),
     ONE_BIT: ("target_mean_bits=3.6", "candidates=[1,4,5,8]"),
 }
-#: One that is given: 4 bits but for the tensor that 1 bit costs least.
+#: A fixed allocation: 4 bits except for the tensor that loses least by 1 bit.
 SMALL_ONE_BIT = "small_one_bit"
 _SMALLEST_COST = {"model.predictor.lstm.weight_ih_l0": 1}
 
 
 @dataclass(frozen=True)
 class Method:
-    """One way to get few bits.
+    """A method of low-bit weights.
 
-    Args:
-        title: In tables.
-        compression: The configuration group.
+    Attributes:
+        title: Name in tables.
+        compression: Choice of the configuration group ``compression``.
         trains: Whether the weights are trained; else they are rounded.
         settings: Overrides of the configuration.
-        widths: Bits that it is run at.
+        widths: Bits of a weight, or names of allocations, that it is run at.
     """
 
     title: str
@@ -72,21 +85,21 @@ class Method:
 
 
 _GQ = "callbacks.gq"
-#: Entropies of a 5-bit weight: one that saves a third of memory and time on the chip with a margin,
-#: and one that saves hardly more than a third.
+#: Entropies of a 5-bit weight: one that saves a third of the accelerator's memory and time with a
+#: margin, and one that saves hardly more than a third.
 RATE_BITS, HIGHER_RATE_BITS = 4.25, 4.4
 METHODS: dict[str, Method] = {
     "float": Method("float", "none", trains=False, widths=(32,)),
-    "float_tuned": Method("float, trained on", "none", widths=(32,)),
+    "float_tuned": Method("float, trained further", "none", widths=(32,)),
     "chip": Method("8 bits, untrained", "nna8", trains=False, widths=(8,)),
-    "nna8": Method("8 bits, chip-aware", "nna8", widths=(8,)),
-    "rtn": Method("rounded, uniform levels", "ste", trains=False),
+    "nna8": Method("8 bits, accelerator-aware", "nna8", widths=(8,)),
+    "rtn": Method("rounded, uniform", "ste", trains=False),
     "lloyd": Method("rounded, Lloyd-Max", "s8bqat", trains=False, widths=(*BITS, MIXED)),
     "ste": Method("straight-through, uniform", "ste"),
     "lsq": Method("LSQ", "lsq", widths=(*BITS, MIXED)),
     "parq": Method("PARQ (torchao)", "parq"),
     "s8bqat": Method("S8BQAT", "s8bqat"),
-    "gq": Method("General Quantizer", "gq", widths=(*BITS, MIXED, ONE_BIT, SMALL_ONE_BIT)),
+    "gq": Method("GQ", "gq", widths=(*BITS, MIXED, ONE_BIT, SMALL_ONE_BIT)),
     "gq_rate": Method(
         f"GQ, entropy of at most {RATE_BITS} bits",
         "gq",
@@ -134,10 +147,10 @@ METHODS: dict[str, Method] = {
         "GQ, soft gradient", "gq", settings=(f"{_GQ}.gradient_sharpness=1.0",), widths=(2,)
     ),
     "gq_no_zero": Method(
-        "GQ, no value pinned at zero", "gq", settings=(f"{_GQ}.pin_zero=false",), widths=(3, 2)
+        "GQ, no centroid pinned at zero", "gq", settings=(f"{_GQ}.pin_zero=false",), widths=(3, 2)
     ),
     "gq_mu15": Method(
-        "GQ, µ = 15, no value pinned at zero",
+        "GQ, µ = 15, no centroid pinned at zero",
         "gq",
         settings=(f"{_GQ}.mu=15.0", f"{_GQ}.pin_zero=false"),
         widths=(*BITS, MIXED),
@@ -146,14 +159,18 @@ METHODS: dict[str, Method] = {
 }
 
 
+#: Methods that the figure and the acceptance checks compare.
+_COMPARED = ("rtn", "lloyd", "ste", "lsq", "parq", "s8bqat", "gq")
+
+
 @dataclass(frozen=True)
-class Cell:
-    """One run of the grid.
+class CompressionRun(RecipeRun):
+    """One method at one width.
 
     Attributes:
         method: A key of :data:`METHODS`.
-        bits: Of every weight, or a name of a mixed allocation.
-        seed: Of the training.
+        bits: Bits of every weight, or the name of a mixed allocation.
+        seed: Seed of the training.
     """
 
     method: str
@@ -162,123 +179,104 @@ class Cell:
 
     @property
     def folder(self) -> Path:
-        """Where the run goes."""
+        """Run folder."""
         return RUNS / f"{self.method}_{self.bits}" / f"seed{self.seed}"
 
     @property
     def allocation(self) -> Path:
-        """Bits by tensor of a mixed allocation."""
+        """File of a mixed allocation, bits by tensor."""
         return RUNS / "allocation" / str(self.bits) / "bits.json"
 
     @property
     def command(self) -> list[str]:
-        """Module and overrides that run it."""
+        """Module and overrides of the run."""
         method = METHODS[self.method]
-        chosen = [f"compression={method.compression}", *method.settings]
+        settings = [f"compression={method.compression}", *method.settings]
         if self.bits in ALLOCATIONS:
-            chosen += ["bits=8", f"bit_overrides={self.allocation}"]
+            settings += ["bits=8", f"bit_overrides={self.allocation}"]
         elif self.bits == SMALL_ONE_BIT:
             pairs = ", ".join(f"{name}: {bits}" for name, bits in _SMALLEST_COST.items())
-            chosen += ["bits=4", f"+bit_overrides={{{pairs}}}"]
+            settings += ["bits=4", f"+bit_overrides={{{pairs}}}"]
         elif method.compression not in ("none", "nna8"):
-            chosen.append(f"bits={self.bits}")
+            settings.append(f"bits={self.bits}")
         if not method.trains:
-            return evaluation(self.folder, *chosen)
-        return training(self.seed, self.folder, *chosen)
+            return evaluation(self.folder, *settings)
+        return training(self.seed, self.folder, *settings)
+
+    def prepare(self) -> None:
+        """Measure the bits by tensor of a mixed allocation, which all seeds share."""
+        if self.bits in ALLOCATIONS and not self.allocation.exists():
+            run_recipe(
+                "recipes.allocate",
+                f"ckpt={START}",
+                *ALLOCATIONS[str(self.bits)],
+                f"hydra.run.dir={self.allocation.parent}",
+                f"threads={self.threads}",
+                log=self.allocation.parent / "run.log",
+            )
+
+    def row(self, summary: Mapping[str, Any]) -> Row:
+        """Make the row of a finished run from its summary."""
+        shapes = {name: x.shape for name, x in load_weights(START).network.items()}
+        overrides, default = {}, self.bits
+        if self.bits in ALLOCATIONS:
+            overrides = json.loads(self.allocation.read_text())["overrides"]
+        elif self.bits == SMALL_ONE_BIT:
+            overrides, default = _SMALLEST_COST, 4
+        bits = {
+            name: next(
+                (b for p, b in overrides.items() if matches_path(p, f"model.{name}")), default
+            )
+            for name, shape in shapes.items()
+            if len(shape) >= 2
+        }
+        counts = {name: shape.numel() for name, shape in shapes.items()}
+        total = sum(counts[name] for name in bits)
+        return {
+            "seed": self.seed,
+            "corpus": "an4",
+            "model": "rnnt",
+            "method": self.method,
+            "bits": self.bits,
+            "mean_bits": sum(int(b) * counts[name] for name, b in bits.items()) / total,
+            "one_bit_tensors": sorted(name for name, b in bits.items() if b == 1),
+            "sparsity": 0.0,
+            **metrics_of(summary),
+            "packed_bytes": packed_bytes(counts, bits),
+        }
 
 
-def cells(
+def runs(
     *,
     methods: Sequence[str] = tuple(METHODS),
     bits: Sequence[str] = (),
     seeds: Sequence[int] = SEEDS,
-) -> Iterator[Cell]:
-    """The grid, or a part of it, seed by seed; what is not trained has one."""
-    for seed, method in itertools.product(seeds, methods):
-        if not METHODS[method].trains and seed != SEEDS[0]:
-            continue
-        for width in METHODS[method].widths:
-            if not bits or str(width) in bits:
-                yield Cell(method, width, seed)
+    threads: int = 1,
+) -> list[CompressionRun]:
+    """List the grid, or a part of it, seed by seed; without training there is one seed.
 
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Run what is missing and write the page."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--page-only", action="store_true", help="run nothing")
-    parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=list(METHODS))
-    parser.add_argument(
-        "--bits", nargs="*", default=[], help="2 to 8, or mixed, one_bit; all if left out"
-    )
-    parser.add_argument("--seeds", nargs="*", type=int, default=list(SEEDS))
-    parser.add_argument("--threads", type=int, default=1, help="threads of the CPU for each run")
-    parser.add_argument("--workers", type=int, default=1, help="runs at a time")
-    options = parser.parse_args(arguments)
-    if not options.page_only:
-        chosen = [
-            cell
-            for cell in cells(methods=options.methods, bits=options.bits, seeds=options.seeds)
-            if not has_row(read_rows(ROWS), **asdict(cell))
-        ]
-        for cell in chosen:
-            if cell.bits in ALLOCATIONS and not cell.allocation.exists():
-                allocate(cell, threads=options.threads)
-        run_cells(chosen, partial(run_cell, threads=options.threads), workers=options.workers)
-    write_page(ROWS, {name: method.title for name, method in METHODS.items()}, page, draw)
-
-
-def allocate(cell: Cell, *, threads: int) -> None:
-    """Measure the bits by tensor of a mixed allocation."""
-    run(
-        "recipes.allocate",
-        f"ckpt={START}",
-        *ALLOCATIONS[str(cell.bits)],
-        f"hydra.run.dir={cell.allocation.parent}",
-        f"threads={threads}",
-        log=cell.allocation.parent / "run.log",
-    )
-
-
-def run_cell(cell: Cell, *, threads: int) -> None:
-    """Run ``cell`` and append its row."""
-    append_row(ROWS, row_of(cell, summary_of(cell.folder, cell.command, threads=threads)))
-
-
-def row_of(cell: Cell, summary: Mapping[str, Any]) -> dict[str, Any]:
-    """The row of a finished run."""
-    shapes = {name: x.shape for name, x in load_weights(START).network.items()}
-    widths, others = {}, cell.bits
-    if cell.bits in ALLOCATIONS:
-        widths = json.loads(cell.allocation.read_text())["overrides"]
-    elif cell.bits == SMALL_ONE_BIT:
-        widths, others = _SMALLEST_COST, 4
-    bits = {
-        name: next((b for p, b in widths.items() if matches_path(p, f"model.{name}")), others)
-        for name, shape in shapes.items()
-        if len(shape) >= 2
-    }
-    counts = {name: shape.numel() for name, shape in shapes.items()}
-    total = sum(counts[name] for name in bits)
-    return {
-        "seed": cell.seed,
-        "corpus": "an4",
-        "model": "rnnt",
-        "method": cell.method,
-        "bits": cell.bits,
-        "mean_bits": sum(int(b) * counts[name] for name, b in bits.items()) / total,
-        "one_bit_tensors": sorted(name for name, b in bits.items() if b == 1),
-        "sparsity": 0.0,
-        **figures_of(summary),
-        "packed_bytes": packed_bytes(counts, bits),
-    }
+    Args:
+        methods: Keys of :data:`METHODS`.
+        bits: Widths, as words; empty for all.
+        seeds: Seeds of the training.
+        threads: Number of CPU threads of each run.
+    """
+    return [
+        CompressionRun(method, width, seed, threads=threads)
+        for seed, method in itertools.product(seeds, methods)
+        if METHODS[method].trains or seed == SEEDS[0]
+        for width in METHODS[method].widths
+        if not bits or str(width) in bits
+    ]
 
 
 def packed_bytes(counts: Mapping[str, int], bits: Mapping[str, int | str]) -> int:
-    """Size of a network: indices, a byte for each level, a scale a tensor, vectors in 32 bits.
+    """Compute the size of a network: indices, one byte a centroid, one scale a tensor.
 
     Args:
-        counts: Numbers by tensor.
-        bits: Of the tensors that are no vectors; 8 and more have no levels to be stored.
+        counts: Number of elements by tensor.
+        bits: Bits of a weight by tensor; 8 and more store no centroids. Tensors that are not
+            named (vectors) take 32.
 
     Example:
         >>> packed_bytes({"weight": 100, "bias": 3}, {"weight": 2})
@@ -295,5 +293,176 @@ def packed_bytes(counts: Mapping[str, int], bits: Mapping[str, int | str]) -> in
     return size
 
 
+def report(rows: Sequence[Row]) -> Fields:
+    """Make the fields of the report."""
+    order = {method: number for number, method in enumerate(METHODS)}
+    each = sorted(rows, key=lambda row: (order[row["method"]], _descending(row), row["seed"]))
+    return {
+        "steps": STEPS,
+        "means": [
+            mean_line(rows, method, bits) for method in METHODS for bits in _widths(rows, method)
+        ],
+        "checks": checks(rows),
+        "runs": [run_line(row) for row in each],
+    }
+
+
+def checks(rows: Sequence[Row]) -> list[str]:
+    """Run every acceptance check on the seeds that have rows."""
+    references = {
+        "float, trained further": select(rows, method="float_tuned"),
+        "float before training": select(rows, method="float"),
+        "8 bits, accelerator-aware": select(rows, method="nna8"),
+    }
+    lines = []
+    for method, name in (("s8bqat", "S8BQAT"), ("gq", "GQ")):
+        for title, reference in references.items():
+            if pairs := paired(select(rows, method=method, bits=5), reference):
+                change, error = difference(pairs)
+                mean = fmean(loss for _, loss in pairs)
+                lines.append(
+                    f"- {name} at 5 bits no worse in loss than {title}: {change / mean:+.1%} ± "
+                    f"{error / mean:.1%} over {len(pairs)} seed(s), {outcome(change, error)}."
+                )
+    # What the accelerator saves at 5 bits is to cost no words.
+    for method in ("gq", "gq_higher_rate", "gq_rate"):
+        reference = references["8 bits, accelerator-aware"]
+        if pairs := paired(select(rows, method=method, bits=5), reference, "wer"):
+            change, error = difference(pairs)
+            lines.append(
+                f"- {METHODS[method].title} at 5 bits without loss of WER against 8 bits, "
+                f"accelerator-aware: {wer_change(change, error)} over {len(pairs)} seed(s), "
+                f"{outcome(change, error)}."
+            )
+    for bits, metric in itertools.product((4, 3, 2), _METRICS):
+        lines += _check_rivals(rows, bits, metric)
+    start = references["float before training"]
+    gq, lsq = (paired(select(rows, method=m, bits=2), start) for m in ("gq", "lsq"))
+    if gq and lsq:
+        # Where LSQ loses nothing, GQ must lose nothing either, and be no worse.
+        bound = relative(lsq) * (0.5 if relative(lsq) > 0 else 1.0)
+        lines.append(
+            f"- At 2 bits at most half of LSQ's increase of the loss: GQ {relative(gq):+.1%}, "
+            f"LSQ {relative(lsq):+.1%}, {outcome(relative(gq) - bound)}."
+        )
+    mixed = [row for row in select(rows, method="gq") if row["one_bit_tensors"]]
+    for allocation in dict.fromkeys(row["bits"] for row in mixed):
+        for title, reference in references.items():
+            lines += _check_mixed(select(mixed, bits=allocation), title, reference)
+    return lines
+
+
+def _check_rivals(rows: Sequence[Row], bits: int, metric: str) -> list[str]:
+    gq = select(rows, method="gq", bits=bits)
+    others = {
+        method: pairs
+        for method in _COMPARED
+        if method != "gq" and (pairs := paired(gq, select(rows, method=method, bits=bits), metric))
+    }
+    if not others:
+        return []
+    rival = hardest_rival(others)
+    change, error = difference(others[rival])
+    return [
+        f"- GQ best or tied at {bits} bits: {_METRICS[metric](change, error)} against the best "
+        f"other ({METHODS[rival].title}) over {len(others[rival])} seed(s), "
+        f"{outcome(change, error)}."
+    ]
+
+
+def _check_mixed(rows: Sequence[Row], title: str, reference: Sequence[Row]) -> list[str]:
+    if not (pairs := paired(rows, reference, "wer")):
+        return []
+    change, error = difference(pairs)
+    bits = max(row["mean_bits"] for row in rows)
+    tensors = sorted({name for row in rows for name in row["one_bit_tensors"]})
+    return [
+        f"- A mixed allocation with 1-bit tensors ({', '.join(tensors)}), mean at most 4 bits, "
+        f"without loss of WER against {title}: {bits:.2f} bits, {wer_change(change, error)} over "
+        f"{len(pairs)} seed(s), {outcome(change, error) if bits <= 4 else 'missed'}."
+    ]
+
+
+#: Metrics that methods are compared in, and their words.
+_METRICS = {"loss_per_token": loss_change, "wer": wer_change}
+
+
+def mean_line(rows: Sequence[Row], method: str, bits: int | str) -> str:
+    """Format a line of means over the seeds."""
+    selected = select(rows, method=method, bits=bits)
+    return line(
+        METHODS[method].title,
+        _bits(selected[0]),
+        len(selected),
+        *word_errors(selected),
+        f"{mean_loss(selected):.4f}",
+        *(against(selected, select(rows, method=each)) for each in ("float", "float_tuned")),
+        f"{spread(row['packed_bytes'] for row in selected)[0] / 1e6:.3f} MB",
+    )
+
+
+def run_line(row: Row) -> str:
+    """Format the line of one run."""
+    return line(
+        METHODS[row["method"]].title,
+        _bits(row),
+        row["seed"],
+        percent(row["wer"]),
+        interval(row),
+        f"{row['loss_per_token']:.4f}",
+        f"{row['cpu_seconds'] / 60:.1f} min" if row["cpu_seconds"] else "-",
+    )
+
+
+def plot(rows: Sequence[Row], path: Path) -> None:
+    """Plot the loss over the width."""
+    numbers = [row for row in rows if isinstance(row["bits"], int)]
+    plot_losses(
+        path,
+        curves={
+            METHODS[method].title: [(row["bits"], row) for row in selected]
+            for method in _COMPARED
+            if (selected := select(numbers, method=method))
+        },
+        baselines={
+            METHODS[method].title: selected
+            for method in ("float", "float_tuned", "nna8")
+            if (selected := select(rows, method=method))
+        },
+        label="bits of a weight",
+        ticks=(2, 3, 4, 5),
+    )
+
+
+def _widths(rows: Sequence[Row], method: str) -> list[int | str]:
+    """List the widths from large to small, then the allocations as they were run."""
+    widths = dict.fromkeys(row["bits"] for row in select(rows, method=method))
+    return sorted(widths, key=lambda bits: -bits if isinstance(bits, int) else 0)
+
+
+def _bits(row: Row) -> str:
+    if isinstance(row["bits"], int):
+        return str(row["bits"])
+    return f"mixed, {row['mean_bits']:.2f}" + (", 1 bit too" if row["one_bit_tensors"] else "")
+
+
+def _descending(row: Row) -> float:
+    return -row["bits"] if isinstance(row["bits"], int) else 0.0
+
+
+STUDY = Study(
+    name="compression",
+    runs=runs,
+    report=report,
+    plot=plot,
+    options={
+        "methods": axis(METHODS),
+        "bits": {"nargs": "*", "default": [], "help": "2 to 8, or mixed, one_bit; all if left out"},
+        "seeds": axis(SEEDS, is_open=True),
+        "threads": threads_option(),
+    },
+    workers=1,
+)
+
 if __name__ == "__main__":
-    main()
+    STUDY.main()

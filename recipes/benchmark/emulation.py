@@ -1,243 +1,301 @@
-"""What training on the chip costs, beside float and beside other libraries.
+"""Cost of emulation: training steps compared with float and with other libraries' quantizers.
 
-    python -m recipes.benchmark.emulation               # what is missing, then the page
-    python -m recipes.benchmark.emulation --page-only   # the page from the rows that are there
+    python -m recipes.benchmark.emulation               # run what is missing, then report
+    python -m recipes.benchmark.emulation --page-only   # write the report from the rows that exist
 
-A figure is the ratio of two training steps (forward, backward and the optimizer's step) that were
+A time is the ratio of two training steps (forward, backward and the optimizer's step) that are
 timed one right after the other, the variant's and the float network's: the median over pairs.
-Memory is the peak of a process of its own, above what it had before the network was made a second
-time: what libraries load and compile at their first use does not count.
+The other libraries come with the extra ``bench``. Each is asked for 8-bit weights and activations
+of every layer that it knows, by its own call for a whole network.
 """
 
 from __future__ import annotations
 
-import argparse
-import platform
-import time
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from statistics import median
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
-from lightning_nna.files import write_whole
-from recipes.benchmark.memory import peak_bytes, peak_in_process
-from recipes.benchmark.rows import Row, append_row, has_row, read_rows
-from recipes.benchmark.variants import VARIANTS, NotPossibleError
-from recipes.benchmark.works import WORKS
-from recipes.run_folder import command_line, git_commit
+from lightning_nna import emulate
+from recipes import require_extra
+from recipes.benchmark.grid import Run, Study, axis, threads_option
+from recipes.benchmark.report import Fields, line, ruled
+from recipes.benchmark.rows import Row, has_row, select
+from recipes.benchmark.timing import (
+    Step,
+    machine,
+    peak_in_process,
+    ratio_columns,
+    time_ratios,
+    time_with_range,
+)
+from recipes.benchmark.workloads import WORKLOADS, Workload
 
-ROWS = Path("docs/results/emulation.jsonl")
 PAIRS = 15
-#: What the project asks of itself: ratio of time for each fidelity, and of memory.
+#: Largest ratio of time for each fidelity, and of memory.
 TARGETS = {"fast": 1.5, "exact": 2.0}
 MEMORY_TARGET = 1.5
-# Steps are repeated until a timed stretch takes this long.
-_STRETCH_SECONDS = 0.15
-
-Step = Callable[[], None]
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure what is missing and write the page."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--page-only", action="store_true", help="measure nothing")
-    parser.add_argument("--works", nargs="*", default=list(WORKS), choices=list(WORKS))
-    parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--pairs", type=int, default=PAIRS)
-    parser.add_argument("--memory-of", nargs=2, metavar=("WORK", "VARIANT"), help=argparse.SUPPRESS)
-    options = parser.parse_args(arguments)
-    torch.set_num_threads(options.threads)
-    device = torch.device(options.device)
-    if options.memory_of:
-        work, variant = options.memory_of
-        print(peak_bytes(lambda: VARIANTS[variant].step(WORKS[work], device), device))
-        return
-    if not options.page_only:
-        for work in options.works:
-            measure(work, device, threads=options.threads, pairs=options.pairs)
-    write_whole(ROWS.with_suffix(".md"), page(read_rows(ROWS)))
+class NotPossibleError(RuntimeError):
+    """Raised if a library cannot train a network; the message says why."""
 
 
-def measure(work: str, device: torch.device, *, threads: int, pairs: int) -> None:
-    """Append the rows of a network that are missing on this machine; all are timed side by side."""
-    name = machine(device)
-    key = {"work": work, "device": name, "threads": threads}
-    if all(has_row(read_rows(ROWS), variant=variant, **key) for variant in VARIANTS):
-        return
-    steps: dict[str, Step] = {}
-    reasons: dict[str, str] = {}
-    for variant, way in VARIANTS.items():
+@dataclass(frozen=True)
+class Variant:
+    """A way to train.
+
+    Attributes:
+        title: Name in tables.
+        prepare: Function from a network and its batch to the network that is trained.
+        scope: Function from the network to a context that is entered for every step.
+    """
+
+    title: str
+    prepare: Callable[[nn.Module, tuple[Tensor, ...]], nn.Module]
+    scope: Callable[[nn.Module], AbstractContextManager[Any]] = lambda module: nullcontext()
+
+    def step(self, workload: Workload, device: torch.device) -> Step:
+        """Make a function that does one training step of ``workload``.
+
+        Raises:
+            NotPossibleError: If the library cannot train it.
+        """
+        torch.manual_seed(0)
+        module = workload.module().train().to(device)
+        batch = tuple(x.to(device) for x in workload.batch())
         try:
-            steps[variant] = way.step(WORKS[work], device)
-        except NotPossibleError as error:
-            reasons[variant] = str(error)
-    ratios, float_ms = time_ratios(steps, device, pairs)
-    memory = {variant: memory_of(work, variant, device, threads) for variant in steps}
-    for variant in VARIANTS:
-        if has_row(read_rows(ROWS), variant=variant, **key):
-            continue
-        row: dict[str, Any] = {
-            "command": command_line(),
-            "commit": git_commit(),
-            **key,
-            "variant": variant,
-            "fidelity": variant if variant in TARGETS else None,
+            module = self.prepare(module, batch)
+            optimizer = torch.optim.SGD(module.parameters(), lr=1e-4, foreach=False)
+            step = partial(_step, self, workload, module, batch, optimizer)
+            for _ in range(3):
+                step()
+        except (ImportError, RuntimeError, TypeError, ValueError, AttributeError) as error:
+            first, *_ = str(error).splitlines() or [""]
+            raise NotPossibleError(f"{type(error).__name__}: {first}") from error
+        return step
+
+
+def _step(
+    variant: Variant,
+    workload: Workload,
+    module: nn.Module,
+    batch: tuple[Tensor, ...],
+    optimizer: torch.optim.Optimizer,
+) -> None:
+    with variant.scope(module):
+        optimizer.zero_grad()
+        workload.loss(module(*batch), batch).backward()
+        optimizer.step()
+
+
+def _calibrated(module: nn.Module, batch: tuple[Tensor, ...]) -> nn.Module:
+    with emulate(module) as emulator, emulator.observing():
+        module(*batch)
+    return module
+
+
+def _brevitas(module: nn.Module, batch: tuple[Tensor, ...]) -> nn.Module:
+    require_extra("bench", "brevitas")
+    from brevitas.graph.quantize import layerwise_quantize
+
+    quantized: nn.Module = layerwise_quantize(module)
+    return quantized.train()
+
+
+def _torchao(module: nn.Module, batch: tuple[Tensor, ...]) -> nn.Module:
+    require_extra("bench", "torchao")
+    from torchao.quantization import quantize_
+    from torchao.quantization.qat import IntxFakeQuantizeConfig, QATConfig
+
+    if not any(isinstance(child, nn.Linear) for child in module.modules()):
+        raise NotPossibleError("it quantizes linear layers alone, and there are none")
+    activations = IntxFakeQuantizeConfig(torch.int8, "per_token", is_symmetric=False)
+    weights = IntxFakeQuantizeConfig(torch.int8, "per_channel")
+    config = QATConfig(activation_config=activations, weight_config=weights, step="prepare")
+    quantize_(module, config)
+    return module
+
+
+def _modelopt(module: nn.Module, batch: tuple[Tensor, ...]) -> nn.Module:
+    require_extra("bench", "modelopt")
+    import modelopt.torch.quantization as mtq
+
+    config = copy.deepcopy(mtq.INT8_DEFAULT_CFG)
+    quantized: nn.Module = mtq.quantize(module, config, lambda network: network(*batch))
+    return quantized.train()
+
+
+#: Variants by the name that rows use; the others are compared with ``float``.
+VARIANTS: dict[str, Variant] = {
+    "float": Variant("float", lambda module, batch: module),
+    "exact": Variant("ours, exact", _calibrated, partial(emulate, fidelity="exact")),
+    "fast": Variant("ours, fast", _calibrated, partial(emulate, fidelity="fast")),
+    "brevitas": Variant("Brevitas", _brevitas),
+    "torchao": Variant("torchao", _torchao),
+    "modelopt": Variant("ModelOpt", _modelopt),
+}
+
+
+def training_step(workload: str, variant: str, *, device: torch.device) -> Step:
+    """Make a training step by the names that rows use."""
+    return VARIANTS[variant].step(WORKLOADS[workload], device)
+
+
+@dataclass(frozen=True)
+class EmulationRun(Run):
+    """All variants of one workload, timed side by side in one process.
+
+    Attributes:
+        work: A key of :data:`~recipes.benchmark.workloads.WORKLOADS`.
+        device: ``"cpu"`` or ``"cuda"``.
+        pairs: Number of pairs of steps that are timed.
+    """
+
+    work: str
+    device: str = "cpu"
+    pairs: int = PAIRS
+
+    @property
+    def key(self) -> dict[str, Any]:
+        """Values that all rows of the run have."""
+        device = machine(torch.device(self.device))
+        return {"work": self.work, "device": device, "threads": self.threads}
+
+    @property
+    def keys(self) -> list[dict[str, Any]]:
+        """Values that identify the rows of this run, one mapping for each variant."""
+        return [{**self.key, "variant": variant} for variant in VARIANTS]
+
+    def rows(self) -> Iterator[Row]:
+        """Time every variant that can train the workload, and measure its memory."""
+        torch.set_num_threads(self.threads or 1)
+        device, key = torch.device(self.device), self.key
+        steps: dict[str, Step] = {}
+        reasons: dict[str, str] = {}
+        for variant in VARIANTS:
+            try:
+                steps[variant] = training_step(self.work, variant, device=device)
+            except NotPossibleError as error:
+                reasons[variant] = str(error)
+        ratios, float_ms = time_ratios(steps, device, self.pairs)
+        memory = {
+            variant: peak_in_process(
+                "recipes.benchmark.emulation",
+                *(self.work, variant),
+                device=device,
+                threads=self.threads,
+            )
+            for variant in steps
         }
-        if variant in reasons:
-            row |= {"time_ratio": None, "memory_ratio": None, "reason": reasons[variant]}
-        else:
-            found = ratios[variant]
-            row |= {
-                "time_ratio": round(median(found), 3),
-                "time_ratio_low": round(min(found), 3),
-                "time_ratio_high": round(max(found), 3),
+        for variant in VARIANTS:
+            row = {**key, "variant": variant, "fidelity": variant if variant in TARGETS else None}
+            if variant in reasons:
+                yield row | {"time_ratio": None, "memory_ratio": None, "reason": reasons[variant]}
+                continue
+            yield row | {
+                **ratio_columns(ratios[variant]),
                 "memory_ratio": round(memory[variant] / memory["float"], 3),
                 "float_ms": round(float_ms, 2),
                 "peak_bytes": memory[variant],
-                "pairs": len(found),
+                "pairs": len(ratios[variant]),
             }
-        append_row(ROWS, row)
 
 
-def time_ratios(
-    steps: dict[str, Step], device: torch.device, pairs: int
-) -> tuple[dict[str, list[float]], float]:
-    """Time of every variant over that of float, measured right before it; and float's, in ms."""
-    repeats = max(1, int(_STRETCH_SECONDS / seconds(steps["float"], 3, device)))
-    ratios: dict[str, list[float]] = {variant: [] for variant in steps}
-    floats = []
-    for _ in range(pairs):
-        for variant, step in steps.items():
-            base = seconds(steps["float"], repeats, device)
-            ratios[variant].append(seconds(step, repeats, device) / base)
-            floats.append(1e3 * base)
-    return ratios, median(floats)
+def runs(
+    *, works: Sequence[str] = tuple(WORKLOADS), device: str = "cpu", threads: int = 1, pairs: int
+) -> list[EmulationRun]:
+    """List the grid, one run a workload."""
+    return [EmulationRun(work, device, pairs, threads=threads) for work in works]
 
 
-def seconds(step: Step, repeats: int, device: torch.device) -> float:
-    """Wall time of one step, the mean over some."""
-    _wait_for(device)
-    start = time.perf_counter()
-    for _ in range(repeats):
-        step()
-    _wait_for(device)
-    return (time.perf_counter() - start) / repeats
-
-
-def memory_of(work: str, variant: str, device: torch.device, threads: int) -> int:
-    """Peak memory of a step, in bytes, measured in a process of its own."""
-    place = ["--device", device.type, "--threads", str(threads)]
-    return peak_in_process("recipes.benchmark.emulation", "--memory-of", work, variant, *place)
-
-
-def machine(device: torch.device) -> str:
-    """What the figures were measured on."""
-    if device.type == "cuda":
-        return str(torch.cuda.get_device_name(device))
-    words = Path("/proc/cpuinfo")
-    lines = words.read_text().splitlines() if words.exists() else []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    bytes_too = ", products of bytes" if torch.cpu._is_vnni_supported() else ""
-    return f"CPU: {names[0] if names else platform.machine()}{bytes_too}"
-
-
-def page(rows: Sequence[Row]) -> str:
-    """The page as Markdown: a table of time and one of memory for each machine."""
-    parts = [_HEAD]
+def report(rows: Sequence[Row]) -> Fields:
+    """Make the fields of the report: a table of time and one of memory for each machine."""
+    parts = []
     for device, threads in dict.fromkeys((row["device"], row["threads"]) for row in rows):
-        here = [row for row in rows if (row["device"], row["threads"]) == (device, threads)]
+        selected = select(rows, device=device, threads=threads)
         parts += [
             f"## {device}, {threads} thread(s)\n\nTime of a training step over that of float:\n",
-            *_table(here, "time_ratio"),
+            *_table(selected, "time_ratio"),
             "\nPeak memory over that of float:\n",
-            *_table(here, "memory_ratio"),
+            *_table(selected, "memory_ratio"),
             "",
-            *_verdicts(here),
-            *_reasons(here),
+            *checks(selected),
+            "",
+            *_reasons(selected),
         ]
-    commands = dict.fromkeys(row["command"] for row in rows)
-    return "\n".join([*parts, "## Commands\n\n```bash", *commands, "```", ""])
+    return {"machines": parts}
 
 
-def _table(rows: Sequence[Row], figure: str) -> list[str]:
-    works = [work for work in WORKS if has_row(rows, work=work)]
-    others = [variant for variant in VARIANTS if variant != "float"]
-    unit = "ms" if figure == "time_ratio" else "MB"
-    header = f"| work | float, {unit} | " + " | ".join(VARIANTS[v].title for v in others) + " |"
-    lines = [header, "|---|---|" + "---|" * len(others)]
-    for work in works:
-        found = {row["variant"]: row for row in rows if row["work"] == work}
-        cells = [_cell(found.get(variant), figure) for variant in others]
-        base = found["float"]
-        whole = base["float_ms"] if unit == "ms" else base["peak_bytes"] / 1e6
-        lines.append(f"| {WORKS[work].title} | {whole:.1f} | " + " | ".join(cells) + " |")
+def checks(rows: Sequence[Row]) -> list[str]:
+    """Check times and memory, and name the workloads that miss a target."""
+    lines = []
+    for variant, target in TARGETS.items():
+        missed = [
+            f"{WORKLOADS[row['work']].title} ({row['time_ratio']:.2f})"
+            for row in select(rows, variant=variant)
+            if row["time_ratio"] > target
+        ]
+        title = VARIANTS[variant].title
+        lines.append(f"- Time, {title}: at most {target}; {_missed_by(missed)}.")
+    missed = [
+        f"{WORKLOADS[row['work']].title}, {row['variant']} ({row['memory_ratio']:.2f})"
+        for row in rows
+        if row["variant"] in TARGETS and (row["memory_ratio"] or 0.0) > MEMORY_TARGET
+    ]
+    return [*lines, f"- Memory: at most {MEMORY_TARGET}; {_missed_by(missed)}."]
+
+
+def _missed_by(workloads: Sequence[str]) -> str:
+    return f"missed by {', '.join(workloads)}" if workloads else "met by every workload"
+
+
+def _table(rows: Sequence[Row], metric: str) -> list[str]:
+    variants = [variant for variant in VARIANTS if variant != "float"]
+    unit = "ms" if metric == "time_ratio" else "MB"
+    titles = [VARIANTS[variant].title for variant in variants]
+    lines = ruled(["workload", f"float, {unit}", *titles])
+    for work, workload in WORKLOADS.items():
+        if has_row(rows, work=work):
+            by_variant = {row["variant"]: row for row in select(rows, work=work)}
+            base = by_variant["float"]
+            amount = base["float_ms"] if unit == "ms" else base["peak_bytes"] / 1e6
+            columns = [_column(by_variant.get(variant), metric) for variant in variants]
+            lines.append(line(workload.title, f"{amount:.1f}", *columns))
     return lines
 
 
-def _cell(row: Row | None, figure: str) -> str:
-    if row is None or row[figure] is None:
+def _column(row: Row | None, metric: str) -> str:
+    if row is None or row[metric] is None:
         return "-"
-    if figure != "time_ratio":
-        return f"{row[figure]:.2f}"
-    return f"{row[figure]:.2f} ({row['time_ratio_low']:.2f}-{row['time_ratio_high']:.2f})"
-
-
-def _verdicts(rows: Sequence[Row]) -> list[str]:
-    """Which targets are met, and which are missed by which work."""
-    lines = []
-    for variant, target in TARGETS.items():
-        ours = [row for row in rows if row["variant"] == variant]
-        missed = [row for row in ours if row["time_ratio"] > target]
-        shown = ", ".join(f"{WORKS[row['work']].title} ({row['time_ratio']:.2f})" for row in missed)
-        verdict = f"missed by {shown}" if missed else "met by every work"
-        lines.append(f"- Time, {VARIANTS[variant].title}: at most {target}; {verdict}.")
-    ours = [row for row in rows if row["variant"] in TARGETS and row["memory_ratio"]]
-    missed = [row for row in ours if row["memory_ratio"] > MEMORY_TARGET]
-    shown = ", ".join(
-        f"{WORKS[row['work']].title}, {row['variant']} ({row['memory_ratio']:.2f})"
-        for row in missed
-    )
-    verdict = f"missed by {shown}" if missed else "met by every work"
-    return [*lines, f"- Memory: at most {MEMORY_TARGET}; {verdict}.", ""]
+    return time_with_range(row) if metric == "time_ratio" else f"{row[metric]:.2f}"
 
 
 def _reasons(rows: Sequence[Row]) -> list[str]:
-    missing = [row for row in rows if row.get("reason")]
-    if not missing:
-        return []
     lines = [
-        f"- {VARIANTS[row['variant']].title}, {WORKS[row['work']].title}: `{row['reason']}`"
-        for row in missing
+        f"- {VARIANTS[row['variant']].title}, {WORKLOADS[row['work']].title}: `{row['reason']}`"
+        for row in rows
+        if row.get("reason")
     ]
-    return ["What a library could not train:\n", *lines, ""]
+    return ["What a library could not train:\n", *lines, ""] if lines else []
 
 
-def _wait_for(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-_HEAD = """# Cost of emulation
-
-Generated by `python -m recipes.benchmark.emulation` from `emulation.jsonl`.
-
-How long a training step takes, forward, backward and the optimizer's step, when the network runs in
-the chip's arithmetic (`litert-int8`), and when other libraries quantize it for training. All
-variants of a row run in one process, in turn; every time is divided by that of the float network
-measured right before it, and a cell is the median of the ratios, with their range. *Exact* computes
-every output bit as the chip does; *fast* may differ by one unit in less than a thousandth of the
-outputs.
-
-The libraries do not do the same work. Brevitas replaces linear layers, convolutions, attention and
-LSTMs by quantized ones (`layerwise_quantize`); ModelOpt puts quantizers before and into these
-(`INT8_DEFAULT_CFG`); torchao quantizes linear layers alone (`QATConfig`, 8 bits both). Each leaves
-normalizations, activations, sums and products in float, and none claims the chip's bits; ours runs
-every operator as integers. An LSTM in Brevitas is unrolled in Python step by step.
-"""
-
+STUDY = Study(
+    name="emulation",
+    runs=runs,
+    report=report,
+    options={
+        "works": axis(WORKLOADS),
+        "device": {"default": "cpu", "help": "cpu or cuda"},
+        "threads": threads_option(),
+        "pairs": {"type": int, "default": PAIRS, "help": "pairs of steps that are timed"},
+    },
+)
 
 if __name__ == "__main__":
-    main()
+    STUDY.main()

@@ -1,52 +1,66 @@
 """Zero weights on AN4: every method from the same float weights, with the same budget.
 
-    python -m recipes.benchmark.pruning --workers 2                 # what is missing, then the page
+    python -m recipes.benchmark.pruning --workers 2                 # run what is missing
     python -m recipes.benchmark.pruning --seeds 1 --sparsities 0.8  # a part of the grid
     python -m recipes.benchmark.pruning --page-only
 
-The start and the budget are those of ``recipes.benchmark.compression``. A cell that is in
-``docs/results/pruning.jsonl`` is not run again, and a run that was stopped goes on.
+Start and budget are those of ``recipes.benchmark.compression``.
 """
 
 from __future__ import annotations
 
-import argparse
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from functools import partial
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from lightning_nna.checkpoints import load_checkpoint
-from recipes.benchmark.fine_tuning import (
-    SEEDS,
-    evaluation,
-    figures_of,
-    run_cells,
-    summary_of,
-    training,
+from recipes.benchmark.grid import Study, axis, threads_option
+from recipes.benchmark.plots import plot_losses
+from recipes.benchmark.recipe_runs import SEEDS, RecipeRun, evaluation, metrics_of, training
+from recipes.benchmark.report import (
+    Fields,
+    against,
+    difference,
+    hardest_rival,
+    interval,
+    line,
+    loss_change,
+    mean_loss,
+    outcome,
+    paired,
+    percent,
+    relative,
+    wer_change,
+    word_errors,
 )
-from recipes.benchmark.fine_tuning_page import write_page
-from recipes.benchmark.pruning_page import draw, page
-from recipes.benchmark.rows import append_row, has_row, read_rows
+from recipes.benchmark.rows import Row, select, spread
 
-ROWS = Path("docs/results/pruning.jsonl")
 RUNS = Path("runs/pruning")
 SPARSITIES = (0.5, 0.7, 0.8, 0.9, 0.95)
+#: Methods that CSP is compared with, and its own other measurements.
+BASELINES = ("gmp", "gmp_global", "gmp_global_100", "l1", "lth", "random", "model_pruning")
+MEASUREMENTS = ("csp_identity", "csp_random")
+#: Patterns of zeros, each with its baseline.
+PATTERNS = (("csp_2:4", "gmp_2:4"), ("csp_1x16", "gmp_1x16"))
+#: From this sparsity on CSP is to be clearly better, below it no worse.
+CLEAR_FROM = 0.8
+# A method that misses the fraction of zeros by more is no rival there.
+_SHORTFALL = 0.02
 
 
 @dataclass(frozen=True)
 class Method:
-    """One way to prune.
+    """A method of pruning.
 
-    Args:
-        title: In tables.
-        compression: The configuration group.
+    Attributes:
+        title: Name in tables.
+        compression: Choice of the configuration group ``compression``.
         settings: Overrides of the configuration.
-        sparsities: That it is run at.
+        sparsities: Fractions of zeros that it is run at.
     """
 
     title: str
@@ -59,17 +73,17 @@ _PRUNE = "+callbacks.prune"
 _BY_LAYER = "callbacks.prune.scope=layer"
 METHODS: dict[str, Method] = {
     "float": Method("float", "none", sparsities=(0.0,)),
-    "nna8": Method("dense, trained for the chip", "nna8", sparsities=(0.0,)),
+    "nna8": Method("dense, emulated and trained", "nna8", sparsities=(0.0,)),
     "csp": Method("CSP, activations", "csp"),
     "csp_identity": Method("CSP, identity", "csp", (f"{_PRUNE}.measurement=identity",)),
     "csp_random": Method("CSP, random projections", "csp", (f"{_PRUNE}.measurement=random",)),
     "csp_100": Method("CSP, activations, every 100 steps", "csp", (f"{_PRUNE}.every_n_steps=100",)),
-    "csp_unfitted": Method("CSP, survivors as they are", "csp", (f"{_PRUNE}.refit=false",), (0.5,)),
-    "csp_layer": Method("CSP, each layer alike", "csp", (_BY_LAYER,), (0.5,)),
+    "csp_unfitted": Method("CSP, survivors unchanged", "csp", (f"{_PRUNE}.refit=false",), (0.5,)),
+    "csp_layer": Method("CSP, same fraction in each layer", "csp", (_BY_LAYER,), (0.5,)),
     "gmp": Method("gradual magnitude", "gmp"),
-    "gmp_global": Method("gradual magnitude, one budget", "gmp", (f"{_PRUNE}.scope=global",)),
+    "gmp_global": Method("gradual magnitude, global budget", "gmp", (f"{_PRUNE}.scope=global",)),
     "gmp_global_100": Method(
-        "gradual magnitude, one budget, every 100 steps",
+        "gradual magnitude, global budget, every 100 steps",
         "gmp",
         (f"{_PRUNE}.scope=global", f"{_PRUNE}.every_n_steps=100"),
         (0.5, 0.7, 0.8),
@@ -89,13 +103,13 @@ METHODS: dict[str, Method] = {
 
 
 @dataclass(frozen=True)
-class Cell:
-    """One run of the grid.
+class PruningRun(RecipeRun):
+    """One method at one sparsity.
 
     Attributes:
         method: A key of :data:`METHODS`.
-        sparsity: Share of zeros.
-        seed: Of the training.
+        sparsity: Fraction of zeros.
+        seed: Seed of the training.
     """
 
     method: str
@@ -104,124 +118,283 @@ class Cell:
 
     @property
     def folder(self) -> Path:
-        """Where the run goes."""
+        """Run folder."""
         name = self.method.replace(":", "of")
         return RUNS / f"{name}_{round(100 * self.sparsity)}" / f"seed{self.seed}"
 
     @property
     def command(self) -> list[str]:
-        """Module and overrides that run it."""
+        """Module and overrides of the run."""
         method = METHODS[self.method]
-        chosen = [f"compression={method.compression}", *method.settings]
+        settings = [f"compression={method.compression}", *method.settings]
         if self.method == "float":
-            return evaluation(self.folder, *chosen)
+            return evaluation(self.folder, *settings)
         if method.compression != "nna8":
-            chosen.append(f"sparsity={self.sparsity}")
-        return training(self.seed, self.folder, *chosen)
+            settings.append(f"sparsity={self.sparsity}")
+        return training(self.seed, self.folder, *settings)
+
+    def row(self, summary: Mapping[str, Any]) -> Row:
+        """Make the row of a finished run from its summary and its checkpoint."""
+        checkpoint = load_checkpoint(self.checkpoint) if self.checkpoint.exists() else {}
+        counts = nonzero_counts(checkpoint) if checkpoint else {}
+        bits = 5 if self.method == "csp_5bits" else 8
+        return {
+            "corpus": "an4",
+            "model": "rnnt",
+            "method": self.method,
+            "sparsity": self.sparsity,
+            "seed": self.seed,
+            "bits": bits,
+            "zeros": fraction_of_zeros(counts, checkpoint.get("state_dict", {})),
+            **metrics_of(summary),
+            "packed_bytes": packed_bytes(counts, bits=bits, parameters=summary["parameters"]),
+        }
 
 
-def cells(
+def runs(
     *,
     methods: Sequence[str] = tuple(METHODS),
     sparsities: Sequence[float] = (),
     seeds: Sequence[int] = SEEDS,
-) -> Iterator[Cell]:
-    """The grid, or a part of it, seed by seed."""
-    for seed, method in itertools.product(seeds, methods):
-        for sparsity in METHODS[method].sparsities:
-            if not sparsities or sparsity in sparsities:
-                yield Cell(method, sparsity, seed)
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Run what is missing and write the page."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--page-only", action="store_true", help="run nothing")
-    parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=list(METHODS))
-    parser.add_argument("--sparsities", nargs="*", type=float, default=[])
-    parser.add_argument("--seeds", nargs="*", type=int, default=list(SEEDS))
-    parser.add_argument("--threads", type=int, default=1, help="threads of the CPU for each run")
-    parser.add_argument("--workers", type=int, default=1, help="runs at a time")
-    options = parser.parse_args(arguments)
-    if not options.page_only:
-        grid = cells(methods=options.methods, sparsities=options.sparsities, seeds=options.seeds)
-        chosen = [cell for cell in grid if not has_row(read_rows(ROWS), **asdict(cell))]
-        run_cells(chosen, partial(run_cell, threads=options.threads), workers=options.workers)
-    write_page(ROWS, {name: method.title for name, method in METHODS.items()}, page, draw)
-
-
-def run_cell(cell: Cell, *, threads: int) -> None:
-    """Run ``cell`` and append its row."""
-    summary = summary_of(cell.folder, cell.command, threads=threads)
-    checkpoint = cell.folder / "checkpoints" / "last.ckpt"
-    held = load_checkpoint(checkpoint) if checkpoint.exists() else {}
-    kept = kept_by_tensor(held) if held else {}
-    row = {
-        "corpus": "an4",
-        "model": "rnnt",
-        **asdict(cell),
-        "bits": 5 if cell.method == "csp_5bits" else 8,
-        "zeros": share_of_zeros(kept, held.get("state_dict", {})),
-        **figures_of(summary),
-        "packed_bytes": packed_bytes(
-            kept, bits=5 if cell.method == "csp_5bits" else 8, parameters=summary["parameters"]
-        ),
-    }
-    append_row(ROWS, row)
-
-
-def kept_by_tensor(checkpoint: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
-    """Weights that are kept, and all weights, by tensor; none where nothing is pruned.
+    threads: int = 1,
+) -> list[PruningRun]:
+    """List the grid, or a part of it, seed by seed.
 
     Args:
-        checkpoint: Of a run: masks are in the state of a callback; Lightning's own pruning leaves
-            zeros in the weights.
+        methods: Keys of :data:`METHODS`.
+        sparsities: Fractions of zeros; empty for all.
+        seeds: Seeds of the training.
+        threads: Number of CPU threads of each run.
+    """
+    return [
+        PruningRun(method, sparsity, seed, threads=threads)
+        for seed, method in itertools.product(seeds, methods)
+        for sparsity in METHODS[method].sparsities
+        if not sparsities or sparsity in sparsities
+    ]
+
+
+def nonzero_counts(checkpoint: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
+    """Count nonzero weights and all weights, by pruned tensor; empty where nothing is pruned.
+
+    Args:
+        checkpoint: Checkpoint of a run: masks are in the state of a callback; Lightning's own
+            pruning leaves zeros in the weights.
     """
     masks = {
-        name: held["mask"]
+        name: saved["mask"]
         for state in checkpoint["callbacks"].values()
         if isinstance(state, Mapping) and "masks" in state
-        for name, held in state["masks"].items()
+        for name, saved in state["masks"].items()
     }
     if not masks:
-        weights = {name: x != 0 for name, x in checkpoint["state_dict"].items() if x.ndim > 1}
-        masks = {name: kept for name, kept in weights.items() if not kept.all()}
+        nonzero = {name: x != 0 for name, x in checkpoint["state_dict"].items() if x.ndim > 1}
+        masks = {name: mask for name, mask in nonzero.items() if not mask.all()}
     return {name: (int(mask.sum()), mask.numel()) for name, mask in masks.items()}
 
 
-def share_of_zeros(kept: Mapping[str, tuple[int, int]], state: Mapping[str, torch.Tensor]) -> float:
-    """Share of zeros in all matrices of a network, pruned or not.
+def fraction_of_zeros(
+    counts: Mapping[str, tuple[int, int]], state: Mapping[str, torch.Tensor]
+) -> float:
+    """Compute the fraction of zeros in all matrices of a network, pruned or not.
 
     Args:
-        kept: Kept and all weights of each pruned tensor.
-        state: Of the network.
+        counts: Nonzero weights and all weights of each pruned tensor.
+        state: State of the network.
 
     Example:
-        >>> share_of_zeros({"a": (1, 4)}, {"a": torch.ones(1, 4), "b": torch.ones(2, 1)})
+        >>> fraction_of_zeros({"a": (1, 4)}, {"a": torch.ones(1, 4), "b": torch.ones(2, 1)})
         0.5
     """
     matrices = sum(x.numel() for x in state.values() if x.ndim > 1)
-    return sum(whole - some for some, whole in kept.values()) / max(matrices, 1)
+    return sum(total - nonzero for nonzero, total in counts.values()) / max(matrices, 1)
 
 
-def packed_bytes(kept: Mapping[str, tuple[int, int]], *, bits: int, parameters: int) -> int:
-    """Size of a network: a bit a weight and the kept ones in ``bits``, or all in ``bits``.
+def packed_bytes(counts: Mapping[str, tuple[int, int]], *, bits: int, parameters: int) -> int:
+    """Compute the size of a network: a bitmap and the nonzero weights, or all weights if smaller.
 
     Args:
-        kept: Kept and all weights of each pruned tensor.
-        bits: Of a kept weight; below 8 with a byte for each value.
-        parameters: Of the network; what is not pruned takes 8 bits.
+        counts: Nonzero weights and all weights of each pruned tensor.
+        bits: Bits of a nonzero weight; below 8 with one byte a centroid.
+        parameters: Number of the network's parameters; what is not pruned takes 8 bits.
 
     Example:
         >>> packed_bytes({"weight": (20, 100)}, bits=8, parameters=110)
         47
     """
-    size = parameters - sum(whole for _, whole in kept.values())
-    for some, whole in kept.values():
-        masked = -(-whole // 8) + -(-some * bits // 8)
-        size += min(masked, -(-whole * bits // 8)) + (2**bits if bits < 8 else 0) + 4
+    size = parameters - sum(total for _, total in counts.values())
+    for nonzero, total in counts.values():
+        masked = -(-total // 8) + -(-nonzero * bits // 8)
+        size += min(masked, -(-total * bits // 8)) + (2**bits if bits < 8 else 0) + 4
     return size
 
 
+def report(rows: Sequence[Row]) -> Fields:
+    """Make the fields of the report."""
+    each = [
+        row
+        for method in METHODS
+        for row in sorted(
+            select(rows, method=method), key=lambda row: (row["sparsity"], row["seed"])
+        )
+    ]
+    return {
+        "means": [
+            mean_line(rows, method, sparsity)
+            for method in METHODS
+            for sparsity in _sparsities(rows, method)
+        ],
+        "checks": checks(rows),
+        "runs": [run_line(row) for row in each],
+    }
+
+
+def checks(rows: Sequence[Row]) -> list[str]:
+    """Run every acceptance check on the seeds that have rows."""
+    lines = []
+    for sparsity in _sparsities(rows, "csp"):
+        csp = select(rows, method="csp", sparsity=sparsity)
+        lines += _check_baselines(rows, csp, sparsity)
+        for method in MEASUREMENTS:
+            others = select(rows, method=method, sparsity=sparsity)
+            title = METHODS[method].title
+            claim = f"Measured by activations, CSP is no worse than {title} at {sparsity:.0%}"
+            lines += _check_loss(claim, csp, others)
+    for method, rival in PATTERNS:
+        for sparsity in _sparsities(rows, method):
+            claim = f"{METHODS[method].title}, no worse than {METHODS[rival].title}"
+            selected, others = (select(rows, method=m, sparsity=sparsity) for m in (method, rival))
+            lines += _check_loss(f"{claim} at {sparsity:.0%}", selected, others)
+    for method in ("float", "nna8"):
+        csp, others = select(rows, method="csp", sparsity=0.7), select(rows, method=method)
+        if pairs := paired(csp, others):
+            lines.append(
+                f"- 70 % of zeros without loss of accuracy against {METHODS[method].title}: "
+                f"{relative(pairs):+.1%} of the loss over {len(pairs)} seed(s), "
+                f"{outcome(*difference(pairs))}; {_words(csp, others)}."
+            )
+    return lines
+
+
+def _check_baselines(rows: Sequence[Row], csp: Sequence[Row], sparsity: float) -> list[str]:
+    candidates = {method: _as_sparse(rows, method, sparsity) for method in BASELINES}
+    others = {method: selected for method, selected in candidates.items() if paired(csp, selected)}
+    if not others:
+        return []
+    # The baseline that is hardest to beat in loss need not be so in words.
+    in_loss, in_words = (
+        hardest_rival({m: paired(csp, selected, metric) for m, selected in others.items()})
+        for metric in ("loss_per_token", "wer")
+    )
+    is_clear = sparsity >= CLEAR_FROM
+    word = "clearly better than" if is_clear else "no worse than"
+    return _check_loss(
+        f"CSP {word} every baseline at {sparsity:.0%}",
+        csp,
+        others[in_loss],
+        rival=f" against the best of them ({METHODS[in_loss].title})",
+        words=_words(csp, others[in_words], f" against the best ({METHODS[in_words].title})"),
+        is_clear=is_clear,
+    )
+
+
+def _check_loss(
+    claim: str,
+    rows: Sequence[Row],
+    others: Sequence[Row],
+    *,
+    rival: str = "",
+    words: str = "",
+    is_clear: bool = False,
+) -> list[str]:
+    """Check that a loss is no greater than another's, or clearly less: by more than its error.
+
+    What is said of words is of the same rows unless ``words`` says something else.
+    """
+    if not (pairs := paired(rows, others)):
+        return []
+    change, error = difference(pairs)
+    bound = -error if is_clear else 0.0
+    return [
+        f"- {claim}: {loss_change(change, error)}{rival} over {len(pairs)} seed(s), "
+        f"{outcome(change - bound, error - bound)}; {words or _words(rows, others)}."
+    ]
+
+
+def _words(rows: Sequence[Row], others: Sequence[Row], rival: str = "") -> str:
+    change, error = difference(paired(rows, others, "wer"))
+    return f"{wer_change(change, error)}{rival}, {outcome(change, error)}"
+
+
+def mean_line(rows: Sequence[Row], method: str, sparsity: float) -> str:
+    """Format a line of means over the seeds."""
+    selected = select(rows, method=method, sparsity=sparsity)
+    return line(
+        METHODS[method].title,
+        f"{sparsity:.0%}",
+        f"{spread(row['zeros'] for row in selected)[0]:.1%}",
+        len(selected),
+        *word_errors(selected),
+        f"{mean_loss(selected):.4f}",
+        against(selected, select(rows, method="float")),
+        f"{spread(row['packed_bytes'] for row in selected)[0] / 1e6:.3f} MB",
+    )
+
+
+def run_line(row: Row) -> str:
+    """Format the line of one run."""
+    return line(
+        METHODS[row["method"]].title,
+        f"{row['sparsity']:.0%}",
+        row["seed"],
+        percent(row["wer"]),
+        interval(row),
+        f"{row['loss_per_token']:.4f}",
+    )
+
+
+def plot(rows: Sequence[Row], path: Path) -> None:
+    """Plot the loss over the fraction of zeros."""
+    plot_losses(
+        path,
+        curves={
+            METHODS[method].title: [(round(100 * row["zeros"]), row) for row in selected]
+            for method in ("csp", *MEASUREMENTS, *BASELINES)
+            if (selected := select(rows, method=method))
+        },
+        baselines={
+            METHODS[method].title: selected
+            for method in ("float", "nna8")
+            if (selected := select(rows, method=method))
+        },
+        label="zero weights in per cent",
+        ticks=(50, 70, 80, 90, 95),
+    )
+
+
+def _sparsities(rows: Sequence[Row], method: str) -> list[float]:
+    return sorted({row["sparsity"] for row in select(rows, method=method)})
+
+
+def _as_sparse(rows: Sequence[Row], method: str, sparsity: float) -> list[Row]:
+    """Select the rows that reached the fraction of zeros."""
+    selected = select(rows, method=method, sparsity=sparsity)
+    return [row for row in selected if row["zeros"] > sparsity - _SHORTFALL]
+
+
+STUDY = Study(
+    name="pruning",
+    runs=runs,
+    report=report,
+    plot=plot,
+    options={
+        "methods": axis(METHODS),
+        "sparsities": {"nargs": "*", "type": float, "default": [], "help": "all if left out"},
+        "seeds": axis(SEEDS, is_open=True),
+        "threads": threads_option(),
+    },
+    workers=1,
+)
+
 if __name__ == "__main__":
-    main()
+    STUDY.main()

@@ -12,7 +12,7 @@ Row = Mapping[str, Any]
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of ``path``; none if it does not exist yet.
+    """Read the rows of a file; none if it does not exist yet.
 
     Raises:
         ValueError: If a line is not a JSON object; the message names the line.
@@ -36,7 +36,7 @@ def append_row(path: Path, row: Row) -> None:
 
 
 def select(rows: Iterable[Row], **key: Any) -> list[Row]:
-    """The rows that have these values.
+    """Select the rows that have these values.
 
     Example:
         >>> select([{"seed": 1, "method": "float"}, {"seed": 2, "method": "chip"}], seed=2)
@@ -46,7 +46,7 @@ def select(rows: Iterable[Row], **key: Any) -> list[Row]:
 
 
 def has_row(rows: Iterable[Row], **key: Any) -> bool:
-    """Whether a row has these values.
+    """Return whether a row has these values.
 
     Example:
         >>> has_row([{"seed": 1, "method": "float"}], seed=1, method="chip")
@@ -56,7 +56,7 @@ def has_row(rows: Iterable[Row], **key: Any) -> bool:
 
 
 def spread(values: Iterable[float]) -> tuple[float, float, float]:
-    """Mean, least and greatest.
+    """Compute mean, minimum and maximum.
 
     Example:
         >>> spread([1.0, 3.0])

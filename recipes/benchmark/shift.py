@@ -1,102 +1,139 @@
-"""Estimation, detection and learning under temporal shift, beside other methods.
+"""Estimation, detection and learning under temporal shift, compared with other methods.
 
-    python -m recipes.benchmark.shift                      # what is missing, then the page
+    python -m recipes.benchmark.shift                      # run what is missing, then report
     python -m recipes.benchmark.shift --tables latest      # a part
     python -m recipes.benchmark.shift --page-only
 
-A cell that is in ``docs/results/shift.jsonl`` is not measured again. Detectors of river come with
-the extra ``bench``.
+Each table has a module of its own. Detectors of river come with the extra ``bench``.
 """
 
 from __future__ import annotations
 
-import argparse
-import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from statistics import geometric_mean
 
 import torch
+from matplotlib.axes import Axes
 
-from lightning_nna.files import write_whole
 from recipes.benchmark import shift_detection, shift_latest, shift_learning, shift_streaming
-from recipes.benchmark.rows import append_row, has_row, read_rows
-from recipes.benchmark.shift_page import draw, page
-from recipes.run_folder import command_line, git_commit
+from recipes.benchmark.grid import Run, Study, axis
+from recipes.benchmark.plots import saved_figure
+from recipes.benchmark.report import Fields, line
+from recipes.benchmark.rows import Row, select
 
-ROWS = Path("docs/results/shift.jsonl")
-TABLES = ("latest", "detection", "learning", "streaming", "rate")
+#: Grids of the tables.
+TABLES: dict[str, Callable[[], Sequence[Run]]] = {
+    "latest": shift_latest.runs,
+    "detection": shift_detection.runs,
+    "learning": shift_learning.runs,
+    "streaming": shift_streaming.streaming_runs,
+    "rate": shift_streaming.rate_runs,
+}
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure what is missing and write the page."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--page-only", action="store_true", help="measure nothing")
-    parser.add_argument("--tables", nargs="*", default=list(TABLES), choices=TABLES)
-    options = parser.parse_args(arguments)
+def runs(*, tables: Sequence[str] = tuple(TABLES)) -> list[Run]:
+    """List the grids of some tables; all are measured on one thread."""
     torch.set_num_threads(1)
-    if not options.page_only:
-        # Now: by the end the checkout may have moved on.
-        origin = {"command": command_line(), "commit": git_commit()}
-        for table in options.tables:
-            for row in measure(table):
-                append_row(ROWS, {"table": table, **origin, **row})
-    rows = read_rows(ROWS)
-    write_whole(ROWS.with_suffix(".md"), page(rows))
-    draw(rows, ROWS.with_suffix(".png"))
+    return [run for table in tables for run in TABLES[table]()]
 
 
-def measure(table: str) -> Iterator[Mapping[str, Any]]:
-    """Rows of a table that are missing, each as it is measured."""
-    yield from {
-        "latest": _latest,
-        "detection": _detection,
-        "learning": _learning,
-        "streaming": _streaming,
-        "rate": _rate,
-    }[table]()
+def report(rows: Sequence[Row]) -> Fields:
+    """Make the fields of the report."""
+    sigmas = shift_latest.SIGMAS
+    cases = [f"{case}, {model}" for case in shift_learning.SEEDS for model in shift_learning.MODELS]
+    lengths = [f"n = {n:,}" for n in shift_streaming.LENGTHS]
+    return {
+        "checks": checks(rows),
+        "length": shift_latest.LENGTH,
+        "latest_draws": len(shift_latest.SEEDS),
+        "latest_head": _head(
+            "method",
+            *(f"noise {sigma}" for sigma in sigmas),
+            *(f"{sigma}, measured" for sigma in sigmas),
+            *("all", "worst"),
+        ),
+        "latest": shift_latest.method_lines(rows),
+        "latest_cases": shift_latest.case_lines(rows),
+        "epochs": shift_detection.EPOCHS,
+        "noise": shift_detection.NOISE,
+        "trials": len(shift_detection.TRIALS),
+        "step": shift_detection.STEP,
+        "onset": shift_detection.ONSET,
+        "slow_onset": shift_detection.SLOW_ONSET,
+        "in_time": shift_detection.IN_TIME,
+        "detection": shift_detection.lines(rows),
+        **shift_learning.PERIODS,
+        "learning_head": _head("training on", *cases, "trainings"),
+        "learning": shift_learning.lines(rows),
+        "streaming_head": _head("method", *lengths),
+        "streaming": shift_streaming.streaming_lines(rows),
+        "rate_draws": len(shift_streaming.RATE_SEEDS),
+        "shortest": shift_streaming.RATE_LENGTHS[0],
+        "longest": shift_streaming.RATE_LENGTHS[-1],
+        "rate": shift_streaming.rate_lines(rows),
+    }
 
 
-def _has(table: str, **key: Any) -> bool:
-    return has_row(read_rows(ROWS), table=table, **key)
+def checks(rows: Sequence[Row]) -> list[str]:
+    """Run every acceptance check on the rows that exist."""
+    return [
+        check
+        for table in (shift_latest, shift_detection, shift_learning)
+        for check in table.checks(rows)
+    ]
 
 
-def _latest() -> Iterator[Mapping[str, Any]]:
-    every = itertools.product(["oracle", *shift_latest.METHODS], shift_latest.SIGMAS, (True, False))
-    for method, sigma, known in every:
-        key = {"sigma": sigma, "sigma_known": known, "method": method}
-        if not all(_has("latest", case=case, **key) for case in shift_latest.CASES):
-            for row in shift_latest.measure(sigma, sigma_known=known, missing=[method]):
-                if not _has("latest", case=row["case"], **key):
-                    yield row
+def plot(rows: Sequence[Row], path: Path) -> None:
+    """Plot the errors of the newest value and the rate of denoising."""
+    with saved_figure(path, (11.0, 3.6), font_size=8.0) as figure:
+        left, right = figure.subplots(1, 2)
+        _plot_latest(left, rows)
+        _plot_rate(right, rows)
 
 
-def _detection() -> Iterator[Mapping[str, Any]]:
-    for case, method in itertools.product(shift_detection.ONSETS, shift_detection.METHODS):
-        if not _has("detection", case=case, method=method):
-            yield from shift_detection.measure(case, [method])
+def _plot_latest(axes: Axes, rows: Sequence[Row]) -> None:
+    cases = shift_latest.rows_by_case(rows)
+    methods = [name for name in shift_latest.METHODS if shift_latest.ratios(cases, name)]
+    for y, name in enumerate(methods):
+        ratios = list(shift_latest.ratios(cases, name).values())
+        color = "tab:blue" if shift_latest.METHODS[name].ours else "0.5"
+        axes.plot(ratios, [y] * len(ratios), "|", color=color, alpha=0.6)
+        axes.plot(geometric_mean(ratios), y, "o", color=color, markersize=5)
+    axes.axvline(1.0, color="0.8", linewidth=0.8, zorder=0)
+    if methods:
+        axes.set_xscale("log")
+    axes.set(xlabel="squared error / best fixed window's (blue: ours; dot: mean)")
+    axes.set_yticks(range(len(methods)), [shift_latest.METHODS[name].title for name in methods])
+    axes.invert_yaxis()
 
 
-def _learning() -> Iterator[Mapping[str, Any]]:
-    for case, seeds in shift_learning.SEEDS.items():
-        for seed, model, method in itertools.product(
-            seeds, shift_learning.MODELS, shift_learning.LEARNERS
-        ):
-            if not _has("learning", case=case, seed=seed, model=model, method=method):
-                yield from shift_learning.measure(case, seed, [f"{method} {model}"])
+def _plot_rate(axes: Axes, rows: Sequence[Row]) -> None:
+    axes.set(xlabel="values", ylabel="squared error, summed")
+    curves = {}
+    for name in shift_streaming.RATES:
+        if selected := select(rows, table="rate", method=name):
+            style = "o-" if name in shift_streaming.HAAR else "o--"
+            n, errors = [row["n"] for row in selected], [row["error"] for row in selected]
+            (curves[errors[-1], name],) = axes.plot(n, errors, style, markersize=3)
+    if curves:  # Matplotlib warns of a scale without data.
+        axes.loglog()
+        order = sorted(curves, reverse=True)  # As the right ends of the curves.
+        axes.legend(
+            [curves[key] for key in order],
+            [shift_streaming.RATES[name] for _, name in order],
+            frameon=False,
+            loc="center left",
+            bbox_to_anchor=(1.0, 0.5),
+        )
 
 
-def _streaming() -> Iterator[Mapping[str, Any]]:
-    for n, method in itertools.product(shift_streaming.LENGTHS, shift_streaming.STREAMING):
-        if not _has("streaming", n=n, method=method):
-            yield from shift_streaming.streaming([(method, n)])
+def _head(*titles: str) -> str:
+    """Head a table."""
+    return f"{line(*titles)}\n|{'---|' * len(titles)}"
 
 
-def _rate() -> Iterator[Mapping[str, Any]]:
-    for n, method in itertools.product(shift_streaming.RATE_LENGTHS, shift_streaming.RATES):
-        if not _has("rate", n=n, method=method):
-            yield from shift_streaming.rate([(method, n)])
-
+STUDY = Study(name="shift", runs=runs, report=report, plot=plot, options={"tables": axis(TABLES)})
 
 if __name__ == "__main__":
-    main()
+    STUDY.main()

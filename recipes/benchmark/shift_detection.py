@@ -1,8 +1,8 @@
-"""Drift in short series: rates of detection and false alarms, beside the detectors of river.
+"""Drift in short series: rates of detection and false alarms, compared with river's detectors.
 
-A run is one value per epoch. Settings of detectors that are not defaults were chosen with
-:func:`tune`, on other seeds than those that are reported: the most drops detected in time, with at
-most 5 % of flat and of falling runs raising an alarm where any setting does so.
+A trial is one value per epoch. Settings of detectors that are not defaults were chosen with
+:func:`tune`, on other seeds than those that are reported: the most steps detected in time, with at
+most 5 % of flat and of falling trials raising an alarm where any setting does so.
 """
 
 from __future__ import annotations
@@ -18,6 +18,9 @@ import numpy as np
 
 from lightning_nna.drift.detector import DriftDetector
 from recipes import require_extra
+from recipes.benchmark.grid import Run
+from recipes.benchmark.report import line, met
+from recipes.benchmark.rows import Row, select
 
 EPOCHS, ONSET, IN_TIME = 60, 30, 5
 SLOW_ONSET = 20
@@ -25,7 +28,7 @@ NOISE, STEP = 0.02, 0.10
 _TEN_TIMES = ", ten times"
 TRIALS = range(1000)
 TUNING_TRIALS = range(100_000, 100_300)
-#: Where a drift begins; None where there is none.
+#: Epoch in which the drift of a course begins; None without a drift.
 ONSETS: dict[str, int | None] = {
     "step": ONSET,
     "slow ramp": SLOW_ONSET,
@@ -35,7 +38,7 @@ ONSETS: dict[str, int | None] = {
     "flat, ten times": None,
 }
 
-#: Takes a value and says whether it raises an alarm now.
+#: Function from the next value to whether it raises an alarm.
 Update = Callable[[float], bool]
 
 
@@ -43,9 +46,9 @@ Update = Callable[[float], bool]
 class Method:
     """A detector of the table.
 
-    Args:
-        title: In tables.
-        make: A fresh one.
+    Attributes:
+        title: Name in tables.
+        make: Function that makes a fresh one.
     """
 
     title: str
@@ -53,7 +56,7 @@ class Method:
 
 
 def course(case: str) -> np.ndarray:
-    """The true level at each epoch."""
+    """Make the true value at each epoch, of shape ``(epochs,)``."""
     epoch = np.arange(EPOCHS)
     return (
         scale(case)
@@ -67,24 +70,24 @@ def course(case: str) -> np.ndarray:
 
 
 def scale(case: str) -> float:
-    """The unit of a course: a detector should not have to be told."""
+    """Return the unit of a course; a detector is not told it."""
     return 10.0 if case.endswith(_TEN_TIMES) else 1.0
 
 
-def runs(case: str, trials: Sequence[int]) -> np.ndarray:
-    """Noisy runs, of shape (trials, epochs)."""
+def noisy(case: str, trials: Sequence[int]) -> np.ndarray:
+    """Make noisy series of a course, of shape ``(trials, epochs)``."""
     noise = [np.random.default_rng([trial, 3]).standard_normal(EPOCHS) for trial in trials]
     return course(case) + scale(case) * NOISE * np.array(noise)
 
 
 def ours(wavelet: str = "haar") -> Update:
-    """The monitor's detector with its defaults."""
+    """Make the monitor's detector with its defaults."""
     detector = DriftDetector(wavelet=wavelet)
     return lambda y: detector.update(y).drift
 
 
 def of_river(name: str, **settings: Any) -> Update:
-    """A detector of river.
+    """Make a detector of river.
 
     Raises:
         ImportError: If river is missing: install the extra ``bench``.
@@ -150,13 +153,13 @@ def score(make: Callable[[], Update], case: str, trials: Sequence[int]) -> dict[
     """Run a fresh detector over each trial.
 
     Returns:
-        ``detected``: share of runs whose first alarm is at the onset or up to four epochs later, of
-        the slow ramp at any time after it; None without a drift. ``delay``: mean epochs from the
-        onset to the first alarm, where it is not before. ``false_alarm``: share of runs with an
-        alarm before the onset, or at all where there is none.
+        ``detected``: fraction of trials whose first alarm is at the onset or up to four epochs
+        later, for the slow ramp at any time after it; None without a drift. ``delay``: mean epochs
+        from the onset to the first alarm, where it is not before. ``false_alarm``: fraction of
+        trials with an alarm before the onset, or at all without a drift.
     """
     onset = ONSETS[case]
-    firsts = np.array([_first(make(), run) for run in runs(case, trials)])
+    firsts = np.array([_first(make(), values) for values in noisy(case, trials)])
     if onset is None:
         return {"detected": None, "delay": None, "false_alarm": float((firsts < EPOCHS).mean())}
     after = (firsts >= onset) & (firsts < EPOCHS)
@@ -168,16 +171,82 @@ def score(make: Callable[[], Update], case: str, trials: Sequence[int]) -> dict[
     }
 
 
-def measure(case: str, missing: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """Rows of the methods that are missing."""
-    for method in missing:
-        yield {"case": case, "method": method, **score(METHODS[method].make, case, TRIALS)}
+@dataclass(frozen=True)
+class DetectionRun(Run):
+    """One detector on one course.
+
+    Attributes:
+        case: A key of :data:`ONSETS`.
+        method: A key of :data:`METHODS`.
+        table: Name of the table.
+    """
+
+    case: str
+    method: str
+    table: str = "detection"
+
+    def rows(self) -> Iterator[Row]:
+        """Score the detector."""
+        yield {**self.keys[0], **score(METHODS[self.method].make, self.case, TRIALS)}
+
+
+def runs() -> list[DetectionRun]:
+    """List the grid, course by course."""
+    return [DetectionRun(case, method) for case, method in itertools.product(ONSETS, METHODS)]
+
+
+def checks(rows: Sequence[Row]) -> list[str]:
+    """Check detections and false alarms of the monitor's detector."""
+    by_case = {row["case"]: row for row in select(rows, table="detection", method="ours")}
+    if not by_case.keys() >= {"step", "flat", "falling"}:
+        return []
+    detected = by_case["step"]["detected"]
+    alarms = {case: by_case[case]["false_alarm"] for case in ("flat", "falling")}
+    return [
+        f"- Drift of a short series: {detected:.1%} of the steps detected within {IN_TIME} epochs "
+        f"(target 95 %, {met(detected >= 0.95)}).",
+        *(
+            f"- False alarms on {case} runs: {rate:.1%} (target 5 %, {met(rate <= 0.05)})."
+            for case, rate in alarms.items()
+        ),
+    ]
+
+
+def lines(rows: Sequence[Row]) -> list[str]:
+    """Format one line a detector."""
+    formatted = []
+    for name, method in METHODS.items():
+        by_case = {row["case"]: row for row in select(rows, table="detection", method=name)}
+        if by_case.keys() >= ONSETS.keys():
+            columns = (_column(by_case[case][metric], metric) for case, metric in _COLUMNS)
+            formatted.append(line(method.title, *columns))
+    return formatted
+
+
+# Columns of the table: course and metric.
+_COLUMNS = (
+    ("step", "detected"),
+    ("step", "delay"),
+    ("step", "false_alarm"),
+    ("slow ramp", "detected"),
+    ("slow ramp", "delay"),
+    ("flat", "false_alarm"),
+    ("falling", "false_alarm"),
+    ("step, ten times", "detected"),
+    ("flat, ten times", "false_alarm"),
+)
+
+
+def _column(value: float | None, metric: str) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.1f}" if metric == "delay" else f"{value:.1%}"
 
 
 def tune(names: Sequence[str]) -> None:
     """Print the five best settings of each grid."""
     for name in names:
-        found = []
+        ranked = []
         for values in itertools.product(*GRIDS[name].values()):
             settings = dict(zip(GRIDS[name], values, strict=True))
             make = partial(of_river, name, **settings)
@@ -186,14 +255,14 @@ def tune(names: Sequence[str]) -> None:
                 score(make, case, TUNING_TRIALS)["false_alarm"] for case in ("flat", "falling")
             ]
             worst = max(each or 0.0 for each in alarms)
-            found.append((step - max(worst - 0.05, 0.0), step, alarms, settings))
-        for _, step, alarms, settings in sorted(found, key=lambda each: -each[0])[:5]:
+            ranked.append((step - max(worst - 0.05, 0.0), step, alarms, settings))
+        for _, step, alarms, settings in sorted(ranked, key=lambda each: -each[0])[:5]:
             print(f"{name} {settings}: detected {step:.3f}, alarms {alarms}", flush=True)
 
 
-def _first(update: Update, run: np.ndarray) -> int:
-    """Epoch of the first alarm; the length of the run without one."""
-    for epoch, y in enumerate(run.tolist()):
+def _first(update: Update, values: np.ndarray) -> int:
+    """Find the epoch of the first alarm; the number of epochs without one."""
+    for epoch, y in enumerate(values.tolist()):
         if update(y):
             return epoch
     return EPOCHS

@@ -1,17 +1,18 @@
 """Learning under shift: prequential error and its cost, window by window or by ``WaveletRisk``.
 
-A stream is cut into periods. Before each, models are trained anew on what came before, standardized
-by it, and foretell the labels of the period; the error is the share of wrong ones over all periods
-but the first. A training is 60 steps of Adam over all its examples.
+A stream is cut into periods. Before each, models are trained again on all earlier examples,
+standardized by them, and predict the labels of the period; the error is the fraction of wrong ones
+over all periods except the first. A training is 60 steps of Adam over all its examples.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
+from statistics import mean
 
 import numpy as np
 import torch
@@ -21,6 +22,9 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from lightning_nna.drift.model_selection import tournament
 from lightning_nna.drift.risk import WaveletRisk
 from lightning_nna.drift.windows import AdaptiveRollingWindow
+from recipes.benchmark.grid import Run
+from recipes.benchmark.report import line, met
+from recipes.benchmark.rows import Row, select
 
 STREAMS_FOLDER = Path("../shared/data/streams")
 #: Examples a period; half-hours, days, and points.
@@ -29,21 +33,21 @@ MODELS = ("logistic", "mlp")
 SEEDS = {"rotating": (1, 2), "weather": (1,), "elec": (1,)}
 _STEPS, _RATE, _DECAY = 60, 0.05, 1e-4
 _HIDDEN = 16
-# One example in so many is kept for choosing among windows.
-_HELD_OUT = 5
+# One example in so many validates the choice among windows.
+_VALIDATION = 5
 
 Reduction = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class History:
-    """What is known before a period.
+    """Examples before a period, and the model that is trained on them.
 
-    Args:
-        x: Standardized features, in the order of time.
-        y: Labels, 0 or 1.
-        period: Examples a period.
-        build: An untrained model.
+    Attributes:
+        x: Standardized features in the order of time, shape ``(examples, features)``.
+        y: Labels, 0 or 1, shape ``(examples,)``.
+        period: Number of examples of a period.
+        build: Function that makes an untrained model.
     """
 
     x: Tensor
@@ -64,7 +68,7 @@ class History:
         return model
 
 
-#: Takes a history; gives a model and how many trainings it took.
+#: Function from a history to a model and the number of trainings that it took.
 Learner = Callable[[History], tuple[nn.Module, int]]
 
 
@@ -75,22 +79,24 @@ def fixed(history: History, periods: int | None) -> tuple[nn.Module, int]:
 
 
 def rolling(history: History, constant: float) -> tuple[nn.Module, int]:
-    """Train on 1, 2, 4, … periods and choose by ARW on the examples that were held out."""
+    """Train on 1, 2, 4, … periods and choose by ARW on validation examples."""
     count = len(history.x) // history.period
     every = torch.arange(len(history.x))
-    held = every % _HELD_OUT == _HELD_OUT - 1
+    validation = every % _VALIDATION == _VALIDATION - 1
     models, windows = [], [2**power for power in range(count.bit_length())]
     for window in [*windows, *([count] if count not in windows else [])]:
-        rows = ~held & (every >= len(every) - window * history.period)
+        rows = ~validation & (every >= len(every) - window * history.period)
         models.append(history.fit(rows, torch.mean))
-    losses = torch.stack([_losses(model, history.x[held], history.y[held]) for model in models])
+    losses = torch.stack(
+        [_losses(model, history.x[validation], history.y[validation]) for model in models]
+    )
     periods = losses.double().unflatten(1, (count, -1)).mean(2)
     estimator = AdaptiveRollingWindow(constant=constant)
     return models[tournament(periods, estimator=estimator).winner], len(models)
 
 
 def risk(history: History) -> tuple[nn.Module, int]:
-    """One training of the estimated newest risk."""
+    """Train once on the estimated newest risk."""
     return history.fit(slice(None), WaveletRisk(period=history.period)), 1
 
 
@@ -104,43 +110,98 @@ LEARNERS: dict[str, tuple[str, Learner]] = {
 }
 
 
-def measure(case: str, seed: int, missing: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """Rows of the methods that are missing; a method is ``<learner> <model>``."""
-    for method in missing:
-        learner, model = method.split()
-        error, trainings = prequential(case, seed, model, LEARNERS[learner][1])
-        yield {
-            "case": case,
-            "seed": seed,
-            "method": learner,
-            "model": model,
-            "error": error,
-            "trainings": trainings,
-        }
+@dataclass(frozen=True)
+class LearningRun(Run):
+    """One learner of one model on one stream.
+
+    Attributes:
+        case: A key of :data:`PERIODS`.
+        seed: Seed of the stream and of the weights.
+        model: One of :data:`MODELS`.
+        method: A key of :data:`LEARNERS`.
+        table: Name of the table.
+    """
+
+    case: str
+    seed: int
+    model: str
+    method: str
+    table: str = "learning"
+
+    def rows(self) -> Iterator[Row]:
+        """Measure the error and the trainings a period."""
+        learner = LEARNERS[self.method][1]
+        error, trainings = prequential(self.case, self.seed, self.model, learner)
+        yield {**self.keys[0], "error": error, "trainings": trainings}
+
+
+def runs() -> list[LearningRun]:
+    """List the grid, stream by stream."""
+    return [
+        LearningRun(case, seed, model, method)
+        for case, seeds in SEEDS.items()
+        for seed, model, method in itertools.product(seeds, MODELS, LEARNERS)
+    ]
+
+
+def learned(rows: Sequence[Row]) -> list[Row]:
+    """Select the rows whose seed is one of the grid: a part of another is no comparison."""
+    return [row for row in select(rows, table="learning") if row["seed"] in SEEDS[row["case"]]]
+
+
+def checks(rows: Sequence[Row]) -> list[str]:
+    """Check one training by ``WaveletRisk`` against a window chosen by ARW."""
+    lines = []
+    for case, model in itertools.product(SEEDS, MODELS):
+        risk_rows, arw_rows = (
+            select(learned(rows), case=case, model=model, method=name) for name in ("risk", "arw")
+        )
+        if risk_rows and arw_rows:
+            error, rival = (mean(row["error"] for row in each) for each in (risk_rows, arw_rows))
+            lines.append(
+                f"- Learning on {case}, {model}: {error:.2%} errors with one training, "
+                f"{rival:.2%} with a window chosen by ARW ({met(error <= rival)})."
+            )
+    return lines
+
+
+def lines(rows: Sequence[Row]) -> list[str]:
+    """Format one line a learner: mean error over seeds, and trainings a period."""
+    formatted = []
+    for name, (title, _) in LEARNERS.items():
+        if not (selected := select(learned(rows), method=name)):
+            continue
+        columns = []
+        for case, model in itertools.product(SEEDS, MODELS):
+            each = select(selected, case=case, model=model)
+            columns.append(f"{mean(row['error'] for row in each):.2%}" if each else "-")
+        trainings = mean(row["trainings"] for row in selected)
+        formatted.append(line(title, *columns, f"{trainings:.1f}"))
+    return formatted
 
 
 def prequential(case: str, seed: int, model: str, learner: Learner) -> tuple[float, float]:
-    """Error over all periods but the first, and trainings a period."""
+    """Measure the error over all periods except the first, and the trainings a period."""
     x, y = stream(case, seed)
     period = PERIODS[case]
     wrong = trainings = 0
     count = len(x) // period
     for number in range(1, count):
         known = number * period
-        mean, deviation = x[:known].mean(0), x[:known].std(0) + 1e-6
-        standard = (x[: known + period] - mean) / deviation
+        center, deviation = x[:known].mean(0), x[:known].std(0) + 1e-6
+        standard = (x[: known + period] - center) / deviation
         build = partial(_build, model, x.shape[1], seed)
-        trained, took = learner(History(standard[:known], y[:known], period, build))
+        trained, count_trained = learner(History(standard[:known], y[:known], period, build))
         with torch.no_grad():
-            said = trained(standard[known:])[:, 0] > 0
-        wrong += int((said != (y[known : known + period] > 0.5)).sum())
-        trainings += took
+            predicted = trained(standard[known:])[:, 0] > 0
+        wrong += int((predicted != (y[known : known + period] > 0.5)).sum())
+        trainings += count_trained
     return wrong / ((count - 1) * period), trainings / (count - 1)
 
 
 @lru_cache(maxsize=4)
 def stream(case: str, seed: int) -> tuple[Tensor, Tensor]:
-    """Features and labels in the order of time.
+    """Return features and labels in the order of time.
 
     The rotating stream has 10,000 normal points in six dimensions; the boundary turns once through
     the plane of the first two.

@@ -1,4 +1,4 @@
-"""What the speed of training is measured on: small networks with a batch and a loss.
+"""Workloads that the speed of training is measured on: small networks with a batch and a loss.
 
 Sizes are those of a layer or two of a recognizer; data are random, so that nothing is needed but
 the packages.
@@ -19,14 +19,14 @@ from recipes.asr.rnnt import transducer
 
 
 @dataclass(frozen=True)
-class Work:
-    """A network, what it is given, and what its training step minimizes.
+class Workload:
+    """A network, a batch and the loss that a training step minimizes.
 
-    Args:
+    Attributes:
         title: Name in tables.
-        module: Makes the network.
-        batch: Makes the arguments of its forward.
-        loss: From the network's result and the batch to the loss.
+        module: Function that makes the network.
+        batch: Function that makes the arguments of its forward.
+        loss: Function from the network's output and the batch to the loss.
     """
 
     title: str
@@ -121,21 +121,21 @@ def _mean_square(result: Tensor, _: tuple[Tensor, ...]) -> Tensor:
     return result.square().mean()
 
 
-#: By the name that rows and the command line use.
-WORKS: dict[str, Work] = {
-    "mlp": Work("MLP 512-1024-1024-512", _mlp, lambda: (torch.randn(256, 512),), _mean_square),
-    "conv1d": Work(
+#: Workloads by the name that rows and the command line use.
+WORKLOADS: dict[str, Workload] = {
+    "mlp": Workload("MLP 512-1024-1024-512", _mlp, lambda: (torch.randn(256, 512),), _mean_square),
+    "conv1d": Workload(
         "Conv1d stack, 4 layers with batch norm",
         _convolutions,
         lambda: (torch.randn(16, 80, 200),),
         _mean_square,
     ),
-    "lstm": Work(
+    "lstm": Workload(
         "LSTM 2x256, 100 steps of 16",
         _Recurrent,
         lambda: (torch.randn(100, 16, 256),),
         _mean_square,
     ),
-    "conformer": Work("Conformer block", _Conformer, _conformer_batch, _mean_square),
-    "rnnt": Work("AN4 RNN-T step", _Transducer, _transducer_batch, _transducer_loss),
+    "conformer": Workload("Conformer block", _Conformer, _conformer_batch, _mean_square),
+    "rnnt": Workload("AN4 RNN-T step", _Transducer, _transducer_batch, _transducer_loss),
 }
