@@ -1,4 +1,4 @@
-"""DKM, that the weight methods are compared with.
+"""DKM: attention over centroids, which the cost of the weight methods is compared with.
 
 Reference:
     Cho et al., "DKM: differentiable k-means clustering layer for neural network compression",
@@ -15,9 +15,9 @@ class DKMTransform:
     """Attention of every weight to every centroid, as DKM has it, with autograd's gradient.
 
     Args:
-        weight: Whose quantiles are the first centroids.
-        bits: 1 to 8.
-        iterations: Of k-means in every step; DKM iterates until nothing moves.
+        weight: Weight whose quantiles are the first centroids, any shape.
+        bits: Bits of a weight, 1 to 8.
+        iterations: Iterations of k-means in every step; DKM iterates until nothing moves.
     """
 
     method = "DKM"
@@ -32,7 +32,7 @@ class DKMTransform:
         self._latent, self._result = weight, weight
 
     def apply(self, weight: Tensor, *, hard: bool) -> Tensor:
-        """What attention makes of the weights; its graph is kept."""
+        """Replace the weights by what attention computes; the graph stays for the backward."""
         with torch.enable_grad():
             self._latent = weight.detach().clone().requires_grad_()
             flat, centroids = self._latent.flatten(), self.centroids
@@ -45,6 +45,6 @@ class DKMTransform:
         return self._result.detach()
 
     def pull_back(self, weight: Tensor, grad: Tensor) -> Tensor:
-        """Through the graph."""
-        (found,) = torch.autograd.grad(self._result, self._latent, grad)
-        return found
+        """Pull the gradient back through the graph."""
+        (pulled,) = torch.autograd.grad(self._result, self._latent, grad)
+        return pulled

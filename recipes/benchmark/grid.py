@@ -157,7 +157,7 @@ def run_missing(runs: Sequence[Run], results: Path, *, workers: int) -> None:
     with ProcessPoolExecutor(workers, mp_context=context, max_tasks_per_child=1) as pool:
         for done in as_completed([pool.submit(perform, run, results, origin) for run in missing]):
             if (error := done.exception()) is not None:
-                pool.shutdown(wait=False, cancel_futures=True)
+                pool.shutdown(cancel_futures=True)
                 raise error
 
 

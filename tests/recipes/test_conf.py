@@ -114,6 +114,12 @@ def test_every_logger_includes_the_csv() -> None:
         assert "csv" in _composed(f"logger={name}")["logger"]
 
 
+def test_no_configuration_points_into_the_benchmarks() -> None:
+    for path in CONF.rglob("*.yaml"):
+        targets = {node["_target_"] for node in _targets(yaml.safe_load(path.read_text()))}
+        assert not {target for target in targets if target.startswith("recipes.benchmark")}, path
+
+
 def test_every_file_is_plain_yaml() -> None:
     for path in CONF.rglob("*.yaml"):
         assert yaml.safe_load(path.read_text()) is None or path.stat().st_size

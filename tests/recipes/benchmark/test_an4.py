@@ -1,16 +1,14 @@
-"""The grid on AN4: its cells, its rows, its page."""
+"""The grid on AN4: its runs, its rows, its report."""
 
 from __future__ import annotations
 
-import itertools
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from recipes.benchmark import an4
-from recipes.benchmark.an4 import Cell, page, row_of, run_cell, write_page
+from recipes.benchmark.an4 import STUDY, AN4Run, runs
 from recipes.benchmark.rows import append_row, read_rows
 
 KEYS = {
@@ -37,54 +35,59 @@ def _summary(wer: float = 0.2) -> dict[str, Any]:
 
 @pytest.mark.parametrize(("method", "packed_bytes"), [("float", 4000), ("chip", 1000)])
 def test_a_row_has_the_keys_of_the_design(method: str, packed_bytes: int) -> None:
-    row = row_of(Cell("rnnt", method, 2), _summary())
+    row = AN4Run("rnnt", method, 2).row(_summary())
     assert row.keys() >= KEYS
     assert (row["seed"], row["method"], row["packed_bytes"]) == (2, method, packed_bytes)
 
 
-def test_every_cell_has_a_folder_and_starts_from_the_float_weights_of_its_seed() -> None:
-    choices = itertools.product(an4.MODELS, an4.TITLES, an4.SEEDS)
-    cells = [Cell(*choice) for choice in choices]
-    assert len({cell.folder for cell in cells}) == len(cells)
-    for cell in cells:
-        start = str(Cell(cell.model, "float", cell.seed).folder / "checkpoints" / "last.ckpt")
-        assert any(start in word for word in cell.command) == (cell.method != "float")
+def test_every_run_has_a_folder_and_starts_from_the_float_weights_of_its_seed() -> None:
+    grid = runs()
+    assert len({run.folder for run in grid}) == len(grid) == 18
+    for run in grid:
+        start = str(AN4Run(run.model, "float", run.seed).checkpoint)
+        assert any(start in word for word in run.command) == (run.method != "float")
+    # The others start from the float weights, which come first.
+    assert [run.method for run in runs(methods=["nna8", "float"], models=["rnnt"])] == (
+        ["float"] * 3 + ["nna8"] * 3
+    )
 
 
 def test_a_finished_run_gives_its_row_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    cell = Cell("conformer", "nna8", 3)
-    cell.folder.mkdir(parents=True)
-    (cell.folder / "summary.json").write_text(json.dumps(_summary()))
-    run_cell(cell)
-    run_cell(cell)
-    rows = read_rows(tmp_path / an4.ROWS)
+    run = AN4Run("conformer", "nna8", 3)
+    run.folder.mkdir(parents=True)
+    (run.folder / "summary.json").write_text(json.dumps(_summary()))
+    part = "--models conformer --methods nna8 --seeds 3 --workers 0".split()
+    STUDY.main(part)
+    STUDY.main(part)
+    rows = read_rows(tmp_path / STUDY.results)
     assert [(row["method"], row["seed"], row["wer"]) for row in rows] == [("nna8", 3, 0.2)]
 
 
-def test_the_page_has_means_ranges_and_commands(tmp_path: Path) -> None:
+def test_the_report_has_means_ranges_and_commands(tmp_path: Path) -> None:
     path = tmp_path / "an4.jsonl"
     for seed, wer in ((1, 0.15), (2, 0.17)):
-        append_row(path, row_of(Cell("rnnt", "float", seed), _summary(wer)))
-    write_page(path)
+        command = {"command": f"python -m recipes.train seed={seed}"}
+        append_row(path, {**AN4Run("rnnt", "float", seed).row(_summary(wer)), **command})
+    STUDY.write_report(path)
     text = (tmp_path / "an4.md").read_text()
     assert "| RNN-T | float | 2 | 16.0 % | 15.0 % to 17.0 % | 17.0 % | 0.2500 | - |" in text
     line = (
         "| RNN-T | 2 | float | 17.0 % | 15.0 % to 20.0 % | 18.0 % | 0.2500 | 2 min, 1 thread(s) |"
     )
     assert line in text
-    assert text.count("python -m recipes.train seed=1") == 2
+    assert [text.count(f"python -m recipes.train seed={seed}") for seed in (1, 2)] == [1, 1]
     assert (tmp_path / "an4.png").stat().st_size > 1000
 
 
-def test_the_page_grows_with_its_rows() -> None:
-    rows = [row_of(Cell("conformer", method, 1), _summary()) for method in ("float", "chip")]
-    assert "untrained" not in page(rows[:1]).split("| model |")[1]
-    assert "untrained" in page(rows).split("| model |")[1]
+def test_the_report_grows_with_its_rows() -> None:
+    rows = [AN4Run("conformer", method, 1).row(_summary()) for method in ("float", "chip")]
+    assert "untrained" not in STUDY.render(rows[:1]).split("| model |")[1]
+    assert "untrained" in STUDY.render(rows).split("| model |")[1]
 
 
 def test_a_method_is_compared_with_float_on_its_own_seeds() -> None:
-    rows = [row_of(Cell("rnnt", "float", seed), _summary()) for seed in (1, 2)]
-    rows[1]["loss_per_token"] = 9.0
-    rows.append(row_of(Cell("rnnt", "chip", 1), _summary() | {"loss_per_token": 0.255}))
-    assert "| 0.2550 | +2.0 % |" in page(rows)
+    rows = [AN4Run("rnnt", "float", seed).row(_summary()) for seed in (1, 2)]
+    rows[1] = {**rows[1], "loss_per_token": 9.0}
+    rows.append(AN4Run("rnnt", "chip", 1).row(_summary() | {"loss_per_token": 0.255}))
+    assert "| 0.2550 | +2.0 % |" in STUDY.render(rows)

@@ -1,4 +1,4 @@
-"""The grid of few bits: its cells, its rows, its page."""
+"""The grid of low-bit weights: its runs, its rows, its report."""
 
 from __future__ import annotations
 
@@ -13,17 +13,15 @@ from recipes.benchmark.compression import (
     METHODS,
     ONE_BIT,
     SMALL_ONE_BIT,
-    Cell,
-    cells,
+    STUDY,
+    CompressionRun,
+    checks,
     packed_bytes,
+    runs,
 )
-from recipes.benchmark.compression_page import draw, page, verdicts
-from recipes.benchmark.fine_tuning import START
-from recipes.benchmark.fine_tuning_page import write_page
+from recipes.benchmark.recipe_runs import START
 from recipes.benchmark.rows import append_row
 from recipes.settings import check_settings
-
-TITLES = {name: method.title for name, method in METHODS.items()}
 
 
 def _row(method: str, bits: int | str, loss: float, seed: int = 1, **more: Any) -> dict[str, Any]:
@@ -58,43 +56,48 @@ ROWS = [
 ]
 
 
-def test_every_cell_has_a_folder_and_starts_from_the_same_float_weights() -> None:
-    grid = list(cells())
-    assert len({cell.folder for cell in grid}) == len(grid)
-    for cell in grid:
-        assert any(word.endswith(f"={START}") for word in cell.command)
-    assert list(cells(methods=["gq"], bits=["2"], seeds=[3])) == [Cell("gq", 2, 3)]
+def test_every_run_has_a_folder_and_starts_from_the_same_float_weights() -> None:
+    grid = runs()
+    assert len({run.folder for run in grid}) == len(grid)
+    for run in grid:
+        assert any(word.endswith(f"={START}") for word in run.command)
+    assert runs(methods=["gq"], bits=["2"], seeds=[3]) == [CompressionRun("gq", 2, 3)]
 
 
-@pytest.mark.parametrize("cell", list(cells(seeds=[1])), ids=lambda c: f"{c.method}-{c.bits}")
-def test_every_command_composes(cell: Cell) -> None:
-    module, *overrides = cell.command
+@pytest.mark.parametrize("run", runs(seeds=[1]), ids=lambda c: f"{c.method}-{c.bits}")
+def test_every_command_composes(run: CompressionRun) -> None:
+    module, *overrides = run.command
     name = module.removeprefix("recipes.")
-    kept = [word for word in overrides if not word.startswith("hydra.")]
+    settings = [word for word in overrides if not word.startswith("hydra.")]
     with initialize(version_base="1.3", config_path="../../../conf"):
-        config = compose(config_name=name, overrides=kept)
+        config = compose(config_name=name, overrides=settings)
     check_settings(config, name)
     expected = {SMALL_ONE_BIT: 4} | dict.fromkeys(ALLOCATIONS, 8)
-    has_bits = METHODS[cell.method].compression not in ("none", "nna8")
-    assert config.bits == (expected.get(cell.bits, cell.bits) if has_bits else None)
+    has_bits = METHODS[run.method].compression not in ("none", "nna8")
+    assert config.bits == (expected.get(run.bits, run.bits) if has_bits else None)
 
 
 def test_a_target_that_is_missed_is_called_so() -> None:
-    found = "\n".join(verdicts(ROWS, TITLES))
+    text = "\n".join(checks(ROWS))
     of_one = "over 1 seed(s)"
-    tuned, before = "in loss than float, trained on:", "in loss than float before training:"
-    assert f"GQ at 5 bits no worse {tuned} -4.8% ± 0.0% {of_one}, met" in found
-    assert f"GQ at 5 bits no worse {before} -5.9% ± 0.0% {of_one}, met" in found
-    assert f"S8BQAT at 5 bits no worse {tuned} +5.3% ± 0.0% {of_one}, missed" in found
+    tuned, before = "in loss than float, trained further:", "in loss than float before training:"
+    assert f"GQ at 5 bits no worse {tuned} -4.8% ± 0.0% {of_one}, met" in text
+    assert f"GQ at 5 bits no worse {before} -5.9% ± 0.0% {of_one}, met" in text
+    assert f"S8BQAT at 5 bits no worse {tuned} +5.3% ± 0.0% {of_one}, missed" in text
     # What was not trained stands beside every seed.
-    assert f"S8BQAT at 5 bits no worse {before} +17.6% ± 0.0% {of_one}, missed" in found
-    assert "GQ best or tied at 2 bits: +0.0005 ± 0.0000 nats per label against the best " in found
-    assert f"other (straight-through, uniform) {of_one}, missed" in found
-    assert "GQ best or tied at 2 bits: +0.0 ± 0.0 points of WER against the best other" in found
-    assert "half of LSQ's increase of the loss: GQ +0.6%, LSQ +2.9%, met" in found
-    assert "before training: 3.00 bits, +0.0 ± 0.0 points of WER over 1 seed(s), met" in found
-    assert f"GQ at 5 bits no worse in loss than 8 bits, chip-aware: +0.6% ± 0.0% {of_one}" in found
-    assert found.count("missed") == 4
+    assert f"S8BQAT at 5 bits no worse {before} +17.6% ± 0.0% {of_one}, missed" in text
+    assert (
+        "GQ best or tied at 2 bits: loss per token +0.0005 ± 0.0000 nats against the best " in text
+    )
+    assert f"other (straight-through, uniform) {of_one}, missed" in text
+    assert "GQ best or tied at 2 bits: +0.0 ± 0.0 points of WER against the best other" in text
+    assert "half of LSQ's increase of the loss: GQ +0.6%, LSQ +2.9%, met" in text
+    assert "before training: 3.00 bits, +0.0 ± 0.0 points of WER over 1 seed(s), met" in text
+    assert (
+        f"GQ at 5 bits no worse in loss than 8 bits, accelerator-aware: +0.6% ± 0.0% {of_one}"
+        in text
+    )
+    assert text.count("missed") == 4
 
 
 def test_within_the_standard_error_over_seeds_is_a_tie() -> None:
@@ -102,22 +105,24 @@ def test_within_the_standard_error_over_seeds_is_a_tie() -> None:
         *(_row("gq", 3, loss, seed) for seed, loss in enumerate([0.17, 0.18, 0.16])),
         *(_row("lsq", 3, loss, seed) for seed, loss in enumerate([0.16, 0.185, 0.158])),
     ]
-    line, rate = verdicts(rows, TITLES)
+    line, rate = checks(rows)
     # The differences are 0.010, -0.005 and 0.002.
-    assert "+0.0023 ± 0.0043 nats per label against the best other (LSQ) over 3 seed(s)" in line
+    assert (
+        "loss per token +0.0023 ± 0.0043 nats against the best other (LSQ) over 3 seed(s)" in line
+    )
     assert line.endswith("tied.")
     assert rate.endswith("met.")
 
 
-def test_the_page_has_every_row_and_a_figure(tmp_path: Path) -> None:
+def test_the_report_has_every_row_and_a_figure(tmp_path: Path) -> None:
     path = tmp_path / "compression.jsonl"
     for row in ROWS:
         append_row(path, row)
-    write_page(path, TITLES, page, draw)
+    STUDY.write_report(path)
     text = path.with_suffix(".md").read_text()
-    assert text == page(ROWS, TITLES)
+    assert text == STUDY.render(ROWS)
     assert all(row["command"] in text for row in ROWS)
-    assert "| General Quantizer | mixed, 3.00, 1 bit too | 1 | 15.0 % |" in text
+    assert "| GQ | mixed, 3.00, 1 bit too | 1 | 15.0 % |" in text
     assert path.with_suffix(".png").stat().st_size > 10_000
 
 

@@ -1,8 +1,10 @@
-"""The grid of deployment: its cells, what is missing, its page."""
+"""The grid of deployment: its runs, what is missing, its report."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +12,7 @@ import pytest
 from hydra import compose, initialize
 
 from recipes.benchmark import deployment
-from recipes.benchmark.deployment import (
-    SYSTEMS,
-    Cell,
-    cells,
-    fine_tuning_command,
-    float_command,
-    main,
-    rows_of,
-)
-from recipes.benchmark.deployment_page import page, verdicts
+from recipes.benchmark.deployment import STUDY, SYSTEMS, DeploymentRun, checks, runs
 from recipes.settings import check_settings
 
 KEYS = (
@@ -65,45 +58,53 @@ def summary(size: int, milliseconds: float, wer: float = 0.15) -> dict[str, Any]
 
 
 def rows(few_bytes: int, few_ms: float) -> list[dict[str, Any]]:
-    eight, five = list(cells())[:2]
-    return [*rows_of(eight, summary(1000, 60.0)), *rows_of(five, summary(few_bytes, few_ms))]
+    eight, five = runs()[:2]
+    return [
+        *eight.system_rows(summary(1000, 60.0)),
+        *five.system_rows(summary(few_bytes, few_ms)),
+    ]
 
 
 def of_rate(few_bytes: int, few_ms: float, wer: float) -> list[dict[str, Any]]:
-    return rows_of(list(cells())[2], summary(few_bytes, few_ms, wer))
+    return runs()[2].system_rows(summary(few_bytes, few_ms, wer))
 
 
 def larger(few_bytes: int, few_ms: float, wer: float) -> list[dict[str, Any]]:
-    return rows_of(list(cells())[-2], {**summary(few_bytes, few_ms, wer), "wer_start": 0.14})
+    return runs()[-2].system_rows({**summary(few_bytes, few_ms, wer), "wer_start": 0.14})
+
+
+def rendered(rows: list[dict[str, Any]], float_wer: float | None = None) -> str:
+    study = replace(STUDY, report=partial(deployment.report, float_wer=float_wer))
+    return study.render(rows)
 
 
 def test_rows_have_the_keys_of_the_table() -> None:
-    found = rows(650, 40.0)
-    assert len(found) == 2 * len(SYSTEMS)
-    assert all(set(KEYS) <= set(row) for row in found)
-    assert len({(r["method"], r["accelerator"], r["system"]) for r in found}) == len(found)
+    both = rows(650, 40.0)
+    assert len(both) == 2 * len(SYSTEMS)
+    assert all(set(KEYS) <= set(row) for row in both)
+    assert len({(r["method"], r["accelerator"], r["system"]) for r in both}) == len(both)
 
 
 def test_every_command_composes() -> None:
     with initialize(version_base="1.3", config_path="../../../conf"):
-        for cell in cells(seeds=(1, 2)):
-            module, *overrides = cell.command(Path("runs"))
+        for run in runs(seeds=(1, 2)):
+            module, *overrides = run.command
             config = compose("deploy", overrides=[o for o in overrides if "hydra." not in o])
             assert module == "recipes.deploy"
             assert [tuple(system) for system in config.systems] == list(SYSTEMS)
-            assert Path(config.ckpt) == cell.checkpoint(Path("runs"))
+            assert Path(config.ckpt) == run.trained_checkpoint
 
 
 @pytest.mark.parametrize(
     ("model", "units", "bits"), [("rnnt_large", 400, 5), ("rnnt_small", 256, None)]
 )
-def test_other_sizes_are_trained_where_their_cells_look(
+def test_other_sizes_are_trained_into_the_folders_that_are_deployed(
     model: str, units: int, bits: int | None
 ) -> None:
-    runs, configs = Path("runs"), []
-    cell = next(cell for cell in cells() if cell.model == model)
+    configs = []
+    run = next(run for run in runs() if run.model == model)
     with initialize(version_base="1.3", config_path="../../../conf"):
-        for command in (float_command(cell, runs), fine_tuning_command(cell, runs)):
+        for command in (run.float_command, run.fine_tuning_command):
             module, *overrides = command
             assert module == "recipes.train"
             configs.append(compose("train", [o for o in overrides if "hydra." not in o]))
@@ -111,8 +112,8 @@ def test_other_sizes_are_trained_where_their_cells_look(
             assert configs[-1].model.network.encoder_size == units
     assert configs[1].init_from == f"runs/an4_{model}/seed1/checkpoints/last.ckpt"
     assert configs[1].bits == bits
-    folder = cell.checkpoint(runs).parents[1]
-    assert fine_tuning_command(cell, runs)[-1] == f"hydra.run.dir={folder}"
+    folder = run.trained_checkpoint.parents[1]
+    assert run.fine_tuning_command[-1] == f"hydra.run.dir={folder}"
 
 
 @pytest.mark.parametrize(
@@ -123,18 +124,18 @@ def test_other_sizes_are_trained_where_their_cells_look(
     ],
 )
 def test_targets_are_judged(size: int, time: float, word: str) -> None:
-    assert word in verdicts(rows(size, time))[1]
+    assert word in checks(rows(size, time))[1]
 
 
 def test_the_best_row_without_loss_is_the_one_that_is_judged() -> None:
     both = [*rows(700, 42.0), *of_rate(650, 40.0, 0.14)]
     assert "*GQ, entropy of at most 4.25 bits*: 35.0% and 33.3%, WER 14.0 % against" in "".join(
-        verdicts(both)
+        checks(both)
     )
     # What saves more but loses words does not count.
-    worse = "".join(verdicts([*rows(700, 42.0), *of_rate(650, 40.0, 0.16)]))
-    assert "*General Quantizer*: 30.0% and 30.0%, WER 15.0 % against 15.0 %, missed" in worse
-    only = "".join(verdicts([*rows(700, 42.0)[: len(SYSTEMS)], *of_rate(650, 40.0, 0.16)]))
+    worse = "".join(checks([*rows(700, 42.0), *of_rate(650, 40.0, 0.16)]))
+    assert "*GQ*: 30.0% and 30.0%, WER 15.0 % against 15.0 %, missed" in worse
+    only = "".join(checks([*rows(700, 42.0)[: len(SYSTEMS)], *of_rate(650, 40.0, 0.16)]))
     assert "35.0% and 33.3%, WER 16.0 % against 15.0 %, missed" in only
 
 
@@ -143,26 +144,26 @@ def test_the_best_row_without_loss_is_the_one_that_is_judged() -> None:
 )
 def test_a_larger_network_is_to_be_faster_and_better(time: float, wer: float, word: str) -> None:
     both = [*rows(650, 40.0), *larger(990, time, wer)]
-    last = verdicts(both)[-1]
+    last = checks(both)[-1]
     assert f"{time:.2f} against 60.00 ms" in last
     assert last.endswith(f"{word}.")
-    text = page(both, float_wer=0.168)
-    assert "| 320 | 8 bits, chip-aware | 8 | 1 | 16.8 % | 15.0 % |" in text
+    text = rendered(both, float_wer=0.168)
+    assert "| 320 | 8 bits, accelerator-aware | 8 | 1 | 16.8 % | 15.0 % |" in text
     assert (
         f"| 400 | GQ, entropy of at most 4.25 bits | 5 | 1 | 14.0 % | {100 * wer:.1f} % |" in text
     )
     # It stands in no table of the usual size.
     assert text.count("GQ, entropy of at most 4.25 bits") == len(SYSTEMS)
-    smaller = rows_of(list(cells())[-1], summary(900, 55.0, 0.2))
-    last = verdicts([*both, *of_rate(650, 54.0, 0.19), *smaller])[-1]
+    smaller = runs()[-1].system_rows(summary(900, 55.0, 0.2))
+    last = checks([*both, *of_rate(650, 54.0, 0.19), *smaller])[-1]
     assert "A network of 320 units at 5 bits at least as fast as one of 256 at 8" in last
     assert last.endswith(
         "54.00 against 55.00 ms for a second of speech, WER 19.0 % against 20.0 %, met."
     )
 
 
-def test_the_page_keeps_systems_apart() -> None:
-    text = page(rows(650, 40.0))
+def test_the_report_keeps_systems_apart() -> None:
+    text = rendered(rows(650, 40.0))
     assert text.index("reading the weights") < text.index("computing takes")
     assert text.count("Ethos_U65_High_End |") == 2
     assert "130 of 130" in text
@@ -172,22 +173,23 @@ def test_the_page_keeps_systems_apart() -> None:
 def test_what_is_missing_is_named_and_what_is_done_is_not_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(deployment, "ROWS", tmp_path / "deployment.jsonl")
-    done: list[Cell] = []
+    monkeypatch.chdir(tmp_path)
+    done: list[DeploymentRun] = []
 
-    def run(folder: Path, command: list[str], *, threads: int) -> dict[str, Any]:
-        done.append(next(cell for cell in cells() if cell.folder == folder))
+    def run_once(folder: Path, command: list[str], *, threads: int) -> dict[str, Any]:
+        done.append(next(run for run in runs() if run.folder == folder))
         return summary(1000, 60.0)
 
-    monkeypatch.setattr(deployment, "summary_of", run)
-    first = next(cells()).checkpoint(tmp_path)
+    monkeypatch.setattr(deployment, "summary_of", run_once)
+    first = runs(trained=tmp_path)[0].trained_checkpoint
     first.parent.mkdir(parents=True)
     first.touch()
     for _ in range(2):
-        main(["--runs", str(tmp_path)])
-    assert [cell.method for cell in done] == ["nna8"]
-    assert len((tmp_path / "deployment.jsonl").read_text().splitlines()) == len(SYSTEMS)
-    said = capsys.readouterr().out
-    assert said.count("missing: ") == 16
-    assert "train it with python -m recipes.benchmark.pruning --methods csp" in said
-    assert json.loads((tmp_path / "deployment.jsonl").read_text().splitlines()[0])["bits"] == 8
+        STUDY.main(["--runs", str(tmp_path)])
+    assert [run.method for run in done] == ["nna8"]
+    lines = STUDY.results.read_text().splitlines()
+    assert len(lines) == len(SYSTEMS)
+    output = capsys.readouterr().out
+    assert output.count("missing: ") == 16
+    assert "train it with python -m recipes.benchmark.pruning --methods csp" in output
+    assert json.loads(lines[0])["bits"] == 8

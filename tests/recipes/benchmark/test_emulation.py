@@ -7,16 +7,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from recipes.benchmark import emulation
-from recipes.benchmark.memory import peak_bytes
-from recipes.benchmark.variants import VARIANTS, NotPossibleError, Variant
-from recipes.benchmark.works import WORKS, Work
+from recipes.benchmark import timing
+from recipes.benchmark.emulation import STUDY, VARIANTS, NotPossibleError, Variant
+from recipes.benchmark.timing import peak_bytes
+from recipes.benchmark.workloads import WORKLOADS, Workload
 
 CPU = torch.device("cpu")
 
 
-def tiny(size: int = 8) -> Work:
-    return Work(
+def tiny(size: int = 8) -> Workload:
+    return Workload(
         "tiny",
         lambda: nn.Sequential(nn.Linear(size, size), nn.ReLU()),
         lambda: (torch.randn(4, size),),
@@ -26,32 +26,32 @@ def tiny(size: int = 8) -> Work:
 
 @pytest.mark.parametrize("variant", ["float", "exact", "fast"])
 def test_a_step_trains(variant: str) -> None:
-    seen: list[Tensor] = []
+    results: list[Tensor] = []
 
     def loss(result: Tensor, _: tuple[Tensor, ...]) -> Tensor:
-        seen.append(result.detach())
+        results.append(result.detach())
         return result.square().mean() * 1e4  # The learning rate is tiny.
 
-    work = Work("tiny", tiny().module, tiny().batch, loss)
-    VARIANTS[variant].step(work, CPU)()
-    assert not torch.equal(seen[0], seen[-1])
+    workload = Workload("tiny", tiny().module, tiny().batch, loss)
+    VARIANTS[variant].step(workload, CPU)()
+    assert not torch.equal(results[0], results[-1])
 
 
-@pytest.mark.parametrize("name", WORKS)
-def test_the_loss_of_every_work_reaches_every_parameter(name: str) -> None:
+@pytest.mark.parametrize("name", WORKLOADS)
+def test_the_loss_of_every_workload_reaches_every_parameter(name: str) -> None:
     torch.manual_seed(0)
-    work = WORKS[name]
-    module, batch = work.module(), work.batch()
-    work.loss(module(*batch), batch).backward()
+    workload = WORKLOADS[name]
+    module, batch = workload.module(), workload.batch()
+    workload.loss(module(*batch), batch).backward()
     assert all(p.grad is not None and bool(p.grad.any()) for p in module.parameters())
 
 
 def test_what_a_library_cannot_train_is_said() -> None:
-    def refuse(module: nn.Module, batch: tuple[Tensor, ...]) -> nn.Module:
+    def fail(module: nn.Module, batch: tuple[Tensor, ...]) -> nn.Module:
         raise TypeError("no such layer\nand more")
 
     with pytest.raises(NotPossibleError, match=r"TypeError: no such layer$"):
-        Variant("none", refuse).step(tiny(), CPU)
+        Variant("none", fail).step(tiny(), CPU)
 
 
 def test_ratios_are_to_the_float_step_before(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -61,19 +61,19 @@ def test_ratios_are_to_the_float_step_before(monkeypatch: pytest.MonkeyPatch) ->
     def seconds(step: Any, repeats: int, device: torch.device) -> float:
         return times[step()] * (1 + next(clock) // 2)  # A machine that gets slower pair by pair.
 
-    monkeypatch.setattr(emulation, "seconds", seconds)
+    monkeypatch.setattr(timing, "seconds", seconds)
     steps = {"slow": lambda: "slow", "float": lambda: "float"}
     next(clock)  # With the call that finds the number of repeats, pairs begin evenly.
-    ratios, _ = emulation.time_ratios(steps, CPU, pairs=3)  # type: ignore[arg-type]
+    ratios, _ = timing.time_ratios(steps, CPU, pairs=3)  # type: ignore[arg-type]
     assert ratios == {"slow": [3.0] * 3, "float": [1.0] * 3}
 
 
 def test_peak_memory_is_that_of_the_largest_tensors() -> None:
     def make() -> Any:
-        kept = torch.ones(4_000_000)
+        numbers = torch.ones(4_000_000)
 
         def step() -> None:
-            (kept + 1).sum()
+            (numbers + 1).sum()
 
         return step
 
@@ -89,17 +89,19 @@ def row(variant: str, time: float | None, **more: Any) -> dict[str, Any]:
     return common | {"variant": variant} | figures | more
 
 
-def test_the_page_says_what_is_missed_and_what_could_not_be_done() -> None:
+def test_the_report_says_what_is_missed_and_what_could_not_be_done() -> None:
     rows = [
         row("float", 1.0),
         row("exact", 1.9),
         row("fast", 1.6),
         row("torchao", None, reason="it cannot"),
     ]
-    page = emulation.page(rows)
-    assert "| MLP 512-1024-1024-512 | 10.0 | 1.90 (1.90-1.90) | 1.60 (1.60-1.60) | - | - |" in page
-    assert "| MLP 512-1024-1024-512 | 2.0 | 1.90 | 1.60 | - | - |" in page
-    assert "Time, ours, exact: at most 2.0; met by every work." in page
-    assert "Time, ours, fast: at most 1.5; missed by MLP 512-1024-1024-512 (1.60)." in page
-    assert "Memory: at most 1.5; missed by MLP 512-1024-1024-512, exact (1.90)," in page
-    assert "torchao, MLP 512-1024-1024-512: `it cannot`" in page
+    report = STUDY.render(rows)
+    assert (
+        "| MLP 512-1024-1024-512 | 10.0 | 1.90 (1.90-1.90) | 1.60 (1.60-1.60) | - | - |" in report
+    )
+    assert "| MLP 512-1024-1024-512 | 2.0 | 1.90 | 1.60 | - | - |" in report
+    assert "Time, ours, exact: at most 2.0; met by every workload." in report
+    assert "Time, ours, fast: at most 1.5; missed by MLP 512-1024-1024-512 (1.60)." in report
+    assert "Memory: at most 1.5; missed by MLP 512-1024-1024-512, exact (1.90)," in report
+    assert "torchao, MLP 512-1024-1024-512: `it cannot`" in report

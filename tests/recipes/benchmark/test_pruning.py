@@ -1,4 +1,4 @@
-"""The grid of zeros: its cells, its rows, its page."""
+"""The grid of zeros: its runs, its rows, its report."""
 
 from __future__ import annotations
 
@@ -11,13 +11,17 @@ from hydra import compose, initialize
 from hydra.utils import instantiate
 from torch import nn
 
-from recipes.benchmark.fine_tuning_page import write_page
-from recipes.benchmark.pruning import METHODS, Cell, cells, kept_by_tensor, packed_bytes
-from recipes.benchmark.pruning_page import draw, page, verdicts
+from recipes.benchmark.pruning import (
+    METHODS,
+    STUDY,
+    PruningRun,
+    checks,
+    nonzero_counts,
+    packed_bytes,
+    runs,
+)
 from recipes.benchmark.rows import append_row
 from recipes.settings import check_settings
-
-TITLES = {name: method.title for name, method in METHODS.items()}
 
 
 def _row(
@@ -48,45 +52,49 @@ ROWS = [
 ]
 
 
-def test_every_cell_has_a_folder_of_its_own() -> None:
-    grid = list(cells())
-    assert len({cell.folder for cell in grid}) == len(grid)
-    assert list(cells(methods=["csp"], sparsities=[0.9], seeds=[2])) == [Cell("csp", 0.9, 2)]
+def test_every_run_has_a_folder_of_its_own() -> None:
+    grid = runs()
+    assert len({run.folder for run in grid}) == len(grid)
+    assert runs(methods=["csp"], sparsities=[0.9], seeds=[2]) == [PruningRun("csp", 0.9, 2)]
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_command_composes_and_its_callback_can_be_made(method: str) -> None:
-    cell = next(cells(methods=[method]))
-    module, *overrides = cell.command
-    kept = [word for word in overrides if not word.startswith("hydra.")]
+    run = runs(methods=[method])[0]
+    module, *overrides = run.command
+    settings = [word for word in overrides if not word.startswith("hydra.")]
     with initialize(version_base="1.3", config_path="../../../conf"):
-        config = compose(config_name=module.removeprefix("recipes."), overrides=kept)
+        config = compose(config_name=module.removeprefix("recipes."), overrides=settings)
     check_settings(config, module.removeprefix("recipes."))
     prune = instantiate(config.callbacks.get("prune"))
-    numbers = getattr(getattr(prune, "selection", None), "default", cell.sparsity)
-    assert numbers == cell.sparsity
+    numbers = getattr(getattr(prune, "selection", None), "default", run.sparsity)
+    assert numbers == run.sparsity
 
 
 def test_targets_are_judged() -> None:
-    found = verdicts(ROWS, TITLES)
-    assert found[0].startswith("- CSP no worse than every baseline at 70%: -0.0040 ± 0.0000 nats")
-    assert "against the best of them (gradual magnitude)" in found[0]
-    assert found[0].endswith(
+    lines = checks(ROWS)
+    assert lines[0].startswith(
+        "- CSP no worse than every baseline at 70%: loss per token -0.0040 ± 0.0000"
+    )
+    assert "against the best of them (gradual magnitude)" in lines[0]
+    assert lines[0].endswith(
         "met; +0.0 ± 0.0 points of WER against the best (gradual magnitude), met."
     )
-    assert found[1].startswith("- CSP clearly better than every baseline at 90%: +0.0050 ± 0.0000")
-    assert found[1].endswith(
+    assert lines[1].startswith(
+        "- CSP clearly better than every baseline at 90%: loss per token +0.0050"
+    )
+    assert lines[1].endswith(
         "missed; +0.0 ± 0.0 points of WER against the best (gradual magnitude), met."
     )
-    assert "70 % of zeros without loss of accuracy against float: -1.2% of the loss" in found[2]
+    assert "70 % of zeros without loss of accuracy against float: -1.2% of the loss" in lines[2]
 
 
 def test_words_are_judged_beside_who_is_best_in_words() -> None:
     rival = _row("gmp_global", 0.7, 0.18) | {"wer": 0.14}
-    line = verdicts([*ROWS, rival], TITLES)[0]
-    assert "-0.0040 ± 0.0000 nats per label against the best of them (gradual magnitude)" in line
+    line = checks([*ROWS, rival])[0]
+    assert "-0.0040 ± 0.0000 nats against the best of them (gradual magnitude)" in line
     assert line.endswith(
-        "+1.0 ± 0.0 points of WER against the best (gradual magnitude, one budget), missed."
+        "+1.0 ± 0.0 points of WER against the best (gradual magnitude, global budget), missed."
     )
 
 
@@ -97,7 +105,7 @@ def test_clearly_better_is_by_more_than_the_standard_error() -> None:
         *(_row("csp", 0.9, loss, seed) for seed, loss in enumerate([0.17, 0.18, 0.17])),
         *(_row("gmp", 0.9, loss, seed) for seed, loss in enumerate([0.18, 0.185, 0.178])),
     ]
-    at_80, at_90 = verdicts(rows, TITLES)
+    at_80, at_90 = checks(rows)
     # The differences are -0.010, 0.005 and -0.008; and -0.010, -0.005 and -0.008.
     assert "-0.0043 ± 0.0047" in at_80
     assert "seed(s), tied; " in at_80
@@ -107,36 +115,39 @@ def test_clearly_better_is_by_more_than_the_standard_error() -> None:
 
 def test_patterns_are_judged_beside_their_own_baseline() -> None:
     blocks = [_row("csp_1x16", 0.5, 0.19), _row("gmp_1x16", 0.5, 0.18), _row("csp_2:4", 0.5, 0.1)]
-    (line,) = set(verdicts([*ROWS, *blocks], TITLES)) - set(verdicts(ROWS, TITLES))
-    assert "blocks of 16, no worse than gradual magnitude, blocks of 16 at 50%: +0.0100" in line
+    (line,) = set(checks([*ROWS, *blocks])) - set(checks(ROWS))
+    assert (
+        "blocks of 16, no worse than gradual magnitude, blocks of 16 at 50%: loss per token +0.0100"
+        in line
+    )
     assert "seed(s), missed; " in line
 
 
 def test_what_has_fewer_zeros_is_no_rival() -> None:
     dense = _row("model_pruning", 0.9, 0.17) | {"zeros": 0.03}
-    assert verdicts([*ROWS, dense], TITLES) == verdicts(ROWS, TITLES)
+    assert checks([*ROWS, dense]) == checks(ROWS)
 
 
-def test_the_page_has_every_row_and_a_figure(tmp_path: Path) -> None:
+def test_the_report_has_every_row_and_a_figure(tmp_path: Path) -> None:
     path = tmp_path / "pruning.jsonl"
     for row in ROWS:
         append_row(path, row)
-    write_page(path, TITLES, page, draw)
+    STUDY.write_report(path)
     text = path.with_suffix(".md").read_text()
-    assert text == page(ROWS, TITLES)
+    assert text == STUDY.render(ROWS)
     assert all(row["command"] in text for row in ROWS)
     assert "| CSP, activations | 70% | 70.0% | 1 | 15.0 % |" in text
     assert path.with_suffix(".png").stat().st_size > 10_000
 
 
-def test_masks_are_found_in_a_checkpoint() -> None:
+def test_masks_are_counted_in_a_checkpoint() -> None:
     mask = torch.tensor([[True, False, False]])
     ours = {"state_dict": {}, "callbacks": {"a": {"masks": {"x": {"mask": mask}}}, "b": 3}}
     weights = {"layer.weight": mask.float(), "layer.bias": torch.zeros(3)}
     theirs = {"state_dict": weights, "callbacks": {}}
-    assert kept_by_tensor(ours) == {"x": (1, 3)}
-    assert kept_by_tensor(theirs) == {"layer.weight": (1, 3)}
-    assert kept_by_tensor({"state_dict": nn.Linear(2, 2).state_dict(), "callbacks": {}}) == {}
+    assert nonzero_counts(ours) == {"x": (1, 3)}
+    assert nonzero_counts(theirs) == {"layer.weight": (1, 3)}
+    assert nonzero_counts({"state_dict": nn.Linear(2, 2).state_dict(), "callbacks": {}}) == {}
 
 
 def test_packed_sizes() -> None:

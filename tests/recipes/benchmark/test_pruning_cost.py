@@ -1,4 +1,4 @@
-"""The cost of pruning: its commands, its page."""
+"""The cost of pruning: its commands, its report."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from hydra import compose, initialize
 
-from recipes.benchmark.pruning_cost import SPARSITY, TITLES, Cell, page, run_cell
+from recipes.benchmark.pruning_cost import METHODS, SPARSITY, STUDY, CostRun
 from recipes.settings import check_settings
 
 
@@ -21,12 +21,12 @@ def _row(method: str, number: int, seconds: float, peak: int) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("method", TITLES)
+@pytest.mark.parametrize("method", METHODS)
 def test_every_command_composes_in_float(method: str) -> None:
-    module, *overrides = Cell(method, 2).command
-    kept = [word for word in overrides if not word.startswith("hydra.")]
+    module, *overrides = CostRun(method, 2).command
+    settings = [word for word in overrides if not word.startswith("hydra.")]
     with initialize(version_base="1.3", config_path="../../../conf"):
-        config = compose(config_name=module.removeprefix("recipes."), overrides=kept)
+        config = compose(config_name=module.removeprefix("recipes."), overrides=settings)
     assert config.callbacks.get("nna") is None
     assert ("prune" in config.callbacks) == (method != "float")
     assert config.seed == 2
@@ -34,7 +34,7 @@ def test_every_command_composes_in_float(method: str) -> None:
     assert config.sparsity == (None if method == "float" else SPARSITY)
 
 
-def test_the_page_compares_runs_of_the_same_round() -> None:
+def test_the_report_compares_runs_of_the_same_round() -> None:
     rows = [
         _row("float", 1, 50.0, 1_000_000_000),
         _row("float", 2, 100.0, 1_000_000_000),
@@ -42,7 +42,7 @@ def test_the_page_compares_runs_of_the_same_round() -> None:
         _row("csp", 2, 120.0, 1_500_000_000),
         _row("gmp", 3, 60.0, 1_000_000_000),
     ]
-    text = page(rows)
+    text = STUDY.render(rows)
     assert "| CSP, activations | 88 s | 1.15 (1.10-1.20) | 1350 MB | 1.35 (1.20-1.50) |" in text
     assert "| gradual magnitude | 60 s | - | 1000 MB | - |" in text
     assert "at most 1.15 times that of float: 1.15, met." in text
@@ -54,6 +54,6 @@ def test_a_run_that_was_stopped_is_not_measured(
     tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    Cell("csp", 1).folder.mkdir(parents=True)
+    CostRun("csp", 1).folder.mkdir(parents=True)
     with pytest.raises(FileExistsError, match="round1 holds a run that was stopped"):
-        run_cell(Cell("csp", 1))
+        next(CostRun("csp", 1).rows())

@@ -1,4 +1,4 @@
-"""The benchmark of temporal shift: its series, its scores, its page."""
+"""The benchmark of temporal shift: its series, its scores, its report."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import torch
 
 from lightning_nna.drift.windows import FixedWindow, WholeAverage
 from recipes.benchmark import (
-    shift,
     shift_detection,
     shift_latest,
     shift_learning,
     shift_streaming,
 )
 from recipes.benchmark.rows import append_row, read_rows
-from recipes.benchmark.shift_page import draw, is_first, page, verdicts
+from recipes.benchmark.shift import STUDY, checks, plot
+from recipes.benchmark.shift_latest import is_first
 
 
 def test_series_are_of_unit_deviation_and_noise_is_that_of_its_seed() -> None:
@@ -36,16 +36,16 @@ def test_series_are_of_unit_deviation_and_noise_is_that_of_its_seed() -> None:
 
 def test_the_oracle_is_the_best_window_of_each_case() -> None:
     truth, y = shift_latest.noisy([1], 0.5)
-    found, windows = shift_latest.oracle(truth, y)
+    best, windows = shift_latest.oracle(truth, y)
     for number in range(len(shift_latest.CASES)):
         every = [
             float(shift_latest.errors(FixedWindow(window=r, sigma=1.0), truth, y)[0, number])
             for r in shift_latest.WINDOWS
         ]
-        assert float(found[0, number]) == pytest.approx(min(every))
+        assert float(best[0, number]) == pytest.approx(min(every))
         assert int(windows[number]) == shift_latest.WINDOWS[int(np.argmin(every))]
-    whole = shift_latest.errors(WholeAverage(sigma=1.0), truth, y)
-    assert (whole >= found).all()
+    average = shift_latest.errors(WholeAverage(sigma=1.0), truth, y)
+    assert (average >= best).all()
 
 
 def test_scores_of_detectors_that_are_known() -> None:
@@ -53,7 +53,7 @@ def test_scores_of_detectors_that_are_known() -> None:
     assert always == {"detected": 0.0, "delay": None, "false_alarm": 1.0}
     never = shift_detection.score(lambda: lambda y: False, "flat", range(5))
     assert never == {"detected": None, "delay": None, "false_alarm": 0.0}
-    rises = shift_detection.runs("step", range(50))
+    rises = shift_detection.noisy("step", range(50))
     firsts = (rises > 0.265).argmax(1)
     level = shift_detection.score(lambda: lambda y: y > 0.265, "step", range(50))
     assert level["detected"] == pytest.approx(((firsts >= 30) & (firsts < 35)).mean())
@@ -85,7 +85,7 @@ def test_learners_take_as_many_trainings_as_they_say(
 def test_streaming_and_rates_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shift_streaming, "UPDATES", 5)
     for method in shift_streaming.STREAMING:
-        (row,) = shift_streaming.streaming([(method, 100)])
+        (row,) = shift_streaming.StreamingRun(100, method).rows()
         assert row["update_us"] > 0
     y = np.random.default_rng(0).standard_normal(256)
     assert shift_streaming.with_pywavelets(y) == pytest.approx(shift_streaming.with_batch(y))
@@ -96,7 +96,7 @@ def test_streaming_and_rates_are_measured(monkeypatch: pytest.MonkeyPatch) -> No
 
 @pytest.mark.parametrize("method", sorted(shift_streaming.RATES))
 def test_denoised_is_nearer_to_the_truth(method: str) -> None:
-    (row,) = shift_streaming.rate([(method, 512)])
+    (row,) = shift_streaming.RateRun(512, method).rows()
     assert 0 < row["error"] < 0.5 * 512 * 0.5**2
 
 
@@ -125,42 +125,42 @@ def small_rows() -> list[dict[str, Any]]:
 
 
 def test_targets_are_judged() -> None:
-    found = "\n".join(verdicts(small_rows()))
-    assert "first or tied in 8 of 8 cells (100%; target 80%, met)" in found
-    assert "97.0% of the steps detected within 5 epochs (target 95 %, met)" in found
-    assert "False alarms on flat runs: 8.0% (target 5 %, missed)" in found
-    assert "False alarms on falling runs: 1.0% (target 5 %, met)" in found
-    assert "elec, mlp: 20.00% errors with one training, 20.00% with a window chosen" in found
-    mine, rival = {"mse": 0.11, "mse_error": 0.01}, {"mse": 0.1, "mse_error": 0.0}
-    assert is_first(mine, rival)
-    assert not is_first(mine | {"mse_error": 0.005}, rival)
+    text = "\n".join(checks(small_rows()))
+    assert "first or tied in 8 of 8 cases (100%; target 80%, met)" in text
+    assert "97.0% of the steps detected within 5 epochs (target 95 %, met)" in text
+    assert "False alarms on flat runs: 8.0% (target 5 %, missed)" in text
+    assert "False alarms on falling runs: 1.0% (target 5 %, met)" in text
+    assert "elec, mlp: 20.00% errors with one training, 20.00% with a window chosen" in text
+    row, rival = {"mse": 0.11, "mse_error": 0.01}, {"mse": 0.1, "mse_error": 0.0}
+    assert is_first(row, rival)
+    assert not is_first(row | {"mse_error": 0.005}, rival)
 
 
-def test_the_page_has_every_table_and_a_figure(tmp_path: Path) -> None:
-    text = page(small_rows())
+def test_the_report_has_every_table_and_a_figure(tmp_path: Path) -> None:
+    text = STUDY.render(small_rows())
     assert "| **mixture of wavelets** | - | " in text
     assert "| ours, Haar | 97.0% | 1.5 | 1.0% | 97.0% | 1.5 | 8.0% | 1.0% | 97.0% |" in text
     assert "| WaveletRisk | - | - | - | - | - | 20.00% | 1.0 |" in text
     assert "| StreamingHaar.update | 12.3 µs | - | - | - |" in text
     assert "| tv_denoise, Haar, soft | 0.333 | 6.3 | 8.0 |" in text
-    draw(small_rows(), tmp_path / "shift.png")
+    plot(small_rows(), tmp_path / "shift.png")
     assert (tmp_path / "shift.png").stat().st_size > 10_000
 
 
 def test_what_is_there_is_not_measured_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = tmp_path / "shift.jsonl"
-    monkeypatch.setattr(shift, "ROWS", path)
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(shift_streaming, "LENGTHS", (64, 128))
     monkeypatch.setattr(shift_streaming, "UPDATES", 3)
     append_row(
-        path, {"table": "streaming", "n": 64, "method": "batch", "update_us": 1.0, "command": ""}
+        STUDY.results,
+        {"table": "streaming", "n": 64, "method": "batch", "update_us": 1.0, "command": ""},
     )
-    shift.main(["--tables", "streaming"])
-    rows = read_rows(path)
+    STUDY.main(["--tables", "streaming"])
+    rows = read_rows(STUDY.results)
     assert len(rows) == 2 * len(shift_streaming.STREAMING)
     assert all(row.keys() >= {"table", "command", "method"} for row in rows)
-    shift.main(["--tables", "streaming"])
-    assert read_rows(path) == rows
-    assert path.with_suffix(".md").read_text() == page(rows)
+    STUDY.main(["--tables", "streaming"])
+    assert read_rows(STUDY.results) == rows
+    assert STUDY.results.with_suffix(".md").read_text() == STUDY.render(rows)

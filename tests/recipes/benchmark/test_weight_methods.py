@@ -10,23 +10,25 @@ from lightning_nna.weights.pipeline import pipeline_of
 from recipes.benchmark import lloyd_max, weight_methods
 from recipes.benchmark.dkm import DKMTransform
 from recipes.benchmark.weight_methods import METHODS
-from recipes.benchmark.works import Work
+from recipes.benchmark.workloads import Workload
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_step_trains_with_few_values(method: str) -> None:
-    made: list[nn.Linear] = []
+    modules: list[nn.Linear] = []
 
     def module() -> nn.Linear:
-        made.append(nn.Linear(32, 32))
-        return made[-1]
+        modules.append(nn.Linear(32, 32))
+        return modules[-1]
 
-    work = Work("tiny", module, lambda: (torch.randn(8, 32),), lambda y, _: y.square().sum() * 1e3)
-    step = METHODS[method].step(work, 2)
-    before = made[0].weight.detach().clone()
+    workload = Workload(
+        "tiny", module, lambda: (torch.randn(8, 32),), lambda y, _: y.square().sum() * 1e3
+    )
+    step = METHODS[method].step(workload, 2)
+    before = modules[0].weight.detach().clone()
     step()
-    assert not torch.equal(made[0].weight, before)
-    assert pipeline_of(made[0]).phase == "latent"
+    assert not torch.equal(modules[0].weight, before)
+    assert pipeline_of(modules[0]).phase == "latent"
 
 
 def test_dkm_is_k_means_where_its_attention_is_sharp() -> None:
@@ -35,9 +37,9 @@ def test_dkm_is_k_means_where_its_attention_is_sharp() -> None:
     )
     transform = DKMTransform(weight, 1, iterations=3)
     transform._temperature = 1e-3
-    found = transform.apply(weight, hard=False)
+    weights = transform.apply(weight, hard=False)
     expected = torch.cat([weight[:50].mean().expand(50), weight[50:].mean().expand(50)])
-    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(weights, expected)
     assert transform.pull_back(weight, torch.ones(100)).shape == weight.shape
 
 
@@ -52,7 +54,7 @@ def row(method: str, bits: int, time: float, memory: float) -> dict[str, Any]:
 
 def test_targets_are_judged_by_the_worst_row() -> None:
     rows = [row("gq", 2, 1.1, 0.5), row("gq_soft", 8, 1.26, 2.0), row("gq", 8, 1.2, 3.2)]
-    text = weight_methods.page(rows)
+    text = weight_methods.STUDY.render(rows)
     assert "at worst 1.26 (GQ, soft, 8 bits), missed" in text
     assert "Memory of GQ, soft at 8 bits, at most 3 times the weights: 2.00, met" in text
     assert "Memory of GQ, hard at 8 bits, at most 3 times the weights: 3.20, missed" in text
@@ -67,9 +69,9 @@ def test_every_k_means_comes_near_to_the_least_error(method: str) -> None:
     assert least <= lloyd_max.distortion(weights, quantize(weights, 4)) * (1 + 1e-6) <= 1.2 * least
 
 
-def test_the_page_compares_with_the_least_error_of_the_row() -> None:
+def test_the_report_compares_with_the_least_error_of_the_row() -> None:
     shared = {"command": "c", "count": 10_000_000, "levels": 32, "machine": "CPU: some"}
-    text = lloyd_max.page(
+    text = lloyd_max.STUDY.render(
         [
             {**shared, "method": "ours", "seconds": 2.5, "distortion": 0.01},
             {**shared, "method": "dkm", "seconds": 90.0, "distortion": 0.011},
