@@ -81,19 +81,11 @@ ONLY_8_BITS = {
     "HARD_SWISH": (F.hardswish, ROWS, ()),
     "LOG_SOFTMAX": (lambda x: torch.log_softmax(x, -1), ROWS, ()),
 }
-# Operators of the CPU, which are dequantized before and quantized after.
+# Kernels of the CPU, whose operands are dequantized before and quantized after.
 ON_THE_CPU = {
     name: (lambda x, function=function: torch.tanh(function(torch.sigmoid(x) + 0.1)), ROWS, ())
-    for name, function in {
-        "ABS": torch.abs,
-        "COS": torch.cos,
-        "EXP": torch.exp,
-        "FLOOR": torch.floor,
-        "LOG": torch.log,
-        "SIN": torch.sin,
-        "SQRT": torch.sqrt,
-        "SQUARE": torch.square,
-    }.items()
+    for name, kernel in kernels().items()
+    for function in [getattr(torch, name, None) for name in kernel.computes_in_float[:1]]
 }
 # Of 5 and 6 axes: other versions, where the kernels have so many.
 MANY_AXES = {
