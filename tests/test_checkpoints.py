@@ -71,7 +71,8 @@ def test_every_checkpoint_is_loaded_as_it_is_deployed(method: str, tmp_path: Pat
             assert torch.equal(loaded(x), expected)
         for name, rows in attached(loaded).state.used_weights.items():
             theirs, ours = (
-                attached(one).state.weight(one.get_parameter(name), rows) for one in (fitted, loaded)
+                attached(net).state.weight(net.get_parameter(name), rows)
+                for net in (fitted, loaded)
             )
             assert torch.equal(theirs.stored, ours.stored)
             assert torch.equal(theirs.scales, ours.scales)
