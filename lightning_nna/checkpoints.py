@@ -1,6 +1,6 @@
 """From a checkpoint to the module that is deployed: ``load_deployed``.
 
-A checkpoint holds what a run needs to go on: weights, and beside them the masks, centroids and
+A checkpoint has all that a run needs to go on: weights, masks, centroids and
 ranges that the callbacks know. What the accelerator gets follows from all of them.
 """
 
@@ -73,8 +73,8 @@ def load_deployed(
         )
     if "callbacks" not in content:
         raise ValueError(
-            "the checkpoint holds weights alone (save_weights_only=True), not what the methods of "
-            "the run make of them: write whole checkpoints, or load it with module.load_state_dict "
+            "the checkpoint holds weights alone (save_weights_only=True), not the state of the "
+            "methods of the run: write whole checkpoints, or load it with module.load_state_dict "
             "if no method took part in the run"
         )
     if isinstance(module, lightning_classes()):

@@ -325,7 +325,7 @@ class _Problem:
         return SparseSolution(sparse, mask, nmse, iterations)
 
     def _within(self, pattern: SparsityPattern, sparsity: float, start: Tensor) -> Tensor:
-        """A support of the wanted size that holds the started one, or lies in it."""
+        """Select a support of the wanted size that contains the first one, or lies in it."""
         # Units of the start come first, by their scores; then the others.
         importance_scores = pattern.importance_scores(self.scaled_weight)
         inside = pattern.importance_scores(start.to(importance_scores.dtype)) > 0

@@ -40,7 +40,7 @@ from lightning_nna.quantization.lloyd_max import ScalarQuantizer, line_of, lloyd
 from lightning_nna.quantization.optimal_cells import Floats, Line, Places
 
 _MOST_ITERATIONS = 200
-# Iterations end when no centroid moves by more than this share of the span.
+# Iterations end when no centroid moves by more than this fraction of the span.
 _STILL = 1e-6
 # Bits that the entropy may stay below the wanted one.
 _NEAR = 0.002

@@ -28,7 +28,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 _LARGEST_INTEGER = 2047
-# A weight outside counts as one that is so far out: there the slope is 1 but for rounding.
+# A weight outside counts as one that is so far out: there the slope is 1 except for rounding.
 _BEYOND = 2.0**-12
 
 

@@ -92,7 +92,7 @@ class Line:
         return self.cuts_at((centroids[:-1] + centroids[1:]) / 2)
 
     def cuts_at(self, thresholds: Floats) -> Places:
-        """Places where cells with these inner borders begin and end; a value there is below.
+        """Places where cells with these inner thresholds begin and end; a value there is below.
 
         Example:
             >>> Line.of(np.array([0.0, 1.0, 9.0]), None, centered=True).cuts_at(np.array([1.0]))

@@ -191,10 +191,10 @@ def packed_size(weight: QuantizedWeight, rows_per_scale: int) -> int:
 
 def _coded_bytes(bits: Bits) -> int:
     """Entropy of the values, in whole bytes, and the values."""
-    levels, counts = np.unique(bits, return_counts=True)
-    shares = counts / max(bits.size, 1)
-    entropy = float(-(shares * np.log2(shares)).sum()) if bits.size else 0.0
-    return math.ceil(bits.size * entropy / 8) + levels.nbytes
+    distinct, counts = np.unique(bits, return_counts=True)
+    fractions = counts / max(bits.size, 1)
+    entropy = float(-(fractions * np.log2(fractions)).sum()) if bits.size else 0.0
+    return math.ceil(bits.size * entropy / 8) + distinct.nbytes
 
 
 def _smallest(bits: Bits) -> tuple[str, dict[str, NDArray[Any]]]:
@@ -205,17 +205,17 @@ def _smallest(bits: Bits) -> tuple[str, dict[str, NDArray[Any]]]:
     mask = {"mask": np.packbits(is_nonzero)}
     choices["sparse"] = {**mask, "values": nonzero}
     for name, some, more in (("few", bits, {}), ("both", nonzero, mask)):
-        levels, indices = np.unique(some, return_inverse=True)
-        if 0 < len(levels) <= _MOST_VALUES:
-            choices[name] = {**more, "levels": levels, "indices": _pack(indices, len(levels))}
+        distinct, indices = np.unique(some, return_inverse=True)
+        if 0 < len(distinct) <= _MOST_VALUES:
+            choices[name] = {**more, "levels": distinct, "indices": _pack(indices, len(distinct))}
     sizes = {name: sum(x.nbytes for x in parts.values()) for name, parts in choices.items()}
     best = min(sizes, key=lambda name: sizes[name])
     return best, choices[best]
 
 
-def _pack(indices: NDArray[np.intp], levels: int) -> NDArray[np.uint8]:
+def _pack(indices: NDArray[np.intp], size: int) -> NDArray[np.uint8]:
     """Indices in as many bits as they need, the highest first, one after the other."""
-    width = width_of(levels)
+    width = width_of(size)
     positions = np.arange(width - 1, -1, -1)
     return np.packbits((indices.reshape(-1, 1) >> positions & 1).astype(np.uint8))
 

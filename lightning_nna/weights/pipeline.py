@@ -218,9 +218,10 @@ class WeightPipeline:
 
     @unseen
     def carried(self) -> dict[str, tuple[list[WeightTransform], str]]:
-        """Stages by parameter, for :meth:`adopt`, and a digest of what each parameter holds."""
+        """Return transforms by parameter and digests of the parameters, for :meth:`adopt`."""
         return {
-            name: (list(transforms), digest_of(held)) for name, held, transforms in self.claims()
+            name: (list(transforms), digest_of(weight))
+            for name, weight, transforms in self.claims()
         }
 
     @unseen

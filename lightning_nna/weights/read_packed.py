@@ -93,7 +93,7 @@ def sealed(contents: bytes) -> bytes:
 
 
 def unpacked(parts: Mapping[str, NDArray[Any]], count: int, kind: type) -> Bits:
-    """Bits of a tensor from its parts: levels by index, and a mask of what is not zero."""
+    """Restore the bits of a tensor from its parts: distinct values by index, mask of nonzeros."""
     nonzero = count
     is_nonzero = None
     if "mask" in parts:
@@ -110,13 +110,13 @@ def unpacked(parts: Mapping[str, NDArray[Any]], count: int, kind: type) -> Bits:
     return bits
 
 
-def width_of(levels: int) -> int:
-    """Bits of an index of so many levels."""
-    return max(levels - 1, 0).bit_length()
+def width_of(size: int) -> int:
+    """Return the bits of an index of ``size`` distinct values."""
+    return max(size - 1, 0).bit_length()
 
 
-def _indices(packed: NDArray[np.uint8], count: int, levels: int) -> NDArray[np.intp]:
-    width = width_of(levels)
+def _indices(packed: NDArray[np.uint8], count: int, size: int) -> NDArray[np.intp]:
+    width = width_of(size)
     bits = np.unpackbits(packed, count=count * width).reshape(count, width)
     return bits.astype(np.intp) @ (1 << np.arange(width - 1, -1, -1))
 

@@ -365,7 +365,7 @@ def test_lightnings_own_pruning_is_gone_after_a_resume_and_ours_is_not(tmp_path:
         ({"overrides": {"lstm": -0.5}}, r"overrides\['lstm'\] must be at least 0"),
         ({"pattern": "3:2"}, "N is over M"),
         ({"every_n_steps": 0}, "every_n_steps must be at least 1"),
-        ({"freeze_step": 1.5}, "freeze_step is a share"),
+        ({"freeze_step": 1.5}, "freeze_step is a fraction"),
         ({"scope": "all"}, "scope must be 'layer' or 'global'"),
         ({"scope": "global", "pattern": "2:4"}, "set scope='layer'"),
         ({"weighting": "hessian"}, "got 'hessian'"),
