@@ -214,9 +214,9 @@ def round_half_away(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
         >>> round_half_away(torch.tensor([0.5, 1.5, -2.5, 0.49999997]))
         tensor([ 1.,  2., -3.,  0.])
     """
-    whole = x.trunc()
+    integral = x.trunc()
     # x - trunc(x) is exact, so the comparison sees true ties only; adding 0.5 first would not.
-    return whole + ((x - whole).abs() >= 0.5).to(x.dtype) * x.sign()
+    return integral + ((x - integral).abs() >= 0.5).to(x.dtype) * x.sign()
 
 
 @lru_cache(maxsize=16)
@@ -290,8 +290,8 @@ def _exp_of_negative(x: Tensor, integer_bits: int) -> Tensor:
     remainder = remainder_mod - x
     for k, factor in zip(range(-2, 5), _EXP_FACTORS, strict=True):
         if integer_bits > k:
-            chosen = (remainder >> (fractional_bits + k)) & 1
-            result = torch.where(chosen > 0, _high_multiply(result, _sixteen(factor)), result)
+            bit = (remainder >> (fractional_bits + k)) & 1
+            result = torch.where(bit > 0, _high_multiply(result, _sixteen(factor)), result)
     if integer_bits > 5:
         result = torch.where(x < -(1 << (fractional_bits + 5)), torch.zeros_like(x), result)
     return torch.where(x == 0, torch.tensor(INT16_MAX), result)

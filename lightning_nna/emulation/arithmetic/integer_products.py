@@ -21,7 +21,7 @@ _BYTE = 128
 
 @lru_cache(maxsize=1)
 def has_byte_products() -> bool:
-    """Whether this processor multiplies bytes quickly, and this torch correctly.
+    """Tell whether this processor multiplies bytes quickly, and this torch correctly.
 
     Without the instructions torch falls back on a loop that is slower than float32, and where it
     does not, its sums of pairs saturate at 16 bits; the extremes of a small product tell.
@@ -57,7 +57,7 @@ class ByteProduct:
         self.columns = integers.to(self.dtype).T
 
     def empty(self, rows: int) -> Tensor:
-        """Room for the accumulators of a product of ``rows`` rows."""
+        """Allocate the accumulators of a product, shape ``(rows, out)``."""
         return self.columns.new_empty((rows, self.columns.shape[1]), dtype=self.dtype)
 
     def __call__(self, q: Tensor, out: Tensor | None = None) -> Tensor:

@@ -131,10 +131,10 @@ def softmax_int16(scores: Int[Tensor, "*rows n"], scale: float) -> Int[Tensor, "
     sums = exps.sum(-1, keepdim=True)
     headroom = 32 - torch.frexp(sums.double()).exponent.long()
     shifted = ((sums << (headroom - 1)) + (1 << 13)) >> 14
-    place = (shifted - (1 << 16) - (1 << 15)).clamp(INT16_MIN, INT16_MAX)
+    offset = (shifted - (1 << 16) - (1 << 15)).clamp(INT16_MIN, INT16_MAX)
     right = 31 - headroom
     half = torch.ones_like(right) << (right - 1)
-    return ((exps * interpolate(inverse, place) + half) >> right).clamp(0, INT16_MAX)
+    return ((exps * interpolate(inverse, offset) + half) >> right).clamp(0, INT16_MAX)
 
 
 @lru_cache(maxsize=1)
@@ -166,8 +166,8 @@ def exp_on_negative(x: Int[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:
     result = _exp_near_zero(near << DIFFERENCE_BITS)
     remainder = near - x
     for k, factor in zip(range(-2, 5), _EXP_FACTORS, strict=True):
-        chosen = (remainder >> (26 + k)) & 1
-        result = torch.where(chosen > 0, high_multiply(result, factor), result)
+        bit = (remainder >> (26 + k)) & 1
+        result = torch.where(bit > 0, high_multiply(result, factor), result)
     return torch.where(x == 0, torch.tensor(INT32_MAX), result)
 
 

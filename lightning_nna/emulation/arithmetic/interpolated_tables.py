@@ -95,8 +95,8 @@ def interpolate(table: Int[Tensor, " entries"], x: Int[Tensor, "*shape"]) -> Int
     """
     shift = 16 - (len(table) - 1).bit_length() + 1
     table = table.to(x.device)
-    place = x - INT16_MIN
-    segment, inside = place >> shift, place & ((1 << shift) - 1)
+    offset = x - INT16_MIN
+    segment, inside = offset >> shift, offset & ((1 << shift) - 1)
     start = table[segment]
     rise = (table[segment + 1] - start) * inside
     return start + ((rise + ((1 << shift) >> 1)) >> shift)

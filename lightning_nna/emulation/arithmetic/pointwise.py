@@ -185,12 +185,9 @@ def logistic_int16(x: Int[Tensor, "*shape"], scale: float) -> Int[Tensor, "*shap
         tensor([16384, 23956])
     """
     value = _to_table(x, scale)
-    table = _sigmoid_table().to(x.device)
-    magnitude = value.abs()
-    segment = (magnitude >> 9).clamp_max(254)
-    low = table[segment]
-    result = (low << 9) + (magnitude & 0x1FF) * (table[segment + 1] - low)
-    result = torch.where(magnitude >> 9 >= 255, torch.tensor(0x7FFF << 10), result)
+    # For x = 1: 3 * 4096 units are segment 24 of 512 units each, with nothing left, and the entry
+    # is 2^16 sigmoid(1) = 47911. Times 2^9, plus half of 2^10, over 2^10: 23956, or 0.7311.
+    result = _between_entries(value.abs(), bits=9, last=0x7FFF << 10)
     return torch.where(value >= 0, result + 2**9, 2**25 - result + 2**9 - 1) >> 10
 
 
@@ -206,13 +203,26 @@ def tanh_int16(x: Int[Tensor, "*shape"], scale: float) -> Int[Tensor, "*shape"]:
         tensor([    0, 24956])
     """
     value = _to_table(x, scale)
-    table = _sigmoid_table().to(x.device)
-    magnitude = value.abs()
-    segment = (magnitude >> 8).clamp_max(254)
-    low = table[segment]
-    result = (low << 8) + (magnitude & 0xFF) * (table[segment + 1] - low)
-    result = torch.where(magnitude >> 8 >= 255, torch.tensor(0xFFFF << 8), result)
+    # tanh(x) = 2 sigmoid(2 x) - 1: segments of half the width, and 2^23 is a half.
+    # For x = 1: segment 48 of 256 units, whose entry is 2^16 sigmoid(2) = 57724. Times 2^8, less
+    # 2^23, plus half of 2^8, over 2^8: 24956, or 0.7616.
+    result = _between_entries(value.abs(), bits=8, last=0xFFFF << 8)
     return torch.where(value >= 0, result - 2**23 + 2**7, -result + 2**23 + 2**7 - 1) >> 8
+
+
+def _between_entries(magnitude: Tensor, *, bits: int, last: int) -> Tensor:
+    """Straight line between two entries of the table of the sigmoid, times 2^bits.
+
+    Args:
+        magnitude: Absolute values of the input in units of the table, int64.
+        bits: Logarithm to base 2 of the units in a segment.
+        last: Value beyond the table.
+    """
+    table = _sigmoid_table().to(magnitude.device)
+    segment = (magnitude >> bits).clamp_max(254)
+    low = table[segment]
+    line = (low << bits) + (magnitude & (2**bits - 1)) * (table[segment + 1] - low)
+    return torch.where(magnitude >> bits >= 255, torch.tensor(last), line)
 
 
 # Where the reference's table is one above the nearest integer to 2^16 sigmoid(i / 24).
@@ -224,8 +234,8 @@ _ONE_ABOVE = (
 
 @lru_cache(maxsize=1)
 def _sigmoid_table() -> Tensor:
-    places = torch.arange(256, dtype=torch.float64)
-    table = (2**16 * elementary.sigmoid(places / 24)).round().long()
+    indices = torch.arange(256, dtype=torch.float64)
+    table = (2**16 * elementary.sigmoid(indices / 24)).round().long()
     table[torch.tensor(_ONE_ABOVE)] += 1
     return table
 

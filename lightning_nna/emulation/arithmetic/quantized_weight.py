@@ -70,7 +70,7 @@ class QuantizedWeight:
         return self._largest_sum
 
     def exceeds(self, limit: float) -> bool:
-        """Whether the largest sum reaches a limit; most often the shape alone tells that not."""
+        """Tell whether the largest sum reaches a limit; most often the shape alone denies it."""
         return self.bound >= limit and self._largest_sum >= limit
 
     @cached_property

@@ -50,11 +50,12 @@ def rescale(
     largest: float,
     zero_point: int = 0,
 ) -> Tensor:
-    r"""Multiply integers by positive factors and round as the chip does, exactly.
+    r"""Multiply integers by positive factors and round as the kernel does, exactly.
 
     Args:
-        accumulator: Whole numbers, float32, float64 or int; may be overwritten if it is float64.
-        factors: One factor, or float64 factors that broadcast against the accumulator.
+        accumulator: Whole numbers, float32, float64 or int, any shape; may be overwritten if it is
+            float64.
+        factors: One factor, or float64 factors whose shape broadcasts against the accumulator.
         rounding: ``"double"``, ``"reduced"``, ``"single"``, ``"shift"`` (the factor is a power of
             two) or ``"real"``.
         largest: Bound on the absolute value of the accumulator, at most :math:`2^{31}`;
@@ -75,10 +76,10 @@ def rescale(
 
 
 def rescale_fast(accumulator: Tensor, factors: float | Tensor, *, rounding: RoundingKind) -> Tensor:
-    """The same in the accumulator's own float type: equal but near a tie.
+    """Rescale in the accumulator's own float type: equal except near a tie.
 
     Args:
-        accumulator: Whole numbers, float; overwritten.
+        accumulator: Whole numbers, float, any shape; overwritten.
         factors: See :func:`rescale`.
         rounding: See :func:`rescale`.
 
@@ -92,7 +93,7 @@ def rescale_fast(accumulator: Tensor, factors: float | Tensor, *, rounding: Roun
 def rounding_factors(
     factors: float | Tensor, *, rounding: RoundingKind
 ) -> tuple[Tensor, Tensor | None]:
-    """What to multiply with before the first rounding, and before the second if there are two.
+    """Return the factors before the first rounding, and before the second if there are two.
 
     An operator may put the first into an operand of its product and so save a pass.
 
@@ -132,7 +133,7 @@ def round_fast(scaled: Tensor, second: Tensor | None) -> Tensor:
     """Round what the first factor has scaled, and again after the second.
 
     Args:
-        scaled: Float; overwritten.
+        scaled: Float, any shape; overwritten.
         second: See :func:`rounding_factors`.
 
     Returns:
@@ -146,7 +147,7 @@ def round_half_away(x: Tensor) -> Tensor:
     """Round float32 or float64 to nearest, ties away from zero.
 
     Args:
-        x: Any values; overwritten.
+        x: Any values and shape; overwritten.
 
     Returns:
         ``x``, rounded.
@@ -165,8 +166,8 @@ def spills(factors: float | Tensor, *, rounding: RoundingKind, largest: float) -
     """Tell whether a result, or a step on the way to it, may leave the kernel's 32 bits.
 
     Args:
-        factors: See :func:`rescale`.
-        rounding: See :func:`rescale`; a chip of another arithmetic has no such bound.
+        factors: One factor or several of any shape, see :func:`rescale`.
+        rounding: See :func:`rescale`; an accelerator of another arithmetic has no such bound.
         largest: Bound on the absolute value of the accumulator.
 
     Example:
@@ -181,7 +182,7 @@ def spills(factors: float | Tensor, *, rounding: RoundingKind, largest: float) -
 
 
 def wrap(x: Tensor, limit: float = _INT32) -> Tensor:
-    """Whole numbers, float64, as the integers from ``-limit`` to ``limit - 1`` that wrap around.
+    """Wrap whole numbers, float64, any shape, to the integers from ``-limit`` to ``limit - 1``.
 
     Example:
         >>> wrap(torch.tensor([2.0**31, -(2.0**31) - 1, 5.0], dtype=torch.float64)).tolist()
@@ -191,25 +192,25 @@ def wrap(x: Tensor, limit: float = _INT32) -> Tensor:
 
 
 def multiply(x: Tensor, mantissas: Tensor, shifts: Tensor, *, largest: float) -> Tensor:
-    """Whole numbers, float64, by a multiplier of their own each; see :class:`Multiplier`."""
+    """Multiply whole numbers, float64, each by its own multiplier of the same shape."""
     return Multiplier(mantissas, shifts, largest=largest)(x)
 
 
 class Rescaler:
-    """round(factor (x + offset)) as the chip rounds.
+    """round(factor (x + offset)) as the kernel rounds.
 
     Args:
         factors: Positive factors, float64, that broadcast against the accumulators.
         rounding: See :func:`.rescaling.rescale`.
         largest: Bound on the absolute value of ``x + offset`` and of ``x``.
-        offset: Whole numbers (a bias, the zero point's share of a product), float64, that
+        offset: Whole numbers (a bias, the zero point's fraction of a product), float64, that
             broadcast like the factors; None for none.
         exact: Every bit; otherwise in float32, equal but near a tie.
-        settle: What an accumulator too narrow makes of its sums, if it may overflow.
-        zero_point: What the kernel adds to the result, in 32 bits.
+        settle: Function that saturates or wraps sums of an accumulator that may overflow.
+        zero_point: Zero point, which the kernel adds to the result in 32 bits.
 
     Attributes:
-        dtype: What accumulators must be given in.
+        dtype: Type that accumulators must have.
 
     Example:
         >>> rescaler = Rescaler(torch.tensor(0.25).double(), rounding="double", largest=100.0)
@@ -251,6 +252,10 @@ class Rescaler:
         return self._compute(x)
 
     def _generally(self, x: Tensor) -> Tensor:
+        # The sum 1003 with a bias of -3 and the factor 0.0125 is 12.5:
+        #   real     12.5 -> 13, ties away from zero
+        #   single   0.8 * 2^31 -> 1717986918, a little less: 12.49999 -> 12, rounded once
+        #   double   1000 * 0.8 -> 800 first, then 800 / 2^6 = 12.5 -> 13
         if self.offset is not None:
             x += self.offset
         if self.settle is not None:
@@ -271,8 +276,8 @@ class Rescaler:
 
         A result of 2^31 becomes -2^31; with a zero point of -3 that is 2^31 - 3.
         """
-        held = x.masked_fill_((x >= _INT32) | (x < -_INT32), -_INT32).add_(self.zero_point)
-        return x.copy_(wrap(held)).sub_(self.zero_point)
+        saturated = x.masked_fill_((x >= _INT32) | (x < -_INT32), -_INT32).add_(self.zero_point)
+        return x.copy_(wrap(saturated)).sub_(self.zero_point)
 
     def _prepare_fast(self) -> None:
         first, self.second = rounding_factors(self.factors, rounding=self.rounding)
@@ -327,6 +332,8 @@ class Multiplier:
             self.before, self.left = offset, power_of_two(left % 32)
             offset, left, largest = torch.zeros_like(offset), torch.zeros_like(left), _INT32
         self.twice = bool((shifts < 0).any())
+        # A factor of 1/16 is the mantissa 2^30 with the exponent -3: of the sum 24, the first
+        # rounding makes floor(24 / 2 + 1/2) = 12, the second 12 / 8 = 1.5 -> 2, away from zero.
         self.second = power_of_two(shifts.clamp_max(0)) * TIES_AWAY
         # A factor formed in float32 has a short mantissa: one product in float64 is exact.
         odd = mantissas // (mantissas & -mantissas).clamp_min(1)
@@ -335,7 +342,8 @@ class Multiplier:
             self.first = mantissas * power_of_two(left - 31)
             self.constant = offset * self.first + 0.5
             return
-        # Two products of half the mantissa each, both exact.
+        # Two products of half the mantissa each, both exact: 0x6000_4001 is 0x6000 * 2^16 plus
+        # 0x4001, and a sum of 31 bits times 16 bits has 47, of 53 that float64 holds.
         upper, lower = mantissas >> 16, mantissas & 0xFFFF
         self.upper = upper * power_of_two(left - 15)
         self.lower = lower * power_of_two(left - 16)

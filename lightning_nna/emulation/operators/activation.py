@@ -199,7 +199,9 @@ register_operator(
 
 
 def relu(call: Call, input: Tensor, inplace: bool = False) -> Tensor:
-    """``relu`` on the input's own grid: the integers below the zero point become the zero point.
+    """Compute ``relu`` of any shape: integers below the zero point become the zero point.
+
+    The result has the input's quantization parameters.
 
     With equal scales the reference's rescaling is by one, so nothing is rounded.
     """
@@ -207,26 +209,26 @@ def relu(call: Call, input: Tensor, inplace: bool = False) -> Tensor:
 
 
 def relu6(call: Call, input: Tensor, inplace: bool = False) -> Tensor:
-    """``F.relu6`` on the input's own grid, where 6 is the nearest integer's value."""
+    """Compute ``F.relu6`` of any shape, where 6 is the value of the nearest integer."""
     return _clamped(call, input, 6.0)
 
 
 def hardtanh(
     call: Call, input: Tensor, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False
 ) -> Tensor:
-    """``F.hardtanh`` of 0 and 6, as ``nn.ReLU6`` calls it."""
+    """Compute ``F.hardtanh`` from 0 to 6, as ``nn.ReLU6`` calls it, of any shape."""
     return relu6(call, input)
 
 
 def supports_hardtanh(
     input: Any, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False
 ) -> bool:
-    """Whether it is ReLU6."""
+    """Tell whether it is ReLU6."""
     return min_val == 0 and max_val == 6
 
 
 def silu(call: Call, input: Tensor, inplace: bool = False) -> Tensor:
-    """``F.silu``: a sigmoid and a product, in 8 bits one table of both."""
+    """Compute ``F.silu`` of any shape: a sigmoid and a product, in 8 bits one table of both."""
     if call.bits == 8:
         return drive(_SILU, call, input, rounding=call.state.spec.rounding_of("double"))
     x = call.operand(input, "input")
@@ -264,13 +266,13 @@ _SILU = Operator(
 
 
 def hard_sigmoid(call: Call, input: Tensor, inplace: bool = False) -> Tensor:
-    """``F.hardsigmoid``: relu6(x + 3) / 6."""
+    """Compute ``F.hardsigmoid`` of any shape: relu6(x + 3) / 6."""
     raised = elementwise.add(call.child("raised"), input, 3.0)
     return elementwise.mul(call, relu6(call.child("clipped"), raised), 1 / 6)
 
 
 def glu(call: Call, input: Tensor, dim: int = -1) -> Tensor:
-    """``F.glu``: the first half times the sigmoid of the second."""
+    """Compute ``F.glu`` of shape ``(..., 2 n, ...)``: one half times the sigmoid of the other."""
     x = call.operand(input, "input")
     first, second = (call.with_qparams(half, x.qparams) for half in x.value.chunk(2, dim))
     return elementwise.mul(call, first, sigmoid(call.child("gate"), second))
@@ -279,7 +281,7 @@ def glu(call: Call, input: Tensor, dim: int = -1) -> Tensor:
 def dropout(
     call: Call, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
 ) -> Tensor:
-    """Dropout as a change of grid: the integers stay, the scale grows by 1 / (1 - p).
+    """Drop values of any shape: the integers stay, the scale grows by 1 / (1 - p).
 
     The new scale is rounded to the significand that every scale has: the integers stay exact. An
     activation that no operator has quantized yet stays so. The emulator writes in-place results.
@@ -290,7 +292,7 @@ def dropout(
 def feature_dropout(
     call: Call, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
 ) -> Tensor:
-    """``F.dropout1d`` and the like: whole channels of a batch are dropped."""
+    """Drop whole channels, as ``F.dropout1d``, of shape ``(batch, channels, ...)``."""
     shape = (*input.shape[:2], *(1 for _ in input.shape[2:]))
     return _dropped(call, input, p, training, shape)
 
@@ -308,16 +310,16 @@ def _dropped(call: Call, input: Tensor, p: float, training: bool, shape: tuple[i
         if result is not input:
             call.state.fusion.note_alias(input, result)
         return result if tag is None else call.unchanged(result, Activation(input, tag))
-    kept = torch.empty(shape, dtype=input.dtype, device=input.device).bernoulli_(1 - p)
+    mask = torch.empty(shape, dtype=input.dtype, device=input.device).bernoulli_(1 - p)
     if tag is None or tag == PENDING:
-        result = input * kept.div_(1 - p)
+        result = input * mask.div_(1 - p)
         call.state.fusion.note_alias(input, result)
         return result if tag is None else call.with_qparams(result, tag)
     grown = replace(tag, scale=round_significand(tag.scale / (1 - p), tag.bits), fused_relu=False)
     with float32_arithmetic(input):
         # By a tensor: a GPU would multiply by the inverse of a number.
         integers = input / torch.full((), tag.scale, device=input.device)
-        result = call.with_qparams(integers * kept.mul_(grown.scale), grown)
+        result = call.with_qparams(integers * mask.mul_(grown.scale), grown)
     call.state.fusion.note_alias(input, result)
     return result
 

@@ -52,7 +52,10 @@ def scaled_dot_product_attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """``F.scaled_dot_product_attention`` on the chip."""
+    """Emulate ``F.scaled_dot_product_attention``.
+
+    Queries have the shape ``(..., n, k)``, keys ``(..., m, k)`` and values ``(..., m, v)``.
+    """
     if is_causal:
         mask = Mask.causal(query.shape[-2], key.shape[-2], query.device)
     else:
@@ -64,7 +67,7 @@ def scaled_dot_product_attention(
 def supports_scaled_dot_product_attention(
     query: Tensor, *args: Any, enable_gqa: bool = False, **kwargs: Any
 ) -> bool:
-    """Whether every query has a key of its own, and the factor is positive."""
+    """Tell whether every query has a key of its own, and the factor is positive, for any shape."""
     grouped = enable_gqa or (len(args) > 6 and args[6])
     scale = kwargs.get("scale")
     return not grouped and query.dim() <= 5 and (scale is None or scale > 0)
@@ -126,7 +129,7 @@ def multi_head_attention(
 
 
 def supports_multi_head_attention(*args: Any, **kwargs: Any) -> bool:
-    """Whether nothing is appended to the keys, and none are given from outside."""
+    """Tell whether nothing is appended to the keys, and none come from outside."""
     bias_k, bias_v, add_zero_attn = args[7:10]
     extra = (bias_k, bias_v, kwargs.get("static_k"), kwargs.get("static_v"))
     return all(x is None for x in extra) and not add_zero_attn
@@ -193,17 +196,17 @@ def _project(
     for index, (x, weight, shift) in enumerate(zip(inputs, weights, biases, strict=True)):
         assert weight is not None, "torch asks for three weights or a packed one"
         part = call.child(f"{names[index]}_projection")
-        whole = weight if packed is None else packed
+        shared = weight if packed is None else packed
         rows = slice(index * len(weight), (index + 1) * len(weight)) if packed is not None else _ALL
         layer = (weight, trained[index], shift)
-        projected.append(_projection(part, operands[id(x)], layer, whole, rows))
+        projected.append(_projection(part, operands[id(x)], layer, shared, rows))
     return projected
 
 
 def _trainable(
     call: Call, separate: tuple[Tensor | None, ...], packed: Tensor | None
 ) -> Sequence[Tensor | None]:
-    """What the gradients of the projections go to; a packed weight is asked for once."""
+    """Tensors that the gradients of the projections go to; a packed weight is asked for once."""
     per_channel = call.state.spec.weight_granularity == "per_channel"
     if call.observing:
         return separate
@@ -219,7 +222,7 @@ def _projection(
     call: Call,
     x: Activation,
     layer: tuple[Tensor, Tensor | None, Tensor | None],
-    whole: Tensor,
+    shared: Tensor,
     rows: slice,
 ) -> Tensor:
     """A layer whose weight is some rows of a parameter, with scales of its own.
@@ -234,8 +237,8 @@ def _projection(
     if call.observing:
         return call.observed(in_float())
     per_channel = call.state.spec.weight_granularity == "per_channel"
-    held = call.state.weight(whole, 1 if per_channel else len(weight))
-    quantized = QuantizedWeight(held.stored[rows], held.scales[rows])
+    projection = call.state.weight(shared, 1 if per_channel else len(weight))
+    quantized = QuantizedWeight(projection.stored[rows], projection.scales[rows])
     assert trained is not None, "what is emulated has a place for its gradient"
     return fully_connected(call, x, trained, bias, quantized, call.output(in_float))
 

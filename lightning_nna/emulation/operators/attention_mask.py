@@ -1,4 +1,4 @@
-r"""Which scores of an attention take part, and what is added to them.
+r"""Masks of an attention: the scores that take part, and what is added to them.
 
 A masked score becomes the lowest integer of the scores' grid. The grid reaches so far below the
 smallest of the rows' maxima, as calibration saw them, that such a score adds nothing to the 8-bit
@@ -65,7 +65,7 @@ class Mask:
         """Join masks, each of booleans or added to the scores.
 
         Args:
-            masks: What broadcasts against the scores, or None.
+            masks: Tensors whose shapes broadcast with that of the scores, or None.
             true_is_masked: Whether True stands for a score that does not take part.
             constant: Tells whether a mask belongs to the program.
 
@@ -74,14 +74,14 @@ class Mask:
             >>> mask.keep, mask.bias
             (tensor([ True,  True, False]), tensor([ 0.0000, -1.5000,  0.0000]))
         """
-        given = [mask for mask in masks if mask is not None]
+        present = [mask for mask in masks if mask is not None]
         keep: Tensor | None = None
         bias: Tensor | None = None
-        for mask in given:
+        for mask in present:
             where, added = parts_of(mask, true_is_masked)
             keep = where if keep is None else keep if where is None else keep & where
             bias = added if bias is None else bias if added is None else bias + added
-        return cls(keep, bias, all(constant(mask) for mask in given))
+        return cls(keep, bias, all(constant(mask) for mask in present))
 
 
 def masked_scores(call: Call, query: Tensor, keys: Tensor, mask: Mask, beta: float = 1.0) -> Tensor:
@@ -121,7 +121,7 @@ def masked_scores(call: Call, query: Tensor, keys: Tensor, mask: Mask, beta: flo
 
 
 def parts_of(mask: Tensor, true_is_masked: bool = False) -> tuple[Tensor | None, Tensor | None]:
-    """Where scores take part and what is added there; None for everywhere, and for nothing."""
+    """Split a mask of any shape into the scores to keep and a bias; None for all and for zeros."""
     if mask.dtype == torch.bool:
         return ~mask if true_is_masked else mask, None
     keep = mask > ABSENT
@@ -131,10 +131,10 @@ def parts_of(mask: Tensor, true_is_masked: bool = False) -> tuple[Tensor | None,
 
 
 def _only_masked_is_known(call: Call) -> bool:
-    """Whether calibration saw masks here and this call, by chance, has none."""
+    """Tell whether calibration saw masks here and this call, by chance, has none."""
     ranges = call.state.ranges
-    seen = f"{call.site}/row_maxima" in ranges
-    return seen and not call.observing and f"{call.site}/scores/output" not in ranges
+    had_masks = f"{call.site}/row_maxima" in ranges
+    return had_masks and not call.observing and f"{call.site}/scores/output" not in ranges
 
 
 def _lowest_maximum(
@@ -160,7 +160,7 @@ def _product(call: Call, query: Tensor, keys: Tensor, keep: Tensor) -> Tensor:
 
 
 def biased(call: Call, scores: Tensor, bias: Tensor, keep: Tensor) -> Tensor:
-    """A sum whose range is that of the entries to keep."""
+    """Add a bias to scores of a shape that broadcasts; the range is that of the entries to keep."""
     if not call.observing:
         return elementwise.add(call, scores, bias)
     call.operand(bias, "other")
@@ -173,20 +173,20 @@ def _observe(call: Call, scores: Tensor, keep: Tensor) -> Tensor:
 
 
 def kept(scores: Tensor, keep: Tensor) -> Tensor:
-    """The scores that take part; all of them where none does."""
-    chosen = scores[keep.expand(scores.shape)]
-    return chosen if chosen.numel() else scores
+    """Select the scores that take part, flat, shape ``(n,)``; all of them where none does."""
+    selected = scores[keep.expand(scores.shape)]
+    return selected if selected.numel() else scores
 
 
 def row_maxima(scores: Tensor, keep: Tensor) -> Tensor:
-    """The largest score of every row in which any takes part."""
+    """Return the largest score of every row in which any takes part, shape ``(rows,)``."""
     maxima = scores.masked_fill(~keep, -torch.inf).amax(-1)
     finite = maxima[maxima > -torch.inf]
     return finite if finite.numel() else scores.new_zeros(1)
 
 
 def fill(call: Call, scores: Tensor, keep: Tensor, constant: bool) -> Tensor:
-    """Put the lowest of the grid where ``keep`` is False; a row without any score is level."""
+    """Put the lowest value where ``keep``, a broadcast shape, is False; empty rows are level."""
     if call.observing:
         return call.with_qparams(scores.masked_fill(~keep, torch.finfo(scores.dtype).min), PENDING)
     x = call.operand(scores, "input")

@@ -67,14 +67,14 @@ def batch_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Tensor:
-    """``F.batch_norm`` on the chip."""
+    """Emulate ``F.batch_norm`` of shape ``(batch, channels, ...)``."""
     if call.observing:
         spec = call.state.spec
         if spec.weight_granularity == "per_channel" and not spec.power_of_two_scales:
             call.state.fusion.note_batch_norm(input)
-        given = call.operand(input, "input").value
+        value = call.operand(input, "input").value
         arguments = (running_mean, running_var, weight, bias, training, momentum, eps)
-        return call.observed(F.batch_norm(given, *arguments))
+        return call.observed(F.batch_norm(value, *arguments))
     folded = call.state.fusion.deferred(input)
     x = None if folded is not None else call.operand(input, "input")
     values = input if x is None else x.value
@@ -114,7 +114,7 @@ def _statistics(
 def _normalized(
     x: Tensor, mean: Tensor, inverse: Tensor, weight: Tensor | None, bias: Tensor | None
 ) -> Tensor:
-    """Batch norm in float with given statistics."""
+    """Batch norm in float with known statistics."""
     factor = inverse if weight is None else inverse * weight
     shape = (-1, *[1] * (x.dim() - 2))
     result = (x - mean.view(shape)) * factor.view(shape)
@@ -170,7 +170,7 @@ class _Folded(torch.autograd.Function):
                 [needs_x, needs_weight, needs_bias],
             )
         wanted = zip(grads, (needs_x, needs_weight, needs_bias), strict=True)
-        return *(found if need else None for found, need in wanted), *(None,) * 6
+        return *(gradient if need else None for gradient, need in wanted), *(None,) * 6
 
 
 class _FoldedWeight(NamedTuple):
@@ -179,21 +179,21 @@ class _FoldedWeight(NamedTuple):
     Args:
         weight: On the chip.
         signs: Of the factor; 0 where the norm multiplies with nothing.
-        kept: Whether the integers are the layer's but for the signs, and so its sums are.
+        same_integers: Whether the integers are the layer's but for the signs, and so its sums are.
     """
 
     weight: QuantizedWeight
     signs: Tensor
-    kept: bool
+    same_integers: bool
 
 
 def _folded(call: Call, layer: FusionCandidate, factor: Tensor, shift: Tensor) -> _FoldedWeight:
     """Put the norm's factor into the scales, which grow where they could not hold the shift."""
-    held = layer.weight
-    scales = round_significands(held.scales.double() * factor.double().abs())
+    plain = layer.weight
+    scales = round_significands(plain.scales.double() * factor.double().abs())
     nothing = scales < SMALLEST_SCALE
     signs = factor.sign().masked_fill_(nothing, 0.0)
-    integers = held.stored * signs.to(torch.int8).view(-1, *[1] * (held.stored.dim() - 1))
+    integers = plain.stored * signs.to(torch.int8).view(-1, *[1] * (plain.stored.dim() - 1))
     weight = QuantizedWeight(integers, scales.masked_fill_(nothing, SMALLEST_SCALE).float())
     fitting = holding_bias(call, weight, shift, layer.x.qparams)
     return _FoldedWeight(fitting, signs, fitting is weight)
@@ -215,8 +215,8 @@ def _output(
     scales = layer.x.qparams.scale * folded.weight.scales.double()
     biases = integer_bias(shift, scales, call.state.spec.bias_width(bits))
     signs = folded.signs
-    if layer.exact or not folded.kept or needs_exact(call, layer.x, folded.weight, y):
-        if layer.exact and folded.kept:
+    if layer.exact or not folded.same_integers or needs_exact(call, layer.x, folded.weight, y):
+        if layer.exact and folded.same_integers:
             total = layer.sums.double() * signs.double().view(shape)
         else:
             total = layer.sums_of(folded.weight).double()

@@ -1,4 +1,4 @@
-"""What an operator is given: its site, its operands on the grid, and a place for its result."""
+"""The call of an operator: its site, its quantized operands, and its result."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class Call:
         return replace(self, site=site, bits=width)
 
     def operand(self, x: Tensor | float, name: str) -> Activation:
-        """Bring an operand onto the grid: it is there already, is a constant, or is quantized.
+        """Quantize an operand of any shape, unless it is quantized already or is a constant.
 
         While observing, the value comes back unchanged, and the range of an operand that no
         operator of the chip has produced is noted under ``site/name``.
@@ -95,9 +95,9 @@ class Call:
     def observed(
         self, result: Tensor, name: str = "output", *, seen: Tensor | None = None
     ) -> Tensor:
-        """Note a float result's range while observing, and mark it as the chip's.
+        """Note the range of a float result of any shape while observing, and mark it as emulated.
 
-        The range is that of ``seen``, if more than the result lies on its grid.
+        The range is that of ``seen``, if more than the result shares its quantization parameters.
         """
         self.state.ranges.observe(f"{self.site}/{name}", result if seen is None else seen)
         self.state.set_qparams(result, PENDING)
@@ -106,12 +106,12 @@ class Call:
         return result
 
     def unchanged(self, result: Tensor, like: Activation) -> Tensor:
-        """Pass on the parameters of an operand to a result on the same grid."""
+        """Pass on the parameters of an operand to a result of any shape."""
         self.state.set_qparams(result, like.qparams)
         return result
 
     def output(self, compute: Callable[[], Tensor], name: str = "output") -> QParams:
-        """Parameters of the result; ``compute`` gives the float result for a site never seen."""
+        """Parameters of the result; ``compute`` returns it in float, any shape, for a new site."""
         key = f"{self.site}/{name}"
         if key not in self.state.ranges:
             frozen = self._frozen(key, compute())
@@ -123,19 +123,19 @@ class Call:
         return grid
 
     def with_qparams(self, result: Tensor, qparams: QParams) -> Tensor:
-        """Let the result carry its parameters."""
+        """Let the result, of any shape, carry its parameters."""
         self.state.set_qparams(result, qparams)
         if qparams.fused_relu:
             self.state.fusion.note_fused_output(result, self.site)
         return result
 
     def viewed(self, view: Tensor, of: Tensor) -> Tensor:
-        """Let a view of an activation carry the activation's parameters, if it has any."""
+        """Let a view, of any shape, carry the parameters of its activation, if it has any."""
         tag = self.state.qparams_of(of)
         return view if tag is None else self.with_qparams(view, tag)
 
     def quantized(self, weight: Tensor) -> QuantizedWeight:
-        """A weight that is no parameter but was computed from some, on the chip's grid."""
+        """Quantize a weight that was computed from parameters, shape ``(rows, ...)``."""
         spec = self.state.spec
         per_channel = spec.weight_granularity == "per_channel"
         return quantize_weight(
@@ -146,7 +146,7 @@ class Call:
         )
 
     def initial_state(self, x: Tensor, y: QParams, name: str) -> Tensor:
-        """Bring a state that comes from before the call onto the grid of the later ones."""
+        """Quantize a state, of any shape, that comes from before the call with parameters ``y``."""
         tag = self.state.qparams_of(x)
         if tag is not None and tag != PENDING:
             return requantize(self, Activation(x, tag), y)
@@ -157,7 +157,7 @@ class Call:
         return result
 
     def selected(self, x: Tensor, index: int) -> Tensor:
-        """One part of a tensor along its first axis, with the parameters that it has there."""
+        """Select one part of a tensor, shape ``(parts, ...)``, with the part's own parameters."""
         result = self.viewed(x[index], x)
         mixed = self.state.mixed_qparams_of(x)
         grid = None if mixed is None else MixedQParams(mixed.index[index], mixed.qparams).single()
@@ -166,25 +166,25 @@ class Call:
     def _joined(self, x: Tensor, mixed: MixedQParams, y: QParams) -> Tensor:
         """A tensor of several grids on one."""
         values, index = x.reshape(-1), mixed.index.reshape(-1)
-        moved, places = [], []
+        moved, positions = [], []
         for number, grid in enumerate(mixed.qparams):
-            place = (index == number).nonzero().flatten()
-            if not len(place):
+            position = (index == number).nonzero().flatten()
+            if not len(position):
                 continue
             assert grid is not None
-            moved.append(requantize(self, Activation(values[place], grid), y))
-            places.append(place)
-        return torch.cat(moved)[torch.cat(places).argsort()].reshape(x.shape)
+            moved.append(requantize(self, Activation(values[position], grid), y))
+            positions.append(position)
+        return torch.cat(moved)[torch.cat(positions).argsort()].reshape(x.shape)
 
     def constant(self, x: Tensor) -> Activation:
-        """A tensor of the program used as an operand: on a symmetric grid of its values."""
+        """Quantize a tensor of the program, of any shape, symmetrically by its own values."""
         if self.observing:
             return Activation(x, PENDING, constant=True)
         return _constant(x, self.bits, self.state.spec.power_of_two_scales)
 
     @property
     def recording(self) -> bool:
-        """Whether somebody wants to know the instructions of this call."""
+        """Tell whether somebody wants to know the instructions of this call."""
         return self.recorder is not None and self.exact and not self.observing
 
     def record(
@@ -265,18 +265,18 @@ def _number(x: float, bits: int, power_of_two: bool) -> Activation:
 
 
 def stored_bytes(value: Tensor, qparams: QParams) -> Tensor:
-    """Integers with their zero point, int8, of values on an 8-bit grid."""
+    """Return integers with their zero point, int8, in the shape of ``value``."""
     integers = (value.detach() / qparams.scale).add_(qparams.zero_point)
     return (integers if integers.is_cpu else integers.round_()).to(torch.int8)
 
 
 def quantize(x: Tensor, qparams: QParams, key: str = "a constant") -> Tensor:
-    """Round a float tensor onto a grid; the gradient is 1 inside the range and 0 outside.
+    """Quantize a float tensor; the gradient is 1 inside the range and 0 outside.
 
     Args:
-        x: Any float tensor.
-        qparams: The grid.
-        key: What an error calls the tensor.
+        x: Float tensor of any shape.
+        qparams: Quantization parameters.
+        key: Name of the tensor in errors.
 
     Raises:
         FloatingPointError: If a value is not finite.
@@ -285,7 +285,7 @@ def quantize(x: Tensor, qparams: QParams, key: str = "a constant") -> Tensor:
 
 
 def requantize(call: Call, x: Activation, y: QParams) -> Tensor:
-    """The same value on another grid, by the chip's own requantization."""
+    """Requantize an activation of any shape to parameters ``y``, as the kernel does."""
     if x.qparams == y:
         return x.value
     with float32_arithmetic(x.value):

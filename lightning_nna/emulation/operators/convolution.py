@@ -51,7 +51,7 @@ def convolution(
     dilation: int | Sequence[int] = 1,
     groups: int = 1,
 ) -> Tensor:
-    """``F.conv1d`` and ``F.conv2d`` on the chip."""
+    """Emulate ``F.conv1d`` and ``F.conv2d`` of shapes ``(batch, channels, ...)``."""
     geometry = Geometry.of(weight, stride, padding, dilation, groups)
     x = call.operand(input, "input")
 
@@ -95,12 +95,12 @@ def _waiting(
 
 
 def supports_convolution(input: Any, weight: Tensor, *args: Any, **kwargs: Any) -> bool:
-    """Whether a convolution is over one or two axes."""
+    """Tell whether a convolution is over one or two axes, by the shape of its weight."""
     return weight.dim() in (3, 4)
 
 
 def convolve_in_float(x: Tensor, weight: Tensor, bias: Tensor | None, at: Geometry) -> Tensor:
-    """What ``F.conv1d`` or ``F.conv2d`` computes, with zeros that may differ before and after.
+    """Compute ``F.conv1d`` or ``F.conv2d``, with zeros that may differ before and after.
 
     Args:
         x: Shape ``(N, C, L)`` or ``(N, C, H, W)``, or without the first axis.

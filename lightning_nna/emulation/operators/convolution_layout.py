@@ -1,4 +1,4 @@
-"""Where a convolution looks, and how the schema says so."""
+"""Geometry of a convolution, and its form in the schema."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _SAME, _VALID = 0, 1
 
 @dataclass(frozen=True)
 class Geometry:
-    """Where a convolution looks, each with one entry for every axis that it goes along.
+    """Geometry of a convolution, with one entry for every axis that it goes along.
 
     Args:
         stride: Steps between outputs.
@@ -44,7 +44,7 @@ class Geometry:
         dilation: int | Sequence[int] = 1,
         groups: int = 1,
     ) -> Geometry:
-        """Take the arguments of ``F.conv1d`` or ``F.conv2d``.
+        """Take the arguments of a convolution with a weight of shape ``(out, in, ...)``.
 
         Example:
             >>> Geometry.of(torch.zeros(8, 8, 4), padding="same").padding
@@ -94,17 +94,17 @@ def record_convolution(
     # CONV_2D has no form without a bias.
     zeros = torch.zeros(len(scales)) if bias is None else bias
     biases = stored_bias(zeros, scales, call.state.spec, x.qparams.bits)
-    given, result = _channels_last(x.stored()), _channels_last(y.stored())
+    operand, result = _channels_last(x.stored()), _channels_last(y.stored())
     padding = _VALID
     if any(side for pair in geometry.padding for side in pair):
         if _is_same(geometry, x.value.shape[2:], quantized.stored.shape[2:], y.value.shape[2:]):
             padding = _SAME
         else:
-            given = _record_padding(call, given, geometry)
+            operand = _record_padding(call, operand, geometry)
     operator, weight, options = _kernel(quantized, geometry, x.value.shape[1])
     options |= _by_axis("stride{}", geometry.stride)
     options |= _by_axis("dilation{}Factor", geometry.dilation)
-    call.record(operator, [given, weight, biases], [result], padding=padding, **options)
+    call.record(operator, [operand, weight, biases], [result], padding=padding, **options)
 
 
 def _kernel(
@@ -124,7 +124,7 @@ def _kernel(
 def _is_same(
     at: Geometry, inputs: Sequence[int], kernel: Sequence[int], outputs: Sequence[int]
 ) -> bool:
-    """Whether the reference's ``SAME``, ceil(inputs / stride) outputs, pads as asked."""
+    """Tell whether the reference's ``SAME``, ceil(inputs / stride) outputs, pads as asked."""
     axes = zip(inputs, kernel, outputs, at.stride, at.dilation, at.padding, strict=True)
     for size, taps, result, stride, dilation, (before, _) in axes:
         total = max((result - 1) * stride + dilation * (taps - 1) + 1 - size, 0)
@@ -139,8 +139,8 @@ def _record_padding(call: Call, x: Stored, geometry: Geometry) -> Stored:
     sides = [side for pair in reversed(pairs) for side in pair]
     integers = F.pad(x.integers, sides, value=x.zero_point)
     # The result has a place of its own, though the forward never holds it.
-    place = torch.empty(integers.shape)
-    padded = replace(x, integers=integers, constant=False, source=place)
+    source = torch.empty(integers.shape)
+    padded = replace(x, integers=integers, constant=False, source=source)
     call.record("PAD", [x, Stored(torch.tensor(pairs), "int32", constant=True)], [padded])
     return padded
 
@@ -152,8 +152,8 @@ def _channels_last(x: Stored) -> Stored:
 
 
 def _last(x: Tensor) -> Tensor:
-    whole = x.unsqueeze(2) if x.dim() == 3 else x
-    return whole.permute(0, 2, 3, 1)
+    image = x.unsqueeze(2) if x.dim() == 3 else x
+    return image.permute(0, 2, 3, 1)
 
 
 def _by_axis(name: str, values: Sequence[int]) -> dict[str, Any]:

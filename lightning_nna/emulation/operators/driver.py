@@ -122,7 +122,8 @@ def real(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Return the entries of a table that is made in single precision, for :func:`table`.
 
     Args:
-        function: Function of real numbers, float32, and of the operator's parameters by name.
+        function: Function of real numbers, float32, shape ``(256,)``, and of the operator's
+            parameters by name.
     """
 
     def integers(x: QParams, y: QParams, **parameters: Any) -> Tensor:

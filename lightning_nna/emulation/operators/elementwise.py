@@ -45,46 +45,46 @@ LEFT_SHIFT = {8: 20, 16: 15}
 
 
 def add(call: Call, input: Tensor | float, other: Tensor | float, *, alpha: float = 1) -> Tensor:
-    """``input + alpha * other`` on the chip; ``alpha`` other than ±1 is folded into the operand."""
+    """Emulate ``input + alpha * other`` of shapes that broadcast; other factors are products."""
     if abs(alpha) != 1:
         other = mul(call.child("alpha"), other, abs(alpha))
     return _binary(call, "ADD" if alpha > 0 else "SUB", input, other)
 
 
 def sub(call: Call, input: Tensor | float, other: Tensor | float, *, alpha: float = 1) -> Tensor:
-    """``input - alpha * other`` on the chip."""
+    """Emulate ``input - alpha * other`` of shapes that broadcast."""
     return add(call, input, other, alpha=-alpha)
 
 
 def reversed_sub(call: Call, input: Tensor, other: Tensor | float) -> Tensor:
-    """``other - input``, as ``1 - x`` calls it."""
+    """Emulate ``other - input``, as ``1 - x`` calls it, of shapes that broadcast."""
     return sub(call, other, input)
 
 
 def mul(call: Call, input: Tensor | float, other: Tensor | float) -> Tensor:
-    """``input * other`` on the chip."""
+    """Emulate ``input * other`` of shapes that broadcast."""
     return _binary(call, "MUL", input, other)
 
 
 def div(call: Call, input: Tensor, other: float, *, rounding_mode: str | None = None) -> Tensor:
-    """``input / other`` for a number: a product with its inverse."""
+    """Divide a tensor of any shape by a number: a product with its inverse."""
     return mul(call, input, 1.0 / other)
 
 
 def supports_div(
     input: Any, other: Any, *args: Any, rounding_mode: str | None = None, **kwargs: Any
 ) -> bool:
-    """Whether a quotient is one that the chip has: by a number, unrounded."""
+    """Tell whether the accelerator has a quotient: by a number, unrounded."""
     return not isinstance(other, Tensor) and rounding_mode is None and other != 0
 
 
 def neg(call: Call, input: Tensor) -> Tensor:
-    """``-input`` as a product with -1."""
+    """Negate a tensor of any shape: a product with -1."""
     return mul(call, input, -1.0)
 
 
 def concatenate(call: Call, tensors: list[Tensor], dim: int = 0) -> Tensor:
-    """``torch.cat``: operands on another grid than the output's are requantized to it.
+    """Emulate ``torch.cat`` of shapes equal except in ``dim``; operands are requantized first.
 
     Float data that no operator has quantized yet are put together before they come to the chip,
     and padded with what the forward makes of numbers. Empty tensors, with which caches begin, have
@@ -115,7 +115,7 @@ def _is_plain(call: Call, x: Tensor) -> bool:
 
 
 def stack(call: Call, tensors: list[Tensor], dim: int = 0) -> Tensor:
-    """``torch.stack``: a concatenation along a new axis."""
+    """Emulate ``torch.stack`` of equal shapes: a concatenation along a new axis."""
     new = dim if dim >= 0 else dim + tensors[0].dim() + 1
     expanded = []
     for x in tensors:
@@ -239,7 +239,7 @@ def _look_up(
 
 
 def _has_table(x: Activation) -> bool:
-    """Whether a table pays: not for a parameter, whose grid changes with every step."""
+    """Tell whether a table pays: not for a parameter, whose scale changes with every step."""
     return x.qparams.bits == 8 and (not x.constant or x.value.numel() == 1)
 
 
@@ -257,14 +257,14 @@ def pairwise(
     grids: tuple[QParams, QParams, QParams],
     rounding: RoundingKind,
 ) -> Tensor:
-    """Integers of a sum, difference or product, rounded as the chip does, not clipped.
+    """Compute integers of a sum, difference or product, rounded as the kernel does, not clipped.
 
     Args:
-        kind: What is computed.
-        a: Integers of the first operand less its zero point.
-        b: Those of the second; the two broadcast.
-        grids: Of the operands and the output.
-        rounding: Of the requantization.
+        kind: Name of the kernel.
+        a: Integers of the first operand less its zero point, any shape.
+        b: Integers of the second less its zero point; the shapes broadcast.
+        grids: Quantization parameters of both operands and the output.
+        rounding: Rounding of the requantization.
 
     Returns:
         Integers of the output less its zero point, float64.

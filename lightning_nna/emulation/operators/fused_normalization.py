@@ -40,7 +40,7 @@ Step = Callable[[Tensor, slice], Tensor]
 
 
 def fusible(call: Call, x: Activation, *parameters: Tensor | None) -> bool:
-    """Whether every grid is known, and gain and shift belong to the program."""
+    """Tell whether all parameters are known, and gain and shift belong to the program."""
     known = f"{call.site}/wide/normalized/output" in call.state.ranges
     constant = all(p is None or call.state.constants.is_constant(p) for p in parameters)
     return known and constant and f"{call.site}/output" in call.state.ranges
@@ -97,9 +97,9 @@ def grid_of(call: Call) -> QParams:
 
 
 def varies_widely(call: Call) -> bool:
-    """Whether calibration has seen variances that the table cannot follow."""
-    seen = call.state.ranges[f"{call.site}/variance/output"]
-    return seen.minimum < seen.maximum * BLIND_STEPS / 2**15
+    """Tell whether calibration has seen variances that the table cannot follow."""
+    variances = call.state.ranges[f"{call.site}/variance/output"]
+    return variances.minimum < variances.maximum * BLIND_STEPS / 2**15
 
 
 def inverse_root(call: Call, v: Tensor, grid: QParams) -> tuple[Tensor, QParams]:
@@ -179,8 +179,8 @@ class _Float32:
             total = rows.sum(1, keepdim=True, dtype=torch.float64).div_(entered.scale).round_()
             mean, grid = _mean(self.call.child("mean"), total, self.columns, entered)
             y = grid_of_sum(entered, grid, y)
-            taken = mean.mul_(-grid.scale / y.scale).float()
-            integers = torch.add(taken, rows, alpha=1 / y.scale).round_().clamp_(*y.bounds)
+            centers = mean.mul_(-grid.scale / y.scale).float()
+            integers = torch.add(centers, rows, alpha=1 / y.scale).round_().clamp_(*y.bounds)
         else:
             integers, y = rows / self.entered.scale, self.entered
         for call, eps in self.passes:
@@ -231,7 +231,7 @@ def _factor(
 
 
 def _sum(call: Call, a: QParams, b: QParams, y: QParams) -> list[Callable[[Tensor], Tensor]]:
-    """What rescales the operands of a sum to their common grid, and the sum to its own."""
+    """Rescalers of the operands of a sum to their common scale, and of the sum to its own."""
     rounding: RoundingKind = call.state.spec.rounding_of("double")
     shift = 2.0 ** LEFT_SHIFT[16]
     twice_coarser = 2 * max(a.scale, b.scale)
@@ -263,13 +263,13 @@ class _Line:
         rows, y = self.run(), grid_of(call.child("square"))
         squares = self._product(self.grid, self.grid, y)
         sums = rows.new_empty((len(rows), 1), dtype=torch.float64)
-        for at, block in self._blocks(rows):
-            torch.sum(squares(block.mul_(block)), 1, keepdim=True, dtype=sums.dtype, out=sums[at])
+        for part, block in self._blocks(rows):
+            torch.sum(squares(block.mul_(block)), 1, keepdim=True, dtype=sums.dtype, out=sums[part])
         factor, factor_grid = _factor(call, sums, rows.shape[1], y, eps)
         factor = factor.to(self.dtype)
         y = grid_of(call.child("normalized"))
         product = self._product(self.grid, factor_grid, y)
-        self._then(lambda block, at: product(block.mul_(factor[at])), y)
+        self._then(lambda block, part: product(block.mul_(factor[part])), y)
 
     def gain(self, call: Call, weight: Tensor) -> None:
         """Multiply by a constant for each column."""
@@ -289,8 +289,8 @@ class _Line:
         rescaler = self._prepared(self.grid.scale / y.scale, float(self.grid.largest))
         same = self.grid == y
         self._then(
-            lambda block, at: clipped.clip(
-                block if same else rescaler(block), y, at.start * columns
+            lambda block, part: clipped.clip(
+                block if same else rescaler(block), y, part.start * columns
             ),
             y,
         )
@@ -300,10 +300,10 @@ class _Line:
         """Put the rows through the steps so far; integers, float32, shape ``(rows, columns)``."""
         if self.steps:
             result = torch.empty_like(self.rows)
-            for at, block in self._blocks(self.rows):
+            for part, block in self._blocks(self.rows):
                 for step in self.steps:
-                    block = step(block, at)
-                result[at] = block
+                    block = step(block, part)
+                result[part] = block
             self.rows, self.steps = result, []
         return self.rows
 
@@ -311,7 +311,7 @@ class _Line:
         size = max(1, _BLOCK // rows.shape[1])
         starts = range(0, len(rows), size if rows.is_cpu else max(len(rows), 1))
         slices = [slice(start, start + starts.step) for start in starts]
-        return ((at, rows[at].to(self.dtype, copy=True)) for at in slices)  # type: ignore
+        return ((part, rows[part].to(self.dtype, copy=True)) for part in slices)  # type: ignore
 
     def _then(self, step: Step, y: QParams) -> None:
         self.steps.append(step)
@@ -330,10 +330,10 @@ class _Line:
         y = grid_of_sum(self.grid, grid, y)
         first, second, last = _sum(self.call, self.grid, grid, y)
         moved = second(other.to(self.dtype, copy=True))
-        whole = len(other) == 1
+        is_one_row = len(other) == 1
 
-        def step(block: Tensor, at: slice) -> Tensor:
-            total = first(block).add_(moved if whole else moved[at], alpha=sign)
+        def step(block: Tensor, part: slice) -> Tensor:
+            total = first(block).add_(moved if is_one_row else moved[part], alpha=sign)
             return last(total).clamp_(*y.bounds)
 
         self._then(step, y)

@@ -51,8 +51,8 @@ def gru_layer(
     step = _Step(wide, w_hh, b_hh)
     projected = linear(wide.child("input"), rows, w_ih, b_ih)
     h, states = step.start(h_0), []
-    for at, part in enumerate(projected.split(layout.sizes)):
-        size = layout.sizes[at]
+    for number, part in enumerate(projected.split(layout.sizes)):
+        size = layout.sizes[number]
         h = step(call.viewed(part, projected), call.viewed(h[:size], h))
         states.append(h)
     outputs = concatenate(wide.child("join"), states)
@@ -101,8 +101,8 @@ class _Step:
         )
         gates = sigmoid(call.child("gates/sigmoid"), add(call.child("gates"), gates_x, gates_h))
         r, z = (call.viewed(part, gates) for part in gates.chunk(2, 1))
-        kept = mul(call.child("reset"), r, new_h)
-        n = tanh(call.child("new/tanh"), add(call.child("new"), new_x, kept))
+        reset = mul(call.child("reset"), r, new_h)
+        n = tanh(call.child("new/tanh"), add(call.child("new"), new_x, reset))
         return add(self.next, n, mul(call.child("update"), z, sub(call.child("change"), h, n)))
 
     def _product(self, h: Tensor) -> Tensor:

@@ -30,13 +30,13 @@ VIEW_PROPERTIES = frozenset({"T", "mT", "H", "mH", "data"})
 
 
 def chooses_a_number(name: str, args: tuple[Any, ...]) -> bool:
-    """Whether a call of ``where`` takes a number that not every grid has."""
+    """Tell whether a call of ``where`` takes a number that not all parameters can represent."""
     numbers = [x for x in args[1:] if isinstance(x, (int, float))] if name == "where" else []
     return any(numbers)
 
 
 def is_zero_padding(pad: Any, mode: str = "constant", value: float | None = None) -> bool:
-    """Whether a call of ``F.pad`` fills with zeros (value ``None`` or 0) and so is a movement."""
+    """Tell whether ``F.pad`` fills with zeros (value ``None`` or 0) and so moves data alone."""
     return mode == "constant" and not value
 
 

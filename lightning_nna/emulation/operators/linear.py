@@ -36,7 +36,7 @@ from lightning_nna.emulation.spec import KernelRounding, NNASpec
 
 
 def linear(call: Call, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``F.linear`` on the chip."""
+    """Emulate ``F.linear`` of an input ``(..., in)`` and a weight ``(out, in)``."""
     x = call.operand(input, "input")
     if call.observing:
         result = call.observed(F.linear(input, weight, bias))
@@ -106,7 +106,7 @@ def fully_connected(
 
 
 def embedding(call: Call, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """``F.embedding``: a look-up in an 8-bit table; the result has the table's scale."""
+    """Look rows of an 8-bit table up, shape ``(rows, n)``; the result has the table's scale."""
     if call.observing:
         return call.observed(F.embedding(input, weight, *args, **kwargs), "table")
     quantized = call.state.weight(weight, weight.shape[0])
@@ -215,15 +215,15 @@ def overflowed(
     factors: float | Tensor,
     rounding: KernelRounding,
 ) -> Tensor:
-    """An accumulator of the width that the chip has: saturated or wrapped beyond it.
+    """Saturate or wrap an accumulator beyond the width that the accelerator has.
 
     Args:
-        call: The call, whose site overflows are counted for.
-        accumulator: Whole numbers, float32 or float64.
+        call: Call, whose site overflows are counted for.
+        accumulator: Whole numbers, float32 or float64, any shape.
         largest: Bound on their absolute value: below the width nothing needs a look.
-        limit: What the accumulator holds, 2^(b - 1).
-        factors: What the kernel rescales with: its result may be too wide as well.
-        rounding: Of the rescaling.
+        limit: Capacity of the accumulator, 2^(b - 1).
+        factors: Factors of the kernel's rescaling, whose result may be too wide as well.
+        rounding: Rounding of the rescaling.
     """
     too_far = spills(factors, rounding=rounding, largest=min(largest, limit))
     if call.state.watches_overflow(call.site) and (largest >= limit or too_far):
@@ -248,13 +248,13 @@ def settled(
     limit: float,
     rounding: KernelRounding,
 ) -> Tensor:
-    """Rescale sums to an output's grid, by way of the accumulator that the chip has.
+    """Rescale sums to an output's scale, by way of the accumulator that the accelerator has.
 
     Args:
         call: The call.
-        accumulator: Whole numbers.
+        accumulator: Whole numbers, shape ``(..., out)``.
         factors: See :func:`.rescaling.rescale`.
-        y: Grid of the output.
+        y: Quantization parameters of the output.
         largest: Bound on the absolute value of the sums.
         limit: What the accumulator holds, 2^(b - 1).
         rounding: Of the kernel.
@@ -262,9 +262,9 @@ def settled(
     Returns:
         Whole numbers, float64, not clipped.
     """
-    held = overflowed(call, accumulator, largest, limit=limit, factors=factors, rounding=rounding)
+    sums = overflowed(call, accumulator, largest, limit=limit, factors=factors, rounding=rounding)
     return rescale(
-        held,
+        sums,
         factors,
         rounding=rounding,
         largest=min(largest, limit),
@@ -286,7 +286,7 @@ def stored_weight(weight: QuantizedWeight) -> Stored:
 
 
 def stored_bias(bias: Tensor, scales: Tensor, spec: NNASpec, bits: int) -> Stored:
-    """A bias for an instruction: 32 bits, beside 16-bit activations 64."""
+    """Store a bias of shape ``(out,)``: in 32 bits, with 16-bit activations in 64."""
     integers = integer_bias(bias, scales, spec.bias_width(bits)).long()
     shared = bool((scales == scales[0]).all())
     scale = float(scales[0]) if shared else scales
@@ -393,15 +393,15 @@ def _rescaler(
         offset = biases if offset is None else offset + biases
         largest += float(biases.abs().max())
     factors, limit = scales / y.scale, accumulator_limit(call, bits)
-    settle, held = None, min(largest, limit)
-    if largest >= limit or spills(factors, rounding=rounding, largest=held):
+    settle, bound = None, min(largest, limit)
+    if largest >= limit or spills(factors, rounding=rounding, largest=bound):
         settle = partial(
             overflowed, call, largest=largest, limit=limit, factors=factors, rounding=rounding
         )
     return Rescaler(
         factors,
         rounding=rounding,
-        largest=held,
+        largest=bound,
         offset=offset,
         exact=exact,
         settle=settle,

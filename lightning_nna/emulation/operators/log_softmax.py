@@ -29,11 +29,11 @@ _LONGEST = 4095
 
 
 def log_softmax(call: Call, input: Tensor, dim: int | None = None, *_: Any, **__: Any) -> Tensor:
-    """``F.log_softmax`` on the chip.
+    """Emulate ``F.log_softmax``.
 
     Args:
         call: The call.
-        input: Scores.
+        input: Scores, any shape.
         dim: Axis along which the exponentials of the results sum to 1.
     """
     axis = implicit_axis(input) if dim is None else dim
@@ -44,13 +44,13 @@ def log_softmax(call: Call, input: Tensor, dim: int | None = None, *_: Any, **__
         result = _LogSoftmax.apply(x.value, axis, x, call)
     if call.recording:
         both = (activation.stored() for activation in (x, Activation(result, OUTPUT)))
-        given, found = (along_last(stored, axis) for stored in both)
-        call.record("LOG_SOFTMAX", [given], [found])
+        scores, logarithms = (along_last(stored, axis) for stored in both)
+        call.record("LOG_SOFTMAX", [scores], [logarithms])
     return call.with_qparams(result, OUTPUT)
 
 
 def supports_log_softmax(input: Tensor, dim: int | None = None, *_: Any, **__: Any) -> bool:
-    """Whether a sum along the axis fits the chip's register."""
+    """Tell whether a sum along an axis of the input's shape fits the kernel's register."""
     axis = implicit_axis(input) if dim is None else dim
     return input.dim() > 0 and 0 < input.shape[axis] <= _LONGEST
 

@@ -146,7 +146,7 @@ def _cell(
 
 
 def _trainable(call: Call, weights: Weights) -> Weights:
-    """What the gradients go to."""
+    """Tensors that the gradients go to."""
     w_ih, w_hh = (call.state.trainable(w, w.shape[0] // 4) for w in weights[:2])
     projection = weights.projection
     if projection is not None:
@@ -200,19 +200,21 @@ class _LSTM(torch.autograd.Function):
         if call.recording:
             _record(call, activation, cell, bias, record, layout, _Places(h_0, c_0, states, cells))
         if any(ctx.needs_input_grad):
-            tensors = [getattr(record, name) for name in _KEPT]
-            ctx.kept = [name for name, kept in zip(_KEPT, tensors, strict=True) if kept is not None]
+            tensors = [getattr(record, name) for name in _SAVED]
+            ctx.names = [
+                name for name, tensor in zip(_SAVED, tensors, strict=True) if tensor is not None
+            ]
             ctx.cell, ctx.layout = cell, layout
-            ctx.save_for_backward(x, *(kept for kept in tensors if kept is not None))
+            ctx.save_for_backward(x, *(tensor for tensor in tensors if tensor is not None))
         # A copy: what works in place on the states must leave the last ones alone.
         return states, layout.last(states).clone(), cells
 
     @staticmethod
     @first_order("lstm")
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, *kept = ctx.saved_tensors
+        x, *tensors = ctx.saved_tensors
         cell, layout = ctx.cell, ctx.layout
-        record = Record(**dict(zip(ctx.kept, kept, strict=True)))
+        record = Record(**dict(zip(ctx.names, tensors, strict=True)))
         with float32_arithmetic(x):
             factors = _Factors(cell, record, layout)
             d_pre, d_out, dh, dc = _through_time(cell, layout, grads, factors)
@@ -228,7 +230,7 @@ class _LSTM(torch.autograd.Function):
         return d_x, dh, dc, d_w_ih, d_w_hh, d_bias, d_projection, None, None, None, None
 
 
-_KEPT = (
+_SAVED = (
     *("gates", "c", "tanh_c", "h", "hidden"),
     *("inside_input", "inside_gates", "inside_c", "inside_hidden", "inside_h"),
 )
@@ -264,6 +266,13 @@ class _Factors:
     def _prepare(self, here: slice, record: Record, c_before: Tensor, cell_scale: float) -> None:
         size = c_before.shape[1]
         outputs = record.gates[here].float().mul_(GATE_OUTPUT_SCALE).view(-1, 4, size)
+        # One cell with i = 0.5, f = 0.75, g = -0.5, o = 0.8, c = 0.4 before and
+        # c = 0.75 * 0.4 + 0.5 * -0.5 = 0.05 after, tanh(c) = 0.05:
+        #   slopes of the gates   i (1 - i) = 0.25   f: 0.1875   1 - g^2 = 0.75   o: 0.16
+        #   times what they meet  * g = -0.125   * c before = 0.075   * i = 0.375
+        #                         and * tanh(c) = 0.008 for the output gate
+        #   from h to c           o (1 - tanh(c)^2) = 0.798
+        #   from c to c before    f = 0.75
         i, f, g, o = outputs.unbind(1)
         tanh_c = record.tanh_c[here].float().mul_(GATE_OUTPUT_SCALE)
         slopes = torch.addcmul(outputs, outputs, outputs, value=-1.0, out=self.gates[here])
@@ -313,6 +322,8 @@ def _through_time(
                 h.mul_(factors.inside_h.split(sizes)[step])
             d_outs.split(sizes)[step].copy_(h)
             hidden = h @ projection
+        # With dh = 1 and dc = 0.2 from later steps, that cell gets 0.2 + 1 * 0.798 = 0.998. Its
+        # gates get 0.998 * (-0.125, 0.075, 0.375) and 1 * 0.008, its predecessor 0.998 * 0.75.
         torch.addcmul(before, hidden, parts[1][step], out=c)
         gates[step][:, :3].mul_(c.unsqueeze(1))
         gates[step][:, 3].mul_(hidden)
@@ -322,7 +333,7 @@ def _through_time(
 
 
 class _Places(NamedTuple):
-    """Where the forward holds what a layer starts from and what it gives."""
+    """Tensors of the forward that a layer starts from and that it returns."""
 
     h_0: Tensor
     c_0: Tensor
@@ -342,9 +353,9 @@ def _record(
     """Report the layer sequence by sequence of equal length, as the kernel takes them."""
     grids, batch = cell.grids, layout.batch
     for length in sorted(set(layout.lengths)):
-        chosen = [k for k, other in enumerate(layout.lengths) if other == length]
+        members = [k for k, other in enumerate(layout.lengths) if other == length]
         starts = [sum(layout.sizes[:step]) for step in range(length)]
-        rows = torch.tensor([[start + k for start in starts] for k in chosen])
+        rows = torch.tensor([[start + k for start in starts] for k in members])
         source = x.stored()
         last = rows[:, -1]
         inputs: list[Stored | None] = [None] * 24
@@ -352,17 +363,17 @@ def _record(
         inputs[1:5], inputs[5:9] = _by_gate(cell.w_ih), _by_gate(cell.w_hh)
         scales = cell.w_ih.scales.double() * x.qparams.scale
         zero = torch.zeros(4 * cell.size)
-        whole = stored_bias(zero if bias is None else bias, scales, call.state.spec, 8)
-        each = zip(whole.integers.chunk(4), scales.chunk(4), strict=True)
+        biases = stored_bias(zero if bias is None else bias, scales, call.state.spec, 8)
+        each = zip(biases.integers.chunk(4), scales.chunk(4), strict=True)
         inputs[12:16] = [Stored(q, "int32", float(s[0]), constant=True) for q, s in each]
         if cell.projection is not None:
             weight = cell.projection
             scale = float(weight.scales[0])
             inputs[16] = Stored(weight.stored.long(), "int8", scale, constant=True)
         cell_grid = QParams(cell.cell_scale, 0, INT16_MIN, INT16_MAX)
-        first_h, first_c = record.h[:batch][chosen], record.c[:batch][chosen]
-        inputs[18] = _grid_like(first_h, grids.h, variable=True, source=at.h_0[chosen])
-        inputs[19] = _grid_like(first_c, cell_grid, variable=True, source=at.c_0[chosen])
+        first_h, first_c = record.h[:batch][members], record.c[:batch][members]
+        inputs[18] = _grid_like(first_h, grids.h, variable=True, source=at.h_0[members])
+        inputs[19] = _grid_like(first_c, cell_grid, variable=True, source=at.c_0[members])
         hidden, cells = record.h[batch:], record.c[batch:]
         call.record(
             "UNIDIRECTIONAL_SEQUENCE_LSTM",
@@ -371,7 +382,7 @@ def _record(
             _intermediates(cell),
             new_state=[
                 _grid_like(hidden[last], grids.h, source=at.outputs[last]),
-                _grid_like(cells[last], cell_grid, source=at.c_n[chosen]),
+                _grid_like(cells[last], cell_grid, source=at.c_n[members]),
             ],
         )
 

@@ -69,7 +69,7 @@ class Grids:
 
 @dataclass
 class Record:
-    """What a sequence leaves behind, row by row; states have the initial ones in front.
+    """Trace of a sequence, row by row; states have the initial ones in front.
 
     Args:
         gates: Outputs of the gates i, f, g, o in Q0.15: int16, ``(rows, 4 * hidden)``.
@@ -159,7 +159,7 @@ class LSTMCell:
         self.zeros = like(_ZEROS, dtype=torch.float64).repeat_interleave(self.size)
 
     def start(self, c: Tensor) -> Tensor:
-        """Initial cells in units of their scale, rounded as QUANTIZE has it, saturated, float32."""
+        """Round cells, shape ``(rows, cells)``, to units of their scale as QUANTIZE does."""
         scaled = c.detach().float() / self.cell_scale
         return round_half_away(scaled).clamp_(INT16_MIN, INT16_MAX)
 
@@ -230,9 +230,9 @@ class LSTMCell:
         parts = [x.split(sizes) for x in (index, record.gates, record.tanh_c, hidden)]
         room = _Room(self, layout.batch)
         room.cells.copy_(record.c[: layout.batch])
-        for at, (pre, gates, tanh_c, whole) in enumerate(zip(*parts, strict=True)):
-            room = room.for_rows(sizes[at])
-            before = states[at][: sizes[at]]
+        for step, (pre, gates, tanh_c, unclipped) in enumerate(zip(*parts, strict=True)):
+            room = room.for_rows(sizes[step])
+            before = states[step][: sizes[step]]
             room.sums.copy_(self.product(before, room.accumulator))
             recurrent = self.of_recurrent(room.sums)
             if self.far:
@@ -245,19 +245,19 @@ class LSTMCell:
             room.gates.copy_(gates)
             torch.mul(room.i_f, room.g_c, out=room.products)
             room.products.mul_(self.of_products).round_()
-            torch.add(room.new, room.kept, out=room.cells).clamp_(INT16_MIN, INT16_MAX)
-            cells[at + 1].copy_(room.cells)
+            torch.add(room.new, room.retained, out=room.cells).clamp_(INT16_MIN, INT16_MAX)
+            cells[step + 1].copy_(room.cells)
             room.cell_index.copy_(room.cells).add_(2**15)
             torch.index_select(cell_table, 0, room.flat_cell_index, out=tanh_c.view(-1))
             room.hidden.copy_(tanh_c).mul_(room.o)
             self.of_hidden(room.hidden).add_(grid.zero_point)
-            whole.copy_(room.hidden)
+            unclipped.copy_(room.hidden)
             room.hidden.clamp_(grid.low, grid.high)
             if record.hidden is None or projected is None:
-                states[at + 1].copy_(room.hidden)
+                states[step + 1].copy_(room.hidden)
             else:
-                step = record.hidden.split(sizes)[at].copy_(room.hidden)
-                self._project_hidden(step, projected.split(sizes)[at], states[at + 1])
+                rows = record.hidden.split(sizes)[step].copy_(room.hidden)
+                self._project_hidden(rows, projected.split(sizes)[step], states[step + 1])
 
     def _project_hidden(self, hidden: Tensor, projected: Tensor, out: Tensor) -> None:
         grid = self.grids.h
@@ -266,7 +266,7 @@ class LSTMCell:
         out.copy_(projected.clamp(grid.low, grid.high))
 
     def _inside(self, index: Tensor, margin: int) -> Tensor | None:
-        """Where gates' inputs are inside their 16 bits by a margin; None if everywhere."""
+        """Mask of the gates' inputs inside their 16 bits by a margin; None if all are."""
         low, high = self.zeros + (INT16_MIN + margin), self.zeros + (INT16_MAX - margin)
         gates = index.view(-1, 4, self.size)
         first, last = gates.amin((0, 2)), gates.amax((0, 2))
@@ -276,7 +276,7 @@ class LSTMCell:
 
 
 class _Room:
-    """Where one step of a number of rows computes; made once, views included."""
+    """Buffers of one step of a number of rows, allocated once, views included."""
 
     def __init__(self, cell: LSTMCell, rows: int) -> None:
         size, device = cell.size, cell.zeros.device
@@ -289,7 +289,7 @@ class _Room:
         self.gates, self.cells, self.o = wide.flatten(1)[:, : 4 * size], wide[:, 4], wide[:, 3]
         self.i_f, self.g_c = wide[:, 0:2], wide[:, 2:5:2]
         self.products = torch.empty(rows, 2, size, dtype=torch.float64, device=device)
-        self.new, self.kept = self.products.unbind(1)
+        self.new, self.retained = self.products.unbind(1)
         self.cell_index = torch.empty(rows, size, dtype=torch.int32, device=device)
         self.flat_cell_index = self.cell_index.view(-1)
         self.hidden = torch.empty(rows, size, dtype=torch.float64, device=device)
@@ -322,15 +322,15 @@ def _rescaler(
     if biases is not None:
         offset += biases
         largest += float(biases.abs().max())
-    settle, held = None, min(largest, limit)
-    if largest >= limit or spills(factors, rounding=rounding, largest=held):
+    settle, bound = None, min(largest, limit)
+    if largest >= limit or spills(factors, rounding=rounding, largest=bound):
         settle = partial(
             overflowed, largest=largest, limit=limit, factors=factors, rounding=rounding
         )
     return Rescaler(
         factors,
         rounding=rounding,
-        largest=held,
+        largest=bound,
         offset=offset,
         settle=settle,
         zero_point=zero_point,
@@ -338,7 +338,7 @@ def _rescaler(
 
 
 def _between(x: Tensor, low: int, high: int) -> Tensor | None:
-    """Where values lie in bounds; None if everywhere."""
+    """Mask of the values in bounds; None if all are."""
     first, last = x.aminmax()
     if int(first) >= low and int(last) <= high:
         return None

@@ -32,19 +32,19 @@ _LARGEST_BIAS = 1e3
 
 
 def masked_fill(call: Call, input: Tensor, mask: Tensor, value: Any) -> Tensor:
-    """``torch.masked_fill`` with minus infinity, or what stands for it."""
+    """Emulate ``torch.masked_fill`` with minus infinity or its like; shapes broadcast."""
     if call.state.qparams_of(input) is None:
         return input.masked_fill(mask, value)
     return _without(call, input, ~mask, call.state.constants.is_constant(mask))
 
 
 def supports_masked_fill(input: Any, mask: Any, value: Any) -> bool:
-    """Whether what is filled in stands for the absence of a score."""
+    """Tell whether what is filled in stands for the absence of a score."""
     return input.dim() > 0 and _is_absence(value)
 
 
 def where(call: Call, condition: Tensor, input: Any, other: Any) -> Tensor:
-    """``torch.where`` between scores and minus infinity."""
+    """Emulate ``torch.where`` between scores and minus infinity; shapes broadcast."""
     scores, keep = (input, condition) if _is_absence(other) else (other, ~condition)
     if call.state.qparams_of(scores) is None:
         return torch.where(condition, input, other)
@@ -52,14 +52,14 @@ def where(call: Call, condition: Tensor, input: Any, other: Any) -> Tensor:
 
 
 def supports_where(condition: Any, *branches: Any) -> bool:
-    """Whether one of the branches stands for the absence of a score, and the other has scores."""
+    """Tell whether one branch stands for the absence of a score, and the other has scores."""
     absent = [_is_absence(branch) for branch in branches]
     scores = [branch for branch, is_absent in zip(branches, absent, strict=True) if not is_absent]
     return sum(absent) == 1 and isinstance(scores[0], Tensor) and scores[0].dim() > 0
 
 
 def add(call: Call, input: Tensor | float, other: Tensor | float, *, alpha: float = 1) -> Tensor:
-    """``input + alpha * other``; an ``other`` that leaves scores out is a mask."""
+    """Emulate ``input + alpha * other`` of shapes that broadcast; a mask may leave scores out."""
     if isinstance(input, Tensor) and isinstance(other, Tensor) and alpha == 1:
         for scores, mask in ((input, other), (other, input)):
             if call.state.qparams_of(scores) is not None and _is_mask(call, mask):
@@ -92,7 +92,7 @@ def _without(call: Call, scores: Tensor, keep: Tensor, constant: bool) -> Tensor
 
 
 def _is_mask(call: Call, x: Tensor) -> bool:
-    """Whether a tensor that no operator has quantized leaves scores out, and is small elsewhere.
+    """Tell whether a tensor that is not quantized leaves scores out, and is small elsewhere.
 
     Data of a large range is no mask. A mask that happens to leave out nothing counts where
     calibration has seen one that did.
@@ -102,12 +102,12 @@ def _is_mask(call: Call, x: Tensor) -> bool:
     if float(x.detach().min()) <= ABSENT:
         rest = x.detach().masked_fill(x.detach() <= ABSENT, 0.0)
         return float(rest.abs().max()) < _LARGEST_BIAS
-    seen = not call.observing and f"{call.site}/row_maxima" in call.state.ranges
-    return seen and not bool(x.any())
+    had_masks = not call.observing and f"{call.site}/row_maxima" in call.state.ranges
+    return had_masks and not bool(x.any())
 
 
 def _is_absence(value: Any) -> bool:
-    """Whether a number, or a tensor of one element, stands for the absence of a score."""
+    """Tell whether a number, or a tensor of one element, stands for the absence of a score."""
     if isinstance(value, Tensor):
         return value.numel() == 1 and value.dim() == 0 and float(value) <= ABSENT
     return isinstance(value, (int, float)) and value <= ABSENT

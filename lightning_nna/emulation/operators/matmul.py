@@ -41,7 +41,7 @@ from lightning_nna.emulation.ranges import QParams
 
 
 def matmul(call: Call, input: Tensor, other: Tensor) -> Tensor:
-    """``torch.matmul``, ``mm``, ``mv``, ``bmm`` and ``@`` on the chip."""
+    """Emulate ``torch.matmul`` and its relatives, of shapes ``(..., n, k)`` and ``(..., k, m)``."""
     rows = call.viewed(input.unsqueeze(0), input) if input.dim() == 1 else input
     columns = call.viewed(other.unsqueeze(1), other) if other.dim() == 1 else other
     parameter = _transposed_parameter(call, other)
@@ -56,7 +56,7 @@ def matmul(call: Call, input: Tensor, other: Tensor) -> Tensor:
 
 
 def supports_matmul(input: Any, other: Any, **kwargs: Any) -> bool:
-    """Whether the chip has the product: of tensors of at most five axes."""
+    """Tell whether the accelerator has the product: of tensors of at most five axes."""
     return not kwargs and all(isinstance(x, Tensor) and x.dim() <= 5 for x in (input, other))
 
 
@@ -91,9 +91,9 @@ def _by_parameter(call: Call, input: Tensor, parameter: Tensor, columns: Tensor)
     x = call.operand(input, "input")
     if call.observing:
         return call.observed(torch.matmul(input, columns))
-    held = call.state.weight(parameter, len(parameter))
-    stored = held.stored.reshape(columns.shape).T.contiguous()
-    quantized = QuantizedWeight(stored, held.scales[:1].expand(len(stored)))
+    weight = call.state.weight(parameter, len(parameter))
+    stored = weight.stored.reshape(columns.shape).T.contiguous()
+    quantized = QuantizedWeight(stored, weight.scales[:1].expand(len(stored)))
     y = call.output(lambda: torch.matmul(input, columns))
     trained = call.state.trainable(parameter, len(parameter)).reshape(columns.shape)
     return fully_connected(call, x, trained.T, None, quantized, y)
@@ -126,8 +126,8 @@ class _BatchMatmul(torch.autograd.Function):
         factor = float(np.float32(left.qparams.scale) * np.float32(right.qparams.scale)) / y.scale
         rounding = call.state.spec.rounding_of("double" if y.bits == 8 else "reduced")
         limit = accumulator_limit(call, y.bits)
-        held = min(largest, limit)
-        if call.exact or largest >= limit or spills(factor, rounding=rounding, largest=held):
+        bound = min(largest, limit)
+        if call.exact or largest >= limit or spills(factor, rounding=rounding, largest=bound):
             sums = _accumulate(left, right, largest)
             rounded = settled(
                 call, sums, factor, y, largest=largest, limit=limit, rounding=rounding

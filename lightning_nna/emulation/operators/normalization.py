@@ -58,7 +58,7 @@ def layer_norm(
     bias: Tensor | None = None,
     eps: float = 1e-5,
 ) -> Tensor:
-    """``F.layer_norm`` on the chip."""
+    """Emulate ``F.layer_norm`` of shape ``(..., *normalized_shape)``."""
 
     def in_float(x: Tensor, gain: Tensor | None, shift: Tensor | None) -> Tensor:
         return F.layer_norm(x, shape, gain, shift, eps)
@@ -82,7 +82,7 @@ def rms_norm(
     weight: Tensor | None = None,
     eps: float | None = None,
 ) -> Tensor:
-    """``F.rms_norm`` on the chip."""
+    """Emulate ``F.rms_norm`` of shape ``(..., *normalized_shape)``."""
 
     def in_float(x: Tensor, gain: Tensor | None, _: Tensor | None) -> Tensor:
         return F.rms_norm(x, list(normalized_shape), gain, eps)
@@ -91,8 +91,8 @@ def rms_norm(
         with torch.enable_grad():
             leaves = [p.detach().requires_grad_() for p in (x, gain) if p is not None]
             result = in_float(leaves[0], None if gain is None else leaves[1], None)
-            found = torch.autograd.grad(result, leaves, grad)
-        return found[0], None if gain is None else found[1], None
+            gradients = torch.autograd.grad(result, leaves, grad)
+        return gradients[0], None if gain is None else gradients[1], None
 
     axes = tuple(range(-len(normalized_shape), 0))
     smallest = torch.finfo(torch.float32).eps if eps is None else eps
@@ -125,7 +125,7 @@ def _normalize(
 
 
 def _one_by_one(*arguments: Any, centered: bool) -> tuple[Tensor, QParams, Tensor | None]:
-    """What :func:`fused` gives; all that lies at an end of the grid counts as clipped."""
+    """Compute what :func:`fused` does; all that lies at an end of the range counts as clipped."""
     with torch.no_grad():
         result, y = _steps(*arguments, centered=centered)
     low, high = (bound * y.scale for bound in y.bounds)

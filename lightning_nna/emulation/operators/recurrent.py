@@ -61,7 +61,7 @@ def gru_cell(
     b_ih: Tensor | None = None,
     b_hh: Tensor | None = None,
 ) -> Tensor:
-    """``torch.gru_cell``: one step; the next hidden state."""
+    """Emulate ``torch.gru_cell``, one step: the next hidden state, shape ``(batch, hidden)``."""
     group = _group(w_ih, w_hh, b_ih, b_hh)
     _, (h,) = _layer(call.child("step"), "gru", input, Layout((len(input),)), (hx,), group)
     return h
@@ -124,12 +124,12 @@ def _stack(
     for layer in range(layers):
         ways = []
         for direction in range(directions):
-            at = layer * directions + direction
+            number = layer * directions + direction
             name = f"layer{layer}" + ("/reverse" if direction else "")
-            taken = call.viewed(layout.reversed(rows), rows) if direction else rows
-            start = tuple(call.selected(state, at) for state in states)
+            ordered = call.viewed(layout.reversed(rows), rows) if direction else rows
+            start = tuple(call.selected(state, number) for state in states)
             part = call.child(name, bits=8) if kind == "lstm" else call.child(name)
-            result, end = _layer(part, kind, taken, layout, start, groups[at], has_biases)
+            result, end = _layer(part, kind, ordered, layout, start, groups[number], has_biases)
             ways.append(call.viewed(layout.reversed(result), result) if direction else result)
             last.append(end)
         rows = concatenate(call.child(f"layer{layer}/join"), ways, 1) if two_ways else ways[0]

@@ -60,7 +60,7 @@ def _with_numpy_names(function: Callable[..., Any]) -> Callable[..., Any]:
 def mean(
     call: Call, input: Tensor, dim: Axes = None, keepdim: bool = False, *, dtype: Any = None
 ) -> Tensor:
-    """``torch.mean`` on the chip."""
+    """Emulate ``torch.mean`` over axes of any shape."""
     x = call.operand(input, "input")
 
     def in_float() -> Tensor:
@@ -77,7 +77,7 @@ def mean(
 def sum(
     call: Call, input: Tensor, dim: Axes = None, keepdim: bool = False, *, dtype: Any = None
 ) -> Tensor:
-    """``torch.sum``: a mean, and a product with 1 that stands for the number of elements."""
+    """Emulate ``torch.sum`` of any shape: a mean, and a product with the number of elements."""
     x = call.operand(input, "input")
 
     def in_float() -> Tensor:
@@ -131,36 +131,36 @@ def mean_onto(
 
 @_with_numpy_names
 def amax(call: Call, input: Tensor, dim: Axes = (), keepdim: bool = False) -> Tensor:
-    """``torch.amax`` on the chip."""
+    """Emulate ``torch.amax`` over axes of any shape."""
     return _extreme(call, "REDUCE_MAX", torch.amax, input, dim, keepdim)
 
 
 @_with_numpy_names
 def amin(call: Call, input: Tensor, dim: Axes = (), keepdim: bool = False) -> Tensor:
-    """``torch.amin`` on the chip."""
+    """Emulate ``torch.amin`` over axes of any shape."""
     return _extreme(call, "REDUCE_MIN", torch.amin, input, dim, keepdim)
 
 
 @_with_numpy_names
 def maximum_over(call: Call, input: Tensor, *args: Any, **kwargs: Any) -> Any:
-    """``torch.max`` of one tensor: of all its values, or over one axis with indices."""
+    """Emulate ``torch.max`` of one tensor of any shape, of all values or over an axis."""
     return _extreme(call, "REDUCE_MAX", torch.max, input, *args, **kwargs)
 
 
 @_with_numpy_names
 def minimum_over(call: Call, input: Tensor, *args: Any, **kwargs: Any) -> Any:
-    """``torch.min`` of one tensor."""
+    """Emulate ``torch.min`` of one tensor of any shape."""
     return _extreme(call, "REDUCE_MIN", torch.min, input, *args, **kwargs)
 
 
 def supports_average(input: Any, *args: Any, dtype: Any = None, **kwargs: Any) -> bool:
-    """Whether a mean or sum is in float32 and has something to add up."""
+    """Tell whether a mean or sum is in float32 and has something to add up."""
     plain = dtype in (None, torch.float32) and "out" not in kwargs
     return plain and input.dim() > 0 and input.numel() > 0
 
 
 def supports_extreme(input: Any, *args: Any, **kwargs: Any) -> bool:
-    """Whether an extreme is over axes of one tensor, and not of two tensors."""
+    """Tell whether an extreme is over axes of one tensor, and not of two tensors."""
     others = [*args, *kwargs.values()]
     one = not any(isinstance(x, Tensor) for x in others)
     return one and input.dim() > 0 and input.numel() > 0
@@ -227,14 +227,14 @@ class _Mean(torch.autograd.Function):
 def average(
     call: Call, total: Tensor, count: int, factor: float, largest: float, zero_point: int = 0
 ) -> Tensor:
-    """``total * factor / count``, rounded as the chip does.
+    """Compute ``total * factor / count``, rounded as the kernel does.
 
     The kernel's sums have 32 bits whatever the width of the elements: 65,537 elements of 16 bits
     may leave them.
 
     Args:
         call: The call.
-        total: Sums, whole numbers.
+        total: Sums, whole numbers, any shape.
         count: Number of elements in each.
         factor: Scale of the elements over that of the output.
         largest: Bound on the absolute value of a sum.
@@ -243,11 +243,11 @@ def average(
     Returns:
         Whole numbers, float64, without the zero point.
     """
-    rounding, whole = call.state.spec.rounding_of("double"), factor / count
-    total = overflowed(call, total, largest, limit=_SUM_LIMIT, factors=whole, rounding=rounding)
+    rounding, ratio = call.state.spec.rounding_of("double"), factor / count
+    total = overflowed(call, total, largest, limit=_SUM_LIMIT, factors=ratio, rounding=rounding)
     largest = min(largest, _SUM_LIMIT)
     if rounding != "double":
-        return rescale(total, whole, rounding=rounding, largest=largest)
+        return rescale(total, ratio, rounding=rounding, largest=largest)
     return _divider(factor, count, largest, zero_point)(total.double())
 
 

@@ -1,4 +1,4 @@
-"""How a batch of sequences lies in rows, step after step, as packed sequences do."""
+"""Layout of a batch of sequences in rows, step after step, as packed sequences have it."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Layout:
 
     @property
     def one_length(self) -> bool:
-        """Whether all sequences are of one length."""
+        """Tell whether all sequences are of one length."""
         return self.sizes[-1] == self.sizes[0]
 
     @cached_property
@@ -61,14 +61,14 @@ class Layout:
         return states[torch.cat(rows).to(states.device)]
 
     def last(self, states: Tensor) -> Tensor:
-        """State after the last step of each sequence, from the states after each step."""
+        """Select the state after the last step of each sequence, shape ``(batch, ...)``."""
         if self.one_length:
             return states[-self.batch :]
         rows = [self._starts[length - 1] + index for index, length in enumerate(self.lengths)]
         return states[torch.tensor(rows, device=states.device)]
 
     def reversed(self, rows: Tensor) -> Tensor:
-        """Every sequence from its end to its beginning; twice, it is as it was."""
+        """Reverse every sequence of rows, shape ``(rows, ...)``; its own inverse."""
         if self.one_length:
             return rows.view(len(self.sizes), self.batch, -1).flip(0).reshape(rows.shape)
         lengths = self.lengths

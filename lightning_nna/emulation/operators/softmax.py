@@ -44,13 +44,13 @@ def softmax(
     beta: float = 1.0,
     **_: Any,
 ) -> Tensor:
-    """``F.softmax`` on the chip.
+    """Emulate ``F.softmax``.
 
     Args:
         call: The call.
-        input: Scores.
+        input: Scores, any shape.
         dim: Axis along which the results sum to 1.
-        dtype: Ignored: the result is the chip's.
+        dtype: Ignored: the result is float32.
         mask: True where a score is left out; broadcasts with ``input``.
         beta: Factor of the scores.
     """
@@ -66,17 +66,17 @@ def softmax(
         result = _Softmax.apply(x.value, axis, beta, x, y, call)
     if call.recording:
         last = (activation.stored() for activation in (x, Activation(result, y)))
-        given, found = (along_last(stored, axis) for stored in last)
-        call.record("SOFTMAX", [given], [found], beta=beta)
+        operand, probabilities = (along_last(stored, axis) for stored in last)
+        call.record("SOFTMAX", [operand], [probabilities], beta=beta)
     return call.with_qparams(result, y)
 
 
 def masked(call: Call, x: Activation, mask: Tensor, *, constant: bool = True) -> Activation:
-    """Scores with those that a mask leaves out at the low end of their grid.
+    """Set the scores that a mask leaves out to the low end of their range.
 
     Args:
         call: The call.
-        x: Scores.
+        x: Scores, any shape.
         mask: True where a score is left out; broadcasts with ``x``.
         constant: Whether the mask belongs to the program and not to the data.
     """
@@ -92,7 +92,7 @@ def masked(call: Call, x: Activation, mask: Tensor, *, constant: bool = True) ->
 
 
 def implicit_axis(x: Tensor) -> int:
-    """The axis that torch takes, with a warning, where none is given."""
+    """Return the axis that torch takes by the shape where none is named."""
     return 0 if x.dim() in (0, 1, 3) else 1
 
 
