@@ -1,7 +1,7 @@
 """``NNAEmulation``: train any LightningModule in the arithmetic of an accelerator.
 
-Accelerator-aware training runs every operator of the network as the accelerator does, so that the
-loss sees the accelerator's error and nothing has to be sent to the CPU.
+Accelerator-aware training computes every operator of the network as the accelerator does, so that
+the loss includes the accelerator's error.
 
 Reference:
     Shakiah et al., "Accelerator-aware training for transducer-based speech recognition", SLT 2022,
@@ -16,11 +16,9 @@ from contextlib import ExitStack
 from dataclasses import asdict
 from statistics import fmean
 from typing import Any
-from weakref import ref
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.optim import Optimizer
 from typing_extensions import override
@@ -33,54 +31,55 @@ from lightning_nna.emulation.observers import OBSERVERS, Observer
 from lightning_nna.emulation.spec import NNASpec, resolve_spec
 from lightning_nna.emulation.telemetry import Telemetry
 from lightning_nna.keyed_adam import KeyedAdam
+from lightning_nna.lifecycle import ModuleBoundCallback
 from lightning_nna.resumed_settings import require_same
 from lightning_nna.step_counter import StepCounter
-from lightning_nna.weights.pipeline import digest_of
 
-#: Share of clipped results above which a site is worth a warning, and of how many results.
-_CLIPS_MUCH, _ENOUGH_RESULTS = 0.05, 256
+#: Fraction of clipped results above which a site is worth a warning, and the least results for it.
+_HIGH_CLIP_RATE, _MIN_RESULTS = 0.05, 256
 
 
-class NNAEmulation(Callback):
-    """Emulate an accelerator under a LightningModule for the time of a Trainer's run.
+class NNAEmulation(ModuleBoundCallback):
+    """Emulate an accelerator while a Trainer runs a LightningModule.
 
     In ``fit`` the first ``calibration_steps`` optimizer steps run in float while the ranges of
-    activations are observed; then the ranges freeze, for good, and every operator in scope
-    computes what the accelerator computes. Validation, test and prediction are always exact. The
-    module keeps its parameters, its ``state_dict`` and its forward.
+    activations are observed. Then the ranges are frozen, and every operator in scope computes what
+    the accelerator computes. Validation, test and prediction are always exact. The module keeps its
+    parameters, its ``state_dict`` and its forward.
 
-    With another module (the next fold, ``trainer.test(other)``) the callback starts anew: it
-    counts, observes and learns from the beginning. The same module goes on where it was. What a
-    checkpoint holds goes to the module that the checkpoint is loaded for.
+    With another module (the next fold, ``trainer.test(other)``) the callback begins again: it
+    counts, observes and learns from the start. With the same module it continues. The state of a
+    checkpoint is restored for the module that the checkpoint is loaded for.
 
     Args:
-        spec: The accelerator: a preset's name, an ``NNASpec``, its keys, or a YAML file.
+        spec: Accelerator: name of a preset, an ``NNASpec``, its keys, or a YAML file.
         targets: Globs or ``re:…`` on module names; a selected module counts with all it contains.
             Losses and torchmetrics are never emulated.
-        calibration_steps: Optimizer steps that are observed; 0 if ``calibrate`` was called before.
-        fidelity: In training: ``"exact"``, or ``"fast"`` for float rounding in requantization to
-            8 bits; 16-bit activations are exact in any case.
-        observer: How ranges follow from what is observed: ``"min_max"``, ``"moving_average"``,
-            ``"percentile"`` or ``"mse"``.
-        telemetry_every_n_steps: Optimizer steps from one sample of the telemetry to the next; 0
-            for none. A sampled step runs every operator in float, too.
-        learned_scales: Steps of grids that are trained once the ranges are frozen (LSQ): of
-            ``"weights"``, of ``"all"``, or ``"none"``. Of activations, those of sites that are one
-            instruction with an observed output; LSTM, GRU, attention, normalizations, inputs and
-            in-place calls keep their ranges. Evaluation uses what was learned.
-        scale_lr: Learning rate of the steps' own Adam: the change of a step's logarithm to base 2
-            in one update.
+        calibration_steps: Number of optimizer steps that observe ranges; 0 if ``calibrate`` was
+            called before.
+        fidelity: Fidelity in training: ``"exact"``, or ``"fast"`` for float rounding in the
+            requantization to 8 bits; 16-bit activations are always exact.
+        observer: Rule by which ranges follow from observed values: ``"min_max"``,
+            ``"moving_average"``, ``"percentile"`` or ``"mse"``.
+        telemetry_every_n_steps: Number of optimizer steps from one sample of the telemetry to the
+            next; 0 for none. A sampled step also runs every operator in float.
+        learned_scales: Tensors whose scales are trained once the ranges are frozen (LSQ):
+            ``"weights"``, ``"all"`` or ``"none"``. With ``"all"``, outputs of operators that are
+            one instruction have learned scales; LSTM, GRU, attention, normalizations, inputs and
+            in-place calls keep their ranges. Evaluation uses the learned scales.
+        scale_lr: Learning rate of the scales' own Adam: the change of the log2 of a scale in one
+            update.
 
     Every sample logs the mean and the worst of all call sites as ``nna/emulation/clip_rate``,
-    ``…/clip_rate_max``, ``…/overflow_rate_max``, ``…/sqnr_db`` and ``…/sqnr_db_min``; each epoch
-    logs every site's own, as ``nna/emulation/sqnr_db/<site>``. The fit ends with the table of all
-    sites, which :attr:`telemetry` keeps. One warning names the sites that clip more than 5 % of
-    their results, and one says so where no optimizer step of a fit ran emulated.
+    ``…/clip_rate_max``, ``…/overflow_rate_max``, ``…/sqnr_db`` and ``…/sqnr_db_min``. Each epoch
+    logs the metrics of every site, as ``nna/emulation/sqnr_db/<site>``. The fit ends with the table
+    of all sites, which is :attr:`telemetry`. A warning names the sites that clip more than 5 % of
+    their results, and another tells if no optimizer step of a fit ran emulated.
 
     Raises:
         ValueError: If an argument is out of range, a target selects nothing, or the module cannot
             be emulated (parameters that are not float32).
-        RuntimeError: If validation, test or prediction starts and no range was ever observed.
+        RuntimeError: If validation, test or prediction starts without observed ranges.
 
     Example:
         >>> from lightning_nna.testing import SmallRecurrentModule
@@ -93,7 +92,7 @@ class NNAEmulation(Callback):
         True
 
     Differs from the paper: the paper's accelerator is proprietary; the arithmetic here is that of
-    the chosen ``spec``. How learned steps differ from LSQ says
+    the chosen ``spec``. For the differences between learned scales and LSQ see
     :mod:`lightning_nna.emulation.learned_scales`.
     """
 
@@ -109,6 +108,7 @@ class NNAEmulation(Callback):
         learned_scales: Learned = "none",
         scale_lr: float = 0.003,
     ) -> None:
+        super().__init__()
         if telemetry_every_n_steps < 0:
             raise ValueError(
                 f"telemetry_every_n_steps must be at least 0, got {telemetry_every_n_steps}"
@@ -135,34 +135,31 @@ class NNAEmulation(Callback):
         self.scale_lr = scale_lr
         self._scale_optimizer = KeyedAdam(scale_lr)
         self._scaler: Any = None
-        #: Figures of every call site, summed over the samples of the whole run.
+        #: Metrics of every call site, summed over the samples of the whole run.
         self.telemetry: Telemetry = Telemetry()
         self._counter = StepCounter(self._stepped)
         self._sampled = -1
         # Whether the batch that runs is sampled for the telemetry.
         self._samples = False
         self._emulator: Emulator | None = None
-        self._module: ref[pl.LightningModule] | None = None
-        # A state that waits for the module that it belongs to.
-        self._saved: dict[str, Any] | None = None
-        # Of a copy that has met no module yet: digests of the weights that its ranges go with.
-        self._copied_with: dict[str, str] | None = None
-        # What is to be undone when the batch ends.
+        # A loaded state of the emulator that no run has taken yet.
+        self._deferred: dict[str, Any] | None = None
+        # Contexts that are entered for the batch.
         self._batch = ExitStack()
-        # Optimizer steps of this fit, and those of them that ran emulated.
+        # Numbers of optimizer steps of this fit, and of those that ran emulated.
         self._fit_steps = self._emulated_steps = 0
         self._warned_of_clipping = False
-        # Of the run that has observed the ranges, where a checkpoint tells.
+        # ``calibration_steps`` of the run that has observed the ranges, if a checkpoint has it.
         self._observed_steps: int | None = None
 
     @property
     def steps(self) -> int:
-        """Optimizer steps so far."""
+        """Number of optimizer steps so far."""
         return self._counter.steps
 
     @property
     def emulator(self) -> Emulator:
-        """The emulator of the module, from the start of a run on.
+        """Emulator of the module, once a run has started.
 
         Raises:
             RuntimeError: Before a Trainer has started a run with this callback.
@@ -175,7 +172,7 @@ class NNAEmulation(Callback):
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        # Before a checkpoint is loaded: its state is this module's.
+        # Before a checkpoint is loaded, since its state belongs to this module.
         self._meet(pl_module)
 
     @override
@@ -189,16 +186,16 @@ class NNAEmulation(Callback):
         if emulator.calibrated and self._observed_steps is not None and self.calibration_steps:
             saved, now = self._observed_steps, self.calibration_steps
             require_same("NNAEmulation", {"calibration_steps": saved}, {"calibration_steps": now})
-        # That of fp16 mixed precision; others have none.
+        # Gradient scaler of fp16 mixed precision; other precisions have none.
         self._scaler = getattr(trainer.precision_plugin, "scaler", None)
-        # Attached here and not earlier: optimizers exist only now, some are built in __init__.
+        # Attached only now, since optimizers do not exist earlier.
         self._counter.attach(trainer.optimizers)
         self._fit_steps = self._emulated_steps = 0
 
     @override
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._attach(pl_module)
-        # In fit, validation before the ranges freeze is the float model's.
+        # In fit, validation before the freeze runs in float.
         if trainer.state.fn != "fit":
             self._require_ranges("validation")
 
@@ -251,7 +248,7 @@ class NNAEmulation(Callback):
     def on_before_zero_grad(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
-        # What is left from a step that a gradient scaler skipped.
+        # Gradients remain if a gradient scaler has skipped the step.
         self._scale_optimizer.zero_grad(self.emulator.scales.tensors())
 
     @override
@@ -274,12 +271,12 @@ class NNAEmulation(Callback):
 
     @override
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._leave()  # A hook that skips the rest of an epoch skips the end of its batch, too.
+        self._leave()  # A hook that skips the rest of an epoch also skips the end of its batch.
         pl_module.log("nna/emulation/calibrated", float(self.emulator.calibrated))
         pl_module.log("nna/emulation/ranges", float(len(self.emulator.ranges.ranges)))
-        for site, figures in self.telemetry.rows().items():
+        for site, metrics in self.telemetry.rows().items():
             pl_module.log_dict(
-                {f"nna/emulation/{name}/{site}": figure for name, figure in figures.items()}
+                {f"nna/emulation/{name}/{site}": metric for name, metric in metrics.items()}
             )
 
     @override
@@ -310,9 +307,9 @@ class NNAEmulation(Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        waits = self._emulator is None or self._saved is not None
+        is_deferred = self._emulator is None or self._deferred is not None
         return {
-            "emulator": self._saved if waits else self.emulator.state_dict(),
+            "emulator": self._deferred if is_deferred else self.emulator.state_dict(),
             "steps": self.steps,
             "telemetry": self.telemetry.state_dict(),
             "sampled": self._sampled,
@@ -331,77 +328,72 @@ class NNAEmulation(Callback):
         self._observed_steps = state_dict.get("calibration_steps")
         self._copied_with = None
         self._counter.load_state_dict(state_dict.get("clock", {"steps": state_dict["steps"]}))
-        self._saved = state_dict["emulator"]
+        self._deferred = state_dict["emulator"]
         self.telemetry.load_state_dict(state_dict["telemetry"])
         self._sampled = int(state_dict["sampled"])
         self._scale_optimizer.load_state_dict(state_dict.get("scale_optimizer", {}))
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy or pickle has the ranges, not the module; and knows the module's copy by sight."""
-        state = dict(self.__dict__)
-        module = None if self._module is None else self._module()
-        if module is not None and self._saved is None:
-            state["_copied_with"] = _digests(module)
-        state.update(_emulator=None, _module=None, _saved=self.state_dict()["emulator"])
-        return {**state, "_scaler": None, "_batch": ExitStack()}
+        """Return the state of a copy: with the ranges as a deferred state, without the module."""
+        state = {**super().__getstate__(), "_deferred": self.state_dict()["emulator"]}
+        return {**state, "_emulator": None, "_scaler": None, "_batch": ExitStack()}
 
-    # --- own ------------------------------------------------------------------------------------
+    # --- the module -----------------------------------------------------------------------------
 
-    def _meet(self, pl_module: pl.LightningModule) -> None:
-        """Start anew where the module is not the one of the runs before."""
-        if self._module is not None and self._module() is not pl_module:
-            if self._saved is None:
-                self._forget()
+    @property
+    @override
+    def has_deferred_state(self) -> bool:
+        return self._deferred is not None
+
+    @override
+    def _meet(self, pl_module: pl.LightningModule) -> bool:
+        had_module = self._module_ref is not None
+        is_other = super()._meet(pl_module)
+        if had_module and is_other:
             self._emulator, self._warned_of_clipping = None, False
-        elif self._copied_with and self._copied_with != _digests(pl_module):
-            self._saved = None
-            self._forget()
-            rank_zero_info(
-                "NNAEmulation is a copy and begins anew: the weights of this module are not those "
-                "that it was copied with; pass ckpt_path of the run to go on from there"
-            )
-        self._copied_with = None
-        self._module = ref(pl_module)
+        return is_other
 
-    def _forget(self) -> None:
-        """Have no state, as before the first run."""
+    @override
+    def forget(self) -> None:
+        self._deferred = None
         self._counter.reset()
         self._sampled, self._observed_steps = -1, None
         self.telemetry = Telemetry()
         self._scale_optimizer = KeyedAdam(self.scale_lr)
 
     def _settings(self) -> dict[str, Any]:
-        """Return the settings that observed ranges belong to, in plain values."""
-        # The emulator compares operators: those that no site of the network has do not count.
+        """Return the settings that the observed ranges depend on, as plain values."""
+        # Without operators, which the emulator compares: only those of the network's sites matter.
         spec = {key: value for key, value in asdict(self.spec).items() if key != "operators"}
         return {"spec": spec, "targets": list(self.targets), "observer": self.observer}
 
     def _attach(self, pl_module: pl.LightningModule) -> Emulator:
-        """Attach when the run starts: ``setup`` and ``configure_model`` may still add layers."""
+        """Attach an emulator when a run starts, after ``setup`` and ``configure_model``."""
         self._meet(pl_module)
         if self._emulator is None or attached(pl_module) is not self._emulator:
-            if self._emulator is not None and self._saved is None and attached(pl_module) is None:
-                self._saved = self._emulator.state_dict()  # Somebody has stripped the module.
+            is_stripped = self._emulator is not None and attached(pl_module) is None
+            if is_stripped and self._deferred is None:
+                self._deferred = self.emulator.state_dict()
             self._emulator = attach(
                 pl_module, self.spec, targets=self.targets, observer=self.observer
             )
             modules = ", ".join(sorted(self._emulator.paths_in_scope))
             rank_zero_info(f"NNAEmulation: {self.spec.name} under {modules}")
-        if self._saved is not None:
-            with torch.inference_mode(False):  # What a test loads may be trained later.
-                self._emulator.load_state_dict(self._saved)
-            self._saved = None
+        if self._deferred is not None:
+            with torch.inference_mode(False):  # Tensors that a test loads may be trained later.
+                self._emulator.load_state_dict(self._deferred)
+            self._deferred = None
         return self._emulator
 
     def _is_due(self) -> bool:
-        """Tell whether this step is to be sampled: once, however many batches it accumulates."""
+        """Tell whether the telemetry samples this step: once, also with accumulated batches."""
         every = self.telemetry_every_n_steps
         return every > 0 and self.steps % every == 0 and self.steps != self._sampled
 
     def _require_ranges(self, stage: str) -> None:
         emulator = self.emulator
         if not emulator.calibrated and emulator.ranges.ranges:
-            # A fit that was shorter than its calibration: evaluation needs what it has seen.
+            # The fit was shorter than its calibration: evaluation uses the ranges so far.
             emulator.freeze()
             rank_zero_info(f"NNAEmulation: ranges frozen for {stage} after {self.steps} steps")
         if not emulator.calibrated:
@@ -431,7 +423,10 @@ class NNAEmulation(Callback):
         self._batch.close()
 
     def _stepped(self, advanced: bool) -> None:
-        """Learned steps move with every optimizer; the second of a batch finds no gradient."""
+        """Count an optimizer step and update the learned scales.
+
+        With several optimizers, scales are updated after each; they have a gradient once a batch.
+        """
         if advanced:
             self._fit_steps += 1
             self._emulated_steps += int(self.emulator.calibrated)
@@ -441,12 +436,12 @@ class NNAEmulation(Callback):
             self._scale_optimizer.update(self.emulator.scales.tensors(), divisor=divisor)
 
     def _release(self) -> None:
-        """Take hooks off the optimizers, and leave the scope that an exception left open."""
+        """Remove the hooks of the optimizers, and leave the mode of the batch."""
         self._counter.detach()
         self._leave()
 
     def _report_steps(self) -> None:
-        """Say how much of a fit ran emulated, and warn where nothing did."""
+        """Log how many steps of a fit ran emulated; warn if none did."""
         summary = f"{self._emulated_steps} of {self._fit_steps} optimizer steps of this fit"
         if self._emulated_steps or not self._fit_steps:
             rank_zero_info(f"NNAEmulation: {summary} ran emulated")
@@ -459,13 +454,13 @@ class NNAEmulation(Callback):
         )
 
     def _warn_of_clipping(self) -> None:
-        """Name the sites that clip much, once."""
+        """Warn, once, of the sites that clip many of their results."""
         ranges = self.emulator.ranges
         rates = {
             site: row.clip_rate
             for site, row in self.telemetry.sites.items()
-            if row.clip_rate > _CLIPS_MUCH
-            and row.results >= _ENOUGH_RESULTS
+            if row.clip_rate > _HIGH_CLIP_RATE
+            and row.results >= _MIN_RESULTS
             and f"{site}/output" in ranges
         }
         if not rates or self._warned_of_clipping:
@@ -474,20 +469,15 @@ class NNAEmulation(Callback):
         worst = sorted(rates, key=lambda site: -rates[site])[:5]
         rank_zero_warn(
             f"NNAEmulation: {len(rates)} of {len(self.telemetry.sites)} sites clip more than "
-            f"{_CLIPS_MUCH:.0%} of their results after {self.steps} steps; the worst: "
+            f"{_HIGH_CLIP_RATE:.0%} of their results after {self.steps} steps; the worst: "
             f"{', '.join(f'{site} ({rates[site]:.0%})' for site in worst)}. Their ranges were "
-            f"frozen before the network settled: set more calibration_steps, start from trained "
+            f"frozen too early: set more calibration_steps, start from trained "
             f"weights, or lower the learning rate"
         )
 
 
-def _digests(module: pl.LightningModule) -> dict[str, str]:
-    """Compute what tells a module's weights from any others, by name."""
-    return {name: digest_of(parameter) for name, parameter in module.named_parameters()}
-
-
 def _summary(telemetry: Telemetry) -> dict[str, float]:
-    """Compute mean and worst of all sites; a site without any noise has no SQNR to average."""
+    """Compute the mean and the worst of all sites; infinite SQNRs are left out of the mean."""
     rows = list(telemetry.sites.values())
     decibels = [row.sqnr_db for row in rows if math.isfinite(row.sqnr_db)] or [math.inf]
     return {
