@@ -1,4 +1,4 @@
-"""Coverage: the operators of a forward that run on the accelerator, and the cost of others."""
+"""Report the operators of a forward that run on the accelerator, and the cost of the others."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from lightning_nna.emulation.spec import PRESETS, NNASpec
 
 @dataclass(frozen=True)
 class CoverageRow:
-    """One call site.
+    """Describe one call site.
 
     Args:
-        site: ``path/operator#ordinal``.
-        where: ``"chip"`` for the accelerator, ``"cpu"``, or ``"constant"`` for what depends on no
-            activation and is a constant of the program.
-        calls: How often it ran.
-        crossing_bytes: Bytes of 8-bit activations that go from the accelerator to the CPU and back,
-            all calls together; 0 for what does not run on the CPU.
+        site: Key of the site, ``path/operator#ordinal``.
+        where: Location of the site: ``"chip"`` for the accelerator, ``"cpu"``, or ``"constant"``
+            for a function without activations, whose result is a constant of the program.
+        calls: Number of calls.
+        crossing_bytes: Bytes of 8-bit activations that go from the accelerator to the CPU and back
+            in all calls together; 0 for sites that do not run on the CPU.
     """
 
     site: str
@@ -36,18 +36,23 @@ class CoverageRow:
 
     @property
     def on_chip(self) -> bool:
-        """Tell whether it is part of the accelerator's program, be it as a constant."""
+        """Tell whether the site is an operator or a constant of the accelerator's program."""
         return self.where != "cpu"
 
     @property
     def operator(self) -> str:
-        """The operator's name, or the torch function's where the accelerator has none."""
+        """Name of the operator, or of the torch function if the accelerator has no operator."""
         return self.site.rsplit("/", 1)[1].split("#")[0]
 
 
 @dataclass(frozen=True)
 class Coverage:
-    """All call sites of one forward, in the order in which they first ran."""
+    """List all call sites of one forward, in the order in which they first ran.
+
+    Args:
+        rows: Call sites.
+        scripted: Paths of scripted modules, whose operators cannot be seen.
+    """
 
     rows: tuple[CoverageRow, ...]
     scripted: tuple[str, ...] = ()
@@ -74,15 +79,15 @@ def coverage(
     forward: Callable[..., Any] = lambda module, *example, **keywords: module(*example, **keywords),
     **keywords: Any,
 ) -> Coverage:
-    """Run a module once, in float, and report where each of its operators would run.
+    """Run a module once, in float, and report the location of each of its operators.
 
     Args:
-        module: Any module; it is left as it was.
+        module: Any module; it is not changed.
         *example: Arguments of its forward. As in :func:`.emulate`, the accelerator may follow by
             position: an ``NNASpec``, a preset's name or a YAML file.
-        spec: The accelerator.
-        forward: How the module runs, called with it and its arguments: for methods beside its
-            forward, as a decoder's.
+        spec: Accelerator.
+        forward: Function that runs the module, given the module and its arguments: for methods
+            other than its forward, as those of a decoder.
         **keywords: Keyword arguments of its forward.
 
     Returns:
@@ -119,7 +124,7 @@ def coverage(
             locations[key] = where
 
     try:
-        # As `observing` does, but nothing is frozen: perhaps no operator can be emulated at all.
+        # Unlike `observing`, this freezes nothing: it must work without any emulated operator.
         with torch.no_grad(), emulator.running("observe", listener=listen):
             forward(module, *example, **keywords)
     finally:
@@ -129,7 +134,7 @@ def coverage(
 
 
 def _is_spec(value: Any) -> bool:
-    """Tell whether an argument can only be an accelerator."""
+    """Tell whether an argument is an accelerator and nothing else."""
     if isinstance(value, str):
         return value in PRESETS or value.endswith((".yaml", ".yml"))
     return isinstance(value, NNASpec)

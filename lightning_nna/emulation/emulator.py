@@ -1,8 +1,8 @@
 """``Emulator``: observe the ranges of a module, freeze them, and emulate it.
 
-An emulator is attached to a module once. It observes ranges while the network runs in float,
-freezes them, and from then on every operator in scope computes what the accelerator computes. It
-touches nothing of the module but hooks, which ``strip`` takes away.
+An emulator is attached to a module once. It observes ranges while the network runs in float and
+freezes them; from then on every operator in scope computes what the accelerator computes. It adds
+hooks to the module, which ``strip`` removes, and changes nothing else of it.
 """
 
 from __future__ import annotations
@@ -107,11 +107,11 @@ class Emulator:
             handle.remove()
         self._handles.clear()
 
-    # --- what is known ------------------------------------------------------------------------
+    # --- properties ----------------------------------------------------------------------------
 
     @property
     def module(self) -> nn.Module | None:
-        """The module; None once nobody else holds it."""
+        """Emulated module; None if it has been deleted."""
         return self.state.module()
 
     @property
@@ -150,7 +150,7 @@ class Emulator:
 
     @property
     def is_unused(self) -> bool:
-        """Tell whether nothing was observed yet, and no thread is about to."""
+        """Tell whether no range was observed and no thread runs the module."""
         return not self.calibrated and not self.ranges.ranges and self.state.modes.idle
 
     # --- phases -------------------------------------------------------------------------------
@@ -171,18 +171,19 @@ class Emulator:
         recorder: Recorder | None = None,
         listener: Listener | None = None,
     ) -> Iterator[Emulator]:
-        """Run the module in a mode; afterwards this thread runs it as before, whatever happens.
+        """Run the module in a mode in this thread; restore the mode before on exit.
 
-        Blocks nest: what an argument leaves out is as in the block around this one, and without
-        any block float, exact, nothing learned and nobody told.
+        Blocks nest: an argument that is None has the value of the block around this one. Outside of
+        all blocks a module runs in float, exact, without learned scales, telemetry, recorder and
+        listener.
 
         Args:
             phase: ``"float"``, ``"observe"`` or ``"emulate"``.
             fidelity: ``"exact"``, or ``"fast"`` for float rounding in the requantization to 8 bits.
-            learned_scales: Scales that are learned, see :meth:`learn`.
-            telemetry: Receives the metrics of every emulated site.
-            recorder: Receives every instruction that runs in exact fidelity.
-            listener: Receives every site: its key, where it runs, its operands and its result.
+            learned_scales: Tensors whose scales are learned, see :meth:`learn`.
+            telemetry: Receiver of the metrics of every emulated site.
+            recorder: Receiver of every instruction that runs in exact fidelity.
+            listener: Receiver of every site: its key, location, operands and result.
 
         Yields:
             This emulator.
@@ -214,7 +215,7 @@ class Emulator:
 
     @contextmanager
     def observing(self) -> Iterator[Emulator]:
-        """Run forwards in float and note ranges; freeze them at the end.
+        """Observe ranges in float forwards, and freeze them at the end of the block.
 
         Yields:
             This emulator.
@@ -225,7 +226,7 @@ class Emulator:
         state = self.state
         if state.modes.others_run():
             raise RuntimeError(
-                "another thread runs this module while its ranges are to be observed: calibrate it "
+                "another thread runs this module, so its ranges cannot be observed: calibrate it "
                 "before other threads emulate it"
             )
         ranges, fusion = state.ranges.state_dict(), state.fusion.state_dict()
@@ -235,7 +236,7 @@ class Emulator:
                 yield self
             self.freeze()
         except BaseException:
-            # What a failed calibration has seen must not stay in the ranges.
+            # A failed calibration must not change the ranges.
             ranges, fusion, state.sites.locations = before
             state.ranges.load_state_dict(ranges)
             state.fusion.load_state_dict(fusion)
@@ -243,7 +244,7 @@ class Emulator:
             raise
 
     def reduce_ranges(self) -> None:
-        """Let every rank of a distributed run know the sites and ranges that any has seen."""
+        """Merge the sites and ranges of all ranks of a distributed run."""
         if not is_distributed():
             return
         state = self.state
@@ -273,7 +274,7 @@ class Emulator:
         state.fusion.freeze()
         state.ranges.clamp(state.fusion.fused_relu)
         self.learn(state.scales.learning)
-        # An activation of an observed forward has no parameters yet, whatever its mark says.
+        # Activations of observed forwards are marked as pending.
         state.forget_qparams()
 
     def _why_no_ranges(self) -> str:
@@ -284,7 +285,7 @@ class Emulator:
             return (
                 f"forwards were observed, but {self.spec.name!r} has no operator for any of their "
                 f"functions: {', '.join(sites[:8])}{more} run in float on the CPU, so there is "
-                f"nothing to emulate; coverage(module, x) shows this table"
+                f"nothing to emulate; coverage(module, x) prints all sites"
             )
         if state.observed_forward:
             return (
@@ -294,17 +295,20 @@ class Emulator:
         return "no forward was observed: run at least one batch before freezing"
 
     def learn(self, scales: Learned) -> None:
-        """Learn the scales of weights, or of activations too, once ranges are frozen.
+        """Set which scales are learned from now on; those of outputs once ranges are frozen.
+
+        Args:
+            scales: ``"none"``, ``"weights"``, or ``"all"`` for weights and outputs.
 
         Raises:
             ValueError: If ``scales`` is not ``"none"``, ``"weights"`` or ``"all"``.
         """
         self.scales.learn(scales, self.ranges if self.calibrated else None)
 
-    # --- saved and copied -----------------------------------------------------------------------
+    # --- state and copies ------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Return ranges, call sites and learned scales as plain values."""
+        """Return ranges, call sites, fusion and learned scales as plain values."""
         state = self.state
         return {
             "calibrated": state.calibrated,
@@ -319,7 +323,7 @@ class Emulator:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore what :meth:`state_dict` returned; a calibrated state is never calibrated again.
+        """Restore what :meth:`state_dict` has returned.
 
         Raises:
             ValueError: If the state lacks an entry, as one of an older version does, or was
@@ -328,8 +332,8 @@ class Emulator:
         missing = sorted(_STATE - set(state))
         if missing:
             raise ValueError(
-                f"the state of the emulation lacks {', '.join(missing)}: another version of "
-                f"lightning-nna has saved it; calibrate the module again (calibrate(module, "
+                f"the state of the emulation lacks {', '.join(missing)}: it was saved by another "
+                f"version of lightning-nna; calibrate the module again (calibrate(module, "
                 f"batches), or a fit with calibration_steps)"
             )
         own = {**self.spec.arithmetic, "targets": list(self.targets)}
@@ -362,7 +366,7 @@ class Emulator:
             "spec": self.spec,
             "targets": self.targets,
             "state": self.state_dict(),
-            "stages": self.scales.pipeline.carried(),
+            "transforms": self.scales.pipeline.carried(),
             "used_weights": dict(self.state.used_weights),
         }
 
@@ -372,20 +376,25 @@ class Emulator:
 
         Args:
             module: Copy of a module with an emulator.
-            carried: From :meth:`carried` of that emulator.
+            carried: Plain values that :meth:`carried` of that emulator has returned.
         """
         state = carried["state"]
         emulator = cls(
             module, carried["spec"], targets=carried["targets"], observer=state["observer"]
         )
         emulator.load_state_dict(state)
-        emulator.scales.pipeline.adopt(carried.get("stages", {}))
+        emulator.scales.pipeline.adopt(carried.get("transforms", {}))
         emulator.state.used_weights = dict(carried["used_weights"])
         return emulator
 
 
 def _renamed(value: Any, sites: Mapping[str, str]) -> Any:
-    """Return nested plain values with other keys of sites."""
+    """Return nested plain values with keys of sites replaced.
+
+    Args:
+        value: Plain values.
+        sites: New keys by old keys.
+    """
     if isinstance(value, dict):
         return {_renamed(key, sites): _renamed(entry, sites) for key, entry in value.items()}
     if isinstance(value, list):
@@ -394,7 +403,7 @@ def _renamed(value: Any, sites: Mapping[str, str]) -> Any:
 
 
 def _union(states: Sequence[Any]) -> Any:
-    """Merge plain states: all that any of them has, and of numbers those of the first."""
+    """Merge plain states: the union of keys and list entries; numbers are those of the first."""
     if isinstance(states[0], dict):
         keys = dict.fromkeys(key for state in states for key in state)
         return {key: _union([state[key] for state in states if key in state]) for key in keys}

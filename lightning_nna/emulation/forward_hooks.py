@@ -18,13 +18,14 @@ from lightning_nna.emulation.sites import ROOT
 class SharedHooks:
     """Share an emulator among the hooks of all its modules.
 
-    In a copy or pickle of the module there is no dispatch, but the plain state from which
+    In a copy or pickle of the module they have no dispatch, but plain values from which
     :func:`.attached` builds an emulator for the copy.
 
     Args:
         dispatch: Dispatch of the emulator; None in a copy.
-        carry: Returns plain state of the emulator, see :meth:`.Emulator.carried`.
-        carried: That state, in a copy.
+        carry: Function that returns the plain values, see :meth:`.Emulator.carried`; None in a
+            copy.
+        carried: Those plain values, in a copy.
     """
 
     def __init__(
@@ -48,12 +49,11 @@ class SharedHooks:
 class ForwardHooks:
     """Tell the dispatch which module's forward is running.
 
-    A copy or pickle of a module has hooks that do nothing before :func:`.attach` meets it; they
-    carry the state of the emulation. In float hooks do nothing, since a compiled module may trace
-    them.
+    The hooks of a copy or pickle do nothing until :func:`.attached` builds an emulator from the
+    state that they carry. In float, hooks do nothing, since a compiled module may trace them.
 
     Args:
-        shared: What the hooks of all modules of an emulator share.
+        shared: Object that the hooks of all modules of an emulator share.
         path: Path of the module.
     """
 
@@ -95,15 +95,15 @@ class ForwardHooks:
 
 
 def hooks_of(module: nn.Module) -> list[ForwardHooks]:
-    """Return the hooks on a module itself, of every emulator that it belongs to."""
+    """Return the hooks of a module itself, of all emulators that it belongs to."""
     owners = [getattr(hook, "__self__", None) for hook in module._forward_pre_hooks.values()]
     return [owner for owner in owners if isinstance(owner, ForwardHooks)]
 
 
 def remove_copied_hooks(module: nn.Module) -> None:
-    """Take hooks that a copy has brought along off a module and all it contains.
+    """Remove copied hooks from a module and all its parts.
 
-    Those of a part that is a copy by itself stay: it carries an emulation of its own.
+    The hooks of a part that was copied by itself stay, since they carry its own emulation.
     """
     copied = [hooks.shared for hooks in hooks_of(module) if hooks.shared.dispatch is None]
     for child in module.modules():

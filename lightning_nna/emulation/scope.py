@@ -1,4 +1,4 @@
-"""Scope: the modules that are emulated, and those that cannot be."""
+"""Select the modules that are emulated, and find those that cannot be."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lightning_nna.weights.selection import select
 
 
 def lightning_classes() -> tuple[type, ...]:
-    """LightningModule of ``lightning.pytorch`` and of ``pytorch_lightning``, as far as imported."""
+    """Return LightningModule of ``lightning.pytorch`` and ``pytorch_lightning``, if imported."""
     names = ("lightning.pytorch", "pytorch_lightning")
     return tuple(sys.modules[name].LightningModule for name in names if name in sys.modules)
 
@@ -24,9 +24,8 @@ def lightning_classes() -> tuple[type, ...]:
 def is_redirected(module: nn.Module) -> bool:
     """Tell whether a call of a module runs one of its steps and not its forward.
 
-    Strategies with a wrapper around the module (DDP, FSDP, DeepSpeed) let ``training_step`` and its
-    like run through the wrapper's forward: for that one call, Lightning puts a function of its own
-    in the place of the module's forward.
+    Strategies that wrap the module (DDP, FSDP, DeepSpeed) run ``training_step`` and the like
+    through the wrapper's forward: Lightning replaces the module's forward for that one call.
     """
     forward = module.__dict__.get("forward")
     return isinstance(forward, FunctionType) and forward.__module__.split(".")[0] in (
@@ -37,11 +36,11 @@ def is_redirected(module: nn.Module) -> bool:
 
 
 def forward_codes(module: nn.Module) -> Iterator[tuple[CodeType, Any]]:
-    """Code of a module's forward: of its classes, of decorators around it, of an instance's own.
+    """Yield the code of a module's forward, in its classes or on the instance, and of decorators.
 
     Yields:
-        The code, and for a decorator's the function that it calls: one decorator has the same code
-        around every function.
+        Code, and None or, for the code of a decorator, the function that the decorator calls: the
+        code of a decorator is the same for all functions.
 
     Example:
         >>> [(code.co_qualname, inner) for code, inner in forward_codes(nn.Tanh())]
@@ -61,7 +60,12 @@ def forward_codes(module: nn.Module) -> Iterator[tuple[CodeType, Any]]:
 
 
 def modules_in_scope(named: Mapping[str, nn.Module], targets: Sequence[str]) -> set[str]:
-    """Paths in scope: what targets select and all below it, without losses and metrics."""
+    """Return the paths that targets select, with all below them, without losses and metrics.
+
+    Args:
+        named: Modules by path.
+        targets: Globs or ``re:…`` on paths.
+    """
     outside = [name for name, child in named.items() if _is_loss_or_metric(child)]
     candidates = [name for name in named if not _is_below(name, outside)]
     selected = select(targets, candidates, what="module")
@@ -73,14 +77,12 @@ def _is_below(name: str, ancestors: Sequence[str]) -> bool:
 
 
 def _is_loss_or_metric(module: nn.Module) -> bool:
-    """By class, or by the name ``…Loss`` that every library gives its losses."""
+    """Tell metrics by their class, and losses by the name ``…Loss`` that all libraries use."""
     return isinstance(module, Metric) or type(module).__name__.endswith("Loss")
 
 
 def named_modules(module: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Modules by path, as if nothing were compiled.
-
-    ``torch.compile`` of a child puts a wrapper around it, which is no module of the user's.
+    """Return modules by path, without the wrappers that ``torch.compile`` puts around modules.
 
     Example:
         >>> compiled = torch.compile(nn.Tanh(), backend="eager")
@@ -95,13 +97,13 @@ def named_modules(module: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 def compiled_modules(module: nn.Module) -> list[str]:
-    """Paths of modules that ``torch.compile`` or ``Module.compile`` was applied to."""
+    """Return the paths of modules that ``torch.compile`` or ``Module.compile`` was applied to."""
     names = [name for name, child in module.named_modules() if _is_compiled(child)]
     return [name.removesuffix("_orig_mod").rstrip(".") or "the module" for name in names]
 
 
 def _is_compiled(module: nn.Module) -> bool:
-    # Lightning takes a compiled LightningModule out of its wrapper and keeps the context.
+    # Lightning unwraps a compiled LightningModule and stores the compiler's context in it.
     by_lightning = getattr(module, "_compiler_ctx", None) is not None
     in_place = module._compiled_call_impl is not None
     return by_lightning or in_place or _is_compiled_wrapper(module)
@@ -112,7 +114,7 @@ def _is_compiled_wrapper(module: nn.Module) -> bool:
 
 
 def require_float32(module: nn.Module) -> None:
-    """Raise for what cannot be emulated.
+    """Raise if a module has float parameters that are not float32.
 
     Raises:
         ValueError: If a parameter is not float32; names it.

@@ -1,9 +1,8 @@
-"""Call sites: where in a module's code a torch function is called.
+"""Find call sites: the locations in a module's code that call torch functions.
 
 The key of a site is ``path/operator#ordinal``: the path of the module, the operator, and the
-ordinal of the code location. Which module a function belongs to is known from forward hooks, and
-outside of any forward (a decoder's ``transcribe``, ``predict``, ``join``) from the frames of the
-call stack.
+ordinal of the code location. The module is found by forward hooks, and outside of all forwards (a
+decoder's ``transcribe``, ``predict``, ``join``) by the frames of the call stack.
 """
 
 from __future__ import annotations
@@ -29,49 +28,58 @@ log = logging.getLogger(__name__)
 #: Path of the module that the emulator is attached to.
 ROOT = "."
 
-# With the separator: torchaudio and its like are no part of torch.
+# With a separator at the end, so that torchaudio and the like are not part of torch.
 _TORCH_FOLDER = str(Path(torch.__file__).parent) + os.sep
-#: Files of function modes, which may stand between a call and the dispatch.
+#: Files whose frames are skipped: they may be between a call and the dispatch.
 TRANSPARENT_FILES: set[str] = {__file__}
 _MODULE_CALL = nn.Module.__call__.__code__.co_filename
 _CHECKPOINT = torch.utils.checkpoint.checkpoint_sequential.__code__.co_filename
-#: A LightningModule's steps compute losses and metrics, also where another module calls them.
+#: Steps of a LightningModule compute losses and metrics, also if another module calls them.
 _STEPS = frozenset({"training_step", "validation_step", "test_step", "predict_step"})
-#: Path of a function beyond which no other frame is worth looking at.
+#: Path of code that is not emulated, whatever the outer frames are.
 _OUTSIDE = "/"
 
-#: Where in the code a function is called: code objects and their instructions, innermost first.
+#: Location of a call in the code: code objects and their instructions, innermost first.
 Location = tuple[tuple[CodeType, int], ...]
 
 
 @dataclass
 class SiteTable:
-    """Call sites by key, and the code locations that their ordinals stand for.
+    """Hold the code locations of all call sites.
 
-    The key of a site is ``path/operator#ordinal``. Ordinals are given in the order in which
-    locations first run and are saved, so that a resumed run keeps them whatever it runs first.
+    The key of a site is ``path/operator#ordinal``. Ordinals are assigned in the order in which
+    locations first run. They are saved, so that a resumed run has the same keys.
+
+    Args:
+        locations: Code locations by ``path/operator``; the position in a list is the ordinal.
     """
 
     locations: dict[str, list[str]] = field(default_factory=dict)
 
     def key(self, path: str, operator: str, location: str) -> str:
-        """Return the key of the site at a location, with a new ordinal if the location is new."""
+        """Return the key of a site; a new location gets the next ordinal.
+
+        Args:
+            path: Path of the module.
+            operator: Name of the operator.
+            location: Code location.
+        """
         known = self.locations.setdefault(f"{path}/{operator}", [])
         if location not in known:
             known.append(location)
         return f"{path}/{operator}#{known.index(location)}"
 
     def unite(self, tables: Sequence[Mapping[str, Sequence[str]]]) -> dict[str, str]:
-        """Take in the locations of every rank of a distributed run, in the order of the ranks.
+        """Merge the locations of all ranks of a distributed run, in the order of the ranks.
 
-        Ranks on different data may run locations in different orders, and one key must not name
-        different code.
+        Ranks with different data may run locations in different orders, and a key must name the
+        same code on all of them.
 
         Args:
-            tables: ``locations`` of every rank; this rank's own is among them.
+            tables: ``locations`` of every rank, with those of this rank.
 
         Returns:
-            The new key by the old one, for keys of this rank that change.
+            New keys by old keys, for keys of this rank that change.
 
         Example:
             >>> table = SiteTable({"./mul": ["f:2:0"]})
@@ -94,10 +102,9 @@ class SiteTable:
 
 
 class Scope(threading.local):
-    """Modules whose forward is running in this thread, outermost first.
+    """Hold the modules whose forward is running in a thread, outermost first.
 
-    A thread of its own, because activation checkpointing calls forward from the thread that runs
-    the backward.
+    It is per thread, because activation checkpointing runs forwards in the thread of the backward.
     """
 
     def __init__(self) -> None:
@@ -111,11 +118,12 @@ class CallSites:
     Args:
         table: Call sites by key.
         paths: Path of every module by ``id``.
-        allowed: Paths that are emulated; not among them: losses, metrics, what no target selects.
+        allowed: Paths of the modules that are emulated: without losses, metrics and modules that
+            no target selects.
         forwards: Code of the modules' forwards and of decorators around them, see
             :func:`.forward_codes`.
-        lightning: LightningModules by ``id``. Their steps do not count, nor do methods of a root
-            among them that its forward has not called.
+        lightning: LightningModules by ``id``. Their steps are not emulated; methods of a root among
+            them are only if its forward calls them.
 
     Attributes:
         scope: Modules whose forward is running in this thread.
@@ -129,7 +137,7 @@ class CallSites:
         forwards: Iterable[tuple[CodeType, Any]],
         lightning: Container[int],
     ) -> None:
-        # By identity: a code object computes its hash anew whenever it is asked.
+        # By ``id``, since code objects do not cache their hash.
         self._forwards: dict[int, CodeType] = {}
         self._decorators: dict[int, tuple[CodeType, dict[int, Any]]] = {}
         for code, inner in forwards:
@@ -146,11 +154,11 @@ class CallSites:
         self._warned_of_checkpointing = False
 
     def forget_keys(self) -> None:
-        """Look sites up again: their table has been replaced."""
+        """Clear the cache of keys, after the table has been replaced."""
         self._keys.clear()
 
     def in_scope(self) -> bool:
-        """Tell whether the code that calls is part of what is emulated."""
+        """Tell whether the calling code is emulated."""
         return self.locate()[0] is not None
 
     @property
@@ -159,8 +167,14 @@ class CallSites:
         return (self.scope.stack or [ROOT])[-1]
 
     def key(self, path: str, operator: str, location: Location) -> str:
-        """Return the key of a call site; code locations are turned into text once."""
-        identity = (path, operator, *((id(code), at) for code, at in location))
+        """Return the key of a call site, cached by path, operator and location.
+
+        Args:
+            path: Path of the module.
+            operator: Name of the operator.
+            location: Code location.
+        """
+        identity = (path, operator, *((id(code), offset) for code, offset in location))
         if identity not in self._keys:
             if not self._warned_of_checkpointing and _is_checkpointed_function():
                 self._warned_of_checkpointing = True
@@ -171,19 +185,21 @@ class CallSites:
                     "the module" if path == ROOT else path,
                 )
             with self._naming:
-                self._code.extend(code for code, _ in location)  # An id must not be used again.
-                text = ">".join(_describe(code, at) for code, at in reversed(location))
+                # References keep the ids of the code from being used again.
+                self._code.extend(code for code, _ in location)
+                text = ">".join(_describe(code, offset) for code, offset in reversed(location))
                 self._keys[identity] = self.table.key(path, operator, text)
         return self._keys[identity]
 
     def locate(self) -> tuple[str | None, Location]:
-        """Return the module path of the running code, and its location in the module's own code.
+        """Return the path of the module that runs, and the location in the module's code.
 
         The module is the one whose method runs, or else the one whose forward is running. A forward
-        has the same sites whether the module or its ``forward`` is called.
+        has the same sites whether the module or its ``forward`` is called. Frames of torch are left
+        out of the location: one ``nn.LSTM`` is one site, however its forward reaches the operator.
 
-        Frames of torch itself do not count for the location: one ``nn.LSTM`` is one site, however
-        its forward reaches the operator.
+        Returns:
+            The path, None for code that is not emulated; and the location.
         """
         stack = self.scope.stack
         location: list[tuple[CodeType, int]] = []
@@ -217,7 +233,7 @@ class CallSites:
         return (path if path in self.allowed else None), tuple(location[:end])
 
     def _owner(self, frame: FrameType) -> Any:
-        """Return the object whose method a frame runs; None if it seems to run none."""
+        """Return the object whose method a frame runs; None if it runs no method."""
         code = frame.f_code
         names = code.co_varnames
         if names[:1] == ("self",):
@@ -226,19 +242,19 @@ class CallSites:
             return None
         if code.co_argcount:
             return frame.f_locals.get(names[0])
-        # A decorator's ``(*args, **kwargs)``.
+        # The signature of a decorator's function is ``(*args, **kwargs)``.
         positional = frame.f_locals.get(names[code.co_kwonlyargcount], ())
         return positional[0] if code.co_flags & CO_VARARGS and positional else None
 
     def _decorates_forward(self, frame: FrameType) -> bool:
-        """Tell whether a frame runs a decorator of a module's forward, and of no other function."""
-        known = self._decorators.get(id(frame.f_code))
-        if known is None:
+        """Tell whether a frame runs a decorator of a module's forward, not of another function."""
+        decorator = self._decorators.get(id(frame.f_code))
+        if decorator is None:
             return False
-        return any(id(value) in known[1] for value in frame.f_locals.values())
+        return any(id(value) in decorator[1] for value in frame.f_locals.values())
 
     def _path_of(self, owner: Any, frame: FrameType) -> str | None:
-        """Return the path of a module whose method runs; ``_OUTSIDE`` if no outer frame counts."""
+        """Return the path of the module whose method runs; ``_OUTSIDE`` if it is not emulated."""
         if isinstance(owner, (torch.optim.Optimizer, Metric)):
             return _OUTSIDE
         path = self.paths.get(id(owner))
@@ -249,7 +265,7 @@ class CallSites:
             return _OUTSIDE
         is_forward = id(code) in self._forwards or self._decorates_forward(frame)
         if path == ROOT and id(owner) in self._lightning and not is_forward:
-            return None  # Its forward may have called this method, or one of its steps.
+            return None  # An outer frame tells whether the forward or a step called this method.
         return path if path in self.allowed else _OUTSIDE
 
 
@@ -262,9 +278,9 @@ def _callers() -> Iterator[FrameType]:
 
 
 def _is_checkpointed_function() -> bool:
-    """Tell whether checkpointing runs the code of a module whose forward it has not called.
+    """Tell whether activation checkpointing runs a function that is not the forward of a module.
 
-    The hooks of a module that it calls tell the dispatch that its forward runs again.
+    Such a function has no hooks that would tell the dispatch that it runs again.
     """
     frame: FrameType | None = sys._getframe(2)
     while frame is not None and frame.f_code.co_filename != _MODULE_CALL:
@@ -275,7 +291,7 @@ def _is_checkpointed_function() -> bool:
 
 
 def _describe(code: CodeType, instruction: int) -> str:
-    """Return the position of an instruction in its function, stable under other edits."""
+    """Return the position of an instruction relative to its function, as text."""
     line, _, column, _ = list(code.co_positions())[instruction // 2]
     offset = (line or code.co_firstlineno) - code.co_firstlineno
     return f"{code.co_qualname}:{offset}:{column}"

@@ -1,6 +1,6 @@
-"""``NNASpec``: the operators of an accelerator and its rounding; and presets.
+"""``NNASpec``: the operators and the arithmetic of an accelerator; and presets.
 
-A spec is a frozen dataclass, a preset's name, or a YAML file with the same keys.
+A spec is a frozen dataclass, the name of a preset, or a YAML file with the same keys.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from lightning_nna.settings_files import read_yaml
 
 Granularity = Literal["per_channel", "per_tensor"]
 Rounding = Literal["reference", "double", "single", "shift"]
-#: What reference kernels do, see :mod:`.operators.rescaling`.
+#: Rounding of reference kernels, see :mod:`.arithmetic.rescaling`.
 KernelRounding = Rounding | Literal["real", "reduced"]
 Overflow = Literal["saturate", "wrap"]
 
-#: Widths of the accumulators of LiteRT's kernels, by the width of their activations.
+#: Widths of the accumulators of LiteRT's kernels in bits, by the width of their activations.
 LITERT_ACCUMULATOR = {8: 32, 16: 64}
-#: The same of biases. Those beside 16 bits are stored in 64, of which processors read 40.
+#: Widths of their biases. With 16-bit activations, 64 bits are stored and processors use 40.
 LITERT_BIAS = {8: 32, 16: 40}
 
 _CHOICES: dict[str, tuple[Any, ...]] = {
@@ -39,31 +39,31 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
 
 @dataclass(frozen=True)
 class NNASpec:
-    """The arithmetic of one accelerator.
+    """Describe the arithmetic of one accelerator.
 
     Args:
-        name: What reports call it.
+        name: Name in reports and messages.
         activation_bits: Width of activations between operators: 8 (with zero points) or 16
             (symmetric).
-        weight_bits: Width of weights, 2 to 8; values are symmetric, in ±(2^(b-1) - 1).
-        bias_bits: Width of biases, which have the scale of the accumulator. The weight scale of a
-            channel whose bias would not fit is raised until it does.
+        weight_bits: Width b of weights, 2 to 8; values are symmetric, in ±(2^(b-1) - 1).
+        bias_bits: Width of biases, which have the scale of the accumulator. If a bias does not fit,
+            the weight scale of its channel is raised until it does.
         accumulator_bits: Width of the sum of a fully connected layer, a convolution or a matrix
             product, 16 to 64.
-        accumulator_overflow: What a sum beyond that width does: ``"wrap"``, as LiteRT's kernels
-            do, or ``"saturate"``.
-        weight_granularity: One scale per output channel of a layer, or one per tensor. LSTM
-            gates and embeddings always have one per tensor, as their kernels do.
-        rounding: Of the requantization: ``"reference"``, what LiteRT's reference kernel of each
-            operator does; ``"double"``, a fixed-point multiplier rounded twice, everywhere;
+        accumulator_overflow: Behavior of a sum beyond that width: ``"wrap"``, as in LiteRT's
+            kernels, or ``"saturate"``.
+        weight_granularity: ``"per_channel"`` for one scale for each output channel of a layer, or
+            ``"per_tensor"``. LSTM gates and embeddings always have one scale for each tensor, as
+            their kernels do.
+        rounding: Rounding of the requantization: ``"reference"``, that of LiteRT's reference kernel
+            of each operator; ``"double"``, a fixed-point multiplier rounded twice, everywhere;
             ``"single"``, the same rounded once; ``"shift"``, a shift alone: then every scale
             is a power of two.
-        table_entries: Entries of the tables of 16-bit non-linearities, interpolated linearly: a
-            power of two, or 0 for the reference's own functions. 8-bit ones have an entry per
-            input.
+        table_entries: Number of entries of the tables of 16-bit non-linearities, interpolated
+            linearly: a power of two, or 0 for the functions of the reference kernels. 8-bit tables
+            have an entry for every input.
         operators: Names of the operators that run on the accelerator; the others run in float and
-            are reported as CPU fallbacks. None for every operator that there is, those that are
-            registered later among them.
+            are reported as CPU fallbacks. None for all operators, with those registered later.
 
     Raises:
         ValueError: If a field is out of range; the message names it and what is allowed.
@@ -107,28 +107,28 @@ class NNASpec:
         return name in operators() if self.operators is None else name in self.operators
 
     def runs_alike(self, names: Collection[str], sites: Collection[str]) -> bool:
-        """Tell whether an accelerator with other operators runs the same sites of a network.
+        """Tell whether an accelerator with other operators emulates the same sites of a network.
 
         Args:
             names: Names of the operators of the other accelerator.
-            sites: Sites of the network as ``path/operator``.
+            sites: Sites of the network, as ``path/operator``.
 
         Example:
             >>> NNASpec().runs_alike(["add", "mul"], ["encoder/add"])
             True
         """
-        # What ran in float has the name of its torch function.
+        # A site that ran in float has the name of its torch function.
         labels = {site.rsplit("/", 1)[-1] for site in sites}
-        of_sites = (operators().get(label) or operator_of(label) for label in labels)
-        known = {operator.name for operator in of_sites if operator is not None and operator.name}
-        return all(self.has_operator(name) == (name in names) for name in known)
+        records = (operators().get(label) or operator_of(label) for label in labels)
+        used = {operator.name for operator in records if operator is not None and operator.name}
+        return all(self.has_operator(name) == (name in names) for name in used)
 
     @property
     def arithmetic(self) -> dict[str, Any]:
-        """Every field but the name, in plain values: specs with equal ones compute the same.
+        """All fields except the name, as plain values; equal ones mean equal results.
 
         Example:
-            >>> NNASpec("mine").arithmetic == NNASpec().arithmetic
+            >>> NNASpec("my-accelerator").arithmetic == NNASpec().arithmetic
             True
         """
         fields = {key: value for key, value in dataclasses.asdict(self).items() if key != "name"}
@@ -137,7 +137,7 @@ class NNASpec:
 
     @property
     def weight_max(self) -> int:
-        """Largest integer a weight can take; the smallest is its negative."""
+        """Largest integer of a weight; the smallest is its negative."""
         return int(2 ** (self.weight_bits - 1) - 1)
 
     @property
@@ -146,10 +146,13 @@ class NNASpec:
         return self.rounding == "shift"
 
     def accumulator_width(self, bits: int) -> int:
-        """Width of the accumulators of an operator whose activations have ``bits`` bits.
+        """Return the width of the accumulators of an operator, in bits.
 
-        LiteRT's kernels of 8 bits sum in 32 bits and those of 16 in 64, whatever the other
-        operators of the network have; a chip of another width has it everywhere.
+        In LiteRT, kernels of 8 bits sum in 32 bits and kernels of 16 bits in 64, also within one
+        network. An accelerator with another width has that width everywhere.
+
+        Args:
+            bits: Width of the operator's activations, 8 or 16.
 
         Example:
             >>> NNASpec().accumulator_width(16), NNASpec(accumulator_bits=24).accumulator_width(16)
@@ -159,7 +162,10 @@ class NNASpec:
         return LITERT_ACCUMULATOR[bits] if own == LITERT_ACCUMULATOR[self.activation_bits] else own
 
     def bias_width(self, bits: int) -> int:
-        """Width of the biases of an operator whose activations have ``bits`` bits.
+        """Return the width of the biases of an operator, in bits.
+
+        Args:
+            bits: Width of the operator's activations, 8 or 16.
 
         Example:
             >>> NNASpec().bias_width(16), NNASpec(bias_bits=16).bias_width(16)
@@ -169,7 +175,12 @@ class NNASpec:
         return LITERT_BIAS[bits] if own == LITERT_BIAS[self.activation_bits] else own
 
     def largest_bias(self, bits: int) -> float:
-        """Largest bias, in units of the accumulator: it fits, and leaves half of the accumulator.
+        """Return the largest bias, in units of the accumulator.
+
+        It fits the width of biases, and leaves half of the accumulator's range to the products.
+
+        Args:
+            bits: Width of the operator's activations, 8 or 16.
 
         Example:
             >>> NNASpec().largest_bias(8) == 2**30
@@ -179,7 +190,7 @@ class NNASpec:
         return min(half, 2.0 ** (self.bias_width(bits) - 1) - 1)
 
     def rounding_of(self, reference: KernelRounding) -> KernelRounding:
-        """The rounding of an operator whose reference kernel does as ``reference`` says."""
+        """Return the rounding of an operator, given that of its reference kernel."""
         return reference if self.rounding == "reference" else self.rounding
 
     @classmethod
@@ -187,8 +198,8 @@ class NNASpec:
         """Build a spec from plain keys, as a YAML file has them.
 
         Args:
-            settings: Field names and values; missing fields keep their defaults, which are those
-                of the preset that ``preset`` names, if that key is there.
+            settings: Values by field name. Missing fields have the values of the preset that the
+                key ``preset`` names, by default ``"litert-int8"``.
 
         Raises:
             ValueError: If a key is unknown, or a value is not allowed.
@@ -215,7 +226,7 @@ class NNASpec:
         """Read a spec from a YAML file.
 
         Args:
-            path: A file whose top level is a mapping of field names to values.
+            path: Path of a file with a mapping of field names to values.
 
         Raises:
             FileNotFoundError: If there is no such file.
@@ -232,10 +243,10 @@ class NNASpec:
 
 
 def resolve_spec(spec: str | NNASpec | Mapping[str, Any]) -> NNASpec:
-    """Turn what a user may write for ``spec`` into an :class:`NNASpec`.
+    """Convert an argument ``spec`` to an :class:`NNASpec`.
 
     Args:
-        spec: A spec, the name of a preset, a mapping of keys, or the path of a YAML file.
+        spec: Spec, name of a preset, mapping of keys, or path of a YAML file.
 
     Raises:
         ValueError: If a name is neither a preset nor an existing file.
@@ -258,7 +269,7 @@ def resolve_spec(spec: str | NNASpec | Mapping[str, Any]) -> NNASpec:
 
 
 def _require_choice(name: str, value: object, allowed: tuple[Any, ...]) -> None:
-    """Raise unless ``value`` is one of those allowed; True is no number."""
+    """Raise unless a value is allowed; a bool is not allowed as a number."""
     if isinstance(value, bool) or value not in allowed:
         if name == "table_entries":
             shown = "0 or a power of two from 16 to 65536"
@@ -267,7 +278,7 @@ def _require_choice(name: str, value: object, allowed: tuple[Any, ...]) -> None:
         raise ValueError(f"{name} must be {shown}; got {value!r}")
 
 
-#: Chips by name; see the page on the emulation for what each stands for.
+#: Accelerators by name; the page on the emulation describes them.
 PRESETS: dict[str, NNASpec] = {
     spec.name: spec
     for spec in (

@@ -1,12 +1,12 @@
 r"""Telemetry: clip rate, overflow rate and SQNR of every call site.
 
-A sampled forward runs each operator a second time, in float, on the very operands of the
+A sampled forward runs each operator a second time, in float, on the quantized operands of the
 emulation. With :math:`f` the float result and :math:`y` the emulated one,
 
 .. math:: \mathrm{SQNR} = 10 \log_{10} \frac{\sum f^2}{\sum (f - y)^2},
 
-so a site's figure has the error of its own weights, rounding and clipping, and not of those before
-it. The clip rate is the share of float results outside of the output's grid.
+so the SQNR of a site has the error of its own weights, rounding and clipping, and not of the sites
+before it. The clip rate is the fraction of float results outside of the output's range.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from lightning_nna.emulation.ranges import QParams
 
 @dataclass
 class SiteTelemetry:
-    """Sums over the sampled results of one site.
+    """Sum the sampled results of one site.
 
     Args:
-        results: Results compared.
-        clipped: Those whose float value was outside of the grid.
+        results: Number of results compared.
+        clipped: Number of results whose float value was outside of the range.
         signal: Sum of the squared float results.
         noise: Sum of the squared differences.
-        overflows: Sums that left the accumulator's range.
-        accumulated: Sums that were looked at for it.
-        coarser: Channels whose scale was raised, since their bias would have saturated.
-        channels: Channels with a bias.
+        overflows: Number of sums outside of the accumulator's range.
+        accumulated: Number of sums checked for overflow.
+        coarser: Number of channels whose scale was raised so that their bias fits.
+        channels: Number of channels with a bias.
     """
 
     results: int = 0
@@ -48,17 +48,17 @@ class SiteTelemetry:
 
     @property
     def clip_rate(self) -> float:
-        """Share of clipped results, 0 to 1."""
+        """Fraction of clipped results, 0 to 1."""
         return self.clipped / max(self.results, 1)
 
     @property
     def overflow_rate(self) -> float:
-        """Share of overflowed accumulators, 0 to 1."""
+        """Fraction of overflowed accumulators, 0 to 1."""
         return self.overflows / max(self.accumulated, 1)
 
     @property
     def large_bias_rate(self) -> float:
-        """Share of channels whose bias was too large for the scale of their weights, 0 to 1."""
+        """Fraction of channels whose bias was too large for the scale of their weights, 0 to 1."""
         return self.coarser / max(self.channels, 1)
 
     @property
@@ -71,7 +71,7 @@ class SiteTelemetry:
 
 @dataclass
 class Telemetry:
-    """Figures by call site.
+    """Hold metrics by call site.
 
     Example:
         >>> table = Telemetry()
@@ -86,47 +86,49 @@ class Telemetry:
     def __getitem__(self, site: str) -> SiteTelemetry:
         return self.sites[site]
 
-    def compare(self, site: str, in_float: Tensor, emulated: Tensor, grid: QParams | None) -> None:
-        """Take in one result of a site.
+    def compare(
+        self, site: str, in_float: Tensor, emulated: Tensor, qparams: QParams | None
+    ) -> None:
+        """Include one result of a site.
 
         Args:
             site: Key of the site.
             in_float: Float result on the quantized operands, any shape.
             emulated: Emulated result, of the same shape.
-            grid: Its quantization parameters; None for a result without clipping.
+            qparams: Quantization parameters of the result; None for one without clipping.
         """
         row = self.sites.setdefault(site, SiteTelemetry())
         exact, result = in_float.detach().double(), emulated.detach().double()
-        # A mask of minus infinity is no signal.
+        # Minus infinity in a mask is no signal.
         finite = torch.isfinite(exact)
         exact, result = exact[finite], result[finite]
         row.results += exact.numel()
         row.signal += float(exact.square().sum())
         row.noise += float((exact - result).square().sum())
-        if grid is not None:
-            low, high = (bound * grid.scale for bound in grid.bounds)
-            half = grid.scale / 2
+        if qparams is not None:
+            low, high = (bound * qparams.scale for bound in qparams.bounds)
+            half = qparams.scale / 2
             row.clipped += int(((exact < low - half) | (exact > high + half)).sum())
 
     def overflow(self, site: str, overflowed: int, accumulated: int) -> None:
-        """Take in how many sums of a site, or of a part of one, left the accumulator's range."""
-        row = self._whole(site)
+        """Include the numbers of overflowed and of all sums, of a site or a part of one."""
+        row = self._row(site)
         row.overflows += overflowed
         row.accumulated += accumulated
 
     def biases(self, site: str, coarser: int, channels: int) -> None:
-        """Take in how many channels of a site, or of a part, got a larger scale for their bias."""
-        row = self._whole(site)
+        """Include the numbers of channels with a raised scale and of all, of a site or a part."""
+        row = self._row(site)
         row.coarser += coarser
         row.channels += channels
 
-    def _whole(self, site: str) -> SiteTelemetry:
-        """The row of a site: parts of a composite (``lstm#0/layer0``) count for it."""
+    def _row(self, site: str) -> SiteTelemetry:
+        """Return the row of a site; a part of a composite (``lstm#0/layer0``) has the site's."""
         path, _, rest = site.partition("#")
         return self.sites.setdefault(f"{path}#{rest.split('/')[0]}", SiteTelemetry())
 
     def rows(self) -> dict[str, dict[str, float]]:
-        """Rates and SQNR by site, in the order in which sites first ran."""
+        """Return rates and SQNR by site, in the order in which sites first ran."""
         return {
             site: {
                 "clip_rate": row.clip_rate,
@@ -148,21 +150,26 @@ class Telemetry:
         return "\n".join(lines)
 
     def state_dict(self) -> dict[str, dict[str, Any]]:
-        """Plain values by site."""
+        """Return plain values by site."""
         return {site: dict(vars(row)) for site, row in self.sites.items()}
 
     def load_state_dict(self, state: dict[str, dict[str, Any]]) -> None:
-        """Replace every figure by the saved one."""
+        """Replace all metrics by those of a state."""
         self.sites = {site: SiteTelemetry(**row) for site, row in state.items()}
 
 
 def in_float(
     func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Tensor | None:
-    """Result of a torch function once more, without a trace: no gradient, no random number used.
+    """Run a torch function in float, without gradients and without advancing random numbers.
+
+    Args:
+        func: Torch function.
+        args: Its positional arguments.
+        kwargs: Its keyword arguments.
 
     Returns:
-        Its first float tensor; None if it has none.
+        The first float tensor of the result, of any shape; None if there is none.
     """
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         result = func(*args, **kwargs)

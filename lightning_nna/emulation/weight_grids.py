@@ -1,4 +1,4 @@
-"""The last transform of a weight: the accelerator's integers, after the weight pipeline."""
+"""Quantize weights to the accelerator's integers, after the weight pipeline."""
 
 from __future__ import annotations
 
@@ -18,16 +18,17 @@ from lightning_nna.weights.pipeline import WeightGrid, WeightPipeline
 def on_grid(
     pipeline: WeightPipeline, weight: Tensor, rows_per_scale: int, spec: NNASpec
 ) -> QuantizedWeight:
-    """Quantize a weight, after its stages if methods have claimed it, to integers.
+    """Quantize a weight, after the transforms of its methods.
 
     Args:
-        pipeline: Of the module.
-        weight: Of an operator.
-        rows_per_scale: Rows that share a scale.
-        spec: The accelerator.
+        pipeline: Weight pipeline of the module.
+        weight: Weight of an operator, float32, shape ``(rows, …)``.
+        rows_per_scale: Number of rows that share a scale.
+        spec: Accelerator.
 
     Raises:
-        ValueError: If the accelerator cannot hold the grid of a stage; says what to change.
+        ValueError: If the accelerator does not support the centroids of a transform; the message
+            says what to change.
         FloatingPointError: If a weight is not finite.
     """
     grid, weight = pipeline.grid_of(weight), pipeline.deployed(weight)
@@ -46,7 +47,7 @@ def on_grid(
 def _scales_of_rows(
     grid: WeightGrid, weight: Tensor, rows_per_scale: int, spec: NNASpec
 ) -> Float[Tensor, " rows"]:
-    """Return the scales of a grid row by row, if an operator of the accelerator can have them."""
+    """Return the scale of every row, or raise if the accelerator does not support the scales."""
     rows, groups = weight.shape[0], len(grid.scales)
     if grid.maximum > spec.weight_max:
         raise ValueError(
@@ -56,8 +57,7 @@ def _scales_of_rows(
     if (rows // groups) % rows_per_scale:
         raise ValueError(
             f"a weight of {rows} rows has {groups} scales, and an operator of the accelerator "
-            f"needs one "
-            f"for every {rows_per_scale} rows: set granularity='per_tensor' on the method"
+            f"needs one for every {rows_per_scale} rows: set granularity='per_tensor' on the method"
         )
     if spec.power_of_two_scales and bool((torch.frexp(grid.scales).mantissa != 0.5).any()):
         raise ValueError(
