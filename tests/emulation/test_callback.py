@@ -310,7 +310,9 @@ def test_telemetry_is_logged_and_summed_by_site(caplog: pytest.LogCaptureFixture
     for figure in ("clip_rate", "overflow_rate", "sqnr_db"):
         assert {f"{figure}/{site}" for site in sites} <= logged
     assert {"clip_rate", "clip_rate_max", "overflow_rate_max", "sqnr_db", "sqnr_db_min"} <= logged
-    table = next(message for message in caplog.messages if "what the chip's arithmetic" in message)
+    table = next(
+        message for message in caplog.messages if "errors of the emulated arithmetic" in message
+    )
     assert "clipped  overflowed  SQNR dB" in table
     assert all(site in table for site in sites)
     assert 0 <= run.logged_metrics["nna/emulation/clip_rate_max"] <= 1
