@@ -1,7 +1,7 @@
 """Grids of runs: a resumable runner, a command line, and the report that is written at the end.
 
 A :class:`Study` has a name, a grid of :class:`Run` and a function that turns result rows into the
-fields of its report. It reads and appends ``docs/results/<name>.jsonl``; the report goes beside it.
+fields of its report. It reads and appends ``docs/results/<name>.jsonl``; the report goes next to it.
 A run whose rows are in that file is not run again, so that a stopped grid goes on when its command
 is repeated.
 """
@@ -101,7 +101,7 @@ class Study:
         self.write_report(self.results)
 
     def write_report(self, results: Path) -> None:
-        """Write the report, and its figure, beside the results."""
+        """Write the report, and its plot, next to the results."""
         rows = read_rows(results)
         if self.plot is not None:
             self.plot(rows, results.with_suffix(".png"))
