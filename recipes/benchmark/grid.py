@@ -1,7 +1,7 @@
 """Grids of runs: a resumable runner, a command line, and the report that is written at the end.
 
 A :class:`Study` has a name, a grid of :class:`Run` and a function that turns result rows into the
-fields of its report. It reads and appends ``docs/results/<name>.jsonl``; the report goes next to it.
+fields of its report. It reads and appends ``docs/results/<name>.jsonl``; the report is next to it.
 A run whose rows are in that file is not run again, so that a stopped grid goes on when its command
 is repeated.
 """
