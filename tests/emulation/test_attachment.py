@@ -161,12 +161,12 @@ def test_streaming_in_chunks_equals_the_whole_sequence() -> None:
     x = torch.randn(4, 12, 6)
     calibrate(module, [x])
     with torch.no_grad(), emulate(module):
-        whole, (h_n, c_n) = module(x)
+        full, (h_n, c_n) = module(x)
         state, parts = None, []
         for chunk in x.split(3, 1):
             part, state = module(chunk, state)
             parts.append(part)
-    assert torch.equal(torch.cat(parts, 1), whole)
+    assert torch.equal(torch.cat(parts, 1), full)
     assert torch.equal(state[0], h_n)
     assert torch.equal(state[1], c_n)
 
@@ -191,9 +191,9 @@ def test_packed_sequences_equal_each_sequence_alone() -> None:
 
 
 def test_a_layer_that_the_chip_does_not_have_falls_back_and_is_reported() -> None:
-    found = coverage(nn.RNN(6, 10), torch.randn(5, 2, 6))
-    assert [row.site for row in found.fallbacks] == ["./rnn_tanh#0"]
-    assert found.fallbacks[0].crossing_bytes > 0
+    report = coverage(nn.RNN(6, 10), torch.randn(5, 2, 6))
+    assert [row.site for row in report.fallbacks] == ["./rnn_tanh#0"]
+    assert report.fallbacks[0].crossing_bytes > 0
 
 
 def test_coverage_of_a_mixed_network_counts_the_bytes_that_cross() -> None:
@@ -205,19 +205,19 @@ def test_coverage_of_a_mixed_network_counts_the_bytes_that_cross() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return torch.tanh(torch.logsumexp(self.layer(x), -1, keepdim=True))
 
-    found = coverage(Mixed(), torch.randn(3, 4))
-    assert [(row.operator, row.on_chip, row.crossing_bytes) for row in found.rows] == [
+    report = coverage(Mixed(), torch.randn(3, 4))
+    assert [(row.operator, row.on_chip, row.crossing_bytes) for row in report.rows] == [
         ("fully_connected", True, 0),
         ("logsumexp", False, 3 * 10 + 3),
         ("tanh", True, 0),
     ]
-    assert "logsumexp#0" in str(found)
+    assert "logsumexp#0" in str(report)
 
 
 def test_operators_that_a_spec_lacks_are_fallbacks() -> None:
     spec = {"name": "small", "operators": ["fully_connected"]}
-    found = coverage(SmallNet(), torch.randn(2, 4), spec=spec)
-    assert {row.operator for row in found.fallbacks} == {"add", "mul", "sigmoid", "tanh"}
+    report = coverage(SmallNet(), torch.randn(2, 4), spec=spec)
+    assert {row.operator for row in report.fallbacks} == {"add", "mul", "sigmoid", "tanh"}
 
 
 def test_scripted_modules_are_reported(
@@ -226,10 +226,10 @@ def test_scripted_modules_are_reported(
     module = nn.Sequential(nn.Linear(4, 4), torch.jit.script(nn.Linear(4, 2)))
     recwarn.clear()  # torch.jit.script announces its own retirement.
     with caplog.at_level(logging.WARNING):
-        found = coverage(module, torch.randn(2, 4))
-    assert found.scripted == ("1",)
+        report = coverage(module, torch.randn(2, 4))
+    assert report.scripted == ("1",)
     assert "scripted modules run in float" in caplog.text
-    assert "1: scripted, its operators cannot be seen" in str(found)
+    assert "1: scripted, its operators cannot be seen" in str(report)
 
 
 def test_another_chip_or_other_targets_need_strip_first() -> None:

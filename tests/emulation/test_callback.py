@@ -54,12 +54,12 @@ def test_contract(check: Callable[..., None], tmp_path: Path) -> None:
     ids=lambda check: check.__name__,
 )
 def test_contract_of_fast_fidelity(check: Callable[..., None], tmp_path: Path) -> None:
-    """What the arithmetic of training can break; the rest does not depend on it."""
+    """Run the checks that depend on the arithmetic of training."""
     check(lambda: NNAEmulation(calibration_steps=2, fidelity="fast"), tmp_path)
 
 
 def _has_bfloat16_lstm() -> bool:
-    """Whether oneDNN has the layer for this processor; PyTorch itself cannot train it elsewhere."""
+    """Tell whether oneDNN has the layer on this processor; PyTorch itself cannot train it."""
     with torch.autocast("cpu", torch.bfloat16):
         try:
             nn.LSTM(4, 8)(torch.zeros(2, 1, 4))[0].sum().backward()
@@ -418,8 +418,8 @@ def test_what_a_checkpoint_holds_goes_to_the_module_it_is_loaded_for(tmp_path: P
     run.save_checkpoint(tmp_path / "second.ckpt")
     (expected,) = run.test(run.lightning_module, verbose=False)
     other = module(seed=2)
-    (found,) = trainer(chip).test(other, ckpt_path=tmp_path / "second.ckpt", verbose=False)
-    assert found == expected
+    (metrics,) = trainer(chip).test(other, ckpt_path=tmp_path / "second.ckpt", verbose=False)
+    assert metrics == expected
     assert attached(first).state_dict() == own
     assert attached(other) is chip.emulator
 

@@ -1,4 +1,4 @@
-"""What depends on no activation runs in float, exactly, and is a constant of the program."""
+"""Functions without activations run in float, exactly, and are constants of the program."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from lightning_nna import calibrate, coverage, emulate
 from tests.emulation.modules import Function
 
 
-class Seen(nn.Module):
-    """Keeps what its forward has computed beside its result."""
+class Recording(nn.Module):
+    """Store intermediate values of a forward."""
 
     def keep(self, *values: Tensor) -> None:
-        self.seen = [value.detach().clone() for value in values]
+        self.values = [value.detach().clone() for value in values]
 
 
-class Rotary(Seen):
+class Rotary(Recording):
     """Rotary position embedding, as Llama and RoFormer have it."""
 
     def __init__(self) -> None:
@@ -40,7 +40,7 @@ class Rotary(Seen):
         return torch.cat([first * cos - second * sin, first * sin + second * cos], -1)
 
 
-class Lengths(Seen):
+class Lengths(Recording):
     def __init__(self) -> None:
         super().__init__()
         self.layer = nn.Linear(4, 4)
@@ -54,7 +54,7 @@ class Lengths(Seen):
         return result
 
 
-class Buckets(Seen):
+class Buckets(Recording):
     """Relative positions of T5: the logarithm of 0 is taken, and not used."""
 
     def __init__(self) -> None:
@@ -71,7 +71,7 @@ class Buckets(Seen):
         return scores + self.bias(bucket)[..., 0]
 
 
-class Sinusoids(Seen):
+class Sinusoids(Recording):
     """The table of "Attention is all you need", made in the forward and in place."""
 
     def __init__(self) -> None:
@@ -89,7 +89,7 @@ class Sinusoids(Seen):
         return x * 2 + scaled
 
 
-CASES: dict[str, tuple[Callable[[], Seen], tuple[Tensor, ...]]] = {
+CASES: dict[str, tuple[Callable[[], Recording], tuple[Tensor, ...]]] = {
     "rotary": (Rotary, (torch.randn(2, 256, 8),)),
     "lengths": (Lengths, (torch.randn(3, 20, 4), torch.tensor([20, 7, 13]))),
     "buckets": (Buckets, (torch.randn(2, 40),)),
@@ -106,21 +106,21 @@ def test_it_is_what_float_computes(name: str, spec: str) -> None:
     calibrate(net, [inputs], lambda net, batch: net(*batch), spec)
     with emulate(net, spec):
         result = net(*inputs)
-    seen = net.seen
+    emulated_values = net.values
     expected = net(*inputs).detach()
     # All but the last bit, which float itself has otherwise on other processors.
-    torch.testing.assert_close(seen, net.seen, rtol=2**-22, atol=2**-22)
+    torch.testing.assert_close(emulated_values, net.values, rtol=2**-22, atol=2**-22)
     span = float(expected.max() - expected.min())
     torch.testing.assert_close(result, expected, rtol=0, atol=0.03 * span)
 
 
 def test_coverage_names_it() -> None:
-    found = coverage(Rotary(), torch.randn(2, 16, 8))
-    places = {row.operator: row.where for row in found.rows}
-    assert [places[name] for name in ("cos", "sin", "mul")] == ["constant", "constant", "chip"]
-    assert "constant" in str(found)
-    assert not found.fallbacks
-    assert sum(row.crossing_bytes for row in found.rows) == 0
+    report = coverage(Rotary(), torch.randn(2, 16, 8))
+    locations = {row.operator: row.where for row in report.rows}
+    assert [locations[name] for name in ("cos", "sin", "mul")] == ["constant", "constant", "chip"]
+    assert "constant" in str(report)
+    assert not report.fallbacks
+    assert sum(row.crossing_bytes for row in report.rows) == 0
 
 
 @pytest.mark.parametrize(
@@ -139,7 +139,7 @@ def test_normalized_weights_are_those_of_float_and_have_their_gradients(
         warnings.simplefilter("ignore", FutureWarning)
         layer = normalize(nn.Linear(6, 5))
     net, x = nn.Sequential(layer, nn.Sigmoid()), torch.randn(16, 6)
-    places = {row.where for row in coverage(net, x).rows}
+    locations = {row.where for row in coverage(net, x).rows}
     plain = nn.Sequential(nn.Linear(6, 5), nn.Sigmoid())
     plain[0].load_state_dict({"weight": layer.weight, "bias": layer.bias})
     results = []
@@ -148,7 +148,7 @@ def test_normalized_weights_are_those_of_float_and_have_their_gradients(
         with emulate(each):
             results.append(each(x))
         results[-1].square().sum().backward()
-    assert places == {"chip", "constant"}
+    assert locations == {"chip", "constant"}
     torch.testing.assert_close(results[0], results[1], rtol=0, atol=0)
     # The normalization's own gradients, in float, of the gradient that a plain weight gets.
     names = [name for name, _ in layer.named_parameters() if name != "bias"]
@@ -235,11 +235,11 @@ class Cache(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.register_buffer("kept", torch.zeros(4, 8))
+        self.register_buffer("buffer", torch.zeros(4, 8))
 
     def forward(self, x: Tensor) -> Tensor:
-        self.kept[:2] = (x * 3.0).detach()
-        return self.kept * 0.5
+        self.buffer[:2] = (x * 3.0).detach()
+        return self.buffer * 0.5
 
 
 def test_a_buffer_that_activations_are_written_to_is_no_constant() -> None:
@@ -270,8 +270,8 @@ def test_complex_operands_are_left_to_the_cpu(
 ) -> None:
     torch.manual_seed(0)
     net, x = Function(function), torch.randn(3, 8)
-    places = {row.operator: row.where for row in coverage(net, x).rows}
-    assert sites.items() <= places.items()
+    locations = {row.operator: row.where for row in coverage(net, x).rows}
+    assert sites.items() <= locations.items()
     calibrate(net, [x])
     with emulate(net):
         result = net(x)
@@ -289,8 +289,8 @@ def test_complex_rotations_of_a_buffer_are_constants() -> None:
             pairs = torch.view_as_complex(x.unflatten(-1, (4, 2)))
             return torch.view_as_real(pairs * turns).flatten(-2)
 
-    places = {row.operator: row.where for row in coverage(Rotations(), torch.randn(3, 8)).rows}
-    assert places == {"polar": "constant", "view_as_complex": "cpu", "mul": "cpu",
+    locations = {row.operator: row.where for row in coverage(Rotations(), torch.randn(3, 8)).rows}
+    assert locations == {"polar": "constant", "view_as_complex": "cpu", "mul": "cpu",
                       "view_as_real": "cpu"}  # fmt: skip
 
 

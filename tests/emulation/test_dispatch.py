@@ -50,14 +50,14 @@ def helper(x: Tensor) -> Tensor:
 def test_a_site_is_a_code_location(
     function: Callable[[Tensor], Tensor], expected: list[str]
 ) -> None:
-    found = [site.removeprefix("./") for site in sites(Function(function), torch.randn(3, 4))]
-    assert found == [site.removeprefix("./") for site in expected]
+    keys = [site.removeprefix("./") for site in sites(Function(function), torch.randn(3, 4))]
+    assert keys == [site.removeprefix("./") for site in expected]
 
 
 def test_a_library_whose_name_begins_with_torch_has_sites_of_its_own() -> None:
     layer = ConformerLayer(8, 16, 2, 3)
-    found = sites(layer, torch.randn(5, 2, 8), None)  # type: ignore[arg-type]
-    assert [site for site in found if "./add" in site] == [f"./add#{index}" for index in range(4)]
+    keys = sites(layer, torch.randn(5, 2, 8), None)  # type: ignore[arg-type]
+    assert [site for site in keys if "./add" in site] == [f"./add#{index}" for index in range(4)]
 
 
 def test_ordinals_survive_in_the_state() -> None:
@@ -105,14 +105,14 @@ class Holder(pl.LightningModule):
 
 def test_methods_of_children_count_and_steps_losses_and_metrics_do_not() -> None:
     holder, x = Holder(), torch.randn(8, 4)
-    seen: list[str] = []
+    keys: list[str] = []
     with (
         emulate(holder) as chip,
-        chip.running(listener=lambda key, location, operands, result: seen.append(key)),
+        chip.running(listener=lambda key, location, operands, result: keys.append(key)),
         chip.observing(),
     ):
         holder.step(x)
-    assert seen == ["model.layer/fully_connected#0", "model/tanh#0"]
+    assert keys == ["model.layer/fully_connected#0", "model/tanh#0"]
 
 
 def test_an_exception_leaves_no_mode_behind() -> None:
@@ -165,13 +165,13 @@ def test_activation_checkpointing_recomputes_on_the_chip(reentrant: bool) -> Non
         assert torch.equal(first, second)
 
 
-def test_packed_and_padded_movements_keep_the_grid() -> None:
+def test_packing_and_padding_keep_quantization_parameters() -> None:
     def function(x: Tensor) -> Tensor:
         y = torch.tanh(x).transpose(0, 1).reshape(2, -1).unsqueeze(0)
         return torch.relu(F.pad(y, (1, 1)).squeeze(0).chunk(2, -1)[0].contiguous())
 
-    found = coverage(Function(function), torch.randn(4, 6))
-    assert [row.site for row in found.rows] == ["./tanh#0", "./relu#0"]
+    report = coverage(Function(function), torch.randn(4, 6))
+    assert [row.site for row in report.rows] == ["./tanh#0", "./relu#0"]
     module = Function(function)
     with emulate(module) as chip:
         with chip.observing():
@@ -199,10 +199,10 @@ def test_an_activation_kept_from_calibration_is_quantized_anew() -> None:
     module = nn.ModuleList([first, second])
     with emulate(module) as chip:
         with chip.observing():
-            kept = first(torch.linspace(-2, 2, 9))
-            second(kept.clone().exp())
-        result = second(kept)
-    assert float((result - torch.relu(kept)).abs().max()) < 0.02
+            activation = first(torch.linspace(-2, 2, 9))
+            second(activation.clone().exp())
+        result = second(activation)
+    assert float((result - torch.relu(activation)).abs().max()) < 0.02
 
 
 def test_another_dtype_leaves_the_grid() -> None:

@@ -1,4 +1,4 @@
-"""What is folded into the ReLU after it: the grid has nothing below 0."""
+"""ReLU fusion: the range of an operator begins at 0 if a ReLU is its only consumer."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ def grid_of_first(net: Layers, x: Tensor, spec: str = "litert-int8") -> QParams:
     with emulate(net, spec) as chip, torch.no_grad():
         with chip.observing():
             net(x)
-        seen = chip.ranges["first/fully_connected#0/output"]
-        return affine_qparams(seen.minimum, seen.maximum, bits=chip.spec.activation_bits)
+        observed = chip.ranges["first/fully_connected#0/output"]
+        return affine_qparams(observed.minimum, observed.maximum, bits=chip.spec.activation_bits)
 
 
 @pytest.mark.parametrize("name", FOLDED)
@@ -124,9 +124,9 @@ def test_what_something_else_reads_keeps_its_range(name: str) -> None:
 def test_sixteen_bits_are_symmetric_and_keep_their_range() -> None:
     torch.manual_seed(0)
     net, x = Layers(torch.relu), torch.randn(500, 20)
-    whole = float(net.first(3 * x).detach().abs().max())
+    largest = float(net.first(3 * x).detach().abs().max())
     grid = grid_of_first(net, x, "litert-int16x8")
-    assert grid.scale == pytest.approx(whole / 32767, rel=1e-2)
+    assert grid.scale == pytest.approx(largest / 32767, rel=1e-2)
 
 
 @pytest.mark.exactness
@@ -145,13 +145,13 @@ def test_the_gradient_is_zero_where_the_relu_is(fidelity: str) -> None:
         with chip.observing():
             net(x)
         net(x).sum().backward()
-    found = net[0].bias.grad
+    gradient = net[0].bias.grad
     net.zero_grad()
     net(x).sum().backward()
     expected = net[0].bias.grad
-    assert found is not None
+    assert gradient is not None
     assert expected is not None
-    assert float((found - expected).abs().max()) <= 0.02 * 500
+    assert float((gradient - expected).abs().max()) <= 0.02 * 500
 
 
 def test_telemetry_does_not_count_what_the_relu_takes_away() -> None:
@@ -185,9 +185,9 @@ class Auxiliary(nn.Module):
 
 READERS: dict[str, Callable[[Tensor], Tensor]] = {
     "an operator": torch.tanh,
-    "a movement": lambda y: y.flip(-1),
+    "a layout operator": lambda y: y.flip(-1),
     "the CPU": F.softplus,
-    "after a movement": lambda y: torch.sigmoid(y.view(y.shape)),
+    "after a layout operator": lambda y: torch.sigmoid(y.view(y.shape)),
 }
 
 
@@ -205,10 +205,10 @@ def test_a_new_reader_of_what_ends_at_zero_is_told_once(
         net.takes_both = True
         net(x).sum().backward()
         net(x)
-    told = [text for text in caplog.messages if "ends at 0" in text]
-    assert len(told) == 1
-    assert "first/fully_connected#0" in told[0]
-    assert "calibrate with batches that take this path" in told[0]
+    warnings = [text for text in caplog.messages if "ends at 0" in text]
+    assert len(warnings) == 1
+    assert "first/fully_connected#0" in warnings[0]
+    assert "calibrate with batches that take this path" in warnings[0]
 
 
 def test_who_calibrates_with_the_path_is_not_told(caplog: pytest.LogCaptureFixture) -> None:
@@ -229,11 +229,11 @@ def test_results_that_leave_the_network_are_read_too(caplog: pytest.LogCaptureFi
     torch.manual_seed(0)
     net, x = Auxiliary(nn.ReLU(), torch.tanh), torch.randn(50, 20)
     calibrate(net, [x])
-    taken: list[Tensor] = []
-    net.first.register_forward_hook(lambda module, args, result: taken.append(result > 0))
+    masks: list[Tensor] = []
+    net.first.register_forward_hook(lambda module, args, result: masks.append(result > 0))
     with emulate(net):
         net(x)
-    assert taken[0].any()
+    assert masks[0].any()
     assert [text for text in caplog.messages if "first/fully_connected#0 ends at 0" in text]
 
 
@@ -320,7 +320,7 @@ def test_dropout_of_what_another_reads_does_not_hide_the_reader() -> None:
     torch.testing.assert_close(result[below], net(x)[below], rtol=0, atol=0.05)
 
 
-@pytest.mark.parametrize("reader", ["an operator", "the CPU", "after a movement"])
+@pytest.mark.parametrize("reader", ["an operator", "the CPU", "after a layout operator"])
 @pytest.mark.parametrize("training", [False, True])
 def test_what_is_folded_into_a_batch_norm_has_no_other_reader(reader: str, training: bool) -> None:
     torch.manual_seed(0)

@@ -144,13 +144,13 @@ def test_checkpointed_activations_give_the_same_gradients(kind: str, learned: st
     nets, x = [Again(), Again()], torch.randn(16, 6, requires_grad=True)
     nets[1].load_state_dict(nets[0].state_dict())
     grads = []
-    for net, chosen in zip(nets, ("plain", kind), strict=True):
+    for net, own_kind in zip(nets, ("plain", kind), strict=True):
         calibrate(net, [x])
-        net.kind = chosen
+        net.kind = own_kind
         with emulate(net, learned_scales=learned) as chip:  # type: ignore[arg-type]
             net(x).square().sum().backward()
-        steps = sorted(chip.scales.tensors().items())
-        grads.append([net.body.layer.weight.grad, *(step.grad for _, step in steps)])
+        log2_scales = sorted(chip.scales.tensors().items())
+        grads.append([net.body.layer.weight.grad, *(step.grad for _, step in log2_scales)])
     assert len(grads[0]) == (1 if learned == "none" else 4)
     for one, two in zip(*grads, strict=True):
         torch.testing.assert_close(one, two)

@@ -1,4 +1,4 @@
-"""What is known of a tensor ends with a write to its memory, through whatever shares it."""
+"""Marks of a tensor end with a write to its memory, through whatever shares it."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ WRITES = [
 
 
 def on_its_grid(emulator: Emulator, x: Tensor) -> bool:
-    """Whether what a tensor holds are integers of the grid that it is marked with, if it is."""
+    """Tell whether a tensor is quantized with the parameters that it is marked with, if any."""
     grid = emulator.state.qparams_of(x)
     if grid is None:
         return True
@@ -331,8 +331,8 @@ def test_weights_that_are_exchanged_for_an_evaluation_are_used_and_brought_back(
         for weight, average in zip(net.parameters(), averages, strict=True):
             weight.data = average
         averaged = net(x)
-        for weight, held in zip(net.parameters(), own, strict=True):
-            weight.data = held
+        for weight, value in zip(net.parameters(), own, strict=True):
+            weight.data = value
         after = net(x)
     other, _ = layers()
     calibrate(other, [x])

@@ -214,7 +214,7 @@ def test_a_thread_of_the_engine_takes_the_mode_of_the_backward(
     """As on an accelerator, where the engine has threads of its own."""
     net, x = SmallNet(), torch.randn(16, 4)
     calibrated(net, x)
-    expected, found = emulated(net, x), []
+    expected, results = emulated(net, x), []
 
     class Recomputed(torch.autograd.Function):
         @staticmethod
@@ -223,13 +223,13 @@ def test_a_thread_of_the_engine_takes_the_mode_of_the_backward(
 
         @staticmethod
         def backward(ctx: object, grad: Tensor) -> Tensor:
-            in_threads(lambda: found.append(net(x).detach()))
+            in_threads(lambda: results.append(net(x).detach()))
             return grad
 
     monkeypatch.setattr(torch._C, "_current_graph_task_id", lambda: 1)
     with emulate(net):
         Recomputed.apply(torch.zeros(1, requires_grad=True)).sum().backward()
-    assert torch.equal(found[0], expected)
+    assert torch.equal(results[0], expected)
 
 
 def test_replicas_of_data_parallel_are_an_error() -> None:
@@ -251,15 +251,15 @@ class Ranks:
         self.gathered: list[object] = [None] * size
         self.barrier = threading.Barrier(size)
 
-    def all_gather_object(self, found: list[object], own: object) -> None:
+    def all_gather_object(self, results: list[object], own: object) -> None:
         self.gathered[self.rank.number] = copy.deepcopy(own)
         self.barrier.wait()
-        found[:] = copy.deepcopy(self.gathered)
+        results[:] = copy.deepcopy(self.gathered)
         self.barrier.wait()
 
 
 class Branches(nn.Module):
-    """Which of two products runs first depends on the data; so does who reads a result."""
+    """Run one of two products first, depending on the data; so do the consumers of a result."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -340,22 +340,22 @@ def test_a_copy_carries_its_emulation(
     torch.manual_seed(0)
     net, x = Convolutional().eval(), torch.randn(8, 2, 30)
     calibrate(net, [x], **settings)
-    chosen = {key: value for key, value in settings.items() if key != "observer"}
-    with emulate(net, **chosen, learned_scales=learned) as chip:  # type: ignore[arg-type]
+    arguments = {key: value for key, value in settings.items() if key != "observer"}
+    with emulate(net, **arguments, learned_scales=learned) as chip:  # type: ignore[arg-type]
         net(x)
         with torch.no_grad():
-            for step in chip.scales.tensors().values():
-                step -= 0.3
+            for log2_scale in chip.scales.tensors().values():
+                log2_scale -= 0.3
         expected = net(x).detach()
     twin = twin_of(net)
-    with emulate(twin, **chosen) as other:
+    with emulate(twin, **arguments) as other:
         assert torch.equal(twin(x), expected)
     assert other is not chip
     assert_same(other.state_dict(), chip.state_dict())
     assert other.state.used_weights.keys() <= {name for name, _ in twin.named_parameters()}
     # A copy of the copy; and the copy is free of the original.
     strip(net)
-    with emulate(twin_of(twin), **chosen), emulate(twin, **chosen):
+    with emulate(twin_of(twin), **arguments), emulate(twin, **arguments):
         assert torch.equal(twin(x), expected)
     assert is_unhooked(strip(twin))
     assert torch.equal(twin(x), net(x))

@@ -26,8 +26,10 @@ pytestmark = pytest.mark.exactness
 
 
 def grid(chip: Emulator, key: str) -> QParams:
-    seen = chip.ranges[key]
-    return affine_qparams(seen.minimum, seen.maximum, power_of_two=chip.spec.power_of_two_scales)
+    observed = chip.ranges[key]
+    return affine_qparams(
+        observed.minimum, observed.maximum, power_of_two=chip.spec.power_of_two_scales
+    )
 
 
 def shifted(x: np.ndarray, factor: float) -> np.ndarray:
@@ -73,7 +75,7 @@ def test_fully_connected(inputs: int, outputs: int, spec: str) -> None:
             layer(torch.randn(64, inputs) - 0.5)
         x, y = (grid(chip, f"./fully_connected#0/{name}") for name in ("input", "output"))
         q_x = random_integers((2000, inputs), 1)
-        found = integers(layer(real(q_x, x)), y)
+        result = integers(layer(real(q_x, x)), y)
         weight = chip.state.weight(layer.weight, 1)
         scales = weight.scales.double() * x.scale
         q_b = integer_bias(layer.bias, scales).numpy().astype(np.int64)
@@ -82,7 +84,7 @@ def test_fully_connected(inputs: int, outputs: int, spec: str) -> None:
         RESCALE[spec](sums[:, channel], float(scale) / y.scale)
         for channel, scale in enumerate(scales)
     ]
-    np.testing.assert_array_equal(found, np.clip(np.stack(columns, 1) + y.zero_point, *INT8))
+    np.testing.assert_array_equal(result, np.clip(np.stack(columns, 1) + y.zero_point, *INT8))
 
 
 def test_an_accumulator_of_24_bits_saturates() -> None:
@@ -99,13 +101,13 @@ def test_an_accumulator_of_24_bits_saturates() -> None:
         x, y = (grid(chip, f"./fully_connected#0/{name}") for name in ("input", "output"))
         q_x = random_integers((400, 1024), 3)
         q_x[0], q_x[1] = 127, -128
-        found = integers(layer(real(q_x, x)), y)
+        result = integers(layer(real(q_x, x)), y)
         weight = chip.state.weight(layer.weight, 1)
     sums = (q_x.astype(np.int64) - x.zero_point) @ weight.integers.numpy().astype(np.int64).T
     assert (np.abs(sums) > 2**23).mean() > 0.1
     factor = x.scale * float(weight.scales[0]) / y.scale
     rescaled = shifted(np.clip(sums, -(2**23), 2**23 - 1), factor)
-    np.testing.assert_array_equal(found, np.clip(rescaled + y.zero_point, *INT8))
+    np.testing.assert_array_equal(result, np.clip(rescaled + y.zero_point, *INT8))
 
 
 @pytest.mark.parametrize("spec", RESCALE)
@@ -120,10 +122,10 @@ def test_two_operands(name: str, ratio: float, spec: str) -> None:
         a, b, y = (grid(chip, f"./{name}#0/{each}") for each in ("input", "other", "output"))
         q_a, q_b = random_integers(shape, 1), random_integers(shape, 2)
         q_a[0], q_b[0], q_a[1], q_b[1] = -128, -128, 127, -128
-        found = integers(module(real(q_a, a), real(q_b, b)), y)
+        result = integers(module(real(q_a, a), real(q_b, b)), y)
     left, right = (Stored(q, g.scale, g.zero_point) for q, g in ((q_a, a), (q_b, b)))
     expected = predicted(name, left, right, y, RESCALE[spec])
-    np.testing.assert_array_equal(found, np.clip(expected + y.zero_point, *INT8))
+    np.testing.assert_array_equal(result, np.clip(expected + y.zero_point, *INT8))
 
 
 def predicted(
