@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class FusionCandidate:
-    """A layer whose result is deferred until the batch norm after it runs.
+    """Describe a layer whose result is deferred until the batch norm after it runs.
 
     Args:
         sums: Sums of the layer without its bias, whole numbers, shape ``(batch, channels, …)``;

@@ -22,7 +22,7 @@ _SELECTIONS = {"maximum": "MAXIMUM", "minimum": "MINIMUM", "where": "SELECT_V2"}
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor as the accelerator stores it: real value = scale (integer - zero point).
+    """Describe a tensor as the accelerator stores it: real value = scale (integer - zero point).
 
     Args:
         integers: Stored values, int64 or, if ``dtype`` is ``"float32"``, float32; any shape.
@@ -48,7 +48,7 @@ class Stored:
 
 @dataclass(frozen=True)
 class Activation:
-    """A quantized tensor, as the float32 tensor of its real values.
+    """Describe a quantized tensor by the float32 tensor of its real values.
 
     Args:
         value: Real values, float32, any shape: integers less the zero point, times the scale.
