@@ -7,7 +7,6 @@ from lightning_nna.emulation.operators.record import (
     Kernel,
     Operator,
     kernels,
-    operators,
     register_operator,
     registered,
 )
@@ -24,7 +23,6 @@ __all__ = [
     "coverage",
     "emulate",
     "kernels",
-    "operators",
     "register_operator",
     "registered",
     "strip",

@@ -309,7 +309,7 @@ class _FullyConnected(torch.autograd.Function):
     ) -> Tensor:
         needs_grad = any(ctx.needs_input_grad)
         exact = needs_exact(call, activation, quantized, y)
-        if exact or _multiplies_bytes(call, activation, quantized):
+        if exact or _multiplies_bytes(activation, quantized):
             sums, offset = _integer_sums(call, activation, quantized)
             rescaler = _rescaler(call, activation, quantized, bias, offset, y, exact)
             result, clipped = rescale_rows(sums, rescaler, y, keep=needs_grad)
@@ -355,10 +355,9 @@ def needs_exact(
     return y is not None and x.qparams.scale * float(weight.scales.max()) >= y.scale
 
 
-def _multiplies_bytes(call: Call, x: Activation, weight: QuantizedWeight) -> bool:
-    """Tell whether to multiply bytes: their sums have 32 bits, which wrap around."""
-    # The largest sum of products of bytes; a wrapped sum is right where the chip's wraps, too.
-    fits = weight.bound * 128 < 2**31 or call.state.spec.accumulator_overflow == "wrap"
+def _multiplies_bytes(x: Activation, weight: QuantizedWeight) -> bool:
+    """Tell whether to multiply bytes, whose sums have 32 bits: beyond these they wrap unseen."""
+    fits = weight.bound * 128 < 2**31
     return x.qparams.bits == 8 and x.value.is_cpu and fits and has_byte_products()
 
 
@@ -367,7 +366,7 @@ def _integer_sums(
 ) -> tuple[Tensor, Tensor | None]:
     """Sums of products of a layer, and what is still to be added for the input's zero point."""
     columns = weight.stored.shape[1]
-    if _multiplies_bytes(call, x, weight):
+    if _multiplies_bytes(x, weight):
         stored = stored_bytes(x.value, x.qparams).reshape(-1, columns)
         offset = weight.row_sums * -x.qparams.zero_point if x.qparams.zero_point else None
         return weight.byte_product(stored), offset
