@@ -59,7 +59,7 @@ format: .venv/.installed  ## Format the code and apply the linter's own repairs
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-constraints: .venv/.installed  ## Pin what pyproject.toml asks for anew, keeping versions that still fit
+constraints: .venv/.installed  ## Pin what pyproject.toml asks for again, keeping versions that still fit
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --all-extras --no-annotate \
 		--no-emit-index-url --no-emit-find-links --custom-compile-command 'make constraints' \
 		--output-file constraints.txt pyproject.toml

@@ -14,8 +14,9 @@ is a polynomial,
     \log_2 x = n + \frac{2}{\ln 2} \operatorname{artanh} \frac{m - 1}{m + 1},\quad x = 2^n m.
 
 A result is within 4 units of the last place of float64 (:func:`erfc` within 2^-43): rounded to
-float32 it is the correctly rounded value but for one argument in :math:`2^{19}` at the very most,
-and in all cases the same value on every processor. Powers of two and their logarithms are exact.
+float32 it is the correctly rounded value except for one argument in :math:`2^{19}` at the very
+most, and in all cases the same value on every processor. Powers of two and their logarithms are
+exact.
 """
 
 from __future__ import annotations

@@ -51,8 +51,8 @@ def figure_folder(trainer: pl.Trainer, dirpath: Path | None, name: str) -> Path:
 
     Args:
         trainer: Trainer of the run.
-        dirpath: Folder that the user has set, or None for one beside the log.
-        name: Name of the folder beside the log.
+        dirpath: Folder that the user has set, or None for one next to the log.
+        name: Name of the folder next to the log.
     """
     # The Trainer broadcasts it.
     logged = trainer.log_dir

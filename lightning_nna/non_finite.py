@@ -11,8 +11,8 @@ from torch import Tensor
 def require_finite_weights(weights: Mapping[str, Tensor]) -> None:
     """Raise unless all of some weights are finite.
 
-    Other weights would index beside a table, or become a centroid. Sums are tested, which is ten
-    times as fast as to test every weight; on a GPU the host waits once for all of them.
+    Other weights would index outside of a table, or become a centroid. Sums are tested, which is
+    ten times as fast as to test every weight; on a GPU the host waits once for all of them.
 
     Args:
         weights: Weights by name, float, any shapes.

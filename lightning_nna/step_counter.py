@@ -97,7 +97,7 @@ class StepCounter:
         self.total = min(totals, default=math.inf)
 
     def attach(self, optimizers: Iterable[Optimizer]) -> None:
-        """Count the steps of these from now on, beside those counted before."""
+        """Count the steps of these from now on, besides those counted before."""
         optimizers = list(optimizers)
         self._indices = {id(optimizer): index for index, optimizer in enumerate(optimizers)}
         if len(self._counts) != len(optimizers):

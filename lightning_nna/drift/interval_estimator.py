@@ -143,7 +143,7 @@ def _threshold(
 def _interior(
     y: Float[Tensor, "*batch n"], times: Int[Tensor, " times"], order: int
 ) -> Iterator[tuple[Float[Tensor, "*batch times inner"], Bool[Tensor, " times"]]]:
-    """Yield the interior averages beside the newest edge by level, and the times with them."""
+    """Yield the interior averages next to the newest edge by level, and the times with them."""
     taps = _as(scaling_filter(order)[::-1], y)
     inner = torch.arange(order, 3 * order - 1, device=y.device)
     averages, ahead, step = y, 0, 1

@@ -62,7 +62,7 @@ class DriftMonitor(FileWriter):
         on_drift: Reaction to the begin of a drift: ``"log"`` writes to the log, ``"warn"`` warns,
             ``"stop"`` ends the training after this validation; or a callable of the trainer, the
             module, the metric's name and its ``DriftReading``.
-        dirpath: Folder of the plots; None for ``drift`` beside the log.
+        dirpath: Folder of the plots; None for ``drift`` next to the log.
         figures: Whether each metric is plotted when ``fit`` ends; needs matplotlib.
 
     With several processes a metric is averaged over those that have it, so that all decide alike.

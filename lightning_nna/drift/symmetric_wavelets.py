@@ -3,7 +3,7 @@ r"""Estimate the newest value with any wavelet of PyWavelets: ``SymmetricWavelet
 The series is mirrored at both ends (:math:`\dots y_2 y_1 | y_1 y_2 \dots`) and transformed with the
 filters of the line, as ``pywt.wavedec(mode="symmetric")`` does; details are thresholded, and the
 inverse transform ends with the estimate. Mirroring keeps the newest value in the middle of smooth
-ground; a periodic extension would put the oldest value beside it. Details at the edges are not
+ground; a periodic extension would put the oldest value next to it. Details at the edges are not
 orthonormal: a mirrored value counts twice.
 
 Both transforms are linear and only few details :math:`k` reach the newest value, so that

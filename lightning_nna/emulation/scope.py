@@ -9,10 +9,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torchmetrics import Metric
 
 from lightning_nna.emulation.sites import ROOT
-from lightning_nna.weights.selection import select
+from lightning_nna.weights.selection import is_loss_or_metric, select
 
 
 def lightning_classes() -> tuple[type, ...]:
@@ -66,7 +65,7 @@ def modules_in_scope(named: Mapping[str, nn.Module], targets: Sequence[str]) -> 
         named: Modules by path.
         targets: Globs or ``re:…`` on paths.
     """
-    outside = [name for name, child in named.items() if _is_loss_or_metric(child)]
+    outside = [name for name, child in named.items() if is_loss_or_metric(child)]
     candidates = [name for name in named if not _is_below(name, outside)]
     selected = select(targets, candidates, what="module")
     return {name for name in candidates if ROOT in selected or _is_below(name, selected)}
@@ -74,11 +73,6 @@ def modules_in_scope(named: Mapping[str, nn.Module], targets: Sequence[str]) -> 
 
 def _is_below(name: str, ancestors: Sequence[str]) -> bool:
     return any(name == above or name.startswith(above + ".") for above in ancestors)
-
-
-def _is_loss_or_metric(module: nn.Module) -> bool:
-    """Tell metrics by their class, and losses by the name ``…Loss`` that all libraries use."""
-    return isinstance(module, Metric) or type(module).__name__.endswith("Loss")
 
 
 def named_modules(module: nn.Module) -> list[tuple[str, nn.Module]]:

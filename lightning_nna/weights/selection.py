@@ -49,6 +49,16 @@ _NO_WEIGHT = re.compile(
 _ROW_BY_ROW = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
+def is_loss_or_metric(module: nn.Module) -> bool:
+    """Tell metrics by their class, and losses by the name ``…Loss`` that all libraries use.
+
+    Example:
+        >>> is_loss_or_metric(nn.MSELoss()), is_loss_or_metric(nn.Linear(1, 1))
+        (True, False)
+    """
+    return isinstance(module, Metric) or type(module).__name__.endswith("Loss")
+
+
 def matches(pattern: str, name: str) -> bool:
     """Say whether a name fits a pattern.
 
@@ -254,7 +264,7 @@ def candidates_of(module: nn.Module) -> dict[str, nn.Parameter]:
         >>> list(candidates_of(nn.LayerNorm((3, 2))))
         ['weight', 'bias']
     """
-    outside = [name for name, child in module.named_modules() if _is_loss_or_metric(child)]
+    outside = [name for name, child in module.named_modules() if is_loss_or_metric(child)]
     return {
         name: parameter
         for name, parameter in module.named_parameters()
@@ -362,10 +372,6 @@ def _is_operator_weight(owner: nn.Module, name: str, parameter: nn.Parameter) ->
         return False
     longer = [length > 1 for length in parameter.shape]
     return isinstance(owner, _MULTIPLIERS) or (longer[0] and sum(longer) > 1)
-
-
-def _is_loss_or_metric(module: nn.Module) -> bool:
-    return isinstance(module, Metric) or type(module).__name__.endswith("Loss")
 
 
 def _read(path: Path) -> dict[str, Any]:

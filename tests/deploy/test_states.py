@@ -155,7 +155,7 @@ def test_learned_initial_states(kind: str, layers: int, bits: int, tmp_path: Pat
     program = LiteRTProgram(path)
     with torch.no_grad():
         expected = net(x)[0]
-    for _ in range(3):  # Every call starts anew.
+    for _ in range(3):  # Every call starts again.
         np.testing.assert_allclose(program([x])[0], expected, atol=0.1)
         np.testing.assert_array_equal(program([x])[0], run_tflite(path, [x])[0])
 

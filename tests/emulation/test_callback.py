@@ -163,7 +163,7 @@ def test_ranges_are_frozen_after_the_calibration_steps_and_training_goes_on() ->
 
 
 def test_training_on_the_chip_learns() -> None:
-    """A trained float module goes on learning on the chip, at a small learning rate."""
+    """A trained float module goes on learning emulated, at a small learning rate."""
     recognizer = module()
     trainer(steps=40).fit(recognizer)
     chip = NNAEmulation(calibration_steps=8, fidelity="fast")

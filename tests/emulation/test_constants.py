@@ -152,7 +152,7 @@ def test_normalized_weights_are_those_of_float_and_have_their_gradients(
     torch.testing.assert_close(results[0], results[1], rtol=0, atol=0)
     # The normalization's own gradients, in float, of the gradient that a plain weight gets.
     names = [name for name, _ in layer.named_parameters() if name != "bias"]
-    net[0](x)  # Normalizes anew.
+    net[0](x)  # Normalizes again.
     parameters = [layer.get_parameter(name) for name in names]
     expected = torch.autograd.grad(layer.weight, parameters, plain[0].weight.grad)
     torch.testing.assert_close([p.grad for p in parameters], list(expected))

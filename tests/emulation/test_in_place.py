@@ -149,7 +149,7 @@ class Branches(nn.Module):
 def trained(
     net: Branches, inputs: list[Tensor], spec: str, learned: Learned = "none"
 ) -> list[Tensor]:
-    """Results and gradients of a step in training on the chip."""
+    """Results and gradients of a step of emulated training."""
     torch.manual_seed(1)
     calibrate(net, [[x.detach() for x in inputs]], spec=spec)
     with (

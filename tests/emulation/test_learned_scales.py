@@ -165,7 +165,7 @@ def test_what_follows_in_place_is_allowed() -> None:
 
 
 def train(net: nn.Module, x: Tensor, optimizer: KeyedAdam, updates: int) -> None:
-    """Some updates of the weights and steps of a module that is on the chip."""
+    """Some updates of the weights and scales of an emulated module."""
     with emulate(net, learned_scales="all") as chip:
         ordinary = torch.optim.SGD(net.parameters(), lr=0.1)
         for _ in range(updates):

@@ -1,4 +1,4 @@
-"""Random whole networks, trained on the chip: every instruction is LiteRT's, and they connect."""
+"""Random whole networks, trained emulated: every instruction is LiteRT's, and they connect."""
 
 from __future__ import annotations
 

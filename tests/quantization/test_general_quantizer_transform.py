@@ -121,7 +121,7 @@ def test_once_hard_a_centroid_has_the_gradient_of_its_weights() -> None:
         rtol=1e-4,
         atol=1e-6,
     )
-    # Straight-through: unchanged, but for the largest weight, at the end of the range.
+    # Straight-through: unchanged, except for the largest weight, at the end of the range.
     inside = weight.abs() < weight.abs().max() * (1 - 1e-5)
     assert torch.equal(pulled[inside], grad[inside])
 

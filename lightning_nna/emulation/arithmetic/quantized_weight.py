@@ -42,12 +42,12 @@ class QuantizedWeight:
 
     @property
     def integers(self) -> Float[Tensor, "rows *rest"]:
-        """The integers in float32, made anew."""
+        """The integers in float32, computed at every call."""
         return self.stored.float()
 
     @property
     def values(self) -> Float[Tensor, "rows *rest"]:
-        """The weight that the integers stand for; exact in float32, made anew."""
+        """The weight that the integers stand for; exact in float32, computed at every call."""
         return values_of(self.stored, self.scales)
 
     @cached_property
@@ -85,7 +85,7 @@ def quantize_weight(
     maximum: int,
     power_of_two: bool = False,
 ) -> QuantizedWeight:
-    """Put a weight on the chip's grid.
+    """Quantize a weight to the accelerator's integers.
 
     Args:
         weight: Any float weight; the output channel is the first axis.
@@ -154,12 +154,12 @@ def with_scales_of_at_least(
     """Raise the scales of rows whose scale is too small, and round their integers again.
 
     A bias has the scale of input times weight: a row of tiny weights has so fine a scale that no
-    integer of the bias's width can hold its bias. What is lost of the weights is nothing beside
-    that bias. Where the tensor has so few integers that it is compressed by them (centroids), the
-    row takes the nearest of them, or 0.
+    integer of the bias's width can hold its bias. What is lost of the weights is nothing compared
+    with that bias. Where the tensor has so few integers that it is compressed by them (centroids),
+    the row takes the nearest of them, or 0.
 
     Args:
-        weight: A weight on the chip's grid.
+        weight: A quantized weight.
         smallest: Smallest scale of each row, float64, at least 0.
         rows_per_scale: Rows that share a scale.
         power_of_two: Round scales up to powers of two.
@@ -208,7 +208,7 @@ def largest_scales(
 
 def _require_finite(values: Tensor) -> None:
     if not math.isfinite(float(values.sum(dtype=torch.float64))):
-        raise FloatingPointError("a weight is not finite: it cannot be put on the chip's grid")
+        raise FloatingPointError("a weight is not finite: it cannot be quantized")
 
 
 def per_row(scales: Tensor, weight: Tensor) -> Tensor:

@@ -2,7 +2,7 @@ r"""Requantization: from an accumulator's scale to the output's.
 
 A chip multiplies the accumulator by :math:`s_x s_w / s_y` with a fixed-point multiplier rounded
 twice (``"double"``), rounded once (``"single"``), by a shift (``"shift"``), or, as LiteRT's fully
-connected kernel, in double precision (``"real"``). Where 64 bits have accumulated, as beside 16-bit
+connected kernel, in double precision (``"real"``). Where 64 bits have accumulated, as with 16-bit
 activations, the multiplier keeps 16 bits (``"reduced"``). The integer arithmetic of
 :mod:`lightning_nna.emulation.arithmetic.fixed_point` is done here in float64, which holds every
 integer to :math:`2^{53}`: on a CPU a 64-bit integer product takes many times as long.
@@ -36,7 +36,7 @@ _ONE_REDUCED_PRODUCT = 2.0**37
 # A 32-bit integer is at least minus this, and below it.
 _INT32 = 2.0**31
 # The largest number below one half: what it does not lift to the next whole number, one half would
-# not, but for rounding in the sum.
+# not, except for rounding in the sum.
 _BELOW_HALF = {torch.float64: math.nextafter(0.5, 0.0), torch.float32: 0.5 - 2.0**-25}
 #: Raises a tie above itself and moves no other quotient across one.
 TIES_AWAY = 1 + 2.0**-40
@@ -404,7 +404,7 @@ def _reduced(x: Tensor, factors: Tensor, largest: float) -> Tensor:
     if largest < _ONE_REDUCED_PRODUCT:
         return x.mul_(factor).add_(0.5).floor_()
     # Upper bits and the lower 16 apart: what the floor of the lower product drops is below the
-    # half that rounds, but for factors so large that the result may leave 32 bits.
+    # half that rounds, except for factors so large that the result may leave 32 bits.
     upper = (x * 2.0**-16).floor_()
     reduced = reduced.to(x.device)
     lower = ((x - upper * 2.0**16) * reduced).mul_(2.0**-16).floor_()

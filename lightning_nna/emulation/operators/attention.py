@@ -101,7 +101,7 @@ def multi_head_attention(
     average_attn_weights: bool = True,
     is_causal: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """``F.multi_head_attention_forward`` on the chip; ``is_causal`` only hints at the mask."""
+    """Emulate ``F.multi_head_attention_forward``; ``is_causal`` only hints at the mask."""
     mask = Mask.of(
         [_over_heads(attn_mask, num_heads), _over_keys(key_padding_mask)],
         true_is_masked=True,

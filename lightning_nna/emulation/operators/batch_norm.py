@@ -1,6 +1,6 @@
 r"""Batch normalization, folded into the convolution or linear layer before it.
 
-On the chip there is no batch norm: its factor and shift are part of the weight and bias of the
+The accelerator has no batch norm: its factor and shift are part of the weight and bias of the
 layer that it follows, per output channel,
 
 .. math:: w' = w f, \qquad b' = (b - m) f + \beta, \qquad f = \frac{\gamma}{\sqrt{v + \epsilon}}.
@@ -177,9 +177,10 @@ class _FoldedWeight(NamedTuple):
     """A layer's weight with the norm's factor.
 
     Args:
-        weight: On the chip.
+        weight: The quantized weight, shape ``(channels, …)``.
         signs: Of the factor; 0 where the norm multiplies with nothing.
-        same_integers: Whether the integers are the layer's but for the signs, and so its sums are.
+        same_integers: Whether the integers are the layer's except for the signs, and so its sums
+            are.
     """
 
     weight: QuantizedWeight

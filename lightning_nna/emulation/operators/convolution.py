@@ -3,7 +3,7 @@ r"""Convolutions over one or two axes, with groups or depthwise.
 .. math:: y_o = \mathrm{clip}\Bigl(M_o\Bigl(\sum_{c, k} (q_{x,c,k} - o_x)\, q_{w,o,c,k} + q_{b,o}
           \Bigr) + o_y\Bigr), \qquad M_o \approx s_x s_{w,o} / s_y
 
-:math:`M_o` rounds twice; beside 16-bit activations, where 64 bits accumulate, it has a 16-bit
+:math:`M_o` rounds twice; with 16-bit activations, where 64 bits accumulate, it has a 16-bit
 mantissa and rounds once. A convolution over time is one over height and width with height 1. Zeros
 around the input are the reference's ``SAME`` padding where that puts them in the same places, and
 else a ``PAD`` before a convolution without padding.
@@ -131,7 +131,7 @@ def convolve(
         x: Input, shape ``(N, C, L)`` or ``(N, C, H, W)``, or without the first axis.
         weight: What the gradient goes to, shape ``(out, C / groups, *kernel)``.
         bias: Shape ``(out,)``, or None.
-        quantized: The weight on the chip.
+        quantized: The quantized weight.
         geometry: Where to look.
         y: Grid of the output.
 
@@ -306,7 +306,7 @@ def _fast_output(
     geometry: Geometry,
     y: QParams,
 ) -> Tensor:
-    """The same in float32: equal but for results that lie within rounding error of a tie."""
+    """The same in float32: equal except for results that lie within rounding error of a tie."""
     scales = x.qparams.scale * weight.scales.double()
     first, second = rounding_factors(scales / y.scale, rounding=_rounding(call, x))
     first = first.to(x.value.device)

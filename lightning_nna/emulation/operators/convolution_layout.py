@@ -86,7 +86,7 @@ def record_convolution(
         call: The call.
         x: Input, shape ``(N, C, L)`` or ``(N, C, H, W)``.
         bias: Shape ``(out,)``, or None.
-        quantized: The weight on the chip.
+        quantized: The quantized weight.
         geometry: Where to look.
         y: Output.
     """

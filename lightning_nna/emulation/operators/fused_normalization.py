@@ -284,7 +284,7 @@ class _Line:
         self._add_sum(constant.integers().view(1, -1), constant.qparams, y, 1.0)
 
     def onto(self, y: QParams) -> Clipped:
-        """Requantize; gives back what will have been clipped once the steps have run."""
+        """Requantize; returns what will have been clipped once the steps have run."""
         columns, clipped = self.rows.shape[1], Clipped(keep=True)
         rescaler = self._prepared(self.grid.scale / y.scale, float(self.grid.largest))
         same = self.grid == y

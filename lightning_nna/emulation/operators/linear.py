@@ -91,7 +91,7 @@ def fully_connected(
         x: Input, shape ``(*, in)``.
         weight: What the gradient goes to, shape ``(out, in)``.
         bias: Shape ``(out,)``, or None.
-        quantized: The weight on the chip.
+        quantized: The quantized weight.
         y: Grid of the output.
 
     Returns:
@@ -166,7 +166,7 @@ def integer_bias(bias: Tensor, scales: Tensor, bits: int = 32) -> Tensor:
 
 def _require_finite(bias: Tensor) -> None:
     if not bool(torch.isfinite(bias).all()):
-        raise FloatingPointError("a bias is not finite: it cannot be put on the chip's grid")
+        raise FloatingPointError("a bias is not finite: it cannot be quantized")
 
 
 def holding_bias(
@@ -180,7 +180,7 @@ def holding_bias(
 
     Args:
         call: The call; its telemetry counts the channels whose scale was raised.
-        weight: The weight on the chip.
+        weight: The quantized weight.
         bias: Shape ``(out,)``, or None.
         x: Grid of the input.
         rows_per_scale: Rows that share a scale; None for what the spec says of a layer.
@@ -273,7 +273,7 @@ def settled(
 
 
 def accumulator_limit(call: Call, bits: int) -> float:
-    """Return the limit of an accumulator beside activations of a width: 2^(b - 1)."""
+    """Return the limit of an accumulator with activations of a width: 2^(b - 1)."""
     return 2.0 ** (call.state.spec.accumulator_width(bits) - 1)
 
 
@@ -343,7 +343,7 @@ def needs_exact(
     Args:
         call: The call.
         x: Input.
-        weight: The weight on the chip; the bias takes half of the accumulator at most.
+        weight: The quantized weight; the bias takes half of the accumulator at most.
         y: Grid of the output, if the result is rescaled to it at once.
     """
     if call.exact:
@@ -411,7 +411,7 @@ def _rescaler(
 def _fast_output(
     call: Call, x: Activation, weight: QuantizedWeight, bias: Tensor | None, y: QParams
 ) -> Tensor:
-    """The same in float32: equal but for results that lie within rounding error of a tie."""
+    """The same in float32: equal except for results that lie within rounding error of a tie."""
     if bias is not None:
         scales = x.qparams.scale * weight.scales.double()
         width = call.state.spec.bias_width(x.qparams.bits)

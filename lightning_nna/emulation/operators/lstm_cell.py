@@ -135,7 +135,7 @@ class LSTMCell:
         self.of_input = form(w_ih, grids.x, GATE_SCALE, biases)
         self.of_recurrent = form(w_hh, grids.h, GATE_SCALE, None)
         # Whether a recurrent part may lead beyond the table; at its end nothing changes any more,
-        # but for sums that do not fit into 32 bits.
+        # except for sums that do not fit into 32 bits.
         largest = float(self.of_recurrent.factors.max()) * self.of_recurrent.largest
         self.far = largest >= _MARGIN - 1
         if projection is not None:

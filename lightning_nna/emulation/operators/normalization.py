@@ -7,8 +7,8 @@ In 16 bits between two requantizations, with :math:`\epsilon` a constant of the 
 
 The inverse square root is an interpolated table over the range of :math:`v`; below 1/128 of the
 largest variance a table cannot follow it, so the output's grid ends there. Where calibration has
-seen smaller ones (quiet frames beside loud ones), the result is normalized once more: its variance
-is then 1 but for those, and theirs is 128 times nearer. Forward, each step is the chip's;
+seen smaller ones (quiet frames next to loud ones), the result is normalized once more: its variance
+is then 1 except for those, and theirs is 128 times nearer. Forward, each step is the accelerator's;
 backward, the whole is the float function's at the quantized input.
 
 Reference:

@@ -103,8 +103,8 @@ def sum(
 def mean_grid(call: Call, x: QParams, y: QParams, count: int = 1) -> QParams:
     """Grid of a mean, or of a sum of ``count``, that the kernel's multiplier reaches from ``x``.
 
-    The mean of what is centered already (a normalized activation) is 0 but for the rounding of the
-    float forward. With a grid for that alone the multiplier would shift the sum out of 32 bits.
+    The mean of what is centered already (a normalized activation) is 0 except for the rounding of
+    the float forward. With a grid for that alone the multiplier would shift the sum out of 32 bits.
     """
     step = count * x.scale / _FINEST
     return with_min_scale(y, step, power_of_two=call.state.spec.power_of_two_scales)

@@ -1,4 +1,4 @@
-"""Functions of one activation on the chip: LiteRT's integers forward, the derivative backward."""
+"""Emulated functions of one activation: LiteRT's integers forward, the derivative backward."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Batch norm on the chip: folded into the layer before it, or a convolution of its own."""
+"""Emulated batch norm: folded into the layer before it, or a convolution of its own."""
 
 from __future__ import annotations
 

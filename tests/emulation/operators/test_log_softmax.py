@@ -1,4 +1,4 @@
-"""Log-softmax on the chip: LiteRT's integers, and the gradient of the float function."""
+"""Emulated log-softmax: LiteRT's integers, and the gradient of the float function."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Normalizations on the chip: every instruction is LiteRT's, however much variances differ."""
+"""Emulated normalizations: every instruction is LiteRT's, however much variances differ."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The registry of operators: what it refuses, and that an operator from outside is one like any."""
+"""The registry of operators: what it rejects, and that an operator from outside is one like any."""
 
 from __future__ import annotations
 

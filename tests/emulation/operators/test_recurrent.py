@@ -1,4 +1,4 @@
-"""Recurrent layers on the chip equal LiteRT's, every bit, and learn as they do in float."""
+"""Emulated recurrent layers equal LiteRT's, every bit, and learn as they do in float."""
 
 from __future__ import annotations
 

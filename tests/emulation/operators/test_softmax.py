@@ -1,4 +1,4 @@
-"""Softmax on the chip."""
+"""Emulated softmax."""
 
 from __future__ import annotations
 
