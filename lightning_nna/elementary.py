@@ -100,8 +100,8 @@ def exp2(x: float | Tensor) -> float | Tensor:
     """
     if isinstance(x, Tensor):
         x = x.double()
-        whole = x.round()
-        return _polynomial(_EXP, (x - whole) * LN_2) * power_of_two(whole.long())
+        exponent = x.round()
+        return _polynomial(_EXP, (x - exponent) * LN_2) * power_of_two(exponent.long())
     number = round(x)
     return math.ldexp(_polynomial(_EXP, (x - number) * LN_2), number)
 
@@ -162,8 +162,8 @@ def exp(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
         >>> exp(torch.tensor([0.0, 1.0])).tolist()
         [1.0, 2.718281828459045]
     """
-    whole, rest = _reduced(x)
-    return _polynomial(_EXP, rest) * power_of_two(whole.long())
+    exponent, rest = _reduced(x)
+    return _polynomial(_EXP, rest) * power_of_two(exponent.long())
 
 
 def expm1(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
@@ -173,9 +173,9 @@ def expm1(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
         >>> expm1(torch.tensor([1e-10], dtype=torch.float64)).tolist()
         [1.00000000005e-10]
     """
-    whole, rest = _reduced(x)
+    exponent, rest = _reduced(x)
     small = rest * _polynomial(_EXP[1:], rest)
-    power = power_of_two(whole.long())
+    power = power_of_two(exponent.long())
     # 2^n (1 + small) - 1, and for n = 0 small itself.
     return small * power + (power - 1)
 
@@ -244,8 +244,8 @@ def erfc(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     for k in range(_ERFC_TERMS, 0, -1):
         fraction = 1 + k / (twice * fraction)
     outer = bell * (_TWO_OVER_ROOT_OF_PI / 2) / (far * fraction)
-    found = torch.where(size < 2, inner, outer)
-    return torch.where(x < 0, 2 - found, found)
+    complement = torch.where(size < 2, inner, outer)
+    return torch.where(x < 0, 2 - complement, complement)
 
 
 def _polynomial(coefficients: Sequence[float], x: _Number) -> _Number:
@@ -272,5 +272,5 @@ def _split(x: Tensor) -> tuple[Tensor, Tensor]:
 def _reduced(x: Tensor) -> tuple[Tensor, Tensor]:
     """Multiples of ln 2, and what is left of x, at most half of it."""
     x = x.double().clamp(-700.0, 700.0)
-    whole = (x * (1 / LN_2)).round()
-    return whole, (x - whole * _LN_2_HIGH) - whole * _LN_2_LOW
+    exponent = (x * (1 / LN_2)).round()
+    return exponent, (x - exponent * _LN_2_HIGH) - exponent * _LN_2_LOW

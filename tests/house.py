@@ -65,12 +65,18 @@ def measure(*folders: str) -> Figures:
     for folder in folders or ("lightning_nna", "recipes"):
         target = ROOT / folder
         for path in [target] if target.is_file() else sorted(target.rglob("*.py")):
-            _measure_file(figures, path)
+            measure_text(figures, str(path.relative_to(ROOT)), path.read_text(encoding="utf-8"))
     return figures
 
 
-def _measure_file(figures: Figures, path: Path) -> None:
-    text, name = path.read_text(encoding="utf-8"), str(path.relative_to(ROOT))
+def measure_text(figures: Figures, name: str, text: str) -> None:
+    """Add the counts of one file to figures.
+
+    Args:
+        figures: Counts so far.
+        name: Path of the file from the checkout's root.
+        text: Its source.
+    """
     tree = ast.parse(text)
     for node in ast.walk(tree):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Module)):
