@@ -22,12 +22,6 @@ from lightning_nna.emulation.ranges import QParams
 class Agreement(float):
     """Fraction of outputs that are equal in every bit; 1.0 if all are.
 
-    Args:
-        equal: Number of outputs that are equal.
-        outputs: Number of outputs that were compared.
-        inputs: Number of sets of inputs that they came from.
-        skipped: Number of sets of random inputs on which the module itself has no finite result.
-
     Attributes:
         outputs: Number of outputs that were compared.
         differing: Number of outputs that differ.
@@ -47,7 +41,14 @@ class Agreement(float):
     skipped: int
 
     def __new__(cls, equal: int, outputs: int, *, inputs: int = 1, skipped: int = 0) -> Agreement:
-        """Compute the fraction ``equal / outputs``."""
+        """Compute the fraction ``equal / outputs``.
+
+        Args:
+            equal: Number of outputs that are equal.
+            outputs: Number of outputs that were compared.
+            inputs: Number of sets of inputs that they came from.
+            skipped: Number of sets of random inputs on which the module has no finite result.
+        """
         self = super().__new__(cls, equal / outputs)
         self.outputs, self.differing = outputs, outputs - equal
         self.inputs, self.skipped = inputs, skipped
