@@ -44,6 +44,7 @@ from lightning_nna.emulation.ranges import (
     TANH_OUTPUT,
     QParams,
     round_significand,
+    with_min_scale,
 )
 
 #: Sigmoid and tanh of 16 bits, in steps of 2^-15.
@@ -84,7 +85,8 @@ SIGMOID = register_operator(
         torch=("sigmoid", "sigmoid_"),
         float=torch.sigmoid,
         integers=_with_wide(table(_SIGMOID_ENTRIES), pointwise.logistic_int16, "sigmoid"),
-        backward_from_output=torch.ops.aten.sigmoid_backward,
+        backward=torch.ops.aten.sigmoid_backward,
+        saves="result",
         output={8: SIGMOID_OUTPUT, 16: WIDE_OUTPUT},
         litert=(Kernel("LOGISTIC", options=NO_OPTIONS, versions={"int8": 2, "int16": 3}),),
         arithmetic="table of 256 entries, output scale 1/256; in 16 bits interpolated",
@@ -97,7 +99,8 @@ TANH = register_operator(
         torch=("tanh", "tanh_"),
         float=torch.tanh,
         integers=_with_wide(table(real(pointwise.tanh)), pointwise.tanh_int16, "tanh"),
-        backward_from_output=torch.ops.aten.tanh_backward,
+        backward=torch.ops.aten.tanh_backward,
+        saves="result",
         output={8: TANH_OUTPUT, 16: WIDE_OUTPUT},
         litert=(Kernel("TANH", options=NO_OPTIONS, versions={"int8": 2, "int16": 3}),),
         arithmetic="table of 256 entries, output scale 1/128; in 16 bits interpolated",
@@ -136,6 +139,13 @@ register_operator(
     )
 )
 
+
+def _output_of_hard_swish(call: Call, operands: tuple[Activation, ...], y: QParams) -> QParams:
+    """Parameters that its multiplier, of a 128th of the input's scale, reaches by right shifts."""
+    step = operands[0].qparams.scale / 64
+    return with_min_scale(y, step, power_of_two=call.state.spec.power_of_two_scales)
+
+
 _GELU = {"none": pointwise.gelu, "tanh": pointwise.gelu_tanh}
 
 register_operator(
@@ -160,8 +170,7 @@ register_operator(
         integers=table(
             lambda x, y: pointwise.hard_swish(_inputs(x), x.scale, y.scale).float(),
         ),
-        # Its multiplier, of a 128th of the input's scale, only shifts to the right.
-        finest=1 / 64,
+        output_of=_output_of_hard_swish,
         litert=(Kernel("HARD_SWISH", options=NO_OPTIONS),),
         widths=(8,),
         learns_scale=True,

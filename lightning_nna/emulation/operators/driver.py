@@ -13,9 +13,9 @@ parameters:
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -28,7 +28,7 @@ from lightning_nna.emulation.float32_arithmetic import float32_arithmetic
 from lightning_nna.emulation.operators.call import Call, look_up
 from lightning_nna.emulation.operators.record import Operator
 from lightning_nna.emulation.program import Activation
-from lightning_nna.emulation.ranges import PENDING, QParams, with_min_scale
+from lightning_nna.emulation.ranges import PENDING, QParams
 
 #: Arguments of torch functions that say where a result goes: the emulator writes it there.
 _DESTINATIONS = ("inplace", "out")
@@ -70,8 +70,8 @@ def drive(operator: Operator, call: Call, *operands: Tensor | float, **parameter
     """
     function = operator.float
     assert function is not None
-    named = zip(operands, operator.operands, strict=True)
-    activations = tuple(_operand(operator, call, operand, name) for operand, name in named)
+    operand = partial(_operand, operator, call) if operator.operand_bits else call.operand
+    activations = tuple(map(operand, operands, operator.operands))
     values = [activation.value for activation in activations]
     if call.observing:
         result = function(*values, **parameters)
@@ -81,9 +81,8 @@ def drive(operator: Operator, call: Call, *operands: Tensor | float, **parameter
     first = activations[0]
     if operator.output is None:
         y = call.output(lambda: function(*values, **parameters))
-        if operator.finest is not None:
-            step = first.qparams.scale * operator.finest
-            y = with_min_scale(y, step, power_of_two=call.state.spec.power_of_two_scales)
+        if operator.output_of is not None:
+            y = operator.output_of(call, activations, y)
     else:
         y = operator.output[first.qparams.bits]
     with float32_arithmetic(first.value):
@@ -166,10 +165,18 @@ class _Driven(torch.autograd.Function):
         centered, clipped = clip(rounded, y, needs_mask)
         result = centered.mul_(y.scale)
         ctx.operator, ctx.parameters = operator, parameters
-        if operator.backward_from_output is None:
-            ctx.save_for_backward(clipped, *values)
-        else:
-            ctx.save_for_backward(result)
+        ctx.shapes = [value.shape for value in values]
+        saved: Sequence[Tensor | None] = ()
+        if operator.saves == "operands":
+            saved = values
+        elif operator.saves == "result":
+            saved = (result,)
+        elif operator.saves == "factors":
+            # Each gradient is the other operand times that of the result.
+            needs_first, needs_second = ctx.needs_input_grad[-2:]
+            saved = (values[0] if needs_second else None, values[1] if needs_first else None)
+        # No more than is needed: what is not saved may be overwritten.
+        ctx.save_for_backward(clipped, *saved)
         return result
 
     @staticmethod
@@ -184,28 +191,46 @@ def _backward_of(name: str) -> Callable[..., tuple[Tensor | None, ...]]:
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    operator, parameters, nothing = ctx.operator, ctx.parameters, (None,) * 5
+    operator, parameters, shapes = ctx.operator, ctx.parameters, ctx.shapes
+    needed = ctx.needs_input_grad[-len(shapes) :]
     # Outside of the block: with activation checkpointing, asking for what was saved runs the
     # forward again.
-    saved = ctx.saved_tensors
+    clipped, *saved = ctx.saved_tensors
+    gradients: list[Tensor | None] = [None] * (len(ctx.needs_input_grad) - len(shapes))
     with float32_arithmetic(grad):
-        if operator.backward_from_output is not None:
-            return *nothing, operator.backward_from_output(grad, *saved, **parameters)
-        clipped, *values = saved
         passed = inside(grad, clipped)
-        if operator.backward is not None:
-            gradients = operator.backward(passed, *values, **parameters)
-            return *nothing, *(gradients if isinstance(gradients, tuple) else (gradients,))
-        needed = ctx.needs_input_grad[len(nothing) :]
-        with torch.enable_grad():
-            leaves = [
-                value.detach().requires_grad_(needs)
-                for value, needs in zip(values, needed, strict=True)
-            ]
-            again = operator.float(*leaves, **parameters)
-        wanted = [leaf for leaf in leaves if leaf.requires_grad]
-        gradients = iter(torch.autograd.grad(again, wanted, passed))
-        return *nothing, *(next(gradients) if needs else None for needs in needed)
+        if operator.backward is None:
+            return *gradients, *_derivative(operator, parameters, saved, needed, passed)
+        functions = operator.backward
+        functions = functions if isinstance(functions, tuple) else (functions,)
+        for function, needs, shape in zip(functions, needed, shapes, strict=True):
+            if not needs:
+                gradients.append(None)
+            elif operator.saves == "nothing":
+                gradients.append(function(passed.sum_to_size(shape), **parameters))
+            else:
+                gradients.append(function(passed, *saved, **parameters).sum_to_size(shape))
+        return tuple(gradients)
+
+
+def _derivative(
+    operator: Operator,
+    parameters: dict[str, Any],
+    values: Sequence[Tensor],
+    needed: Sequence[bool],
+    grad: Tensor,
+) -> list[Tensor | None]:
+    """Gradients of the operands by the derivative of the float function."""
+    assert operator.float is not None
+    with torch.enable_grad():
+        leaves = [
+            value.detach().requires_grad_(needs)
+            for value, needs in zip(values, needed, strict=True)
+        ]
+        again = operator.float(*leaves, **parameters)
+    wanted = [leaf for leaf in leaves if leaf.requires_grad]
+    gradients = iter(torch.autograd.grad(again, wanted, grad))
+    return [next(gradients) if needs else None for needs in needed]
 
 
 def _one_instruction(

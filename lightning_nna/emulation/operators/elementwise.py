@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, Literal
 
 import numpy as np
@@ -30,10 +30,9 @@ from lightning_nna.emulation.arithmetic.rescaling import (
     rescale_fast,
     spills,
 )
-from lightning_nna.emulation.clipping import clip, inside
-from lightning_nna.emulation.first_order import first_order
 from lightning_nna.emulation.float32_arithmetic import float32_arithmetic
 from lightning_nna.emulation.operators.call import Call, look_up, requantize
+from lightning_nna.emulation.operators.driver import drive
 from lightning_nna.emulation.operators.record import Form, Kernel, Operator, register_operator
 from lightning_nna.emulation.program import Activation
 from lightning_nna.emulation.ranges import QParams
@@ -48,7 +47,7 @@ def add(call: Call, input: Tensor | float, other: Tensor | float, *, alpha: floa
     """Emulate ``input + alpha * other`` of shapes that broadcast; other factors are products."""
     if abs(alpha) != 1:
         other = mul(call.child("alpha"), other, abs(alpha))
-    return _binary(call, "ADD" if alpha > 0 else "SUB", input, other)
+    return drive(ADD if alpha > 0 else SUB, call, input, other)
 
 
 def sub(call: Call, input: Tensor | float, other: Tensor | float, *, alpha: float = 1) -> Tensor:
@@ -63,7 +62,7 @@ def reversed_sub(call: Call, input: Tensor, other: Tensor | float) -> Tensor:
 
 def mul(call: Call, input: Tensor | float, other: Tensor | float) -> Tensor:
     """Emulate ``input * other`` of shapes that broadcast."""
-    return _binary(call, "MUL", input, other)
+    return drive(MUL, call, input, other)
 
 
 def div(call: Call, input: Tensor, other: float, *, rounding_mode: str | None = None) -> Tensor:
@@ -131,81 +130,16 @@ def _record_concatenation(call: Call, parts: list[Activation], y: Activation, di
         call.record("CONCATENATION", [p.stored() for p in parts], [y.stored()], axis=axis)
 
 
-def _binary(call: Call, kind: Kind, input: Tensor | float, other: Tensor | float) -> Tensor:
-    """One instruction of two operands that broadcast."""
-    a, b = call.operand(input, "input"), call.operand(other, "other")
-    if call.observing:
-        return call.observed(_in_float(kind, a.value, b.value))
-    y = call.output(lambda: _in_float(kind, a.value, b.value))
-    if kind != "MUL":
-        y = grid_of_sum(a.qparams, b.qparams, y)
-    with float32_arithmetic(a.value):
-        result = _Binary.apply(a.value, b.value, kind, a, b, y, call)
-    if call.recording:
-        # Without this the kernel takes another path where all scales are powers of two.
-        options: dict[str, Any] = {} if kind == "MUL" else {"potScaleInt16": False}
-        stored = Activation(result, y).stored()
-        call.record(kind, [a.stored(), b.stored()], [stored], **options)
-    return call.with_qparams(result, y)
-
-
-def _in_float(kind: Kind, a: Tensor, b: Tensor) -> Tensor:
-    if kind == "MUL":
-        return a * b
-    return a + b if kind == "ADD" else a - b
-
-
-class _Binary(torch.autograd.Function):
-    """Sum, difference or product with broadcasting."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        a: Tensor,
-        b: Tensor,
-        kind: Kind,
-        left: Activation,
-        right: Activation,
-        y: QParams,
-        call: Call,
-    ) -> Tensor:
-        needs_grad = any(ctx.needs_input_grad)
-        rounding: RoundingKind = call.state.spec.rounding_of("double")
-        if not call.exact and not _spills(kind, left.qparams, right.qparams, y, rounding):
-            rounded = _fast(kind, left, right, y, rounding)
-        elif (
-            not call.state.scales.learns_outputs
-            and all(map(_has_table, (left, right)))
-            and y.bits == 8
-        ):
-            rounded = _look_up(kind, left, right, y, rounding)
-        else:
-            grids = (left.qparams, right.qparams, y)
-            rounded = pairwise(kind, left.integers(), right.integers(), grids, rounding)
-        centered, clipped = clip(rounded, y, needs_grad)
-        ctx.kind, ctx.shapes = kind, (a.shape, b.shape)
-        if needs_grad:
-            # No more than is needed: what is not kept may be overwritten.
-            needs_a, needs_b = ctx.needs_input_grad[:2]
-            factors = (a if needs_b else None, b if needs_a else None)
-            ctx.save_for_backward(clipped, *(factors if kind == "MUL" else ()))
-        return centered.mul_(y.scale)
-
-    @staticmethod
-    @first_order("sum, difference or product")
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        clipped, *factors = ctx.saved_tensors
-        with float32_arithmetic(grad):
-            passed = inside(grad, clipped)
-            grads: list[Tensor | None] = []
-            for index, shape in enumerate(ctx.shapes):
-                if not ctx.needs_input_grad[index]:
-                    grads.append(None)
-                    continue
-                own = passed * factors[1 - index] if factors else passed
-                own = own.sum_to_size(shape)
-                grads.append(-own if ctx.kind == "SUB" and index == 1 else own)
-        return *grads, None, None, None, None, None
+def _integers(kind: Kind, a: Activation, b: Activation, *, y: QParams, call: Call) -> Tensor:
+    """Integers of a sum, difference or product with broadcasting."""
+    rounding: RoundingKind = call.state.spec.rounding_of("double")
+    if not call.exact and not _spills(kind, a.qparams, b.qparams, y, rounding):
+        return _fast(kind, a, b, y, rounding)
+    learns = call.state.scales.learns_outputs
+    if not learns and all(map(_has_table, (a, b))) and y.bits == 8:
+        return _look_up(kind, a, b, y, rounding)
+    grids = (a.qparams, b.qparams, y)
+    return pairwise(kind, a.integers(), b.integers(), grids, rounding)
 
 
 def _fast(kind: Kind, a: Activation, b: Activation, y: QParams, rounding: RoundingKind) -> Tensor:
@@ -339,13 +273,44 @@ def _version_of_mul(version: int, operator: Any, tensors: Any) -> int:
     return 3 if a * b >= y else version
 
 
-#: Of the operator of :mod:`.masking`, which knows masks from other terms of a sum.
-ADD = Kernel("ADD", versions={"int8": 2, "int16": 3})
+def _output_of_sum(call: Call, operands: tuple[Activation, ...], y: QParams) -> QParams:
+    a, b = operands
+    return grid_of_sum(a.qparams, b.qparams, y)
 
-register_operator(
+
+def _options_of_sum() -> dict[str, Any]:
+    """Without this the kernel takes another path where all scales are powers of two."""
+    return {"potScaleInt16": False}
+
+
+#: The sum alone: the operator of :mod:`.masking` knows masks from other terms.
+ADD = Operator(
+    "add",
+    torch=("add", "add_"),
+    float=lambda input, other: input + other,
+    operands=("input", "other"),
+    integers=partial(_integers, "ADD"),
+    backward=(lambda grad: grad, lambda grad: grad),
+    saves="nothing",
+    output_of=_output_of_sum,
+    options=_options_of_sum,
+    litert=(Kernel("ADD", versions={"int8": 2, "int16": 3}),),
+    learns_scale=True,
+    arithmetic="both sides at a scale $2^{20}$ ($2^{15}$ in 16 bits) times finer than twice the "
+    "coarser, added, rescaled",
+)
+
+SUB = register_operator(
     Operator(
         "sub",
         torch=("sub", "sub_", "subtract", "subtract_"),
+        float=lambda input, other: input - other,
+        operands=("input", "other"),
+        integers=partial(_integers, "SUB"),
+        backward=(lambda grad: grad, lambda grad: -grad),
+        saves="nothing",
+        output_of=_output_of_sum,
+        options=_options_of_sum,
         emulate=sub,
         forms=(Form(("rsub", "__rsub__"), reversed_sub),),
         litert=(Kernel("SUB", versions={"int8": 2, "int16": 5}, versions_by_rank=((4, 3),)),),
@@ -354,10 +319,15 @@ register_operator(
         "the coarser, subtracted, rescaled",
     )
 )
-register_operator(
+MUL = register_operator(
     Operator(
         "mul",
         torch=("mul", "mul_", "multiply", "multiply_"),
+        float=lambda input, other: input * other,
+        operands=("input", "other"),
+        integers=partial(_integers, "MUL"),
+        backward=(lambda grad, a, b: grad * b, lambda grad, a, b: grad * a),
+        saves="factors",
         emulate=mul,
         forms=(
             Form(("div", "div_", "divide", "divide_", "true_divide"), div, supports_div),

@@ -113,17 +113,7 @@ def _is_absence(value: Any) -> bool:
     return isinstance(value, (int, float)) and value <= ABSENT
 
 
-register_operator(
-    Operator(
-        "add",
-        torch=("add", "add_"),
-        emulate=add,
-        litert=(elementwise.ADD,),
-        learns_scale=True,
-        arithmetic="both sides at a scale $2^{20}$ ($2^{15}$ in 16 bits) times finer than twice "
-        "the coarser, added, rescaled",
-    )
-)
+register_operator(replace(elementwise.ADD, emulate=add))
 register_operator(
     Operator(
         "select",

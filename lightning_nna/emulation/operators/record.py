@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from torch import Tensor
 
@@ -24,8 +24,6 @@ from torch import Tensor
 NO_OPTIONS = ""
 
 Record = TypeVar("Record")
-# ``float`` is a field of an operator.
-Real = float
 
 _OPERATORS: dict[str, Operator] = {}
 _BY_FUNCTION: dict[str, Operator] = {}
@@ -99,15 +97,18 @@ class Operator:
         integers: Integers of the result less its zero point, not clipped, whole numbers, in the
             shape of the result: takes the operands as ``Activation``, the quantization parameters
             ``y`` of the result, the ``call``, and the parameters, the latter three by name.
-        backward: Gradients of the operands, given that of the result where it was not clipped, the
-            quantized operands, and the parameters by name; None for the derivative of ``float`` at
-            the quantized operands.
-        backward_from_output: Gradient of the only operand, given that of the result and the result,
-            for an operator whose result is never clipped.
+        backward: Gradient of the operand, given that of the result where it was not clipped, what
+            ``saves`` names, and the parameters by name; one such function an operand where there
+            are several, called where the operand's gradient is asked for; None for the derivative
+            of ``float`` at the quantized operands. Gradients may have the shape of the result: the
+            driver sums them to that of the operand.
+        saves: Values that ``backward`` takes: all quantized operands; those (the ``"factors"``)
+            that gradients of other operands need, and None for the rest; the result; or nothing,
+            where the gradients are linear and may be summed before.
         output: Quantization parameters of the result by the width of the first operand, where the
             kernel fixes them; None for those of the range that calibration observes.
-        finest: Smallest scale of the result that the kernel can write, in scales of the first
-            operand; None for any.
+        output_of: Function of the call, the operands as ``Activation``, and the quantization
+            parameters of the observed range: parameters that the kernel can write; None for any.
         options: Options of the instruction by the schema's names, from the parameters.
         instructions: Function that records the instructions, where they are not one with all
             operands in their order: takes the record, the call, the operands and the result as
@@ -129,10 +130,10 @@ class Operator:
     operands: tuple[str, ...] = ("input",)
     operand_bits: Mapping[str, int] = field(default_factory=dict)
     integers: Callable[..., Tensor] | None = None
-    backward: Callable[..., Any] | None = None
-    backward_from_output: Callable[..., Tensor] | None = None
+    backward: Callable[..., Tensor] | tuple[Callable[..., Tensor], ...] | None = None
+    saves: Literal["operands", "factors", "result", "nothing"] = "operands"
     output: Mapping[int, Any] | None = None
-    finest: Real | None = None
+    output_of: Callable[..., Any] | None = None
     options: Callable[..., dict[str, Any]] = lambda **parameters: {}
     instructions: Callable[..., None] | None = None
     emulate: Callable[..., Any] | None = None
