@@ -49,8 +49,13 @@ def run(operator: Operator, call: Call, args: tuple[Any, ...], kwargs: dict[str,
     if operator.emulate is not None:
         return operator.emulate(call, *args, **kwargs)
     assert operator.float is not None
-    bound = _signature(operator.float, operator.operands).bind(*args, **kwargs)
-    arguments = {k: v for k, v in bound.arguments.items() if k not in _DESTINATIONS}
+    names = _names_of_arguments(operator.float, operator.operands)
+    if len(args) > len(names):
+        raise TypeError(f"{operator.name} takes {len(names)} arguments at most, got {len(args)}")
+    arguments = dict(zip(names, args, strict=False))
+    arguments.update(kwargs)
+    for destination in _DESTINATIONS:
+        arguments.pop(destination, None)
     operands = [arguments.pop(name) for name in operator.operands]
     return drive(operator, call, *operands, **arguments)
 
@@ -247,16 +252,9 @@ def _one_instruction(
 
 
 @lru_cache(maxsize=256)
-def _signature(function: Callable[..., Any], operands: tuple[str, ...]) -> inspect.Signature:
-    """Signature of a float function; a builtin that does not tell it takes the operands alone."""
+def _names_of_arguments(function: Callable[..., Any], operands: tuple[str, ...]) -> tuple[str, ...]:
+    """Names of a float function's arguments; a builtin that tells none takes the operands alone."""
     try:
-        signature = inspect.signature(function)
+        return tuple(inspect.signature(function).parameters)
     except ValueError:
-        either = inspect.Parameter.POSITIONAL_OR_KEYWORD
-        signature = inspect.Signature([inspect.Parameter(name, either) for name in operands])
-    known = signature.parameters
-    by_name = inspect.Parameter.KEYWORD_ONLY
-    rest = [inspect.Parameter(name, by_name, default=None) for name in _DESTINATIONS]
-    return signature.replace(
-        parameters=[*known.values(), *(each for each in rest if each.name not in known)]
-    )
+        return operands
