@@ -75,6 +75,7 @@ def drive(operator: Operator, call: Call, *operands: Tensor | float, **parameter
     """
     function = operator.float
     assert function is not None
+    assert len(operands) == len(operator.operands)
     operand = partial(_operand, operator, call) if operator.operand_bits else call.operand
     activations = tuple(map(operand, operands, operator.operands))
     values = [activation.value for activation in activations]
