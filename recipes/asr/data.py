@@ -137,8 +137,14 @@ class SpeechDataModule(pl.LightningDataModule):
         """Use the vocabulary and the normalization that a model was trained with.
 
         Raises:
-            ValueError: If these belong to other features than this module delivers.
+            ValueError: If these belong to other features than this module delivers, or were written
+                by another version of the recipes.
         """
+        if missing := sorted({"vocabulary", "normalization"} - state_dict.keys()):
+            raise ValueError(
+                f"the settings of the data that the model was trained with lack {missing}: another "
+                "version of the recipes wrote them; train the model again, or use that version"
+            )
         # Files of older versions have no settings of features.
         trained, settings = state_dict.get("features"), asdict(self.log_mel)
         if trained is not None and trained != settings:

@@ -8,12 +8,15 @@ from typing import Any
 
 import pytest
 import torch
+from hydra.utils import instantiate
 from omegaconf import DictConfig
 from safetensors.torch import save_file
 
 from recipes.asr.rnnt import transducer
 from recipes.train import train
 from recipes.weights import TrainedWeights, load_weights, put_into, save_weights
+
+PRETRAINED = Path(__file__).resolve().parents[2] / "recipes/pretrained/an4_rnnt.safetensors"
 
 
 @pytest.fixture
@@ -38,6 +41,29 @@ def test_half_precision_comes_back_with_its_settings(
         assert loaded.network[name].dtype == torch.float32
         assert torch.equal(loaded.network[name], tensor.half().float())
     assert [entry.name for entry in path.parent.iterdir()] == ["a.safetensors"]
+
+
+def test_committed_weights_fit_the_code() -> None:
+    """The names of settings in the file's header are those of the code."""
+    weights = load_weights(PRETRAINED)
+    datamodule = instantiate(weights.recipe["data"])
+    datamodule.load_state_dict(weights.data)
+    recognizer = instantiate(
+        weights.recipe["model"],
+        vocabulary=datamodule.vocabulary,
+        num_mels=datamodule.num_mels,
+        beam_width=1,
+    )
+    put_into(recognizer.model, weights)
+    assert len(datamodule.normalization.mean) == datamodule.num_mels == 64
+
+
+def test_data_of_another_version_is_named() -> None:
+    weights = load_weights(PRETRAINED)
+    datamodule = instantiate(weights.recipe["data"])
+    data = {"normalisation" if k == "normalization" else k: v for k, v in weights.data.items()}
+    with pytest.raises(ValueError, match=r"lack \['normalization'\].*another version"):
+        datamodule.load_state_dict(data)
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
