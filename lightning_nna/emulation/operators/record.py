@@ -83,7 +83,7 @@ class Operator:
     An operator that is one instruction has ``float``, ``integers`` and perhaps ``backward``; the
     driver (:mod:`.driver`) quantizes its operands, observes its range, computes and clips its
     integers, records its instruction and keeps autocast away. An operator that consists of others,
-    or has weights, has ``emulate`` instead and calls them.
+    has weights, or does what the driver does by itself, has ``emulate`` instead.
 
     Args:
         name: Name in specs, call sites and coverage; empty for functions that are no instruction,
