@@ -1,4 +1,4 @@
-"""What small networks compute, as hashes: a record to compare with after code has moved.
+"""Hash the computations of small networks: a record to compare with after code has moved.
 
 ``python -m tests.manifest record FILE`` writes the record, and
 ``python -m tests.manifest compare FILE`` makes it again and lists what differs. Names do not count:
@@ -563,13 +563,15 @@ def gradients(module: nn.Module, call: Forward, inputs: Sequence[Any]) -> str:
     """Hash the gradients of the sum of squares of the outputs."""
     leaves, form = tree_flatten(list(inputs))
     leaves = [x.clone() if isinstance(x, Tensor) else x for x in leaves]
-    given = [x.requires_grad_() for x in leaves if isinstance(x, Tensor) and x.is_floating_point()]
+    sources = [
+        x.requires_grad_() for x in leaves if isinstance(x, Tensor) and x.is_floating_point()
+    ]
     module.zero_grad(set_to_none=True)
     results = call(module, *tree_unflatten(leaves, form))
     total = sum((x.square().sum() for x in activations(results)), torch.zeros(()))
     total.backward()
     named = sorted(module.named_parameters())
-    return digest(total, [p.grad for _, p in named], [x.grad for x in given])
+    return digest(total, [p.grad for _, p in named], [x.grad for x in sources])
 
 
 def network_parts(network: Network, spec: str, operators: set[str]) -> Parts:
@@ -818,13 +820,13 @@ def run_parts(run: Run) -> Parts:
         run.callbacks(),
     )
     data, inputs = batches(network.draw, 4), batches(network.draw, 1, start=9)[0]
-    chosen: dict[str, Any] = {
+    settings: dict[str, Any] = {
         "accelerator": "cpu", "devices": 1, "max_steps": STEPS, "max_epochs": None,
         "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False,
         "num_sanity_val_steps": 0, "logger": numbers, "callbacks": callbacks,
         "log_every_n_steps": 1, "limit_val_batches": 1,
     }  # fmt: skip
-    trainer = pl.Trainer(**(chosen | dict(run.settings)))
+    trainer = pl.Trainer(**(settings | dict(run.settings)))
     seed(6)
     trainer.fit(module, DataLoader(data, batch_size=None), DataLoader(data[:1], batch_size=None))
     parts = {
@@ -918,20 +920,20 @@ def main() -> int:
     parser.add_argument("action", choices=["record", "compare"])
     parser.add_argument("file", type=Path)
     parser.add_argument("--only", default="", help="part of the names of the entries to make")
-    chosen = parser.parse_args()
+    arguments = parser.parse_args()
     start = time.monotonic()
-    before = json.loads(chosen.file.read_text()) if chosen.action == "compare" else None
-    after = record(chosen.only)
+    before = json.loads(arguments.file.read_text()) if arguments.action == "compare" else None
+    after = record(arguments.only)
     counted = f"{len(after['networks'])} entries in {time.monotonic() - start:.0f} s"
     if before is None:
-        chosen.file.write_text(json.dumps(after, indent=1) + "\n")
-        print(f"{chosen.file}: {counted}")
+        arguments.file.write_text(json.dumps(after, indent=1) + "\n")
+        print(f"{arguments.file}: {counted}")
         return 0
     for key, value in before["about"].items():
         if value != after["about"].get(key):
             print(f"note: {key} was {value!r} and is {after['about'].get(key)!r}")
-    kept = {name: parts for name, parts in before["networks"].items() if chosen.only in name}
-    lines = differences(kept, after["networks"])
+    earlier = {name: parts for name, parts in before["networks"].items() if arguments.only in name}
+    lines = differences(earlier, after["networks"])
     print("\n".join([*lines, f"{counted}: {len(lines) or 'none'} differ"]))
     return 1 if lines else 0
 

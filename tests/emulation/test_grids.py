@@ -1,4 +1,4 @@
-"""What changes a grid or no value at all: quantize, requantize, dequantize, movements."""
+"""Changes of quantization parameters: quantize, requantize, dequantize, data movement."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ from lightning_nna.emulation.operators.record import (
 
 @pytest.fixture(autouse=True)
 def registry(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """What a test registers is gone after it."""
+    """Remove the records that a test has registered."""
     registers = (record._OPERATORS, record._BY_FUNCTION, record._KERNELS)
     before = [dict(each) for each in registers]
     yield
