@@ -3,9 +3,10 @@ r"""Attention as a sequence of the chip's instructions.
 .. math:: \mathrm{softmax}\Bigl(\frac{q k^\top}{\sqrt d} + b\Bigr) v
 
 Projections are fully connected layers, each with a grid of its own; the two products are batch
-matrix products. The factor :math:`1 / \sqrt d` is the softmax's own, or, where a bias :math:`b`
-comes between, the query's: for 8 bits a product with the integer 1 of that scale, onto a grid with
-that scale, which changes no integer. Masks are those of :mod:`.attention_mask`.
+matrix products. The factor :math:`1 / \sqrt d` goes into the query, since not every runtime has a
+softmax with a factor: into the scales of its projection, or, where the query comes from elsewhere,
+into a product with the integer 1 of that scale, onto a grid with that scale, which changes no
+integer. Masks are those of :mod:`.attention_mask`.
 
 Reference:
     Vaswani et al., "Attention is all you need", NeurIPS 2017, arXiv 1706.03762.
@@ -23,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_nna.emulation.arithmetic.quantized_weight import QuantizedWeight
+from lightning_nna.emulation.arithmetic.quantized_weight import QuantizedWeight, round_significands
 from lightning_nna.emulation.float32_arithmetic import float32_arithmetic
 from lightning_nna.emulation.operators import elementwise
 from lightning_nna.emulation.operators.activation import dropout
@@ -109,12 +110,17 @@ def multi_head_attention(
     )
     weights = (q_proj_weight, k_proj_weight, v_proj_weight)
     packed = None if use_separate_proj_weight else in_proj_weight
+    factor = 1 / math.sqrt(query.shape[-1] // num_heads)
+    projected_factor = factor if _changes_scales_alone(call, factor) else 1.0
     heads = tuple(
         call.viewed(_split_heads(projected, num_heads), projected)
-        for projected in _project(call, (query, key, value), packed, weights, in_proj_bias)
+        for projected in _project(
+            call, (query, key, value), packed, weights, in_proj_bias, projected_factor
+        )
     )
-    factor = 1 / math.sqrt(query.shape[-1] // num_heads)
-    joined, probabilities = _attend(call, heads, mask, factor, dropout_p if training else 0.0)
+    joined, probabilities = _attend(
+        call, heads, mask, factor / projected_factor, dropout_p if training else 0.0
+    )
     joined = call.viewed(joined.permute(2, 0, 1, 3).flatten(2), joined)
     if query.dim() == 2:
         joined = call.viewed(joined.squeeze(1), joined)
@@ -144,23 +150,22 @@ def _attend(
 ) -> tuple[Tensor, Tensor]:
     """The weighted values, and the weights: ``(*batch, T, d)`` and ``(*batch, T, S)``."""
     query, key, value = operands
-    beta = factor
-    if mask.bias is not None:
-        query, beta = _scaled(call.child("scale"), query, factor), 1.0
-    scores = masked_scores(call, query, call.viewed(key.mT, key), mask, beta)
-    probabilities = softmax(call.child("softmax"), scores, -1, beta=beta)
+    if factor != 1:
+        query = _scaled(call.child("scale"), query, factor)
+    scores = masked_scores(call, query, call.viewed(key.mT, key), mask)
+    probabilities = softmax(call.child("softmax"), scores, -1)
     if dropout_p > 0:
         probabilities = dropout(call, probabilities, dropout_p)
     return matmul(call.child("values"), probabilities, value), probabilities
 
 
 def _scaled(call: Call, query: Tensor, factor: float) -> Tensor:
-    """The query on a grid ``factor`` times as fine, with the same integers.
+    """The query on a grid ``factor`` times as fine, with the same integers where it has such one.
 
     The grid's scale is rounded to the significand of every activation's. In 8 bits that is the
-    factor to 16 bits; elsewhere it would be too coarse.
+    factor to 16 bits; in 16 bits it would be too coarse, except for powers of two.
     """
-    if call.bits == 16 or call.state.spec.power_of_two_scales:
+    if not _changes_scales_alone(call, factor, call.bits):
         return elementwise.mul(call, query, factor)
     x = call.operand(query, "input")
     if call.observing:
@@ -178,14 +183,24 @@ def _scaled(call: Call, query: Tensor, factor: float) -> Tensor:
     return call.with_qparams(result, finer)
 
 
+def _changes_scales_alone(call: Call, factor: float, bits: int = 8) -> bool:
+    """Tell whether a factor can go into scales whose significands are those of a width."""
+    is_power_of_two = math.frexp(factor)[0] == 0.5
+    return is_power_of_two or (bits == 8 and not call.state.spec.power_of_two_scales)
+
+
 def _project(
     call: Call,
     inputs: tuple[Tensor, ...],
     packed: Tensor | None,
     separate: tuple[Tensor | None, ...],
     bias: Tensor | None,
+    factor: float,
 ) -> list[Tensor]:
-    """Query, key and value of all heads, each by a fully connected layer."""
+    """Query, key and value of all heads, each by a fully connected layer.
+
+    The query comes out multiplied by ``factor``.
+    """
     names = ("query", "key", "value")
     # One that comes in several roles is quantized once.
     operands = {id(x): call.operand(x, name) for x, name in zip(inputs, names, strict=True)}
@@ -199,7 +214,8 @@ def _project(
         shared = weight if packed is None else packed
         rows = slice(index * len(weight), (index + 1) * len(weight)) if packed is not None else _ALL
         layer = (weight, trained[index], shift)
-        projected.append(_projection(part, operands[id(x)], layer, shared, rows))
+        multiplied = 1.0 if index else factor
+        projected.append(_projection(part, operands[id(x)], layer, shared, rows, multiplied))
     return projected
 
 
@@ -224,15 +240,19 @@ def _projection(
     layer: tuple[Tensor, Tensor | None, Tensor | None],
     shared: Tensor,
     rows: slice,
+    factor: float,
 ) -> Tensor:
     """A layer whose weight is some rows of a parameter, with scales of its own.
 
-    Its weight, what the weight's gradient goes to, and its bias come together.
+    Its weight, what the weight's gradient goes to, and its bias come together. The result is
+    multiplied by ``factor``, by way of the weight's scales.
     """
     weight, trained, bias = layer
+    if factor != 1 and bias is not None:
+        bias = bias * factor
 
     def in_float() -> Tensor:
-        return F.linear(x.value, weight, bias)
+        return F.linear(x.value, weight * factor, bias)
 
     if call.observing:
         return call.observed(in_float())
@@ -240,6 +260,12 @@ def _projection(
     projection = call.state.weight(shared, 1 if per_channel else len(weight))
     quantized = QuantizedWeight(projection.stored[rows], projection.scales[rows])
     assert trained is not None, "what is emulated has a place for its gradient"
+    if factor != 1:
+        # A scale of 0.008 and 4 columns a head, whose factor is 0.5: the same integers at 0.004.
+        quantized = QuantizedWeight(
+            quantized.stored, round_significands(quantized.scales.double() * factor).float()
+        )
+        trained = trained * factor
     return fully_connected(call, x, trained, bias, quantized, call.output(in_float))
 
 

@@ -84,7 +84,7 @@ class Mask:
         return cls(keep, bias, all(constant(mask) for mask in present))
 
 
-def masked_scores(call: Call, query: Tensor, keys: Tensor, mask: Mask, beta: float = 1.0) -> Tensor:
+def masked_scores(call: Call, query: Tensor, keys: Tensor, mask: Mask) -> Tensor:
     """``query @ keys + bias``, with masked scores at the bottom of their grid.
 
     Args:
@@ -92,7 +92,6 @@ def masked_scores(call: Call, query: Tensor, keys: Tensor, mask: Mask, beta: flo
         query: Shape ``(*batch, T, d)``.
         keys: Shape ``(*batch, d, S)``.
         mask: The mask.
-        beta: What the softmax multiplies the scores with.
 
     Returns:
         Scores of shape ``(*batch, T, S)``.
@@ -107,7 +106,7 @@ def masked_scores(call: Call, query: Tensor, keys: Tensor, mask: Mask, beta: flo
         )
     floor = 0.0
     if not call.observing:
-        floor = _lowest_maximum(call, query, keys, mask.bias, keep) - DEPTHS[call.bits] / beta
+        floor = _lowest_maximum(call, query, keys, mask.bias, keep) - DEPTHS[call.bits]
     if mask.bias is None:
         scores = _product(replace(call.child("masked_scores"), min_value=floor), query, keys, keep)
     else:

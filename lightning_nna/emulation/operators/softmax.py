@@ -41,7 +41,6 @@ def softmax(
     dtype: torch.dtype | None = None,
     *,
     mask: Tensor | None = None,
-    beta: float = 1.0,
     **_: Any,
 ) -> Tensor:
     """Emulate ``F.softmax``.
@@ -52,22 +51,21 @@ def softmax(
         dim: Axis along which the results sum to 1.
         dtype: Ignored: the result is float32.
         mask: True where a score is left out; broadcasts with ``input``.
-        beta: Factor of the scores.
     """
     axis = implicit_axis(input) if dim is None else dim
     x = call.operand(input, "input")
     if call.observing:
         scores = x.value if mask is None else x.value.masked_fill(mask, -torch.inf)
-        return call.with_qparams(torch.softmax(beta * scores, axis), PENDING)
+        return call.with_qparams(torch.softmax(scores, axis), PENDING)
     y = SIGMOID_OUTPUT if x.qparams.bits == 8 else WIDE_OUTPUT
     if mask is not None:
         x = masked(call, x, mask)
     with float32_arithmetic(x.value):
-        result = _Softmax.apply(x.value, axis, beta, x, y, call)
+        result = _Softmax.apply(x.value, axis, x, y, call)
     if call.recording:
         last = (activation.stored() for activation in (x, Activation(result, y)))
         operand, probabilities = (along_last(stored, axis) for stored in last)
-        call.record("SOFTMAX", [operand], [probabilities], beta=beta)
+        call.record("SOFTMAX", [operand], [probabilities], beta=1.0)
     return call.with_qparams(result, y)
 
 
@@ -107,19 +105,20 @@ class _Softmax(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, axis: int, beta: float, scores: Activation, y: QParams, call: Call
+        ctx: Any, x: Tensor, axis: int, scores: Activation, y: QParams, call: Call
     ) -> Tensor:
         if not call.exact:
-            result = torch.softmax(x.detach() * beta if beta != 1 else x.detach(), axis)
+            result = torch.softmax(x.detach(), axis)
             result = result.mul_(1 / y.scale).round_().clamp_max_(y.bounds[1]).mul_(y.scale)
         else:
             compute = _exact if y.bits == 8 else _exact_wide
             last = scores.integers().movedim(axis, -1)
-            # The 8-bit kernel multiplies in double precision, the 16-bit one in single.
-            factors = np.array([beta, scores.qparams.scale], np.float32)
-            scale = float(factors.prod(dtype=np.float64 if y.bits == 8 else np.float32))
-            result = compute(last, scale).movedim(-1, axis).contiguous()
-        ctx.axis, ctx.beta = axis, beta
+            result = (
+                compute(last, float(np.float32(scores.qparams.scale)))
+                .movedim(-1, axis)
+                .contiguous()
+            )
+        ctx.axis = axis
         ctx.save_for_backward(result)
         return result
 
@@ -129,7 +128,7 @@ class _Softmax(torch.autograd.Function):
         (y,) = ctx.saved_tensors
         with float32_arithmetic(grad):
             slope = torch._softmax_backward_data(grad, y, ctx.axis, y.dtype)
-        return slope * ctx.beta if ctx.beta != 1 else slope, None, None, None, None, None
+        return slope, None, None, None, None
 
 
 def _exact(scores: Tensor, scale: float) -> Tensor:

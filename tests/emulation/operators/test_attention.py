@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lightning_nna import calibrate, emulate
 from lightning_nna.emulation.coverage import coverage
+from lightning_nna.emulation.program import Instruction
 from lightning_nna.testing.replay import replays
 from tests.emulation.modules import Function
 
@@ -21,7 +22,7 @@ BEFORE = torch.ones(TIME, TIME, dtype=torch.bool).tril()
 DISTANCE = (torch.arange(TIME)[:, None] - torch.arange(TIME)).float()
 
 # Keyword arguments of the scaled dot product, and the instructions that it becomes.
-PRODUCT = {"QUANTIZE", "BATCH_MATMUL", "SOFTMAX"}
+PRODUCT = {"QUANTIZE", "MUL", "BATCH_MATMUL", "SOFTMAX"}
 MASKS: dict[str, tuple[dict[str, Any], set[str]]] = {
     "none": ({}, set()),
     "scale": ({"scale": 0.3}, set()),
@@ -31,10 +32,10 @@ MASKS: dict[str, tuple[dict[str, Any], set[str]]] = {
         {"attn_mask": torch.zeros(TIME, TIME).masked_fill(~BEFORE, -torch.inf)},
         {"SELECT_V2"},
     ),
-    "bias": ({"attn_mask": -0.1 * DISTANCE.abs()}, {"MUL", "ADD"}),
+    "bias": ({"attn_mask": -0.1 * DISTANCE.abs()}, {"ADD"}),
     "both": (
         {"attn_mask": (-0.1 * DISTANCE).masked_fill(~BEFORE, -1e9)},
-        {"MUL", "ADD", "SELECT_V2"},
+        {"ADD", "SELECT_V2"},
     ),
     "heads": ({"attn_mask": torch.rand(HEADS, TIME, TIME) > 0.1}, {"SELECT_V2"}),
 }
@@ -116,7 +117,7 @@ class TestScaledDotProduct:
         module = Attending(attn_mask=keep)
         with emulate(module) as chip, chip.observing():
             module(query, key, value)
-        scores = query @ key[..., :-1, :].mT
+        scores = query @ key[..., :-1, :].mT / WIDTH**0.5
         seen = chip.ranges["./attention#0/masked_scores/output"]
         assert (seen.minimum, seen.maximum) == pytest.approx(
             (float(scores.min()), float(scores.max()))
@@ -214,6 +215,25 @@ class TestMultiHead:
         assert ("MEAN" in compared) == (
             arguments.get("need_weights", True) and arguments.get("average_attn_weights", True)
         )
+
+        # The factor of the query is in the scales of its projection.
+        assert "MUL" not in compared
+
+    @pytest.mark.parametrize(("heads", "products"), [(2, 0), (4, 1)])
+    def test_scales_of_powers_of_two_take_such_factors_alone(
+        self, heads: int, products: int
+    ) -> None:
+        torch.manual_seed(0)
+        layer, x = nn.MultiheadAttention(32, heads), torch.randn(10, 3, 32)
+        instructions: list[Instruction] = []
+        with torch.no_grad(), emulate(layer, "shift") as chip:
+            with chip.observing():
+                layer(x, x, x)
+            with chip.running(recorder=instructions.append):
+                result, _ = layer(x, x, x)
+        assert [each.operator for each in instructions].count("MUL") == products
+        error = result - layer(x, x, x)[0].detach()
+        assert float(error.abs().mean()) < 0.01
 
     @pytest.mark.parametrize("bits", SPECS)
     @pytest.mark.parametrize("name", LAYERS)
