@@ -15,8 +15,8 @@ from lightning_nna.emulation.operators.call import Call
 from lightning_nna.emulation.operators.linear import stored_bias, stored_weight
 from lightning_nna.emulation.program import Activation, Stored
 
-# The schema's numbers for the two kinds of padding.
-_SAME, _VALID = 0, 1
+#: The schema's numbers for the two kinds of padding.
+SAME, VALID = 0, 1
 
 
 @dataclass(frozen=True)
@@ -51,15 +51,15 @@ class Geometry:
             ((1, 2),)
         """
         axes = weight.dim() - 2
-        steps = _each(dilation, axes)
+        steps = each_axis(dilation, axes)
         if padding == "same":
             # What is odd of them goes to the end.
             reaches = [d * (k - 1) for d, k in zip(steps, weight.shape[2:], strict=True)]
             pads = tuple((reach // 2, reach - reach // 2) for reach in reaches)
         else:
-            sides = _each(0 if isinstance(padding, str) else padding, axes)
+            sides = each_axis(0 if isinstance(padding, str) else padding, axes)
             pads = tuple((side, side) for side in sides)
-        return cls(_each(stride, axes), pads, steps, groups)
+        return cls(each_axis(stride, axes), pads, steps, groups)
 
     @property
     def symmetric(self) -> list[int]:
@@ -94,13 +94,13 @@ def record_convolution(
     # CONV_2D has no form without a bias.
     zeros = torch.zeros(len(scales)) if bias is None else bias
     biases = stored_bias(zeros, scales, call.state.spec, x.qparams.bits)
-    operand, result = _channels_last(x.stored()), _channels_last(y.stored())
-    padding = _VALID
+    operand, result = channels_last(x.stored()), channels_last(y.stored())
+    padding = VALID
     if any(side for pair in geometry.padding for side in pair):
         if _is_same(geometry, x.value.shape[2:], quantized.stored.shape[2:], y.value.shape[2:]):
-            padding = _SAME
+            padding = SAME
         else:
-            operand = _record_padding(call, operand, geometry)
+            operand = record_padding(call, operand, geometry.padding)
     operator, weight, options = _kernel(quantized, geometry, x.value.shape[1])
     options |= _by_axis("stride{}", geometry.stride)
     options |= _by_axis("dilation{}Factor", geometry.dilation)
@@ -133,9 +133,18 @@ def _is_same(
     return True
 
 
-def _record_padding(call: Call, x: Stored, geometry: Geometry) -> Stored:
-    """Zeros around the height and width of a tensor, as an instruction."""
-    pairs = [(0, 0)] * (3 - len(geometry.padding)) + [*geometry.padding, (0, 0)]
+def record_padding(call: Call, x: Stored, padding: Sequence[tuple[int, int]]) -> Stored:
+    """Report zeros around the height and width of a tensor, or around its width alone.
+
+    Args:
+        call: The call.
+        x: Tensor, shape ``(N, H, W, C)``.
+        padding: Zeros before and after, for height and width, or for width.
+
+    Returns:
+        The padded tensor, which only the program has.
+    """
+    pairs = [(0, 0)] * (3 - len(padding)) + [*padding, (0, 0)]
     sides = [side for pair in reversed(pairs) for side in pair]
     integers = F.pad(x.integers, sides, value=x.zero_point)
     # The result has a place of its own, though the forward never holds it.
@@ -145,8 +154,12 @@ def _record_padding(call: Call, x: Stored, geometry: Geometry) -> Stored:
     return padded
 
 
-def _channels_last(x: Stored) -> Stored:
-    """Batch, height, width, channels: the layout of the schema."""
+def channels_last(x: Stored) -> Stored:
+    """Return a tensor as batch, height, width, channels: the layout of the schema.
+
+    Args:
+        x: Tensor, shape ``(N, C, H, W)`` or ``(N, C, L)``, whose height is then 1.
+    """
     source = None if x.source is None else _last(x.source)
     return replace(x, integers=_last(x.integers), source=source)
 
@@ -162,7 +175,12 @@ def _by_axis(name: str, values: Sequence[int]) -> dict[str, Any]:
     return {name.format("H"): height, name.format("W"): width}
 
 
-def _each(value: int | Sequence[int], axes: int) -> tuple[int, ...]:
-    """One entry for every axis."""
+def each_axis(value: int | Sequence[int], axes: int) -> tuple[int, ...]:
+    """Return one entry for every axis.
+
+    Example:
+        >>> each_axis(3, 2)
+        (3, 3)
+    """
     entries = (value,) if isinstance(value, int) else tuple(value)
     return entries * axes if len(entries) == 1 else entries
