@@ -72,7 +72,8 @@ def _with_mask(call: Call, scores: Tensor, mask: Tensor) -> Tensor:
     if keep is None:
         keep = torch.ones_like(mask, dtype=torch.bool)
     if bias is not None:
-        scores = biased(call.child("bias"), scores, bias, keep)
+        taking_part = keep & (scores.detach() > ABSENT) if call.observing else keep
+        scores = biased(call.child("bias"), scores, bias, taking_part)
     return _without(call, scores, keep, call.state.constants.is_constant(mask))
 
 
@@ -80,6 +81,8 @@ def _without(call: Call, scores: Tensor, keep: Tensor, constant: bool) -> Tensor
     """Scores with those not to keep at the bottom of a grid that is deep enough."""
     x = call.operand(scores, "input")
     if call.observing:
+        # An earlier mask may have left scores out: a padding mask that follows a causal one.
+        keep = keep & (scores.detach() > ABSENT)
         call.observed(row_maxima(scores, keep), "row_maxima")
         call.observed(kept(scores, keep))
         return fill(call, scores, keep, constant)

@@ -49,6 +49,26 @@ def module_of(name: str) -> tuple[nn.Module, Tensor]:
     return Written(MASKS[name]), torch.randn(6, TIME, 32)
 
 
+PADDED = torch.arange(TIME) >= TIME - 3
+TWICE: dict[str, Callable[[Tensor], Tensor]] = {
+    "filled twice": lambda scores: scores.masked_fill(~BEFORE, -1e8).masked_fill(PADDED, -1e8),
+    "added, then filled": lambda scores: (scores + ADDED).masked_fill(PADDED, -torch.inf),
+    "filled, then added": lambda scores: scores.masked_fill(PADDED, -torch.inf) + SLOPED,
+}
+
+
+@pytest.mark.exactness
+@pytest.mark.parametrize("name", TWICE)
+def test_a_second_mask_observes_the_scores_that_the_first_one_leaves(name: str) -> None:
+    torch.manual_seed(0)
+    module, x = Written(TWICE[name]), torch.randn(6, TIME, 32)
+    expected = module(x)
+    compared = replays(module, x, inputs=[2 * x])
+    assert compared["SELECT_V2"] == 2 * 6 * 4 * TIME**2
+    with emulate(module), torch.no_grad():
+        assert float((module(x) - expected).abs().mean()) < 0.01
+
+
 @pytest.mark.exactness
 @pytest.mark.parametrize("spec", ["litert-int8", "litert-int16x8"])
 @pytest.mark.parametrize("name", MASKS)
