@@ -15,6 +15,7 @@ from lightning_nna import calibrate, coverage, emulate
 from lightning_nna.deploy import export_tflite, verify
 from lightning_nna.testing.operator_oracle import CHECKS, Check, Example, check_operator
 from lightning_nna.testing.replay import replays
+from tests.emulation.modules import Function
 
 pytestmark = pytest.mark.exactness
 
@@ -31,17 +32,6 @@ MAXIMA = [
     Example(lambda: nn.MaxPool2d(3, 2, 1), (IMAGE,)),
     Example(lambda: nn.MaxPool1d(2), (SEQUENCE,)),
 ]
-
-
-class Calling(nn.Module):
-    """A module that calls a function of one tensor."""
-
-    def __init__(self, function: Callable[[Tensor], Any]) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, x: Tensor) -> Any:
-        return self.function(x)
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
@@ -144,7 +134,7 @@ def test_functions_and_their_arguments(
 ) -> None:
     torch.manual_seed(0)
     x = torch.randn(2, 3, 8, 6)
-    result, expected = _emulated_and_float(Calling(function), x, spec, tmp_path)
+    result, expected = _emulated_and_float(Function(function), x, spec, tmp_path)
     torch.testing.assert_close(result, expected, atol=0.12, rtol=0.05)
 
 
@@ -169,5 +159,5 @@ def test_all_windows_of_two_bytes_round_as_the_kernel_does() -> None:
 
 
 def test_indices_run_in_float() -> None:
-    net = Calling(lambda x: F.max_pool2d(x, 2, return_indices=True)[0])
+    net = Function(lambda x: F.max_pool2d(x, 2, return_indices=True)[0])
     assert coverage(net, torch.randn(1, 2, 4, 4)).fallbacks
