@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from lightning_nna.deploy.cpu_operators import CpuOperators, cpu_kernel, function_of
+from lightning_nna.deploy.element_order import Arrangement, Operand, in_order_of_operand
 from lightning_nna.deploy.graph import (
     CaptureError,
     Graph,
@@ -340,7 +341,7 @@ class Recorder:
         if qparams is None:
             return None
         stored = activation(x, qparams)
-        return self._operand(Instruction("DEQUANTIZE", key, (stored,), ()), 0, stored)
+        return self._tensor(self._operand(Instruction("DEQUANTIZE", key, (stored,), ()), 0, stored))
 
     def _record(self, instruction: Instruction) -> None:
         """Record one instruction: connect its operands, and define the codes of its results."""
@@ -351,14 +352,26 @@ class Recorder:
             if instruction.operator == "QUANTIZE" and is_float(instruction.inputs[0]):
                 self._quantize(instruction, result_ids[0])
                 return
-            inputs = [
-                None if x is None or x.variable else self._operand(instruction, k, x)
-                for k, x in enumerate(instruction.inputs)
-            ]
+            arrangement = in_order_of_operand(
+                instruction.operator,
+                Arrangement(
+                    tuple(
+                        None if x is None or x.variable else self._operand(instruction, k, x)
+                        for k, x in enumerate(instruction.inputs)
+                    ),
+                    tuple(
+                        Operand(x.integers.numpy(), spec_of(x), instruction.site, ids=ids)
+                        for x, ids in zip(instruction.outputs, result_ids, strict=True)
+                    ),
+                    instruction.options,
+                ),
+                lambda number: self.graph.specs[number].shape,
+            )
+            inputs = [None if x is None else self._tensor(x) for x in arrangement.operands]
             if instruction.operator == _LSTM:
                 for k, number in zip(_STATES, self._states(instruction), strict=True):
                     inputs[k] = number
-            outputs = [self._output(instruction, k) for k in range(len(result_ids))]
+            outputs = [self.graph.add(x.name, x.form, x.values) for x in arrangement.results]
             between = [
                 self.graph.add(f"{instruction.site}/intermediate", spec_of(x), x.integers.numpy())
                 for x in instruction.intermediates
@@ -368,13 +381,14 @@ class Recorder:
                 instruction.site,
                 inputs,
                 outputs,
-                instruction.options,
+                arrangement.options,
                 between,
             )
-            for ids, number in zip(result_ids, outputs, strict=True):
-                count = prod(self.graph.specs[number].shape)
-                dtype = self.graph.specs[number].dtype
-                self.provenance_map.define(dtype, ids, codes_of(number, np.arange(count)))
+            for result, number in zip(arrangement.results, outputs, strict=True):
+                count = prod(result.form.shape)
+                self.provenance_map.define(
+                    result.form.dtype, result.ids, codes_of(number, np.arange(count))
+                )
             if instruction.operator == _LSTM:
                 self._update_states(instruction, inputs)
 
@@ -389,22 +403,18 @@ class Recorder:
             for dtype, ids in ((x.dtype, self.provenance_map.ids(x)) for x in read)
         )
 
-    def _output(self, instruction: Instruction, position: int) -> int:
-        stored = instruction.outputs[position]
-        return self.graph.add(instruction.site, spec_of(stored), stored.integers.numpy())
-
-    def _operand(self, instruction: Instruction, position: int, stored: Stored) -> int:
+    def _operand(self, instruction: Instruction, position: int, stored: Stored) -> Operand:
+        """Return an operand with the codes of its elements."""
         name = f"{instruction.site}/{operand_name(instruction.operator, position)}"
-        values = stored.integers.numpy()
+        values, form = stored.integers.numpy().astype(np.int64), spec_of(stored)
         if stored.constant:
             remedy = _STATISTICS if "batch_norm" in instruction.site else ""
             self.provenance_map.validate_constant(stored, name, remedy)
-            return self.graph.constant(name, spec_of(stored), values.astype(np.int64))
+            return Operand(values, form, name)
         where = f"{name} of {instruction.operator}"
         if stored.source is None:
             raise CaptureError(f"{where} is no tensor of the forward")
         codes = self.provenance_map.resolve(stored.source, stored.dtype, where)
-        form = spec_of(stored)
         if stored.dtype in ("int32", "bool"):
             codes = self._plain_input(codes, stored.dtype)
         self._validate_current(tensors_in(codes), where)
@@ -414,7 +424,13 @@ class Recorder:
             raise CaptureError(
                 f"{where} has other integers than the tensors that it is laid out from"
             )
-        return self._layout.tensor(codes, values, form, name)
+        return Operand(values, form, name, codes)
+
+    def _tensor(self, operand: Operand) -> int:
+        """Return the tensor of an operand: a constant, or laid out from what the program has."""
+        if operand.codes is None:
+            return self.graph.constant(operand.name, operand.form, operand.values)
+        return self._layout.tensor(operand.codes, operand.values, operand.form, operand.name)
 
     # --- arguments ------------------------------------------------------------------------------
 

@@ -61,7 +61,7 @@ CASES: dict[
     "REDUCE_MIN": (lambda x: x.amin(1), ROWS, ()),
     "RELU": (lambda x: torch.relu(x.flip(0)), ROWS, ()),
     "RELU6": (lambda x: F.relu6(x.flip(0)), ROWS, ()),
-    "RESHAPE": (lambda x: torch.sigmoid(x.reshape(2, 6)), ROWS, ()),
+    "RESHAPE": (lambda x: torch.softmax(x.reshape(2, 6), -1), ROWS, ()),
     "REVERSE_V2": (lambda x: torch.sigmoid(x.flip(0)), ROWS, ()),
     "RSQRT": (lambda x, norm: norm(x), ROWS, (lambda: nn.LayerNorm(4),)),
     "SELECT_V2": (lambda x: torch.where(torch.arange(4) < 2, x, x.flip(0)), ROWS, ()),

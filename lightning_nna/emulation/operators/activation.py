@@ -88,7 +88,11 @@ SIGMOID = register_operator(
         backward=torch.ops.aten.sigmoid_backward,
         saves="result",
         output={8: SIGMOID_OUTPUT, 16: WIDE_OUTPUT},
-        litert=(Kernel("LOGISTIC", options=NO_OPTIONS, versions={"int8": 2, "int16": 3}),),
+        litert=(
+            Kernel(
+                "LOGISTIC", order="elements", options=NO_OPTIONS, versions={"int8": 2, "int16": 3}
+            ),
+        ),
         arithmetic="table of 256 entries, output scale 1/256; in 16 bits interpolated",
     )
 )
@@ -102,7 +106,9 @@ TANH = register_operator(
         backward=torch.ops.aten.tanh_backward,
         saves="result",
         output={8: TANH_OUTPUT, 16: WIDE_OUTPUT},
-        litert=(Kernel("TANH", options=NO_OPTIONS, versions={"int8": 2, "int16": 3}),),
+        litert=(
+            Kernel("TANH", order="elements", options=NO_OPTIONS, versions={"int8": 2, "int16": 3}),
+        ),
         arithmetic="table of 256 entries, output scale 1/128; in 16 bits interpolated",
     )
 )
@@ -130,7 +136,7 @@ register_operator(
         float=lambda input, alpha=1.0: F.elu(input, alpha),
         integers=table(real(lambda x, **_: pointwise.elu(x))),
         supports=supports_elu,
-        litert=(Kernel("ELU", options=NO_OPTIONS),),
+        litert=(Kernel("ELU", order="elements", options=NO_OPTIONS),),
         widths=(8,),
         learns_scale=True,
         arithmetic="table, for the factor 1; LiteRT has no reference kernel of it: it is equal to "
@@ -155,7 +161,7 @@ register_operator(
         float=lambda input, approximate="none": F.gelu(input, approximate=approximate),
         integers=table(real(lambda x, approximate="none": _GELU[approximate](x))),
         options=lambda approximate="none": {"approximate": approximate == "tanh"},
-        litert=(Kernel("GELU", versions={"int8": 2}),),
+        litert=(Kernel("GELU", order="elements", versions={"int8": 2}),),
         widths=(8,),
         learns_scale=True,
         arithmetic="table",
@@ -171,7 +177,7 @@ register_operator(
             lambda x, y: pointwise.hard_swish(_inputs(x), x.scale, y.scale).float(),
         ),
         output_of=_output_of_hard_swish,
-        litert=(Kernel("HARD_SWISH", options=NO_OPTIONS),),
+        litert=(Kernel("HARD_SWISH", order="elements", options=NO_OPTIONS),),
         widths=(8,),
         learns_scale=True,
         arithmetic="table",
@@ -200,7 +206,7 @@ register_operator(
         float=lambda input, negative_slope=0.01: F.leaky_relu(input, negative_slope),
         integers=_leaky_relu,
         options=lambda negative_slope=0.01: {"alpha": negative_slope},
-        litert=(Kernel("LEAKY_RELU", versions={"int16": 2}),),
+        litert=(Kernel("LEAKY_RELU", order="elements", versions={"int16": 2}),),
         learns_scale=True,
         arithmetic="table; in 16 bits a product",
     )
@@ -374,7 +380,9 @@ register_operator(
         "relu",
         torch=("relu", "relu_"),
         emulate=relu,
-        litert=(Kernel("RELU", options=NO_OPTIONS, versions={"int8": 2, "int16": 3}),),
+        litert=(
+            Kernel("RELU", order="elements", options=NO_OPTIONS, versions={"int8": 2, "int16": 3}),
+        ),
         arithmetic="clipping on the quantization parameters of the input, whose range ends at 0 "
         "where nothing else reads it",
     )
@@ -385,7 +393,9 @@ register_operator(
         torch=("relu6",),
         emulate=relu6,
         forms=(Form(("hardtanh", "hardtanh_"), hardtanh, supports_hardtanh),),
-        litert=(Kernel("RELU6", options=NO_OPTIONS, versions={"int8": 2, "int16": 3}),),
+        litert=(
+            Kernel("RELU6", order="elements", options=NO_OPTIONS, versions={"int8": 2, "int16": 3}),
+        ),
         arithmetic="clipping on the quantization parameters of the input, whose range ends at 0 "
         "and 6 where nothing else reads it; `hardtanh` from 0 to 6",
     )

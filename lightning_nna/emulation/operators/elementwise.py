@@ -294,7 +294,7 @@ ADD = Operator(
     saves="nothing",
     output_of=_output_of_sum,
     options=_options_of_sum,
-    litert=(Kernel("ADD", versions={"int8": 2, "int16": 3}),),
+    litert=(Kernel("ADD", order="elements", versions={"int8": 2, "int16": 3}),),
     learns_scale=True,
     arithmetic="both sides at a scale $2^{20}$ ($2^{15}$ in 16 bits) times finer than twice the "
     "coarser, added, rescaled",
@@ -313,7 +313,14 @@ SUB = register_operator(
         options=_options_of_sum,
         emulate=sub,
         forms=(Form(("rsub", "__rsub__"), reversed_sub),),
-        litert=(Kernel("SUB", versions={"int8": 2, "int16": 5}, versions_by_rank=((4, 3),)),),
+        litert=(
+            Kernel(
+                "SUB",
+                order="elements",
+                versions={"int8": 2, "int16": 5},
+                versions_by_rank=((4, 3),),
+            ),
+        ),
         learns_scale=True,
         arithmetic="both sides at a scale $2^{20}$ ($2^{15}$ in 16 bits) times finer than twice "
         "the coarser, subtracted, rescaled",
@@ -333,7 +340,11 @@ MUL = register_operator(
             Form(("div", "div_", "divide", "divide_", "true_divide"), div, supports_div),
             Form(("neg", "negative"), neg),
         ),
-        litert=(Kernel("MUL", versions={"int8": 2, "int16": 4}, version=_version_of_mul),),
+        litert=(
+            Kernel(
+                "MUL", order="elements", versions={"int8": 2, "int16": 4}, version=_version_of_mul
+            ),
+        ),
         learns_scale=True,
         arithmetic="product of the integers, rescaled; division by a number",
     )
@@ -344,7 +355,7 @@ register_operator(
         torch=("cat", "concat", "concatenate"),
         emulate=concatenate,
         forms=(Form(("stack",), stack),),
-        litert=(Kernel("CONCATENATION", versions={"int8": 2, "int16": 3}),),
+        litert=(Kernel("CONCATENATION", order="concatenation", versions={"int8": 2, "int16": 3}),),
         learns_scale=True,
         arithmetic="inputs requantized to the quantization parameters of the output, then moved",
     )

@@ -472,6 +472,7 @@ register_operator(
         litert=(
             Kernel(
                 "FULLY_CONNECTED",
+                order="columns",
                 versions={"int8": 4, "int16": 7},
                 version=_version_of_fully_connected,
                 operands={1: "weight", 2: "bias"},

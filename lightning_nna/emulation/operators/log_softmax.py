@@ -85,7 +85,7 @@ register_operator(
         torch=("log_softmax",),
         emulate=log_softmax,
         supports=supports_log_softmax,
-        litert=(Kernel("LOG_SOFTMAX", versions={"int8": 2}),),
+        litert=(Kernel("LOG_SOFTMAX", order="rows", versions={"int8": 2}),),
         widths=(8,),
         arithmetic="fixed point: the sum of exponentials, and its logarithm; output scale 1/16, "
         "zero point 127; axes of 4096 entries or more run in float",

@@ -124,7 +124,7 @@ register_operator(
         emulate=masked_fill,
         supports=supports_masked_fill,
         forms=(Form(("where",), where, supports_where),),
-        litert=(Kernel("SELECT_V2", options="SelectV2Options"),),
+        litert=(Kernel("SELECT_V2", order="elements", options="SelectV2Options"),),
         arithmetic="a score that a mask leaves out becomes the lowest integer",
     )
 )

@@ -221,6 +221,7 @@ class _Normalize(torch.autograd.Function):
 register_kernel(
     Kernel(
         "RSQRT",
+        order="elements",
         options=NO_OPTIONS,
         versions={"int8": 2, "int16": 3},
         computes_in_float=("rsqrt",),

@@ -94,7 +94,7 @@ register_operator(
         integers=_integers,
         instructions=_record,
         supports=supports_prelu,
-        litert=(Kernel("PRELU", options=NO_OPTIONS, operands={1: "slope"}),),
+        litert=(Kernel("PRELU", order="elements", options=NO_OPTIONS, operands={1: "slope"}),),
         operand_bits={"weight": 8},
         learns_scale=True,
         arithmetic="products of the integers with the slopes below zero, rescaled",

@@ -46,6 +46,12 @@ class Kernel:
         operands: Names of operands by position, for positions that say what an operand is.
         computes_in_float: Names of torch functions that are no operator of the accelerator, and
             that a runtime computes with this kernel in float, on its CPU.
+        order: Orders of elements in which it computes the same numbers, so that an export needs no
+            transposition (see :mod:`lightning_nna.deploy.element_order`): ``"fixed"``, that of its
+            instruction alone; ``"elements"``, any; ``"rows"``, any order of rows along the last
+            axis; ``"columns"``, the same, and any order of columns, as its second operand, the
+            weight, has them, too; ``"concatenation"``, ``"padding"`` and ``"reduction"``, any order
+            of axes, which an option or the second operand names.
 
     Example:
         >>> Kernel("TANH", options=NO_OPTIONS, versions={"int8": 2, "int16": 3}).versions["int16"]
@@ -59,6 +65,9 @@ class Kernel:
     version: Callable[[int, Any, Any], int] | None = None
     operands: Mapping[int, str] = field(default_factory=dict)
     computes_in_float: tuple[str, ...] = ()
+    order: Literal[
+        "fixed", "elements", "rows", "columns", "concatenation", "padding", "reduction"
+    ] = "fixed"
 
 
 @dataclass(frozen=True)

@@ -283,7 +283,14 @@ register_operator(
         torch=("mean",),
         emulate=mean,
         supports=supports_average,
-        litert=(Kernel("MEAN", options="ReducerOptions", versions={"int8": 2, "int16": 3}),),
+        litert=(
+            Kernel(
+                "MEAN",
+                order="reduction",
+                options="ReducerOptions",
+                versions={"int8": 2, "int16": 3},
+            ),
+        ),
         learns_scale=True,
         arithmetic="integer sum, divided inside the multiplier",
     )
@@ -305,7 +312,14 @@ register_operator(
         emulate=amax,
         supports=supports_extreme,
         forms=(Form(("max",), maximum_over, supports_extreme),),
-        litert=(Kernel("REDUCE_MAX", options="ReducerOptions", versions={"int8": 2, "int16": 3}),),
+        litert=(
+            Kernel(
+                "REDUCE_MAX",
+                order="reduction",
+                options="ReducerOptions",
+                versions={"int8": 2, "int16": 3},
+            ),
+        ),
         arithmetic="chooses among the integers; `max` of one tensor",
     )
 )
@@ -316,7 +330,14 @@ register_operator(
         emulate=amin,
         supports=supports_extreme,
         forms=(Form(("min",), minimum_over, supports_extreme),),
-        litert=(Kernel("REDUCE_MIN", options="ReducerOptions", versions={"int8": 2, "int16": 3}),),
+        litert=(
+            Kernel(
+                "REDUCE_MIN",
+                order="reduction",
+                options="ReducerOptions",
+                versions={"int8": 2, "int16": 3},
+            ),
+        ),
         arithmetic="chooses among the integers; `min` of one tensor",
     )
 )

@@ -153,7 +153,7 @@ register_operator(
         "softmax",
         torch=("softmax",),
         emulate=softmax,
-        litert=(Kernel("SOFTMAX", versions={"int8": 2, "int16": 3}),),
+        litert=(Kernel("SOFTMAX", order="rows", versions={"int8": 2, "int16": 3}),),
         arithmetic="fixed point: exponentials of differences and a reciprocal, output scale 1/256; "
         "in 16 bits interpolated tables",
     )
