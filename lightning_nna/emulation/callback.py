@@ -28,6 +28,8 @@ from lightning_nna.emulation.emulator import Emulator
 from lightning_nna.emulation.learned_scales import LEARNED, Learned, share_keys
 from lightning_nna.emulation.modes import Fidelity, Phase
 from lightning_nna.emulation.observers import OBSERVERS, Observer
+from lightning_nna.emulation.scope import outermost
+from lightning_nna.emulation.sites import ROOT
 from lightning_nna.emulation.spec import NNASpec, resolve_spec
 from lightning_nna.emulation.telemetry import Telemetry
 from lightning_nna.keyed_adam import KeyedAdam
@@ -377,8 +379,9 @@ class NNAEmulation(ModuleBoundCallback):
             self._emulator = attach(
                 pl_module, self.spec, targets=self.targets, observer=self.observer
             )
-            modules = ", ".join(sorted(self._emulator.paths_in_scope))
-            rank_zero_info(f"NNAEmulation: {self.spec.name} under {modules}")
+            modules = outermost(self._emulator.paths_in_scope)
+            scope = "the whole module" if modules == [ROOT] else ", ".join(modules)
+            rank_zero_info(f"NNAEmulation: {scope} is emulated on {self.spec.name}")
         if self._deferred is not None:
             with torch.inference_mode(False):  # Tensors that a test loads may be trained later.
                 self._emulator.load_state_dict(self._deferred)
@@ -399,7 +402,9 @@ class NNAEmulation(ModuleBoundCallback):
         if not emulator.calibrated:
             raise RuntimeError(
                 f"emulated {stage} needs ranges, and none were observed: pass ckpt_path of a "
-                f"run with NNAEmulation, or call lightning_nna.calibrate(module, batches) first"
+                f"run with NNAEmulation (Lightning 2.4 loads no states of callbacks then: call "
+                f"lightning_nna.load_deployed(module, checkpoint)), or call "
+                f"lightning_nna.calibrate(module, batches) first"
             )
 
     def _enter_exact(self) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import CodeType, FunctionType
 from typing import Any
 
@@ -69,6 +69,19 @@ def modules_in_scope(named: Mapping[str, nn.Module], targets: Sequence[str]) -> 
     candidates = [name for name in named if not _is_below(name, outside)]
     selected = select(targets, candidates, what="module")
     return {name for name in candidates if ROOT in selected or _is_below(name, selected)}
+
+
+def outermost(paths: Iterable[str]) -> list[str]:
+    """Return the paths of modules that no other of the modules contains, in alphabetical order.
+
+    Example:
+        >>> outermost({"encoder", "encoder.layers.0", "head"})
+        ['encoder', 'head']
+    """
+    names = sorted(paths)
+    if ROOT in names:
+        return [ROOT]
+    return [name for name in names if not _is_below(name, [x for x in names if x != name])]
 
 
 def _is_below(name: str, ancestors: Sequence[str]) -> bool:
