@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
+from lightning_nna.deploy.fused_activation import with_fused_activations
 from lightning_nna.deploy.graph import CaptureError, Program
 from lightning_nna.deploy.recorder import Recorder, attributes_of
 from lightning_nna.emulation.attachment import attached, emulate
@@ -91,8 +92,8 @@ def capture(
     ports = [port for each in outputs for port in each]
     if not ports:
         raise CaptureError("no result of the forward is an activation: there is nothing to export")
-    program = recorder.graph.finish(
-        recorder.ports, ports, recorder.fixed(leaves), emulator.spec.name
+    program = with_fused_activations(
+        recorder.graph.finish(recorder.ports, ports, recorder.fixed(leaves), emulator.spec.name)
     )
     left_out = [k for k, x in enumerate(results) if isinstance(x, Tensor) and not outputs[k]]
     return replace(program, left_out=tuple(left_out))

@@ -150,7 +150,7 @@ def _move_to_tensor(
         return None if axes is None else _transposition(axes)
     number, elements = max(complete, key=lambda each: not _is_sorted(each[1]))
     order, target = np.argsort(elements), shape_of(number)
-    if _is_sorted(elements) and (target == shape or len(target) > len(shape)):
+    if _is_sorted(elements) and target == shape:
         return None
     if is_broadcast and len(target) > max(_MOST_AXES, len(shape)):
         return None

@@ -339,12 +339,14 @@ register_operator(
         litert=(
             Kernel(
                 "CONV_2D",
+                fuses_activation=True,
                 options="Conv2DOptions",
                 versions={"int8": 3, "int16": 4},
                 operands=_OPERANDS,
             ),
             Kernel(
                 "DEPTHWISE_CONV_2D",
+                fuses_activation=True,
                 options="DepthwiseConv2DOptions",
                 versions={"int8": 3, "int16": 5},
                 operands=_OPERANDS,

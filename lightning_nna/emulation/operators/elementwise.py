@@ -294,7 +294,9 @@ ADD = Operator(
     saves="nothing",
     output_of=_output_of_sum,
     options=_options_of_sum,
-    litert=(Kernel("ADD", order="elements", versions={"int8": 2, "int16": 3}),),
+    litert=(
+        Kernel("ADD", fuses_activation=True, order="elements", versions={"int8": 2, "int16": 3}),
+    ),
     learns_scale=True,
     arithmetic="both sides at a scale $2^{20}$ ($2^{15}$ in 16 bits) times finer than twice the "
     "coarser, added, rescaled",
@@ -316,6 +318,7 @@ SUB = register_operator(
         litert=(
             Kernel(
                 "SUB",
+                fuses_activation=True,
                 order="elements",
                 versions={"int8": 2, "int16": 5},
                 versions_by_rank=((4, 3),),
@@ -342,7 +345,11 @@ MUL = register_operator(
         ),
         litert=(
             Kernel(
-                "MUL", order="elements", versions={"int8": 2, "int16": 4}, version=_version_of_mul
+                "MUL",
+                fuses_activation=True,
+                order="elements",
+                versions={"int8": 2, "int16": 4},
+                version=_version_of_mul,
             ),
         ),
         learns_scale=True,

@@ -472,6 +472,7 @@ register_operator(
         litert=(
             Kernel(
                 "FULLY_CONNECTED",
+                fuses_activation=True,
                 order="columns",
                 versions={"int8": 4, "int16": 7},
                 version=_version_of_fully_connected,

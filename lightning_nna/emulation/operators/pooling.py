@@ -265,7 +265,12 @@ register_operator(
             ),
         ),
         litert=(
-            Kernel("AVERAGE_POOL_2D", options="Pool2DOptions", versions={"int8": 2, "int16": 3}),
+            Kernel(
+                "AVERAGE_POOL_2D",
+                fuses_activation=True,
+                options="Pool2DOptions",
+                versions={"int8": 2, "int16": 3},
+            ),
         ),
         arithmetic="integer sum of the stored integers, divided, rounded away from zero",
     )
@@ -283,7 +288,14 @@ register_operator(
                 partial(supports_max_pool, axes=1),
             ),
         ),
-        litert=(Kernel("MAX_POOL_2D", options="Pool2DOptions", versions={"int8": 2, "int16": 3}),),
+        litert=(
+            Kernel(
+                "MAX_POOL_2D",
+                fuses_activation=True,
+                options="Pool2DOptions",
+                versions={"int8": 2, "int16": 3},
+            ),
+        ),
         arithmetic="chooses among the integers; padding is the lowest",
     )
 )

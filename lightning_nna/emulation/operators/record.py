@@ -52,6 +52,7 @@ class Kernel:
             axis; ``"columns"``, the same, and any order of columns, as its second operand, the
             weight, has them, too; ``"concatenation"``, ``"padding"`` and ``"reduction"``, any order
             of axes, which an option or the second operand names.
+        fuses_activation: Whether it clips its result as an option, its fused activation, says.
 
     Example:
         >>> Kernel("TANH", options=NO_OPTIONS, versions={"int8": 2, "int16": 3}).versions["int16"]
@@ -68,6 +69,7 @@ class Kernel:
     order: Literal[
         "fixed", "elements", "rows", "columns", "concatenation", "padding", "reduction"
     ] = "fixed"
+    fuses_activation: bool = False
 
 
 @dataclass(frozen=True)
