@@ -39,19 +39,44 @@ MOST_ARGUMENTS = 48
 _COPIES: dict[str, tuple[int, ...]] = {
     "aten::_pack_padded_sequence": (0,),
     "aten::_to_copy": (0,),
+    "aten::as_strided_scatter": (0, 1),
+    "aten::block_diag": (0,),
     "aten::cat": (0,),
     "aten::clone": (0,),
     "aten::constant_pad_nd": (0,),
+    "aten::diag_embed": (0,),
     "aten::diagonal_copy": (0,),
+    "aten::diagonal_scatter": (0, 1),
     "aten::flip": (0,),
     "aten::gather": (0,),
     "aten::index": (0,),
+    "aten::index_copy": (0, 3),
+    "aten::index_fill": (0, 3),
+    "aten::index_put": (0, 2),
+    "aten::index_put_": (0, 2),
     "aten::index_select": (0,),
+    "aten::masked_scatter": (0, 2),
+    "aten::masked_select": (0,),
+    "aten::narrow_copy": (0,),
+    "aten::reflection_pad1d": (0,),
+    "aten::reflection_pad2d": (0,),
+    "aten::reflection_pad3d": (0,),
     "aten::repeat": (0,),
+    "aten::replication_pad1d": (0,),
+    "aten::replication_pad2d": (0,),
+    "aten::replication_pad3d": (0,),
     "aten::roll": (0,),
+    "aten::rot90": (0,),
+    "aten::scatter": (0, 3),
+    "aten::select_scatter": (0, 1),
+    "aten::slice_scatter": (0, 1),
     "aten::stack": (0,),
     "aten::take": (0,),
+    "aten::tril": (0,),
+    "aten::triu": (0,),
 }
+# Those of them that have no kernel for integers.
+_FLOATS_ONLY = ("aten::reflection_pad", "aten::replication_pad")
 # Functions that read the shape of a tensor and not its values.
 _FRESH = frozenset(
     """
@@ -62,9 +87,10 @@ _FRESH = frozenset(
 )
 # Functions that return a value to Python, or a shape that depends on values.
 _ASKS = frozenset({"aten::_local_scalar_dense", "aten::equal"})
+_BY_MASKS = frozenset({"aten::index", "aten::masked_select"})
 _SHAPES = frozenset(
     """
-    aten::_unique2 aten::bincount aten::masked_select aten::nonzero aten::nonzero_numpy
+    aten::_unique2 aten::bincount aten::nonzero aten::nonzero_numpy
     aten::repeat_interleave aten::unique_consecutive aten::unique_dim
     """.split()
 )
@@ -73,6 +99,13 @@ _MASKED_FILLS = frozenset({"aten::masked_fill", "aten::masked_fill_"})
 # Functions that have a seed though they compute from their operands, unless they drop some.
 _NOT_RANDOM = ("attention", "gru", "lstm", "rnn")
 _FILLS = frozenset({"aten::fill_", "aten::zero_"})
+# Functions that write a shape and no values.
+_VIEWS_IN_PLACE = frozenset(
+    """
+    aten::as_strided_ aten::detach_ aten::squeeze_ aten::swapaxes_ aten::swapdims_ aten::t_
+    aten::transpose_ aten::unsqueeze_
+    """.split()
+)
 # Arguments that change the type of a copy and not its elements.
 _TYPE_KEYWORDS = frozenset({"dtype", "layout", "device", "pin_memory", "non_blocking"})
 
@@ -250,7 +283,7 @@ class Provenance(TorchDispatchMode):
         name = func._schema.name
         if name in _ASKS or name in _SHAPES:
             return self._reached(args, kwargs)
-        if name == "aten::index":  # By a mask, whose number of true values is a shape.
+        if name in _BY_MASKS:  # The number of their true values is a shape.
             return [x for x in self._reached(args[1]) if x.dtype in (torch.bool, torch.uint8)]
         return ()
 
@@ -265,7 +298,9 @@ class Provenance(TorchDispatchMode):
         if name == "aten::copy_":
             moved = self.ids(args[1]).expand(args[0].shape)
             self._write(args[0], moved)
-        elif name in _FILLS and not _tensors((args[1:], kwargs)):
+        elif name in _VIEWS_IN_PLACE:
+            pass
+        elif name in _FILLS and not self._reached(args[1:], kwargs):
             self._write(args[0], torch.full(args[0].shape, CONSTANT))
         elif _is_random(func) and (written or not reached):
             self._has_random = True
@@ -274,8 +309,8 @@ class Provenance(TorchDispatchMode):
         elif not reached:
             for x in written:
                 self._write(x, torch.full(x.shape, CONSTANT))
-        elif name in _COPIES and not written and self._layout_is_fixed(name, args, kwargs):
-            self._copy(func, args, kwargs, fresh)
+        elif name in _COPIES and self._layout_is_fixed(name, args, kwargs):
+            self._copy(func, args, kwargs, written or fresh)
         elif name in _MASKED_FILLS and args[2] == 0 and self._layout_is_fixed(name, args, kwargs):
             filled = self.ids(args[0]).masked_fill(args[1], CONSTANT)
             self._write(written[0] if written else result, filled)
@@ -320,24 +355,31 @@ class Provenance(TorchDispatchMode):
     def _copy(
         self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], results: list[Tensor]
     ) -> None:
-        """Run the same function on ids."""
+        """Run the same function on ids, which it fills up with zeros or with a number."""
+        # Ids are shifted so that 0, which tril and diag_embed fill in, stands for CONSTANT.
         name = func._schema.name
-        copied = _COPIES[name]
+        copied, dtype = _COPIES[name], torch.int64
+        if name.startswith(_FLOATS_ONLY):
+            dtype = torch.float64
+
+        def ids_of(x: Any) -> Any:
+            return (self.ids(x) - CONSTANT).to(dtype) if isinstance(x, Tensor) else x
+
         moved = [
-            tree_map(lambda x: self.ids(x) if isinstance(x, Tensor) else x, value)
-            if position in copied
-            else value
+            tree_map(ids_of, value) if position in copied else value
             for position, value in enumerate(args)
         ]
         options = {key: value for key, value in kwargs.items() if key not in _TYPE_KEYWORDS}
         if name == "aten::constant_pad_nd":
-            moved, options = [*moved[:2], CONSTANT], {}
+            moved, options = moved[:2], {}
+        elif name in ("aten::index_fill", "aten::scatter") and not isinstance(moved[3], Tensor):
+            moved[3] = 0
         run: Callable[..., Any] = torch.clone if name == "aten::_to_copy" else func
         if name == "aten::_to_copy":
             options = {}
         outputs = _tensors(run(*moved, **options))
         for result, ids in zip(results[:1], outputs, strict=False):
-            self._write(result, ids)
+            self._write(result, ids.long() + CONSTANT)
         for result in results[1:]:  # The batch sizes of packed sequences.
             self._write(result, torch.full(result.shape, CONSTANT - (self.causes(args[1:]) or 0)))
 

@@ -27,11 +27,13 @@ from lightning_nna.emulation.operators import driver, float_kernels
 from lightning_nna.emulation.operators.call import Call
 from lightning_nna.emulation.operators.catalog import operator_of, operators
 from lightning_nna.emulation.operators.layout import (
+    EACH,
     JOINS,
+    LIKE,
     MOVEMENTS,
     VIEW_PROPERTIES,
     chooses_a_number,
-    is_zero_padding,
+    is_movement,
 )
 from lightning_nna.emulation.operators.record import Operator
 from lightning_nna.emulation.program import selection
@@ -58,7 +60,7 @@ _IGNORED = frozenset(
     __hash__ is_floating_point is_complex is_inference untyped_storage rand randn rand_like
     randn_like randint
     is_same_size register_hook retain_grad
-    record_stream is_tensor is_autocast_enabled get_device type element_size nelement
+    record_stream is_tensor is_autocast_enabled get_device element_size nelement
     _nested_tensor_from_mask_left_aligned
     """.split()
 )
@@ -77,8 +79,11 @@ _RANDOM = frozenset(
     poisson random_ uniform_
     """.split()
 )
+# Types that hold every integer of an activation times its scale.
+_EXACT = (torch.float32, torch.float64)
 _FLOAT, _COMPLEX = 1, 2
 _FILLS = ("masked_fill", "masked_fill_")
+_PADS = ("pad", "constant_pad_nd")
 
 #: Results of :func:`_kind_of` by function; it is needed with every call.
 _KINDS: dict[Callable[..., Any], tuple[str, str]] = {}
@@ -423,11 +428,14 @@ class Dispatch(TorchFunctionMode):
 
         The source is the first float tensor among the arguments; for ``copy_`` the second argument.
         """
-        is_copy = func.__name__ == "copy_"
+        name = func.__name__
+        is_copy = name == "copy_"
         first = args[1] if is_copy else first_of(args, kwargs)
-        sources = first if is_copy else (args, kwargs)
+        if name in EACH and (several := _tensors_of(args)):
+            return self._move_each(func, args, kwargs, several)
+        sources = first if is_copy or name in LIKE else (args, kwargs)
         is_float = isinstance(first, Tensor) and first.is_floating_point()
-        source = next(iter(floats(first if is_float else args)), None)
+        source = next(iter(floats(first if is_float or name in LIKE else args)), None)
         is_identity = _is_identity(func, args)
         if source is not None and not is_identity:
             self.state.fusion.note_consumer(source, "a layout operator")
@@ -449,7 +457,7 @@ class Dispatch(TorchFunctionMode):
             self.state.fusion.note_copy(source, result)
         if qparams is not None:
             for leaf in floats(result):
-                if leaf.dtype == torch.float32:  # Other dtypes cannot hold every integer.
+                if leaf.dtype in _EXACT:
                     self.state.set_qparams(leaf, qparams)
             mode = self.state.modes.current
             if mode.recorder is not None and mode.phase == "emulate" and mode.fidelity == "exact":
@@ -458,6 +466,28 @@ class Dispatch(TorchFunctionMode):
                 if instruction is not None:
                     mode.recorder(instruction)
         return result
+
+    def _move_each(
+        self,
+        func: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        sources: list[Tensor],
+    ) -> Any:
+        """Run a layout function of several tensors: each result has the marks of its source."""
+        results = func(*args, **kwargs)
+        in_scope = self.call_sites.in_scope()
+        for source, result in zip(sources, results, strict=True):
+            qparams = self.state.qparams_of(source)
+            self.state.fusion.note_consumer(source, "a layout operator")
+            kind = None if qparams is not None else self.state.constants.kind_of(source)
+            if kind is None or in_scope:
+                self.state.constants.mark(result, kind)
+            if qparams is not None and result.dtype in _EXACT:
+                self.state.set_qparams(result, qparams)
+            elif kind is None:
+                self.state.fusion.note_layout(source, result)
+        return results
 
     def _move_mixed_qparams(
         self,
@@ -481,9 +511,10 @@ class Dispatch(TorchFunctionMode):
     def _share_qparams(self, name: str, args: tuple[Any, ...]) -> bool:
         """Tell whether all float tensors among arguments have the same quantization parameters.
 
-        While ranges are observed parameters are not known yet, and ``stack`` observes a range.
+        While ranges are observed parameters are not known yet, and operators observe a range.
         """
-        if name == "stack" and self.state.phase == "observe":
+        has_range = name in JOINS and name != "where" and operator_of(name) is not None
+        if has_range and self.state.phase == "observe":
             return False
         qparams = [self.state.qparams_of(leaf) for leaf in floats(args)]
         return bool(qparams) and qparams[0] is not None and all(q == qparams[0] for q in qparams)
@@ -565,12 +596,20 @@ def _kind_of(func: Callable[..., Any]) -> tuple[str, str]:
     return name, "ignored" if name in _IGNORED else ""
 
 
+def _tensors_of(args: tuple[Any, ...]) -> list[Tensor]:
+    """Return the tensors, of any shapes, that a call takes one by one or in a list; [] for one."""
+    values = args[0] if len(args) == 1 and isinstance(args[0], (tuple, list)) else args
+    return list(values) if not isinstance(args[0], Tensor) or len(args) > 1 else []
+
+
 def _is_padding(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     if name in _FILLS:
         return _filled_in(args, kwargs) == 0
-    if name != "pad":
+    if name not in _PADS:
         return False
-    return is_zero_padding(*args[1:], **{k: v for k, v in kwargs.items() if k != "input"})
+    if name == "constant_pad_nd":
+        return not (kwargs["value"] if "value" in kwargs else args[2] if len(args) > 2 else 0)
+    return is_movement(*args[1:], **{k: v for k, v in kwargs.items() if k != "input"})
 
 
 def _makes_a_mask(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

@@ -12,6 +12,14 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from lightning_nna.deploy.provenance import CONSTANT, RANDOM, STEERING, Provenance
 
+
+def assigned(x: Tensor) -> Tensor:
+    y = x.clone()
+    y[:, 0] = x[:, 1]
+    y[torch.tensor([True, False]), :, 2:] = x[1:, :, :2]
+    return y
+
+
 MOVED: dict[str, Callable[[Tensor], Tensor]] = {
     "view": lambda x: x.view(6, 4),
     "copy of a transposition": lambda x: x.transpose(0, 2).contiguous(),
@@ -28,6 +36,27 @@ MOVED: dict[str, Callable[[Tensor], Tensor]] = {
     "stack": lambda x: torch.stack(x.unbind(1), 2),
     "double": lambda x: x.double(),
     "in place": lambda x: torch.empty(3, 2, 4).copy_(x.transpose(0, 1)),
+    "reflected": lambda x: F.pad(x, (1, 2), mode="reflect"),
+    "reflected on two sides": lambda x: F.pad(x[None], (1, 2, 1, 1), mode="reflect"),
+    "replicated": lambda x: F.pad(x[None], (1, 2, 0, 3), mode="replicate"),
+    "circular": lambda x: F.pad(x, (1, 2), mode="circular"),
+    "rotated": lambda x: x.rot90(1, (1, 2)),
+    "flipped": lambda x: x.fliplr().flipud(),
+    "of a grid": lambda x: torch.meshgrid(x[0, 0], x[0, 1], indexing="ij")[1],
+    "broadcast": lambda x: torch.broadcast_tensors(x[:1], x)[0],
+    "repeated unevenly": lambda x: x.repeat_interleave(torch.tensor([1, 2, 3]), 1),
+    "taken": lambda x: x.take(torch.tensor([1, 5, 2])),
+    "taken along an axis": lambda x: x.take_along_dim(torch.tensor([[[1], [0], [2]]]), 2),
+    "selected by a mask": lambda x: x.masked_select(torch.tensor([True, False, True, True])),
+    "swapped in place": lambda x: x.clone().swapdims_(0, 1),
+    "scattered to a row": lambda x: x.select_scatter(x[1], 0, 0),
+    "scattered to a slice": lambda x: x.slice_scatter(x[:, :, 2:], 2, 0, 2),
+    "scattered to a diagonal": lambda x: x.diagonal_scatter(x.diagonal(0, 1, 2).flip(1), 0, 1, 2),
+    "scattered by an index": lambda x: x.scatter(2, torch.tensor([[[1], [0], [2]]]), x[1:]),
+    "scattered by a mask": lambda x: x.masked_scatter(torch.arange(4) % 3 == 0, x.flip(0)),
+    "copied to rows": lambda x: x.index_copy(1, torch.tensor([2]), x[:, :1]),
+    "put": lambda x: x.index_put((torch.tensor([0]), torch.tensor([1])), x[1, 0]),
+    "assigned": assigned,
     "packed": lambda x: pad_packed_sequence(
         pack_padded_sequence(x, torch.tensor([3, 3]), batch_first=True), batch_first=True
     )[0],
@@ -53,6 +82,26 @@ def test_what_is_filled_in_is_the_programs() -> None:
     assert provenance.ids(padded)[:, 0].tolist() == [CONSTANT] * 2
     assert provenance.ids(joined)[0].tolist() == [CONSTANT] * 2
     assert provenance.ids(weight).unique().tolist() == [CONSTANT]
+
+
+ZEROS: dict[str, Callable[[Tensor], Tensor]] = {
+    "tril": lambda x: x.tril(),
+    "triu": lambda x: x.triu(1),
+    "diag_embed": torch.diag_embed,
+    "block_diag": lambda x: torch.block_diag(x[0], x[1]),
+    "index_fill": lambda x: x.index_fill(1, torch.tensor([0]), 0.0),
+    "assigned": lambda x: x.clone().index_put_((torch.tensor([0]),), torch.tensor(0.0)),
+    "filled": lambda x: x.scatter(2, torch.tensor([[[1], [0], [2]]]), 0.0),
+}
+
+
+@pytest.mark.parametrize("name", ZEROS)
+def test_zeros_that_a_layout_fills_in_are_the_programs(name: str) -> None:
+    x = torch.arange(24.0).reshape(2, 3, 4) + 1
+    with Provenance() as provenance:
+        provenance.assign(x)
+        moved = ZEROS[name](x)
+    assert torch.equal(provenance.ids(moved).double() - CONSTANT, moved.double())
 
 
 def test_a_computation_assigns_new_ids() -> None:

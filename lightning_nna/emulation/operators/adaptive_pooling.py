@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from lightning_nna.emulation.operators.call import Call
-from lightning_nna.emulation.operators.elementwise import concatenate
+from lightning_nna.emulation.operators.concatenation import concatenate
 from lightning_nna.emulation.operators.pooling import averaged, is_image, largest
 from lightning_nna.emulation.operators.pooling_layout import Windows, image, without_image
 from lightning_nna.emulation.operators.record import Form, Operator, register_operator

@@ -73,6 +73,7 @@ class Call:
         tag = self.state.qparams_of(x)
         if tag is not None:
             self.state.fusion.note_consumer(x, self.site)
+            x = x if x.dtype == torch.float32 else x.float()  # After a detour through float64.
             # The ReLU's backward takes care of what was clipped for it, and no other.
             tag = replace(tag, fused_relu=False) if tag.fused_relu else tag
             return self._of_width(Activation(x, tag))

@@ -1,4 +1,4 @@
-r"""Addition, subtraction, multiplication and concatenation of activations on different grids.
+r"""Addition, subtraction and multiplication of activations on different grids.
 
 Addition rescales both operands to a common grid :math:`2^{20}` finer than twice the coarser one
 (:math:`2^{15}` for 16 bits), adds, and rescales to the output; each of the three factors is a
@@ -30,8 +30,7 @@ from lightning_nna.emulation.arithmetic.rescaling import (
     rescale_fast,
     spills,
 )
-from lightning_nna.emulation.float32_arithmetic import float32_arithmetic
-from lightning_nna.emulation.operators.call import Call, look_up, requantize
+from lightning_nna.emulation.operators.call import Call, look_up
 from lightning_nna.emulation.operators.driver import drive
 from lightning_nna.emulation.operators.record import Form, Kernel, Operator, register_operator
 from lightning_nna.emulation.program import Activation
@@ -80,54 +79,6 @@ def supports_div(
 def neg(call: Call, input: Tensor) -> Tensor:
     """Negate a tensor of any shape: a product with -1."""
     return mul(call, input, -1.0)
-
-
-def concatenate(call: Call, tensors: list[Tensor], dim: int = 0) -> Tensor:
-    """Emulate ``torch.cat`` of shapes equal except in ``dim``; operands are requantized first.
-
-    Float data that no operator has quantized yet are put together before they come to the chip,
-    and padded with what the forward makes of numbers. Empty tensors, with which caches begin, have
-    no grid and are left out.
-    """
-    if all(_is_plain(call, x) for x in tensors):
-        return torch.cat(tensors, dim)
-    tensors = [x for x in tensors if x.numel()] or list(tensors)
-    parts = [call.operand(x, f"input{i}") for i, x in enumerate(tensors)]
-    if call.observing:
-        return call.observed(torch.cat([part.value for part in parts], dim))
-    if len({part.qparams for part in parts}) == 1:
-        result = call.unchanged(torch.cat([part.value for part in parts], dim), parts[0])
-        _record_concatenation(call, parts, Activation(result, parts[0].qparams), dim)
-        return result
-    y = call.output(lambda: torch.cat([part.value for part in parts], dim))
-    moved = [Activation(requantize(call, part, y), y, part.constant) for part in parts]
-    with float32_arithmetic(parts[0].value):
-        result = torch.cat([part.value for part in moved], dim)
-    _record_concatenation(call, moved, Activation(result, y), dim)
-    return call.with_qparams(result, y)
-
-
-def _is_plain(call: Call, x: Tensor) -> bool:
-    """Tell whether a tensor is float data that no operator has quantized."""
-    on_a_grid = call.state.qparams_of(x) is not None or call.state.mixed_qparams_of(x) is not None
-    return not on_a_grid and not call.state.constants.is_own(x)
-
-
-def stack(call: Call, tensors: list[Tensor], dim: int = 0) -> Tensor:
-    """Emulate ``torch.stack`` of equal shapes: a concatenation along a new axis."""
-    new = dim if dim >= 0 else dim + tensors[0].dim() + 1
-    expanded = []
-    for x in tensors:
-        view = x.unsqueeze(new)
-        tag = call.state.qparams_of(x)
-        expanded.append(view if tag is None else call.with_qparams(view, tag))
-    return concatenate(call, expanded, new)
-
-
-def _record_concatenation(call: Call, parts: list[Activation], y: Activation, dim: int) -> None:
-    if call.recording:
-        axis = dim if dim >= 0 else dim + y.value.dim()
-        call.record("CONCATENATION", [p.stored() for p in parts], [y.stored()], axis=axis)
 
 
 def _integers(kind: Kind, a: Activation, b: Activation, *, y: QParams, call: Call) -> Tensor:
@@ -354,16 +305,5 @@ MUL = register_operator(
         ),
         learns_scale=True,
         arithmetic="product of the integers, rescaled; division by a number",
-    )
-)
-register_operator(
-    Operator(
-        "concatenation",
-        torch=("cat", "concat", "concatenate"),
-        emulate=concatenate,
-        forms=(Form(("stack",), stack),),
-        litert=(Kernel("CONCATENATION", order="concatenation", versions={"int8": 2, "int16": 3}),),
-        learns_scale=True,
-        arithmetic="inputs requantized to the quantization parameters of the output, then moved",
     )
 )

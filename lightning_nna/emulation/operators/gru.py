@@ -23,7 +23,8 @@ from torch import Tensor
 
 from lightning_nna.emulation.operators.activation import sigmoid, tanh
 from lightning_nna.emulation.operators.call import Call, requantize
-from lightning_nna.emulation.operators.elementwise import add, concatenate, mul, sub
+from lightning_nna.emulation.operators.concatenation import concatenate
+from lightning_nna.emulation.operators.elementwise import add, mul, sub
 from lightning_nna.emulation.operators.linear import fully_connected, linear
 from lightning_nna.emulation.operators.sequences import Layout
 from lightning_nna.emulation.ranges import PENDING

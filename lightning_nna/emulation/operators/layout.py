@@ -10,19 +10,29 @@ from lightning_nna.emulation.operators.record import Kernel, register_kernel
 #: (and, where they pad, zeros, which every grid has).
 MOVEMENTS = frozenset(
     """
-    _pack_padded_sequence _pad_packed_sequence as_strided atleast_1d atleast_2d atleast_3d
-    broadcast_to chunk clone contiguous cpu cuda detach diagonal expand expand_as flatten flip
-    gather index_select masked_select moveaxis movedim narrow permute ravel repeat
-    repeat_interleave requires_grad_ reshape reshape_as roll rot90 select split
-    split_with_sizes squeeze swapaxes swapdims t take_along_dim tile transpose unbind unflatten
-    unfold unsqueeze view view_as squeeze_ unsqueeze_ transpose_ t_ __getitem__ swapaxes_
+    _pack_padded_sequence _pad_packed_sequence adjoint as_strided atleast_1d atleast_2d atleast_3d
+    broadcast_tensors broadcast_to chunk clone conj contiguous cpu cuda detach diag diag_embed
+    diagflat diagonal double expand expand_as flatten flip fliplr flipud gather index_select
+    masked_select meshgrid moveaxis movedim narrow permute pin_memory positive ravel real repeat
+    repeat_interleave requires_grad_ reshape reshape_as resolve_conj resolve_neg roll rot90 select
+    split split_with_sizes squeeze swapaxes swapdims t take take_along_dim tile transpose type
+    type_as unbind unflatten unfold unsafe_chunk unsafe_split unsafe_split_with_sizes unsqueeze
+    view view_as squeeze_ unsqueeze_ transpose_ t_ __getitem__ __reversed__ swapaxes_ swapdims_
     tensor_split hsplit vsplit dsplit float to
     """.split()
 )
 
+#: Movements whose result takes its shape or type from a second tensor, and none of its values.
+LIKE = frozenset({"expand_as", "reshape_as", "to", "type_as", "view_as"})
+
+#: Movements that return one result for each of several tensors.
+EACH = frozenset({"atleast_1d", "atleast_2d", "atleast_3d", "broadcast_tensors", "meshgrid"})
+
 #: Functions whose result holds values of several tensors: a movement where these share a grid.
 JOINS = frozenset(
-    {"column_stack", "dstack", "hstack", "maximum", "minimum", "stack", "vstack", "where"}
+    """
+    column_stack dstack hstack maximum minimum row_stack stack vstack where
+    """.split()
 )
 
 #: Properties of a tensor that are views of it.
@@ -35,9 +45,9 @@ def chooses_a_number(name: str, args: tuple[Any, ...]) -> bool:
     return any(numbers)
 
 
-def is_zero_padding(pad: Any, mode: str = "constant", value: float | None = None) -> bool:
-    """Tell whether ``F.pad`` fills with zeros (value ``None`` or 0) and so moves data alone."""
-    return mode == "constant" and not value
+def is_movement(pad: Any, mode: str = "constant", value: float | None = None) -> bool:
+    """Tell whether ``F.pad`` moves data alone, as with zeros (value ``None`` or 0) or mirrored."""
+    return mode != "constant" or not value
 
 
 def _version_of_quantize(version: int, operator: Any, tensors: Any) -> int:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lightning_nna.emulation.operators.activation import dropout as dropped
 from lightning_nna.emulation.operators.call import Call
-from lightning_nna.emulation.operators.elementwise import concatenate
+from lightning_nna.emulation.operators.concatenation import concatenate
 from lightning_nna.emulation.operators.gru import gru_layer
 from lightning_nna.emulation.operators.lstm import Weights, lstm_layer
 from lightning_nna.emulation.operators.record import Form, Kernel, Operator, register_operator
