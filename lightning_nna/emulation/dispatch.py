@@ -81,6 +81,8 @@ _RANDOM = frozenset(
 )
 # Types that hold every integer of an activation times its scale.
 _EXACT = (torch.float32, torch.float64)
+# Operators that update running statistics.
+_FOLLOWS_STATISTICS = ("batch_norm", "instance_norm")
 _FLOAT, _COMPLEX = 1, 2
 _FILLS = ("masked_fill", "masked_fill_")
 _PADS = ("pad", "constant_pad_nd")
@@ -323,7 +325,7 @@ class Dispatch(TorchFunctionMode):
         key = call.site
         telemetry = None if call.observing or not operator.name else self._telemetry()
         # The float result for the telemetry would update the batch statistics a second time.
-        telemetry = None if operator.name == "batch_norm" else telemetry
+        telemetry = None if operator.name in _FOLLOWS_STATISTICS else telemetry
         try:
             result = driver.run(operator, call, args, kwargs)
         except FloatingPointError as error:

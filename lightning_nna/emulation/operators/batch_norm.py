@@ -89,6 +89,37 @@ def batch_norm(
     return _as_convolution(call, x, weight, bias, mean, inverse, y)
 
 
+def with_statistics(
+    call: Call,
+    input: Tensor,
+    mean: Tensor,
+    variance: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+) -> Tensor:
+    """Normalize with known statistics: a depthwise convolution with one tap.
+
+    Args:
+        call: The call.
+        input: Tensor of shape ``(batch, channels, ...)``.
+        mean: Shape ``(channels,)``.
+        variance: Shape ``(channels,)``.
+        weight: Gain, shape ``(channels,)``, or None.
+        bias: Shift, shape ``(channels,)``, or None.
+        eps: Added to the variance.
+    """
+    x = call.operand(input, "input")
+    inverse = square_root(variance + eps).reciprocal()
+
+    def in_float() -> Tensor:
+        return _normalized(x.value, mean, inverse, weight, bias)
+
+    if call.observing:
+        return call.observed(in_float())
+    return _as_convolution(call, x, weight, bias, mean, inverse, call.output(in_float))
+
+
 def _statistics(
     x: Tensor,
     running_mean: Tensor | None,

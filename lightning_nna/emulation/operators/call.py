@@ -131,9 +131,14 @@ class Call:
         return result
 
     def viewed(self, view: Tensor, of: Tensor) -> Tensor:
-        """Let a view, of any shape, carry the parameters of its activation, if it has any."""
+        """Let a view, of any shape, carry the parameters of its activation, or be a constant."""
         tag = self.state.qparams_of(of)
-        return view if tag is None else self.with_qparams(view, tag)
+        if tag is not None:
+            return self.with_qparams(view, tag)
+        kind = self.state.constants.kind_of(of)
+        if kind is not None:
+            self.state.constants.mark(view, kind)
+        return view
 
     def quantized(self, weight: Tensor) -> QuantizedWeight:
         """Quantize a weight that was computed from parameters, shape ``(rows, ...)``."""

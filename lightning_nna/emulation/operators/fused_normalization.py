@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
@@ -39,6 +40,51 @@ _FLOAT32_BLOCK = 2**17
 Step = Callable[[Tensor, slice], Tensor]
 
 
+@dataclass(frozen=True)
+class Gains:
+    """Places of the gains and shifts among the rows that are normalized.
+
+    Args:
+        groups: Rows after which the gains repeat themselves.
+        channels: Channels of a row, each of which has one gain; 0 for one gain an element.
+
+    Example:
+        >>> Gains(groups=2, channels=2).table(torch.arange(4), 4)
+        tensor([[0, 0, 1, 1],
+                [2, 2, 3, 3]])
+    """
+
+    groups: int = 1
+    channels: int = 0
+
+    def table(self, parameter: Tensor, columns: int) -> Tensor:
+        """Spread a parameter to the rows of a period, shape ``(groups, columns or 1)``."""
+        if not self.channels:
+            return parameter.reshape(1, -1)
+        if self.channels == 1:
+            return parameter.reshape(-1, 1)
+        shape = self.groups, self.channels, columns // self.channels
+        return parameter.reshape(*shape[:2], 1).expand(shape).reshape(self.groups, columns)
+
+    def by_channel(self, rows: Tensor) -> Tensor:
+        """View rows ``(batch, groups, columns)`` as ``(batch, all channels, …)``."""
+        return rows.view(len(rows), self.groups * self.channels, -1) if self.channels else rows
+
+    def parameter(self, parameter: Tensor) -> Tensor:
+        """View a parameter so that it broadcasts against what :meth:`by_channel` returns."""
+        return parameter.view(-1, 1) if self.channels else parameter
+
+    def of_rows(self, table: Tensor, first: int, count: int) -> Tensor:
+        """Select what the rows from ``first`` on take from a table, shape ``(count or 1, …)``."""
+        if self.groups == 1:
+            return table
+        return table[torch.arange(first, first + count, device=table.device) % self.groups]
+
+
+#: One gain for every element of a row, the same in all rows.
+ELEMENTWISE = Gains()
+
+
 def fusible(call: Call, x: Activation, *parameters: Tensor | None) -> bool:
     """Tell whether all parameters are known, and gain and shift belong to the program."""
     known = f"{call.site}/wide/normalized/output" in call.state.ranges
@@ -53,6 +99,7 @@ def fused(
     bias: Tensor | None,
     axes: tuple[int, ...],
     eps: float,
+    gains: Gains = ELEMENTWISE,
     *,
     centered: bool,
 ) -> tuple[Tensor, QParams, Tensor | None]:
@@ -61,17 +108,18 @@ def fused(
     Args:
         call: The call.
         x: Any shape.
-        weight: Gain, of the shape of the last axes, or None.
+        weight: Gain, of a shape that ``gains`` tells, or None.
         bias: Shift, likewise.
         axes: The last axes, which are normalized together.
         eps: Added to the variance.
+        gains: Places of gain and shift; elementwise, they have the shape of the last axes.
         centered: Whether the mean is taken off.
     """
     columns = math.prod(x.value.shape[x.value.dim() - len(axes) :])
     if not call.exact:
-        return _in_float32(call, x, weight, bias, columns, eps, centered)
+        return _in_float32(call, x, weight, bias, columns, eps, gains, centered)
     wide = call.child("wide", bits=16)
-    line = _Line(call, x, columns)
+    line = _Line(call, x, columns, gains)
     if centered:
         line.center(wide)
     line.normalize(wide, eps)
@@ -123,12 +171,14 @@ def _in_float32(
     bias: Tensor | None,
     columns: int,
     eps: float,
+    gains: Gains,
     centered: bool,
 ) -> tuple[Tensor, QParams, Tensor | None]:
     """The same with one rounding an instruction, in float32."""
     wide = call.child("wide", bits=16)
     program = _Float32(wide, x.qparams.widened(), columns, eps, centered)
     gain, shift = (None if p is None else _constant(wide, p) for p in (weight, bias))
+    factors, shifts = (None if p is None else gains.table(p.value, columns) for p in (gain, shift))
     y = grid_of(call)
     rows = x.value.detach().reshape(-1, columns)
     result = torch.empty_like(rows)
@@ -136,10 +186,12 @@ def _in_float32(
     clipped, first = Clipped(keep=True), 0
     for source, target in zip(rows.split(size), result.split(size), strict=True):
         normalized, grid = program(source)
-        if gain is not None:
-            normalized, grid = program.scaled(normalized, grid, gain)
-        if shift is not None:
-            normalized, grid = program.shifted(normalized, grid, shift)
+        if factors is not None:
+            of_rows = gains.of_rows(factors, first, len(source))
+            normalized, grid = program.scaled(normalized, grid, of_rows)
+        if shift is not None and shifts is not None:
+            of_rows = gains.of_rows(shifts, first, len(source))
+            normalized, grid = program.shifted(normalized, grid, of_rows, shift.qparams)
         rescaler = prepared(
             grid.scale / y.scale, program.rounding, float(grid.largest), exact=False
         )
@@ -194,17 +246,17 @@ class _Float32:
             y = after
         return integers, y
 
-    def scaled(self, integers: Tensor, grid: QParams, gain: Activation) -> tuple[Tensor, QParams]:
-        """Multiply by a value for each column."""
+    def scaled(self, integers: Tensor, grid: QParams, gain: Tensor) -> tuple[Tensor, QParams]:
+        """Multiply by real values that broadcast."""
         y = grid_of(self.call.child("gain"))
-        factors = gain.value.flatten() * (grid.scale / y.scale)
-        return integers.mul_(factors).round_().clamp_(*y.bounds), y
+        return integers.mul_(gain * (grid.scale / y.scale)).round_().clamp_(*y.bounds), y
 
-    def shifted(self, integers: Tensor, grid: QParams, shift: Activation) -> tuple[Tensor, QParams]:
-        """Add a value for each column."""
-        y = grid_of_sum(grid, shift.qparams, grid_of(self.call.child("shift")))
-        shifts = shift.value.flatten() / y.scale
-        total = torch.add(shifts, integers, alpha=grid.scale / y.scale, out=integers)
+    def shifted(
+        self, integers: Tensor, grid: QParams, shift: Tensor, constant: QParams
+    ) -> tuple[Tensor, QParams]:
+        """Add real values that broadcast, constants with parameters of their own."""
+        y = grid_of_sum(grid, constant, grid_of(self.call.child("shift")))
+        total = torch.add(shift / y.scale, integers, alpha=grid.scale / y.scale, out=integers)
         return total.round_().clamp_(*y.bounds), y
 
 
@@ -243,8 +295,8 @@ def _sum(call: Call, a: QParams, b: QParams, y: QParams) -> list[Callable[[Tenso
 class _Line:
     """Rows on their way through the instructions."""
 
-    def __init__(self, call: Call, x: Activation, columns: int) -> None:
-        self.call, self.grid = call, x.qparams.widened()
+    def __init__(self, call: Call, x: Activation, columns: int, gains: Gains) -> None:
+        self.call, self.grid, self.gains = call, x.qparams.widened(), gains
         self.rounding: RoundingKind = call.state.spec.rounding_of("double")
         self.dtype = torch.float64
         self.rows = (x.value.detach() / self.grid.scale).reshape(-1, columns)
@@ -272,16 +324,21 @@ class _Line:
         self._then(lambda block, part: product(block.mul_(factor[part])), y)
 
     def gain(self, call: Call, weight: Tensor) -> None:
-        """Multiply by a constant for each column."""
+        """Multiply by constants."""
         constant, y = call.constant(weight), grid_of(call)
-        factors = constant.integers().flatten().to(self.dtype)
+        factors = self.gains.table(constant.integers(), self.rows.shape[1]).to(self.dtype)
         product = self._product(self.grid, constant.qparams, y)
-        self._then(lambda block, _: product(block.mul_(factors)), y)
+
+        def step(block: Tensor, part: slice) -> Tensor:
+            return product(block.mul_(self.gains.of_rows(factors, part.start, len(block))))
+
+        self._then(step, y)
 
     def shift(self, call: Call, bias: Tensor) -> None:
-        """Add a constant for each column."""
+        """Add constants."""
         constant, y = call.constant(bias), grid_of(call)
-        self._add_sum(constant.integers().view(1, -1), constant.qparams, y, 1.0)
+        shifts = self.gains.table(constant.integers(), self.rows.shape[1])
+        self._add_sum(shifts, constant.qparams, y, 1.0, self.gains)
 
     def onto(self, y: QParams) -> Clipped:
         """Requantize; returns what will have been clipped once the steps have run."""
@@ -325,15 +382,20 @@ class _Line:
         rescaler = self._prepared(product_factor(a, b, y), largest)
         return lambda products: rescaler(products).clamp_(*y.bounds)
 
-    def _add_sum(self, other: Tensor, grid: QParams, y: QParams, sign: float) -> None:
-        """Add a column or a row of integers on another grid."""
+    def _add_sum(
+        self, other: Tensor, grid: QParams, y: QParams, sign: float, gains: Gains | None = None
+    ) -> None:
+        """Add integers on another grid: one a row, or a table of gains."""
         y = grid_of_sum(self.grid, grid, y)
         first, second, last = _sum(self.call, self.grid, grid, y)
         moved = second(other.to(self.dtype, copy=True))
-        is_one_row = len(other) == 1
 
         def step(block: Tensor, part: slice) -> Tensor:
-            total = first(block).add_(moved if is_one_row else moved[part], alpha=sign)
+            if gains is None:
+                addends = moved[part]
+            else:
+                addends = gains.of_rows(moved, part.start, len(block))
+            total = first(block).add_(addends, alpha=sign)
             return last(total).clamp_(*y.bounds)
 
         self._then(step, y)

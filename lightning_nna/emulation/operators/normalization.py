@@ -26,12 +26,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_nna.emulation.clipping import inside
-from lightning_nna.emulation.first_order import first_order
 from lightning_nna.emulation.float32_arithmetic import float32_arithmetic
 from lightning_nna.emulation.operators import elementwise, reduction
-from lightning_nna.emulation.operators.call import Call, requantize
+from lightning_nna.emulation.operators.call import Call
+from lightning_nna.emulation.operators.composition import (
+    Result,
+    carrier,
+    derivative,
+    narrowed,
+    with_gradient,
+)
 from lightning_nna.emulation.operators.fused_normalization import (
+    ELEMENTWISE,
+    Gains,
     fused,
     fusible,
     inverse_root,
@@ -45,9 +52,9 @@ from lightning_nna.emulation.operators.record import (
     register_operator,
 )
 from lightning_nna.emulation.program import Activation
-from lightning_nna.emulation.ranges import PENDING, QParams
+from lightning_nna.emulation.ranges import PENDING
 
-Grads = tuple[Tensor | None, Tensor | None, Tensor | None]
+Grads = Sequence[Tensor | None]
 
 
 def layer_norm(
@@ -72,7 +79,7 @@ def layer_norm(
 
     shape = list(normalized_shape)
     axes = tuple(range(-len(normalized_shape), 0))
-    return _normalize(call, input, weight, bias, axes, eps, in_float, backward, centered=True)
+    return normalize(call, input, weight, bias, axes, eps, in_float, backward, centered=True)
 
 
 def rms_norm(
@@ -87,19 +94,14 @@ def rms_norm(
     def in_float(x: Tensor, gain: Tensor | None, _: Tensor | None) -> Tensor:
         return F.rms_norm(x, list(normalized_shape), gain, eps)
 
-    def backward(grad: Tensor, x: Tensor, gain: Tensor | None, _: Tensor | None) -> Grads:
-        with torch.enable_grad():
-            leaves = [p.detach().requires_grad_() for p in (x, gain) if p is not None]
-            result = in_float(leaves[0], None if gain is None else leaves[1], None)
-            gradients = torch.autograd.grad(result, leaves, grad)
-        return gradients[0], None if gain is None else gradients[1], None
-
     axes = tuple(range(-len(normalized_shape), 0))
     smallest = torch.finfo(torch.float32).eps if eps is None else eps
-    return _normalize(call, input, weight, None, axes, smallest, in_float, backward, centered=False)
+    return normalize(
+        call, input, weight, None, axes, smallest, in_float, derivative(in_float), centered=False
+    )
 
 
-def _normalize(
+def normalize(
     call: Call,
     input: Tensor,
     weight: Tensor | None,
@@ -110,9 +112,24 @@ def _normalize(
     backward: Callable[..., Grads],
     *,
     centered: bool,
+    gains: Gains = ELEMENTWISE,
 ) -> Tensor:
+    """Normalize over the last axes of a tensor of any shape.
+
+    Args:
+        call: The call.
+        input: Tensor of any shape.
+        weight: Gain, or None; see ``gains``.
+        bias: Shift, likewise.
+        axes: The last axes, which are normalized together, below 0.
+        eps: Added to the variance.
+        in_float: The float function of input, gain and shift.
+        backward: Gradients of input, gain and shift; takes that of the result and the three.
+        centered: Whether the mean is taken off.
+        gains: How gain and shift lie in the input.
+    """
     x = call.operand(input, "input")
-    arguments = (call, x, weight, bias, axes, eps)
+    arguments = (call, x, weight, bias, axes, eps, gains)
     if call.observing:
         with torch.no_grad():
             _steps(*arguments, centered=centered)
@@ -120,16 +137,14 @@ def _normalize(
     with float32_arithmetic(x.value):
         alone = not call.recording and fusible(call, x, weight, bias)
         compute = partial(fused if alone else _one_by_one, *arguments, centered=centered)
-        result, y = _Normalize.apply(x.value, weight, bias, compute, backward)
+        result, y = with_gradient(call, compute, backward, x.value, weight, bias)
     return call.with_qparams(result, y)
 
 
-def _one_by_one(*arguments: Any, centered: bool) -> tuple[Tensor, QParams, Tensor | None]:
-    """Compute what :func:`fused` does; all that lies at an end of the range counts as clipped."""
+def _one_by_one(call: Call, *arguments: Any, centered: bool) -> Result:
+    """Compute what :func:`fused` does, an instruction after the other."""
     with torch.no_grad():
-        result, y = _steps(*arguments, centered=centered)
-    low, high = (bound * y.scale for bound in y.bounds)
-    return result, y, (result > low) & (result < high)
+        return narrowed(call, _steps(call, *arguments, centered=centered))
 
 
 def _steps(
@@ -139,34 +154,31 @@ def _steps(
     bias: Tensor | None,
     axes: tuple[int, ...],
     eps: float,
+    gains: Gains,
     *,
     centered: bool,
-) -> tuple[Tensor, QParams]:
-    """The instructions, one after the other; in float while observing."""
+) -> Tensor:
+    """The instructions, one after the other; in float while observing. The result has 16 bits."""
     wide = call.child("wide", bits=16)
-    entered = wide.operand(_carrier(call, x), "input")
-    deviation = _carrier(call, entered)
+    entered = wide.operand(carrier(call, x), "input")
+    deviation = carrier(call, entered)
     if centered:
         mean = reduction.mean(wide.child("mean"), deviation, axes, keepdim=True)
         deviation = elementwise.sub(wide.child("deviation"), deviation, mean)
     result = _scaled(wide, deviation, axes, eps)
     if call.observing or varies_widely(wide):
         result = _scaled(wide.child("again"), result, axes, 0.0)
+    channels = wide.viewed(gains.by_channel(result), result)
     if weight is not None:
-        result = elementwise.mul(wide.child("gain"), result, weight)
+        channels = elementwise.mul(wide.child("gain"), channels, _parameter(wide, gains, weight))
     if bias is not None:
-        result = elementwise.add(wide.child("shift"), result, bias)
-    if call.observing:
-        return result, PENDING
-    y = call.output(lambda: result)
-    tag = call.state.qparams_of(result)
-    assert tag is not None, "an operator's result has a grid"
-    return requantize(call, Activation(result, tag), y), y
+        channels = elementwise.add(wide.child("shift"), channels, _parameter(wide, gains, bias))
+    return wide.viewed(channels.view(result.shape), channels)
 
 
-def _carrier(call: Call, x: Activation) -> Tensor:
-    """A view of the operand that carries its grid; the operand itself may not be the chip's."""
-    return call.with_qparams(x.value.view_as(x.value), x.qparams)
+def _parameter(call: Call, gains: Gains, parameter: Tensor) -> Tensor:
+    """A view that broadcasts against channels, and is as constant as the parameter."""
+    return call.viewed(gains.parameter(parameter), parameter)
 
 
 def _scaled(call: Call, x: Tensor, axes: tuple[int, ...], eps: float) -> Tensor:
@@ -190,32 +202,6 @@ def _inverse_square_root(call: Call, variance: Tensor) -> Tensor:
     if call.recording:
         call.record("RSQRT", [v.stored()], [Activation(result, y).stored()])
     return call.with_qparams(result, y)
-
-
-class _Normalize(torch.autograd.Function):
-    """The chip's steps forward, the float function's derivative backward."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        compute: Callable[[], tuple[Tensor, QParams, Tensor | None]],
-        backward: Callable[..., Grads],
-    ) -> tuple[Tensor, QParams]:
-        result, y, clipped = compute()
-        ctx.backward_of = backward
-        ctx.save_for_backward(x, weight, bias, clipped)
-        return result.detach(), y
-
-    @staticmethod
-    @first_order("normalization")
-    def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-        x, weight, bias, clipped = ctx.saved_tensors
-        with float32_arithmetic(grad):
-            grads = ctx.backward_of(inside(grad, clipped), x, weight, bias)
-        return *grads, None, None
 
 
 register_kernel(
