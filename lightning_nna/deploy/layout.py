@@ -9,9 +9,9 @@ that fails, too, it is gathered, which no accelerator does.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
-from math import prod
+from math import gcd, prod
 from typing import Any
 
 import numpy as np
@@ -154,6 +154,34 @@ def _strides(elements: NDArray[np.int64], first: int) -> list[int] | None:
     return strides if np.array_equal(predicted, elements) else None
 
 
+def regular_shape(elements: NDArray[np.int64]) -> tuple[int, ...] | None:
+    """Find a shape in which elements have regular strides along all axes, if there is one.
+
+    Args:
+        elements: Flat indices into a tensor, int64, any shape.
+
+    Example:
+        >>> regular_shape(np.arange(24).reshape(2, 3, 4).transpose(0, 2, 1).reshape(2, 12))
+        (2, 4, 3)
+    """
+    # Of 0 4 8 1 5 9 2 … the first three are one stride apart, and so are the next three: an axis
+    # of 3. The first of each three, 0 1 2 …, are an axis of all that is left.
+    shape: list[int] = []
+    first = elements.reshape(-1)
+    while len(first) > 1:
+        steps = np.diff(first)
+        (turns,) = np.nonzero(steps != steps[0])
+        count = gcd(int(turns[0]) + 1 if len(turns) else len(first), len(first))
+        if count == 1:
+            return None
+        parts = first.reshape(-1, count)
+        if not np.array_equal(np.diff(parts, axis=1), np.full_like(parts[:, 1:], steps[0])):
+            return None
+        shape.insert(0, count)
+        first = parts[:, 0]
+    return tuple(shape)
+
+
 def _merged(axes: list[tuple[int, int]]) -> list[tuple[int, int]]:
     """Merge axes that run on into the next: (3, 4) and (4, 1), size and stride, are (12, 1)."""
     merged: list[tuple[int, int]] = []
@@ -275,9 +303,9 @@ class LayoutBuilder:
         """
         if bool((codes == NO_TENSOR).all()):
             return self.constant(values)
-        view = self._view(codes)
+        view = self._view(codes) or self._view_of_merged(codes)
         if view is not None:
-            return self._build_view(*view)
+            return self._reshaped(self._build_view(*view), codes.shape)
         cuts = self._cuts(codes)
         if cuts is None:
             return self._build_gather(codes, values)
@@ -294,6 +322,14 @@ class LayoutBuilder:
         view = view_of(codes - (source << _ELEMENT_BITS), self.shape_of(source))
         inside = tensors_in(codes) == [source]
         return (source, view) if view is not None and inside else None
+
+    def _view_of_merged(self, codes: Codes) -> tuple[int, View] | None:
+        """Return a view that has these codes after a reshape, which merges axes of it."""
+        shape = regular_shape(codes)
+        split = None if shape is None else self._view(codes.reshape(shape))
+        if split is None or split[1].spread != split[1].result:
+            return split
+        return split[0], replace(split[1], spread=codes.shape, result=codes.shape)
 
     def _build_view(self, source: int, view: View) -> int:
         if view.is_full and view.order == tuple(range(len(view.order))) and not view.reversed:

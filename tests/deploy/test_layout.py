@@ -83,6 +83,11 @@ CASES = {
     "row": (a[1], ["STRIDED_SLICE", "RESHAPE"]),
     "every other": (a[:, :, ::2], ["STRIDED_SLICE"]),
     "transposed": (a.transpose(2, 0, 1), ["TRANSPOSE"]),
+    "merged": (a.transpose(0, 2, 1).reshape(3, 20), ["TRANSPOSE", "RESHAPE"]),
+    "merged broadcast": (
+        np.broadcast_to(a[:, None], (3, 2, 4, 5)).reshape(3, 8, 5),
+        ["RESHAPE", "BROADCAST_TO", "RESHAPE"],
+    ),
     "reversed": (a[:, ::-1], ["REVERSE_V2"]),
     "broadcast": (np.broadcast_to(a[:, None], (3, 2, 4, 5)), ["RESHAPE", "BROADCAST_TO"]),
     "joined": (np.concatenate([a[:, :3, :4], b]), None),

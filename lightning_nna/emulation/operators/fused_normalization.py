@@ -391,11 +391,8 @@ class _Line:
         moved = second(other.to(self.dtype, copy=True))
 
         def step(block: Tensor, part: slice) -> Tensor:
-            if gains is None:
-                addends = moved[part]
-            else:
-                addends = gains.of_rows(moved, part.start, len(block))
-            total = first(block).add_(addends, alpha=sign)
+            own = moved[part] if gains is None else gains.of_rows(moved, part.start, len(block))
+            total = first(block).add_(own, alpha=sign)
             return last(total).clamp_(*y.bounds)
 
         self._then(step, y)
