@@ -129,11 +129,17 @@ def _elements(instruction: Arrangement, shape_of: ShapeOf) -> Arrangement:
         moved = each.moved(lambda x: move(np.broadcast_to(x, shape)))
         return moved if each.values.shape == shape else _reduced(moved)
 
-    return replace(
-        instruction,
-        operands=tuple(move_operand(each) for each in instruction.operands),
-        results=(result.moved(move),),
-    )
+    operands = tuple(move_operand(each) for each in instruction.operands)
+    if any(map(_is_spread, instruction.operands, operands)):
+        return instruction
+    return replace(instruction, operands=operands, results=(result.moved(move),))
+
+
+def _is_spread(before: Operand | None, after: Operand | None) -> bool:
+    """Tell whether data would have to be broadcast, which no NPU does by itself."""
+    if before is None or after is None or after.codes is None:
+        return False
+    return after.values.size > before.values.size
 
 
 def _move_to_tensor(
