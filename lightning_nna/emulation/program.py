@@ -17,7 +17,7 @@ from torch import Tensor
 from lightning_nna.emulation.ranges import QParams
 
 # Layout functions that select elements by their values, and so are instructions.
-_SELECTIONS = {"maximum": "MAXIMUM", "minimum": "MINIMUM", "where": "SELECT_V2"}
+_SELECTIONS = {"where": "SELECT_V2"}
 
 
 @dataclass(frozen=True)

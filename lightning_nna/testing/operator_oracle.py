@@ -338,6 +338,9 @@ def in_place_forms(
         function: Any = getattr(F, name, None)
         code = getattr(function, "__code__", None)
         if code is not None and "inplace" in code.co_varnames[: code.co_argcount]:
+            required = code.co_argcount - len(function.__defaults__ or ())
+            if required > 1:
+                continue
             forms.append((name, _calling(function, (), inplace=True), function))
     return forms
 

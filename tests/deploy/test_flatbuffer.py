@@ -80,6 +80,8 @@ ONLY_8_BITS = {
     "GELU": (F.gelu, ROWS, ()),
     "HARD_SWISH": (F.hardswish, ROWS, ()),
     "LOG_SOFTMAX": (lambda x: torch.log_softmax(x, -1), ROWS, ()),
+    "RELU_0_TO_1": (lambda x: x.clamp(0, 1), ROWS, ()),
+    "RELU_N1_TO_1": (F.hardtanh, ROWS, ()),
 }
 # Kernels of the CPU, whose operands are dequantized before and quantized after.
 ON_THE_CPU = {

@@ -4,14 +4,12 @@ A function of 8 bits is a table of 256 entries, on the output grid that the refe
 (sigmoid 1/256 from -128, tanh 1/128) or that was observed; what the chip has no table for is a
 sequence of instructions, which is one table all the same: silu is a sigmoid and a product, hard
 sigmoid a sum, a clipping and a product. In 16 bits sigmoid and tanh are interpolated tables.
-ReLU and ReLU6 keep the grid of their input, which ends at 0 where nothing else reads that input
-(:mod:`lightning_nna.emulation.fusion`). The backward is the function's own derivative at the
+The backward is the function's own derivative at the
 quantized input.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
@@ -29,6 +27,7 @@ from lightning_nna.emulation.arithmetic.rescaling import RoundingKind
 from lightning_nna.emulation.float32_arithmetic import float32_arithmetic
 from lightning_nna.emulation.operators import elementwise
 from lightning_nna.emulation.operators.call import Call
+from lightning_nna.emulation.operators.clamping import relu6
 from lightning_nna.emulation.operators.driver import drive, real, table
 from lightning_nna.emulation.operators.record import (
     NO_OPTIONS,
@@ -213,42 +212,13 @@ register_operator(
 )
 
 
-def relu(call: Call, input: Tensor, inplace: bool = False) -> Tensor:
-    """Compute ``relu`` of any shape: integers below the zero point become the zero point.
-
-    The result has the input's quantization parameters.
-
-    With equal scales the reference's rescaling is by one, so nothing is rounded.
-    """
-    return _clamped(call, input, None)
-
-
-def relu6(call: Call, input: Tensor, inplace: bool = False) -> Tensor:
-    """Compute ``F.relu6`` of any shape, where 6 is the value of the nearest integer."""
-    return _clamped(call, input, 6.0)
-
-
-def hardtanh(
-    call: Call, input: Tensor, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False
-) -> Tensor:
-    """Compute ``F.hardtanh`` from 0 to 6, as ``nn.ReLU6`` calls it, of any shape."""
-    return relu6(call, input)
-
-
-def supports_hardtanh(
-    input: Any, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False
-) -> bool:
-    """Tell whether it is ReLU6."""
-    return min_val == 0 and max_val == 6
-
-
 def silu(call: Call, input: Tensor, inplace: bool = False) -> Tensor:
     """Compute ``F.silu`` of any shape: a sigmoid and a product, in 8 bits one table of both."""
     if call.bits == 8:
         return drive(_SILU, call, input, rounding=call.state.spec.rounding_of("double"))
     x = call.operand(input, "input")
-    gate = sigmoid(call.child("gate"), _carrier(call, x))
-    return elementwise.mul(call, _carrier(call, x), gate)
+    gate = sigmoid(call.child("gate"), call.carrier(x))
+    return elementwise.mul(call, call.carrier(x), gate)
 
 
 def _silu_entries(x: QParams, y: QParams, rounding: RoundingKind) -> Tensor:
@@ -339,31 +309,6 @@ def _dropped(call: Call, input: Tensor, p: float, training: bool, shape: tuple[i
     return result
 
 
-def _carrier(call: Call, x: Activation) -> Tensor:
-    """A view of an operand that carries its grid, for the parts of a sequence."""
-    return call.with_qparams(x.value.view_as(x.value), x.qparams)
-
-
-def _clamped(call: Call, input: Tensor, upper: float | None) -> Tensor:
-    """ReLU, or ReLU up to a bound, on the grid of its input."""
-    x = call.operand(input, "input")
-    if call.observing:
-        call.state.fusion.note_relu(x.value, math.inf if upper is None else upper)
-        result = torch.relu(x.value) if upper is None else F.hardtanh(x.value, 0.0, upper)
-        return call.unchanged(result, x)
-    with float32_arithmetic(x.value):
-        if upper is None:
-            result = torch.relu(x.value)
-        else:
-            # What lies at an end has no gradient, nor has what was clipped to it.
-            on_grid = round(upper / x.qparams.scale) * x.qparams.scale
-            result = F.hardtanh(x.value, 0.0, on_grid)
-    if call.recording:
-        kernel = "RELU" if upper is None else "RELU6"
-        call.record(kernel, [x.stored()], [Activation(result, x.qparams).stored()])
-    return call.unchanged(result, x)
-
-
 @lru_cache(maxsize=64)
 def _segments(name: str, scale: float, segments: int) -> Tensor:
     """Sigmoid or tanh on a chip whose tables have a number of segments of its own."""
@@ -375,31 +320,6 @@ def _segments(name: str, scale: float, segments: int) -> Tensor:
     return interpolation_table(real, scale, WIDE_OUTPUT.scale, segments=segments)
 
 
-register_operator(
-    Operator(
-        "relu",
-        torch=("relu", "relu_"),
-        emulate=relu,
-        litert=(
-            Kernel("RELU", order="elements", options=NO_OPTIONS, versions={"int8": 2, "int16": 3}),
-        ),
-        arithmetic="clipping on the quantization parameters of the input, whose range ends at 0 "
-        "where nothing else reads it",
-    )
-)
-register_operator(
-    Operator(
-        "relu6",
-        torch=("relu6",),
-        emulate=relu6,
-        forms=(Form(("hardtanh", "hardtanh_"), hardtanh, supports_hardtanh),),
-        litert=(
-            Kernel("RELU6", order="elements", options=NO_OPTIONS, versions={"int8": 2, "int16": 3}),
-        ),
-        arithmetic="clipping on the quantization parameters of the input, whose range ends at 0 "
-        "and 6 where nothing else reads it; `hardtanh` from 0 to 6",
-    )
-)
 register_operator(
     Operator(
         "silu",

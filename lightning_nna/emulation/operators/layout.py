@@ -29,11 +29,7 @@ LIKE = frozenset({"expand_as", "reshape_as", "to", "type_as", "view_as"})
 EACH = frozenset({"atleast_1d", "atleast_2d", "atleast_3d", "broadcast_tensors", "meshgrid"})
 
 #: Functions whose result holds values of several tensors: a movement where these share a grid.
-JOINS = frozenset(
-    """
-    column_stack dstack hstack maximum minimum row_stack stack vstack where
-    """.split()
-)
+JOINS = frozenset({"column_stack", "dstack", "hstack", "row_stack", "stack", "vstack", "where"})
 
 #: Properties of a tensor that are views of it.
 VIEW_PROPERTIES = frozenset({"T", "mT", "H", "mH", "data"})

@@ -13,7 +13,7 @@ Extremes choose among values and need no arithmetic.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import lru_cache, wraps
 from typing import Any
@@ -28,6 +28,7 @@ from lightning_nna.emulation.arithmetic.rescaling import Multiplier, rescale
 from lightning_nna.emulation.clipping import clip, inside
 from lightning_nna.emulation.first_order import first_order
 from lightning_nna.emulation.float32_arithmetic import float32_arithmetic
+from lightning_nna.emulation.operators import clamping
 from lightning_nna.emulation.operators.call import Call
 from lightning_nna.emulation.operators.linear import overflowed
 from lightning_nna.emulation.operators.record import Form, Kernel, Operator, register_operator
@@ -143,13 +144,17 @@ def amin(call: Call, input: Tensor, dim: Axes = (), keepdim: bool = False) -> Te
 
 @_with_numpy_names
 def maximum_over(call: Call, input: Tensor, *args: Any, **kwargs: Any) -> Any:
-    """Emulate ``torch.max`` of one tensor of any shape, of all values or over an axis."""
+    """Emulate ``torch.max`` of any shape, of all values or over an axis, or of two tensors."""
+    if (other := _second_tensor(args, kwargs)) is not None:
+        return clamping.maximum(call, input, other)
     return _extreme(call, "REDUCE_MAX", torch.max, input, *args, **kwargs)
 
 
 @_with_numpy_names
 def minimum_over(call: Call, input: Tensor, *args: Any, **kwargs: Any) -> Any:
-    """Emulate ``torch.min`` of one tensor of any shape."""
+    """Emulate ``torch.min`` of any shape, of all values or over an axis, or of two tensors."""
+    if (other := _second_tensor(args, kwargs)) is not None:
+        return clamping.minimum(call, input, other)
     return _extreme(call, "REDUCE_MIN", torch.min, input, *args, **kwargs)
 
 
@@ -160,10 +165,16 @@ def supports_average(input: Any, *args: Any, dtype: Any = None, **kwargs: Any) -
 
 
 def supports_extreme(input: Any, *args: Any, **kwargs: Any) -> bool:
-    """Tell whether an extreme is over axes of one tensor, and not of two tensors."""
-    others = [*args, *kwargs.values()]
-    one = not any(isinstance(x, Tensor) for x in others)
-    return one and input.dim() > 0 and input.numel() > 0
+    """Tell whether an extreme has values to choose among, or is of two tensors of floats."""
+    if (other := _second_tensor(args, kwargs)) is not None:
+        return clamping.supports_pair(input, other)
+    return input.dim() > 0 and input.numel() > 0
+
+
+def _second_tensor(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
+    """Return the second operand of an extreme of two tensors, if it is one."""
+    second = args[0] if args else kwargs.get("other")
+    return second if isinstance(second, Tensor) else None
 
 
 def _extreme(
@@ -320,7 +331,7 @@ register_operator(
                 versions={"int8": 2, "int16": 3},
             ),
         ),
-        arithmetic="chooses among the integers; `max` of one tensor",
+        arithmetic="chooses among the integers; `max` of one tensor, and of two as `maximum`",
     )
 )
 register_operator(
@@ -338,6 +349,6 @@ register_operator(
                 versions={"int8": 2, "int16": 3},
             ),
         ),
-        arithmetic="chooses among the integers; `min` of one tensor",
+        arithmetic="chooses among the integers; `min` of one tensor, and of two as `minimum`",
     )
 )
