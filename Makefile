@@ -21,7 +21,7 @@ install: .venv/.installed  ## Create .venv and install everything in it
 .venv/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt uv
-	$(BIN)/uv pip install --quiet --python $(BIN)/python -c constraints.txt -e '.[asr,deploy,dev]'
+	$(BIN)/uv pip install --quiet --python $(BIN)/python -c constraints.txt -e '.[asr,deploy,dev,foreign]'
 	touch $@
 
 demo: .venv/.installed  ## Train on synthetic speech: float, emulated, trained emulated, deployed
