@@ -41,7 +41,7 @@ from lightning_nna.deploy.layout import (
 from lightning_nna.deploy.provenance import CONSTANT
 from lightning_nna.deploy.provenance_map import ProvenanceMap, PythonReads, untracked
 from lightning_nna.emulation.emulator import Emulator
-from lightning_nna.emulation.modes import Location
+from lightning_nna.emulation.modes import SiteCall
 from lightning_nna.emulation.program import Instruction, Stored, activation
 
 _LSTM = "UNIDIRECTIONAL_SEQUENCE_LSTM"
@@ -53,18 +53,8 @@ _STATISTICS = (
     "it takes the statistics of the example: batch norm needs running statistics "
     "(track_running_stats=True, and training=False where it is called as a function)"
 )
-# Remedies for functions that are no operator of a program.
-_REMEDIES = {
-    "embedding": (
-        "max_norm scales rows as they are looked up: scale the table itself, as with "
-        "torch.renorm, and leave max_norm out"
-    ),
-    "group_norm": "use batch norm with running statistics, or layer norm over the channels",
-    "instance_norm": (
-        "it takes the statistics of every input: use batch norm with running statistics, or layer "
-        "norm over the channels"
-    ),
-}
+# Functions whose result is data, although their operand is an integer that only decides.
+_LOOKUPS = ("embedding", "embedding_bag")
 
 
 def attributes_of(module: nn.Module) -> dict[str, list[Tensor]]:
@@ -314,25 +304,27 @@ class Recorder:
 
     # --- instructions ---------------------------------------------------------------------------
 
-    def _validate_function(self, key: str, where: Location, operands: Any, result: Any) -> None:
+    def _validate_function(self, call: SiteCall) -> None:
         with untracked():
-            if where != "cpu" or not self.provenance_map.provenance.reaches(result):
+            provenance = self.provenance_map.provenance
+            if call.where != "fallback" or not provenance.reaches(call.result):
                 return
-            computed_of_data = self.provenance_map.provenance.causes(result) is None
-            if not computed_of_data and function_of(key) not in _REMEDIES:
+            computed_of_data = provenance.causes(call.result) is None
+            if not computed_of_data and function_of(call.key) not in _LOOKUPS:
                 return  # Computed from lengths and the like: a constant of the program.
         if self._allow_cpu:
             with untracked():
-                if self._cpu.record(key, operands, result):
+                if self._cpu.record(call.key, call.operands, call.result):
                     return
-        has_cpu = cpu_kernel(key) is not None and not self._allow_cpu
-        remedy = _REMEDIES.get(function_of(key))
-        if remedy is not None:
-            raise CaptureError(f"{key} is no operator of {self.emulator.spec.name}: {remedy}")
+        has_cpu = cpu_kernel(call.key) is not None and not self._allow_cpu
+        remedy = call.remedy or (
+            "write it with operators that are emulated, see coverage(module, example), or keep it "
+            "out of the export with forward="
+        )
         raise CaptureError(
-            f"{key} is no operator of {self.emulator.spec.name}: write it with operators that are "
-            "emulated, see coverage(module, example), or keep it out of the export with "
-            f"forward={', or let it run on the CPU with allow_cpu=True' if has_cpu else ''}"
+            f"{call.key} is no operator of {self.emulator.spec.name} "
+            f"({call.function} at {call.source}): {remedy}"
+            f"{', or let it run on the CPU with allow_cpu=True' if has_cpu else ''}"
         )
 
     def _quantized_tensor(self, key: str, x: Tensor) -> int | None:

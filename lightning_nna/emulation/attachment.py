@@ -37,7 +37,7 @@ def attached(module: nn.Module) -> Emulator | None:
 
     A copy or pickle of a module with an emulator has an emulator with the same ranges.
     """
-    module = _uncompiled(module)
+    module = uncompiled(module)
     with _LOCK:
         emulator = _ATTACHED.get(module)
         if emulator is None:
@@ -84,7 +84,7 @@ def attach(
     Raises:
         ValueError: If the module has an emulator for another accelerator or other targets.
     """
-    module = _uncompiled(module)
+    module = uncompiled(module)
     with _LOCK:
         emulator = attached(module)
         if emulator is not None and emulator.is_unused and emulator.module is module:
@@ -132,8 +132,8 @@ def _own(module: nn.Module, action: str) -> Emulator | None:
     """
     emulator = attached(module)
     owner = None if emulator is None else emulator.module
-    if emulator is not None and owner is not None and owner is not _uncompiled(module):
-        path = emulator.path_of(_uncompiled(module))
+    if emulator is not None and owner is not None and owner is not uncompiled(module):
+        path = emulator.path_of(uncompiled(module))
         raise ValueError(
             f"the module is {path!r} of a {type(owner).__name__} that has an emulator: {action} "
             f"the {type(owner).__name__}, or strip it first"
@@ -141,7 +141,7 @@ def _own(module: nn.Module, action: str) -> Emulator | None:
     return emulator
 
 
-def _uncompiled(module: nn.Module) -> nn.Module:
+def uncompiled(module: nn.Module) -> nn.Module:
     """Return the module inside of a wrapper of ``torch.compile``."""
     return module._orig_mod if isinstance(module, torch._dynamo.OptimizedModule) else module
 
@@ -260,7 +260,7 @@ def strip(module: nn.Module) -> nn.Module:
         ValueError: If the module is part of one with an emulator.
     """
     emulator = _own(module, "strip")
-    _ATTACHED.pop(_uncompiled(module), None)
+    _ATTACHED.pop(uncompiled(module), None)
     if emulator is not None:
         emulator.detach()
     remove_copied_hooks(module)

@@ -15,13 +15,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, resolve_name
 from torch.utils._pytree import tree_map
 
 from lightning_nna.emulation.arguments import first_of, floats, written
 from lightning_nna.emulation.compilation import COMPILATION_DISABLED
 from lightning_nna.emulation.constants import Kind
-from lightning_nna.emulation.modes import Location
+from lightning_nna.emulation.modes import SiteCall, Treatment
 from lightning_nna.emulation.non_finite import with_cause
 from lightning_nna.emulation.operators import driver, float_kernels
 from lightning_nna.emulation.operators.call import Call
@@ -38,7 +38,8 @@ from lightning_nna.emulation.operators.layout import (
 from lightning_nna.emulation.operators.record import Operator
 from lightning_nna.emulation.program import selection
 from lightning_nna.emulation.ranges import MixedQParams
-from lightning_nna.emulation.sites import TRANSPARENT_FILES, CallSites
+from lightning_nna.emulation.remedies import reason_against, remedy_of
+from lightning_nna.emulation.sites import TRANSPARENT_FILES, CallSites, Location, source_of_call
 from lightning_nna.emulation.state import EmulationState
 from lightning_nna.emulation.telemetry import Telemetry, in_float
 
@@ -211,19 +212,30 @@ class Dispatch(TorchFunctionMode):
         if not has_weights and not label.startswith("embedding") and name not in _RANDOM:
             depends = self.state.constants.kind_of((args, kwargs))
             if depends is not None:
-                return self._fold(
-                    self.call_sites.key(path, label, location), run, args, kwargs, depends
-                )
+                key = self._key(path, label, location)
+                return self._fold(key, func, run, args, kwargs, depends)
         if _makes_a_mask(name, args, kwargs) and not self._share_qparams(
             name, first_of(args, kwargs)
         ):
             return self._plainly(func, args, kwargs)
-        if operator is None or types_given & _COMPLEX:
-            key = self.call_sites.key(path, name.strip("_"), location)
-            return self._fall_back(key, run, args, kwargs)
-        if has_weights:
-            self.state.constants.mark_layer_inputs(args)
-        return self._run(operator, self.call_sites.key(path, label, location), func, args, kwargs)
+        reason: str | None = remedy_of(name)
+        if operator is not None and not types_given & _COMPLEX:
+            reason = None
+            if self.state.modes.current.phase != "float":
+                reason = reason_against(operator, name, self.state.spec, args, kwargs)
+            if has_weights:
+                self.state.constants.mark_layer_inputs(args)
+        if operator is None or reason is not None:
+            # A form that the accelerator lacks has the name of its torch function.
+            key = self._key(path, name.strip("_"), location)
+            return self._fall_back(key, func, run, args, kwargs, reason or "")
+        return self._run(operator, self._key(path, label, location), func, args, kwargs)
+
+    def _key(self, path: str, label: str, location: Location) -> str:
+        """Return the key of a call site; in float sites are not numbered, since none is used."""
+        if self.state.modes.current.phase == "float":
+            return f"{path}/{label}"
+        return self.call_sites.key(path, label, location)
 
     def _create(
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -283,16 +295,12 @@ class Dispatch(TorchFunctionMode):
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Any:
-        """Run an operator of the accelerator, or fall back if the spec lacks it in this form."""
+        """Run an operator of the accelerator."""
         state, mode = self.state, self.state.modes.current
         if mode.phase == "float":
             return func(*args, **kwargs)
         if not state.calibrated:
             state.require_ranges()
-        has_operator = not operator.name or state.spec.has_operator(operator.name)
-        has_operator = has_operator and state.spec.activation_bits in operator.widths
-        if not has_operator or not operator.supports(*args, **kwargs):
-            return self._fall_back(key, func, args, kwargs)
         bits = state.spec.activation_bits
         call = Call(
             state,
@@ -310,7 +318,7 @@ class Dispatch(TorchFunctionMode):
         if not isinstance(result, Tensor):  # With indices, as those of maxima.
             state.constants.mark(result, None)
         if operator.name:
-            self._tell(key, "chip", (args, kwargs), result)
+            self._tell(key, "emulated", func, (args, kwargs), result)
         return result
 
     def _emulate(
@@ -386,7 +394,7 @@ class Dispatch(TorchFunctionMode):
         result = self._emulate(operator, call, partial(_on_a_copy, func), args, kwargs)
         self._store(target, result)
         if operator.name:
-            self._tell(call.site, "chip", (args, kwargs), target)
+            self._tell(call.site, "emulated", func, (args, kwargs), target)
         return target
 
     def _run_into(
@@ -409,7 +417,7 @@ class Dispatch(TorchFunctionMode):
                 target.resize_(each.shape)
             self._store(target, each)
         if operator.name:
-            self._tell(call.site, "chip", (args, others), kwargs["out"])
+            self._tell(call.site, "emulated", func, (args, others), kwargs["out"])
         return kwargs["out"]
 
     def _store(self, target: Tensor, result: Tensor) -> None:
@@ -457,6 +465,8 @@ class Dispatch(TorchFunctionMode):
                 self.state.fusion.note_layout(source, leaf)
         if source is not None and is_identity:
             self.state.fusion.note_copy(source, result)
+        elif source is not None and kind is None:
+            self._tell_of_layout(func, (args, kwargs), result)
         if qparams is not None:
             for leaf in floats(result):
                 if leaf.dtype in _EXACT:
@@ -525,20 +535,27 @@ class Dispatch(TorchFunctionMode):
         self,
         key: str,
         func: Callable[..., Any],
+        run: Callable[..., Any],
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         kind: Kind,
     ) -> Any:
         """Run in float a function without activations: its result is a constant of the program."""
-        result = func(*args, **kwargs)
+        result = run(*args, **kwargs)
         targets = written(func, args, kwargs)
         self.state.note_writes(targets, kind)
         self.state.constants.mark((result, targets), kind)
-        self._tell(key, "constant", (args, kwargs), result)
+        self._tell(key, "constant", func, (args, kwargs), result)
         return result
 
     def _fall_back(
-        self, key: str, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+        self,
+        key: str,
+        func: Callable[..., Any],
+        run: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        remedy: str,
     ) -> Any:
         """Run a function that the accelerator does not have, in float."""
         if not self.state.calibrated:
@@ -546,22 +563,45 @@ class Dispatch(TorchFunctionMode):
         for operand in floats((args, kwargs)):
             self.state.fusion.note_consumer(operand, key)
             self.state.fusion.require_computed(operand, key)
-        result = func(*args, **kwargs)
+        result = run(*args, **kwargs)
         self.state.note_writes(written(func, args, kwargs))
         self.state.constants.mark(result, None)
-        self._tell(key, "cpu", (args, kwargs), result)
+        self._tell(key, "fallback", func, (args, kwargs), result, remedy)
         return result
 
-    def _tell(self, key: str, location: Location, operands: Any, result: Any) -> None:
-        """Pass a site's location, operands and result to the listener of the mode, if any."""
+    def _tell(
+        self,
+        key: str,
+        where: Treatment,
+        func: Callable[..., Any],
+        operands: Any,
+        result: Any,
+        remedy: str = "",
+    ) -> None:
+        """Pass a call of a site to the listener of the mode, if any."""
         listener = self.state.modes.current.listener
         if listener is not None:
-            listener(key, location, operands, result)
+            name = resolve_name(func) or func.__name__
+            listener(SiteCall(key, where, name, source_of_call(), remedy, operands, result))
+
+    def _tell_of_layout(self, func: Callable[..., Any], operands: Any, result: Any) -> None:
+        """Pass a call of a data-movement operator to the listener of the mode, if any."""
+        if self.state.modes.current.listener is not None:
+            path, location = self.call_sites.locate()
+            if path is not None:
+                key = self.call_sites.key(path, _layout_name(func), location, is_layout=True)
+                self._tell(key, "layout", func, operands, result)
 
     def _telemetry(self) -> Telemetry | None:
         """Return the telemetry that samples this thread's emulation."""
         mode = self.state.modes.current
         return mode.telemetry if mode.phase == "emulate" else None
+
+
+def _layout_name(func: Callable[..., Any]) -> str:
+    """Return the name of a layout function; of a property, as ``T``, its own."""
+    name = func.__name__
+    return str(getattr(func, "__self__", func).__name__) if name == "__get__" else name
 
 
 def _on_a_copy(func: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Any:

@@ -21,10 +21,36 @@ from lightning_nna.emulation.telemetry import Telemetry
 Fidelity = Literal["exact", "fast"]
 FIDELITIES: tuple[Fidelity, ...] = ("exact", "fast")
 Phase = Literal["float", "observe", "emulate"]
-#: Location of a site: on the accelerator, on the CPU, or folded into a constant of the program.
-Location = Literal["chip", "cpu", "constant"]
-#: Receives the key of a site, its location, its operands and its result.
-Listener = Callable[[str, Location, Any, Any], None]
+#: What becomes of a call: an operator of the accelerator; a data-movement operator; a constant of
+#: the program, because no activation is among its operands; or a fallback, in float on the CPU.
+Treatment = Literal["emulated", "layout", "constant", "fallback"]
+
+
+@dataclass(frozen=True, eq=False)
+class SiteCall:
+    """Describe one call of a site to a listener.
+
+    Args:
+        key: Key of the site.
+        where: What becomes of the call.
+        function: PyTorch's own name of the function, as ``"torch.nn.functional.hardtanh"``.
+        source: File and line of the code that calls it, as ``"model.py:12"``.
+        remedy: For a fallback, what to write instead; empty if nothing is known.
+        operands: Positional and keyword arguments.
+        result: Result of the call.
+    """
+
+    key: str
+    where: Treatment
+    function: str
+    source: str
+    remedy: str
+    operands: Any
+    result: Any
+
+
+#: Receives every call of a site.
+Listener = Callable[[SiteCall], None]
 #: Receives every instruction that runs in exact fidelity.
 Recorder = Callable[[Instruction], None]
 

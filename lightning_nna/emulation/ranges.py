@@ -346,7 +346,8 @@ def not_finite(key: str, low: float, high: float) -> str:
     """Return the message of an error for an activation that is not finite."""
     return (
         f"{key} produced a value that is not finite (minimum {low}, maximum {high}); "
-        f"lower the learning rate, or look for a division or logarithm before it"
+        f"lower the learning rate, look for a division or logarithm before it, or, if it is from "
+        f"a front end (a logarithm of spectra), leave that out of the emulation with targets="
     )
 
 

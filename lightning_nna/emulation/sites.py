@@ -30,6 +30,9 @@ ROOT = "."
 
 # With a separator at the end, so that torchaudio and the like are not part of torch.
 _TORCH_FOLDER = str(Path(torch.__file__).parent) + os.sep
+_OWN_FOLDERS = tuple(
+    str(Path(__file__).parents[1] / room) + os.sep for room in ("deploy", "emulation")
+)
 #: Files whose frames are skipped: they may be between a call and the dispatch.
 TRANSPARENT_FILES: set[str] = {__file__}
 _MODULE_CALL = nn.Module.__call__.__code__.co_filename
@@ -148,6 +151,8 @@ class CallSites:
         self.table, self.paths, self.allowed = table, paths, allowed
         self._lightning = lightning
         self.scope = Scope()
+        #: Sites of data-movement operators, which have no ranges and are not saved.
+        self.layout_table = SiteTable()
         self._keys: dict[tuple[object, ...], str] = {}
         self._code: list[CodeType] = []
         self._naming = threading.Lock()
@@ -166,15 +171,17 @@ class CallSites:
         """Path of the module whose forward is running."""
         return (self.scope.stack or [ROOT])[-1]
 
-    def key(self, path: str, operator: str, location: Location) -> str:
+    def key(self, path: str, operator: str, location: Location, *, is_layout: bool = False) -> str:
         """Return the key of a call site, cached by path, operator and location.
 
         Args:
             path: Path of the module.
             operator: Name of the operator.
             location: Code location.
+            is_layout: Whether it is a data-movement operator.
         """
-        identity = (path, operator, *((id(code), offset) for code, offset in location))
+        offsets = ((id(code), offset) for code, offset in location)
+        identity = (path, operator, is_layout, *offsets)
         if identity not in self._keys:
             if not self._warned_of_checkpointing and _is_checkpointed_function():
                 self._warned_of_checkpointing = True
@@ -188,7 +195,8 @@ class CallSites:
                 # References keep the ids of the code from being used again.
                 self._code.extend(code for code, _ in location)
                 text = ">".join(_describe(code, offset) for code, offset in reversed(location))
-                self._keys[identity] = self.table.key(path, operator, text)
+                table = self.layout_table if is_layout else self.table
+                self._keys[identity] = table.key(path, operator, text)
         return self._keys[identity]
 
     def locate(self) -> tuple[str | None, Location]:
@@ -267,6 +275,27 @@ class CallSites:
         if path == ROOT and id(owner) in self._lightning and not is_forward:
             return None  # An outer frame tells whether the forward or a step called this method.
         return path if path in self.allowed else _OUTSIDE
+
+
+def source_of_call() -> str:
+    """Return file and line of the code, outside of torch and here, that called the function.
+
+    A file below a folder of ``sys.path`` is named from there, as ``"timm/models/resnet.py:780"``.
+    """
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        name = frame.f_code.co_filename
+        if not name.startswith((_TORCH_FOLDER, *_OWN_FOLDERS)):
+            return f"{_short(name)}:{frame.f_lineno}"
+        frame = frame.f_back
+    return "?"
+
+
+def _short(file: str) -> str:
+    """Return the path of a file from the deepest folder of ``sys.path`` that contains it."""
+    folders = {str(Path(folder).absolute()) + os.sep for folder in sys.path}
+    above = [folder for folder in folders if file.startswith(folder)]
+    return file.removeprefix(max(above, key=len)) if above else file
 
 
 def _callers() -> Iterator[FrameType]:

@@ -108,7 +108,7 @@ def test_methods_of_children_count_and_steps_losses_and_metrics_do_not() -> None
     keys: list[str] = []
     with (
         emulate(holder) as chip,
-        chip.running(listener=lambda key, location, operands, result: keys.append(key)),
+        chip.running(listener=lambda call: keys.append(call.key)),
         chip.observing(),
     ):
         holder.step(x)

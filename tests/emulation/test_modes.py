@@ -414,8 +414,6 @@ def test_what_a_part_cannot_do_alone_names_the_whole() -> None:
             action(holder.net)
     with pytest.raises(ValueError, match=r"targets \['net.first'.*leave it out; call strip on"):
         emulated(holder.net, x)
-    with pytest.raises(ValueError, match=r"call strip on the Holder first"):
-        coverage(holder.net, x)
     strip(holder)
     calibrate(holder, [x])
     with pytest.raises(ValueError, match=r"the Holder around 'net' is emulated on 'litert-int8'"):

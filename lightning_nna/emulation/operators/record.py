@@ -79,12 +79,12 @@ class Form:
     Args:
         torch: Names of the torch functions and methods, or the functions themselves.
         emulate: Function that takes a ``Call`` and the torch function's own arguments.
-        supports: Function of the torch function's arguments: whether the accelerator has this form.
+        supports: Function of the torch function's arguments, see :class:`Operator`.
     """
 
     torch: Sequence[str | Callable[..., Any]]
     emulate: Callable[..., Any]
-    supports: Callable[..., bool] = lambda *args, **kwargs: True
+    supports: Callable[..., bool | str] = lambda *args, **kwargs: True
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,8 @@ class Operator:
             operands in their order: takes the record, the call, the operands and the result as
             ``Activation``, and the parameters by name.
         emulate: Function that takes a ``Call`` and the torch function's own arguments.
-        supports: Function of the torch function's arguments: whether the accelerator has this form.
+        supports: Function of the torch function's arguments: whether the accelerator has this form;
+            instead of False it may return a text that says what to write instead.
         forms: Other torch functions of this operator.
         litert: Kernels that this operator brings along; the first is that of its instruction.
         widths: Widths of activations for which it exists.
@@ -148,7 +149,7 @@ class Operator:
     options: Callable[..., dict[str, Any]] = lambda **parameters: {}
     instructions: Callable[..., None] | None = None
     emulate: Callable[..., Any] | None = None
-    supports: Callable[..., bool] = lambda *args, **kwargs: True
+    supports: Callable[..., bool | str] = lambda *args, **kwargs: True
     forms: tuple[Form, ...] = ()
     litert: tuple[Kernel, ...] = ()
     widths: tuple[int, ...] = (8, 16)
