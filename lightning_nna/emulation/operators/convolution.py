@@ -37,6 +37,7 @@ from lightning_nna.emulation.operators.linear import (
     settled,
 )
 from lightning_nna.emulation.operators.record import Kernel, Operator, register_operator
+from lightning_nna.emulation.operators.transposed_layout import record_transposed_convolution
 from lightning_nna.emulation.program import Activation
 from lightning_nna.emulation.ranges import QParams
 
@@ -53,6 +54,21 @@ def convolution(
 ) -> Tensor:
     """Emulate ``F.conv1d`` and ``F.conv2d`` of shapes ``(batch, channels, ...)``."""
     geometry = Geometry.of(weight, stride, padding, dilation, groups)
+    return layer(call, input, weight, bias, geometry)
+
+
+def layer(
+    call: Call, input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry
+) -> Tensor:
+    """Emulate a convolution or a transposed convolution.
+
+    Args:
+        call: The call.
+        input: Shape ``(N, C, L)`` or ``(N, C, H, W)``, or without the first axis.
+        weight: Weight as PyTorch has it, see :meth:`.Geometry.outputs_first`.
+        bias: Shape ``(out,)``, or None.
+        geometry: Where to look.
+    """
     x = call.operand(input, "input")
 
     def in_float() -> Tensor:
@@ -62,30 +78,46 @@ def convolution(
         return call.state.fusion.note_producer(call.observed(in_float()), call.site)
     if call.state.fusion.is_folded(call.site):
         return _waiting(call, x, weight, bias, geometry)
-    rows_per_scale = 1 if call.state.spec.weight_granularity == "per_channel" else weight.shape[0]
-    quantized = call.state.weight(weight, rows_per_scale)
-    trained = call.state.trainable(weight, rows_per_scale)
+    rows = _rows_per_scale(call, weight, geometry)
+    quantized = _quantized(call, weight, rows, geometry)
+    trained = call.state.trainable(weight, rows)
     return convolve(call, x, trained, bias, quantized, geometry, call.output(in_float))
+
+
+def _rows_per_scale(call: Call, weight: Tensor, geometry: Geometry) -> int:
+    """Rows of the parameter that share a scale: the channels of a transposed weight are none."""
+    per_channel = call.state.spec.weight_granularity == "per_channel"
+    return 1 if per_channel and not geometry.transposed else weight.shape[0]
+
+
+def _quantized(call: Call, weight: Tensor, rows: int, geometry: Geometry) -> QuantizedWeight:
+    """The quantized weight, its output channels first."""
+    quantized = call.state.weight(weight, rows)
+    if not geometry.transposed:
+        return quantized
+    stored = geometry.outputs_first(quantized.stored)
+    return QuantizedWeight(stored, quantized.scales[:1].repeat(len(stored)))
 
 
 def _waiting(
     call: Call, x: Activation, weight: Tensor, bias: Tensor | None, geometry: Geometry
 ) -> Tensor:
     """The result of a convolution before its rounding, for the batch norm that folds it."""
-    quantized = call.state.weight(weight, 1)
+    rows = weight.shape[0] if geometry.transposed else 1
+    quantized = _quantized(call, weight, rows, geometry)
     with float32_arithmetic(x.value):
         padded = x
         if any(geometry.rest):
             padded = replace(x, value=F.pad(x.value, geometry.rest))
         arguments = (padded, quantized, geometry, call)
-        trained = call.state.trainable(weight, 1)
+        trained = call.state.trainable(weight, rows)
         result, sums = _Sums.apply(padded.value, trained, bias, *arguments)
 
     def sums_of(other: QuantizedWeight) -> Tensor:
         return _accumulate(padded, other, geometry, other.largest_sum() * x.qparams.largest)
 
     def record(at: Call, folded: QuantizedWeight, shift: Tensor, y: Activation) -> None:
-        record_convolution(at, x, shift, folded, geometry, y)
+        _record(at, x, shift, folded, geometry, y)
 
     exact = needs_exact(call, x, quantized)
     deferred = FusionCandidate(
@@ -100,17 +132,22 @@ def supports_convolution(input: Any, weight: Tensor, *args: Any, **kwargs: Any) 
 
 
 def convolve_in_float(x: Tensor, weight: Tensor, bias: Tensor | None, at: Geometry) -> Tensor:
-    """Compute ``F.conv1d`` or ``F.conv2d``, with zeros that may differ before and after.
+    """Compute a convolution over one or two axes, with zeros that may differ before and after.
 
     Args:
         x: Shape ``(N, C, L)`` or ``(N, C, H, W)``, or without the first axis.
-        weight: Shape ``(out, C / groups, K)`` or ``(out, C / groups, K_H, K_W)``.
+        weight: Shape ``(out, C / groups, K)`` or ``(out, C / groups, K_H, K_W)``; transposed
+            ``(C, out / groups, ...)``.
         bias: Shape ``(out,)``, or None.
         at: Where to look.
     """
     padded = F.pad(x, at.rest) if any(at.rest) else x
+    sides = at.stride, at.symmetric
+    if at.transposed:
+        spread = F.conv_transpose1d if weight.dim() == 3 else F.conv_transpose2d
+        return spread(padded, weight, bias, *sides, at.output_padding, at.groups, at.dilation)
     function = F.conv1d if weight.dim() == 3 else F.conv2d
-    return function(padded, weight, bias, at.stride, at.symmetric, at.dilation, at.groups)
+    return function(padded, weight, bias, *sides, at.dilation, at.groups)
 
 
 def convolve(
@@ -122,16 +159,17 @@ def convolve(
     geometry: Geometry,
     y: QParams,
 ) -> Tensor:
-    """One CONV_2D or DEPTHWISE_CONV_2D instruction.
+    """One CONV_2D, DEPTHWISE_CONV_2D or TRANSPOSE_CONV instruction.
 
     A channel whose bias its accumulator could not hold gets a coarser scale.
 
     Args:
         call: The call.
         x: Input, shape ``(N, C, L)`` or ``(N, C, H, W)``, or without the first axis.
-        weight: What the gradient goes to, shape ``(out, C / groups, *kernel)``.
+        weight: What the gradient goes to, as PyTorch has it: shape ``(out, C / groups, *kernel)``,
+            transposed ``(C, out / groups, *kernel)``.
         bias: Shape ``(out,)``, or None.
-        quantized: The quantized weight.
+        quantized: The quantized weight, its output channels first.
         geometry: Where to look.
         y: Grid of the output.
 
@@ -149,8 +187,28 @@ def convolve(
             padded.value, weight, bias, padded, quantized, geometry, y, call
         )
     if call.recording:
-        record_convolution(call, batch, bias, quantized, geometry, Activation(result, y))
+        _record(call, batch, bias, quantized, geometry, Activation(result, y))
     return call.with_qparams(result.squeeze(0) if single else result, y)
+
+
+def _record(
+    call: Call,
+    x: Activation,
+    bias: Tensor | None,
+    quantized: QuantizedWeight,
+    geometry: Geometry,
+    y: Activation,
+) -> None:
+    """Report the instruction."""
+    if not geometry.transposed:
+        record_convolution(call, x, bias, quantized, geometry, y)
+        return
+
+    def integers(wider: Geometry) -> Tensor:
+        rounded = _exact_output(call, x, quantized, bias, wider, y.qparams)
+        return clip(rounded, y.qparams, keep=False)[0].long() + y.qparams.zero_point
+
+    record_transposed_convolution(call, x, bias, quantized, geometry, y, integers)
 
 
 class _Sums(torch.autograd.Function):
@@ -235,13 +293,13 @@ def _gradients(
     gradients: tuple[Tensor | None, ...] = torch.ops.aten.convolution_backward(
         grad,
         x,
-        weight,
+        at.as_torch_has(weight),
         [weight.shape[0]],
         at.stride,
         at.symmetric,
         at.dilation,
-        False,
-        [0] * len(at.stride),
+        at.transposed,
+        at.output_padding,
         at.groups,
         needs,
     )
@@ -292,9 +350,16 @@ def _accumulate(
 
 def _sums(x: Tensor, weight: Tensor, bias: Tensor | None, at: Geometry) -> Tensor:
     """A convolution without gradient over whatever axes there are."""
-    nothing = [0] * len(at.stride)
     return torch.convolution(
-        x, weight, bias, at.stride, at.symmetric, at.dilation, False, nothing, at.groups
+        x,
+        at.as_torch_has(weight),
+        bias,
+        at.stride,
+        at.symmetric,
+        at.dilation,
+        at.transposed,
+        at.output_padding,
+        at.groups,
     )
 
 

@@ -28,12 +28,16 @@ class Geometry:
         padding: Zeros before and after.
         dilation: Steps between the weight's elements.
         groups: Groups of channels.
+        transposed: Whether every input is spread over the outputs, and not gathered from them.
+        extra: Outputs beyond the end of a transposed convolution; empty for none.
     """
 
     stride: tuple[int, ...]
     padding: tuple[tuple[int, int], ...]
     dilation: tuple[int, ...]
     groups: int
+    transposed: bool = False
+    extra: tuple[int, ...] = ()
 
     @classmethod
     def of(
@@ -60,6 +64,33 @@ class Geometry:
             sides = each_axis(0 if isinstance(padding, str) else padding, axes)
             pads = tuple((side, side) for side in sides)
         return cls(each_axis(stride, axes), pads, steps, groups)
+
+    @property
+    def output_padding(self) -> list[int]:
+        """Outputs beyond the end, as PyTorch takes them."""
+        return list(self.extra or (0,) * len(self.stride))
+
+    def outputs_first(self, weight: Tensor) -> Tensor:
+        """Return the weight with its output channels as the first axis.
+
+        Args:
+            weight: Weight as PyTorch has it, shape ``(out, in / groups, ...)``, or for a transposed
+                convolution ``(in, out / groups, ...)``.
+        """
+        return self._turned(weight) if self.transposed else weight
+
+    def as_torch_has(self, weight: Tensor) -> Tensor:
+        """Invert :meth:`outputs_first`.
+
+        Args:
+            weight: Weight with its output channels first, shape ``(out, in / groups, ...)``.
+        """
+        return self._turned(weight) if self.transposed else weight
+
+    def _turned(self, weight: Tensor) -> Tensor:
+        """Swap inputs and outputs, in each group apart."""
+        grouped = weight.unflatten(0, (self.groups, -1))
+        return grouped.transpose(1, 2).flatten(0, 1)
 
     @property
     def symmetric(self) -> list[int]:

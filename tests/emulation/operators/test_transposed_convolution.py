@@ -1,0 +1,137 @@
+"""Transposed convolutions pass the oracle in every form that PyTorch has."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_nna import calibrate, coverage, emulate
+from lightning_nna.deploy import export_tflite, verify
+from lightning_nna.testing.operator_oracle import CHECKS, Check, Example, check_operator
+from lightning_nna.testing.replay import replays
+
+pytestmark = pytest.mark.exactness
+
+SPECS = ["litert-int8", "litert-int16x8"]
+EXAMPLES = [
+    Example(lambda: nn.ConvTranspose2d(6, 8, 4, 2, 1), ((4, 6, 9, 9),)),
+    Example(lambda: nn.ConvTranspose2d(6, 8, 3, 2, 1, 1, bias=False), ((4, 6, 9, 9),)),
+    Example(lambda: nn.ConvTranspose1d(8, 10, 4, 2), ((8, 8, 64),)),
+]
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+@pytest.mark.parametrize("example", EXAMPLES)
+def test_oracle(example: Example, check: Check) -> None:
+    check_operator("transposed_convolution", [example], checks=[check])
+
+
+_FORMS: list[dict[str, Any]] = [
+    {"kernel_size": 1},
+    {"kernel_size": 2, "stride": 2},
+    {"kernel_size": 3, "padding": 1},
+    {"kernel_size": (2, 3), "stride": (1, 3), "padding": (0, 1), "output_padding": (0, 2)},
+    {"kernel_size": 3, "stride": 2, "padding": 1},
+    {"kernel_size": 2, "stride": 3, "output_padding": 1},
+    {"kernel_size": 3, "dilation": 2, "padding": 2},
+    {"kernel_size": 3, "dilation": (1, 3), "stride": 2, "output_padding": 1, "groups": 2},
+    {"kernel_size": 4, "stride": 2, "padding": 1, "groups": 4, "bias": False},
+    {"kernel_size": 5, "padding": 4},
+]
+
+
+def _check(net: nn.Module, x: Tensor, spec: str, tmp_path: Path) -> None:
+    """Compare with LiteRT and with float, export and verify."""
+    assert not coverage(net, x, spec=spec).fallbacks
+    replays(net, x, spec=spec)
+    calibrate(net, [x], spec=spec)
+    with torch.no_grad():
+        expected = net(x)
+        with emulate(net, spec):
+            result = net(x)
+    torch.testing.assert_close(result, expected, atol=0.05 * float(expected.abs().max()), rtol=0)
+    model = export_tflite(net, [x], tmp_path / "net.tflite")
+    assert verify(net, model.path, [x]) == 1.0
+
+
+@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("form", _FORMS)
+def test_every_form(spec: str, form: dict[str, Any], tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    _check(nn.ConvTranspose2d(4, 8, **form), torch.randn(2, 4, 5, 6), spec, tmp_path)
+
+
+@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize(
+    "form",
+    [
+        {"kernel_size": 8, "stride": 4, "padding": 2},
+        {"kernel_size": 3, "stride": 2, "padding": 1, "output_padding": 1, "groups": 2},
+        {"kernel_size": 3, "dilation": 3, "padding": 1},
+    ],
+)
+def test_every_form_over_time(spec: str, form: dict[str, Any], tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    _check(nn.ConvTranspose1d(4, 6, **form), torch.randn(2, 4, 7), spec, tmp_path)
+    _check(nn.ConvTranspose1d(4, 6, **form), torch.randn(4, 7), spec, tmp_path)
+
+
+@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("padding", [0, 1])
+def test_a_batch_norm_is_folded(spec: str, padding: int, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    layer = nn.ConvTranspose2d(4, 6, 3, 2, padding, groups=2)
+    norm = nn.BatchNorm2d(6)
+    with torch.no_grad():
+        norm.weight.copy_(torch.linspace(-1, 2, 6))
+        norm.running_var.copy_(torch.linspace(0.1, 2, 6))
+    net = nn.Sequential(layer, norm, nn.ReLU()).eval()
+    _check(net, torch.randn(2, 4, 5, 6), spec, tmp_path)
+    model = export_tflite(net, [torch.randn(2, 4, 5, 6)], tmp_path / "net.tflite")
+    assert set(model.operators) <= {"TRANSPOSE_CONV", "STRIDED_SLICE", "TRANSPOSE", "RELU"}
+
+
+@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("learned_scales", ["none", "all"])
+def test_it_trains(spec: str, learned_scales: Any) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.ConvTranspose2d(2, 4, 2, 2), nn.BatchNorm2d(4), nn.ReLU(), nn.ConvTranspose2d(4, 1, 3)
+    )
+    x, target = torch.randn(8, 2, 4, 4), torch.randn(8, 1, 10, 10)
+    calibrate(net, [x], spec=spec)
+    losses = []
+    with emulate(net, spec, learned_scales=learned_scales):
+        optimizer = torch.optim.Adam(net.parameters(), 0.02)
+        for _ in range(30):
+            loss = F.mse_loss(net(x), target)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(float(loss.detach()))
+    assert losses[-1] < 0.9 * losses[0]
+
+
+def test_functions_and_their_arguments(tmp_path: Path) -> None:
+    weight, bias = nn.Parameter(torch.randn(4, 3, 3)), nn.Parameter(torch.randn(6))
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight, self.bias = weight, bias
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = torch.conv_transpose1d(x, self.weight, self.bias, 2, groups=2)
+            return y + F.conv_transpose1d(x, weight=self.weight, bias=None, stride=2, groups=2)
+
+    _check(Net(), torch.randn(2, 4, 7), "litert-int8", tmp_path)
+
+
+def test_three_axes_run_in_float() -> None:
+    net = nn.ConvTranspose3d(2, 2, 2)
+    assert coverage(net, torch.randn(1, 2, 3, 3, 3)).fallbacks
