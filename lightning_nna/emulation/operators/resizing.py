@@ -1,0 +1,288 @@
+r"""Resizing of images and sequences: nearest, linear and bilinear interpolation, and areas.
+
+The result has the quantization parameters of the input. ``RESIZE_BILINEAR`` takes positions in the
+input as multiples of :math:`2^{-10}`, with :math:`n` elements for :math:`m`:
+
+.. math:: p_j = j \sigma + \lfloor \sigma / 2 \rfloor - 2^9,
+          \qquad \sigma = \Bigl\lfloor \frac{2^{10} n + \lfloor m / 2 \rfloor}{m} \Bigr\rfloor
+
+for centers of pixels, and :math:`j \sigma` with :math:`n - 1` and :math:`m - 1` for corners. The
+sum of the stored integers with weights in units of :math:`2^{-20}` is rounded away from zero.
+``RESIZE_NEAREST_NEIGHBOR`` moves data. Areas are adaptive average pooling.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lightning_nna.emulation.first_order import first_order
+from lightning_nna.emulation.float32_arithmetic import float32_arithmetic
+from lightning_nna.emulation.operators.adaptive_pooling import (
+    adaptive_average_pool,
+    supports_adaptive_pool,
+)
+from lightning_nna.emulation.operators.call import Call
+from lightning_nna.emulation.operators.convolution_layout import channels_last
+from lightning_nna.emulation.operators.pooling import is_image
+from lightning_nna.emulation.operators.pooling_layout import image, without_image
+from lightning_nna.emulation.operators.record import Kernel, Operator, register_operator
+from lightning_nna.emulation.program import Activation, Stored
+
+# Fraction bits of a position in 8 bits.
+_FRACTION = 10
+_ONE = 2.0**_FRACTION
+_LINEAR = {1: "linear", 2: "bilinear"}
+_NEAREST = ("nearest", "nearest-exact")
+
+Size = int | Sequence[int] | None
+Scale = float | Sequence[float] | None
+
+
+@dataclass(frozen=True)
+class _Request:
+    """A resizing, by PyTorch's arguments.
+
+    Args:
+        size: Numbers of outputs.
+        scale_factor: Factors that give the numbers, and that PyTorch may compute positions with.
+        mode: Name of the interpolation.
+        align_corners: Whether the corners of input and output are in the same place.
+        recompute: Whether positions follow from the numbers alone.
+    """
+
+    size: Size
+    scale_factor: Scale
+    mode: str
+    align_corners: bool | None
+    recompute: bool | None
+
+    def of(self, x: Tensor) -> Tensor:
+        """Resize a tensor, shape ``(N, C, L)`` or ``(N, C, H, W)``, in float."""
+        return F.interpolate(
+            x, self.size, self.scale_factor, self.mode, self.align_corners, self.recompute
+        )
+
+    def outputs(self, x: Tensor) -> tuple[int, ...]:
+        """Return the numbers of outputs along the axes of a tensor."""
+        with torch.no_grad():
+            return tuple(self.of(torch.empty(x.shape, device="meta")).shape[2:])
+
+    def has_own_positions(self, x: Tensor) -> bool:
+        """Tell whether positions differ from those that follow from the numbers of elements."""
+        if self.scale_factor is None or self.recompute or self.align_corners:
+            return False
+        axes = x.dim() - 2
+        factors = self.scale_factor
+        scales = factors if isinstance(factors, Sequence) else [factors] * axes
+        sizes = zip(scales, x.shape[2:], self.outputs(x), strict=True)
+        return any(scale * before != after for scale, before, after in sizes)
+
+
+def interpolate(
+    call: Call,
+    input: Tensor,
+    size: Size = None,
+    scale_factor: Scale = None,
+    mode: str = "nearest",
+    align_corners: bool | None = None,
+    recompute_scale_factor: bool | None = None,
+    antialias: bool = False,
+) -> Tensor:
+    """Emulate ``F.interpolate`` of shapes ``(N, C, L)`` or ``(N, C, H, W)``."""
+    request = _Request(size, scale_factor, mode, align_corners, recompute_scale_factor)
+    axes = input.dim() - 2
+    if mode == "area":
+        return adaptive_average_pool(call, input, request.outputs(input), axes=axes)
+    operand = call.operand(input, "input")
+    if call.observing:
+        return call.unchanged(request.of(operand.value), operand)
+    if mode in _NEAREST:
+        return _nearest(call, operand, request)
+    x = replace(operand, value=image(operand.value, axes))
+    height, width = (1, *request.outputs(input))[-2:]
+    corners = bool(align_corners)
+    with float32_arithmetic(x.value):
+        result = _Bilinear.apply(x.value, x, (height, width), corners)
+    if call.recording:
+        _record(call, "RESIZE_BILINEAR", x, Activation(result, x.qparams), corners, not corners)
+    return call.unchanged(without_image(result, input, axes), x)
+
+
+def supports_interpolate(
+    input: Any,
+    size: Size = None,
+    scale_factor: Scale = None,
+    mode: str = "nearest",
+    align_corners: bool | None = None,
+    recompute_scale_factor: bool | None = None,
+    antialias: bool = False,
+) -> bool:
+    """Tell whether the accelerator has an interpolation, with positions as PyTorch has them."""
+    axes = input.dim() - 2
+    if axes not in _LINEAR or not is_image(input, axes) or antialias:
+        return False
+    request = _Request(size, scale_factor, mode, align_corners, recompute_scale_factor)
+    if mode == "area":
+        return supports_adaptive_pool(input, request.outputs(input), axes=axes)
+    if mode in _NEAREST:
+        return True
+    return mode == _LINEAR[axes] and not request.has_own_positions(input)
+
+
+def _nearest(call: Call, x: Activation, request: _Request) -> Tensor:
+    """Each output is an element of the input: one instruction, or slices where it has others."""
+    exact, outputs = request.mode == "nearest-exact", request.outputs(x.value)
+    kernels_own = all(
+        torch.equal(asked, _nearest_index(before, after, half_pixel=exact))
+        for asked, before, after in zip(
+            _indices(request, x.value), x.value.shape[2:], outputs, strict=True
+        )
+    )
+    with float32_arithmetic(x.value):
+        if kernels_own:
+            result = request.of(x.value)
+        else:
+            result = x.value
+            for axis, index in enumerate(_indices(request, x.value), start=2):
+                result = result.index_select(axis, index.to(result.device))
+    if call.recording and kernels_own:
+        images = (replace(x, value=image(value, len(outputs))) for value in (x.value, result))
+        _record(call, "RESIZE_NEAREST_NEIGHBOR", *images, corners=False, centers=exact)
+    return call.unchanged(result, x)
+
+
+def _indices(request: _Request, x: Tensor) -> list[Tensor]:
+    """Elements of each axis that PyTorch takes, int64."""
+    indices = []
+    for axis in range(2, x.dim()):
+        form = [1] * x.dim()
+        form[axis] = x.shape[axis]
+        # Along the other axes the same element is taken.
+        counted = torch.arange(float(x.shape[axis])).view(form).expand(1, 1, *x.shape[2:])
+        taken = request.of(counted.contiguous()).movedim(axis, 0)
+        indices.append(taken.flatten(1)[:, 0].long())
+    return indices
+
+
+def _nearest_index(before: int, after: int, *, half_pixel: bool) -> Tensor:
+    """Elements that the kernel takes, int64, shape ``(after,)``."""
+    scale = np.float32(before) / np.float32(after)
+    offset = np.float32(0.5 if half_pixel else 0.0)
+    positions = np.floor((np.arange(after, dtype=np.float32) + offset) * scale)
+    return torch.from_numpy(np.minimum(positions, before - 1)).long()
+
+
+@dataclass(frozen=True)
+class _Positions:
+    """Positions of outputs along an axis.
+
+    Args:
+        lower: Element before the position, int64, shape ``(outputs,)``.
+        upper: Element after it.
+        fraction: Distance from the lower element, float32, whole numbers in units of 2^-10.
+    """
+
+    lower: Tensor
+    upper: Tensor
+    fraction: Tensor
+
+
+@lru_cache(maxsize=256)
+def _positions(before: int, after: int, corners: bool) -> _Positions:
+    """Positions of the outputs between the elements of an axis."""
+    # 4 elements become 8, so that the scale is 512: the positions are -256, 256, 768 and so on,
+    # which are -1/4, 1/4 and 3/4.
+    scale = (1024 * before + after // 2) // after
+    if corners and after > 1:
+        scale = (1024 * (before - 1) + (after - 1) // 2) // (after - 1)
+    positions = torch.arange(after) * scale
+    if not corners:
+        positions += scale // 2 - 512
+    lower = (positions / _ONE).trunc().long().clamp_min(0)
+    upper = ((positions + 1023) / _ONE).trunc().long().clamp_max(before - 1)
+    return _Positions(lower, upper, (positions - 1024 * lower).float())
+
+
+class _Bilinear(torch.autograd.Function):
+    """The kernel's interpolation forward, PyTorch's backward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, activation: Activation, sizes: tuple[int, int], corners: bool
+    ) -> Tensor:
+        ctx.shape, ctx.sizes, ctx.corners = x.shape, sizes, corners
+        return _interpolated(activation, sizes, corners).mul_(activation.qparams.scale)
+
+    @staticmethod
+    @first_order("interpolate")
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        with float32_arithmetic(grad):
+            passed: Tensor = torch.ops.aten.upsample_bilinear2d_backward(
+                grad.contiguous(), ctx.sizes, ctx.shape, ctx.corners, None, None
+            )
+        return passed, None, None, None
+
+
+def _interpolated(x: Activation, sizes: tuple[int, int], corners: bool) -> Tensor:
+    """Integers of the output less the zero point, float32."""
+    # A row of -7 and 10 with a zero point of 0 has -7 * 768 + 10 * 256 = -2816 a fourth of the
+    # way, which is -2.75 and rounds to -3.
+    mixed = x.integers().double()
+    for axis, size in zip((2, 3), sizes, strict=True):
+        positions = _positions(mixed.shape[axis], size, corners)
+        lower, upper, fraction = _taken(mixed, positions, axis)
+        mixed = lower * (_ONE - fraction) + upper * fraction
+    total = mixed / _ONE**2 + x.qparams.zero_point
+    rounded = (total.abs() + 0.5).floor().copysign(total)
+    return (rounded - x.qparams.zero_point).float()
+
+
+def _taken(x: Tensor, positions: _Positions, axis: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Elements of an axis below and above the positions, and the fractions, which broadcast."""
+    device = x.device
+    lower = x.index_select(axis, positions.lower.to(device))
+    upper = x.index_select(axis, positions.upper.to(device))
+    fraction = positions.fraction.to(x)
+    return lower, upper, fraction[:, None] if axis == 2 else fraction
+
+
+def _record(
+    call: Call, kernel: str, x: Activation, y: Activation, corners: bool, centers: bool
+) -> None:
+    """Report an instruction of images, shape ``(N, C, H, W)``."""
+    operand, result = channels_last(x.stored()), channels_last(y.stored())
+    sizes = Stored(torch.tensor(result.integers.shape[1:3]), "int32", constant=True)
+    options = {"alignCorners": corners, "halfPixelCenters": centers}
+    call.record(kernel, [operand, sizes], [result], **options)
+
+
+def _version(version: int, operator: Any, tensors: Any) -> int:
+    """Version 3 at least where centers or corners of pixels are asked for."""
+    options = operator.options
+    asked = options.halfPixelCenters or options.alignCorners
+    return max(version, 3) if asked else version
+
+
+_VERSIONS = {"int8": 2, "int16": 4}
+register_operator(
+    Operator(
+        "interpolate",
+        torch=("interpolate",),
+        emulate=interpolate,
+        supports=supports_interpolate,
+        litert=(
+            Kernel("RESIZE_NEAREST_NEIGHBOR", versions=_VERSIONS, version=_version),
+            Kernel("RESIZE_BILINEAR", versions=_VERSIONS, version=_version),
+        ),
+        arithmetic="nearest moves; bilinear has positions of 10 fraction bits and rounds "
+        "away from zero; an area is adaptive average pooling",
+    )
+)
