@@ -14,6 +14,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode, resolve_name
 from torch.utils._pytree import tree_map
@@ -623,7 +624,8 @@ def _kind_of(func: Callable[..., Any]) -> tuple[str, str]:
     name = getattr(func, "__name__", "")
     if name in _BACKWARD:
         return name, "backward"
-    if name in MOVEMENTS:
+    # A method and a function of other arguments have this name.
+    if name in MOVEMENTS and func is not F.unfold:
         return name, "layout"
     if name == "__get__":
         viewed = getattr(getattr(func, "__self__", None), "__name__", "") in VIEW_PROPERTIES

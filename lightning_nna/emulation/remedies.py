@@ -27,13 +27,24 @@ _STATISTICS = (
 REMEDIES: dict[str, str] = {
     **dict.fromkeys(("fft", "rfft", "irfft", "ifft", "fft_rfft", "stft", "istft"), _FRONT_END),
     **dict.fromkeys(
-        ("conv3d", "conv_transpose3d", "max_pool3d", "avg_pool3d", "adaptive_avg_pool3d"),
+        (
+            *("conv3d", "conv_transpose3d", "max_pool3d", "avg_pool3d", "lp_pool3d"),
+            *("adaptive_avg_pool3d", "adaptive_max_pool3d", "max_pool3d_with_indices"),
+            *("adaptive_max_pool3d_with_indices", "max_unpool3d"),
+        ),
         _THREE_AXES,
+    ),
+    **dict.fromkeys(
+        (
+            *("max_pool1d_with_indices", "max_pool2d_with_indices"),
+            *("adaptive_max_pool1d_with_indices", "adaptive_max_pool2d_with_indices"),
+            *("max_unpool1d", "max_unpool2d"),
+        ),
+        "no kernel has the indices of maxima: leave return_indices out, and write F.interpolate or "
+        "a transposed convolution instead of F.max_unpool",
     ),
     **dict.fromkeys(("sort", "argsort", "msort", "topk", "kthvalue", "median", "mode"), _ORDER),
     **dict.fromkeys(("group_norm", "instance_norm"), _STATISTICS),
-    "adaptive_avg_pool1d": "if its result has one element a channel, write x.mean(2)",
-    "adaptive_avg_pool2d": "if its result has one element a channel, write x.mean((2, 3))",
     "addcdiv": "write input + value * tensor1 / tensor2",
     "addcmul": "write input + value * tensor1 * tensor2",
     "batch_norm": (

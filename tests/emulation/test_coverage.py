@@ -190,11 +190,6 @@ def test_a_front_end_that_is_not_finite_is_told_of_targets() -> None:
             lambda x: x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-5) * 0.5,
         ),
         (
-            "adaptive_avg_pool2d",
-            lambda x: F.adaptive_avg_pool2d(x.view(2, 3, 2, 2), 1).flatten(),
-            lambda x: x.view(2, 3, 2, 2).mean((2, 3)).flatten(),
-        ),
-        (
             "rrelu",
             lambda x: F.rrelu(x, 0.1, 0.3),
             lambda x: F.leaky_relu(x, (0.1 + 0.3) / 2),

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lightning_nna.emulation.operators.call import Call
 from lightning_nna.emulation.operators.concatenation import concatenate
-from lightning_nna.emulation.operators.pooling import averaged, is_image, largest
+from lightning_nna.emulation.operators.pooling import WITH_INDICES, averaged, is_image, largest
 from lightning_nna.emulation.operators.pooling_layout import Windows, image, without_image
 from lightning_nna.emulation.operators.record import Form, Operator, register_operator
 from lightning_nna.emulation.operators.reduction import mean_grid, mean_onto
@@ -61,14 +61,21 @@ def supports_adaptive_pool(
     return_indices: bool = False,
     *,
     axes: int = 2,
-) -> bool:
+) -> bool | str:
     """Tell whether windows are over an image, without indices, and in a few parts."""
-    if return_indices or not is_image(input, axes):
+    if return_indices:
+        return WITH_INDICES
+    if not is_image(input, axes):
         return False
     full = image(input, axes)
     sizes = _sizes(full, output_size, axes)
     rows, columns = (len(_runs(n, m)) for n, m in zip(full.shape[2:], sizes, strict=True))
-    return 0 < rows * columns <= _MOST_PARTS
+    if rows * columns > _MOST_PARTS:
+        return (
+            f"its windows have sizes and distances of {rows * columns} kinds: choose sizes that "
+            "divide those of the input, or pool with a kernel size and a stride"
+        )
+    return rows * columns > 0
 
 
 def _sizes(x: Tensor, output_size: Size, axes: int) -> tuple[int, int]:

@@ -11,14 +11,15 @@ from lightning_nna.emulation.operators.record import Kernel, register_kernel
 MOVEMENTS = frozenset(
     """
     _pack_padded_sequence _pad_packed_sequence adjoint as_strided atleast_1d atleast_2d atleast_3d
-    broadcast_tensors broadcast_to chunk clone conj contiguous cpu cuda detach diag diag_embed
-    diagflat diagonal double expand expand_as flatten flip fliplr flipud gather index_select
-    masked_select meshgrid moveaxis movedim narrow permute pin_memory positive ravel real repeat
-    repeat_interleave requires_grad_ reshape reshape_as resolve_conj resolve_neg roll rot90 select
-    split split_with_sizes squeeze swapaxes swapdims t take take_along_dim tile transpose type
-    type_as unbind unflatten unfold unsafe_chunk unsafe_split unsafe_split_with_sizes unsqueeze
-    view view_as squeeze_ unsqueeze_ transpose_ t_ __getitem__ __reversed__ swapaxes_ swapdims_
-    tensor_split hsplit vsplit dsplit float to
+    broadcast_tensors broadcast_to channel_shuffle chunk clone conj contiguous cpu cuda detach diag
+    diag_embed diagflat diagonal double expand expand_as flatten flip fliplr flipud gather
+    index_select masked_select meshgrid moveaxis movedim narrow native_channel_shuffle permute
+    pin_memory pixel_shuffle pixel_unshuffle positive ravel real repeat repeat_interleave
+    requires_grad_ reshape reshape_as resolve_conj resolve_neg roll rot90 select split
+    split_with_sizes squeeze swapaxes swapdims t take take_along_dim tile transpose type type_as
+    unbind unflatten unfold unsafe_chunk unsafe_split unsafe_split_with_sizes unsqueeze view view_as
+    squeeze_ unsqueeze_ transpose_ t_ __getitem__ __reversed__ swapaxes_ swapdims_ tensor_split
+    hsplit vsplit dsplit float to
     """.split()
 )
 

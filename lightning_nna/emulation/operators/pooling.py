@@ -14,6 +14,7 @@ maximum is the lowest integer. A pooling over time is one over height and width 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -28,7 +29,7 @@ from lightning_nna.emulation.first_order import first_order
 from lightning_nna.emulation.float32_arithmetic import float32_arithmetic
 from lightning_nna.emulation.operators.call import Call
 from lightning_nna.emulation.operators.convolution import convolve
-from lightning_nna.emulation.operators.convolution_layout import Geometry
+from lightning_nna.emulation.operators.convolution_layout import Geometry, each_axis
 from lightning_nna.emulation.operators.driver import drive
 from lightning_nna.emulation.operators.elementwise import MUL
 from lightning_nna.emulation.operators.pooling_layout import (
@@ -44,6 +45,8 @@ from lightning_nna.emulation.operators.pooling_layout import (
 from lightning_nna.emulation.operators.record import Form, Kernel, Operator, register_operator
 from lightning_nna.emulation.program import Activation
 
+#: Why a maximum with indices is no operator.
+WITH_INDICES = "no kernel has the indices of maxima: leave return_indices out"
 # The kernel's sums have 32 bits.
 _MOST_ELEMENTS = 2**16
 
@@ -99,16 +102,18 @@ def max_pool(
 
 def supports_average_pool(
     input: Any, kernel_size: int | Sequence[int], *args: Any, axes: int = 2, **kwargs: Any
-) -> bool:
+) -> bool | str:
     """Tell whether the sums of a pooling stay in the kernel's 32 bits."""
-    height, width = (kernel_size,) * 2 if isinstance(kernel_size, int) else (1, *kernel_size)[-2:]
-    return is_image(input, axes) and height * width <= _MOST_ELEMENTS
+    elements = math.prod(each_axis(kernel_size, axes))
+    if elements > _MOST_ELEMENTS:
+        return f"its windows have more than {_MOST_ELEMENTS} elements: write x.mean over the axes"
+    return is_image(input, axes)
 
 
-def supports_max_pool(input: Any, *args: Any, axes: int = 2, **kwargs: Any) -> bool:
+def supports_max_pool(input: Any, *args: Any, axes: int = 2, **kwargs: Any) -> bool | str:
     """Tell whether a maximum is over an image, and nobody asks for its indices."""
     indices = args[5] if len(args) > 5 else kwargs.get("return_indices", False)
-    return is_image(input, axes) and not indices
+    return WITH_INDICES if indices else is_image(input, axes)
 
 
 def is_image(input: Any, axes: int) -> bool:

@@ -109,11 +109,15 @@ def interpolate(
     x = replace(operand, value=image(operand.value, axes))
     height, width = (1, *request.outputs(input))[-2:]
     corners = bool(align_corners)
+    # An NPU doubles both axes or none: the second row is equal to the first.
+    twice = axes == 1 and not corners and width == 2 * x.value.shape[3]
+    height = 2 if twice else height
     with float32_arithmetic(x.value):
         result = _Bilinear.apply(x.value, x, (height, width), corners)
     if call.recording:
         _record(call, "RESIZE_BILINEAR", x, Activation(result, x.qparams), corners, not corners)
-    return call.unchanged(without_image(result, input, axes), x)
+    rows = result[:, :, :1] if twice else result
+    return call.unchanged(without_image(rows, input, axes), x)
 
 
 def supports_interpolate(
@@ -124,17 +128,26 @@ def supports_interpolate(
     align_corners: bool | None = None,
     recompute_scale_factor: bool | None = None,
     antialias: bool = False,
-) -> bool:
+) -> bool | str:
     """Tell whether the accelerator has an interpolation, with positions as PyTorch has them."""
     axes = input.dim() - 2
-    if axes not in _LINEAR or not is_image(input, axes) or antialias:
+    if axes not in _LINEAR:
+        return "accelerators resize one or two axes: write it with F.interpolate of these"
+    if not is_image(input, axes):
         return False
+    if antialias or mode not in (*_NEAREST, "area", _LINEAR[axes]):
+        return f"kernels have nearest and {_LINEAR[axes]} interpolation, without antialias"
     request = _Request(size, scale_factor, mode, align_corners, recompute_scale_factor)
     if mode == "area":
         return supports_adaptive_pool(input, request.outputs(input), axes=axes)
     if mode in _NEAREST:
         return True
-    return mode == _LINEAR[axes] and not request.has_own_positions(input)
+    if request.has_own_positions(input):
+        return (
+            "kernels have positions by the sizes of input and output, and not by scale_factor: "
+            "write recompute_scale_factor=True, or size"
+        )
+    return True
 
 
 def _nearest(call: Call, x: Activation, request: _Request) -> Tensor:
@@ -154,8 +167,8 @@ def _nearest(call: Call, x: Activation, request: _Request) -> Tensor:
             for axis, index in enumerate(_indices(request, x.value), start=2):
                 result = result.index_select(axis, index.to(result.device))
     if call.recording and kernels_own:
-        images = (replace(x, value=image(value, len(outputs))) for value in (x.value, result))
-        _record(call, "RESIZE_NEAREST_NEIGHBOR", *images, corners=False, centers=exact)
+        before, after = (replace(x, value=image(v, len(outputs))) for v in (x.value, result))
+        _record(call, "RESIZE_NEAREST_NEIGHBOR", before, after, corners=False, centers=exact)
     return call.unchanged(result, x)
 
 
@@ -167,8 +180,8 @@ def _indices(request: _Request, x: Tensor) -> list[Tensor]:
         form[axis] = x.shape[axis]
         # Along the other axes the same element is taken.
         counted = torch.arange(float(x.shape[axis])).view(form).expand(1, 1, *x.shape[2:])
-        taken = request.of(counted.contiguous()).movedim(axis, 0)
-        indices.append(taken.flatten(1)[:, 0].long())
+        resized = request.of(counted.contiguous()).movedim(axis, 0)
+        indices.append(resized.flatten(1)[:, 0].long())
     return indices
 
 
@@ -260,8 +273,7 @@ def _record(
     """Report an instruction of images, shape ``(N, C, H, W)``."""
     operand, result = channels_last(x.stored()), channels_last(y.stored())
     sizes = Stored(torch.tensor(result.integers.shape[1:3]), "int32", constant=True)
-    options = {"alignCorners": corners, "halfPixelCenters": centers}
-    call.record(kernel, [operand, sizes], [result], **options)
+    call.record(kernel, [operand, sizes], [result], alignCorners=corners, halfPixelCenters=centers)
 
 
 def _version(version: int, operator: Any, tensors: Any) -> int:
