@@ -30,7 +30,7 @@ def compose(
     function: Callable[..., Tensor],
     steps: Callable[..., Tensor],
     *,
-    name: str = "output",
+    gradient: Callable[..., Tensor] | None = None,
 ) -> Tensor:
     """Run the instructions of a function in 16 bits, and requantize to the width of the call.
 
@@ -40,13 +40,13 @@ def compose(
         function: The float function; takes the values of the operands.
         steps: Function that runs the instructions: takes a call of 16 bits and the operands as
             tensors of 16 bits, and returns the result with its quantization parameters.
-        name: Name of the result, where the call has several.
+        gradient: Function whose derivative the result has; None for ``function``.
 
     Returns:
         The result, float32, of the shape that ``function`` gives, with its quantization parameters.
     """
     values = [operand.value for operand in operands]
-    wide = call.child("wide" if name == "output" else f"wide/{name}", bits=16)
+    wide = call.child("wide", bits=16)
 
     def run() -> Tensor:
         entered = [
@@ -58,28 +58,28 @@ def compose(
     if call.observing:
         with torch.no_grad():
             run()
-        return call.observed(function(*values), name)
+        return call.observed(function(*values))
 
     def compute() -> Result:
         with torch.no_grad():
-            return narrowed(call, run(), name)
+            return narrowed(call, run())
 
     with float32_arithmetic(values[0]):
-        result, y = with_gradient(call, compute, derivative(function), *values)
+        result, y = with_gradient(call, compute, derivative(gradient or function), *values)
     return call.with_qparams(result, y)
 
 
-def narrowed(call: Call, result: Tensor, name: str = "output") -> Result:
+def narrowed(call: Call, result: Tensor) -> Result:
     """Requantize a result of any shape to the width of the call.
 
-    All that lies at an end of the range counts as clipped.
+    What lies further beyond the range than half a scale counts as clipped.
     """
-    y = call.output(lambda: result, name)
+    y = call.output(lambda: result)
     tag = call.state.qparams_of(result)
     assert tag is not None, "an operator's result has quantization parameters"
     moved = requantize(call, Activation(result, tag), y)
-    low, high = (bound * y.scale for bound in y.bounds)
-    return moved, y, (moved > low) & (moved < high)
+    low, high = y.bounds
+    return moved, y, (result > (low - 0.5) * y.scale) & (result < (high + 0.5) * y.scale)
 
 
 def carrier(call: Call, x: Activation) -> Tensor:

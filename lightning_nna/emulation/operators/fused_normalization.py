@@ -146,7 +146,12 @@ def grid_of(call: Call) -> QParams:
 
 def varies_widely(call: Call) -> bool:
     """Tell whether calibration has seen variances that the table cannot follow."""
-    variances = call.state.ranges[f"{call.site}/variance/output"]
+    return spreads_widely(call.child("variance"))
+
+
+def spreads_widely(call: Call) -> bool:
+    """Tell whether calibration has seen outputs of a call that the table cannot follow."""
+    variances = call.state.ranges[f"{call.site}/output"]
     return variances.minimum < variances.maximum * BLIND_STEPS / 2**15
 
 

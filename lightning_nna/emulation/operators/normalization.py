@@ -187,12 +187,12 @@ def _scaled(call: Call, x: Tensor, axes: tuple[int, ...], eps: float) -> Tensor:
     variance = reduction.mean(call.child("variance"), square, axes, keepdim=True)
     if eps:
         variance = elementwise.add(call.child("epsilon"), variance, eps)
-    factor = _inverse_square_root(call.child("inverse"), variance)
+    factor = inverse_square_root(call.child("inverse"), variance)
     return elementwise.mul(call.child("normalized"), x, factor)
 
 
-def _inverse_square_root(call: Call, variance: Tensor) -> Tensor:
-    """RSQRT of a 16-bit tensor that is not negative."""
+def inverse_square_root(call: Call, variance: Tensor) -> Tensor:
+    """Compute RSQRT of a 16-bit tensor of any shape that is not negative."""
     v = call.operand(variance, "input")
     if call.observing:
         # What has no variance stays 0, whatever the factor: padding must not stop a calibration.

@@ -79,30 +79,44 @@ def sum(
     call: Call, input: Tensor, dim: Axes = None, keepdim: bool = False, *, dtype: Any = None
 ) -> Tensor:
     """Emulate ``torch.sum`` of any shape: a mean, and a product with the number of elements."""
+    return multiplied_mean(call, input, dim, keepdim, _count(input, _axes(input, dim)))
+
+
+def multiplied_mean(call: Call, input: Tensor, dim: Axes, keepdim: bool, factor: float) -> Tensor:
+    """Compute the mean times a number: a ``MEAN`` onto a finer scale, and a ``MUL`` by 1.
+
+    Args:
+        call: The call.
+        input: Tensor of any shape.
+        dim: Axes; None for all of them.
+        keepdim: Whether they stay, with one element.
+        factor: Number, positive; that of the elements makes a sum.
+    """
     x = call.operand(input, "input")
+    axes = _axes(input, dim)
+    count = _count(input, axes)
 
     def in_float() -> Tensor:
-        return torch.sum(input, dim, keepdim)
+        total = torch.sum(input, dim, keepdim)
+        return total if factor == count else total * (factor / count)
 
     if call.observing:
         return call.observed(in_float())
-    axes = _axes(input, dim)
-    count = _count(input, axes)
-    y = mean_grid(call, x.qparams, call.output(in_float), count)
-    finer = replace(y, scale=float(np.float32(y.scale) / np.float32(count)))
+    y = mean_grid(call, x.qparams, call.output(in_float), factor)
+    finer = replace(y, scale=float(np.float32(y.scale) / np.float32(factor)))
     with float32_arithmetic(input):
         result = _Mean.apply(x.value, x, axes, keepdim, finer, y.scale, call)
     if call.recording:
         integers = Activation(result, y).stored()
         average = replace(integers, scale=finer.scale)
         _record_reduction(call, "MEAN", x, average, axes, keepdim)
-        one = Stored(torch.ones((), dtype=torch.int64), integers.dtype, count, constant=True)
+        one = Stored(torch.ones((), dtype=torch.int64), integers.dtype, factor, constant=True)
         call.record("MUL", [average, one], [integers])
     return call.with_qparams(result, y)
 
 
-def mean_grid(call: Call, x: QParams, y: QParams, count: int = 1) -> QParams:
-    """Grid of a mean, or of a sum of ``count``, that the kernel's multiplier reaches from ``x``.
+def mean_grid(call: Call, x: QParams, y: QParams, count: float = 1) -> QParams:
+    """Grid of ``count`` times a mean that the kernel's multiplier reaches from ``x``.
 
     The mean of what is centered already (a normalized activation) is 0 except for the rounding of
     the float forward. With a grid for that alone the multiplier would shift the sum out of 32 bits.
