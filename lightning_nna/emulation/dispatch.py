@@ -25,7 +25,7 @@ from lightning_nna.emulation.constants import Kind
 from lightning_nna.emulation.modes import SiteCall, Treatment
 from lightning_nna.emulation.non_finite import with_cause
 from lightning_nna.emulation.operators import driver, float_kernels
-from lightning_nna.emulation.operators.call import Call
+from lightning_nna.emulation.operators.call import Call, UnsupportedError
 from lightning_nna.emulation.operators.catalog import operator_of, operators
 from lightning_nna.emulation.operators.layout import (
     EACH,
@@ -33,11 +33,9 @@ from lightning_nna.emulation.operators.layout import (
     LIKE,
     MOVEMENTS,
     VIEW_PROPERTIES,
-    chooses_a_number,
     is_movement,
 )
 from lightning_nna.emulation.operators.record import Operator
-from lightning_nna.emulation.program import selection
 from lightning_nna.emulation.ranges import MixedQParams
 from lightning_nna.emulation.remedies import reason_against, remedy_of
 from lightning_nna.emulation.sites import TRANSPARENT_FILES, CallSites, Location, source_of_call
@@ -74,6 +72,8 @@ _FACTORIES = frozenset(
     bartlett_window blackman_window hamming_window hann_window kaiser_window
     """.split()
 )
+# Those whose values are whatever the memory has.
+_EMPTY = frozenset({"empty", "empty_like", "new_empty"})
 # Functions whose result is random.
 _RANDOM = frozenset(
     """
@@ -87,7 +87,6 @@ _EXACT = (torch.float32, torch.float64)
 _FOLLOWS_STATISTICS = ("batch_norm", "instance_norm")
 _FLOAT, _COMPLEX = 1, 2
 _FILLS = ("masked_fill", "masked_fill_")
-_PADS = ("pad", "constant_pad_nd")
 
 #: Results of :func:`_kind_of` by function; it is needed with every call.
 _KINDS: dict[Callable[..., Any], tuple[str, str]] = {}
@@ -189,13 +188,11 @@ class Dispatch(TorchFunctionMode):
         if kind == "decision":
             self.state.note_outside_consumers((args, kwargs))
             return self._decide(func, args, kwargs)
-        if kind == "layout" or name == "copy_" or _is_padding(name, args, kwargs):
+        if kind == "layout" or name == "copy_" or self._is_padding(name, args, kwargs):
             return self._move(func, args, kwargs)
-        if (
-            name in JOINS
-            and not chooses_a_number(name, args)
-            and self._share_qparams(name, (args, kwargs))
-        ):
+        if name == "__setitem__" and _is_there_already(*args):
+            return None
+        if name in JOINS and self._share_qparams(name, (args, kwargs)):
             return self._move(func, args, kwargs)
         types_given = _types_in(args) | _types_in(kwargs.values())
         if not types_given:
@@ -247,6 +244,10 @@ class Dispatch(TorchFunctionMode):
         contents = (args[1:], kwargs) if func.__name__.startswith(("new_", "full")) else ()
         contents = (args, kwargs) if func.__name__ in ("tensor", "as_tensor", "full") else contents
         if isinstance(result, Tensor) and self.call_sites.in_scope():
+            if (
+                func.__name__ in _EMPTY and not result.requires_grad
+            ):  # A forward fills it in parts, each with parameters.
+                result.zero_()
             self.state.constants.mark_created(result, contents)
         return result
 
@@ -313,10 +314,14 @@ class Dispatch(TorchFunctionMode):
             recorder=mode.recorder,
         )
         targets = written(func, args, kwargs)
-        if targets:
-            return self._run_writing(targets, operator, call, func, args, kwargs)
-        result = self._emulate(operator, call, func, args, kwargs)
-        if not isinstance(result, Tensor):  # With indices, as those of maxima.
+        try:
+            if targets:
+                return self._run_writing(targets, operator, call, func, args, kwargs)
+            result = self._emulate(operator, call, func, args, kwargs)
+        except UnsupportedError as error:
+            return self._fall_back(key, func, func, args, kwargs, str(error))
+        # Indices, as those of maxima, and conditions.
+        if not isinstance(result, Tensor) or not result.is_floating_point():
             state.constants.mark(result, None)
         if operator.name:
             self._tell(key, "emulated", func, (args, kwargs), result)
@@ -426,13 +431,14 @@ class Dispatch(TorchFunctionMode):
 
         Marks of the target, and of every tensor that shares its memory, end.
         """
-        qparams = self.state.qparams_of(result)
+        qparams, base = self.state.qparams_of(result), self.state.parameters_of_base(target)
         target.copy_(result)
         self.state.note_writes([target])
         self.state.fusion.note_copy(result, target)
         # Other dtypes cannot hold every integer.
         if qparams is not None and target.dtype == torch.float32:
             self.state.set_qparams(target, qparams)
+            self.state.restore_base(target, qparams, base)
 
     def _move(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a layout function: float results get the quantization parameters of the source.
@@ -452,8 +458,11 @@ class Dispatch(TorchFunctionMode):
             self.state.fusion.note_consumer(source, "a layout operator")
         qparams = None if source is None else self.state.qparams_of(source)
         kind = None if qparams is not None else self.state.constants.kind_of(sources)
+        base = self.state.parameters_of_base(args[0]) if is_copy else None
         result = func(*args, **kwargs)
         self.state.note_writes(written(func, args, kwargs), kind)
+        if is_copy and qparams is not None and result.dtype == torch.float32:
+            self.state.restore_base(result, qparams, base)
         if kind is None or self.call_sites.in_scope():
             self.state.constants.mark(result, kind)
         mixed = None
@@ -472,12 +481,6 @@ class Dispatch(TorchFunctionMode):
             for leaf in floats(result):
                 if leaf.dtype in _EXACT:
                     self.state.set_qparams(leaf, qparams)
-            mode = self.state.modes.current
-            if mode.recorder is not None and mode.phase == "emulate" and mode.fidelity == "exact":
-                path = self.call_sites.path
-                instruction = selection(func.__name__, path, args, result, self.state.qparams_of)
-                if instruction is not None:
-                    mode.recorder(instruction)
         return result
 
     def _move_each(
@@ -521,12 +524,25 @@ class Dispatch(TorchFunctionMode):
             elif leaf is not source:
                 self.state.set_mixed_qparams(leaf, moved_qparams)
 
+    def _is_padding(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Tell whether a call fills with zeros, or with values of the tensor, and computes none."""
+        if name in _FILLS:
+            mask = kwargs["mask"] if "mask" in kwargs else args[1 - ("input" in kwargs)]
+            return (
+                _filled_in(args, kwargs) == 0 and self.state.constants.kind_of([mask]) is not None
+            )
+        if name == "constant_pad_nd":
+            return not (kwargs["value"] if "value" in kwargs else args[2] if len(args) > 2 else 0)
+        if name != "pad":
+            return False
+        return is_movement(*args[1:], **{k: v for k, v in kwargs.items() if k != "input"})
+
     def _share_qparams(self, name: str, args: tuple[Any, ...]) -> bool:
         """Tell whether all float tensors among arguments have the same quantization parameters.
 
         While ranges are observed parameters are not known yet, and operators observe a range.
         """
-        has_range = name in JOINS and name != "where" and operator_of(name) is not None
+        has_range = name in JOINS and operator_of(name) is not None
         if has_range and self.state.phase == "observe":
             return False
         qparams = [self.state.qparams_of(leaf) for leaf in floats(args)]
@@ -646,14 +662,17 @@ def _tensors_of(args: tuple[Any, ...]) -> list[Tensor]:
     return list(values) if not isinstance(args[0], Tensor) or len(args) > 1 else []
 
 
-def _is_padding(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    if name in _FILLS:
-        return _filled_in(args, kwargs) == 0
-    if name not in _PADS:
+def _is_there_already(target: Tensor, index: Any, value: Any) -> bool:
+    """Tell whether ``target[index] = value`` writes values over themselves.
+
+    Python calls it so after ``target[index] += x`` has written to the slice.
+    """
+    if not isinstance(value, Tensor) or value._base is None:
         return False
-    if name == "constant_pad_nd":
-        return not (kwargs["value"] if "value" in kwargs else args[2] if len(args) > 2 else 0)
-    return is_movement(*args[1:], **{k: v for k, v in kwargs.items() if k != "input"})
+    with torch._C.DisableTorchFunction(), torch.no_grad():
+        view = target[index]
+    same = view.shape == value.shape and view.stride() == value.stride()
+    return same and view.data_ptr() == value.data_ptr() and view.numel() > 0
 
 
 def _makes_a_mask(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

@@ -7,17 +7,13 @@ instruction on LiteRT) does not depend on torch functions.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from lightning_nna.emulation.ranges import QParams
-
-# Layout functions that select elements by their values, and so are instructions.
-_SELECTIONS = {"where": "SELECT_V2"}
 
 
 @dataclass(frozen=True)
@@ -114,33 +110,3 @@ def activation(value: Tensor, qparams: QParams, *, constant: bool = False) -> St
     integers = (value.detach().double() / qparams.scale).round().long() + qparams.zero_point
     dtype = "int8" if qparams.bits == 8 else "int16"
     return Stored(integers, dtype, qparams.scale, qparams.zero_point, constant, source=value)
-
-
-def selection(
-    name: str,
-    path: str,
-    args: tuple[Any, ...],
-    result: Tensor,
-    qparams_of: Callable[[Tensor], QParams | None],
-) -> Instruction | None:
-    """Return the instruction of a layout function that selects elements by their values.
-
-    Args:
-        name: Name of the torch function.
-        path: Path of the module.
-        args: Positional arguments of the function.
-        result: Result of the function, any shape.
-        qparams_of: Function that returns the quantization parameters of a tensor.
-
-    Returns:
-        None for functions that move elements whatever their values are.
-    """
-    qparams = qparams_of(result) if name in _SELECTIONS else None
-    if qparams is None:
-        return None
-    tensors = [torch.as_tensor(x, dtype=torch.float32) for x in args[-2:]]
-    inputs = [activation(x, qparams, constant=qparams_of(x) is None) for x in tensors]
-    if name == "where":
-        inputs.insert(0, Stored(args[0], "bool", source=args[0]))
-    outputs = (activation(result, qparams),)
-    return Instruction(_SELECTIONS[name], f"{path}/{name}", tuple(inputs), outputs)

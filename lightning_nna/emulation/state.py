@@ -149,6 +149,47 @@ class EmulationState:
         """Attach different parameters to the elements of a tensor of any shape."""
         self._mixed_qparams[x] = mixed
 
+    def parameters_of_base(self, view: Tensor) -> MixedQParams | None:
+        """Return the parameters of the tensor that a view, of any shape, is part of, if any."""
+        base = view._base
+        if base is None or base.layout is not torch.strided:
+            return None
+        qparams = self.qparams_of(base)
+        if qparams is None:
+            return self.mixed_qparams_of(base)
+        index = torch.zeros(base.shape, dtype=torch.int64, device=base.device)
+        return MixedQParams(index, (qparams,))
+
+    def restore_base(self, view: Tensor, qparams: QParams, before: MixedQParams | None) -> None:
+        """Attach parameters to a tensor part of which has been written through a view.
+
+        While ranges are observed its consumers observe it, since parameters are not known yet.
+
+        Args:
+            view: View of any shape, after the write.
+            qparams: Parameters of the values that were written.
+            before: Parameters of the tensor before, see :meth:`parameters_of_base`.
+        """
+        base = view._base
+        if before is None or base is None or self.phase == "observe":
+            return
+        memory = torch.zeros(
+            base.untyped_storage().nbytes() // base.element_size(),
+            dtype=torch.int64,
+            device=base.device,
+        )
+        form = base.shape, base.stride(), base.storage_offset()
+        memory.as_strided(*form).copy_(before.index)
+        every = (*before.qparams, qparams)
+        memory.as_strided(view.shape, view.stride(), view.storage_offset()).fill_(len(every) - 1)
+        mixed = MixedQParams(memory.as_strided(*form).clone(), every)
+        used = {every[position] for position in mixed.index.unique().tolist()}
+        single = used.pop() if len(used) == 1 else None
+        if single is not None:
+            self.set_qparams(base, single)
+        else:
+            self.set_mixed_qparams(base, mixed)
+
     def set_row_qparams(self, x: Tensor, qparams: Sequence[QParams | None]) -> None:
         """Attach quantization parameters to every row of a tensor.
 

@@ -32,6 +32,13 @@ from lightning_nna.emulation.ranges import (
 from lightning_nna.emulation.state import EmulationState
 
 
+class UnsupportedError(Exception):
+    """A form that the accelerator does not have, which shows only as its operands are known.
+
+    An operator raises it before it does anything else; the function then runs in float.
+    """
+
+
 @dataclass(frozen=True)
 class Call:
     """One call of one operator.

@@ -30,16 +30,10 @@ LIKE = frozenset({"expand_as", "reshape_as", "to", "type_as", "view_as"})
 EACH = frozenset({"atleast_1d", "atleast_2d", "atleast_3d", "broadcast_tensors", "meshgrid"})
 
 #: Functions whose result holds values of several tensors: a movement where these share a grid.
-JOINS = frozenset({"column_stack", "dstack", "hstack", "row_stack", "stack", "vstack", "where"})
+JOINS = frozenset({"column_stack", "dstack", "hstack", "row_stack", "stack", "vstack"})
 
 #: Properties of a tensor that are views of it.
 VIEW_PROPERTIES = frozenset({"T", "mT", "H", "mH", "data"})
-
-
-def chooses_a_number(name: str, args: tuple[Any, ...]) -> bool:
-    """Tell whether a call of ``where`` takes a number that not all parameters can represent."""
-    numbers = [x for x in args[1:] if isinstance(x, (int, float))] if name == "where" else []
-    return any(numbers)
 
 
 def is_movement(pad: Any, mode: str = "constant", value: float | None = None) -> bool:

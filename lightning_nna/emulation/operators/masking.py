@@ -25,37 +25,65 @@ from lightning_nna.emulation.operators.attention_mask import (
     row_maxima,
 )
 from lightning_nna.emulation.operators.call import Call, requantize
+from lightning_nna.emulation.operators.joint_parameters import Joint
 from lightning_nna.emulation.operators.record import Form, Kernel, Operator, register_operator
+from lightning_nna.emulation.program import Activation, Stored
 
 # What a mask may add to the scores that it leaves in.
 _LARGEST_BIAS = 1e3
 
 
 def masked_fill(call: Call, input: Tensor, mask: Tensor, value: Any) -> Tensor:
-    """Emulate ``torch.masked_fill`` with minus infinity or its like; shapes broadcast."""
-    if call.state.qparams_of(input) is None:
+    """Emulate ``torch.masked_fill``; shapes broadcast, and minus infinity leaves scores out."""
+    if _is_absence(value) and input.dim() > 0:
+        if call.state.qparams_of(input) is None:
+            return input.masked_fill(mask, value)
+        return _without(call, input, ~mask, call.state.constants.is_constant(mask))
+    if _is_plain(call, input, value) and call.state.constants.kind_of([mask]) is not None:
         return input.masked_fill(mask, value)
-    return _without(call, input, ~mask, call.state.constants.is_constant(mask))
+    return choose(call, mask, value, input)
 
 
-def supports_masked_fill(input: Any, mask: Any, value: Any) -> bool:
-    """Tell whether what is filled in stands for the absence of a score."""
-    return input.dim() > 0 and _is_absence(value)
-
-
-def where(call: Call, condition: Tensor, input: Any, other: Any) -> Tensor:
-    """Emulate ``torch.where`` between scores and minus infinity; shapes broadcast."""
-    scores, keep = (input, condition) if _is_absence(other) else (other, ~condition)
-    if call.state.qparams_of(scores) is None:
+def where(call: Call, condition: Tensor, input: Any = None, other: Any = None) -> Tensor:
+    """Emulate ``torch.where`` of shapes that broadcast; minus infinity leaves scores out."""
+    absent = _is_absence(input), _is_absence(other)
+    scores, keep = (input, condition) if absent[1] else (other, ~condition)
+    if any(absent) and not all(absent) and isinstance(scores, Tensor) and scores.dim() > 0:
+        if call.state.qparams_of(scores) is None:
+            return torch.where(condition, input, other)
+        return _without(call, scores, keep, call.state.constants.is_constant(condition))
+    if any(absent) and _is_plain(call, input, other):  # A mask itself.
         return torch.where(condition, input, other)
-    return _without(call, scores, keep, call.state.constants.is_constant(condition))
+    return choose(call, condition, input, other)
 
 
-def supports_where(condition: Any, *branches: Any) -> bool:
-    """Tell whether one branch stands for the absence of a score, and the other has scores."""
-    absent = [_is_absence(branch) for branch in branches]
-    scores = [branch for branch, is_absent in zip(branches, absent, strict=True) if not is_absent]
-    return sum(absent) == 1 and isinstance(scores[0], Tensor) and scores[0].dim() > 0
+def choose(call: Call, condition: Tensor, input: Tensor | float, other: Tensor | float) -> Tensor:
+    """Select values of one operand where a condition holds, and of the other elsewhere.
+
+    Args:
+        call: The call.
+        condition: Booleans, of a shape that broadcasts with those of the operands.
+        input: Tensor or number that is taken where the condition holds.
+        other: Tensor or number that is taken elsewhere.
+    """
+
+    def function(first: Tensor | float, second: Tensor | float) -> Tensor:
+        return torch.where(condition, first, second)
+
+    result, operands = Joint(call, (input, other), ("input", "other")).compute(function)
+    if call.recording:
+        constant = call.state.constants.is_constant(condition)
+        mask = Stored(condition, "bool", constant=constant, source=condition)
+        y = Activation(result, operands[0].qparams)
+        call.record("SELECT_V2", [mask, *(x.stored() for x in operands)], [y.stored()])
+    return result
+
+
+def _is_plain(call: Call, *values: Any) -> bool:
+    """Tell whether no value, a tensor of any shape or a number, is an activation."""
+    tensors = [x for x in values if isinstance(x, Tensor)]
+    tagged = (call.state.qparams_of, call.state.mixed_qparams_of)
+    return all(of(x) is None for x in tensors for of in tagged)
 
 
 def add(call: Call, input: Tensor | float, other: Tensor | float, *, alpha: float = 1) -> Tensor:
@@ -122,9 +150,9 @@ register_operator(
         "select",
         torch=("masked_fill", "masked_fill_"),
         emulate=masked_fill,
-        supports=supports_masked_fill,
-        forms=(Form(("where",), where, supports_where),),
+        forms=(Form(("where",), where),),
         litert=(Kernel("SELECT_V2", order="elements", options="SelectV2Options"),),
-        arithmetic="a score that a mask leaves out becomes the lowest integer",
+        arithmetic="operands requantized to the parameters of the result; a score that a mask "
+        "leaves out becomes the lowest integer",
     )
 )

@@ -9,9 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_nna import emulate
+from lightning_nna import calibrate, emulate
 from lightning_nna.emulation.coverage import coverage
+from lightning_nna.testing.operator_oracle import CHECKS, Check, Example, check_operator
 from lightning_nna.testing.replay import replays
+from tests.emulation.modules import Function
 
 TIME = 24
 BEFORE = torch.ones(TIME, TIME, dtype=torch.bool).tril()
@@ -178,3 +180,36 @@ class Choosing(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.where(x > 0, torch.relu(x), 0.5)
+
+
+ROWS, SQUARE = (120, 100), ((120, 100), (120, 100))
+CONDITION = torch.arange(100) % 3 == 0
+CHOICES = [
+    Example(lambda: Function(lambda a, b: torch.where(CONDITION, a.tanh(), 2 * b)), SQUARE),
+    Example(lambda: Function(lambda x: (x * 2).masked_fill(CONDITION, 0.3)), (ROWS,)),
+    Example(lambda: Function(lambda x: torch.where(CONDITION[:, None], 0.5, x.T)), (ROWS,)),
+]
+
+
+@pytest.mark.exactness
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+@pytest.mark.parametrize("example", CHOICES)
+def test_oracle(example: Example, check: Check) -> None:
+    check_operator("select", [example], checks=[check])
+
+
+@pytest.mark.parametrize("spec", ["litert-int8", "litert-int16x8"])
+def test_a_number_that_fits_requantizes_nothing(spec: str) -> None:
+    net = Function(lambda x: torch.where(CONDITION, torch.sigmoid(x), 0.0))
+    compared = replays(net, torch.randn(4, 100), spec=spec)
+    assert compared == {"QUANTIZE": 400, "LOGISTIC": 400, "SELECT_V2": 400}
+
+
+def test_a_number_beyond_all_is_an_end_of_the_range() -> None:
+    lowest = torch.finfo(torch.float32).min
+    net, x = Function(lambda x: torch.where(CONDITION, torch.relu(x), -lowest)), torch.randn(4, 100)
+    calibrate(net, [x])
+    with emulate(net), torch.no_grad():
+        y = net(x)
+    assert float(y.max()) < 10
+    assert torch.equal(y[:, ~CONDITION], y.max().expand(4, 66))
