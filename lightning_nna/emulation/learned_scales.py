@@ -50,6 +50,7 @@ from torch import Tensor, nn
 from lightning_nna import elementary
 from lightning_nna.distributed import is_distributed
 from lightning_nna.emulation.arithmetic.quantized_weight import (
+    SECOND_AXIS,
     QuantizedWeight,
     largest_scales,
     per_row,
@@ -150,7 +151,7 @@ class LearnedScales:
 
         Args:
             weight: Weight, float32, shape ``(rows, …)``.
-            rows_per_scale: Number of rows that share a scale.
+            rows_per_scale: Number of rows that share a scale, or :data:`.SECOND_AXIS`.
 
         Returns:
             Log2 scales, float32, shape ``(rows / rows_per_scale,)``; None if none are learned.
@@ -177,7 +178,10 @@ class LearnedScales:
 
         A tensor of zeros has no scale to start from: its scale is created once it is not zero.
         """
-        groups = weight.detach().reshape(weight.shape[0] // rows_per_scale, -1)
+        rows, count = weight.detach(), rows_per_scale
+        if rows_per_scale == SECOND_AXIS:
+            rows, count = rows.transpose(0, 1), 1
+        groups = rows.reshape(len(rows) // count, -1)
         scale = largest_scales(
             groups, maximum=self.spec.weight_max, power_of_two=self.spec.power_of_two_scales
         )
@@ -211,6 +215,9 @@ class LearnedScales:
             scale = elementary.exp2(exponent.round())
         else:
             scale = round_significands(elementary.exp2(exponent))
+        if rows_per_scale == SECOND_AXIS:
+            turned = weight.transpose(0, 1)
+            return quantize_onto(turned, scale.float(), maximum=self.spec.weight_max).turned()
         scales = scale.float().repeat_interleave(rows_per_scale)
         return quantize_onto(weight, scales, maximum=self.spec.weight_max)
 
@@ -237,8 +244,12 @@ class LearnedScales:
         # had none, and would count twice under activation checkpointing.
         learned = log2_scales if self.learning != "none" else log2_scales.detach()
         with float32_arithmetic(weight):
-            quantized_weight = quantized(weight, rows_per_scale)
-            return _WeightOnScales.apply(weight, learned, quantized_weight, self.spec.weight_max)
+            quantized_weight, limit = quantized(weight, rows_per_scale), self.spec.weight_max
+            if rows_per_scale == SECOND_AXIS:
+                turned = weight.transpose(0, 1)
+                values = _WeightOnScales.apply(turned, learned, quantized_weight.turned(), limit)
+                return values.transpose(0, 1)
+            return _WeightOnScales.apply(weight, learned, quantized_weight, limit)
 
     # --- activations --------------------------------------------------------------------------
 

@@ -246,7 +246,8 @@ class EmulationState:
 
         Args:
             weight: Weight, float32, shape ``(rows, …)``.
-            rows_per_scale: Number of rows that share a scale; divides the number of rows.
+            rows_per_scale: Number of rows that share a scale, which divides the number of rows, or
+                :data:`.SECOND_AXIS`.
         """
         key, scale = (id(weight), rows_per_scale), self.scales.of_weight(weight, rows_per_scale)
         cached = self._weights.get(key)

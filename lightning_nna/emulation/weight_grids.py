@@ -7,6 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lightning_nna.emulation.arithmetic.quantized_weight import (
+    SECOND_AXIS,
     QuantizedWeight,
     quantize_onto,
     quantize_weight,
@@ -23,7 +24,7 @@ def on_grid(
     Args:
         pipeline: Weight pipeline of the module.
         weight: Weight of an operator, float32, shape ``(rows, …)``.
-        rows_per_scale: Number of rows that share a scale.
+        rows_per_scale: Number of rows that share a scale, or :data:`.SECOND_AXIS`.
         spec: Accelerator.
 
     Raises:
@@ -32,6 +33,20 @@ def on_grid(
         FloatingPointError: If a weight is not finite.
     """
     grid, weight = pipeline.grid_of(weight), pipeline.deployed(weight)
+    if rows_per_scale != SECOND_AXIS:
+        return _quantized(grid, weight, rows_per_scale, spec)
+    if grid is not None and len(grid.scales) > 1:
+        raise ValueError(
+            f"a weight of a transposed convolution has {len(grid.scales)} scales for its inputs: "
+            "set granularity='per_tensor' on the method"
+        )
+    return _quantized(grid, weight.transpose(0, 1), 1, spec).turned()
+
+
+def _quantized(
+    grid: WeightGrid | None, weight: Tensor, rows_per_scale: int, spec: NNASpec
+) -> QuantizedWeight:
+    """Quantize a weight with a scale for so many of its rows."""
     if grid is not None:
         return quantize_onto(
             weight, _scales_of_rows(grid, weight, rows_per_scale, spec), maximum=spec.weight_max

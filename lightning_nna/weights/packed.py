@@ -125,7 +125,7 @@ def save_packed(source: nn.Module | Mapping[str, Tensor], path: str | Path) -> P
     entries: dict[str, dict[str, Any]] = {}
     packed, plain, coded = {}, {}, {}
     for name, tensor in tensors.items():
-        integers, scales = grids.get(name, (tensor, None))
+        integers, scales, axis = grids.get(name, (tensor, None, 0))
         bits = _bits_of(name, integers)
         layout, stored = _smallest(bits)
         if scales is not None:
@@ -134,6 +134,7 @@ def save_packed(source: nn.Module | Mapping[str, Tensor], path: str | Path) -> P
             "layout": layout,
             "shape": list(tensor.shape),
             "dtype": str(tensor.dtype).removeprefix("torch."),
+            **({"axis": axis} if axis else {}),
         }
         parts |= {f"{name}|{part}": array for part, array in stored.items()}
         packed[name] = sum(array.nbytes for array in stored.values())
@@ -159,8 +160,8 @@ def load_packed(path: str | Path) -> dict[str, Tensor]:
     }
 
 
-def _grids(module: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
-    """Return integers and scales of the weights that an emulated module has used."""
+def _grids(module: nn.Module) -> dict[str, tuple[Tensor, Tensor, int]]:
+    """Return integers, scales and their axis of the weights that an emulated module has used."""
     emulator = attached(module)
     if emulator is None:
         return {}
@@ -169,10 +170,12 @@ def _grids(module: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
         rows = emulator.state.rows_of(parameter)
         if rows is not None:
             quantized = emulator.state.weight(parameter, rows)
-            scales = quantized.scales.reshape(-1, rows)[:, 0]
+            # Without rows that share one, every scale is that of an index.
+            scales = quantized.scales.reshape(-1, rows or 1)[:, 0]
             integers_and_scales[name] = (
                 quantized.stored.reshape(parameter.shape).to(torch.int8),
                 scales,
+                quantized.axis,
             )
     return integers_and_scales
 
@@ -182,11 +185,13 @@ def packed_size(weight: QuantizedWeight, rows_per_scale: int) -> int:
 
     Args:
         weight: Quantized weight of an emulated module.
-        rows_per_scale: Number of rows that share a scale.
+        rows_per_scale: Number of rows that share a scale, or :data:`.SECOND_AXIS`.
     """
     integers = weight.stored.to(torch.int8)
     _, stored = _smallest(_bits_of("a weight", integers))
-    return sum(array.nbytes for array in stored.values()) + 4 * (len(integers) // rows_per_scale)
+    return sum(array.nbytes for array in stored.values()) + 4 * (
+        len(weight.scales) // (rows_per_scale or 1)
+    )
 
 
 def _coded_bytes(bits: Bits) -> int:

@@ -61,7 +61,8 @@ def packed_bits(path: str | Path) -> dict[str, tuple[Bits, str, tuple[int, ...]]
         size = 1 if scaled else _SIZES.get(dtype) or np.dtype(dtype).itemsize
         bits = unpacked(parts[name], count, _UNSIGNED[size])
         if scaled:
-            bits = _scaled(bits, parts[name]["scales"]).view(np.uint32)
+            axis = int(entry.get("axis", 0))
+            bits = _scaled(bits.reshape(shape), parts[name]["scales"], axis).view(np.uint32)
         tensors[name] = bits, dtype, shape
     return tensors
 
@@ -121,10 +122,12 @@ def _indices(packed: NDArray[np.uint8], count: int, size: int) -> NDArray[np.int
     return bits.astype(np.intp) @ (1 << np.arange(width - 1, -1, -1))
 
 
-def _scaled(integers: Bits, scales: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Multiply 8-bit integers by the scale of each group of rows."""
-    rows = integers.view(np.int8).reshape(len(scales), -1)
-    return (rows.astype(np.float32) * scales[:, None]).reshape(-1)
+def _scaled(integers: Bits, scales: NDArray[np.float32], axis: int) -> NDArray[np.float32]:
+    """Multiply 8-bit integers by the scale of each group of rows, or of the second axis."""
+    signed = integers.view(np.int8).astype(np.float32)
+    if axis:
+        return (signed * scales.reshape(-1, *[1] * (signed.ndim - 2))).reshape(-1)
+    return (signed.reshape(len(scales), -1) * scales[:, None]).reshape(-1)
 
 
 def _array(bits: Bits, dtype: str, shape: tuple[int, ...]) -> NDArray[Any]:

@@ -22,6 +22,9 @@ from torch import Tensor
 from lightning_nna.elementary import power_of_two
 from lightning_nna.emulation.arithmetic.integer_products import ByteProduct
 
+#: Instead of a number of rows that share a scale: each index of the second axis has a scale, as the
+#: outputs of a transposed convolution have.
+SECOND_AXIS = 0
 #: Scale of a channel of zeros, which has to be raised for its bias if it has one.
 SMALLEST_SCALE = 2.0**-60
 # Integers of a tensor up to which encoders of weights take them for centroids.
@@ -35,19 +38,29 @@ class QuantizedWeight:
     Args:
         stored: Integers, int8, in the shape of the weight.
         scales: One positive scale per row (first axis), float32.
+        axis: Axis that the scales belong to instead, 1 for :data:`SECOND_AXIS`.
     """
 
-    stored: Int8[Tensor, "rows *rest"]
-    scales: Float[Tensor, " rows"]
+    stored: Int8[Tensor, "*shape"]
+    scales: Float[Tensor, " channels"]
+    axis: int = 0
+
+    def turned(self) -> QuantizedWeight:
+        """Return the weight with its first two axes swapped, and the scales of the other one."""
+        return QuantizedWeight(
+            self.stored.transpose(0, 1).contiguous(), self.scales, axis=1 - self.axis
+        )
 
     @property
-    def integers(self) -> Float[Tensor, "rows *rest"]:
+    def integers(self) -> Float[Tensor, "*shape"]:
         """The integers in float32, computed at every call."""
         return self.stored.float()
 
     @property
-    def values(self) -> Float[Tensor, "rows *rest"]:
+    def values(self) -> Float[Tensor, "*shape"]:
         """The weight that the integers stand for; exact in float32, computed at every call."""
+        if self.axis:
+            return self.turned().values.transpose(0, 1).contiguous()
         return values_of(self.stored, self.scales)
 
     @cached_property

@@ -21,7 +21,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lightning_nna.emulation.arithmetic.integer_products import FLOAT32_INTEGERS
-from lightning_nna.emulation.arithmetic.quantized_weight import QuantizedWeight, values_of
+from lightning_nna.emulation.arithmetic.quantized_weight import (
+    SECOND_AXIS,
+    QuantizedWeight,
+    values_of,
+)
 from lightning_nna.emulation.arithmetic.rescaling import round_fast, rounding_factors
 from lightning_nna.emulation.clipping import clip, inside
 from lightning_nna.emulation.first_order import first_order
@@ -85,9 +89,16 @@ def layer(
 
 
 def _rows_per_scale(call: Call, weight: Tensor, geometry: Geometry) -> int:
-    """Rows of the parameter that share a scale: the channels of a transposed weight are none."""
+    """Rows of the parameter that share a scale, by the granularity of the accelerator."""
     per_channel = call.state.spec.weight_granularity == "per_channel"
-    return 1 if per_channel and not geometry.transposed else weight.shape[0]
+    return _rows_of_channel(weight, geometry) if per_channel else weight.shape[0]
+
+
+def _rows_of_channel(weight: Tensor, geometry: Geometry) -> int:
+    """Rows that share a scale where channels have their own; transposed groups have one for all."""
+    if not geometry.transposed:
+        return 1
+    return SECOND_AXIS if geometry.groups == 1 else weight.shape[0]
 
 
 def _quantized(call: Call, weight: Tensor, rows: int, geometry: Geometry) -> QuantizedWeight:
@@ -95,6 +106,8 @@ def _quantized(call: Call, weight: Tensor, rows: int, geometry: Geometry) -> Qua
     quantized = call.state.weight(weight, rows)
     if not geometry.transposed:
         return quantized
+    if rows == SECOND_AXIS:
+        return quantized.turned()
     stored = geometry.outputs_first(quantized.stored)
     return QuantizedWeight(stored, quantized.scales[:1].repeat(len(stored)))
 
@@ -103,7 +116,7 @@ def _waiting(
     call: Call, x: Activation, weight: Tensor, bias: Tensor | None, geometry: Geometry
 ) -> Tensor:
     """The result of a convolution before its rounding, for the batch norm that folds it."""
-    rows = weight.shape[0] if geometry.transposed else 1
+    rows = _rows_of_channel(weight, geometry)
     quantized = _quantized(call, weight, rows, geometry)
     with float32_arithmetic(x.value):
         padded = x

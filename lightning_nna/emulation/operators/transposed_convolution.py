@@ -1,7 +1,8 @@
 """Transposed convolutions over one or two axes: the arithmetic is that of :mod:`.convolution`.
 
-The channels of an output are the second axis of PyTorch's weight, so that one scale is for all of
-the weight; a batch norm after it gives every channel a scale of its own, as after a convolution.
+The channels of an output are the second axis of PyTorch's weight, and each has a scale. With groups
+one scale is for all of the weight: an index of that axis is a channel of every group. A batch norm
+after it gives every channel a scale of its own, as after a convolution.
 """
 
 from __future__ import annotations

@@ -10,8 +10,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_nna import calibrate, coverage, emulate
-from lightning_nna.deploy import export_tflite, verify
+from lightning_nna import bake, calibrate, coverage, emulate
+from lightning_nna.deploy import (
+    export_tflite,
+    layer_figures,
+    load_packed,
+    save_packed,
+    verify,
+)
+from lightning_nna.emulation.arithmetic.quantized_weight import SECOND_AXIS
 from lightning_nna.testing.operator_oracle import CHECKS, Check, Example, check_operator
 from lightning_nna.testing.replay import replays
 
@@ -135,3 +142,45 @@ def test_functions_and_their_arguments(tmp_path: Path) -> None:
 def test_three_axes_run_in_float() -> None:
     net = nn.ConvTranspose3d(2, 2, 2)
     assert coverage(net, torch.randn(1, 2, 3, 3, 3)).fallbacks
+
+
+def _with_channels_of_several_sizes() -> nn.Sequential:
+    """A network whose output channels have weights of very different sizes."""
+    torch.manual_seed(0)
+    layer = nn.ConvTranspose2d(4, 6, 3, 2)
+    with torch.no_grad():
+        layer.weight.mul_(torch.logspace(-2, 1, 6).view(1, 6, 1, 1))
+    return nn.Sequential(layer, nn.Flatten())
+
+
+@pytest.mark.parametrize("learned_scales", ["none", "weights"])
+def test_every_output_channel_has_a_scale(learned_scales: Any, tmp_path: Path) -> None:
+    net, x = _with_channels_of_several_sizes(), torch.randn(4, 4, 5, 5)
+    calibrate(net, [x])
+    layer, spec = net[0], "litert-int8"
+    with emulate(net, spec, learned_scales=learned_scales) as chip:
+        net(x).square().sum().backward()
+        weight = chip.state.weight(layer.weight, chip.state.used_weights["0.weight"])
+    largest = layer.weight.detach().abs().amax((0, 2, 3))
+    torch.testing.assert_close(weight.scales, largest / 127, rtol=1e-3, atol=0)
+    torch.testing.assert_close(weight.values, layer.weight.detach(), rtol=0.005, atol=0.05)
+    if learned_scales == "weights":
+        (scales,) = chip.scales.weights.values()
+        assert scales.grad is not None
+        assert scales.grad.shape == (6,)
+    model = export_tflite(net, [x], tmp_path / "net.tflite")
+    assert verify(net, model.path, [x]) == 1.0
+
+
+def test_scales_of_channels_are_packed_and_baked(tmp_path: Path) -> None:
+    net, x = _with_channels_of_several_sizes(), torch.randn(4, 4, 5, 5)
+    calibrate(net, [x])
+    with emulate(net) as chip, torch.no_grad():
+        net(x)
+        values = chip.state.weight(net[0].weight, SECOND_AXIS).values
+        save_packed(net, tmp_path / "packed.safetensors")
+        (row, *_) = layer_figures(net)
+    assert torch.equal(load_packed(tmp_path / "packed.safetensors")["0.weight"], values)
+    assert row.packed_bytes >= net[0].weight.numel() + 4 * 6
+    bake(net)
+    assert torch.equal(net[0].weight, values)
