@@ -172,12 +172,16 @@ def _rows(instruction: Arrangement, shape_of: ShapeOf) -> Arrangement:
     if len(shape) < 2 or (source := _complete_tensor(x, shape, shape_of)) is None:
         return instruction
     number, elements = source
-    rows = elements.reshape(-1, shape[-1])
+    rows, target = elements.reshape(-1, shape[-1]), shape_of(number)
     starts = rows[:, 0]
-    if _is_sorted(starts) or not np.array_equal(rows, starts[:, None] + np.arange(rows.shape[1])):
+    leading = target[:-1] if target[-1:] == shape[-1:] else (len(rows),)
+    if not 1 <= len(leading) < _MOST_AXES:
+        leading = (len(rows),)
+    if _is_sorted(starts) and (leading == shape[:-1] or target[-1:] != shape[-1:]):
         return instruction
-    order, target = np.argsort(starts), shape_of(number)
-    leading = target[:-1] if target[-1] == shape[-1] else (len(rows),)
+    if not np.array_equal(rows, starts[:, None] + np.arange(rows.shape[1])):
+        return instruction
+    order = np.argsort(starts)
 
     def move(y: NDArray[np.int64]) -> NDArray[np.int64]:
         return y.reshape(len(rows), -1)[order].reshape(*leading, -1)

@@ -285,6 +285,8 @@ class LayoutTensors:
     def __init__(self, graph: Graph, changing: Container[int]) -> None:
         self.graph, self._changing = graph, changing
         self._results: dict[tuple[Any, ...], int] = {}
+        # Tensors that are others in another shape: number of the other.
+        self._reshaped: dict[int, int] = {}
 
     def tensor(self, codes: Codes, values: Any, form: TensorSpec, name: str) -> int:
         """Return the tensor with these elements, laid out by operators if there is none.
@@ -299,12 +301,15 @@ class LayoutTensors:
         for number in candidates:
             if np.array_equal(codes, codes_of(number, np.arange(codes.size)).reshape(codes.shape)):
                 return number
+        is_quantized = form.dtype in ("int8", "int16")
         builder = LayoutBuilder(
             lambda operator, inputs, shape, options: self._emit(
                 operator, inputs, shape, options, form, name
             ),
             lambda integers: self.graph.constant(f"{name}/fill", form, integers),
             lambda number: self.graph.specs[number].shape,
+            form.zero_point if is_quantized else None,
+            int(np.iinfo(form.dtype).min) if is_quantized else None,
         )
         return builder.build(codes, values)
 
@@ -315,17 +320,23 @@ class LayoutTensors:
         numbers = [
             self._shape_constant(name, x) if isinstance(x, np.ndarray) else x for x in inputs
         ]
+        if operator == "RESHAPE":
+            numbers[0] = self._reshaped.get(numbers[0], numbers[0])
+            if self.graph.specs[numbers[0]].shape == tuple(shape):
+                return numbers[0]
         changes = any(number in self._changing for number in numbers)
         key = (operator, tuple(numbers), tuple(shape), repr(sorted(options.items())))
         if key in self._results and not changes:
             return self._results[key]
         result = replace(form, shape=tuple(shape), is_variable=False, data=None)
         values = apply_layout_operator(
-            operator, [self.graph.values[k] for k in numbers], shape, options
+            operator, [self.graph.values[k] for k in numbers], shape, options, form.zero_point
         )
         number = self.graph.add(f"{name}/{operator.lower()}", result, values)
         self.graph.run(operator, name, numbers, [number], options)
         self._results[key] = number
+        if operator == "RESHAPE" and not changes:
+            self._reshaped[number] = numbers[0]
         return number
 
     def _shape_constant(self, name: str, x: Any) -> int:

@@ -24,6 +24,10 @@ _ELEMENT_BITS = 40
 # Most parts of a concatenation, beyond which elements are gathered, and most axes of a slice.
 _MOST_PARTS = 32
 _MOST_AXES = 5
+# Most elements of a broadcast for which a constant of as many is worth its memory.
+_LARGEST_BROADCAST = 2**14
+# Most axes that a kernel pads.
+_MOST_PADDED_AXES = 4
 
 Codes = NDArray[np.int64]
 
@@ -239,7 +243,7 @@ def _by_axes(axes: list[tuple[int, int]], first: int, source: tuple[int, ...]) -
 
 
 def apply_layout_operator(
-    operator: str, inputs: Sequence[Any], shape: Any, options: Mapping[str, Any]
+    operator: str, inputs: Sequence[Any], shape: Any, options: Mapping[str, Any], zero: int = 0
 ) -> NDArray[np.int64]:
     """Apply a layout operator to integers.
 
@@ -248,6 +252,7 @@ def apply_layout_operator(
         inputs: Integers of its inputs, the data first.
         shape: Shape of the result.
         options: Options of the operator.
+        zero: Integer that stands for 0.
 
     Returns:
         The result, int64, shape ``shape``.
@@ -266,6 +271,10 @@ def apply_layout_operator(
             return np.broadcast_to(x, shape)
         case "GATHER":
             return x[inputs[1]]
+        case "MAXIMUM":
+            return np.maximum(x, inputs[1])
+        case "PAD":
+            return np.pad(x, inputs[1], constant_values=zero)
         case _:
             return np.concatenate(inputs, options["axis"])
 
@@ -283,6 +292,8 @@ class LayoutBuilder:
         constant: Function that adds integers as a constant with the quantization parameters of the
             operand, and returns its number.
         shape_of: Function that returns the shape of a tensor, given its number.
+        zero: Integer of the operand that stands for 0; None for an operand that is not quantized.
+        lowest: Lowest integer of its type; None for an operand that is not quantized.
     """
 
     def __init__(
@@ -290,8 +301,11 @@ class LayoutBuilder:
         emit: Emit,
         constant: Callable[[NDArray[np.int64]], int],
         shape_of: Callable[[int], tuple[int, ...]],
+        zero: int | None = None,
+        lowest: int | None = None,
     ) -> None:
         self.emit, self.constant, self.shape_of = emit, constant, shape_of
+        self.zero, self.lowest = zero, lowest
 
     def build(self, codes: Codes, values: NDArray[np.int64]) -> int:
         """Return the tensor with these elements.
@@ -306,6 +320,8 @@ class LayoutBuilder:
         view = self._view(codes) or self._view_of_merged(codes)
         if view is not None:
             return self._reshaped(self._build_view(*view), codes.shape)
+        if (box := self._padded_box(codes, values)) is not None:
+            return self._build_padding(codes, values, box)
         cuts = self._cuts(codes)
         if cuts is None:
             return self._build_gather(codes, values)
@@ -356,17 +372,52 @@ class LayoutBuilder:
         return self._broadcast(number, view)
 
     def _broadcast(self, number: int, view: View) -> int:
-        number = self._reshaped(number, view.spread)
+        """Broadcast axes, by MAXIMUM with the lowest integers: no NPU has BROADCAST_TO.
+
+        (4, 1, 5) and a constant of shape (4, 3, 5), -128 throughout, have the maximum (4, 3, 5).
+        """
         if view.spread == view.result:
-            return number
-        form = np.array(view.result, np.int32)
-        return self.emit("BROADCAST_TO", [number, form], view.result, {})
+            return self._reshaped(number, view.spread)
+        if self.lowest is None or prod(view.result) > _LARGEST_BROADCAST:
+            number = self._reshaped(number, view.spread)
+            form = np.array(view.result, np.int32)
+            return self.emit("BROADCAST_TO", [number, form], view.result, {})
+        for axis, count in enumerate(view.result):
+            if view.spread[axis] != count:
+                outer, inner = prod(view.result[:axis]), prod(view.spread[axis + 1 :])
+                shape = (outer, count, inner)
+                lowest = self.constant(np.full(shape, self.lowest))
+                number = self._reshaped(number, (outer, 1, inner))
+                number = self.emit("MAXIMUM", [number, lowest], shape, {})
+        return self._reshaped(number, view.result)
 
     def _reshaped(self, number: int, shape: Sequence[int]) -> int:
         if tuple(shape) == self.shape_of(number):
             return number
         form = np.array(shape, np.int32)
         return self.emit("RESHAPE", [number, form], tuple(shape), {"newShape": list(shape)})
+
+    def _padded_box(self, codes: Codes, values: NDArray[np.int64]) -> tuple[slice, ...] | None:
+        """Return the box outside of which all elements are constants that stand for 0."""
+        fixed = codes == NO_TENSOR
+        if codes.ndim > _MOST_PADDED_AXES or not fixed.any():
+            return None
+        bounds = [
+            np.flatnonzero(~fixed.all(tuple(k for k in range(codes.ndim) if k != axis)))
+            for axis in range(codes.ndim)
+        ]
+        box = tuple(slice(int(x[0]), int(x[-1]) + 1) for x in bounds)
+        outside = np.ones(codes.shape, bool)
+        outside[box] = False
+        zeros = bool((fixed & (values == self.zero))[outside].all())
+        return box if zeros and outside.any() else None
+
+    def _build_padding(
+        self, codes: Codes, values: NDArray[np.int64], box: tuple[slice, ...]
+    ) -> int:
+        pairs = zip(box, codes.shape, strict=True)
+        sides = np.array([(each.start, size - each.stop) for each, size in pairs], np.int32)
+        return self.emit("PAD", [self.build(codes[box], values[box]), sides], codes.shape, {})
 
     def _cuts(self, codes: Codes) -> tuple[int, list[int]] | None:
         """Return the axis along which the fewest parts are views, and the bounds of the parts."""

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from lightning_nna.deploy.constant_mask import selects_nothing, without_constant_mask
 from lightning_nna.deploy.cpu_operators import CpuOperators, cpu_kernel, function_of
 from lightning_nna.deploy.element_order import Arrangement, Operand, in_order_of_operand
 from lightning_nna.deploy.graph import (
@@ -344,20 +345,17 @@ class Recorder:
             if instruction.operator == "QUANTIZE" and is_float(instruction.inputs[0]):
                 self._quantize(instruction, result_ids[0])
                 return
+            arrangement = self._arrangement(instruction, result_ids)
+            if selects_nothing(instruction.operator, arrangement):
+                (unchanged,) = (x.codes for x in arrangement.operands[-1:] if x is not None)
+                assert unchanged is not None
+                self.provenance_map.define(
+                    arrangement.results[0].form.dtype, result_ids[0], unchanged.reshape(-1)
+                )
+                return
+            operator, arrangement = without_constant_mask(instruction.operator, arrangement)
             arrangement = in_order_of_operand(
-                instruction.operator,
-                Arrangement(
-                    tuple(
-                        None if x is None or x.variable else self._operand(instruction, k, x)
-                        for k, x in enumerate(instruction.inputs)
-                    ),
-                    tuple(
-                        Operand(x.integers.numpy(), spec_of(x), instruction.site, ids=ids)
-                        for x, ids in zip(instruction.outputs, result_ids, strict=True)
-                    ),
-                    instruction.options,
-                ),
-                lambda number: self.graph.specs[number].shape,
+                operator, arrangement, lambda number: self.graph.specs[number].shape
             )
             inputs = [None if x is None else self._tensor(x) for x in arrangement.operands]
             if instruction.operator == _LSTM:
@@ -369,12 +367,7 @@ class Recorder:
                 for x in instruction.intermediates
             ]
             self.graph.run(
-                instruction.operator,
-                instruction.site,
-                inputs,
-                outputs,
-                arrangement.options,
-                between,
+                operator, instruction.site, inputs, outputs, arrangement.options, between
             )
             for result, number in zip(arrangement.results, outputs, strict=True):
                 count = prod(result.form.shape)
@@ -394,6 +387,18 @@ class Recorder:
             bool((ids >= 0).any()) or (dtype == "int32" and bool((ids < CONSTANT).any()))
             for dtype, ids in ((x.dtype, self.provenance_map.ids(x)) for x in read)
         )
+
+    def _arrangement(self, instruction: Instruction, result_ids: Sequence[Any]) -> Arrangement:
+        """Return an instruction with the codes of its operands and the ids of its results."""
+        operands = (
+            None if x is None or x.variable else self._operand(instruction, k, x)
+            for k, x in enumerate(instruction.inputs)
+        )
+        results = (
+            Operand(x.integers.numpy(), spec_of(x), instruction.site, ids=ids)
+            for x, ids in zip(instruction.outputs, result_ids, strict=True)
+        )
+        return Arrangement(tuple(operands), tuple(results), instruction.options)
 
     def _operand(self, instruction: Instruction, position: int, stored: Stored) -> Operand:
         """Return an operand with the codes of its elements."""

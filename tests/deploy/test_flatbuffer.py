@@ -35,7 +35,7 @@ CASES: dict[
 ] = {
     "ADD": (lambda x: x + torch.sigmoid(x), ROWS, ()),
     "BATCH_MATMUL": (lambda x: x @ x.transpose(1, 2), (2, 3, 4), ()),
-    "BROADCAST_TO": (lambda x: x[:, None].expand(3, 5, 4), ROWS, ()),
+    "BROADCAST_TO": (lambda x: x[:, None].expand(3, 2000, 4), ROWS, ()),
     "CONCATENATION": (lambda x: torch.cat([x, x]), ROWS, ()),
     "CONV_2D": (lambda x, conv: conv(x), IMAGE, (lambda: nn.Conv2d(4, 3, 3),)),
     "DEPTHWISE_CONV_2D": (
@@ -91,7 +91,7 @@ ON_THE_CPU = {
 }
 # Of 5 and 6 axes: other versions, where the kernels have so many.
 MANY_AXES = {
-    "BROADCAST_TO": (lambda x: x[:, None].expand(2, 2, 3, 2, 1, 2), (2, 3, 2, 1, 2), ()),
+    "BROADCAST_TO": (lambda x: x[:, None].expand(2, 800, 3, 2, 1, 2), (2, 3, 2, 1, 2), ()),
     "STRIDED_SLICE": (lambda x: x[:, :, :, ::2, 1:], (2, 3, 2, 3, 2), ()),
     "TRANSPOSE": (lambda x: torch.sigmoid(x.permute(4, 3, 2, 1, 0).clone()), (2, 3, 2, 3, 2), ()),
 }

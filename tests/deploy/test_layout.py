@@ -37,9 +37,9 @@ class Machine:
     def shape_of(self, number: int) -> tuple[int, ...]:
         return self.tensors[f"x{number}"].shape
 
-    def make(self, codes: Any) -> Any:
-        builder = LayoutBuilder(self.emit, self.constant, self.shape_of)
-        number = builder.build(codes, np.full(codes.shape, FILL))
+    def make(self, codes: Any, fill: int = FILL) -> Any:
+        builder = LayoutBuilder(self.emit, self.constant, self.shape_of, zero=0, lowest=-(2**15))
+        number = builder.build(codes, np.full(codes.shape, fill))
         # An input that is a result as well is one tensor on LiteRT, so it is copied.
         shape = self.shape_of(number)
         options = options_of("RESHAPE", {"newShape": list(shape)})
@@ -89,9 +89,17 @@ CASES = {
         ["RESHAPE", "BROADCAST_TO", "RESHAPE"],
     ),
     "reversed": (a[:, ::-1], ["REVERSE_V2"]),
-    "broadcast": (np.broadcast_to(a[:, None], (3, 2, 4, 5)), ["RESHAPE", "BROADCAST_TO"]),
+    "broadcast": (np.broadcast_to(a[:, None], (3, 2, 4, 5)), ["RESHAPE", "MAXIMUM", "RESHAPE"]),
     "joined": (np.concatenate([a[:, :3, :4], b]), None),
     "padded": (np.pad(a, ((0, 0), (1, 2), (0, 0)), constant_values=NO_TENSOR), ["CONCATENATION"]),
+    "heads joined": (
+        np.swapaxes(a, 0, 1).reshape(4, 15),
+        ["TRANSPOSE", "RESHAPE"],
+    ),
+    "elements repeated": (
+        np.repeat(a[0], 3, 1),
+        ["STRIDED_SLICE", "RESHAPE", "MAXIMUM", "RESHAPE", "RESHAPE"],
+    ),
     "windows": (np.lib.stride_tricks.sliding_window_view(a, 3, axis=1), None),
     "blocks": (np.block([[a[0], a[1]], [a[2], NO_TENSOR * np.ones((4, 5), np.int64)]]), None),
     "shuffled": (a.reshape(-1)[np.random.default_rng(0).permutation(60)], ["RESHAPE", "GATHER"]),
@@ -104,6 +112,16 @@ def test_an_operand_is_made_of_what_is_there(name: str) -> None:
     machine = Machine()
     np.testing.assert_array_equal(machine.make(codes), values_of(codes))
     assert expected in (None, machine.done)
+
+
+@pytest.mark.parametrize("axes", [(1,), (0, 2)])
+def test_zeros_around_are_padding(axes: tuple[int, ...]) -> None:
+    sides = [(1, 2) if axis in axes else (0, 0) for axis in range(3)]
+    codes = np.pad(a.transpose(0, 2, 1), sides, constant_values=NO_TENSOR)
+    machine = Machine()
+    expected = np.where(codes == NO_TENSOR, 0, values_of(codes))
+    np.testing.assert_array_equal(machine.make(codes, fill=0), expected)
+    assert machine.done == ["TRANSPOSE", "PAD"]
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
