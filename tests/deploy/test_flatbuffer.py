@@ -81,7 +81,7 @@ ONLY_8_BITS = {
     "HARD_SWISH": (F.hardswish, ROWS, ()),
     "LOG_SOFTMAX": (lambda x: torch.log_softmax(x, -1), ROWS, ()),
     "RELU_0_TO_1": (lambda x: x.clamp(0, 1), ROWS, ()),
-    "RELU_N1_TO_1": (F.hardtanh, ROWS, ()),
+    "RELU_N1_TO_1": (lambda x: (y := x + x) * F.hardtanh(y), ROWS, ()),
 }
 # Kernels of the CPU, whose operands are dequantized before and quantized after.
 ON_THE_CPU = {
