@@ -61,6 +61,8 @@ CASES: dict[
     "REDUCE_MIN": (lambda x: x.amin(1), ROWS, ()),
     "RELU": (lambda x: torch.relu(x.flip(0)), ROWS, ()),
     "RELU6": (lambda x: F.relu6(x.flip(0)), ROWS, ()),
+    "RESIZE_BILINEAR": (lambda x: F.interpolate(x, scale_factor=2, mode="bilinear"), IMAGE, ()),
+    "RESIZE_NEAREST_NEIGHBOR": (lambda x: F.interpolate(x, scale_factor=2), IMAGE, ()),
     "RESHAPE": (lambda x: torch.softmax(x.reshape(2, 6), -1), ROWS, ()),
     "REVERSE_V2": (lambda x: torch.sigmoid(x.flip(0)), ROWS, ()),
     "RSQRT": (lambda x, norm: norm(x), ROWS, (lambda: nn.LayerNorm(4),)),
