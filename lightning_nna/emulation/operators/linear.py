@@ -464,26 +464,16 @@ def _version_of_fully_connected(version: int, operator: Any, tensors: Any) -> in
     return max(version, 6 if "" in operator.inputs else version)
 
 
-register_operator(
-    Operator(
-        "fully_connected",
-        torch=("linear",),
-        emulate=linear,
-        litert=(
-            Kernel(
-                "FULLY_CONNECTED",
-                fuses_activation=True,
-                order="columns",
-                versions={"int8": 4, "int16": 7},
-                version=_version_of_fully_connected,
-                operands={1: "weight", 2: "bias"},
-            ),
-        ),
-        learns_scale=True,
-        has_weights=True,
-        arithmetic="integer sum, rescaled in double precision",
-    )
+#: Kernel of layers, whose operator is among the matrix products (see :mod:`.matmul`).
+FULLY_CONNECTED = Kernel(
+    "FULLY_CONNECTED",
+    fuses_activation=True,
+    order="columns",
+    versions={"int8": 4, "int16": 7},
+    version=_version_of_fully_connected,
+    operands={1: "weight", 2: "bias"},
 )
+
 register_operator(
     Operator(
         "embedding",

@@ -11,6 +11,7 @@ pipeline knows its rows, which are not the outputs.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -28,8 +29,10 @@ from lightning_nna.emulation.arithmetic.rescaling import (
 from lightning_nna.emulation.clipping import clip, inside
 from lightning_nna.emulation.first_order import first_order
 from lightning_nna.emulation.float32_arithmetic import float32_arithmetic
+from lightning_nna.emulation.operators import elementwise
 from lightning_nna.emulation.operators.call import Call
 from lightning_nna.emulation.operators.linear import (
+    FULLY_CONNECTED,
     accumulator_limit,
     fully_connected,
     linear,
@@ -48,11 +51,29 @@ def matmul(call: Call, input: Tensor, other: Tensor) -> Tensor:
     if parameter is not None:
         result = linear(call, rows, parameter)
     elif call.state.constants.is_constant(other) and other.dim() <= 2:
-        result = _by_parameter(call, rows, other, columns)
+        shape = columns.shape
+        result = by_parameter(call, rows, other, lambda weight: weight.reshape(shape))
     else:
         result = _by_activation(call, rows, columns)
     axes = tuple(axis for axis, x in ((-2, input), (-1, other)) if x.dim() == 1)
     return call.viewed(result.squeeze(axes), result) if axes else result
+
+
+def linear_layer(call: Call, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Emulate ``F.linear``; a weight that an operator has computed is a matrix of activations.
+
+    Args:
+        call: The call.
+        input: Tensor of shape ``(..., in)``.
+        weight: Shape ``(out, in)``.
+        bias: Shape ``(out,)``, or None.
+    """
+    if call.state.qparams_of(weight) is None:
+        return linear(call, input, weight, bias)
+    turned = call.viewed(weight.mT if weight.dim() > 1 else weight, weight)
+    if bias is None:
+        return matmul(call, input, turned)
+    return elementwise.add(call, matmul(call.child("product"), input, turned), bias)
 
 
 def supports_matmul(input: Any, other: Any, **kwargs: Any) -> bool:
@@ -86,17 +107,35 @@ def _by_activation(call: Call, input: Tensor, other: Tensor) -> Tensor:
     return batch_matmul(call, a, b, call.output(lambda: torch.matmul(input, other)))
 
 
-def _by_parameter(call: Call, input: Tensor, parameter: Tensor, columns: Tensor) -> Tensor:
-    """A fully connected layer whose weight is the transpose of ``columns``, shape ``(k, m)``."""
+def by_parameter(
+    call: Call,
+    input: Tensor,
+    parameter: Tensor,
+    arrange: Callable[[Tensor], Tensor],
+    bias: Tensor | None = None,
+) -> Tensor:
+    """Multiply by a parameter: a fully connected layer with one scale for the whole of it.
+
+    Args:
+        call: The call.
+        input: Tensor of shape ``(..., k)``.
+        parameter: Tensor of any shape.
+        arrange: Function that moves the elements of the parameter to shape ``(k, m)``.
+        bias: Shape ``(m,)``, or None.
+    """
     x = call.operand(input, "input")
+
+    def in_float() -> Tensor:
+        product = torch.matmul(x.value, arrange(parameter))
+        return product if bias is None else product + bias
+
     if call.observing:
-        return call.observed(torch.matmul(input, columns))
+        return call.observed(in_float())
     weight = call.state.weight(parameter, len(parameter))
-    stored = weight.stored.reshape(columns.shape).T.contiguous()
+    stored = arrange(weight.stored).T.contiguous()
     quantized = QuantizedWeight(stored, weight.scales[:1].expand(len(stored)))
-    y = call.output(lambda: torch.matmul(input, columns))
-    trained = call.state.trainable(parameter, len(parameter)).reshape(columns.shape)
-    return fully_connected(call, x, trained.T, None, quantized, y)
+    trained = arrange(call.state.trainable(parameter, len(parameter)))
+    return fully_connected(call, x, trained.T, bias, quantized, call.output(in_float))
 
 
 def _transposed_parameter(call: Call, matrix: Tensor) -> Tensor | None:
@@ -184,5 +223,16 @@ register_operator(
         ),
         learns_scale=True,
         arithmetic="integer sum, rescaled; a parameter makes a fully connected layer",
+    )
+)
+register_operator(
+    Operator(
+        "fully_connected",
+        torch=("linear",),
+        emulate=linear_layer,
+        litert=(FULLY_CONNECTED,),
+        learns_scale=True,
+        has_weights=True,
+        arithmetic="integer sum, rescaled in double precision",
     )
 )

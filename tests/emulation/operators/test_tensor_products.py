@@ -1,0 +1,182 @@
+"""Sums of products pass the oracle in all their forms."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_nna import calibrate, coverage, emulate
+from lightning_nna.deploy import export_tflite, verify
+from lightning_nna.testing.operator_oracle import CHECKS, Check, Example, check_operator
+from lightning_nna.testing.replay import replays
+from tests.emulation.modules import Function
+
+pytestmark = pytest.mark.exactness
+SPECS = {8: "litert-int8", 16: "litert-int16x8"}
+
+
+def of(function: Callable[..., Any], *shapes: tuple[int, ...]) -> Example:
+    return Example(lambda: Function(function), shapes, fast_tolerance=2e-3)
+
+
+class Weighted(nn.Module):
+    """A function of an input and of a parameter."""
+
+    def __init__(self, function: Callable[..., Tensor], *shape: int) -> None:
+        super().__init__()
+        self.function = function
+        self.weight = nn.Parameter(torch.randn(shape))
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return self.function(*inputs, self.weight)
+
+
+class Projection(nn.Module):
+    """A layer as GPT-2 has it: its weight is ``(in, out)``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(30, 50)), nn.Parameter(torch.randn(50))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.addmm(self.bias, x.view(-1, 30), self.weight).view(*x.shape[:-1], 50)
+
+
+MATRICES = ((110, 30), (30, 100))
+EINSUMS = {
+    "matrices": of(lambda a, b: torch.einsum("ij,jk->ik", a, b), *MATRICES),
+    "implicit": of(lambda a, b: torch.einsum("ki,jk", a, b), (30, 100), (110, 30)),
+    "heads": of(lambda a, b: torch.einsum("bthd,bshd->bhts", a, b), (2, 30, 3, 8), (2, 60, 3, 8)),
+    "ellipsis": of(
+        lambda a, b: torch.einsum("...td,...sd->...ts", a, b), (2, 3, 50, 9), (3, 40, 9)
+    ),
+    "products": of(lambda a, b: torch.einsum("bi,bj->bij", a, b), (30, 20), (30, 25)),
+    "sums before": of(lambda a, b: torch.einsum("ijq,jkp->ik", a, b), (110, 30, 2), (30, 100, 3)),
+    "three": of(
+        lambda a, b, c: torch.einsum("ij,jk,kl->il", a, b, c), (100, 9), (9, 110), (110, 100)
+    ),
+    "list": of(lambda a, b: torch.einsum("ij,jk->ki", [a, b]), *MATRICES),
+    "parameter": Example(
+        lambda: Weighted(lambda x, w: torch.einsum("btd,dhk->bhtk", x, w), 20, 4, 8),
+        ((10, 40, 20),),
+    ),
+    "parameter first": Example(
+        lambda: Weighted(lambda x, w: torch.einsum("oi,bit->bot", w, x), 25, 12), ((4, 12, 120),)
+    ),
+    "tensordot": of(lambda a, b: torch.tensordot(a, b, dims=2), (110, 5, 6), (5, 6, 100)),
+    "tensordot of axes": of(
+        lambda a, b: torch.tensordot(a, b, dims=([0], [1])), (6, 20, 5), (100, 6)
+    ),
+    "outer": of(torch.outer, (100,), (110,)),
+    "inner": of(torch.inner, (10, 11, 9), (100, 9)),
+    "chain": of(lambda *x: torch.linalg.multi_dot(x), (100, 9), (9, 110), (110, 100)),
+    "kron": of(torch.kron, (10, 12), (10, 9)),
+    "vecdot": of(lambda a, b: torch.linalg.vecdot(a, b), (500, 20), (500, 20)),
+}
+ADDITIONS = {
+    "matrices": of(torch.addmm, (100,), *MATRICES),
+    "factors": of(lambda x, a, b: torch.addmm(x, a, b, beta=0.5, alpha=-2), (110, 100), *MATRICES),
+    "without addend": of(
+        lambda a, b: torch.zeros(110, 100).addmm(a, b, beta=0, alpha=3), *MATRICES
+    ),
+    "layer": Example(Projection, ((10, 24, 30),)),
+    "vector": of(torch.addmv, (12_000,), (12_000, 7), (7,)),
+    "batches": of(torch.baddbmm, (4, 60, 50), (4, 60, 24), (4, 24, 50)),
+    "sum of batches": of(torch.addbmm, (110, 100), (4, 110, 7), (4, 7, 100)),
+    "outer": of(torch.addr, (110, 100), (110,), (100,)),
+}
+each_check = pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+
+
+@each_check
+@pytest.mark.parametrize("name", EINSUMS)
+def test_einsum(name: str, check: Check) -> None:
+    check_operator("einsum", [EINSUMS[name]], checks=[check])
+
+
+@each_check
+@pytest.mark.parametrize("name", ADDITIONS)
+def test_addmm(name: str, check: Check) -> None:
+    check_operator("addmm", [ADDITIONS[name]], checks=[check])
+
+
+class Bilinear(nn.Bilinear):
+    def __init__(self) -> None:
+        super().__init__(8, 9, 40)
+
+
+@each_check
+def test_bilinear(check: Check) -> None:
+    check_operator("bilinear", [Example(Bilinear, ((30, 9, 8), (30, 9, 9)))], checks=[check])
+
+
+@pytest.mark.parametrize("bits", SPECS)
+@pytest.mark.parametrize("name", [*EINSUMS, *ADDITIONS])
+def test_results_are_near_those_of_float(name: str, bits: int) -> None:
+    torch.manual_seed(0)
+    example = {**EINSUMS, **ADDITIONS}[name]
+    module, inputs = example.build(), example.inputs()
+    with torch.no_grad():
+        expected = module(*inputs)
+        with emulate(module, SPECS[bits]) as chip:
+            with chip.observing():
+                module(*inputs)
+            result = module(*inputs)
+    assert result.shape == expected.shape
+    error = (result - expected).abs().max() / expected.abs().max()
+    assert float(error) < 0.03
+
+
+@pytest.mark.parametrize(
+    ("equation", "shape"), [("ij->ji", (3, 4)), ("bij->b", (2, 3, 4)), ("ij->", (3, 4))]
+)
+def test_one_operand(equation: str, shape: tuple[int, ...]) -> None:
+    module, x = Function(lambda x: torch.einsum(equation, 0.5 * x)), torch.randn(shape)
+    assert not coverage(module, x).fallbacks
+    with emulate(module) as chip, torch.no_grad():
+        with chip.observing():
+            module(x)
+        assert torch.allclose(module(x), torch.einsum(equation, 0.5 * x), atol=0.05)
+
+
+def test_diagonals_run_in_float() -> None:
+    assert coverage(Function(lambda x: torch.einsum("ii->i", x)), torch.randn(4, 4)).fallbacks
+
+
+def test_a_projection_is_one_fully_connected_layer(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net, x = Projection(), torch.randn(4, 10, 30)
+    calibrate(net, [x])
+    model = export_tflite(net, [x], tmp_path / "net.tflite")
+    assert model.operators["FULLY_CONNECTED"] == 1
+    assert not {"ADD", "BATCH_MATMUL", "TRANSPOSE"} & set(model.operators)
+    assert verify(net, model.path, [x]) == 1.0
+
+
+class Hyper(nn.Module):
+    """A linear layer whose weight another layer computes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weights, self.bias = nn.Linear(6, 12 * 8), nn.Parameter(torch.randn(12))
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        weight = self.weights(condition).view(12, 8)
+        return F.linear(x, weight, self.bias)
+
+
+@pytest.mark.parametrize("bits", SPECS)
+def test_a_weight_that_is_computed_is_an_operand(bits: int, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net, inputs = Hyper(), (torch.randn(900, 8), torch.randn(6))
+    compared = replays(net, *inputs, spec=SPECS[bits])
+    assert compared["BATCH_MATMUL"] == compared["ADD"] == 900 * 12
+    calibrate(net, [inputs], lambda net, batch: net(*batch), spec=SPECS[bits])
+    model = export_tflite(net, list(inputs), tmp_path / "net.tflite")
+    assert verify(net, model.path, list(inputs)) == 1.0
