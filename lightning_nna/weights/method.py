@@ -269,13 +269,21 @@ class WeightMethod(ModuleBoundCallback):
         self._substitute()
 
     @override
+    def on_before_backward(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor
+    ) -> None:
+        # Of a forward before the step of another optimizer.
+        self._substitute()
+
+    @override
     @unseen
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
         pipeline = self.pipeline
-        pipeline.restore()
-        pipeline.pull_back(p for group in optimizer.param_groups for p in group["params"])
+        stepping = [p for group in optimizer.param_groups for p in group["params"]]
+        pipeline.restore(stepping)
+        pipeline.pull_back(stepping)
         self.step_begins(optimizer)
 
     @override

@@ -144,6 +144,8 @@ class WeightPipeline:
         self._parameters: dict[str, nn.Parameter] = {}
         self._by_id: dict[int, str] = {}
         self._latent: dict[str, Tensor] = {}
+        # Transformed weights of other optimizers' parameters while one optimizer steps.
+        self._aside: dict[str, Tensor] = {}
         # Buffers of the latent weights of the last step: memory that is freed in every step is
         # fetched from the system in every step.
         self._spare: dict[str, Tensor] = {}
@@ -328,8 +330,10 @@ class WeightPipeline:
         if len(self._stepped) == len(self._steppers):
             acts = {one.func: one for one in self._stepped}
             self._stepped = []
-            for _, act in self._steppers:
-                acts[act]()
+            waiting = tuple(self._parameters[name] for name in self._aside)
+            with torch.autograd._unsafe_preserve_version_counter(waiting):
+                for _, act in self._steppers:
+                    acts[act]()
 
     # --- phases -------------------------------------------------------------------------------
 
@@ -355,6 +359,10 @@ class WeightPipeline:
             if not transforms:
                 continue
             weight = self._parameters[name].detach()
+            if phase == "train" and name in self._aside:
+                self._latent[name] = self._stored(name, weight)
+                _put_back(weight, self._aside[name])
+                continue
             mask = _mask_of(transforms)
             if mask is not None and len(transforms) == 1:
                 if mask.keeps_all:
@@ -371,10 +379,27 @@ class WeightPipeline:
                 self._pending.add(name)
 
     @unseen
-    def restore(self) -> None:
-        """Let the parameters hold the latent weights again."""
+    def restore(self, stepping: Sequence[Tensor] | None = None) -> None:
+        """Let the parameters hold the latent weights again.
+
+        While an optimizer steps, graphs of other optimizers' parameters may wait for their
+        backward, as that of a GAN's generator while its discriminator is trained. In the next
+        forward or backward those parameters have the same transformed weights again.
+
+        Args:
+            stepping: Parameters of the optimizer that is about to step; None if none steps.
+        """
+        own = {self._by_id.get(id(parameter)) for parameter in stepping or ()}
+        others = [] if stepping is None else [name for name in self._transforms if name not in own]
+        self._aside = {name: self._aside[name] for name in others if name in self._aside}
+        if self.phase == "train":
+            # Also those that no transform changes yet: the work after a step may write to them.
+            self._aside |= {name: self._parameters[name].detach().clone() for name in others}
         for name, latent in self._latent.items():
-            self._parameters[name].copy_(latent)
+            if name in self._aside:
+                _put_back(self._parameters[name], latent)
+            else:
+                self._parameters[name].copy_(latent)
         if self._latent:
             self._spare = dict(self._latent) if self._steppers else {}
         self._latent.clear()
@@ -459,6 +484,12 @@ def digest_of(weight: Tensor) -> str:
     """
     values = weight.detach().cpu().contiguous().flatten().view(torch.uint8)
     return hashlib.blake2b(values.numpy().data, digest_size=16).hexdigest()
+
+
+def _put_back(parameter: Tensor, weight: Tensor) -> None:
+    """Write a weight for a time; graphs with the parameter stay valid for what it had before."""
+    with torch.autograd._unsafe_preserve_version_counter(parameter):
+        parameter.copy_(weight)
 
 
 def _mask_of(transforms: Sequence[WeightTransform]) -> Masking | None:

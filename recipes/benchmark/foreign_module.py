@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_map
+from torch.utils.data import DataLoader
 from typing_extensions import override
 
 
@@ -22,11 +23,14 @@ class ForeignProgram:
         run: Function from the network and the arguments to the results.
         arguments: Function from the network and its batch to the arguments of one inference.
         name: Name of the program; empty if the network has only one.
+        is_deployed: Whether it is a program that a device runs; else it has further results, so
+            that more outputs can be compared.
     """
 
     run: Callable[..., Any]
     arguments: Callable[..., tuple[Any, ...]]
     name: str = ""
+    is_deployed: bool = True
 
 
 @dataclass(frozen=True)
@@ -104,10 +108,28 @@ class ForeignTask(pl.LightningModule):
         return torch.optim.Adam(trained, lr=self.foreign.learning_rate)
 
     @override
-    def train_dataloader(self) -> list[Any]:
-        """Return the batch, the same in every step."""
+    def train_dataloader(self) -> DataLoader[Any]:
+        """Return a loader that has the one batch."""
+        batches: Any = [self.batch()]
+        return DataLoader(batches, batch_size=None)
+
+    def batch(self) -> tuple[Any, ...]:
+        """Make the batch of the network, the same in every call."""
         torch.manual_seed(1)
-        return [self.foreign.batch()]
+        return self.foreign.batch()
+
+
+def with_features(features: Callable[..., Tensor]) -> tuple[ForeignProgram, ForeignProgram]:
+    """Return the program of a classifier of images, and one that returns its features, too.
+
+    Args:
+        features: Function from the network and images to the features that it pools.
+    """
+    arguments: Callable[..., tuple[Any, ...]] = lambda network, *batch: first(batch)  # noqa: E731
+    return (
+        ForeignProgram(lambda network, images: network(images), arguments),
+        ForeignProgram(features, arguments, "features", is_deployed=False),
+    )
 
 
 def first(batch: Any) -> Any:

@@ -138,7 +138,7 @@ def _detector_batch() -> tuple[Tensor, ...]:
 class GRUForecaster(nn.Module):
     """Forecast a time series with a GRU."""
 
-    def __init__(self, series: int = 4, size: int = 32, horizon: int = 8) -> None:
+    def __init__(self, series: int = 4, size: int = 32, horizon: int = 24) -> None:
         super().__init__()
         self.series, self.horizon = series, horizon
         self.gru = nn.GRU(series, size, num_layers=2, batch_first=True)

@@ -12,13 +12,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import override
 
-from recipes.benchmark.foreign_module import ForeignModule, classification, regression
+from recipes.benchmark.foreign_module import (
+    ForeignModule,
+    classification,
+    regression,
+    with_features,
+)
 
 _IMAGE = 32
 
 
 def _images(channels: int = 3, height: int = _IMAGE, width: int = _IMAGE) -> tuple[Tensor]:
-    return (torch.randn(4, channels, height, width),)
+    return (torch.randn(8, channels, height, width),)
 
 
 def _mobilenetv3() -> nn.Module:
@@ -210,11 +215,23 @@ def _autoencoder() -> nn.Module:
 #: Networks by the name that rows and the command line use.
 VISION: dict[str, ForeignModule] = {
     "mobilenetv3": ForeignModule(
-        "MobileNetV3 small", "timm", _mobilenetv3, _images, classification(100)
+        "MobileNetV3 small",
+        "timm",
+        _mobilenetv3,
+        _images,
+        classification(100),
+        learning_rate=1e-4,
     ),
-    "resnet18": ForeignModule("ResNet-18", "timm", _resnet18, _images, classification(100)),
+    "resnet18": ForeignModule(
+        "ResNet-18", "timm", _resnet18, _images, classification(100), learning_rate=3e-4
+    ),
     "mobilenet_v2": ForeignModule(
-        "MobileNetV2", "torchvision", _mobilenet_v2, _images, classification(100)
+        "MobileNetV2",
+        "torchvision",
+        _mobilenet_v2,
+        _images,
+        classification(100),
+        learning_rate=1e-4,
     ),
     "unet": ForeignModule(
         "U-Net, transposed convolutions",
@@ -236,6 +253,8 @@ VISION: dict[str, ForeignModule] = {
         DSCNN,
         lambda: _images(1, 49, 10),
         classification(12),
+        programs=with_features(lambda net, images: net.features(images)),
+        learning_rate=3e-4,
     ),
     "mobilenet_v1": ForeignModule(
         "MLPerf Tiny: MobileNetV1 0.25",
@@ -243,9 +262,17 @@ VISION: dict[str, ForeignModule] = {
         MobileNetV1,
         lambda: _images(3, 96, 96),
         classification(2),
+        programs=with_features(lambda net, images: net.features(images)),
+        learning_rate=1e-4,
     ),
     "resnet8": ForeignModule(
-        "MLPerf Tiny: ResNet8", "written out", ResNet8, _images, classification(10)
+        "MLPerf Tiny: ResNet8",
+        "written out",
+        ResNet8,
+        _images,
+        classification(10),
+        programs=with_features(lambda net, images: net.blocks(net.stem(images))),
+        learning_rate=3e-4,
     ),
     "autoencoder": ForeignModule(
         "MLPerf Tiny: autoencoder",

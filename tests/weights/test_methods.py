@@ -7,9 +7,11 @@ from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
+import lightning.pytorch as pl
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from lightning_nna import emulate
 from lightning_nna.callbacks import (
@@ -322,6 +324,51 @@ class Failing(SmallRecurrentModule):
         if batch_index == 3:
             raise KeyError("a bug of the user's")
         return loss
+
+
+class Adversarial(pl.LightningModule):
+    """A generator's graph waits for its backward while the discriminator steps."""
+
+    def __init__(self, *, judges_again: bool) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.generator = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 4))
+        self.judge, self.judges_again = nn.Linear(4, 8), judges_again
+        self.compared = 0
+
+    def training_step(self, batch: Tensor, batch_index: int) -> None:
+        generator, judge = self.optimizers()
+        generated = self.generator(batch)
+        loss = generated.square().mean()
+        expected = torch.autograd.grad(loss, self.generator.parameters(), retain_graph=True)
+        judge.zero_grad()
+        self.manual_backward(self.judge(generated.detach()).square().mean())
+        judge.step()
+        if self.judges_again:  # Else no forward runs between the step and the backward.
+            loss = loss + 0 * self.judge(generated).mean()
+        generator.zero_grad()
+        self.manual_backward(loss)
+        gradients = [parameter.grad for parameter in self.generator.parameters()]
+        assert all(map(torch.equal, gradients, expected))
+        self.compared += 1
+        generator.step()
+
+    def configure_optimizers(self) -> list[torch.optim.Optimizer]:
+        parts = (self.generator, self.judge)
+        return [torch.optim.Adam(part.parameters(), lr=0.01) for part in parts]
+
+    def train_dataloader(self) -> DataLoader[Tensor]:
+        return DataLoader(torch.randn(96, 4), batch_size=8)
+
+
+@pytest.mark.parametrize("judges_again", [True, False])
+@pytest.mark.parametrize("method", ALL)
+def test_a_graph_may_wait_while_another_optimizer_steps(method: str, judges_again: bool) -> None:
+    torch.manual_seed(0)
+    fitted = Adversarial(judges_again=judges_again)
+    trainer(ALL[method](), steps=24).fit(fitted)
+    assert fitted.compared == 12
+    assert pipeline_of(fitted).phase == "latent"
 
 
 def test_after_an_exception_the_latent_weights_are_back() -> None:
