@@ -29,15 +29,16 @@ import torch
 from lightning_nna import calibrate, coverage, emulate, strip
 from lightning_nna.callbacks import CompressedSensingPruning, GeneralQuantizer, NNAEmulation
 from lightning_nna.deploy import export_tflite, vela_report, verify
+from lightning_nna.deploy.verification import Agreement
 from lightning_nna.weights.method import WeightMethod
-from recipes.benchmark.foreign_module import ForeignModule, ForeignTask
+from recipes.benchmark.foreign_module import ForeignModule, ForeignProgram, ForeignTask
 from recipes.benchmark.foreign_sequences import SEQUENCES
 from recipes.benchmark.foreign_transformers import TRANSFORMERS
 from recipes.benchmark.foreign_vision import VISION
 from recipes.benchmark.grid import Run, Study, axis, threads_option
 from recipes.benchmark.report import Fields, line, percent, ruled
 from recipes.benchmark.rows import Row, select
-from recipes.benchmark.timing import ratio_columns, time_ratios
+from recipes.benchmark.timing import Step, ratio_columns, time_ratios
 
 #: All networks, by the name that rows and the command line use.
 FOREIGN: dict[str, ForeignModule] = {**TRANSFORMERS, **VISION, **SEQUENCES}
@@ -48,6 +49,8 @@ CALIBRATION_STEPS, EMULATED_STEPS = 4, 12
 LOSS_TARGET, LAST_STEPS = 0.1, 4
 #: Outputs of the programs of a network that are compared at least.
 OUTPUTS = 10_000
+#: Random inputs of one program at most.
+MOST_INPUTS = 400
 BITS, SPARSITY = 4, 0.7
 PAIRS = 5
 _ACCELERATOR = "ethos-u55-128"
@@ -130,21 +133,17 @@ def compare_programs(task: ForeignTask, spec: str) -> Iterator[dict[str, Any]]:
     task.eval()
     arguments = [program.arguments(task.network, *batch) for program in foreign.exported]
     for program, example in zip(foreign.exported, arguments, strict=True):
-        run = program.run
-        calibrate(task, [example], lambda module, batch, run=run: run(module.network, *batch))
+        calibrate(task, [example], partial(_of_batch, program))
     wanted = OUTPUTS
     for program, example in zip(reversed(foreign.exported), reversed(arguments), strict=True):
         row: dict[str, Any] = {"name": program.name, "is_deployed": program.is_deployed}
+        forward = partial(_of_arguments, program)
         with tempfile.TemporaryDirectory() as folder:
-            run = program.run
-            forward: Callable[..., Any] = lambda module, *args, run=run: run(module.network, *args)  # noqa: E731
             try:
                 model = export_tflite(task, list(example), f"{folder}/net.tflite", forward=forward)
-                checked = partial(verify, task, model.path, list(example), forward=forward)
-                outputs = checked(random_inputs=0).outputs
-                share = OUTPUTS if program.is_deployed and len(foreign.exported) > 1 else wanted
-                compared = checked(random_inputs=math.ceil(min(wanted, share) / outputs))
-                wanted = max(wanted - compared.outputs, 10 * outputs)
+                compared = _compared(task, model.path, example, forward, wanted)
+                # Of a network with several programs, each is compared to some extent.
+                wanted = max(wanted - compared.outputs, OUTPUTS // 10)
                 row |= {"outputs": compared.outputs, "differing": compared.differing}
                 row |= {"operators": dict(model.operators)}
                 if program.is_deployed and spec == SPECS[0]:
@@ -152,6 +151,27 @@ def compare_programs(task: ForeignTask, spec: str) -> Iterator[dict[str, Any]]:
             except Exception as error:
                 row["error"] = reason(error)
         yield row
+
+
+def _of_batch(program: ForeignProgram, task: Any, batch: tuple[Any, ...]) -> Any:
+    return program.run(task.network, *batch)
+
+
+def _of_arguments(program: ForeignProgram, task: Any, *arguments: Any) -> Any:
+    return program.run(task.network, *arguments)
+
+
+def _compared(
+    task: ForeignTask,
+    path: Path,
+    example: Sequence[Any],
+    forward: Callable[..., Any],
+    wanted: int,
+) -> Agreement:
+    """Compare a program with the emulation on as many random inputs as give enough outputs."""
+    outputs = verify(task, path, list(example), forward=forward, random_inputs=0).outputs
+    count = min(math.ceil(wanted / outputs), MOST_INPUTS)
+    return verify(task, path, list(example), forward=forward, random_inputs=count)
 
 
 def _compiled(path: Path) -> dict[str, Any]:
@@ -194,7 +214,8 @@ def time_training(task: ForeignTask, spec: str) -> dict[str, Any]:
         task: Network that was trained in float; it is changed.
         spec: Accelerator.
     """
-    batch, steps = task.batch(), {}
+    batch = task.batch()
+    steps: dict[str, Step] = {}
     for fidelity in (None, "exact", "fast"):
         net = copy.deepcopy(task)
         if fidelity is not None:
