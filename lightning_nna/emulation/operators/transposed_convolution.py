@@ -52,6 +52,6 @@ register_operator(
         learns_scale=True,
         has_weights=True,
         arithmetic="integer sum, one multiplier a channel; groups and dilation are zeros in the "
-        "weight",
+        "weight; over time with a stride beyond 2 a convolution and a reshape",
     )
 )

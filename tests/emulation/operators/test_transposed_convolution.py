@@ -78,6 +78,12 @@ def test_every_form(spec: str, form: dict[str, Any], tmp_path: Path) -> None:
     "form",
     [
         {"kernel_size": 8, "stride": 4, "padding": 2},
+        {"kernel_size": 3, "stride": 3},
+        {"kernel_size": 2, "stride": 5, "output_padding": 3},
+        {"kernel_size": 2, "stride": 5, "output_padding": 4},
+        {"kernel_size": 5, "stride": 5, "padding": 1, "output_padding": 2},
+        {"kernel_size": 7, "stride": 3, "padding": 2, "output_padding": 1, "groups": 2},
+        {"kernel_size": 3, "stride": 3, "dilation": 4, "padding": 3, "bias": False},
         {"kernel_size": 3, "stride": 2, "padding": 1, "output_padding": 1, "groups": 2},
         {"kernel_size": 3, "dilation": 3, "padding": 1},
     ],
