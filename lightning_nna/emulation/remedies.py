@@ -18,6 +18,10 @@ _FRONT_END = (
 )
 _THREE_AXES = "accelerators have no such operator of three axes: write it with those of two axes"
 _ORDER = "sort, and search, after the emulated modules, which targets= selects"
+_WHOLE = (
+    "no kernel rounds a quotient: compute with integers, as indices are, or before the emulated "
+    "modules, which targets= selects"
+)
 _STATISTICS = (
     "it takes the statistics of every input: use batch norm with running statistics, or layer norm "
     "over the channels"
@@ -44,9 +48,8 @@ REMEDIES: dict[str, str] = {
         "a transposed convolution instead of F.max_unpool",
     ),
     **dict.fromkeys(("sort", "argsort", "msort", "topk", "kthvalue", "median", "mode"), _ORDER),
+    **dict.fromkeys(("remainder", "fmod", "floor_divide", "__floordiv__", "__mod__"), _WHOLE),
     **dict.fromkeys(("group_norm", "instance_norm"), _STATISTICS),
-    "addcdiv": "write input + value * tensor1 / tensor2",
-    "addcmul": "write input + value * tensor1 * tensor2",
     "batch_norm": (
         "it takes the statistics of the example: use track_running_stats=True, and training=False "
         "where it is called as a function"
@@ -57,7 +60,6 @@ REMEDIES: dict[str, str] = {
         "max_norm scales rows as they are looked up: scale the table itself, as with "
         "torch.renorm, and leave max_norm out"
     ),
-    "lerp": "write start + weight * (end - start)",
     "log": (
         "if it is part of a front end, as the logarithm of a spectrogram, leave the front end out "
         "of the emulated modules with targets="
@@ -73,11 +75,11 @@ def remedy_of(name: str) -> str:
     """Return what to write instead of a torch function; empty if nothing is known.
 
     Args:
-        name: Name of the function or method, as ``"lerp_"``.
+        name: Name of the function or method, as ``"rrelu_"``.
 
     Example:
-        >>> remedy_of("lerp_")
-        'write start + weight * (end - start)'
+        >>> remedy_of("rrelu_")
+        'write F.leaky_relu with the mean of its slopes'
     """
     return REMEDIES.get(name.rstrip("_"), "")
 

@@ -334,7 +334,8 @@ def in_place_forms(
         if name.endswith("_") and not name.startswith("__") and method and plain:
             arguments = _arguments(plain)
             if arguments is not None:
-                forms.append((name, _calling(method, arguments), _calling(plain, arguments)))
+                first, second = (_calling(each, arguments) for each in (method, plain))
+                forms.append((name, _within_domain(first), _within_domain(second)))
         function: Any = getattr(F, name, None)
         code = getattr(function, "__code__", None)
         if code is not None and "inplace" in code.co_varnames[: code.co_argcount]:
@@ -354,6 +355,13 @@ def _arguments(method: Callable[..., Any]) -> tuple[float, ...] | None:
             continue
         return arguments
     return None
+
+
+def _within_domain(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """Return a function that is finite everywhere: of x^2 + 0.1 where that of x is not."""
+    if function(torch.tensor([-1.0, 0.0])).isfinite().all():
+        return function
+    return lambda x: function(x * x + 0.1)
 
 
 def _calling(

@@ -14,6 +14,7 @@ from lightning_nna import calibrate
 from lightning_nna.deploy import VelaError, export_tflite, vela_report
 from lightning_nna.pruning.masks import MatrixLayout
 from lightning_nna.pruning.sparsity_pattern import SparsityPattern
+from tests.deploy.networks import POORER_SPECS
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("ethosu") is None, reason="ethos-u-vela is not installed"
@@ -113,7 +114,7 @@ def test_float_operators_are_the_cpus(tmp_path: Path) -> None:
             return self[1](torch.sqrt(torch.sigmoid(self[0](x))))
 
     net, x = Roots(nn.Linear(16, 16), nn.Linear(16, 16)), torch.randn(4, 16)
-    calibrate(net, [x])
+    calibrate(net, [x], spec=POORER_SPECS[8])
     report = vela_report(export_tflite(net, [x], tmp_path / "net.tflite", allow_cpu=True).path)
     assert report.cpu_operators == ("Dequantize", "Sqrt", "Quantize")
     assert report.npu_operators >= 2

@@ -34,7 +34,7 @@ class Mixed(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = self.layer(F.dropout(self.norm(x), 0.5, self.training))
         y = y.view(-1, 2, 3).transpose(1, 2).flatten(1) * torch.cos(self.angles)
-        return torch.lerp(y, y, 0.5)
+        return torch.nan_to_num(y)
 
 
 def line_of(text: str) -> int:
@@ -50,7 +50,7 @@ def test_four_kinds_are_told_apart() -> None:
         ("fully_connected", "emulated"),
         ("cos", "constant"),
         ("mul", "emulated"),
-        ("lerp", "fallback"),
+        ("nan_to_num", "fallback"),
     ]
     assert [row.operator for row in table.data_movement] == ["view", "transpose", "flatten"]
     assert {row.where for row in table.data_movement} == {"layout"}
@@ -59,11 +59,11 @@ def test_four_kinds_are_told_apart() -> None:
 
 def test_a_fallback_has_pytorchs_name_and_the_line_of_its_call() -> None:
     (row,) = coverage(Mixed().eval(), torch.randn(5, 4)).fallbacks
-    assert row.function == "torch.lerp"
-    assert row.source == f"{HERE}:{line_of('return torch.lerp')}"
-    assert row.remedy == "write start + weight * (end - start)"
+    assert row.function == "torch.nan_to_num"
+    assert row.source == f"{HERE}:{line_of('return torch.nan_to_num')}"
+    assert row.remedy == "leave it out: results of an accelerator are finite"
     table = str(coverage(Mixed().eval(), torch.randn(5, 4)))
-    assert f"./lerp#0 is torch.lerp at {row.source}: {row.remedy}" in table
+    assert f"./nan_to_num#0 is torch.nan_to_num at {row.source}: {row.remedy}" in table
 
 
 def test_the_line_is_that_of_the_code_outside_of_torch() -> None:
@@ -129,7 +129,7 @@ def test_a_module_with_an_emulator_is_covered_and_not_disturbed(spec: str | None
     before = coverage(net, x, spec=spec)
     with emulate(net):
         assert coverage(net, x, spec=spec) == before  # Inside of a block, too.
-    assert [row.operator for row in before.fallbacks] == ["lerp"]
+    assert [row.operator for row in before.fallbacks] == ["nan_to_num"]
     assert emulator.state_dict() == state
     assert all(torch.equal(value, weights[key]) for key, value in net.state_dict().items())
     assert torch.equal(torch.get_rng_state(), seeds)
@@ -156,7 +156,7 @@ def test_an_error_of_the_export_says_the_same(tmp_path: Path) -> None:
     (row,) = coverage(net, x).fallbacks
     with pytest.raises(CaptureError) as error:
         export_tflite(net, [x], tmp_path / "net.tflite")
-    assert f"(torch.lerp at {row.source}): {row.remedy}" in str(error.value)
+    assert f"(torch.nan_to_num at {row.source}): {row.remedy}" in str(error.value)
 
 
 class FrontEnd(nn.Module):
@@ -166,7 +166,7 @@ class FrontEnd(nn.Module):
 
 def test_a_front_end_that_is_not_finite_is_told_of_targets() -> None:
     net = nn.Sequential(FrontEnd(), nn.Linear(8, 4))
-    with pytest.raises(FloatingPointError, match=r"1/fully_connected#0.*front end.*with targets="):
+    with pytest.raises(FloatingPointError, match=r"0/log#0/output.*front end.*with targets="):
         calibrate(net, [torch.zeros(2, 8, 3)])
     assert calibrate(net, [torch.ones(2, 8, 3)], targets=["1"]).calibrated
 
@@ -174,9 +174,6 @@ def test_a_front_end_that_is_not_finite_is_told_of_targets() -> None:
 @pytest.mark.parametrize(
     ("name", "function", "remedy"),
     [
-        ("lerp", lambda x: torch.lerp(x, 2 * x, 0.25), lambda x: x + 0.25 * (2 * x - x)),
-        ("addcmul", lambda x: torch.addcmul(x, x, x, value=2), lambda x: x + 2 * x * x),
-        ("addcdiv", lambda x: torch.addcdiv(x, x, x + 2), lambda x: x + 1 * x / (x + 2)),
         ("cumsum", lambda x: x.cumsum(-1), lambda x: x @ torch.ones(4, 4).triu()),
         ("norm", lambda x: x.norm(dim=1), lambda x: x.square().sum(1).sqrt()),
         (

@@ -47,7 +47,7 @@ FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "add": lambda x: x + x.flip(0),
     "sub": lambda x: 1 - x,
     "mul": lambda x: 0.3 * x,
-    "concatenation": lambda x: torch.cat([torch.tanh(x.clamp(-1, 1).nan_to_num()), x]),
+    "concatenation": lambda x: torch.cat([torch.tanh(x.nan_to_num(0.0, 1.0, -1.0)), x]),
     "batch_matmul": lambda x: x @ x.mT,
     "attention": lambda x: F.scaled_dot_product_attention(x, x, x),
     "softmax": lambda x: x.softmax(-1),

@@ -11,10 +11,8 @@ from torch import nn
 
 from lightning_nna import calibrate, emulate
 from lightning_nna.deploy import export_tflite, verify
-from lightning_nna.emulation.operators.record import registered
 from lightning_nna.testing.contract import CHECKS, module, trainer
 from tests.plugins.power_of_two_weights import PowerOfTwoWeights, PowersOfTwo
-from tests.plugins.softplus import SOFTPLUS
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
@@ -51,14 +49,13 @@ def test_with_softplus_it_is_exported_to_the_bit(tmp_path: Path) -> None:
     net = module()
     net.head = nn.Sequential(nn.Linear(8, 8), nn.Softplus(), nn.Linear(8, 2))
     x = torch.randn(5, 6, 4)
-    with registered(SOFTPLUS):
-        trainer(PowerOfTwoWeights(), steps=8).fit(net)
-        calibrate(net, [x])
-        with emulate(net) as chip:
-            weight = net.head[0].weight
-            torch.testing.assert_close(chip.state.weight(weight, 1).values, weight, rtol=0, atol=0)
-        model = export_tflite(net.eval(), [x], tmp_path / "net.tflite")
-        assert verify(net, model.path, [x]) == 1.0
+    trainer(PowerOfTwoWeights(), steps=8).fit(net)
+    calibrate(net, [x])
+    with emulate(net) as chip:
+        weight = net.head[0].weight
+        torch.testing.assert_close(chip.state.weight(weight, 1).values, weight, rtol=0, atol=0)
+    model = export_tflite(net.eval(), [x], tmp_path / "net.tflite")
+    assert verify(net, model.path, [x]) == 1.0
 
 
 def test_bits_are_validated() -> None:

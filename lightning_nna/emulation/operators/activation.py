@@ -28,6 +28,7 @@ from lightning_nna.emulation.float32_arithmetic import float32_arithmetic
 from lightning_nna.emulation.operators import elementwise
 from lightning_nna.emulation.operators.call import Call
 from lightning_nna.emulation.operators.clamping import relu6
+from lightning_nna.emulation.operators.composition import carrier
 from lightning_nna.emulation.operators.driver import drive, real, table
 from lightning_nna.emulation.operators.record import (
     NO_OPTIONS,
@@ -36,6 +37,7 @@ from lightning_nna.emulation.operators.record import (
     Operator,
     register_operator,
 )
+from lightning_nna.emulation.operators.tabulated import tabulated
 from lightning_nna.emulation.program import Activation
 from lightning_nna.emulation.ranges import (
     PENDING,
@@ -123,24 +125,31 @@ def tanh(call: Call, input: Tensor) -> Tensor:
     return drive(TANH, call, input)
 
 
-def supports_elu(input: Any, alpha: float = 1.0, inplace: bool = False) -> bool:
-    """Tell whether the accelerator has an ELU: its factor is 1."""
-    return alpha == 1
+def elu(call: Call, input: Tensor, alpha: float = 1.0, inplace: bool = False) -> Tensor:
+    """Compute ``F.elu`` of any shape; the kernel has the factor 1."""
+    return drive(ELU if alpha == 1 else _SCALED_ELU, call, input, alpha=alpha)
 
 
-register_operator(
+_SCALED_ELU = tabulated(
+    "elu",
+    lambda input, alpha: F.elu(input, alpha),
+    lambda x, alpha: torch.where(x < 0, (alpha * elementary.expm1(x)).float(), x),
+    torch=(),
+)
+
+ELU = register_operator(
     Operator(
         "elu",
         torch=("elu", "elu_"),
         float=lambda input, alpha=1.0: F.elu(input, alpha),
         integers=table(real(lambda x, **_: pointwise.elu(x))),
-        supports=supports_elu,
+        emulate=elu,
         litert=(Kernel("ELU", order="elements", options=NO_OPTIONS),),
         widths=(8,),
         learns_scale=True,
-        arithmetic="table, for the factor 1; LiteRT has no reference kernel of it: it is equal to "
-        "the only kernel there is, and programs with it do not load where reference kernels alone "
-        "are registered",
+        arithmetic="table; LiteRT has no reference kernel of it: it is equal to the only kernel "
+        "there is, and programs with it do not load where reference kernels alone are registered; "
+        "with another factor than 1 a table looked up by GATHER",
     )
 )
 
@@ -217,8 +226,8 @@ def silu(call: Call, input: Tensor, inplace: bool = False) -> Tensor:
     if call.bits == 8:
         return drive(_SILU, call, input, rounding=call.state.spec.rounding_of("double"))
     x = call.operand(input, "input")
-    gate = sigmoid(call.child("gate"), call.carrier(x))
-    return elementwise.mul(call, call.carrier(x), gate)
+    gate = sigmoid(call.child("gate"), carrier(call, x))
+    return elementwise.mul(call, carrier(call, x), gate)
 
 
 def _silu_entries(x: QParams, y: QParams, rounding: RoundingKind) -> Tensor:

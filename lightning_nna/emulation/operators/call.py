@@ -147,10 +147,6 @@ class Call:
             self.state.constants.mark(view, kind)
         return view
 
-    def carrier(self, x: Activation) -> Tensor:
-        """View an operand, of any shape, with its parameters, for the parts of a sequence."""
-        return self.with_qparams(x.value.view_as(x.value), x.qparams)
-
     def quantized(self, weight: Tensor) -> QuantizedWeight:
         """Quantize a weight that was computed from parameters, shape ``(rows, ...)``."""
         spec = self.state.spec

@@ -144,7 +144,7 @@ def clamped(call: Call, input: Tensor, low: float, high: float) -> Tensor:
 
 
 def _clamp(x: Tensor, low: float, high: float) -> Tensor:
-    """What lies at an end has no gradient, nor has what was clipped to it."""
+    """Clamp values; those at an end have no gradient, nor have those that were clipped to it."""
     if math.isfinite(high):
         return F.hardtanh(x, low, high)
     if math.isinf(low):

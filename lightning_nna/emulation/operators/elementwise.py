@@ -54,26 +54,14 @@ def sub(call: Call, input: Tensor | float, other: Tensor | float, *, alpha: floa
     return add(call, input, other, alpha=-alpha)
 
 
-def reversed_sub(call: Call, input: Tensor, other: Tensor | float) -> Tensor:
-    """Emulate ``other - input``, as ``1 - x`` calls it, of shapes that broadcast."""
-    return sub(call, other, input)
+def reversed_sub(call: Call, input: Tensor, other: Tensor | float, *, alpha: float = 1) -> Tensor:
+    """Emulate ``other - alpha * input``, as ``1 - x`` calls it, of shapes that broadcast."""
+    return sub(call, other, input, alpha=alpha)
 
 
 def mul(call: Call, input: Tensor | float, other: Tensor | float) -> Tensor:
     """Emulate ``input * other`` of shapes that broadcast."""
     return drive(MUL, call, input, other)
-
-
-def div(call: Call, input: Tensor, other: float, *, rounding_mode: str | None = None) -> Tensor:
-    """Divide a tensor of any shape by a number: a product with its inverse."""
-    return mul(call, input, 1.0 / other)
-
-
-def supports_div(
-    input: Any, other: Any, *args: Any, rounding_mode: str | None = None, **kwargs: Any
-) -> bool:
-    """Tell whether the accelerator has a quotient: by a number, unrounded."""
-    return not isinstance(other, Tensor) and rounding_mode is None and other != 0
 
 
 def neg(call: Call, input: Tensor) -> Tensor:
@@ -280,30 +268,26 @@ SUB = register_operator(
         "the coarser, subtracted, rescaled",
     )
 )
-MUL = register_operator(
-    Operator(
-        "mul",
-        torch=("mul", "mul_", "multiply", "multiply_"),
-        float=lambda input, other: input * other,
-        operands=("input", "other"),
-        integers=partial(_integers, "MUL"),
-        backward=(lambda grad, a, b: grad * b, lambda grad, a, b: grad * a),
-        saves="factors",
-        emulate=mul,
-        forms=(
-            Form(("div", "div_", "divide", "divide_", "true_divide"), div, supports_div),
-            Form(("neg", "negative"), neg),
+#: The product alone: :mod:`.division` knows quotients that are products.
+MUL = Operator(
+    "mul",
+    torch=("mul", "mul_", "multiply", "multiply_"),
+    float=lambda input, other: input * other,
+    operands=("input", "other"),
+    integers=partial(_integers, "MUL"),
+    backward=(lambda grad, a, b: grad * b, lambda grad, a, b: grad * a),
+    saves="factors",
+    emulate=mul,
+    forms=(Form(("neg", "neg_", "negative", "negative_"), neg),),
+    litert=(
+        Kernel(
+            "MUL",
+            fuses_activation=True,
+            order="elements",
+            versions={"int8": 2, "int16": 4},
+            version=_version_of_mul,
         ),
-        litert=(
-            Kernel(
-                "MUL",
-                fuses_activation=True,
-                order="elements",
-                versions={"int8": 2, "int16": 4},
-                version=_version_of_mul,
-            ),
-        ),
-        learns_scale=True,
-        arithmetic="product of the integers, rescaled; division by a number",
-    )
+    ),
+    learns_scale=True,
+    arithmetic="product of the integers, rescaled",
 )

@@ -12,30 +12,9 @@ from lightning_nna.elementary import square_root
 from lightning_nna.emulation.operators.record import NO_OPTIONS, Kernel, register_kernel
 
 for _kernel in (
-    Kernel(
-        "ABS",
-        order="elements",
-        versions={"int8": 2, "int16": 3},
-        computes_in_float=("abs", "absolute"),
-    ),
     Kernel("COS", order="elements", computes_in_float=("cos",)),
-    Kernel("EXP", order="elements", versions={"int8": 2, "int16": 2}, computes_in_float=("exp",)),
     Kernel("FLOOR", order="elements", options=NO_OPTIONS, computes_in_float=("floor",)),
-    Kernel(
-        "LOG",
-        order="elements",
-        options=NO_OPTIONS,
-        versions={"int8": 2, "int16": 2},
-        computes_in_float=("log",),
-    ),
     Kernel("SIN", order="elements", options=NO_OPTIONS, computes_in_float=("sin",)),
-    Kernel(
-        "SQRT",
-        order="elements",
-        options=NO_OPTIONS,
-        versions={"int8": 2, "int16": 2},
-        computes_in_float=("sqrt",),
-    ),
     Kernel("SQUARE", order="elements", computes_in_float=("square",)),
 ):
     register_kernel(_kernel)

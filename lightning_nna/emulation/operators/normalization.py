@@ -44,13 +44,7 @@ from lightning_nna.emulation.operators.fused_normalization import (
     inverse_root,
     varies_widely,
 )
-from lightning_nna.emulation.operators.record import (
-    NO_OPTIONS,
-    Kernel,
-    Operator,
-    register_kernel,
-    register_operator,
-)
+from lightning_nna.emulation.operators.record import Operator, register_operator
 from lightning_nna.emulation.program import Activation
 from lightning_nna.emulation.ranges import PENDING
 
@@ -204,15 +198,6 @@ def inverse_square_root(call: Call, variance: Tensor) -> Tensor:
     return call.with_qparams(result, y)
 
 
-register_kernel(
-    Kernel(
-        "RSQRT",
-        order="elements",
-        options=NO_OPTIONS,
-        versions={"int8": 2, "int16": 3},
-        computes_in_float=("rsqrt",),
-    )
-)
 register_operator(
     Operator(
         "layer_norm",

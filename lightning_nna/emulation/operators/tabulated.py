@@ -1,0 +1,101 @@
+"""Functions of 8 bits that no kernel computes: a table that a program looks up.
+
+Every entry is the function of a real number in single precision, rounded once, so that the error is
+at most half a step of the output. In a program such a table is a GATHER, whose indices are 32-bit
+integers from 0:
+
+    CAST (int8 -> int32) -> ADD 128 -> GATHER (table)
+
+An operator of one's own is one line:
+
+    register_operator(tabulated("erf", F.erf, lambda x: 1 - elementary.erfc(x).float()))
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_nna.emulation.operators.call import Call
+from lightning_nna.emulation.operators.driver import real, table
+from lightning_nna.emulation.operators.record import Kernel, Operator, register_kernel
+from lightning_nna.emulation.program import Activation, Stored
+
+_INT8, _INT32 = 9, 2  # As the TensorFlow Lite schema numbers types.
+
+
+def tabulated(
+    name: str,
+    function: Callable[..., Tensor],
+    reals: Callable[..., Tensor],
+    *,
+    torch: Sequence[str | Callable[..., Any]] | None = None,
+    learns_scale: bool = True,
+    **fields: Any,
+) -> Operator:
+    """Return the record of a function of one tensor as a table of 256 entries.
+
+    Args:
+        name: Name of the operator.
+        function: The function on tensors of any shape, with the signature of the torch function.
+        reals: The same for the entries, float32, shape ``(256,)``, with the same bits on every
+            processor (see :mod:`lightning_nna.elementary`); takes the other arguments by name.
+        torch: Torch functions; None for ``function`` alone.
+        learns_scale: Whether the scale of its output can be learned.
+        fields: Other fields of the record.
+
+    Example:
+        >>> tabulated("halved", lambda input: input / 2, lambda x: x / 2, torch=("halved",)).widths
+        (8,)
+    """
+    integers = table(real(reals))
+    settings = {"widths": (8,), "arithmetic": "table of 256 entries, looked up by GATHER"}
+    return Operator(
+        name,
+        torch=(function,) if torch is None else torch,
+        float=function,
+        integers=integers,
+        instructions=partial(record_table, integers),
+        learns_scale=learns_scale,
+        **{**settings, **fields},
+    )
+
+
+def record_table(
+    integers: Callable[..., Tensor],
+    operator: Operator,
+    call: Call,
+    operands: tuple[Activation, ...],
+    y: Activation,
+    **parameters: Any,
+) -> None:
+    """Record the instructions that look a table up; see :attr:`.Operator.instructions`.
+
+    Args:
+        integers: Arithmetic of the operator.
+        operator: Record of the operator.
+        call: The call.
+        operands: Activation of 8 bits, any shape.
+        y: Result, of the same shape, of 8 or 16 bits.
+        parameters: Other arguments of the function.
+    """
+    (x,) = operands
+    low = x.qparams.bounds[0]
+    inputs = Activation(torch.arange(low, low + 256) * x.qparams.scale, x.qparams)
+    entries = integers(inputs, y=y.qparams, call=call, **parameters).clamp(*y.qparams.bounds)
+    rows = Activation(entries * y.qparams.scale, y.qparams, constant=True).stored()
+    positions = x.stored().integers
+    cast = Stored(positions, "int32", source=positions)
+    raised = positions + 128
+    index = Stored(raised, "int32", source=raised)
+    offset = Stored(torch.tensor(128), "int32", constant=True)
+    call.record("CAST", [x.stored()], [cast], inDataType=_INT8, outDataType=_INT32)
+    call.record("ADD", [cast, offset], [index])
+    call.record("GATHER", [rows, index], [y.stored()], axis=0)
+
+
+register_kernel(Kernel("CAST", order="elements", versions={"int8": 3}))

@@ -1,0 +1,86 @@
+"""Tabulated functions pass the oracle, and are within a step of float."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_nna import calibrate, coverage, emulate
+from lightning_nna.emulation.operators.catalog import operators
+from lightning_nna.testing.operator_oracle import CHECKS, Check, Example, check_operator
+from tests.emulation.operators.examples import Calling, function
+
+pytestmark = pytest.mark.exactness
+ROWS = (120, 100)
+FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "softplus": F.softplus,
+    "mish": F.mish,
+    "celu": lambda x: F.celu(x, 0.7),
+    "selu": F.selu,
+    "log_sigmoid": F.logsigmoid,
+    "softsign": F.softsign,
+    "erf": torch.erf,
+    "erfc": torch.special.erfc,
+    "tanhshrink": F.tanhshrink,
+    "hardshrink": F.hardshrink,
+    "softshrink": F.softshrink,
+    "sign": torch.sign,
+    "floor": torch.floor,
+    "ceil": torch.ceil,
+    "trunc": torch.trunc,
+    "round": torch.round,
+    "sin": torch.sin,
+    "cos": torch.cos,
+}
+FORMS: dict[str, Callable[[Tensor], Tensor]] = {
+    "softplus of another slope": lambda x: F.softplus(x, beta=3),
+    "softplus with a low threshold": lambda x: F.softplus(x, 1.0, 0.5),
+    "celu of 2": lambda x: torch.celu(x, alpha=2.0),
+    "hardshrink of less": lambda x: torch.hardshrink(x, 0.1),
+    "softshrink of more": lambda x: F.softshrink(x, 0.8),
+    "round to no decimals": lambda x: torch.round(x, decimals=0),
+    "elu": lambda x: F.elu(x, 0.5),
+    "elu by position": lambda x: F.elu(x, 1.7),
+}
+
+
+def test_none_is_missing() -> None:
+    looked_up = {name for name, each in operators().items() if "GATHER" in each.arithmetic}
+    assert looked_up == {*FUNCTIONS, "elu", "reciprocal"}
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_oracle(name: str, check: Check) -> None:
+    check_operator(name, [Example(function(FUNCTIONS[name]), (ROWS,))], checks=[check])
+
+
+@pytest.mark.parametrize("name", [*FUNCTIONS, *FORMS])
+def test_it_is_the_nearest_integer_of_the_function_of_the_integers(name: str) -> None:
+    run = {**FUNCTIONS, **FORMS}[name]
+    net, x = Calling(run), torch.linspace(-4, 4, 1001)
+    calibrate(net, [x])
+    leaf = x.clone().requires_grad_()
+    with emulate(net) as chip:
+        result = net(leaf)
+        qparams = chip.state.qparams_of(result)
+        result.sum().backward()
+    (observed,) = (each for key, each in chip.ranges.ranges.items() if key.endswith("/input"))
+    step = (observed.maximum - observed.minimum) / 255
+    inputs = (x / step).round() * step
+    assert qparams is not None
+    expected = run(inputs.clamp(-4, 4))
+    near = (result.detach() - expected).abs() < 1.01 * qparams.scale
+    assert float(near.float().mean()) > 0.97
+    assert leaf.grad is not None
+    assert leaf.grad.isfinite().all()
+
+
+def test_16_bits_and_decimals_run_in_float() -> None:
+    x = torch.randn(4, 5)
+    assert coverage(nn.Softplus(), x, spec="litert-int16x8").fallbacks
+    assert coverage(Calling(lambda x: torch.round(x, decimals=1)), x).fallbacks
