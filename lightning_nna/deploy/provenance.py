@@ -344,7 +344,8 @@ class Provenance(TorchDispatchMode):
                 if known is not None:
                     return known
         is_copy = name in _COPIES
-        if result.is_floating_point() and not is_copy:
+        of_conditions = any(x.dtype == torch.bool for x in self._reached(operands))
+        if result.is_floating_point() and not is_copy and not of_conditions:
             return None
         origin = self._origin()
         if origin is None:  # Arithmetic of the emulation.

@@ -81,6 +81,8 @@ _RANDOM = frozenset(
     poisson random_ uniform_
     """.split()
 )
+# Functions that make numbers of conditions.
+_CASTS = frozenset({"float", "to", "type", "type_as"})
 # Types that hold every integer of an activation times its scale.
 _EXACT = (torch.float32, torch.float64)
 # Operators that update running statistics.
@@ -185,9 +187,15 @@ class Dispatch(TorchFunctionMode):
             return self._outside(func, args, kwargs)
         if kind == "factory":
             return self._create(func, args, kwargs)
-        if kind == "decision":
+        if kind == "decision" and not self._is_comparison(name, args):
             self.state.note_outside_consumers((args, kwargs))
             return self._decide(func, args, kwargs)
+        if name in _CASTS and args and self._is_condition(args[0]):
+            result = self._move(func, args, kwargs)
+            is_number = isinstance(result, Tensor) and result.dtype == torch.float32
+            if is_number and self.call_sites.in_scope():
+                return self.__torch_function__(torch.where, (), (args[0], 1.0, 0.0))
+            return result
         if kind == "layout" or name == "copy_" or self._is_padding(name, args, kwargs):
             return self._move(func, args, kwargs)
         if name == "__setitem__" and _is_there_already(*args):
@@ -195,7 +203,8 @@ class Dispatch(TorchFunctionMode):
         if name in JOINS and self._share_qparams(name, (args, kwargs)):
             return self._move(func, args, kwargs)
         types_given = _types_in(args) | _types_in(kwargs.values())
-        if not types_given:
+        is_select = name == "where" and args and self._is_condition(args[0])
+        if not types_given and not is_select and not self._joins_conditions(name, args):
             return self._decide(func, args, kwargs)
         path, location = self.call_sites.locate()
         if path is None:
@@ -347,7 +356,7 @@ class Dispatch(TorchFunctionMode):
         if telemetry is not None:
             exact = in_float(func, args, kwargs)
             first = result if isinstance(result, Tensor) else result[0]
-            if exact is not None:
+            if exact is not None and first.is_floating_point():
                 exact = self.state.fusion.apply_relu(key, exact)
                 telemetry.compare(key, exact, first, self.state.qparams_of(first))
         if self.state.scales.learning == "all" and f"{key}/output" in self.state.scales.activations:
@@ -523,6 +532,26 @@ class Dispatch(TorchFunctionMode):
                 self.state.set_qparams(leaf, qparams)
             elif leaf is not source:
                 self.state.set_mixed_qparams(leaf, moved_qparams)
+
+    def _is_comparison(self, name: str, args: tuple[Any, ...]) -> bool:
+        """Tell whether a call compares activations, whose results are conditions of the data."""
+        if operator_of(name) is None or not args:
+            return False
+        return any(self.state.qparams_of(x) is not None for x in floats(args))
+
+    def _is_condition(self, x: Any) -> bool:
+        """Tell whether a value is a tensor of booleans that data decide."""
+        is_bool = isinstance(x, Tensor) and x.dtype == torch.bool
+        return is_bool and self.state.constants.kind_of([x]) is None
+
+    def _joins_conditions(self, name: str, args: tuple[Any, ...]) -> bool:
+        """Tell whether a call is a function of conditions alone."""
+        operator = operator_of(name)
+        if operator is None or operator.name != "logical":
+            return False
+        if not all(isinstance(x, Tensor) for x in args):
+            return False
+        return all(x.dtype == torch.bool for x in args) and any(map(self._is_condition, args))
 
     def _is_padding(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Tell whether a call fills with zeros, or with values of the tensor, and computes none."""

@@ -36,21 +36,14 @@ def drawn_from(function: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
 
 
 DECISIONS: dict[str, tuple[Callable[..., Tensor], str]] = {
-    "a mask": (
-        after(lambda y: torch.softmax(y.masked_fill(y < 0, -torch.inf), -1)),
-        r"select#0/operand0 of SELECT_V2 .* values of the data decide, by aten::lt at test_capture",
-    ),
-    "its opposite": (after(lambda y: torch.where(~(y > 0), y, y.flip(1))), "decide, by aten::gt"),
     "a mask that is added": (
         after(lambda y: torch.softmax(y + (y < 0) * -1e9, -1)),
-        r"decide, by aten::lt at test_capture\.py:\d+ in <lambda>",
+        r"decide, by aten::mul at test_capture\.py:\d+ in <lambda>",
     ),
     "a mask of an argument": (
         lambda x, linear: torch.where(x > 0, linear(x), linear(x).flip(1)),
         "decide, by aten::gt",
     ),
-    "zeros": (after(lambda y: torch.sigmoid(y.masked_fill(y < 0, 0))), "decide, by aten::lt"),
-    "a float mask": (after(lambda y: y * (y > 0).float()), "decide, by aten::gt"),
     "an index": (
         after(lambda y: torch.sigmoid(y[torch.arange(6), y.argmax(1)])),
         "decide about the layout, by aten::index",

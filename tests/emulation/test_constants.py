@@ -219,9 +219,12 @@ def of_extremes(x: Tensor) -> Tensor:
     return x * (x * 1.0).max(-1, keepdim=True)[1].to(torch.float32)
 
 
-@pytest.mark.parametrize(
-    "function", [random_gate, drawn_in_place, of_a_mask, of_an_index, of_extremes]
-)
+def test_a_mask_of_data_is_data() -> None:
+    emulator = calibrate(Function(of_a_mask), [torch.randn(4, 6)])
+    assert "./select#0/result" in emulator.ranges.ranges
+
+
+@pytest.mark.parametrize("function", [random_gate, drawn_in_place, of_an_index, of_extremes])
 def test_what_is_random_or_comes_of_data_is_data(function: Callable[[Tensor], Tensor]) -> None:
     net = Function(function)
     emulator = calibrate(net, [torch.randn(4, 6)])

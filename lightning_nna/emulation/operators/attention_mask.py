@@ -184,9 +184,15 @@ def row_maxima(scores: Tensor, keep: Tensor) -> Tensor:
     return finite if finite.numel() else scores.new_zeros(1)
 
 
-def fill(call: Call, scores: Tensor, keep: Tensor, constant: bool) -> Tensor:
-    """Put the lowest value where ``keep``, a broadcast shape, is False; empty rows are level."""
+def fill(
+    call: Call, scores: Tensor, keep: Tensor, constant: bool, absent: Tensor | None = None
+) -> Tensor:
+    """Put the lowest value where ``keep``, a broadcast shape, is False; empty rows are level.
+
+    ``absent`` is its opposite, if the program has it as a condition.
+    """
     if call.observing:
         return call.with_qparams(scores.masked_fill(~keep, torch.finfo(scores.dtype).min), PENDING)
     x = call.operand(scores, "input")
-    return call.with_qparams(masked(call, x, ~keep, constant=constant).value, x.qparams)
+    mask = ~keep if absent is None else absent
+    return call.with_qparams(masked(call, x, mask, constant=constant).value, x.qparams)

@@ -86,6 +86,8 @@ class Call:
             return self._of_width(Activation(x, tag))
         if self.state.constants.in_program(x):
             return self.constant(x)
+        if x.dtype == torch.bool:
+            return self._of_condition(x)
         key = f"{self.site}/{name}"
         if self.observing:
             self.state.ranges.observe(key, x)
@@ -232,6 +234,20 @@ class Call:
         low, high = (bound * x.qparams.scale for bound in x.qparams.bounds)
         grid = affine_qparams(low, high, power_of_two=self.state.spec.power_of_two_scales)
         return Activation(requantize(self, x, grid), grid, x.constant)
+
+    def _of_condition(self, x: Tensor) -> Activation:
+        """A condition of the data, of any shape, as ones and zeros."""
+        if self.observing:
+            return Activation(x.float(), PENDING)
+        grid = QParams(2.0**-6, 0) if self.bits == 8 else QParams(2.0**-6, 0).widened()
+        with float32_arithmetic(x):
+            result = Activation(x.float(), grid)
+        if self.recording:
+            result = Activation(result.value.clone(), grid)
+            numbers = [Activation(torch.tensor(n), grid, constant=True) for n in (1.0, 0.0)]
+            condition = Stored(x, "bool", source=x)
+            self.record("SELECT_V2", [condition, *(n.stored() for n in numbers)], [result.stored()])
+        return result
 
     def _frozen(self, key: str, x: Tensor) -> QParams:
         """Parameters of a frozen range; a site that calibration never met takes this tensor's."""

@@ -25,6 +25,7 @@ from lightning_nna.emulation.operators.attention_mask import (
     row_maxima,
 )
 from lightning_nna.emulation.operators.call import Call, requantize
+from lightning_nna.emulation.operators.comparison import logical_not
 from lightning_nna.emulation.operators.joint_parameters import Joint
 from lightning_nna.emulation.operators.record import Form, Kernel, Operator, register_operator
 from lightning_nna.emulation.program import Activation, Stored
@@ -38,7 +39,8 @@ def masked_fill(call: Call, input: Tensor, mask: Tensor, value: Any) -> Tensor:
     if _is_absence(value) and input.dim() > 0:
         if call.state.qparams_of(input) is None:
             return input.masked_fill(mask, value)
-        return _without(call, input, ~mask, call.state.constants.is_constant(mask))
+        absent = mask if call.state.constants.kind_of([mask]) is None else None
+        return _without(call, input, ~mask, call.state.constants.is_constant(mask), absent)
     if _is_plain(call, input, value) and call.state.constants.kind_of([mask]) is not None:
         return input.masked_fill(mask, value)
     return choose(call, mask, value, input)
@@ -51,7 +53,10 @@ def where(call: Call, condition: Tensor, input: Any = None, other: Any = None) -
     if any(absent) and not all(absent) and isinstance(scores, Tensor) and scores.dim() > 0:
         if call.state.qparams_of(scores) is None:
             return torch.where(condition, input, other)
-        return _without(call, scores, keep, call.state.constants.is_constant(condition))
+        constants, without = call.state.constants, None
+        if constants.kind_of([condition]) is None:
+            without = logical_not(call, condition) if absent[1] else condition
+        return _without(call, scores, keep, constants.is_constant(condition), without)
     if any(absent) and _is_plain(call, input, other):  # A mask itself.
         return torch.where(condition, input, other)
     return choose(call, condition, input, other)
@@ -105,21 +110,26 @@ def _with_mask(call: Call, scores: Tensor, mask: Tensor) -> Tensor:
     return _without(call, scores, keep, call.state.constants.is_constant(mask))
 
 
-def _without(call: Call, scores: Tensor, keep: Tensor, constant: bool) -> Tensor:
-    """Scores with those not to keep at the bottom of a grid that is deep enough."""
+def _without(
+    call: Call, scores: Tensor, keep: Tensor, constant: bool, absent: Tensor | None = None
+) -> Tensor:
+    """Scores with those not to keep at the bottom of a grid that is deep enough.
+
+    ``absent`` is the opposite of ``keep``, if the program has it as a condition.
+    """
     x = call.operand(scores, "input")
     if call.observing:
         # An earlier mask may have left scores out: a padding mask that follows a causal one.
         keep = keep & (scores.detach() > ABSENT)
         call.observed(row_maxima(scores, keep), "row_maxima")
         call.observed(kept(scores, keep))
-        return fill(call, scores, keep, constant)
+        return fill(call, scores, keep, constant, absent)
     call.output(lambda: row_maxima(scores, keep), "row_maxima")
     floor = call.state.ranges[f"{call.site}/row_maxima"].minimum - DEPTHS[call.bits]
     if x.qparams.bounds[0] * x.qparams.scale > floor:
         y = replace(call, min_value=floor).output(lambda: kept(scores, keep))
         scores = call.with_qparams(requantize(call, x, y), y)
-    return fill(call, scores, keep, constant)
+    return fill(call, scores, keep, constant, absent)
 
 
 def _is_mask(call: Call, x: Tensor) -> bool:
