@@ -55,7 +55,6 @@ REMEDIES: dict[str, str] = {
         "where it is called as a function"
     ),
     "cosine_similarity": "write (F.normalize(x1) * F.normalize(x2)).sum(1)",
-    "cumsum": "write a product with a triangular matrix of ones: x @ torch.ones(n, n).triu()",
     "embedding": (
         "max_norm scales rows as they are looked up: scale the table itself, as with "
         "torch.renorm, and leave max_norm out"
