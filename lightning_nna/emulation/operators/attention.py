@@ -26,7 +26,7 @@ from torch import Tensor
 
 from lightning_nna.emulation.arithmetic.quantized_weight import QuantizedWeight, round_significands
 from lightning_nna.emulation.float32_arithmetic import float32_arithmetic
-from lightning_nna.emulation.operators import elementwise
+from lightning_nna.emulation.operators import concatenation, elementwise
 from lightning_nna.emulation.operators.activation import dropout
 from lightning_nna.emulation.operators.attention_mask import Mask, masked_scores
 from lightning_nna.emulation.operators.call import Call
@@ -62,16 +62,16 @@ def scaled_dot_product_attention(
     else:
         mask = Mask.of([attn_mask], constant=call.state.constants.is_constant)
     factor = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+    if enable_gqa and query.shape[-3] != key.shape[-3]:
+        return _attend_in_groups(call, (query, key, value), mask, factor, dropout_p)
     return _attend(call, (query, key, value), mask, factor, dropout_p)[0]
 
 
 def supports_scaled_dot_product_attention(
-    query: Tensor, *args: Any, enable_gqa: bool = False, **kwargs: Any
+    query: Tensor, *args: Any, scale: float | None = None, **kwargs: Any
 ) -> bool:
-    """Tell whether every query has a key of its own, and the factor is positive, for any shape."""
-    grouped = enable_gqa or (len(args) > 6 and args[6])
-    scale = kwargs.get("scale")
-    return not grouped and query.dim() <= 5 and (scale is None or scale > 0)
+    """Tell whether the factor is positive, for queries of at most five axes."""
+    return query.dim() <= 5 and (scale is None or scale > 0)
 
 
 def multi_head_attention(
@@ -103,6 +103,12 @@ def multi_head_attention(
     is_causal: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """Emulate ``F.multi_head_attention_forward``; ``is_causal`` only hints at the mask."""
+    appended = int(bias_k is not None) + int(add_zero_attn)
+    if appended:
+        attn_mask, key_padding_mask = (
+            None if x is None else call.viewed(F.pad(x, (0, appended)), x)
+            for x in (attn_mask, key_padding_mask)
+        )
     mask = Mask.of(
         [_over_heads(attn_mask, num_heads), _over_keys(key_padding_mask)],
         true_is_masked=True,
@@ -112,12 +118,10 @@ def multi_head_attention(
     packed = None if use_separate_proj_weight else in_proj_weight
     factor = 1 / math.sqrt(query.shape[-1] // num_heads)
     projected_factor = factor if _changes_scales_alone(call, factor) else 1.0
-    heads = tuple(
-        call.viewed(_split_heads(projected, num_heads), projected)
-        for projected in _project(
-            call, (query, key, value), packed, weights, in_proj_bias, projected_factor
-        )
-    )
+    projected = _project(call, (query, key, value), packed, weights, in_proj_bias, projected_factor)
+    rest = zip(("key", "value"), projected[1:], (bias_k, bias_v), strict=True)
+    projected[1:] = [_appended(call, *each, add_zero_attn) for each in rest]
+    heads = tuple(call.viewed(_split_heads(x, num_heads), x) for x in projected)
     joined, probabilities = _attend(
         call, heads, mask, factor / projected_factor, dropout_p if training else 0.0
     )
@@ -135,10 +139,56 @@ def multi_head_attention(
 
 
 def supports_multi_head_attention(*args: Any, **kwargs: Any) -> bool:
-    """Tell whether nothing is appended to the keys, and none come from outside."""
-    bias_k, bias_v, add_zero_attn = args[7:10]
-    extra = (bias_k, bias_v, kwargs.get("static_k"), kwargs.get("static_v"))
-    return all(x is None for x in extra) and not add_zero_attn
+    """Tell whether no keys and values come from outside."""
+    return kwargs.get("static_k") is None and kwargs.get("static_v") is None
+
+
+def _appended(call: Call, name: str, x: Tensor, bias: Tensor | None, zeros: bool) -> Tensor:
+    """Keys or values ``(S, N, E)`` or ``(S, E)`` with a parameter, and zeros, at the end."""
+    if bias is not None:
+        last = call.viewed(bias.reshape(-1).expand(1, *x.shape[1:]), bias)
+        x = concatenation.concatenate(call.child(f"{name}_bias"), [x, last])
+    if not zeros:
+        return x
+    return call.viewed(F.pad(x, (*(0, 0) * (x.dim() - 1), 0, 1)), x)
+
+
+def _attend_in_groups(
+    call: Call,
+    operands: tuple[Tensor, ...],
+    mask: Mask,
+    factor: float,
+    dropout_p: float,
+) -> Tensor:
+    """Attention of several queries to one key: queries of a group are rows of one matrix.
+
+    With 6 heads of queries ``(N, 6, T, d)`` and 2 of keys, the queries are ``(N, 2, 3 T, d)``.
+    """
+    query, key, value = operands
+    heads = key.shape[-3]
+    group = query.shape[-3] // heads
+    if group * heads != query.shape[-3]:
+        raise ValueError(f"{query.shape[-3]} heads of queries are no multiple of {heads} of keys")
+    rows = query.unflatten(-3, (heads, group)).flatten(-3, -2)
+    keep, bias = (
+        None if x is None else call.viewed(_over_groups(x, heads, group), x)
+        for x in (mask.keep, mask.bias)
+    )
+    grouped = Mask(keep, bias, mask.constant)
+    several = call.viewed(rows, query), key, value
+    joined, _ = _attend(call, several, grouped, factor, dropout_p)
+    shaped = joined.unflatten(-2, (group, -1)).flatten(-4, -3)
+    return call.viewed(shaped, joined)
+
+
+def _over_groups(mask: Tensor, heads: int, group: int) -> Tensor:
+    """A mask ``(..., T, S)`` of all heads of queries for the rows of groups, ``(..., g T, S)``."""
+    if mask.dim() >= 3 and mask.shape[-3] == heads * group:
+        return mask.unflatten(-3, (heads, group)).flatten(-3, -2)
+    if mask.shape[-2] == 1:
+        return mask
+    several = mask.unsqueeze(-3)
+    return several.expand(*several.shape[:-3], group, -1, -1).flatten(-3, -2)
 
 
 def _attend(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_nna import calibrate, emulate
+from lightning_nna.deploy import export_tflite, verify
 from lightning_nna.emulation.coverage import coverage
 from lightning_nna.emulation.program import Instruction
 from lightning_nna.testing.replay import replays
@@ -141,11 +143,23 @@ class TestScaledDotProduct:
         result = emulated(Attending(attn_mask=keep), query, key, value)
         assert torch.allclose(result[..., 3, :], value.mean(-2), rtol=0, atol=0.1)
 
-    def test_grouped_queries_run_in_float(self) -> None:
+    @pytest.mark.exactness
+    @pytest.mark.parametrize("bits", SPECS)
+    @pytest.mark.parametrize("name", [*MASKS, "keys"])
+    def test_grouped_queries(self, name: str, bits: int, tmp_path: Path) -> None:
+        arguments = {"attn_mask": torch.rand(3, 1, 1, TIME) > 0.2}
+        arguments = arguments if name == "keys" else MASKS[name][0]
+        module = Attending(**arguments, enable_gqa=True)
         query, key, value = operands()
-        module = Attending(enable_gqa=True)
-        rows = coverage(module, query, key[:, :2], value[:, :2]).rows
-        assert [row.on_chip for row in rows] == [False]
+        inputs = [query, key[:, :2], value[:, :2]]
+        assert not coverage(module, *inputs).fallbacks
+        compared = replays(module, *inputs, spec=SPECS[bits])
+        assert compared["SOFTMAX"] == 3 * HEADS * TIME**2
+        error = emulated(module, *inputs, spec=SPECS[bits]) - module(*inputs)
+        assert float(error.abs().mean()) < {8: 0.02, 16: 0.0003}[bits]
+        calibrate(module, [inputs], lambda module, batch: module(*batch), spec=SPECS[bits])
+        model = export_tflite(module, inputs, tmp_path / "net.tflite")
+        assert verify(module, model.path, inputs) == 1.0
 
     @pytest.mark.parametrize("name", ["none", "causal", "both"])
     @pytest.mark.parametrize("fidelity", ["exact", "fast"])
@@ -177,6 +191,13 @@ LAYERS: dict[str, Layer] = {
         ((3, 10, 32), (3, TIME, 20), (3, TIME, 12)),
         {"average_attn_weights": False},
     ),
+    "bias and zeros": (
+        {"batch_first": True, "add_bias_kv": True, "add_zero_attn": True},
+        ((3, TIME, 32),),
+        {"key_padding_mask": PADDED, "attn_mask": ~BEFORE},
+    ),
+    "zeros": ({"add_zero_attn": True}, ((TIME, 32),), {"need_weights": False}),
+    "bias": ({"add_bias_kv": True}, ((TIME, 3, 32),), {"need_weights": False}),
     "padded": ({"batch_first": True}, ((3, TIME, 32),), {"key_padding_mask": PADDED}),
     "masked": (
         {"batch_first": True},
@@ -289,12 +310,6 @@ class TestMultiHead:
         layer, x = nn.MultiheadAttention(32, HEADS, dropout=0.1), torch.randn(TIME, 8, 32)
         compared = replays(layer, x, x, x)
         assert compared["BATCH_MATMUL"] == 8 * (HEADS * TIME**2 + TIME * 32)
-
-    @pytest.mark.parametrize("setting", ["add_bias_kv", "add_zero_attn"])
-    def test_appended_keys_run_in_float(self, setting: str) -> None:
-        layer, x = nn.MultiheadAttention(32, HEADS, **{setting: True}), torch.randn(5, 2, 32)
-        rows = coverage(layer, x, x, x).rows
-        assert [row.on_chip for row in rows] == [False]
 
     def test_the_gradient_is_near_the_float_one(self) -> None:
         layer, (x, *_), arguments = layer_of("masked")
