@@ -18,6 +18,7 @@ from lightning_nna.emulation.operators.concatenation import concatenate
 from lightning_nna.emulation.operators.gru import gru_layer
 from lightning_nna.emulation.operators.lstm import Weights, lstm_layer
 from lightning_nna.emulation.operators.record import Form, Kernel, Operator, register_operator
+from lightning_nna.emulation.operators.rnn import relu_layer, tanh_layer
 from lightning_nna.emulation.operators.sequences import Layout
 
 States = tuple[Tensor, ...]
@@ -62,13 +63,36 @@ def gru_cell(
     b_hh: Tensor | None = None,
 ) -> Tensor:
     """Emulate ``torch.gru_cell``, one step: the next hidden state, shape ``(batch, hidden)``."""
-    group = _group(w_ih, w_hh, b_ih, b_hh)
-    _, (h,) = _layer(call.child("step"), "gru", input, Layout((len(input),)), (hx,), group)
+    return _step(call, "gru", input, hx, w_ih, w_hh, b_ih, b_hh)
+
+
+def rnn_tanh(call: Call, *args: Any) -> tuple[Tensor, Tensor]:
+    """Emulate ``torch.rnn_tanh``: outputs and last hidden states, shapes as of ``torch.gru``."""
+    output, (h_n,) = _run(call, args, kind="rnn_tanh")
+    return output, h_n
+
+
+def rnn_relu(call: Call, *args: Any) -> tuple[Tensor, Tensor]:
+    """Emulate ``torch.rnn_relu``: outputs and last hidden states, shapes as of ``torch.gru``."""
+    output, (h_n,) = _run(call, args, kind="rnn_relu")
+    return output, h_n
+
+
+def rnn_tanh_cell(call: Call, input: Tensor, hx: Tensor, *weights: Tensor | None) -> Tensor:
+    """Emulate ``torch.rnn_tanh_cell``: the next hidden state, shape ``(batch, hidden)``."""
+    return _step(call, "rnn_tanh", input, hx, *weights)
+
+
+def rnn_relu_cell(call: Call, input: Tensor, hx: Tensor, *weights: Tensor | None) -> Tensor:
+    """Emulate ``torch.rnn_relu_cell``: the next hidden state, shape ``(batch, hidden)``."""
+    return _step(call, "rnn_relu", input, hx, *weights)
+
+
+def _step(call: Call, kind: str, input: Tensor, hx: Tensor, *weights: Tensor | None) -> Tensor:
+    """One step of a layer of elementary instructions."""
+    group = [weight for weight in weights if weight is not None]
+    _, (h,) = _layer(call.child("step"), kind, input, Layout((len(input),)), (hx,), group)
     return h
-
-
-def _group(w_ih: Tensor, w_hh: Tensor, *biases: Tensor | None) -> list[Tensor]:
-    return [w_ih, w_hh, *(bias for bias in biases if bias is not None)]
 
 
 def _run(call: Call, args: tuple[Any, ...], *, kind: str) -> tuple[Tensor, States]:
@@ -159,8 +183,8 @@ def _layer(
 ) -> tuple[Tensor, States]:
     """One layer in one direction; its parameters are w_ih, w_hh, biases and a projection."""
     biased = len(group) == 4 if has_biases is None else has_biases
-    if kind == "gru":
-        output, h_n = gru_layer(call, rows, layout, start[0], group)
+    if kind in _ELEMENTARY:
+        output, h_n = _ELEMENTARY[kind](call, rows, layout, start[0], group)
         return output, (h_n,)
     bias = group[2] + group[3] if biased else None
     projection = group[-1] if len(group) in (3, 5) else None
@@ -169,6 +193,7 @@ def _layer(
     return output, (h_n, c_n)
 
 
+_ELEMENTARY = {"gru": gru_layer, "rnn_tanh": tanh_layer, "rnn_relu": relu_layer}
 _GATES = tuple(enumerate("ifgo"))
 register_operator(
     Operator(
@@ -200,5 +225,19 @@ register_operator(
         forms=(Form(("gru_cell",), gru_cell),),
         has_weights=True,
         arithmetic="fully connected layers, sums, products, sigmoids and a tanh in 16 bits",
+    )
+)
+register_operator(
+    Operator(
+        "rnn",
+        torch=("rnn_tanh",),
+        emulate=rnn_tanh,
+        forms=(
+            Form(("rnn_relu",), rnn_relu),
+            Form(("rnn_tanh_cell",), rnn_tanh_cell),
+            Form(("rnn_relu_cell",), rnn_relu_cell),
+        ),
+        has_weights=True,
+        arithmetic="fully connected layers, a sum and tanh or ReLU in 16 bits",
     )
 )

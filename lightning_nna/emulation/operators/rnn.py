@@ -1,0 +1,58 @@
+r"""The plain recurrent layer, of Elman: two products, a sum and a function.
+
+.. math:: h \leftarrow \tanh(W x + b + R h + b') \quad\text{or}\quad \mathrm{relu}(\dots)
+
+Its states have 16 bits (see :mod:`.recurrent_steps`): with tanh in steps of :math:`2^{-15}`, so
+that an initial state beyond 1 is clipped; with ReLU those of the sum.
+
+Reference:
+    Elman, "Finding structure in time", Cognitive Science 14(2), 1990.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from lightning_nna.emulation.operators.activation import WIDE_OUTPUT, tanh
+from lightning_nna.emulation.operators.call import Call
+from lightning_nna.emulation.operators.clamping import relu
+from lightning_nna.emulation.operators.elementwise import add
+from lightning_nna.emulation.operators.recurrent_steps import Step, run_steps
+from lightning_nna.emulation.operators.sequences import Layout
+from lightning_nna.emulation.ranges import QParams
+
+
+def tanh_layer(
+    call: Call, rows: Tensor, layout: Layout, h_0: Tensor, group: Sequence[Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Run a layer with tanh, see :func:`.recurrent_steps.run_steps` for the shapes."""
+    return run_steps(call, rows, layout, h_0, group, _TanhStep)
+
+
+def relu_layer(
+    call: Call, rows: Tensor, layout: Layout, h_0: Tensor, group: Sequence[Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Run a layer with ReLU, see :func:`.recurrent_steps.run_steps` for the shapes."""
+    return run_steps(call, rows, layout, h_0, group, _ReluStep)
+
+
+class _TanhStep(Step):
+    """One step whose states have the scale of the kernel's tanh."""
+
+    def observe(self, h_0: Tensor) -> None:
+        pass
+
+    def grid(self, h_0: Tensor) -> QParams:
+        return WIDE_OUTPUT
+
+    def __call__(self, x: Tensor, h: Tensor) -> Tensor:
+        return tanh(self.call.child("tanh"), add(self.next, x, self.product(h)))
+
+
+class _ReluStep(Step):
+    """One step whose states have the scale of the sum."""
+
+    def __call__(self, x: Tensor, h: Tensor) -> Tensor:
+        return relu(self.call.child("relu"), add(self.next, x, self.product(h)))
