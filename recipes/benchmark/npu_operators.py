@@ -1,4 +1,4 @@
-"""Compile every operator of the records with Vela: does it run on the NPU, on the CPU, or not at all?
+"""Compile every operator with Vela: does it run on the NPU, on the CPU, or not at all?
 
     python -m recipes.benchmark.npu_operators           # compile what is missing
 
