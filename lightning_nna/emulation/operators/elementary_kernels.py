@@ -281,7 +281,8 @@ SQRT = register_operator(
                 computes_in_float=("sqrt",),
             ),
         ),
-        arithmetic="single precision, truncated; a ReLU before it where the input may be below 0",
+        arithmetic="single precision, truncated; a ReLU before it where the input may be below 0; "
+        "an NPU leaves it to the CPU",
     )
 )
 RSQRT = register_operator(

@@ -42,7 +42,7 @@ def reversed_power(call: Call, input: Tensor, other: Tensor | float) -> Tensor:
     return power(call, other, input)
 
 
-def supports_power(input: Any, exponent: Any) -> bool:
+def supports_power(input: Any, exponent: Any, **_: Any) -> bool:
     """Tell whether the accelerator has this power.
 
     Args:
@@ -55,7 +55,7 @@ def supports_power(input: Any, exponent: Any) -> bool:
     return size == 0.5 or (2 * size == int(2 * size) and 1 < size <= _LARGEST) or exponent == -1
 
 
-def supports_reversed_power(input: Any, other: Any) -> bool:
+def supports_reversed_power(input: Any, other: Any, **_: Any) -> bool:
     """Tell whether the accelerator has this power, see :func:`supports_power`."""
     return supports_power(other, input)
 

@@ -48,7 +48,7 @@ def _in_double(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tenso
     return lambda x: function(x.double()).float()
 
 
-def _supports_round(input: Any, *, decimals: int = 0) -> bool:
+def _supports_round(input: Any, *, decimals: int = 0, **_: Any) -> bool:
     """Tell whether it rounds to whole numbers."""
     return decimals == 0
 

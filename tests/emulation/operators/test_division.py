@@ -106,6 +106,23 @@ def test_it_is_near_float_and_exported(name: str, bits: int, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("bits", SPECS)
+def test_results_are_written_where_out_says(bits: int) -> None:
+    def run(x: Tensor) -> Tensor:
+        result = torch.empty(0)
+        torch.pow(x, 3.0, out=result)
+        torch.div(x, away_from_0(result), out=result)
+        return torch.clamp(result, -0.5, 0.5, out=torch.empty(0))
+
+    net, x = Calling(run), torch.randn(40, 30)
+    assert not coverage(net, x, spec=SPECS[bits]).fallbacks
+    calibrate(net, [x], spec=SPECS[bits])
+    with emulate(net, SPECS[bits]), torch.no_grad():
+        result = net(x)
+    expected = (x / away_from_0(x**3)).clamp(-0.5, 0.5)
+    assert float((result - expected).square().mean()) < 1e-2
+
+
+@pytest.mark.parametrize("bits", SPECS)
 def test_divisors_of_0_give_the_end_of_the_range(bits: int) -> None:
     net, x = Calling(lambda x: 1 / torch.tanh(x)), torch.rand(40, 30) + 0.05
     zeros = torch.linspace(-1e-4, 1e-4, 21)[:, None].requires_grad_()
