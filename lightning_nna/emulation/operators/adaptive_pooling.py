@@ -20,7 +20,13 @@ from torch import Tensor
 
 from lightning_nna.emulation.operators.call import Call
 from lightning_nna.emulation.operators.concatenation import concatenate
-from lightning_nna.emulation.operators.pooling import WITH_INDICES, averaged, is_image, largest
+from lightning_nna.emulation.operators.pooling import (
+    WITH_INDICES,
+    averaged,
+    is_image,
+    largest,
+    with_any_integer,
+)
 from lightning_nna.emulation.operators.pooling_layout import Windows, image, without_image
 from lightning_nna.emulation.operators.record import Form, Operator, register_operator
 from lightning_nna.emulation.operators.reduction import mean_grid, mean_onto
@@ -38,7 +44,7 @@ def adaptive_average_pool(call: Call, input: Tensor, output_size: Size, *, axes:
 
     A mean over all of the image has a range of its own; else the result has its input's.
     """
-    operand = call.operand(input, "input")
+    operand = with_any_integer(call, call.operand(input, "input"))
     x = Activation(image(operand.value, axes), operand.qparams)
     sizes = _sizes(x.value, output_size, axes)
     result = _mean(call, x) if sizes == (1, 1) else _pooled(call, x, sizes, averaged)

@@ -31,7 +31,7 @@ from lightning_nna.emulation.operators.adaptive_pooling import (
 )
 from lightning_nna.emulation.operators.call import Call
 from lightning_nna.emulation.operators.convolution_layout import channels_last
-from lightning_nna.emulation.operators.pooling import is_image
+from lightning_nna.emulation.operators.pooling import is_image, with_any_integer
 from lightning_nna.emulation.operators.pooling_layout import image, without_image
 from lightning_nna.emulation.operators.record import Kernel, Operator, register_operator
 from lightning_nna.emulation.program import Activation, Stored
@@ -106,6 +106,7 @@ def interpolate(
         return call.unchanged(request.of(operand.value), operand)
     if mode in _NEAREST:
         return _nearest(call, operand, request)
+    operand = with_any_integer(call, operand)
     x = replace(operand, value=image(operand.value, axes))
     height, width = (1, *request.outputs(input))[-2:]
     corners = bool(align_corners)
