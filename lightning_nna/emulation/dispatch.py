@@ -89,6 +89,9 @@ _EXACT = (torch.float32, torch.float64)
 _FOLLOWS_STATISTICS = ("batch_norm", "instance_norm")
 _FLOAT, _COMPLEX = 1, 2
 _FILLS = ("masked_fill", "masked_fill_")
+_PRODUCTS = ("mul", "__mul__", "__rmul__", "multiply")
+# No network multiplies activations by less.
+_ABSENT = -1e9
 
 #: Results of :func:`_kind_of` by function; it is needed with every call.
 _KINDS: dict[Callable[..., Any], tuple[str, str]] = {}
@@ -221,6 +224,9 @@ class Dispatch(TorchFunctionMode):
             if depends is not None:
                 key = self._key(path, label, location)
                 return self._fold(key, func, run, args, kwargs, depends)
+        if _scales_a_mask(name, args):
+            self.state.note_outside_consumers((args, kwargs))
+            return self._plainly(func, args, kwargs)
         if _makes_a_mask(name, args, kwargs) and not self._share_qparams(
             name, first_of(args, kwargs)
         ):
@@ -702,6 +708,16 @@ def _is_there_already(target: Tensor, index: Any, value: Any) -> bool:
         view = target[index]
     same = view.shape == value.shape and view.stride() == value.stride()
     return same and view.data_ptr() == value.data_ptr() and view.numel() > 0
+
+
+def _scales_a_mask(name: str, args: tuple[Any, ...]) -> bool:
+    """Tell whether a call makes an additive mask of ones and zeros: ``(1 - mask) * -1e9``.
+
+    Its range would leave no integers for the scores; as a mask it only leaves scores out.
+    """
+    if name not in _PRODUCTS or len(args) < 2:
+        return False
+    return any(isinstance(x, (int, float)) and x <= _ABSENT for x in args)
 
 
 def _makes_a_mask(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

@@ -213,3 +213,16 @@ def test_a_number_beyond_all_is_an_end_of_the_range() -> None:
         y = net(x)
     assert float(y.max()) < 10
     assert torch.equal(y[:, ~CONDITION], y.max().expand(4, 66))
+
+
+@pytest.mark.parametrize("lowest", [-1e9, torch.finfo(torch.float32).min])
+@pytest.mark.parametrize("spec", ["litert-int8", "litert-int16x8"])
+def test_a_float_mask_of_an_argument_leaves_scores_out(lowest: float, spec: str) -> None:
+    def function(scores: Tensor, mask: Tensor) -> Tensor:
+        return torch.softmax(scores * 1.1 + (1.0 - mask) * lowest, -1)
+
+    net, scores = Function(function), torch.randn(6, 10)
+    mask = (torch.arange(10) < torch.arange(5, 11)[:, None]).float()
+    calibrate(net, [[scores, mask]], forward=lambda net, batch: net(*batch), spec=spec)
+    with emulate(net, spec), torch.no_grad():
+        assert float((net(scores, mask) - function(scores, mask)).abs().max()) < 0.02
