@@ -61,9 +61,14 @@ def npu_targets() -> dict[str, str]:
             target = f"CPU ({', '.join(f'`{kind}`' for kind in row['cpu'])})"
         cases = results.setdefault(row["operator"], {})
         cases.setdefault(target, []).append(f"{family} {row['bits']} bits")
+    families = {
+        when.split()[0] for cases in results.values() for each in cases.values() for when in each
+    }
     return {
         name: "; ".join(
-            target if len(cases) == 1 else f"{target}: {', '.join(when)}"
+            target
+            if len(cases) == 1 and families == {each.split()[0] for each in when}
+            else f"{target}: {', '.join(when)}"
             for target, when in sorted(cases.items())
         )
         for name, cases in results.items()
