@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, resolve_name
 from torch.utils._pytree import tree_map
 
@@ -35,6 +35,7 @@ from lightning_nna.emulation.operators.layout import (
     VIEW_PROPERTIES,
     is_movement,
 )
+from lightning_nna.emulation.operators.linear import LOOK_UPS, index_of_rows
 from lightning_nna.emulation.operators.record import Operator
 from lightning_nna.emulation.ranges import MixedQParams
 from lightning_nna.emulation.remedies import reason_against, remedy_of
@@ -199,7 +200,8 @@ class Dispatch(TorchFunctionMode):
             if is_number and self.call_sites.in_scope():
                 return self.__torch_function__(torch.where, (), (args[0], 1.0, 0.0))
             return result
-        if kind == "layout" or name == "copy_" or self._is_padding(name, args, kwargs):
+        moves = kind == "layout" or name == "copy_" or self._is_padding(name, args, kwargs)
+        if moves and not self._looks_up(name, args, kwargs):
             return self._move(func, args, kwargs)
         if name == "__setitem__" and _is_there_already(*args):
             return None
@@ -571,6 +573,15 @@ class Dispatch(TorchFunctionMode):
         if name != "pad":
             return False
         return is_movement(*args[1:], **{k: v for k, v in kwargs.items() if k != "input"})
+
+    def _looks_up(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Tell whether a call reads rows of a parameter whose numbers the program does not fix."""
+        if name not in LOOK_UPS or not isinstance(table := first_of(args, kwargs), nn.Parameter):
+            return False
+        index = index_of_rows(name, *args[1:], **kwargs)
+        if index is None or self.state.constants.is_constant(index):
+            return False
+        return table.is_floating_point() and self.call_sites.in_scope()
 
     def _share_qparams(self, name: str, args: tuple[Any, ...]) -> bool:
         """Tell whether all float tensors among arguments have the same quantization parameters.

@@ -9,6 +9,7 @@ double precision and rounds ties away from zero, and so do we; the accumulator i
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -29,7 +30,13 @@ from lightning_nna.emulation.first_order import first_order
 from lightning_nna.emulation.float32_arithmetic import float32_arithmetic
 from lightning_nna.emulation.fusion import FusionCandidate
 from lightning_nna.emulation.operators.call import Call, stored_bytes
-from lightning_nna.emulation.operators.record import NO_OPTIONS, Kernel, Operator, register_operator
+from lightning_nna.emulation.operators.record import (
+    NO_OPTIONS,
+    Form,
+    Kernel,
+    Operator,
+    register_operator,
+)
 from lightning_nna.emulation.program import Activation, Stored
 from lightning_nna.emulation.ranges import QParams
 from lightning_nna.emulation.spec import KernelRounding, NNASpec
@@ -107,23 +114,72 @@ def fully_connected(
 
 def embedding(call: Call, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """Look rows of an 8-bit table up, shape ``(rows, n)``; the result has the table's scale."""
+    return _look_up(call, weight, input, lambda x: F.embedding(input, x, *args, **kwargs))
+
+
+def _look_up(
+    call: Call, weight: Tensor, index: Tensor, function: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """Look rows up with a function of the table, which has the shape of the weight."""
     if call.observing:
-        return call.observed(F.embedding(input, weight, *args, **kwargs), "table")
+        return call.observed(function(weight), "table")
     quantized = call.state.weight(weight, weight.shape[0])
     with float32_arithmetic(weight):
         trained = call.state.trainable(weight, weight.shape[0])
-        table = _StraightThrough.apply(trained, quantized.values)
-        result = F.embedding(input, table, *args, **kwargs)
+        result = function(_StraightThrough.apply(trained, quantized.values))
     limit = call.state.spec.weight_max
     y = QParams(float(quantized.scales[0]), 0, -limit, limit)
     if call.recording:
         call.record(
             "GATHER",
-            [stored_weight(quantized), Stored(input.long(), "int32", source=input)],
+            [stored_weight(quantized), Stored(index.long(), "int32", source=index)],
             [Activation(result, y).stored()],
             axis=0,
         )
     return call.with_qparams(result, y)
+
+
+#: Functions that read rows of a parameter, as an embedding does.
+LOOK_UPS = frozenset({"__getitem__", "index_select"})
+
+
+def index_of_rows(name: str, *args: Any, **kwargs: Any) -> Tensor | None:
+    """Return the numbers of the rows that a function of :data:`LOOK_UPS` reads.
+
+    Args:
+        name: Name of the function.
+        args: Its arguments after the parameter.
+        kwargs: Its keyword arguments.
+
+    Returns:
+        Integers of any shape; None if it reads something else than rows.
+    """
+    if name == "index_select":
+        arguments = dict(zip(("dim", "index"), args, strict=False)) | kwargs
+        return arguments["index"] if arguments["dim"] == 0 else None
+    index = args[0]
+    is_integer = isinstance(index, Tensor) and index.dtype in (torch.int32, torch.int64)
+    return index if is_integer else None
+
+
+def _rows(name: str, call: Call, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """Emulate ``weight[index]`` and ``index_select`` of a parameter, shape ``(rows, ...)``."""
+    index = index_of_rows(name, *args, **kwargs)
+    assert index is not None
+    numbers = index if call.recording else torch.where(index < 0, index + len(input), index)
+    shape = index.shape + input.shape[1:]
+
+    def read(table: Tensor) -> Tensor:
+        # What an export follows: ``table[index]`` is a layout that the index decides about.
+        return F.embedding(numbers, table.reshape(len(table), -1)).reshape(shape)
+
+    try:
+        return _look_up(call, input, index, read)
+    except IndexError as error:
+        raise IndexError(
+            f"{call.site} reads rows {int(index.min())} to {int(index.max())} of {len(input)}, and "
+            "a program numbers them from 0: add their number to negative ones"
+        ) from error
 
 
 def supports_embedding(input: Any, weight: Any, *args: Any, **kwargs: Any) -> bool:
@@ -480,6 +536,7 @@ register_operator(
         torch=("embedding",),
         emulate=embedding,
         supports=supports_embedding,
+        forms=tuple(Form((name,), partial(_rows, name)) for name in sorted(LOOK_UPS)),
         litert=(
             Kernel("GATHER", versions={"bool": 3, "int8": 2, "int16": 4}, operands={0: "table"}),
             # Tests of the oracle write it, no network becomes one.
