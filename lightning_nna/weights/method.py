@@ -186,8 +186,9 @@ class WeightMethod(ModuleBoundCallback):
                 )
         self._resume()
         self.pipeline.attend(self.order, self._after_step)
-        # With several optimizers, a forward follows a step within one batch.
-        for child in pl_module.children():
+        # With several optimizers, a forward follows a step within one batch, perhaps of a part.
+        several = len(trainer.optimizers) > 1
+        for child in _parts_of(pl_module) if several else pl_module.children():
             self._handles.append(child.register_forward_pre_hook(ModuleHook(self._substitute)))
         same = [one for one in trainer.callbacks if type(one) is type(self)]  # type: ignore[attr-defined]
         patterns = [*self.selection.targets, *(f"!{one}" for one in self.selection.exclude)]
@@ -572,6 +573,15 @@ def require_codebook_size(name: str, size: int, bits: int) -> None:
             f"{name} has {size} centroids in the checkpoint, and {bits} bits are 2**{bits}: resume "
             f"with its bits, or begin a new run from its weights (lightning_nna.load_deployed)"
         )
+
+
+def _parts_of(module: nn.Module) -> list[nn.Module]:
+    """Return all modules inside of a module that may have hooks."""
+    return [
+        part
+        for part in module.modules()
+        if part is not module and not isinstance(part, torch.jit.ScriptModule)
+    ]
 
 
 def _names_of(module: nn.Module) -> dict[int, list[str]]:

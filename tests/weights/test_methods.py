@@ -332,30 +332,32 @@ class Adversarial(pl.LightningModule):
     def __init__(self, *, judges_again: bool) -> None:
         super().__init__()
         self.automatic_optimization = False
-        self.generator = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 4))
-        self.judge, self.judges_again = nn.Linear(4, 8), judges_again
+        generator = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 4))
+        # Its parts are called, and not the network.
+        self.network = nn.ModuleDict({"generator": generator, "judge": nn.Linear(4, 8)})
+        self.judges_again = judges_again
         self.compared = 0
 
     def training_step(self, batch: Tensor, batch_index: int) -> None:
         generator, judge = self.optimizers()
-        generated = self.generator(batch)
+        network = self.network
+        generated = network["generator"](batch)
         loss = generated.square().mean()
-        expected = torch.autograd.grad(loss, self.generator.parameters(), retain_graph=True)
+        expected = torch.autograd.grad(loss, network["generator"].parameters(), retain_graph=True)
         judge.zero_grad()
-        self.manual_backward(self.judge(generated.detach()).square().mean())
+        self.manual_backward(network["judge"](generated.detach()).square().mean())
         judge.step()
         if self.judges_again:  # Else no forward runs between the step and the backward.
-            loss = loss + 0 * self.judge(generated).mean()
+            loss = loss + 0 * network["judge"](generated).square().mean()
         generator.zero_grad()
         self.manual_backward(loss)
-        gradients = [parameter.grad for parameter in self.generator.parameters()]
+        gradients = [parameter.grad for parameter in network["generator"].parameters()]
         assert all(map(torch.equal, gradients, expected))
         self.compared += 1
         generator.step()
 
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
-        parts = (self.generator, self.judge)
-        return [torch.optim.Adam(part.parameters(), lr=0.01) for part in parts]
+        return [torch.optim.Adam(part.parameters(), lr=0.01) for part in self.network.values()]
 
     def train_dataloader(self) -> DataLoader[Tensor]:
         return DataLoader(torch.randn(96, 4), batch_size=8)

@@ -1,0 +1,102 @@
+"""Networks that others wrote: they train emulated, and their programs compute the same bits."""
+
+from __future__ import annotations
+
+import copy
+import math
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lightning_nna import calibrate, coverage, emulate
+from lightning_nna.callbacks import CompressedSensingPruning, GeneralQuantizer, NNAEmulation
+from lightning_nna.deploy import export_tflite, verify
+from recipes.benchmark.foreign import FOREIGN, fit
+from recipes.benchmark.foreign_module import ForeignProgram
+
+pytest.importorskip("peft")
+pytest.importorskip("timm")
+pytest.importorskip("torchvision")
+pytest.importorskip("transformers")
+
+# Libraries of others announce what they will change; small loaders and short runs are meant.
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore"),
+]
+
+#: Functions that run in float, by network and accelerator; the others have no fallback.
+FALLBACKS: dict[tuple[str, str], set[str]] = {}
+SPECS = ("litert-int8", "litert-int16x8")
+
+
+def run(program: ForeignProgram, task: Any, *arguments: Any) -> Any:
+    return program.run(task.network, *arguments)
+
+
+@pytest.mark.exactness
+@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("name", FOREIGN)
+def test_it_trains_emulated_and_every_program_is_equal(
+    name: str, spec: str, tmp_path: Path
+) -> None:
+    foreign = FOREIGN[name]
+    task = foreign.task()
+    batch, optimizer = task.batch(), torch.optim.Adam(trained(task), lr=1e-3)
+    fallbacks = {row.operator for row in coverage(task, *batch, spec=spec).fallbacks}
+    assert fallbacks == FALLBACKS.get((name, spec), set())
+    with emulate(task, spec) as emulator:
+        with emulator.observing():
+            expected = foreign.loss(task(*batch))
+        for fidelity in ("exact", "fast"):
+            with emulator.running(fidelity=fidelity):
+                optimizer.zero_grad()
+                loss = foreign.loss(task(*batch))
+                loss.backward()
+                optimizer.step()
+            assert math.isclose(float(loss), float(expected), rel_tol=0.2)
+    assert all(p.grad is None or bool(p.grad.isfinite().all()) for p in task.parameters())
+    assert sum(p.grad is not None and bool(p.grad.any()) for p in task.parameters())
+    if fallbacks:
+        return
+    task.eval()
+    for program in foreign.exported:
+        arguments = list(program.arguments(task.network, *batch))
+        forward = partial(run, program)
+        calibrate(task, [arguments], lambda task, batch, forward=forward: forward(task, *batch))
+        model = export_tflite(task, arguments, tmp_path / "net.tflite", forward=forward)
+        assert verify(task, model.path, arguments, forward=forward, random_inputs=2) == 1.0
+
+
+def trained(task: Any) -> list[torch.nn.Parameter]:
+    return [each for each in task.parameters() if each.requires_grad]
+
+
+@pytest.mark.parametrize("name", ["bert_lora", "gan", "mobilenet_v2"])
+@pytest.mark.parametrize(
+    "method",
+    [partial(GeneralQuantizer, 4), partial(CompressedSensingPruning, 0.7)],
+    ids=["gq", "csp"],
+)
+def test_its_weights_are_compressed(name: str, method: Any) -> None:
+    task, callback = FOREIGN[name].task(), method()
+    fit(task, 8, NNAEmulation(calibration_steps=2, telemetry_every_n_steps=0), callback)
+    weights = [task.get_parameter(each) for each in callback.selected]
+    assert weights
+    if isinstance(callback, GeneralQuantizer):
+        assert all(len(weight.unique()) <= 16 for weight in weights)
+    else:
+        zeros = sum(int((weight == 0).sum()) for weight in weights)
+        assert zeros >= 0.69 * sum(weight.numel() for weight in weights)
+
+
+def test_lora_leaves_frozen_weights_alone() -> None:
+    task = FOREIGN["bert_lora"].task()
+    before = copy.deepcopy(task.state_dict())
+    fit(task, 4, NNAEmulation(calibration_steps=2, telemetry_every_n_steps=0), GeneralQuantizer(4))
+    frozen = [name for name, each in task.named_parameters() if not each.requires_grad]
+    assert len(frozen) > 20
+    assert all(torch.equal(task.state_dict()[name], before[name]) for name in frozen)
