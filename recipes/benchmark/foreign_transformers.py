@@ -275,6 +275,7 @@ TRANSFORMERS: dict[str, ForeignModule] = {
         lambda: (torch.randn(2, 2000),),
         _ctc,
         run=lambda net, sound: net(sound).logits,
+        warmup_steps=60,
     ),
     "whisper": ForeignModule(
         "Whisper",

@@ -218,9 +218,9 @@ VISION: dict[str, ForeignModule] = {
         "MobileNetV3 small",
         "timm",
         _mobilenetv3,
-        _images,
+        lambda: _images(3, 64, 64),
         classification(100),
-        learning_rate=1e-4,
+        learning_rate=3e-5,
     ),
     "resnet18": ForeignModule(
         "ResNet-18", "timm", _resnet18, _images, classification(100), learning_rate=3e-4
@@ -229,9 +229,9 @@ VISION: dict[str, ForeignModule] = {
         "MobileNetV2",
         "torchvision",
         _mobilenet_v2,
-        _images,
+        lambda: _images(3, 64, 64),
         classification(100),
-        learning_rate=1e-4,
+        learning_rate=3e-5,
     ),
     "unet": ForeignModule(
         "U-Net, transposed convolutions",

@@ -28,9 +28,15 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore"),
 ]
 
-#: Functions that run in float, by network and accelerator; the others have no fallback.
-FALLBACKS: dict[tuple[str, str], set[str]] = {}
 SPECS = ("litert-int8", "litert-int16x8")
+#: Functions that may run in float, as they have no kernel of 16 bits.
+WIDE_FALLBACKS = {
+    "bert": {"gelu"},
+    "bert_lora": {"gelu"},
+    "mobilenetv3": {"hardswish"},
+    "wav2vec2": {"gelu"},
+    "whisper": {"gelu"},
+}
 
 
 def run(program: ForeignProgram, task: Any, *arguments: Any) -> Any:
@@ -47,7 +53,7 @@ def test_it_trains_emulated_and_every_program_is_equal(
     task = foreign.task()
     batch, optimizer = task.batch(), torch.optim.Adam(trained(task), lr=1e-3)
     fallbacks = {row.operator for row in coverage(task, *batch, spec=spec).fallbacks}
-    assert fallbacks == FALLBACKS.get((name, spec), set())
+    assert fallbacks <= (WIDE_FALLBACKS.get(name, set()) if spec == SPECS[1] else set())
     with emulate(task, spec) as emulator:
         with emulator.observing():
             expected = foreign.loss(task(*batch))
