@@ -141,16 +141,18 @@ def first(batch: Any) -> Any:
     return tree_map(lambda x: x[:1] if isinstance(x, Tensor) else x, batch)
 
 
-def classification(classes: int) -> Callable[[Tensor], Tensor]:
+def classification(classes: int, *, smoothing: float = 0.0) -> Callable[[Tensor], Tensor]:
     """Return a loss that asks for the classes 0, 1, 2, … in turn.
 
     Args:
         classes: Number of classes; logits have shape ``(..., classes)``.
+        smoothing: Label smoothing; the loss of a network that knows its batch is not zero then.
     """
 
     def loss(logits: Tensor) -> Tensor:
         labels = torch.arange(logits.numel() // classes, device=logits.device) % classes
-        return F.cross_entropy(logits.reshape(-1, classes), labels)
+        scores = logits.reshape(-1, classes)
+        return F.cross_entropy(scores, labels, label_smoothing=smoothing)
 
     return loss
 

@@ -219,8 +219,8 @@ VISION: dict[str, ForeignModule] = {
         "timm",
         _mobilenetv3,
         lambda: _images(3, 64, 64),
-        classification(100),
-        learning_rate=3e-5,
+        classification(100, smoothing=0.1),
+        warmup_steps=40,
     ),
     "resnet18": ForeignModule(
         "ResNet-18", "timm", _resnet18, _images, classification(100), learning_rate=3e-4
@@ -230,8 +230,8 @@ VISION: dict[str, ForeignModule] = {
         "torchvision",
         _mobilenet_v2,
         lambda: _images(3, 64, 64),
-        classification(100),
-        learning_rate=3e-5,
+        classification(100, smoothing=0.1),
+        warmup_steps=40,
     ),
     "unet": ForeignModule(
         "U-Net, transposed convolutions",
