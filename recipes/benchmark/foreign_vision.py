@@ -261,9 +261,9 @@ VISION: dict[str, ForeignModule] = {
         "written out",
         MobileNetV1,
         lambda: _images(3, 96, 96),
-        classification(2),
+        classification(2, smoothing=0.1),
         programs=with_features(lambda net, images: net.features(images)),
-        learning_rate=1e-4,
+        warmup_steps=40,
     ),
     "resnet8": ForeignModule(
         "MLPerf Tiny: ResNet8",
