@@ -57,6 +57,13 @@ def test_the_page_on_emulation_has_every_operator_and_its_widths() -> None:
     assert {name: widths for name, widths, _, _ in rows} == expected
 
 
+def test_the_readme_lists_the_functions_of_the_records() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert readme == _hook("operators").with_functions(readme), (
+        "run python docs/build_hooks/operators.py"
+    )
+
+
 def _hook(name: str) -> Any:
     spec = importlib.util.spec_from_file_location(name, ROOT / f"docs/build_hooks/{name}.py")
     assert spec is not None

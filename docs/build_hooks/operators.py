@@ -1,6 +1,8 @@
-"""Write the table of operators into a page while the site is built, from their records.
+"""Write what the records say of torch functions into pages: what is emulated, and what is not.
 
-A page with the line ``<!-- table of operators -->`` gets the table there.
+While the site is built, a page with the line ``<!-- table of operators -->`` or ``<!-- table of
+other functions -->`` gets the table there. ``python docs/build_hooks/operators.py`` writes the list
+of functions in the README, which has no build.
 """
 
 from __future__ import annotations
@@ -10,17 +12,23 @@ from pathlib import Path
 from typing import Any
 
 from lightning_nna.emulation.operators.catalog import operators
+from lightning_nna.emulation.operators.layout import JOINS, MOVEMENTS
+from lightning_nna.emulation.remedies import REMEDIES
 
 MARK = "<!-- table of operators -->"
 #: Rows of ``recipes.benchmark.npu_operators``.
 NPU_ROWS = Path(__file__).parents[1] / "results" / "npu_operators.jsonl"
+OTHERS_MARK = "<!-- table of other functions -->"
+#: What is between these lines of the README is written from the records.
+README_MARKS = ("<!-- functions, written from the records -->", "<!-- end of functions -->")
+README = Path(__file__).resolve().parents[2] / "README.md"
 # Python writes these functions as operators; the others with underscores are in-place forms.
 _SIGNS = {"__matmul__": "`@`"}
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Replace the mark of a page (a hook of MkDocs)."""
-    return markdown.replace(MARK, table())
+    """Replace the marks of a page (a hook of MkDocs)."""
+    return markdown.replace(MARK, table()).replace(OTHERS_MARK, others())
 
 
 def table() -> str:
@@ -73,3 +81,43 @@ def npu_targets() -> dict[str, str]:
         )
         for name, cases in results.items()
     }
+
+
+def others() -> str:
+    """Return the table of functions that run in float, with what to write instead."""
+    emulated = {name for each in operators().values() for name in each.functions}
+    rows = ["| torch function | what to write instead |", "|---|---|"]
+    by_text: dict[str, list[str]] = {}
+    for name, text in sorted(REMEDIES.items()):
+        if name not in emulated and name not in MOVEMENTS:
+            by_text.setdefault(text, []).append(f"`{name}`")
+    rows += [f"| {', '.join(names)} | {text} |" for text, names in by_text.items()]
+    return "\n".join(rows)
+
+
+def functions() -> str:
+    """Return the torch functions that are emulated, and those that move data, as two paragraphs."""
+    every = {name for each in operators().values() for name in each.functions}
+    emulated = [_SIGNS.get(name, f"`{name}`") for name in sorted(every) if not _is_form(name)]
+    moving = [f"`{name}`" for name in sorted((MOVEMENTS | JOINS) - every) if not _is_form(name)]
+    return (
+        f"Emulated ({len(emulated)}): {', '.join(emulated)}.\n\n"
+        f"Data movement ({len(moving)}): {', '.join(moving)}."
+    )
+
+
+def with_functions(readme: str) -> str:
+    """Return the README with the functions of the records between its marks."""
+    first, last = README_MARKS
+    before, rest = readme.split(first)
+    _, after = rest.split(last)
+    return f"{before}{first}\n{functions()}\n{last}{after}"
+
+
+def _is_form(name: str) -> bool:
+    """Tell whether a name is an in-place form, or a method that Python calls."""
+    return name.startswith("_") or name.endswith("_")
+
+
+if __name__ == "__main__":
+    README.write_text(with_functions(README.read_text(encoding="utf-8")), encoding="utf-8")

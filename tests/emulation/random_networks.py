@@ -6,6 +6,7 @@ nested tuples that :func:`build` turns into a module.
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from typing import Any
 
@@ -14,41 +15,103 @@ import torch.nn.functional as F
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from lightning_nna.emulation.emulator import Emulator
+
 BATCH, TIME, INPUTS, LABELS, CLASSES = 3, 6, 5, 11, 7
 
-# Functions of one activation that keep the width.
+
+def _assigned(x: Tensor) -> Tensor:
+    """Write over a part of a copy."""
+    y = x * 0.8
+    y[:, 0] = x[:, -1]
+    y[..., -1] = 0.25
+    return y
+
+
+# Functions of one activation (batch, time, width) that keep its shape. With the layers they consist
+# of every operator of the records, which `test_every_operator_is_drawn` demands.
 FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    # Activation functions
     "sigmoid": torch.sigmoid,
     "tanh": torch.tanh,
     "relu": F.relu,
     "relu6": F.relu6,
-    "leaky_relu": lambda x: F.leaky_relu(x, 0.2),
+    "leaky relu": lambda x: F.leaky_relu(x, 0.2),
     "silu": F.silu,
-    "hard_sigmoid": F.hardsigmoid,
+    "hard sigmoid": F.hardsigmoid,
+    "hard tanh": lambda x: F.hardtanh(x, -0.7, 1.2),
+    "clamp": lambda x: x.clamp(-1.1, 0.9),
+    "clamp from below": lambda x: x.clamp(min=-0.4),
     "softmax": lambda x: F.softmax(x, dim=-1),
     "softmax over time": lambda x: torch.softmax(x, 1),
+    # Arithmetic
     "affine": lambda x: 1.5 - 0.3 * x,
     "square": lambda x: x * x - x,
+    "power": lambda x: x.tanh().pow(2) + x,
+    "squared difference": lambda x: (x - x.mean(-1, keepdim=True)).square(),
     "in place": lambda x: (x * 0.7).add_(0.2).sigmoid_(),
+    "absolute": lambda x: x.abs() - 0.5 * x,
+    "root": lambda x: (x * x + 0.1).sqrt(),
+    "inverse root": lambda x: x * torch.rsqrt((x * x).mean(-1, keepdim=True) + 0.2),
+    "exponential": lambda x: torch.exp(-x.abs()) + x,
+    "logarithm": lambda x: torch.log(1 + x * x),
+    "quotient": lambda x: x / (1 + x.abs()),
+    "reciprocal": lambda x: 1 / (1.5 + x.sigmoid()),
+    "larger of two": lambda x: torch.maximum(x, 0.5 * x.flip(1)),
+    "smaller of two": lambda x: torch.minimum(x, x.tanh()),
+    # Reductions
     "less its mean": lambda x: x - x.mean(1, keepdim=True),
     "less its largest": lambda x: x - x.amax(-1, keepdim=True),
+    "less its smallest": lambda x: x - x.amin(1, keepdim=True),
     "sum": lambda x: x + x.sum(1, keepdim=True) / 3,
+    "variance": lambda x: x + x.var(-1, keepdim=True),
+    "unit length": lambda x: F.normalize(x, dim=-1),
+    # Pools and resizing
+    "average pool": lambda x: F.avg_pool1d(x, 3, 1, 1),
+    "average pool of two axes": lambda x: F.avg_pool2d(x[:, None], 3, 1, 1)[:, 0],
+    "max pool": lambda x: F.max_pool1d(x.transpose(1, 2), 3, 1, 1).transpose(1, 2),
+    "max pool of two axes": lambda x: F.max_pool2d(x[:, None], (3, 1), 1, (1, 0))[:, 0],
+    "global pools": lambda x: x * F.adaptive_avg_pool1d(x, 1) + F.adaptive_max_pool1d(x, 1),
+    "nearest": lambda x: F.interpolate(x, scale_factor=2)[..., ::2] + x,
+    "bilinear": lambda x: F.interpolate(x[:, None], None, 2, "bilinear")[:, 0, ::2, ::2],
+    # Conditions and positions
+    "where": lambda x: torch.where(x > 0.1, x, 0.3 * x),
+    "masked": lambda x: x.masked_fill(x.abs() < 0.2, 0.0),
+    "assigned": _assigned,
     "pad and slice": lambda x: F.pad(x, (0, 0, 1, 1))[:, 2:] + x,
+    "reflected": lambda x: F.pad(x, (1, 1), mode="reflect")[..., 2:] - x,
+    "filled": lambda x: F.pad(x, (1, 1), value=0.4)[..., 2:] * x,
+    "rolled": lambda x: x + x.roll(1, 1),
+    "triangle": lambda x: x + x.tril(),
+    "cumulative": lambda x: x.cumsum(1) / 3,
     "transposed": lambda x: torch.tanh(x.transpose(1, 2).reshape(x.shape[0], -1)).view(
         x.shape[0], x.shape[2], x.shape[1]
     ).transpose(1, 2),
+    # Products
     "scores": lambda x: torch.softmax(x @ x.transpose(1, 2) / 4, -1) @ x,
+    "einsum": lambda x: torch.einsum("btw,bsw->bts", x, x).softmax(-1) @ x,
 }  # fmt: skip
 IN_8_BITS: dict[str, Callable[[Tensor], Tensor]] = {
-    "elu": F.elu,
+    "elu": lambda x: F.elu(x, 0.7),
+    "selu": F.selu,
+    "celu": lambda x: F.celu(x, 0.6),
     "gelu": F.gelu,
-    "hard_swish": F.hardswish,
-    "log_softmax": lambda x: F.log_softmax(x, dim=-1),
+    "gelu by tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "mish": F.mish,
+    "softplus": F.softplus,
+    "log sigmoid": F.logsigmoid,
+    "softsign": F.softsign,
+    "error function": torch.erf,
+    "hard swish": F.hardswish,
+    "log softmax": lambda x: F.log_softmax(x, dim=-1),
+    "sine": lambda x: torch.sin(x) + torch.cos(x),
+    "rounded": lambda x: x.floor() + x.ceil() - x.round() + x.sign(),
 }
 LAYERS = (
-    "linear", "conv", "conv norm", "depthwise norm", "lstm", "bidirectional lstm", "projected lstm",
-    "gru", "bidirectional gru", "lstm cell", "gru cell", "attention", "causal attention",
-    "layer norm", "rms norm", "glu", "split",
+    "linear", "conv", "conv norm", "depthwise norm", "transposed conv", "grouped transposed conv",
+    "lstm", "bidirectional lstm", "projected lstm", "gru", "bidirectional gru", "lstm cell",
+    "gru cell", "rnn", "rnn cell", "attention", "causal attention", "layer norm", "rms norm",
+    "group norm", "instance norm", "prelu", "glu", "split", "dropout",
 )  # fmt: skip
 Plan = tuple[Any, ...]
 
@@ -57,7 +120,7 @@ def plans(bits: int) -> st.SearchStrategy[list[Plan]]:
     """Sequences of blocks."""
     names = [*FUNCTIONS, *(IN_8_BITS if bits == 8 else ())]
     function = st.tuples(st.just("function"), st.sampled_from(names))
-    layer = st.tuples(st.sampled_from(LAYERS), st.sampled_from([4, 8, 12]))
+    layer = st.tuples(st.just("layer"), st.sampled_from(LAYERS), st.sampled_from([4, 8, 12]))
 
     def nested(inner: st.SearchStrategy[Plan]) -> st.SearchStrategy[Plan]:
         few = st.lists(inner, min_size=1, max_size=3)
@@ -69,6 +132,26 @@ def plans(bits: int) -> st.SearchStrategy[list[Plan]]:
 
     blocks = st.recursive(layer | function, nested, max_leaves=6)
     return st.lists(blocks, min_size=4, max_size=7)
+
+
+def deep_plan(draw: random.Random, bits: int, deepest: int = 30) -> list[Plan]:
+    """Draw up to ``deepest`` blocks; a layer norm after each four keeps values finite."""
+    plan: list[Plan] = []
+    for index in range(draw.randint(1, deepest)):
+        plan.append(("layer", "layer norm", 0) if index % 5 == 4 else _drawn(draw, bits))
+    return plan
+
+
+def _drawn(draw: random.Random, bits: int, *, nested: bool = True) -> Plan:
+    """Draw one block."""
+    names = [*FUNCTIONS, *(IN_8_BITS if bits == 8 else ())]
+    kind = draw.choices(("function", "layer", "joined"), (6, 3, 1 if nested else 0))[0]
+    if kind == "function":
+        return kind, draw.choice(names)
+    if kind == "layer":
+        return kind, draw.choice(LAYERS), draw.choice([4, 8, 12])
+    parts = [[_drawn(draw, bits, nested=False) for _ in range(draw.randint(1, 2))] for _ in "ab"]
+    return draw.choice([("residual", parts[0]), ("gated", parts[0]), ("concatenated", *parts)])
 
 
 class Function(nn.Module):
@@ -190,7 +273,7 @@ def build(plan: Plan, width: int) -> tuple[nn.Module, int]:
     if kind in ("residual", "gated"):
         inner, own = sequence(details[0], width)
         return Joined(kind, nn.Sequential(inner, nn.Linear(own, width))), width
-    return layer(kind, width, details[0])
+    return layer(details[0], width, details[1])
 
 
 def layer(kind: str, width: int, units: int) -> tuple[nn.Module, int]:
@@ -206,6 +289,14 @@ def layer(kind: str, width: int, units: int) -> tuple[nn.Module, int]:
             Transposed(nn.Conv1d(width, width, 5, padding=2, groups=width), nn.BatchNorm1d(width)),
             width,
         ),
+        "transposed conv": lambda: (
+            Transposed(nn.ConvTranspose1d(width, units, 3, padding=1)), units
+        ),
+        "grouped transposed conv": lambda: (
+            Transposed(nn.ConvTranspose1d(4, 8, 3, padding=1, groups=2)) if width == 4 else
+            Transposed(nn.ConvTranspose1d(width, width, 5, padding=2, groups=width)),
+            8 if width == 4 else width,
+        ),
         "lstm": lambda: (Recurrent(nn.LSTM(width, units, 2, **first)), units),
         "bidirectional lstm": lambda: (
             Recurrent(nn.LSTM(width, units, bidirectional=True, **first)), 2 * units
@@ -217,6 +308,8 @@ def layer(kind: str, width: int, units: int) -> tuple[nn.Module, int]:
         ),
         "lstm cell": lambda: (Loop(nn.LSTMCell(width, units)), units),
         "gru cell": lambda: (Loop(nn.GRUCell(width, units)), units),
+        "rnn": lambda: (Recurrent(nn.RNN(width, units, 2, **first)), units),
+        "rnn cell": lambda: (Loop(nn.RNNCell(width, units, nonlinearity="relu")), units),
         "attention": lambda: (
             nn.Sequential(nn.Linear(width, units), Attention(units, causal=False)), units
         ),
@@ -225,7 +318,27 @@ def layer(kind: str, width: int, units: int) -> tuple[nn.Module, int]:
         ),
         "layer norm": lambda: (nn.LayerNorm(width), width),
         "rms norm": lambda: (nn.RMSNorm(width), width),
+        "group norm": lambda: (
+            nn.Sequential(nn.Linear(width, units), Transposed(nn.GroupNorm(2, units))), units
+        ),
+        "instance norm": lambda: (
+            Transposed(nn.InstanceNorm1d(width, affine=True, track_running_stats=True)), width
+        ),
+        "prelu": lambda: (Transposed(nn.PReLU(width)), width),
+        "dropout": lambda: (nn.Dropout(0.2), width),
         "glu": lambda: (nn.Sequential(nn.Linear(width, 2 * units), nn.GLU()), units),
         "split": lambda: (nn.Sequential(nn.Linear(width, units), Split()), units),
     }  # fmt: skip
     return made[kind]()
+
+
+def train(net: nn.Module, chip: Emulator, x: Tensor, steps: int = 3) -> None:
+    """A few steps toward random classes, with the faster rounding."""
+    optimizer = torch.optim.Adam(net.parameters(), lr=0.01)
+    classes = torch.randint(0, CLASSES, (BATCH, TIME))
+    with chip.running(fidelity="fast"):
+        for _ in range(steps):
+            logits = net(x)
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(logits.flatten(0, 1), classes.flatten()).backward()
+            optimizer.step()

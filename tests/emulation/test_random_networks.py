@@ -6,10 +6,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
 
 from lightning_nna import emulate
-from lightning_nna.emulation.emulator import Emulator
 from lightning_nna.emulation.program import Instruction
 from lightning_nna.testing.replay import check_instructions
 from tests.emulation.chain import check_chain
@@ -22,6 +20,7 @@ from tests.emulation.random_networks import (
     Network,
     Plan,
     plans,
+    train,
 )
 
 pytestmark = [
@@ -38,18 +37,6 @@ FEW = settings(
     phases=[Phase.generate],  # A failing network is small enough; making it smaller takes minutes.
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
-
-
-def train(net: nn.Module, chip: Emulator, x: Tensor, steps: int = 3) -> None:
-    """A few steps toward random classes, with the faster rounding."""
-    optimizer = torch.optim.Adam(net.parameters(), lr=0.01)
-    classes = torch.randint(0, CLASSES, (BATCH, TIME))
-    with chip.running(fidelity="fast"):
-        for _ in range(steps):
-            logits = net(x)
-            optimizer.zero_grad()
-            nn.functional.cross_entropy(logits.flatten(0, 1), classes.flatten()).backward()
-            optimizer.step()
 
 
 def equals_litert(
@@ -83,7 +70,7 @@ def test_every_instruction_is_the_references(bits: int) -> None:
 def test_a_changed_integer_opens_the_chain() -> None:
     """The check of the chain itself: one integer less, or a result of another run, is noticed."""
     torch.manual_seed(0)
-    net = Network([("linear", 8), ("function", "tanh")], embedded=False)
+    net = Network([("layer", "linear", 8), ("function", "tanh")], embedded=False)
     x = torch.randn(BATCH, TIME, INPUTS)
     recorded: list[Instruction] = []
     with emulate(net) as chip, torch.no_grad():
