@@ -100,13 +100,13 @@ class ProvenanceMap:
         assert stored.source is not None
         return self.provenance.complete(stored.source).numpy()
 
-    def define(self, dtype: str, ids: Any, codes: Codes) -> None:
+    def define(self, dtype: str, ids: Any, codes: Codes | int) -> None:
         """Set the codes of some ids in a type.
 
         Args:
             dtype: Type of the program's tensor.
             ids: Provenance ids, int64, any shape.
-            codes: Codes, shape ``(ids.size,)``.
+            codes: Codes, shape ``(ids.size,)``, or one for all.
         """
         self._codes_for(dtype)[ids.reshape(-1)] = codes
 

@@ -341,11 +341,12 @@ class Recorder:
         with untracked():
             if not self._depends(instruction):
                 return  # Computed from the program's own constants: its results are constants.
-            result_ids = [self.provenance_map.result_ids(x) for x in instruction.outputs]
             if instruction.operator == "QUANTIZE" and is_float(instruction.inputs[0]):
-                self._quantize(instruction, result_ids[0])
+                (ids,) = (self.provenance_map.result_ids(x) for x in instruction.outputs)
+                self._quantize(instruction, ids)
                 return
-            arrangement = self._arrangement(instruction, result_ids)
+            arrangement = self._arrangement(instruction)
+            result_ids = [x.ids for x in arrangement.results]
             if selects_nothing(instruction.operator, arrangement):
                 (unchanged,) = (x.codes for x in arrangement.operands[-1:] if x is not None)
                 assert unchanged is not None
@@ -388,17 +389,32 @@ class Recorder:
             for dtype, ids in ((x.dtype, self.provenance_map.ids(x)) for x in read)
         )
 
-    def _arrangement(self, instruction: Instruction, result_ids: Sequence[Any]) -> Arrangement:
+    def _arrangement(self, instruction: Instruction) -> Arrangement:
         """Return an instruction with the codes of its operands and the ids of its results."""
-        operands = (
+        operands = tuple(
             None if x is None or x.variable else self._operand(instruction, k, x)
             for k, x in enumerate(instruction.inputs)
         )
-        results = (
-            Operand(x.integers.numpy(), spec_of(x), instruction.site, ids=ids)
-            for x, ids in zip(instruction.outputs, result_ids, strict=True)
+        results = tuple(
+            Operand(
+                x.integers.numpy(), spec_of(x), instruction.site, ids=self._ids_of(x, instruction)
+            )
+            for x in instruction.outputs
         )
-        return Arrangement(tuple(operands), tuple(results), instruction.options)
+        return Arrangement(operands, results, instruction.options)
+
+    def _ids_of(self, result: Stored, instruction: Instruction) -> Any:
+        """Return the ids of a result; an operand of the same values in another type keeps its own.
+
+        A widened activation is the same tensor of the forward in two types. Its elements that are
+        constants get ids with the result, and stay constants of the operand.
+        """
+        before = self.provenance_map.ids(result)
+        ids = self.provenance_map.result_ids(result)
+        for x in instruction.inputs:
+            if x is not None and x.source is result.source and x.dtype != result.dtype:
+                self.provenance_map.define(x.dtype, ids[before < 0], NO_TENSOR)
+        return ids
 
     def _operand(self, instruction: Instruction, position: int, stored: Stored) -> Operand:
         """Return an operand with the codes of its elements."""

@@ -303,6 +303,19 @@ def test_a_constant_in_an_operand_is_joined_once(tmp_path: Path) -> None:
     assert np.isfinite(run_tflite(model.path, [torch.randn(3, 6)])[0]).all()
 
 
+def test_constants_in_an_operand_that_is_widened(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+
+    def forward(x: Tensor) -> Tensor:
+        y = torch.tanh(x)
+        y[..., -1] = 0.25
+        return y.var(-1) * y.mean(-1)
+
+    net, x = calibrated(forward, (torch.randn(3, 6, 5),)), torch.randn(3, 6, 5)
+    model = export_tflite(net, [x], tmp_path / "net.tflite")
+    assert verify(net, model.path, [x]) == 1.0
+
+
 @pytest.mark.parametrize("bits", SPECS)
 @pytest.mark.parametrize("axis", [0, 1, -1])
 def test_a_stack_of_tensors_of_different_scales(axis: int, bits: int, tmp_path: Path) -> None:
