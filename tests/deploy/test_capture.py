@@ -31,10 +31,6 @@ def after(function: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
     return lambda x, linear: function(linear(x))
 
 
-def drawn_from(function: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
-    return lambda x, linear: linear(function(x))
-
-
 DECISIONS: dict[str, tuple[Callable[..., Tensor], str]] = {
     "a mask that is added": (
         after(lambda y: torch.softmax(y + (y < 0) * -1e9, -1)),
@@ -75,10 +71,6 @@ DECISIONS: dict[str, tuple[Callable[..., Tensor], str]] = {
         lambda x, linear: torch.sigmoid(F.pad(linear(x), (0, int((x > 0).sum())))),
         "reads a value",
     ),
-    "a weight": (
-        lambda x, linear: F.linear(x, linear(x)),
-        r"fully_connected#\d/weight is computed from the data",
-    ),
     "a kernel": (
         lambda x, linear: F.conv1d(x[None], linear(x)[:, :, None]),
         r"convolution#0/weight is computed from the data",
@@ -87,7 +79,6 @@ DECISIONS: dict[str, tuple[Callable[..., Tensor], str]] = {
         lambda x, linear: F.linear(x, linear.weight, linear(x)[0]),
         r"fully_connected#\d/bias is computed from the data",
     ),
-    "a norm": (drawn_from(F.normalize), r"normalize#0 is no operator of"),
     "dropout": (
         after(lambda y: torch.sigmoid(F.dropout(y))),
         r"random numbers .* Leave dropout and noise out",
@@ -125,16 +116,6 @@ def test_data_decide_nothing(kind: str, bits: int, allow_cpu: bool, tmp_path: Pa
             r"1/batch_norm#0/.* is computed from the data.*track_running_stats=True",
         ),
         ([nn.BatchNorm1d(6, track_running_stats=False)], (8, 6), "track_running_stats=True"),
-        (
-            [nn.Conv1d(6, 6, 3), nn.InstanceNorm1d(6)],
-            (3, 6, 9),
-            "statistics of every input: use batch norm",
-        ),
-        (
-            [nn.Conv1d(6, 6, 3), nn.InstanceNorm1d(6, affine=True, track_running_stats=True)],
-            (3, 6, 9),
-            "statistics of every input",
-        ),
     ],
 )
 def test_statistics_of_the_example_are_none_of_the_program(
@@ -145,6 +126,20 @@ def test_statistics_of_the_example_are_none_of_the_program(
     calibrate(net, [x])
     with pytest.raises(CaptureError, match=message):
         export_tflite(net, [x], tmp_path / "net.tflite")
+
+
+def test_a_weight_and_statistics_that_are_instructions_of_the_program(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    linear = nn.Linear(6, 6)
+    x = torch.randn(6, 6)
+    net = calibrated(lambda x, linear: F.linear(F.normalize(x), linear(x)), (x,), linear)
+    model = export_tflite(net, [x], tmp_path / "net.tflite")
+    assert verify(net, model.path, [torch.randn(6, 6)]) == 1.0
+    for norm in (nn.InstanceNorm1d(6), nn.InstanceNorm1d(6, affine=True, track_running_stats=True)):
+        layers, x = nn.Sequential(nn.Conv1d(6, 6, 3), norm), torch.randn(3, 6, 9)
+        calibrate(layers, [x])
+        model = export_tflite(layers, [x], tmp_path / "layers.tflite")
+        assert verify(layers, model.path, [torch.randn(3, 6, 9)]) == 1.0
 
 
 def test_an_embedding_with_a_limit_is_computed_in_float_and_refused(tmp_path: Path) -> None:

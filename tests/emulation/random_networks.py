@@ -56,27 +56,36 @@ FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "exponential": lambda x: torch.exp(-x.abs()) + x,
     "logarithm": lambda x: torch.log(1 + x * x),
     "quotient": lambda x: x / (1 + x.abs()),
-    "reciprocal": lambda x: 1 / (1.5 + x.sigmoid()),
+    "reciprocal": lambda x: (1.5 + x.sigmoid()).reciprocal(),
     "larger of two": lambda x: torch.maximum(x, 0.5 * x.flip(1)),
     "smaller of two": lambda x: torch.minimum(x, x.tanh()),
+    "fused product": lambda x: torch.addcmul(x, x.sigmoid(), x.flip(-1), value=0.5),
+    "interpolated": lambda x: torch.lerp(x, x.roll(1, 1), 0.3),
     # Reductions
     "less its mean": lambda x: x - x.mean(1, keepdim=True),
     "less its largest": lambda x: x - x.amax(-1, keepdim=True),
     "less its smallest": lambda x: x - x.amin(1, keepdim=True),
     "sum": lambda x: x + x.sum(1, keepdim=True) / 3,
     "variance": lambda x: x + x.var(-1, keepdim=True),
+    "deviation": lambda x: x - x.std(1, keepdim=True),
     "unit length": lambda x: F.normalize(x, dim=-1),
+    "length": lambda x: x + torch.linalg.vector_norm(x, dim=-1, keepdim=True),
+    "cosine": lambda x: x * F.cosine_similarity(x, x.roll(1, 1), dim=-1)[..., None],
+    "local response": lambda x: F.local_response_norm(x, 3),
     # Pools and resizing
     "average pool": lambda x: F.avg_pool1d(x, 3, 1, 1),
     "average pool of two axes": lambda x: F.avg_pool2d(x[:, None], 3, 1, 1)[:, 0],
     "max pool": lambda x: F.max_pool1d(x.transpose(1, 2), 3, 1, 1).transpose(1, 2),
     "max pool of two axes": lambda x: F.max_pool2d(x[:, None], (3, 1), 1, (1, 0))[:, 0],
     "global pools": lambda x: x * F.adaptive_avg_pool1d(x, 1) + F.adaptive_max_pool1d(x, 1),
+    "power pool": lambda x: F.lp_pool1d(F.pad(x, (1, 1)), 2, 3, 1) - x,
+    "patches": lambda x: F.fold(F.unfold(x[:, None], (2, 1)), x.shape[1:], (2, 1))[:, 0],
     "nearest": lambda x: F.interpolate(x, scale_factor=2)[..., ::2] + x,
     "bilinear": lambda x: F.interpolate(x[:, None], None, 2, "bilinear")[:, 0, ::2, ::2],
     # Conditions and positions
     "where": lambda x: torch.where(x > 0.1, x, 0.3 * x),
     "masked": lambda x: x.masked_fill(x.abs() < 0.2, 0.0),
+    "between": lambda x: torch.where((x > -0.3) & (x <= x.tanh()), x.tanh(), 0.5 * x),
     "assigned": _assigned,
     "pad and slice": lambda x: F.pad(x, (0, 0, 1, 1))[:, 2:] + x,
     "reflected": lambda x: F.pad(x, (1, 1), mode="reflect")[..., 2:] - x,
@@ -102,6 +111,11 @@ IN_8_BITS: dict[str, Callable[[Tensor], Tensor]] = {
     "log sigmoid": F.logsigmoid,
     "softsign": F.softsign,
     "error function": torch.erf,
+    "rest of the error function": torch.erfc,
+    "hard shrink": F.hardshrink,
+    "soft shrink": F.softshrink,
+    "tanh shrink": F.tanhshrink,
+    "truncated": lambda x: x - x.trunc(),
     "hard swish": F.hardswish,
     "log softmax": lambda x: F.log_softmax(x, dim=-1),
     "sine": lambda x: torch.sin(x) + torch.cos(x),
@@ -111,7 +125,7 @@ LAYERS = (
     "linear", "conv", "conv norm", "depthwise norm", "transposed conv", "grouped transposed conv",
     "lstm", "bidirectional lstm", "projected lstm", "gru", "bidirectional gru", "lstm cell",
     "gru cell", "rnn", "rnn cell", "attention", "causal attention", "layer norm", "rms norm",
-    "group norm", "instance norm", "prelu", "glu", "split", "dropout",
+    "group norm", "instance norm", "prelu", "glu", "split", "dropout", "bilinear", "addmm",
 )  # fmt: skip
 Plan = tuple[Any, ...]
 
@@ -213,6 +227,30 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.layer(x, x, x, attn_mask=self.mask, need_weights=False)[0]
+
+
+class Bilinear(nn.Module):
+    """A bilinear layer of the features and their sigmoid."""
+
+    def __init__(self, width: int, units: int) -> None:
+        super().__init__()
+        self.layer = nn.Bilinear(width, width, units)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x, x.sigmoid())
+
+
+class Added(nn.Module):
+    """A matrix product with a weight (inputs, outputs), as some transformers write it."""
+
+    def __init__(self, width: int, units: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(0.5 * torch.randn(width, units))
+        self.bias = nn.Parameter(torch.randn(units))
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = torch.addmm(self.bias, x.reshape(-1, x.shape[-1]), self.weight)
+        return rows.view(*x.shape[:-1], -1)
 
 
 class Split(nn.Module):
@@ -324,6 +362,8 @@ def layer(kind: str, width: int, units: int) -> tuple[nn.Module, int]:
         "instance norm": lambda: (
             Transposed(nn.InstanceNorm1d(width, affine=True, track_running_stats=True)), width
         ),
+        "bilinear": lambda: (Bilinear(width, units), units),
+        "addmm": lambda: (Added(width, units), units),
         "prelu": lambda: (Transposed(nn.PReLU(width)), width),
         "dropout": lambda: (nn.Dropout(0.2), width),
         "glu": lambda: (nn.Sequential(nn.Linear(width, 2 * units), nn.GLU()), units),

@@ -103,8 +103,7 @@ def _mean(call: Call, x: Activation) -> Tensor:
     if call.observing:
         return call.observed(in_float())
     y = mean_grid(call, x.qparams, call.output(in_float))
-    last = mean_onto(call, replace(x, value=x.value.permute(0, 2, 3, 1)), (1, 2), True, y)
-    return call.with_qparams(last.permute(0, 3, 1, 2), y)
+    return mean_onto(call, x, (2, 3), True, y, channels_last=True)
 
 
 def _pooled(call: Call, x: Activation, sizes: tuple[int, int], pool: Pool) -> Tensor:

@@ -30,6 +30,7 @@ from lightning_nna.emulation.first_order import first_order
 from lightning_nna.emulation.float32_arithmetic import float32_arithmetic
 from lightning_nna.emulation.operators import clamping
 from lightning_nna.emulation.operators.call import Call
+from lightning_nna.emulation.operators.convolution_layout import channels_last as images
 from lightning_nna.emulation.operators.linear import overflowed
 from lightning_nna.emulation.operators.record import Form, Kernel, Operator, register_operator
 from lightning_nna.emulation.program import Activation, Stored
@@ -109,7 +110,7 @@ def multiplied_mean(call: Call, input: Tensor, dim: Axes, keepdim: bool, factor:
     if call.recording:
         integers = Activation(result, y).stored()
         average = replace(integers, scale=finer.scale)
-        _record_reduction(call, "MEAN", x, average, axes, keepdim)
+        _record_reduction(call, "MEAN", x.stored(), average, axes, keepdim)
         one = Stored(torch.ones((), dtype=torch.int64), integers.dtype, factor, constant=True)
         call.record("MUL", [average, one], [integers])
     return call.with_qparams(result, y)
@@ -126,7 +127,13 @@ def mean_grid(call: Call, x: QParams, y: QParams, count: float = 1) -> QParams:
 
 
 def mean_onto(
-    call: Call, x: Activation, axes: tuple[int, ...], keepdim: bool, y: QParams
+    call: Call,
+    x: Activation,
+    axes: tuple[int, ...],
+    keepdim: bool,
+    y: QParams,
+    *,
+    channels_last: bool = False,
 ) -> Tensor:
     """One MEAN instruction.
 
@@ -136,11 +143,16 @@ def mean_onto(
         axes: Which to average over, from 0.
         keepdim: Whether they stay, with one element.
         y: Grid of the output.
+        channels_last: Whether the instruction reads images ``(N, C, H, W)`` in the order
+            ``(N, H, W, C)``; ``axes`` are 2 and 3 then, and stay.
     """
     with float32_arithmetic(x.value):
         result = _Mean.apply(x.value, x, axes, keepdim, y, y.scale, call)
     if call.recording:
-        _record_reduction(call, "MEAN", x, Activation(result, y).stored(), axes, keepdim)
+        operand, output = x.stored(), Activation(result, y).stored()
+        if channels_last:
+            operand, output, axes = images(operand), images(output), (1, 2)
+        _record_reduction(call, "MEAN", operand, output, axes, keepdim)
     return call.with_qparams(result, y)
 
 
@@ -207,7 +219,7 @@ def _extreme(
     call.unchanged(values, x)
     if call.recording:
         stored = Activation(values, x.qparams).stored()
-        _record_reduction(call, kind, x, stored, _axes(input, dim), keepdim)
+        _record_reduction(call, kind, x.stored(), stored, _axes(input, dim), keepdim)
     return result
 
 
@@ -246,7 +258,8 @@ class _Mean(torch.autograd.Function):
             passed = inside(grad, clipped) * ctx.slope
             for axis in sorted(ctx.axes):
                 passed = passed.unsqueeze(axis)
-            return passed.expand(ctx.shape), None, None, None, None, None, None
+            # In full: the order of elements decides the last bits of what convolutions make of it.
+            return passed.expand(ctx.shape).contiguous(), None, None, None, None, None, None
 
 
 def average(
@@ -296,10 +309,10 @@ def _count(x: Tensor, axes: tuple[int, ...]) -> int:
 
 
 def _record_reduction(
-    call: Call, kind: str, x: Activation, y: Stored, axes: tuple[int, ...], keepdim: bool
+    call: Call, kind: str, x: Stored, y: Stored, axes: tuple[int, ...], keepdim: bool
 ) -> None:
     over = Stored(torch.tensor(axes, dtype=torch.int64), "int32", constant=True)
-    call.record(kind, [x.stored(), over], [y], keepDims=keepdim)
+    call.record(kind, [x, over], [y], keepDims=keepdim)
 
 
 register_operator(
