@@ -29,7 +29,7 @@ from lightning_nna.emulation.operators import elementwise
 from lightning_nna.emulation.operators.call import Call
 from lightning_nna.emulation.operators.clamping import relu6
 from lightning_nna.emulation.operators.composition import carrier
-from lightning_nna.emulation.operators.driver import drive, real, table
+from lightning_nna.emulation.operators.driver import drive, has_elements, real, table
 from lightning_nna.emulation.operators.record import (
     NO_OPTIONS,
     Form,
@@ -343,6 +343,7 @@ register_operator(
         "hard_sigmoid",
         torch=("hardsigmoid",),
         emulate=hard_sigmoid,
+        supports=has_elements,
         arithmetic="a sum, a clipping and a product",
     )
 )

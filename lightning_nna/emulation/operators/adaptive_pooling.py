@@ -18,14 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_nna.emulation.operators.call import Call
+from lightning_nna.emulation.operators.call import Call, with_any_integer
 from lightning_nna.emulation.operators.concatenation import concatenate
 from lightning_nna.emulation.operators.pooling import (
     WITH_INDICES,
     averaged,
     is_image,
     largest,
-    with_any_integer,
 )
 from lightning_nna.emulation.operators.pooling_layout import Windows, image, without_image
 from lightning_nna.emulation.operators.record import Form, Operator, register_operator

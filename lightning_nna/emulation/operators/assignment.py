@@ -128,7 +128,8 @@ def _written(
             values = float(values)
         if keyword is not None:
             return function(base, *arguments, **kwargs, **{keyword: values})
-        return function(base, *arguments[: position - 1], values, *arguments[position - 1 :])
+        before, after = arguments[: position - 1], arguments[position - 1 :]
+        return function(base, *before, values, *after, **kwargs)
 
     return assign(call, input, value, write)
 

@@ -179,6 +179,8 @@ def kept(scores: Tensor, keep: Tensor) -> Tensor:
 
 def row_maxima(scores: Tensor, keep: Tensor) -> Tensor:
     """Return the largest score of every row in which any takes part, shape ``(rows,)``."""
+    if not scores.numel():
+        return scores.new_zeros(1)
     maxima = scores.masked_fill(~keep, -torch.inf).amax(-1)
     finite = maxima[maxima > -torch.inf]
     return finite if finite.numel() else scores.new_zeros(1)

@@ -27,6 +27,7 @@ from lightning_nna.emulation.ranges import (
     QParams,
     affine_qparams,
     not_finite,
+    round_to_significand,
     symmetric_qparams,
 )
 from lightning_nna.emulation.state import EmulationState
@@ -322,6 +323,30 @@ def requantize(call: Call, x: Activation, y: QParams) -> Tensor:
     if call.recording:
         call.record("QUANTIZE", [x.stored()], [Activation(result, y).stored()])
     return call.with_qparams(result, y)
+
+
+def holds_any_integer(qparams: QParams) -> bool:
+    """Tell whether float32 holds all integers times the scale, see :func:`with_any_integer`."""
+    scale = qparams.scale
+    return qparams.bits == 8 or scale == round_to_significand(scale, bits=16)
+
+
+def with_any_integer(call: Call, x: Activation) -> Activation:
+    """Requantize an activation if float32 does not hold all integers times its scale.
+
+    That is so for 8 bits that were widened to 16 without loss: the integers are multiples of 128
+    and the scale has the digits of one of 8 bits.
+
+    Args:
+        call: The call.
+        x: Activation of any shape.
+    """
+    if call.observing or holds_any_integer(x.qparams):
+        return x
+    reach = x.qparams.largest * x.qparams.scale
+    power_of_two = call.state.spec.power_of_two_scales
+    y = affine_qparams(-reach, reach, bits=16, power_of_two=power_of_two)
+    return Activation(requantize(call, x, y), y)
 
 
 def look_up(table: Tensor, index: Tensor) -> Tensor:

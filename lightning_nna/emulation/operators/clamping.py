@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_nna.emulation.float32_arithmetic import float32_arithmetic
-from lightning_nna.emulation.operators.call import Call, quantize, requantize
+from lightning_nna.emulation.operators.call import Call, quantize, requantize, with_any_integer
 from lightning_nna.emulation.operators.record import (
     NO_OPTIONS,
     Form,
@@ -156,7 +156,8 @@ def _reaching(call: Call, x: Activation, low: float, high: float) -> Activation:
     """The operand; requantized where its range lies on the other side of a bound altogether."""
     lowest, highest = (bound * x.qparams.scale for bound in x.qparams.bounds)
     if low <= highest and high >= lowest:
-        return x
+        has_new = any(bound and lowest < bound < highest for bound in (low, high))
+        return with_any_integer(call, x) if has_new else x
     bound = low if low > highest else high
     power_of_two = call.state.spec.power_of_two_scales
     y = affine_qparams(min(bound, 0.0), max(bound, 0.0), bits=call.bits, power_of_two=power_of_two)
@@ -209,6 +210,8 @@ def _extreme(
 ) -> Tensor:
     """The maximum or minimum of two tensors, whose integers are on the same parameters."""
     pairs = [(x, call.operand(x, name)) for x, name in ((input, "input"), (other, "other"))]
+    if any(operand.constant for _, operand in pairs):
+        pairs = [(x, with_any_integer(call, operand)) for x, operand in pairs]
     first, second = (operand for _, operand in pairs)
 
     def in_float() -> Tensor:

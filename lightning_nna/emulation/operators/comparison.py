@@ -27,7 +27,13 @@ from torch import Tensor
 
 from lightning_nna.emulation.arithmetic.rescaling import rescale
 from lightning_nna.emulation.float32_arithmetic import float32_arithmetic
-from lightning_nna.emulation.operators.call import Call, UnsupportedError, quantize, requantize
+from lightning_nna.emulation.operators.call import (
+    Call,
+    UnsupportedError,
+    quantize,
+    requantize,
+    with_any_integer,
+)
 from lightning_nna.emulation.operators.record import (
     Form,
     Kernel,
@@ -141,6 +147,9 @@ def _times(call: Call, x: Activation, power: int) -> Activation:
 
 def _common(call: Call, a: Activation, b: Activation) -> tuple[Activation, Activation]:
     """Both sides of the 16-bit kernel on the same parameters, those of the larger range."""
+    if a.qparams == b.qparams:
+        return a, b
+    a, b = with_any_integer(call, a), with_any_integer(call, b)
     fixed = [float(x.value.detach().abs().max()) for x in (a, b) if x.constant]
     largest = max(fixed, default=0.0)
     y = max((x.qparams for x in (a, b) if not x.constant), key=lambda q: q.scale)

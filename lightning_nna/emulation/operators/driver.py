@@ -139,6 +139,11 @@ def real(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return integers
 
 
+def has_elements(input: Tensor, *_: Any, **__: Any) -> bool:
+    """Tell whether an input, of any shape, has elements: an empty one runs in float."""
+    return input.numel() > 0
+
+
 def _operand(operator: Operator, call: Call, x: Tensor | float, name: str) -> Activation:
     """One operand on its quantization parameters."""
     bits = operator.operand_bits.get(name)

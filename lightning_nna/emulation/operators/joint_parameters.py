@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lightning_nna.emulation.float32_arithmetic import float32_arithmetic
 from lightning_nna.emulation.operators.attention_mask import ABSENT
-from lightning_nna.emulation.operators.call import Call, quantize, requantize
+from lightning_nna.emulation.operators.call import Call, holds_any_integer, quantize, requantize
 from lightning_nna.emulation.program import Activation
 from lightning_nna.emulation.ranges import PENDING, QParams
 
@@ -86,7 +86,7 @@ class Joint:
             return own[0]
         y = self.call.output(compute, "result")
         covering = own[0] if own and self.activations[0] is not None else None
-        if covering is not None and _covers(covering, y):
+        if covering is not None and _covers(covering, y) and holds_any_integer(covering):
             return covering
         return y
 

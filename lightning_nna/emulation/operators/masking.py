@@ -46,8 +46,19 @@ def masked_fill(call: Call, input: Tensor, mask: Tensor, value: Any) -> Tensor:
     return choose(call, mask, value, input)
 
 
-def where(call: Call, condition: Tensor, input: Any = None, other: Any = None) -> Tensor:
-    """Emulate ``torch.where`` of shapes that broadcast; minus infinity leaves scores out."""
+def where(call: Call, *args: Any, **kwargs: Any) -> Tensor:
+    """Emulate ``torch.where`` or ``Tensor.where`` of shapes that broadcast.
+
+    Minus infinity leaves scores out. The method has the condition second: ``x.where(mask, y)``.
+    """
+    values = dict(zip(("condition", "input", "other"), args, strict=False))
+    is_method = bool(args) and args[0].is_floating_point()
+    if is_method:
+        values = dict(zip(("input", "condition", "other"), args, strict=False))
+    return _where(call, **{**values, **kwargs})
+
+
+def _where(call: Call, condition: Tensor, input: Any, other: Any) -> Tensor:
     absent = _is_absence(input), _is_absence(other)
     scores, keep = (input, condition) if absent[1] else (other, ~condition)
     if any(absent) and not all(absent) and isinstance(scores, Tensor) and scores.dim() > 0:
@@ -72,6 +83,8 @@ def choose(call: Call, condition: Tensor, input: Tensor | float, other: Tensor |
         other: Tensor or number that is taken elsewhere.
     """
 
+    input, other = (_number(call, x) for x in (input, other))
+
     def function(first: Tensor | float, second: Tensor | float) -> Tensor:
         return torch.where(condition, first, second)
 
@@ -82,6 +95,14 @@ def choose(call: Call, condition: Tensor, input: Tensor | float, other: Tensor |
         y = Activation(result, operands[0].qparams)
         call.record("SELECT_V2", [mask, *(x.stored() for x in operands)], [y.stored()])
     return result
+
+
+def _number(call: Call, x: Tensor | float) -> Tensor | float:
+    """A constant without axes as a number, which may be infinite."""
+    constants = call.state.constants
+    if not isinstance(x, Tensor) or x.dim() or x.requires_grad or not _is_plain(call, x):
+        return x
+    return float(x) if constants.is_constant(x) else x
 
 
 def _is_plain(call: Call, *values: Any) -> bool:

@@ -44,6 +44,7 @@ from lightning_nna.emulation.operators.fused_normalization import (
     inverse_root,
     varies_widely,
 )
+from lightning_nna.emulation.operators.driver import has_elements
 from lightning_nna.emulation.operators.record import Operator, register_operator
 from lightning_nna.emulation.program import Activation
 from lightning_nna.emulation.ranges import PENDING
@@ -203,6 +204,7 @@ register_operator(
         "layer_norm",
         torch=("layer_norm",),
         emulate=layer_norm,
+        supports=has_elements,
         arithmetic="means, products and an interpolated inverse square root in 16 bits, between "
         "two requantizations",
     )
@@ -212,6 +214,7 @@ register_operator(
         "rms_norm",
         torch=("rms_norm",),
         emulate=rms_norm,
+        supports=has_elements,
         arithmetic="a mean, products and an interpolated inverse square root in 16 bits, between "
         "two requantizations",
     )

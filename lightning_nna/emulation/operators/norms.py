@@ -183,7 +183,7 @@ def supports_cosine_similarity(x1: Any, x2: Any, dim: int = 1, eps: float = 1e-8
     """Tell whether both have the axis of the vectors."""
     axes = max(x1.dim(), x2.dim())
     axis = dim - axes if dim >= 0 else dim
-    same = all(-axis <= x.dim() for x in (x1, x2)) and x1.shape[axis] == x2.shape[axis]
+    same = axes > 0 and all(-axis <= x.dim() for x in (x1, x2)) and x1.shape[axis] == x2.shape[axis]
     return same and x1.numel() > 0 and x2.numel() > 0
 
 

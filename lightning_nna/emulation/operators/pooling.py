@@ -27,7 +27,7 @@ from lightning_nna.emulation.arithmetic.integer_products import FLOAT32_INTEGERS
 from lightning_nna.emulation.constants import Kind
 from lightning_nna.emulation.first_order import first_order
 from lightning_nna.emulation.float32_arithmetic import float32_arithmetic
-from lightning_nna.emulation.operators.call import Call, requantize
+from lightning_nna.emulation.operators.call import Call, with_any_integer
 from lightning_nna.emulation.operators.convolution import convolve
 from lightning_nna.emulation.operators.convolution_layout import Geometry, each_axis
 from lightning_nna.emulation.operators.driver import drive
@@ -44,7 +44,6 @@ from lightning_nna.emulation.operators.pooling_layout import (
 )
 from lightning_nna.emulation.operators.record import Form, Kernel, Operator, register_operator
 from lightning_nna.emulation.program import Activation
-from lightning_nna.emulation.ranges import affine_qparams, round_to_significand
 
 #: Why a maximum with indices is no operator.
 WITH_INDICES = "no kernel has the indices of maxima: leave return_indices out"
@@ -120,25 +119,6 @@ def supports_max_pool(input: Any, *args: Any, axes: int = 2, **kwargs: Any) -> b
 def is_image(input: Any, axes: int) -> bool:
     """Tell whether a tensor has a batch or none, channels, and so many axes, and elements."""
     return isinstance(input, Tensor) and input.dim() in (axes + 1, axes + 2) and input.numel() > 0
-
-
-def with_any_integer(call: Call, x: Activation) -> Activation:
-    """Requantize an activation if float32 does not hold all integers times its scale.
-
-    That is so for 8 bits that were widened to 16 without loss: the integers are multiples of 128
-    and the scale has the digits of one of 8 bits.
-
-    Args:
-        call: The call.
-        x: Activation of any shape.
-    """
-    scale = x.qparams.scale
-    if call.observing or x.qparams.bits == 8 or scale == round_to_significand(scale, bits=16):
-        return x
-    reach = x.qparams.largest * scale
-    power_of_two = call.state.spec.power_of_two_scales
-    y = affine_qparams(-reach, reach, bits=16, power_of_two=power_of_two)
-    return Activation(requantize(call, x, y), y)
 
 
 def averaged(call: Call, x: Activation, windows: tuple[Windows, Windows]) -> Tensor:

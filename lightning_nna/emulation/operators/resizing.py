@@ -29,9 +29,9 @@ from lightning_nna.emulation.operators.adaptive_pooling import (
     adaptive_average_pool,
     supports_adaptive_pool,
 )
-from lightning_nna.emulation.operators.call import Call
+from lightning_nna.emulation.operators.call import Call, with_any_integer
 from lightning_nna.emulation.operators.convolution_layout import channels_last
-from lightning_nna.emulation.operators.pooling import is_image, with_any_integer
+from lightning_nna.emulation.operators.pooling import is_image
 from lightning_nna.emulation.operators.pooling_layout import image, without_image
 from lightning_nna.emulation.operators.record import Kernel, Operator, register_operator
 from lightning_nna.emulation.program import Activation, Stored

@@ -26,6 +26,7 @@ from lightning_nna.emulation.arithmetic.rescaling import multiply
 from lightning_nna.emulation.first_order import first_order
 from lightning_nna.emulation.float32_arithmetic import float32_arithmetic
 from lightning_nna.emulation.operators.call import Call, look_up
+from lightning_nna.emulation.operators.driver import has_elements
 from lightning_nna.emulation.operators.record import Kernel, Operator, register_operator
 from lightning_nna.emulation.program import Activation, Stored
 from lightning_nna.emulation.ranges import PENDING, SIGMOID_OUTPUT, QParams
@@ -153,6 +154,7 @@ register_operator(
         "softmax",
         torch=("softmax",),
         emulate=softmax,
+        supports=has_elements,
         litert=(Kernel("SOFTMAX", order="rows", versions={"int8": 2, "int16": 3}),),
         arithmetic="fixed point: exponentials of differences and a reciprocal, output scale 1/256; "
         "in 16 bits interpolated tables",
