@@ -82,7 +82,6 @@ def choose(call: Call, condition: Tensor, input: Tensor | float, other: Tensor |
         input: Tensor or number that is taken where the condition holds.
         other: Tensor or number that is taken elsewhere.
     """
-
     input, other = (_number(call, x) for x in (input, other))
 
     def function(first: Tensor | float, second: Tensor | float) -> Tensor:

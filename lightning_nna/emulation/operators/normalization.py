@@ -36,6 +36,7 @@ from lightning_nna.emulation.operators.composition import (
     narrowed,
     with_gradient,
 )
+from lightning_nna.emulation.operators.driver import has_elements
 from lightning_nna.emulation.operators.fused_normalization import (
     ELEMENTWISE,
     Gains,
@@ -44,7 +45,6 @@ from lightning_nna.emulation.operators.fused_normalization import (
     inverse_root,
     varies_widely,
 )
-from lightning_nna.emulation.operators.driver import has_elements
 from lightning_nna.emulation.operators.record import Operator, register_operator
 from lightning_nna.emulation.program import Activation
 from lightning_nna.emulation.ranges import PENDING
