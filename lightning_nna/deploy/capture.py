@@ -38,8 +38,8 @@ def capture(
     Float arguments become integer inputs with the quantization parameters with which the network
     first reads them (one input for each); results of emulated operators keep theirs. Integer
     arguments are inputs if a table is looked up with them; if they only decide, as lengths do, they
-    are fixed. Results that are no activations (integers, masks, arguments that are passed on) are
-    left out.
+    are fixed. Results that are no activations (integers that no instruction computes, masks,
+    arguments that are passed on) are left out.
 
     Args:
         module: Emulated module, calibrated.

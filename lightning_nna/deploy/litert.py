@@ -67,7 +67,8 @@ class LiteRTProgram:
             inputs: Arguments of the module, tensors or arrays in its nesting.
 
         Returns:
-            Results that are activations, one after the other, dequantized to float32.
+            Results that are activations, one after the other, dequantized to float32; indices that
+            it computes, int32.
 
         Raises:
             ValueError: If an argument is missing, has another shape than in the program, or another
@@ -141,7 +142,7 @@ def run_tflite(
         optimized: Whether the optimized kernels run, whose outputs may differ.
 
     Returns:
-        Results that are activations, dequantized to float32.
+        Results that are activations, dequantized to float32; indices that it computes, int32.
 
     Raises:
         FileNotFoundError: If there is no such file.

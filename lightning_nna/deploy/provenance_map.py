@@ -155,6 +155,16 @@ class ProvenanceMap:
             )
         return codes
 
+    def has_codes(self, x: Tensor, dtype: str) -> bool:
+        """Tell if the program has every element of a tensor.
+
+        Args:
+            x: Tensor of the forward, any shape.
+            dtype: Type in which the program has it.
+        """
+        ids = self.provenance.ids(x).numpy()
+        return bool((ids >= 0).all()) and bool((self._codes_for(dtype)[ids] != _UNKNOWN).all())
+
     def note_causes(self, ids: Tensor, where: str) -> None:
         """Note that causes decide about something.
 

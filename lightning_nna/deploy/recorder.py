@@ -171,8 +171,10 @@ class Recorder:
         Raises:
             CaptureError: If it is no result of emulated operators on the arguments.
         """
-        if not isinstance(x, Tensor) or not x.is_floating_point() or not x.numel():
+        if not isinstance(x, Tensor) or not x.numel():
             return ()
+        if not x.is_floating_point():
+            return self._indices(position, x)
         with untracked():
             qparams = self.emulator.state.qparams_of(x)
             parts = self.emulator.state.mixed_qparams_of(x)
@@ -195,6 +197,20 @@ class Recorder:
             number = self._as_computed(codes)
             if number is None:
                 number = self._laid_out_result(position, x, codes)
+            return (Port(self.graph.names[number], position, tuple(x.shape)),)
+
+    def _indices(self, position: int, x: Tensor) -> tuple[Port, ...]:
+        """Return the port of indices that instructions have computed; none of other values."""
+        with untracked():
+            if x.dtype == torch.bool or not self.provenance_map.has_codes(x, "int32"):
+                return ()
+            codes = self.provenance_map.resolve(x, "int32", f"result {position}")
+            if not self._arguments.keys().isdisjoint(tensors_in(codes)):
+                return ()  # The caller has it.
+            number = self._as_computed(codes)
+            if number is None:
+                spec = self.graph.specs[tensors_in(codes)[0]]
+                number = self._layout.tensor(codes, x.numpy(), spec, "result")
             return (Port(self.graph.names[number], position, tuple(x.shape)),)
 
     def _parts(self, position: int, x: Tensor, codes: Codes, owners: Any) -> tuple[Port, ...]:

@@ -129,7 +129,8 @@ def _comparable(position: int, output: NDArray[Any], results: Sequence[Any]) -> 
     """Return the result of the module that an output of the program can be compared with."""
     remedy = "export the module again, or pass the forward that it was exported with"
     result = results[position] if position < len(results) else None
-    if not isinstance(result, Tensor) or not result.is_floating_point():
+    is_float = np.issubdtype(output.dtype, np.floating)
+    if not isinstance(result, Tensor) or result.is_floating_point() != is_float:
         kind = f"{result.dtype} tensor" if isinstance(result, Tensor) else type(result).__name__
         raise ValueError(
             f"result {position} is a {kind} in the module and {output.dtype} in the program: "
@@ -140,7 +141,8 @@ def _comparable(position: int, output: NDArray[Any], results: Sequence[Any]) -> 
             f"result {position} has shape {tuple(result.shape)} in the module and {output.shape} "
             f"in the program: {remedy}"
         )
-    return np.asarray(result.detach().float().cpu().numpy())
+    result = result.detach().cpu()
+    return np.asarray((result.float() if is_float else result).numpy())
 
 
 def _random_arguments(

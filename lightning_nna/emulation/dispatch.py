@@ -54,6 +54,8 @@ _DECISIONS = frozenset(
     __le__ __gt__ __ge__ isnan isinf isfinite any all argmax argmin nonzero equal allclose
     """.split()
 )
+# Those of them whose results are indices.
+_INDICES = frozenset({"argmax", "argmin"})
 # Functions that return shapes or random tensors.
 _IGNORED = frozenset(
     """
@@ -191,7 +193,7 @@ class Dispatch(TorchFunctionMode):
             return self._outside(func, args, kwargs)
         if kind == "factory":
             return self._create(func, args, kwargs)
-        if kind == "decision" and not self._is_comparison(name, args):
+        if kind == "decision" and not self._is_comparison(name, args, kwargs):
             self.state.note_outside_consumers((args, kwargs))
             return self._decide(func, args, kwargs)
         if name in _CASTS and args and self._is_condition(args[0]):
@@ -541,11 +543,17 @@ class Dispatch(TorchFunctionMode):
             elif leaf is not source:
                 self.state.set_mixed_qparams(leaf, moved_qparams)
 
-    def _is_comparison(self, name: str, args: tuple[Any, ...]) -> bool:
-        """Tell whether a call compares activations, whose results are conditions of the data."""
-        if operator_of(name) is None or not args:
+    def _is_comparison(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Tell whether a call compares activations: results are conditions or indices of data."""
+        operator = operator_of(name)
+        if operator is None or not args:
             return False
-        return any(self.state.qparams_of(x) is not None for x in floats(args))
+        if all(self.state.qparams_of(x) is None for x in floats(args)):
+            return False
+        # Without a kernel an index decides in Python, as for the loop of a decoder.
+        return name not in _INDICES or not reason_against(
+            operator, name, self.state.spec, args, kwargs
+        )
 
     def _is_condition(self, x: Any) -> bool:
         """Tell whether a value is a tensor of booleans that data decide."""

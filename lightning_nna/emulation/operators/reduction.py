@@ -31,6 +31,7 @@ from lightning_nna.emulation.float32_arithmetic import float32_arithmetic
 from lightning_nna.emulation.operators import clamping
 from lightning_nna.emulation.operators.call import Call
 from lightning_nna.emulation.operators.convolution_layout import channels_last as images
+from lightning_nna.emulation.operators.indices_of_extremes import record_index
 from lightning_nna.emulation.operators.linear import overflowed
 from lightning_nna.emulation.operators.record import Form, Kernel, Operator, register_operator
 from lightning_nna.emulation.program import Activation, Stored
@@ -40,6 +41,9 @@ from lightning_nna.emulation.ranges import QParams, with_min_scale
 _FINEST = 2**12
 # What the kernel's sums hold.
 _SUM_LIMIT = 2.0**31
+
+# Operators and kernels of the indices that extremes are at.
+_INDICES = {"REDUCE_MAX": ("argmax", "ARG_MAX"), "REDUCE_MIN": ("argmin", "ARG_MIN")}
 
 Axes = int | tuple[int, ...] | list[int] | None
 
@@ -219,7 +223,11 @@ def _extreme(
     call.unchanged(values, x)
     if call.recording:
         stored = Activation(values, x.qparams).stored()
-        _record_reduction(call, kind, x.stored(), stored, _axes(input, dim), keepdim)
+        axes = _axes(input, dim)
+        _record_reduction(call, kind, x.stored(), stored, axes, keepdim)
+        if not isinstance(result, Tensor) and call.state.spec.has_operator(_INDICES[kind][0]):
+            index = result.indices.squeeze(axes[0]) if keepdim else result.indices
+            record_index(call, _INDICES[kind][1], x, axes[0], index)
     return result
 
 

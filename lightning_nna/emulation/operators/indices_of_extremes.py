@@ -1,0 +1,95 @@
+"""Indices of extremes, and the largest values in their order.
+
+They choose among integers and need no arithmetic. Of equal values the first comes first, as in the
+kernels: `torch.topk` leaves their order open.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_nna.emulation.operators.call import Call
+from lightning_nna.emulation.operators.record import Kernel, Operator, register_operator
+from lightning_nna.emulation.program import Activation, Stored
+
+# Of the schema's types, 32-bit integers.
+_INT32 = 2
+
+
+def _index_of(
+    kernel: str,
+    function: Callable[..., Tensor],
+    call: Call,
+    input: Tensor,
+    dim: int | None = None,
+    keepdim: bool = False,
+    *,
+    axis: int | None = None,
+    keepdims: bool = False,
+) -> Tensor:
+    """Emulate ``argmax`` or ``argmin`` over one axis, or of all values, of any shape."""
+    dim, keepdim = axis if dim is None else dim, keepdim or keepdims
+    x = call.operand(input, "input")
+    if call.observing:
+        return function(input, dim, keepdim)
+    value = x.value.reshape(-1) if dim is None else x.value
+    over = 0 if dim is None else dim % value.dim()
+    index = function(value, over)
+    if call.recording:
+        record_index(call, kernel, Activation(value, x.qparams), over, index)
+    if not keepdim:
+        return index
+    return index.reshape([1] * input.dim()) if dim is None else index.unsqueeze(over)
+
+
+def record_index(call: Call, kernel: str, x: Activation, axis: int, index: Tensor) -> None:
+    """Record the instruction that has the indices of extremes over an axis, which goes away.
+
+    There is none in 16 bits.
+
+    Args:
+        call: The call.
+        kernel: Name of the kernel.
+        x: Activation of any shape.
+        axis: Axis, from 0.
+        index: Indices, in the shape of ``x`` without the axis.
+    """
+    if x.qparams.bits != 8:
+        return
+    over = Stored(torch.tensor(axis), "int32", constant=True)
+    result = Stored(index.long(), "int32", source=index)
+    call.record(kernel, [x.stored(), over], [result], outputType=_INT32)
+
+
+def supports_index(input: Any, *args: Any, **kwargs: Any) -> bool:
+    """Tell whether there are values to choose among."""
+    return input.dim() > 0 and input.numel() > 0 and "out" not in kwargs
+
+
+register_operator(
+    Operator(
+        "argmax",
+        torch=("argmax",),
+        emulate=partial(_index_of, "ARG_MAX", torch.argmax),
+        supports=supports_index,
+        litert=(Kernel("ARG_MAX", versions={"int8": 2}),),
+        widths=(8,),
+        arithmetic="the first index of the largest integer",
+    )
+)
+register_operator(
+    Operator(
+        "argmin",
+        torch=("argmin",),
+        emulate=partial(_index_of, "ARG_MIN", torch.argmin),
+        supports=supports_index,
+        litert=(Kernel("ARG_MIN", versions={"int8": 2}),),
+        widths=(8,),
+        arithmetic="the first index of the smallest integer",
+    )
+)
