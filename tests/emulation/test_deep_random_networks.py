@@ -7,12 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from lightning_nna import coverage, emulate
 from lightning_nna.deploy import export_tflite, verify
 from lightning_nna.emulation.operators.catalog import operators
 from lightning_nna.emulation.program import Instruction
 from lightning_nna.testing.replay import WITHOUT_REFERENCE, check_instructions
+from tests.emulation.modules import Function
 from tests.emulation.random_networks import (
     BATCH,
     CLASSES,
@@ -69,8 +71,15 @@ def test_every_operator_is_drawn(bits: int) -> None:
         table = coverage(Network([block], embedded=False), torch.randn(3, 6, 5), spec=SPECS[bits])
         drawn.update(row.operator for row in table.rows)
         fallbacks += [(block[1], row.operator) for row in table.fallbacks]
-    embedded = Network([("layer", "linear", 4)], embedded=True)
-    table = coverage(embedded, torch.zeros(3, 6, dtype=torch.long), spec=SPECS[bits])
-    drawn.update(row.operator for row in table.rows)
+    labels, x = torch.zeros(3, 6, dtype=torch.long), torch.randn(3, 6)
+    others: list[tuple[nn.Module, torch.Tensor]] = [
+        (Network([("layer", "linear", 4)], embedded=True), labels),
+        (nn.EmbeddingBag(6, 4), labels),
+    ]
+    # No block follows indices.
+    others += [(Function(lambda x: (2 * x).argmax(1) + (2 * x).argmin(1)), x)] if bits == 8 else []
+    for module, example in others:
+        table = coverage(module, example, spec=SPECS[bits])
+        drawn.update(row.operator for row in table.rows)
     assert not fallbacks
     assert {name for name, each in operators().items() if bits in each.widths} <= drawn
