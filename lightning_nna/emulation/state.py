@@ -220,10 +220,14 @@ class EmulationState:
                 self.constants.note_write(target)
 
     def clone(self, x: Tensor) -> Tensor:
-        """Copy a tensor of any shape, with its quantization parameters and its producer."""
-        copy, qparams = x.clone(), self.qparams_of(x)
+        """Copy a tensor of any shape, with its quantization parameters, kind and producer."""
+        copy, qparams, mixed = x.clone(), self.qparams_of(x), self.mixed_qparams_of(x)
         if qparams is not None:
             self.set_qparams(copy, qparams)
+        elif mixed is not None:
+            self.set_mixed_qparams(copy, mixed)
+        else:
+            self.constants.mark(copy, self.constants.kind_of([x]))
         self.fusion.note_copy(x, copy)
         return copy
 

@@ -91,6 +91,40 @@ def test_a_cosine_of_numbers(bits: int) -> None:
     assert differences(lambda x, y: F.cosine_similarity(x, y, dim=0), x, y, bits=bits).abs() < 0.01
 
 
+def fill_zeros(x: Tensor, y: Tensor) -> Tensor:
+    """Fill a tensor of zeros by slices."""
+    result = torch.zeros(3, 4)
+    result[:, :2] = x[:, :2]
+    result[:, 2:] = y[:, 2:]
+    return result
+
+
+def fill_with_others(x: Tensor, y: Tensor) -> Tensor:
+    """Fill an empty tensor, and compute in the place of a part of it."""
+    result = x.new_empty(3, 4)
+    result[:, ::2] = 3 * x[:, ::2]
+    result[:, 1::2] = y[:, 1::2]
+    result[0] += y[1]
+    return result.relu_()
+
+
+@pytest.mark.parametrize("bits", SPECS)
+@pytest.mark.parametrize("function", [fill_zeros, fill_with_others])
+def test_training_computes_what_evaluation_does(function: Callable[..., Tensor], bits: int) -> None:
+    torch.manual_seed(0)
+    inputs = torch.randn(3, 4), torch.randn(3, 4)
+    module = Applying(function)
+    with emulate(module, SPECS[bits]) as chip:
+        with chip.observing(), torch.no_grad():
+            module(*inputs)
+        leaves = [x.clone().requires_grad_() for x in inputs]
+        result = module(*leaves)
+        result.sum().backward()
+        with torch.no_grad():
+            assert torch.equal(result, module(*inputs))
+    assert all(leaf.grad is not None and leaf.grad.any() for leaf in leaves)
+
+
 class AfterRecurrence(nn.Module):
     """Applies a function to 8-bit outputs that 16 bits hold by way of a longer scale."""
 
