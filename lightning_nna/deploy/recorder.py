@@ -488,9 +488,9 @@ class Recorder:
         """Return the input of a float argument with the quantization parameters of a tensor."""
         key = (argument, like.dtype, float(like.scale), like.zero_point)
         if key not in self._inputs:
-            floats = torch.from_numpy(self.graph.values[argument])
-            integers = quantize(floats.numpy(), like.dtype, float(like.scale), like.zero_point)
-            stored = replace(like, integers=torch.from_numpy(integers), source=None)
+            floats = self.graph.values[argument]
+            integers = quantize(floats, like.dtype, float(like.scale), like.zero_point)
+            stored = replace(like, integers=torch.as_tensor(integers), source=None)
             self._inputs[key] = self._port(self._arguments[argument], stored)
         return self._inputs[key]
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_nna.emulation import emulate
+from lightning_nna.deploy import export_tflite, verify
+from lightning_nna.emulation import calibrate, emulate
 from lightning_nna.testing.operator_oracle import SPECS
 from lightning_nna.testing.replay import replays
 
@@ -123,6 +125,16 @@ def test_training_computes_what_evaluation_does(function: Callable[..., Tensor],
         with torch.no_grad():
             assert torch.equal(result, module(*inputs))
     assert all(leaf.grad is not None and leaf.grad.any() for leaf in leaves)
+
+
+@pytest.mark.parametrize("bits", SPECS)
+def test_an_argument_without_axes_is_exported(bits: int, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    inputs = [torch.randn(3, 4), torch.tensor(0.7)]
+    module = Applying(lambda x, scale: torch.sigmoid(x * scale) + scale).eval()
+    calibrate(module, [inputs], lambda network, batch: network(*batch), SPECS[bits])
+    model = export_tflite(module, inputs, tmp_path / "scaled.tflite")
+    assert verify(module, model.path, inputs) == 1.0
 
 
 class AfterRecurrence(nn.Module):
