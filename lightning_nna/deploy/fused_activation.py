@@ -91,7 +91,7 @@ def clips_nothing(name: str, spec: TensorSpec) -> bool:
         spec: Type and quantization parameters of the tensor.
 
     Example:
-        >>> clips_nothing("RELU", TensorSpec((2,), "int8", 0.5, zero_point=-128))
+        >>> bool(clips_nothing("RELU", TensorSpec((2,), "int8", 0.5, zero_point=-128)))
         True
         >>> clips_nothing("RELU6", TensorSpec((2,), "int8", 0.5, zero_point=-128))  # 12 steps
         False

@@ -84,8 +84,10 @@ def record_table(
         parameters: Other arguments of the function.
     """
     (x,) = operands
-    low = x.qparams.bounds[0]
-    inputs = Activation(torch.arange(low, low + 256) * x.qparams.scale, x.qparams)
+    # The first entry stands for -128, which weights of an embedding, symmetric, never are.
+    first = -128 - x.qparams.zero_point
+    centered = torch.arange(first, first + 256).clamp(*x.qparams.bounds)
+    inputs = Activation(centered * x.qparams.scale, x.qparams)
     entries = integers(inputs, y=y.qparams, call=call, **parameters).clamp(*y.qparams.bounds)
     rows = Activation(entries * y.qparams.scale, y.qparams, constant=True).stored()
     positions = x.stored().integers

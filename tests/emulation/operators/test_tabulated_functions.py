@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lightning_nna import calibrate, coverage, emulate
 from lightning_nna.emulation.operators.catalog import operators
 from lightning_nna.testing.operator_oracle import CHECKS, Check, Example, check_operator
+from lightning_nna.testing.replay import replays
 from tests.emulation.operators.examples import Calling, function
 
 pytestmark = pytest.mark.exactness
@@ -84,3 +85,9 @@ def test_16_bits_and_decimals_run_in_float() -> None:
     x = torch.randn(4, 5)
     assert coverage(nn.Softplus(), x, spec="litert-int16x8").fallbacks
     assert coverage(Calling(lambda x: torch.round(x, decimals=1)), x).fallbacks
+
+
+def test_an_embedding_whose_integers_begin_at_minus_127() -> None:
+    rows = torch.arange(11).repeat(3, 1)
+    net = nn.Sequential(nn.Embedding(11, 8), nn.Softshrink(0.3))
+    assert replays(net, rows)["GATHER"] == 2 * 3 * 11 * 8
