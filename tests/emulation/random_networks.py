@@ -64,6 +64,7 @@ FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     # Reductions
     "less its mean": lambda x: x - x.mean(1, keepdim=True),
     "less its largest": lambda x: x - x.amax(-1, keepdim=True),
+    "less its second": lambda x: x - x.topk(2, -1).values[..., 1:],
     "less its smallest": lambda x: x - x.amin(1, keepdim=True),
     "sum": lambda x: x + x.sum(1, keepdim=True) / 3,
     "variance": lambda x: x + x.var(-1, keepdim=True),

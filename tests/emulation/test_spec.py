@@ -26,7 +26,7 @@ def test_the_default_is_the_int8_preset() -> None:
         ({"rounding": "up"}, "rounding must be 'reference', 'double', 'single', 'shift'"),
         ({"accumulator_overflow": "trap"}, "accumulator_overflow must be 'saturate', 'wrap'"),
         ({"weight_granularity": "per_row"}, "weight_granularity"),
-        ({"operators": ["add", "topk"]}, "topk"),
+        ({"operators": ["add", "kthvalue"]}, "kthvalue"),
         ({"preset": "npu"}, "preset must be one of"),
     ],
 )
