@@ -477,7 +477,7 @@ def checks(rows: Sequence[Row]) -> list[str]:
     lines = []
     for text, passes in outcomes:
         missed = [FOREIGN[row["module"]].title for row in rows if not passes(row)]
-        rest = f"; not {', '.join(missed)}" if missed else ""
+        rest = f"; not {'; '.join(missed)}" if missed else ""
         lines.append(f"- {len(rows) - len(missed)} of {len(rows)} {text}{rest}.")
     return lines
 
