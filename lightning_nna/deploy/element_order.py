@@ -115,6 +115,7 @@ def _elements(instruction: Arrangement, shape_of: ShapeOf) -> Arrangement:
 
         x of (1, 3, 2, 2) is a tensor (1, 2, 2, 3); slopes of (3, 1, 1) become (1, 1, 1, 3)
     """
+    instruction = _with_axes(instruction)
     (result,) = instruction.results
     shape = result.values.shape
     several = [each for each in instruction.operands if each is not None and each.values.size > 1]
@@ -133,6 +134,26 @@ def _elements(instruction: Arrangement, shape_of: ShapeOf) -> Arrangement:
     if any(map(_is_spread, instruction.operands, operands)):
         return instruction
     return replace(instruction, operands=operands, results=(result.moved(move),))
+
+
+def _with_axes(instruction: Arrangement) -> Arrangement:
+    """Give data without axes an axis of one element, since no NPU computes it otherwise."""
+
+    def is_without(each: Operand | None) -> bool:
+        if each is None or each.values.ndim > 0:
+            return False
+        return each.codes is not None or each.ids is not None
+
+    def widened(each: Operand) -> Operand:
+        return each.moved(lambda x: x.reshape(1)) if is_without(each) else each
+
+    if not any(map(is_without, (*instruction.operands, *instruction.results))):
+        return instruction
+    return replace(
+        instruction,
+        operands=tuple(None if each is None else widened(each) for each in instruction.operands),
+        results=tuple(map(widened, instruction.results)),
+    )
 
 
 def _is_spread(before: Operand | None, after: Operand | None) -> bool:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from lightning_nna.deploy.accelerator_form import with_accelerator_form
 from lightning_nna.deploy.constant_mask import selects_nothing, without_constant_mask
 from lightning_nna.deploy.cpu_operators import CpuOperators, cpu_kernel, function_of
 from lightning_nna.deploy.element_order import Arrangement, Operand, in_order_of_operand
@@ -374,6 +375,7 @@ class Recorder:
             arrangement = in_order_of_operand(
                 operator, arrangement, lambda number: self.graph.specs[number].shape
             )
+            arrangement = with_accelerator_form(operator, arrangement)
             inputs = [None if x is None else self._tensor(x) for x in arrangement.operands]
             if instruction.operator == _LSTM:
                 for k, number in zip(_STATES, self._states(instruction), strict=True):
