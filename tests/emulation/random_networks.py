@@ -84,9 +84,10 @@ FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "nearest": lambda x: F.interpolate(x, scale_factor=2)[..., ::2] + x,
     "bilinear": lambda x: F.interpolate(x[:, None], None, 2, "bilinear")[:, 0, ::2, ::2],
     # Conditions and positions
-    "where": lambda x: torch.where(x > 0.1, x, 0.3 * x),
+    # A condition on a float argument itself is decided in float, and is no part of a program.
+    "where": lambda x: torch.where(0.5 * x > 0.1, x, 0.3 * x),
     "masked": lambda x: x.masked_fill(x.abs() < 0.2, 0.0),
-    "between": lambda x: torch.where((x > -0.3) & (x <= x.tanh()), x.tanh(), 0.5 * x),
+    "between": lambda x: torch.where((x.tanh() > -0.3) & (0.7 * x <= x.tanh()), x, 0.5 * x),
     "assigned": _assigned,
     "pad and slice": lambda x: F.pad(x, (0, 0, 1, 1))[:, 2:] + x,
     "reflected": lambda x: F.pad(x, (1, 1), mode="reflect")[..., 2:] - x,

@@ -116,11 +116,15 @@ EXAMPLES: dict[str, list[Example]] = {
     "relu6": [Example(function(F.relu6), (ROWS,))],
     "rms_norm": [Example(layer(lambda: nn.RMSNorm(100)), (ROWS,))],
     "select": [
-        # A program has no mask that data decide.
         Example(
-            function(lambda x: (2 * x).masked_fill(x.detach() > 0.5, -1e9)), (ROWS,), exported=False
+            function(lambda x: (y := 2 * x).masked_fill(y.detach() > 0.5, -1e9)),
+            (ROWS,),
         ),
-        Example(function(lambda x: (2 * x).masked_fill(MASK, -1e9)), ((24, 24, 24),)),
+        Example(function(lambda x: torch.where(MASK, 2 * x, x.flip(0))), ((24, 24, 24),)),
+        # A program has MINIMUM for a mask of its own: see tests/deploy/test_constant_mask.py.
+        Example(
+            function(lambda x: (2 * x).masked_fill(MASK, -1e9)), ((24, 24, 24),), exported=False
+        ),
     ],
     "sigmoid": [Example(function(torch.sigmoid), (ROWS,))],
     "silu": [Example(function(F.silu), (ROWS,))],
