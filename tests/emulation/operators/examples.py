@@ -120,7 +120,7 @@ EXAMPLES: dict[str, list[Example]] = {
             function(lambda x: (y := 2 * x).masked_fill(y.detach() > 0.5, -1e9)),
             (ROWS,),
         ),
-        Example(function(lambda x: torch.where(MASK, 2 * x, x.flip(0))), ((24, 24, 24),)),
+        Example(function(lambda x: torch.where(MASK, 1.7 * x, x.flip(0))), ((24, 24, 24),)),
         # A program has MINIMUM for a mask of its own: see tests/deploy/test_constant_mask.py.
         Example(
             function(lambda x: (2 * x).masked_fill(MASK, -1e9)), ((24, 24, 24),), exported=False
