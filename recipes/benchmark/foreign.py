@@ -32,6 +32,7 @@ from lightning_nna.deploy import export_tflite, vela_report, verify
 from lightning_nna.deploy.verification import Agreement
 from lightning_nna.weights.method import WeightMethod
 from recipes.benchmark.foreign_module import ForeignModule, ForeignProgram, ForeignTask
+from recipes.benchmark.foreign_nemo import HAS_NEMO, NEMO
 from recipes.benchmark.foreign_sequences import SEQUENCES
 from recipes.benchmark.foreign_transformers import TRANSFORMERS
 from recipes.benchmark.foreign_vision import VISION
@@ -41,7 +42,9 @@ from recipes.benchmark.rows import Row, select
 from recipes.benchmark.timing import Step, ratio_columns, time_ratios
 
 #: All networks, by the name that rows and the command line use.
-FOREIGN: dict[str, ForeignModule] = {**TRANSFORMERS, **VISION, **SEQUENCES}
+FOREIGN: dict[str, ForeignModule] = {**TRANSFORMERS, **VISION, **SEQUENCES, **NEMO}
+#: Those that can be made here: NeMo has an environment of its own.
+INSTALLED = {name: each for name, each in FOREIGN.items() if HAS_NEMO or name not in NEMO}
 SPECS = ("litert-int8", "litert-int16x8")
 #: Optimizer steps that observe ranges, and emulated ones after them.
 CALIBRATION_STEPS, EMULATED_STEPS = 4, 12
@@ -294,7 +297,7 @@ def _attempt(measure: Callable[..., dict[str, Any]], *args: Any) -> dict[str, An
 
 
 def runs(
-    *, modules: Sequence[str] = tuple(FOREIGN), specs: Sequence[str] = SPECS, threads: int = 1
+    *, modules: Sequence[str] = tuple(INSTALLED), specs: Sequence[str] = SPECS, threads: int = 1
 ) -> list[ForeignRun]:
     """List the grid, one run a network and an accelerator."""
     return [ForeignRun(module, spec, threads=threads) for spec in specs for module in modules]

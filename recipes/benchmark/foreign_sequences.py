@@ -223,6 +223,7 @@ SEQUENCES: dict[str, ForeignModule] = {
         lambda: (torch.randn(4, 16, 32), _lengths(4, 16)),
         regression,
         run=lambda net, features, lengths: net(features, lengths)[0],
+        warmup_steps=60,
     ),
     "emformer": ForeignModule(
         "Emformer RNN-T",

@@ -273,6 +273,7 @@ VISION: dict[str, ForeignModule] = {
         classification(10),
         programs=with_features(lambda net, images: net.blocks(net.stem(images))),
         learning_rate=3e-4,
+        warmup_steps=40,
     ),
     "autoencoder": ForeignModule(
         "MLPerf Tiny: autoencoder",

@@ -14,7 +14,7 @@ import torch
 from lightning_nna import calibrate, coverage, emulate
 from lightning_nna.callbacks import CompressedSensingPruning, GeneralQuantizer, NNAEmulation
 from lightning_nna.deploy import export_tflite, verify
-from recipes.benchmark.foreign import FOREIGN, fit
+from recipes.benchmark.foreign import INSTALLED, fit
 from recipes.benchmark.foreign_module import ForeignProgram
 
 pytest.importorskip("peft")
@@ -45,11 +45,11 @@ def run(program: ForeignProgram, task: Any, *arguments: Any) -> Any:
 
 @pytest.mark.exactness
 @pytest.mark.parametrize("spec", SPECS)
-@pytest.mark.parametrize("name", FOREIGN)
+@pytest.mark.parametrize("name", INSTALLED)
 def test_it_trains_emulated_and_every_program_is_equal(
     name: str, spec: str, tmp_path: Path
 ) -> None:
-    foreign = FOREIGN[name]
+    foreign = INSTALLED[name]
     task = foreign.task()
     batch, optimizer = task.batch(), torch.optim.Adam(trained(task), lr=1e-3)
     fallbacks = {row.operator for row in coverage(task, *batch, spec=spec).fallbacks}
@@ -91,7 +91,7 @@ def trained(task: Any) -> list[torch.nn.Parameter]:
     ids=["gq", "csp"],
 )
 def test_its_weights_are_compressed(name: str, method: Any) -> None:
-    task, callback = FOREIGN[name].task(), method()
+    task, callback = INSTALLED[name].task(), method()
     fit(task, 8, NNAEmulation(calibration_steps=2, telemetry_every_n_steps=0), callback)
     weights = [task.get_parameter(each) for each in callback.selected]
     assert weights
@@ -103,7 +103,7 @@ def test_its_weights_are_compressed(name: str, method: Any) -> None:
 
 
 def test_lora_leaves_frozen_weights_alone() -> None:
-    task = FOREIGN["bert_lora"].task()
+    task = INSTALLED["bert_lora"].task()
     before = copy.deepcopy(task.state_dict())
     fit(task, 4, NNAEmulation(calibration_steps=2, telemetry_every_n_steps=0), GeneralQuantizer(4))
     frozen = [name for name, each in task.named_parameters() if not each.requires_grad]

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from recipes.benchmark.foreign import FOREIGN, STUDY, ForeignRun, runs
+from recipes.benchmark.foreign import INSTALLED, STUDY, ForeignRun, runs
 
 
 def row(module: str, **columns: Any) -> dict[str, Any]:
@@ -70,7 +70,7 @@ def test_programs_count_together() -> None:
 
 def test_the_grid_has_every_network_on_both_accelerators() -> None:
     grid = runs()
-    assert len(grid) == 2 * len(FOREIGN)
+    assert len(grid) == 2 * len(INSTALLED)
     assert grid[0].keys == [{"module": "bert", "spec": "litert-int8"}]
 
 
