@@ -92,6 +92,8 @@ _EXACT = (torch.float32, torch.float64)
 _FOLLOWS_STATISTICS = ("batch_norm", "instance_norm")
 _FLOAT, _COMPLEX = 1, 2
 _FILLS = ("masked_fill", "masked_fill_")
+# Functions whose result holds values of their tensors, whose parameters it has if they share them.
+_SELECTIONS = ("where", "maximum", "minimum")
 _PRODUCTS = ("mul", "__mul__", "__rmul__", "multiply")
 # No network multiplies activations by less.
 _ABSENT = -1e9
@@ -215,6 +217,12 @@ class Dispatch(TorchFunctionMode):
             return self._decide(func, args, kwargs)
         path, location = self.call_sites.locate()
         if path is None:
+            # A decoder selects among states between the forwards that it calls.
+            # A number need not be a multiple of their scale.
+            has_number = any(isinstance(x, (int, float)) for x in (*args, *kwargs.values()))
+            selects = name in _SELECTIONS and not has_number
+            if selects and self._share_qparams(name, (args, kwargs)):
+                return self._move(func, args, kwargs)
             self.state.note_outside_consumers((args, kwargs))
             return self._plainly(func, args, kwargs)
         operator = operator_of(name)

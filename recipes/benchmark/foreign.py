@@ -17,6 +17,7 @@ import tempfile
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -261,11 +262,9 @@ class ForeignRun(Run):
     def rows(self) -> Iterator[Row]:
         """Train, export, compress and time the network."""
         torch.set_num_threads(self.threads or 1)
-        logging.getLogger("lightning_nna").setLevel(logging.ERROR)
-        logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield self.row()
+        with _quiet():
+            row = self.row()
+        yield row
 
     def row(self) -> Row:
         """Make the row; a part that fails has the reason instead of its columns."""
@@ -286,6 +285,22 @@ class ForeignRun(Run):
             row["csp"] = _attempt(compress, copy.deepcopy(start), pruning)
         row["time"] = _attempt(time_training, start, self.spec)
         return row
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence warnings and messages of training in a block."""
+    loggers = [logging.getLogger(name) for name in ("lightning_nna", "lightning.pytorch")]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def _attempt(measure: Callable[..., dict[str, Any]], *args: Any) -> dict[str, Any]:

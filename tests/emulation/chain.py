@@ -9,7 +9,7 @@ inside of the LSTM's instruction is what LiteRT has left there.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -41,7 +41,9 @@ def check_chain(instructions: Sequence[Instruction], inputs: Tensor, result: Ten
             if operand is None or operand.constant or operand.dtype == "bool":
                 continue
             where = f"{instruction.site}: operand {position} of {instruction.operator}"
-            if operand.dtype in ("float32", "int32"):
+            if operand.dtype == "int32" and _is_result(operand, earlier.values()):
+                pass  # An index that the program has computed, for a table.
+            elif operand.dtype in ("float32", "int32"):
                 assert bool(torch.isin(operand.integers, given).all()), f"{where} is no input"
             else:
                 found = any(_comes_from(operand, sources) for sources in earlier.values())
@@ -53,6 +55,12 @@ def check_chain(instructions: Sequence[Instruction], inputs: Tensor, result: Ten
     expected = dequantized(last).reshape(result.shape)
     np.testing.assert_array_equal(result.detach().numpy(), expected)
     return traced
+
+
+def _is_result(operand: Stored, earlier: Iterable[Sequence[Stored]]) -> bool:
+    """Whether an operand is, as it is, an earlier result."""
+    results = (x for each in earlier for x in each if x.dtype == operand.dtype)
+    return any(torch.equal(operand.integers, x.integers) for x in results)
 
 
 def dequantized(stored: Stored) -> np.ndarray:

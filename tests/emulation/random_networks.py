@@ -7,7 +7,7 @@ nested tuples that :func:`build` turns into a module.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -132,9 +132,10 @@ LAYERS = (
 Plan = tuple[Any, ...]
 
 
-def plans(bits: int) -> st.SearchStrategy[list[Plan]]:
-    """Sequences of blocks."""
+def plans(bits: int, without: Collection[str] = ()) -> st.SearchStrategy[list[Plan]]:
+    """Sequences of blocks, without some functions."""
     names = [*FUNCTIONS, *(IN_8_BITS if bits == 8 else ())]
+    names = [name for name in names if name not in without]
     function = st.tuples(st.just("function"), st.sampled_from(names))
     layer = st.tuples(st.just("layer"), st.sampled_from(LAYERS), st.sampled_from([4, 8, 12]))
 

@@ -17,7 +17,7 @@ from torchaudio.models.conformer import ConformerLayer
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
-from lightning_nna import coverage, emulate, strip
+from lightning_nna import calibrate, coverage, emulate, strip
 from lightning_nna.testing import SmallNet
 from tests.emulation.modules import Function
 
@@ -415,3 +415,13 @@ def test_a_function_that_is_checkpointed_is_named_once(
             net(x)
         net(x)
     assert caplog.text.count("torch.utils.checkpoint is given a function in the module") == warnings
+
+
+@pytest.mark.parametrize("select", [torch.where, lambda mask, a, b: torch.maximum(a, b)])
+def test_what_a_decoder_selects_between_forwards_keeps_its_parameters(select: Any) -> None:
+    net, x = nn.Tanh(), torch.randn(2, 3, 4)
+    calibrate(net, [x])
+    with emulate(net) as chip:
+        before, after = net(x[0]), net(x[1])
+        state = select(torch.tensor([[True], [False], [True]]), after, before)
+        assert chip.state.qparams_of(state) == chip.state.qparams_of(before) is not None

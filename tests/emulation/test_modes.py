@@ -424,9 +424,9 @@ def test_what_a_part_cannot_do_alone_names_the_whole() -> None:
 
 
 def test_a_forward_without_any_operator_of_the_chip_is_named() -> None:
-    net = nn.RNN(4, 3)
-    with pytest.raises(RuntimeError, match=r"forwards were observed, but .* \./rnn_tanh#0 run in"):
-        calibrate(net, [torch.randn(5, 2, 4)])
+    net = nn.Conv3d(4, 3, 1)
+    with pytest.raises(RuntimeError, match=r"forwards were observed, but .* \./conv3d#0 run in"):
+        calibrate(net, [torch.randn(5, 4, 2, 2, 2)])
 
 
 def test_a_forward_without_floats_is_no_missing_forward() -> None:

@@ -29,6 +29,9 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN"),
 ]
 SPECS = {8: "litert-int8", 16: "litert-int16x8"}
+#: They write numbers, or repeat some integers more often than others, which the chain does not
+#: follow; programs of networks with them are run by `test_deep_random_networks.py`.
+NOT_FOLLOWED = ("assigned", "filled", "reflected", "between", "masked", "less its second")
 FEW = settings(
     max_examples=8,
     deadline=None,
@@ -60,7 +63,7 @@ def equals_litert(
 @pytest.mark.parametrize("bits", SPECS)
 def test_every_instruction_is_the_references(bits: int) -> None:
     @FEW
-    @given(plans(bits), st.booleans(), st.booleans(), st.integers(0, 2**16))
+    @given(plans(bits, NOT_FOLLOWED), st.booleans(), st.booleans(), st.integers(0, 2**16))
     def holds(plan: list[Plan], embedded: bool, training: bool, seed: int) -> None:
         equals_litert(plan, bits, embedded=embedded, training=training, seed=seed)
 
