@@ -1,4 +1,4 @@
-"""What to write instead of functions that the accelerator does not have.
+"""Say what to write instead of functions that the accelerator does not have.
 
 :func:`.coverage` and errors of the export show these texts. A record says itself why it lacks a
 form: its ``supports`` may return the text. Here are the texts for functions that no record has, and
