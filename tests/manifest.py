@@ -554,7 +554,7 @@ def exported(
         except ValueError as error:
             if "ELU" not in str(error):
                 raise
-            results = run_tflite(path, inputs, optimized=True)
+            results = run_tflite(path, inputs, runtime="litert-optimized")
         parts["outputs"] = digest([np.asarray(x) for x in results])
     return {f"{where}: {part}": value for part, value in parts.items()}
 

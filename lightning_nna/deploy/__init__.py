@@ -3,8 +3,14 @@
 # First: without the extra nothing below can be imported.
 from lightning_nna.deploy import _extra as _extra
 from lightning_nna.deploy.graph import CaptureError
-from lightning_nna.deploy.litert import LiteRTProgram, run_tflite
+from lightning_nna.deploy.program import Program, run_tflite
 from lightning_nna.deploy.report import layer_figures, write_report
+from lightning_nna.deploy.runtimes import (
+    MissingRuntimeError,
+    Runtime,
+    UnsupportedProgramError,
+    runtime_of,
+)
 from lightning_nna.deploy.tflite import TFLiteModel, export_tflite
 from lightning_nna.deploy.vela import VelaError, VelaOperator, VelaReport, vela_report
 from lightning_nna.deploy.verification import Agreement, verify
@@ -13,9 +19,12 @@ from lightning_nna.weights.packed import PackedReport, load_packed, save_packed
 __all__ = [
     "Agreement",
     "CaptureError",
-    "LiteRTProgram",
+    "MissingRuntimeError",
     "PackedReport",
+    "Program",
+    "Runtime",
     "TFLiteModel",
+    "UnsupportedProgramError",
     "VelaError",
     "VelaOperator",
     "VelaReport",
@@ -23,6 +32,7 @@ __all__ = [
     "layer_figures",
     "load_packed",
     "run_tflite",
+    "runtime_of",
     "save_packed",
     "vela_report",
     "verify",

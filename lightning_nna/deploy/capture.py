@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from lightning_nna.deploy.fused_activation import with_fused_activations
-from lightning_nna.deploy.graph import CaptureError, Program
+from lightning_nna.deploy.graph import CapturedProgram, CaptureError
 from lightning_nna.deploy.recorder import Recorder, attributes_of
 from lightning_nna.emulation.attachment import attached, emulate
 from lightning_nna.emulation.emulator import Emulator
@@ -32,7 +32,7 @@ def capture(
     *,
     forward: Callable[..., Any] | None = None,
     allow_cpu: bool = False,
-) -> Program:
+) -> CapturedProgram:
     """Run a module emulated once and return its instructions as a program.
 
     Float arguments become integer inputs with the quantization parameters with which the network
@@ -93,7 +93,7 @@ def capture(
     if not ports:
         raise CaptureError("no result of the forward is an activation: there is nothing to export")
     program = with_fused_activations(
-        recorder.graph.finish(recorder.ports, ports, recorder.fixed(leaves), emulator.spec.name)
+        recorder.graph.finish(recorder.ports, ports, recorder.fixed(leaves), emulator.spec)
     )
     left_out = [k for k, x in enumerate(results) if isinstance(x, Tensor) and not outputs[k]]
     return replace(program, left_out=tuple(left_out))
@@ -136,7 +136,7 @@ def emulator_of(module: nn.Module) -> Emulator:
         raise CaptureError(
             f"there is no .tflite program in the arithmetic of {emulator.spec.name!r}: "
             f"{'; '.join(differences)}; emulate the module with a spec without that, as the "
-            f"presets litert-int8, litert-int16x8 and ethos-u are"
+            f"presets litert-int8, litert-int16x8, tflm-int8 and tflm-int16x8 are"
         )
     if pipeline_of(module).phase == "train":
         raise CaptureError(

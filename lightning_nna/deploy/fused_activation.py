@@ -17,7 +17,7 @@ import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 
 from lightning_nna.deploy.flatbuffer import OperatorSpec, TensorSpec
-from lightning_nna.deploy.graph import Program
+from lightning_nna.deploy.graph import CapturedProgram
 from lightning_nna.emulation.operators.catalog import kernels
 
 _KINDS = schema.ActivationFunctionType
@@ -29,7 +29,7 @@ _ACTIVATIONS = {
 }
 
 
-def with_fused_activations(program: Program) -> Program:
+def with_fused_activations(program: CapturedProgram) -> CapturedProgram:
     """Return a program whose activations are fused into the operators before them.
 
     Args:
@@ -102,7 +102,7 @@ def clips_nothing(name: str, spec: TensorSpec) -> bool:
     return begins and (np.isinf(high) or spec.zero_point + round(high / scale) >= limits.max)
 
 
-def _is_plain_activation(each: OperatorSpec, program: Program) -> bool:
+def _is_plain_activation(each: OperatorSpec, program: CapturedProgram) -> bool:
     """Tell if an operator is an activation that leaves the quantization parameters unchanged."""
     if each.name not in _ACTIVATIONS:
         return False

@@ -23,6 +23,7 @@ from lightning_nna.deploy.layout import (
 from lightning_nna.emulation.operators.catalog import kernels
 from lightning_nna.emulation.program import Stored
 from lightning_nna.emulation.ranges import QParams
+from lightning_nna.emulation.spec import NNASpec
 
 Integers = NDArray[np.int64]
 
@@ -54,7 +55,7 @@ class Port:
 
 
 @dataclass(frozen=True)
-class Program:
+class CapturedProgram:
     """A network as instructions of the accelerator, at one shape.
 
     Args:
@@ -66,6 +67,7 @@ class Program:
         fixed: Arguments that are part of the program, by position: integers that decided about the
             forward, as nested lists, and arguments that are no tensors.
         spec: Name of the spec.
+        runtime: Name of the runtime whose kernels it is exact for.
         left_out: Positions of results that are no activations, as arguments that are passed on, or
             that are empty.
     """
@@ -77,6 +79,7 @@ class Program:
     outputs: tuple[Port, ...]
     fixed: Mapping[int, Any]
     spec: str
+    runtime: str
     left_out: tuple[int, ...] = ()
 
     @property
@@ -185,8 +188,12 @@ class Graph:
             )
 
     def finish(
-        self, inputs: Sequence[Port], outputs: Sequence[Port], fixed: Mapping[int, Any], spec: str
-    ) -> Program:
+        self,
+        inputs: Sequence[Port],
+        outputs: Sequence[Port],
+        fixed: Mapping[int, Any],
+        spec: NNASpec,
+    ) -> CapturedProgram:
         """Return the program, without instructions and tensors that no output needs."""
         needed = {port.tensor for port in outputs}
         order: list[int] = []
@@ -200,14 +207,15 @@ class Graph:
         order.reverse()
         ports = [port for port in inputs if port.tensor in needed]
         tensors = {n: s for n, s in zip(self.names, self.specs, strict=True) if n in needed}
-        return Program(
+        return CapturedProgram(
             tensors,
             tuple(self.operators[number] for number in order),
             tuple(self.sites[number] for number in order),
             tuple(ports),
             tuple(outputs),
             fixed,
-            spec,
+            spec.name,
+            spec.runtime,
         )
 
 

@@ -15,11 +15,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from ai_edge_litert import schema_py_generated as schema
 from torch import nn
 
 from lightning_nna.deploy.capture import capture
-from lightning_nna.deploy.flatbuffer import build_model
-from lightning_nna.deploy.graph import Port, Program
+from lightning_nna.deploy.flatbuffer import DTYPES, build_model
+from lightning_nna.deploy.graph import CapturedProgram, Port
+from lightning_nna.emulation.ranges import QParams
 from lightning_nna.files import whole_file
 from lightning_nna.weights.read_packed import NO_DIGEST, checked, sealed
 
@@ -115,12 +118,13 @@ def export_tflite(
     )
 
 
-def program_bytes(program: Program) -> bytes:
+def program_bytes(program: CapturedProgram) -> bytes:
     """Return the file of a program, with a checksum of all of it."""
     notes = {
         "format": _FORMAT,
         "version": version("lightning-nna"),
         "spec": program.spec,
+        "runtime": program.runtime,
         "inputs": [asdict(port) for port in program.inputs],
         "outputs": [asdict(port) for port in program.outputs],
         "fixed": {str(position): value for position, value in program.fixed.items()},
@@ -137,22 +141,45 @@ def program_bytes(program: Program) -> bytes:
 
 
 @dataclass(frozen=True)
+class StoredTensor:
+    """A tensor of a program as its file describes it.
+
+    Args:
+        name: Name.
+        dtype: Name of its type, as ``"int8"``.
+        shape: Shape.
+        qparams: Quantization parameters; None for plain integers, conditions and floats.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    qparams: QParams | None
+
+
+@dataclass(frozen=True)
 class ProgramFile:
     """A program as a runtime reads it.
 
     Args:
         contents: Bytes of the file.
         spec: Name of the spec.
+        runtime: Name of the runtime whose kernels it is exact for.
         inputs: Ports of the arguments.
         outputs: Ports of the results.
         fixed: Arguments that are part of the program, by position.
+        input_tensors: Tensors that it reads, in its order.
+        output_tensors: Tensors that it returns, in its order.
     """
 
     contents: bytes
     spec: str
+    runtime: str
     inputs: tuple[Port, ...]
     outputs: tuple[Port, ...]
     fixed: Mapping[int, Any]
+    input_tensors: tuple[StoredTensor, ...]
+    output_tensors: tuple[StoredTensor, ...]
 
 
 def read_program(path: str | Path) -> ProgramFile:
@@ -167,12 +194,16 @@ def read_program(path: str | Path) -> ProgramFile:
     """
     contents = checked(Path(path))
     notes = _notes(contents, path)
+    graph = schema.Model.GetRootAs(contents).Subgraphs(0)
     return ProgramFile(
         contents,
         str(notes["spec"]),
+        str(notes["runtime"]),
         tuple(_port(entry) for entry in notes["inputs"]),
         tuple(_port(entry) for entry in notes["outputs"]),
         {int(position): value for position, value in notes["fixed"].items()},
+        tuple(_tensor(graph, graph.Inputs(k)) for k in range(graph.InputsLength())),
+        tuple(_tensor(graph, graph.Outputs(k)) for k in range(graph.OutputsLength())),
     )
 
 
@@ -183,6 +214,20 @@ def _notes(contents: bytes, path: str | Path) -> dict[str, Any]:
         raise ValueError(f"{path} is no program of export_tflite: it has no metadata of one")
     notes, _ = json.JSONDecoder().raw_decode(contents[start:].decode("utf-8", "replace"))
     return dict(notes)
+
+
+def _tensor(graph: schema.SubGraph, index: int) -> StoredTensor:
+    """Read the description of one tensor of a graph."""
+    tensor = graph.Tensors(index)
+    dtype = next(name for name, code in DTYPES.items() if code == tensor.Type())
+    shape = tuple(tensor.Shape(axis) for axis in range(tensor.ShapeLength()))
+    stored = tensor.Quantization()
+    scale = stored.Scale(0) if stored is not None and stored.ScaleLength() else 0.0
+    if not scale:
+        return StoredTensor(tensor.Name().decode(), dtype, shape, None)
+    limits, zero_point = np.iinfo(dtype), int(stored.ZeroPoint(0))
+    qparams = QParams(float(scale), zero_point, int(limits.min), int(limits.max))
+    return StoredTensor(tensor.Name().decode(), dtype, shape, qparams)
 
 
 def _port(entry: Mapping[str, Any]) -> Port:

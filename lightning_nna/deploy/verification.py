@@ -15,7 +15,8 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from lightning_nna.deploy.capture import emulated_evaluation, emulator_of, forward_of
 from lightning_nna.deploy.graph import dtype_of_qparams, quantize
-from lightning_nna.deploy.litert import LiteRTProgram
+from lightning_nna.deploy.program import Program
+from lightning_nna.deploy.runtimes import Runtime
 from lightning_nna.emulation.ranges import QParams
 
 
@@ -69,7 +70,7 @@ def verify(
     inputs: Sequence[Any],
     *,
     forward: Callable[..., Any] | None = None,
-    optimized: bool = False,
+    runtime: str | Runtime | None = None,
     random_inputs: int = 4,
 ) -> Agreement:
     """Compare a program with the emulated module, in every bit.
@@ -83,7 +84,8 @@ def verify(
         path: Path of the file.
         inputs: Arguments of its forward.
         forward: Function that runs the module, as it was exported.
-        optimized: Whether the optimized kernels run, whose outputs may differ.
+        runtime: Name of a runtime, see :func:`.runtime_of`, or the runtime; None for the one whose
+            kernels the program's spec is exact for.
         random_inputs: Number of sets of random inputs, the same in every call; 0 for none.
 
     Returns:
@@ -93,27 +95,28 @@ def verify(
         ValueError: If results of the module have another shape or type than the program's, or
             see :func:`run_tflite`.
     """
-    program = LiteRTProgram(path, optimized=optimized)
+    program = Program(path, runtime=runtime)
     emulator = emulator_of(module)
     leaves, form = tree_flatten(list(inputs))
     random = np.random.default_rng(0)
     run = forward_of(module, forward)
+    calls = [leaves]
+    for trial in range(random_inputs):
+        reach = 3.0 if trial % 2 else 1.0
+        calls.append(_random_arguments(program, calls[-1], random, reach))
     equal = total = skipped = 0
     with emulated_evaluation(module, emulator):
-        for trial in range(random_inputs + 1):
-            if trial:
-                leaves = _random_arguments(program, leaves, random, reach=1.0 if trial % 2 else 3.0)
+        for leaves, outputs in zip(calls, program.run_all(calls), strict=True):
             arguments = [x.detach().clone() if isinstance(x, Tensor) else x for x in leaves]
             for port in program.inputs:
                 qparams = program.qparams_of(port)
                 if port.from_chip and qparams is not None:
                     arguments[port.position] = fake_quantize(arguments[port.position], qparams)
                     emulator.state.set_qparams(arguments[port.position], qparams)
-            outputs = program(leaves)
             try:
                 results = tree_leaves(run(*tree_unflatten(arguments, form)))
             except FloatingPointError:
-                if not trial:
+                if leaves is calls[0]:
                     raise
                 skipped += 1
                 continue
@@ -146,7 +149,7 @@ def _comparable(position: int, output: NDArray[Any], results: Sequence[Any]) -> 
 
 
 def _random_arguments(
-    program: LiteRTProgram, leaves: Sequence[Any], random: np.random.Generator, reach: float
+    program: Program, leaves: Sequence[Any], random: np.random.Generator, reach: float
 ) -> list[Any]:
     """Replace the arguments that a program reads by random ones."""
     result = list(leaves)

@@ -19,6 +19,7 @@ Rounding = Literal["reference", "double", "single", "shift"]
 #: Rounding of reference kernels, see :mod:`.arithmetic.rescaling`.
 KernelRounding = Rounding | Literal["real", "reduced"]
 Overflow = Literal["saturate", "wrap"]
+RuntimeName = Literal["litert", "tflm"]
 
 #: Widths of the accumulators of LiteRT's kernels in bits, by the width of their activations.
 LITERT_ACCUMULATOR = {8: 32, 16: 64}
@@ -33,6 +34,7 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "accumulator_overflow": ("saturate", "wrap"),
     "weight_granularity": ("per_channel", "per_tensor"),
     "rounding": ("reference", "double", "single", "shift"),
+    "runtime": ("litert", "tflm"),
     "table_entries": (0, *(2**k for k in range(4, 17))),
 }
 
@@ -55,8 +57,10 @@ class NNASpec:
         weight_granularity: ``"per_channel"`` for one scale for each output channel of a layer, or
             ``"per_tensor"``. LSTM gates and embeddings always have one scale for each tensor, as
             their kernels do.
-        rounding: Rounding of the requantization: ``"reference"``, that of LiteRT's reference kernel
-            of each operator; ``"double"``, a fixed-point multiplier rounded twice, everywhere;
+        runtime: Runtime whose kernels the arithmetic equals, where they differ: ``"litert"`` for
+            LiteRT's reference kernels, ``"tflm"`` for TFLite-Micro's.
+        rounding: Rounding of the requantization: ``"reference"``, that of the runtime's kernel of
+            each operator; ``"double"``, a fixed-point multiplier rounded twice, everywhere;
             ``"single"``, the same rounded once; ``"shift"``, a shift alone: then every scale
             is a power of two.
         table_entries: Number of entries of the tables of 16-bit non-linearities, interpolated
@@ -83,6 +87,7 @@ class NNASpec:
     accumulator_bits: int = 32
     accumulator_overflow: Overflow = "wrap"
     weight_granularity: Granularity = "per_channel"
+    runtime: RuntimeName = "litert"
     rounding: Rounding = "reference"
     table_entries: int = 0
     operators: tuple[str, ...] | None = None
@@ -189,9 +194,22 @@ class NNASpec:
         half = 2.0 ** (self.accumulator_width(bits) - 2)
         return min(half, 2.0 ** (self.bias_width(bits) - 1) - 1)
 
-    def rounding_of(self, reference: KernelRounding) -> KernelRounding:
-        """Return the rounding of an operator, given that of its reference kernel."""
-        return reference if self.rounding == "reference" else self.rounding
+    def rounding_of(
+        self, reference: KernelRounding, micro: KernelRounding | None = None
+    ) -> KernelRounding:
+        """Return the rounding of an operator, given that of LiteRT's reference kernel.
+
+        Args:
+            reference: Rounding of LiteRT's reference kernel.
+            micro: Rounding of TFLite-Micro's kernel; None for the same.
+
+        Example:
+            >>> NNASpec(runtime="tflm").rounding_of("real", "double")
+            'double'
+        """
+        if self.rounding != "reference":
+            return self.rounding
+        return reference if micro is None or self.runtime == "litert" else micro
 
     @classmethod
     def from_mapping(cls, settings: Mapping[str, Any]) -> NNASpec:
@@ -284,7 +302,12 @@ PRESETS: dict[str, NNASpec] = {
     for spec in (
         NNASpec(),
         NNASpec("litert-int16x8", activation_bits=16, accumulator_bits=64, bias_bits=40),
-        NNASpec("ethos-u", rounding="double"),
+        NNASpec("tflm-int8", runtime="tflm"),
+        NNASpec(
+            "tflm-int16x8", activation_bits=16, accumulator_bits=64, bias_bits=40, runtime="tflm"
+        ),
+        # What Vela leaves to the host runs on TFLite-Micro.
+        NNASpec("ethos-u", runtime="tflm"),
         NNASpec(
             "shift",
             rounding="shift",

@@ -27,15 +27,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_nna.deploy import export_tflite, verify
+from lightning_nna.deploy import TFLiteModel, export_tflite, verify
 from lightning_nna.emulation import calibrate, coverage, emulate
 from lightning_nna.emulation.modes import FIDELITIES
 from lightning_nna.emulation.operators.catalog import operators
 from lightning_nna.emulation.operators.record import Operator
+from lightning_nna.emulation.spec import PRESETS
 from lightning_nna.testing.replay import WITHOUT_REFERENCE, replays
 
-#: Presets whose activations have so many bits.
+#: Presets whose activations have so many bits, of LiteRT.
 SPECS = {8: "litert-int8", 16: "litert-int16x8"}
+#: The same by runtime.
+SPECS_OF = {"litert": SPECS, "tflm": {8: "tflm-int8", 16: "tflm-int16x8"}}
 #: Number of results that random inputs compare at least.
 MANY = 10_000
 # Gradients of quantized operands point where those of the float network do.
@@ -72,7 +75,7 @@ class Example:
         return [torch.randn(shape) + offset for shape in self.shapes]
 
 
-Check = Callable[[Operator, Example, int], None]
+Check = Callable[[Operator, Example, str], None]
 
 
 def check_operator(
@@ -80,6 +83,7 @@ def check_operator(
     examples: Sequence[Example],
     *,
     widths: Iterable[int] | None = None,
+    runtime: str = "litert",
     checks: Iterable[Check] | None = None,
 ) -> None:
     """Demand everything that holds for operators of the accelerator.
@@ -88,33 +92,35 @@ def check_operator(
         operator: Record of the operator, or its name.
         examples: Networks that consist of it.
         widths: Bits of activations; None for all widths of the record.
+        runtime: Runtime whose kernels it is compared with, a key of :data:`SPECS_OF`.
         checks: Functions of :data:`CHECKS`; None for all.
 
     Raises:
-        AssertionError: If a check fails; the message names operator, bits, example and check.
+        AssertionError: If a check fails; the message names operator, preset, example and check.
         ValueError: If there is no example.
     """
     record = operators()[operator] if isinstance(operator, str) else operator
     if not examples:
         raise ValueError(f"operator {record.name!r} has no example to check: give at least one")
     for bits in record.widths if widths is None else widths:
+        spec = SPECS_OF[runtime][bits]
         for index, example in enumerate(examples):
             for check in CHECKS if checks is None else checks:
                 torch.manual_seed(0)
                 try:
-                    check(record, example, bits)
+                    check(record, example, spec)
                 except AssertionError as error:
                     raise AssertionError(
-                        f"operator {record.name!r}, {bits} bits, example {index}, "
+                        f"operator {record.name!r}, {spec}, example {index}, "
                         f"{check.__name__}: {error}"
                     ) from error
 
 
-def equals_litert_on_random_inputs(operator: Operator, example: Example, bits: int) -> None:
+def equals_the_runtime_on_random_inputs(operator: Operator, example: Example, spec: str) -> None:
     """Compare at least 10,000 results of random inputs, a few of them beyond the range."""
     inputs = example.inputs()
     wider = inputs if example.rows else [1.5 * x for x in inputs]
-    compared = replays(example.build(), *inputs, inputs=wider, spec=SPECS[bits])
+    compared = replays(example.build(), *inputs, inputs=wider, spec=spec)
     compared.pop("QUANTIZE", None)
     assert compared, "no instruction was recorded"
     most = max(compared.values())
@@ -123,7 +129,7 @@ def equals_litert_on_random_inputs(operator: Operator, example: Example, bits: i
     )
 
 
-def equals_litert_in_the_worst_case(operator: Operator, example: Example, bits: int) -> None:
+def equals_the_runtime_in_the_worst_case(operator: Operator, example: Example, spec: str) -> None:
     """Compare with every weight and every input at an end of its range, and beyond it.
 
     In some rows all are at the same end, so that sums are as large as they get.
@@ -133,7 +139,7 @@ def equals_litert_in_the_worst_case(operator: Operator, example: Example, bits: 
         parameter.data = torch.where(torch.rand_like(parameter) < 0.5, -1.0, 1.0)
         parameter.data[: len(parameter) // 2] = 1.0
     if example.rows:
-        replays(module, *example.inputs(), spec=SPECS[bits])
+        replays(module, *example.inputs(), spec=spec)
         return
     worst = [torch.randn(shape).sign() for shape in example.shapes]
     for x in worst:
@@ -142,28 +148,27 @@ def equals_litert_in_the_worst_case(operator: Operator, example: Example, bits: 
     calibration = [x * torch.rand(x.shape) for x in worst]
     calibration[0].view(-1)[:2] = torch.tensor([-1.0, 1.0])
     for inputs in (worst, [3 * x for x in worst]):  # At the ends of the range, and beyond.
-        replays(module, *calibration, inputs=inputs, spec=SPECS[bits])
+        replays(module, *calibration, inputs=inputs, spec=spec)
 
 
-def is_covered(operator: Operator, example: Example, bits: int) -> None:
+def is_covered(operator: Operator, example: Example, spec: str) -> None:
     """Demand a call site of the operator on the accelerator, and none on the CPU."""
-    table = coverage(example.build(), *example.inputs(), spec=SPECS[bits])
+    table = coverage(example.build(), *example.inputs(), spec=spec)
     assert not table.fallbacks, f"{[row.site for row in table.fallbacks]} run on the CPU"
     sites = [row.site for row in table.rows if row.where == "emulated"]
     names = {site.rsplit("/", 1)[1].split("#")[0] for site in sites}
     assert operator.name in names, f"no site of it is among {sites}"
 
 
-def is_exported(operator: Operator, example: Example, bits: int) -> None:
-    """Export the network and demand that LiteRT computes every bit of it."""
+def is_exported(operator: Operator, example: Example, spec: str) -> None:
+    """Export the network and demand that the runtime computes every bit of it."""
     if not example.exported:
         return
     module, inputs = example.build().eval(), example.inputs()
-    _calibrate(module, inputs, bits)
+    _calibrate(module, inputs, spec)
     with TemporaryDirectory() as folder:
         model = export_tflite(module, inputs, Path(folder) / "network.tflite")
-        optimized = not WITHOUT_REFERENCE.isdisjoint(model.operators)
-        agreement = verify(module, model.path, inputs, optimized=optimized)
+        agreement = verify(module, model.path, inputs, runtime=runtime_for(model))
     written = set(model.operators)
     kernels = [kernel.name for kernel in operator.litert]
     assert not kernels or not written.isdisjoint(kernels), (
@@ -172,28 +177,28 @@ def is_exported(operator: Operator, example: Example, bits: int) -> None:
     assert agreement == 1.0, f"LiteRT disagrees with the exported program: {agreement}"
 
 
-def fast_fidelity_is_close(operator: Operator, example: Example, bits: int) -> None:
+def fast_fidelity_is_close(operator: Operator, example: Example, spec: str) -> None:
     """Demand that fast fidelity differs nowhere in 16 bits, and nearly nowhere in 8."""
     module, inputs = example.build(), example.inputs()
     results = []
-    with emulate(module, SPECS[bits]) as chip, torch.no_grad():
+    with emulate(module, spec) as chip, torch.no_grad():
         with chip.observing():
             module(*inputs)
         for fidelity in FIDELITIES:
             with chip.running(fidelity=fidelity):
                 results.append(module(*(x if example.rows else 1.1 * x for x in inputs)))
     fraction = float((results[0] != results[1]).float().mean())
-    allowed = {8: example.fast_tolerance, 16: 1e-9}[bits]
+    allowed = {8: example.fast_tolerance, 16: 1e-9}[PRESETS[spec].activation_bits]
     assert fraction < allowed, f"fast fidelity differs in a fraction of {fraction} of the results"
 
 
-def gradients_are_straight_through(operator: Operator, example: Example, bits: int) -> None:
+def gradients_are_straight_through(operator: Operator, example: Example, spec: str) -> None:
     """Compare gradients with those of the float network: finite, and of the same direction."""
     module, inputs = example.build(), example.inputs()
-    _calibrate(module, inputs, bits)
+    _calibrate(module, inputs, spec)
     leaves = [x.requires_grad_(not example.rows) for x in inputs]
     in_float = _gradients(module, leaves)
-    with emulate(module, SPECS[bits]):
+    with emulate(module, spec):
         emulated = _gradients(module, leaves)
     largest = max(float(x.abs().max()) for x in in_float.values())
     for name, expected in in_float.items():
@@ -208,14 +213,14 @@ def gradients_are_straight_through(operator: Operator, example: Example, bits: i
             )
 
 
-def second_derivative_is_an_error(operator: Operator, example: Example, bits: int) -> None:
+def second_derivative_is_an_error(operator: Operator, example: Example, spec: str) -> None:
     """Demand an error that names the operator, unless the second derivative is zero in float."""
     if example.rows:
         return
     module, inputs = example.build(), example.inputs()
-    _calibrate(module, inputs, bits)
+    _calibrate(module, inputs, spec)
     leaves = [x.requires_grad_() for x in inputs]
-    with emulate(module, SPECS[bits]):
+    with emulate(module, spec):
         try:
             torch.autograd.grad(module(*leaves).sum(), leaves, create_graph=True)
         except RuntimeError as error:
@@ -236,7 +241,7 @@ def second_derivative_is_an_error(operator: Operator, example: Example, bits: in
             )
 
 
-def not_finite_inputs_are_errors(operator: Operator, example: Example, bits: int) -> None:
+def not_finite_inputs_are_errors(operator: Operator, example: Example, spec: str) -> None:
     """Demand an error that names the call site for NaN and infinity, if the operator reads them."""
     if example.rows:
         return
@@ -245,7 +250,7 @@ def not_finite_inputs_are_errors(operator: Operator, example: Example, bits: int
             module, inputs = example.build(), example.inputs()
             spoiled = [x.clone() for x in inputs]
             spoiled[index].view(-1)[1] = value
-            with emulate(module, SPECS[bits]) as chip, torch.no_grad():
+            with emulate(module, spec) as chip, torch.no_grad():
                 with chip.observing():
                     module(*inputs)
                 try:
@@ -259,15 +264,15 @@ def not_finite_inputs_are_errors(operator: Operator, example: Example, bits: int
             )
 
 
-def in_place_is_the_same(operator: Operator, example: Example, bits: int) -> None:
+def in_place_is_the_same(operator: Operator, example: Example, spec: str) -> None:
     """Compare values and gradients of in-place forms with those of the other form, to the bit."""
     for label, in_place, plain in in_place_forms(operator):
         x = torch.randn(20, 30)
         results = []
         for function in (in_place, plain):
             module = _Affine(function)
-            _calibrate(module, [x], bits)
-            with emulate(module, SPECS[bits]):
+            _calibrate(module, [x], spec)
+            with emulate(module, spec):
                 leaf = x.clone().requires_grad_()
                 y = module(leaf)
                 (y * y).sum().backward()
@@ -278,12 +283,12 @@ def in_place_is_the_same(operator: Operator, example: Example, bits: int) -> Non
             assert torch.equal(first, second), f"{label} has other {kind} than its other form"
 
 
-def scale_is_learned(operator: Operator, example: Example, bits: int) -> None:
+def scale_is_learned(operator: Operator, example: Example, spec: str) -> None:
     """Demand a gradient of the output's scale, if the record says that it is learned."""
     module, inputs = example.build(), example.inputs()
-    _calibrate(module, inputs, bits)
+    _calibrate(module, inputs, spec)
     leaves = [x.requires_grad_(not example.rows) for x in inputs]
-    with emulate(module, SPECS[bits], learned_scales="all") as chip:
+    with emulate(module, spec, learned_scales="all") as chip:
         module(*leaves).square().sum().backward()
         scales = {
             key: scale
@@ -300,8 +305,8 @@ def scale_is_learned(operator: Operator, example: Example, bits: int) -> None:
 
 #: Everything that :func:`check_operator` demands.
 CHECKS: tuple[Check, ...] = (
-    equals_litert_on_random_inputs,
-    equals_litert_in_the_worst_case,
+    equals_the_runtime_on_random_inputs,
+    equals_the_runtime_in_the_worst_case,
     is_covered,
     is_exported,
     fast_fidelity_is_close,
@@ -311,6 +316,12 @@ CHECKS: tuple[Check, ...] = (
     in_place_is_the_same,
     scale_is_learned,
 )
+
+
+def runtime_for(model: TFLiteModel) -> str | None:
+    """Return the runtime that has all kernels of a program; None for the one of its spec."""
+    lacks = model.spec in SPECS.values() and not WITHOUT_REFERENCE.isdisjoint(model.operators)
+    return "litert-optimized" if lacks else None
 
 
 def in_place_forms(
@@ -385,10 +396,10 @@ class _Affine(nn.Module):
         return self.function(x * 1.5) * 2
 
 
-def _calibrate(module: nn.Module, inputs: Sequence[Tensor], bits: int) -> None:
+def _calibrate(module: nn.Module, inputs: Sequence[Tensor], spec: str) -> None:
     """Find ranges from one run."""
     batches = [[x.detach() for x in inputs]]
-    calibrate(module, batches, forward=lambda module, batch: module(*batch), spec=SPECS[bits])
+    calibrate(module, batches, forward=lambda module, batch: module(*batch), spec=spec)
 
 
 def _gradients(module: nn.Module, leaves: Sequence[Tensor]) -> dict[str, Tensor]:

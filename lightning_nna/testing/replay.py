@@ -1,9 +1,8 @@
-"""Replay of emulated instructions on LiteRT, with equality in every bit.
+"""Replay of emulated instructions on a runtime, with equality in every bit.
 
 While a module runs emulated, every instruction is recorded with its operands and results.
-:func:`check_instructions` runs each again as a program of one operator on LiteRT's *reference*
-kernels (``BUILTIN_REF``), the only ones whose arithmetic the emulator claims to equal. It needs the
-extra ``deploy``.
+:func:`check_instructions` runs each again as a program of one operator on the runtime whose kernels
+the spec is exact for: LiteRT's *reference* kernels, or TFLite-Micro. It needs the extra ``deploy``.
 
     compared = replays(nn.Linear(8, 4), torch.randn(16, 8))
     compared["FULLY_CONNECTED"]  # 64 results, each of them LiteRT's
@@ -22,6 +21,7 @@ from torch import nn
 
 from lightning_nna.deploy import _extra as _extra
 from lightning_nna.deploy.flatbuffer import OperatorSpec, TensorSpec, build_model, options_of
+from lightning_nna.deploy.runtimes import runtime_of
 from lightning_nna.emulation import emulate
 from lightning_nna.emulation.program import Instruction, Stored
 
@@ -37,7 +37,7 @@ def replays(
     train: Callable[[nn.Module, Any], None] | None = None,
     forward: Callable[..., Any] | None = None,
 ) -> Counter[str]:
-    """Calibrate a module, run it emulated, and compare every instruction with LiteRT.
+    """Calibrate a module, run it emulated, and compare every instruction with its runtime.
 
     Args:
         module: Any module.
@@ -48,7 +48,7 @@ def replays(
         forward: Function that runs the module; None for the module itself.
 
     Returns:
-        Number of compared results by LiteRT operator.
+        Number of compared results by operator of the schema.
 
     Raises:
         AssertionError: If a result differs, see :func:`check_instructions`.
@@ -66,17 +66,20 @@ def replays(
             train(module, emulator)
         with emulator.running(recorder=recorded.append), torch.no_grad():
             run(*(example if inputs is None else inputs))
-    return check_instructions(recorded)
+    return check_instructions(recorded, emulator.spec.runtime)
 
 
-def check_instructions(instructions: Sequence[Instruction]) -> Counter[str]:
-    """Run instructions again on LiteRT's reference kernels and demand equal integers.
+def check_instructions(
+    instructions: Sequence[Instruction], runtime: str = "litert"
+) -> Counter[str]:
+    """Run instructions again on a runtime and demand equal integers.
 
     Args:
         instructions: Instructions with the integers of one run, as a recorder receives them.
+        runtime: Name of the runtime, see :func:`.runtime_of`.
 
     Returns:
-        Number of compared results by LiteRT operator.
+        Number of compared results by operator of the schema.
 
     Raises:
         AssertionError: If a result differs; the message names the call site, the instruction and
@@ -84,19 +87,22 @@ def check_instructions(instructions: Sequence[Instruction]) -> Counter[str]:
     """
     compared: Counter[str] = Counter()
     for instruction in instructions:
-        references = on_litert(instruction)
+        references = on_runtime(instruction, runtime)
         pairs = zip(instruction.outputs, references, strict=True)
         for position, (output, reference) in enumerate(pairs):
-            _compare(instruction, position, output.integers.numpy(), reference.astype(np.int64))
+            _compare(instruction, position, output.integers.numpy(), reference, runtime)
             compared[instruction.operator] += reference.size
     return compared
 
 
-def on_litert(instruction: Instruction, *, states: bool = False) -> list[np.ndarray]:
-    """Run one instruction on LiteRT.
+def on_runtime(
+    instruction: Instruction, runtime: str = "litert", *, states: bool = False
+) -> list[np.ndarray]:
+    """Run one instruction on a runtime.
 
     Args:
         instruction: Instruction with the integers of its operands.
+        runtime: Name of the runtime, see :func:`.runtime_of`.
         states: Return the variable tensors, too, after the results.
 
     Returns:
@@ -128,8 +134,9 @@ def on_litert(instruction: Instruction, *, states: bool = False) -> list[np.ndar
     if states:
         outputs += [name for name, spec in tensors.items() if spec.is_variable]
     model = build_model(tensors, [operator], list(arguments), outputs)
-    optimized = instruction.operator in WITHOUT_REFERENCE
-    return run_model(model, list(arguments.values()), optimized=optimized)
+    if runtime == "litert" and instruction.operator in WITHOUT_REFERENCE:
+        runtime = "litert-optimized"
+    return run_model(model, list(arguments.values()), runtime)
 
 
 def tensor_spec(stored: Stored) -> tuple[TensorSpec, np.ndarray]:
@@ -151,60 +158,47 @@ def tensor_spec(stored: Stored) -> tuple[TensorSpec, np.ndarray]:
 
 
 def run_model(
-    model: bytes, inputs: Sequence[np.ndarray], *, optimized: bool = False
+    model: bytes, inputs: Sequence[np.ndarray], runtime: str = "litert"
 ) -> list[np.ndarray]:
-    """Run a program once, from its initial state, on LiteRT's reference kernels.
+    """Run a program once, from its initial state.
 
     Args:
         model: Contents of a .tflite file.
         inputs: Integers of its inputs, in their order.
-        optimized: Take the optimized kernels, for operators that have no reference (ELU).
+        runtime: Name of the runtime, see :func:`.runtime_of`.
 
     Returns:
         Integers of its outputs.
     """
-    return run_calls(model, [inputs], optimized=optimized)[-1]
+    return run_calls(model, [inputs], runtime)[-1]
 
 
 def run_calls(
-    model: bytes, calls: Sequence[Sequence[np.ndarray]], *, optimized: bool = False
+    model: bytes, calls: Sequence[Sequence[np.ndarray]], runtime: str = "litert"
 ) -> list[list[np.ndarray]]:
     """Run a program once for each element of ``calls``; variables live on from call to call."""
-    from ai_edge_litert.interpreter import Interpreter, OpResolverType
-
-    optimized_kernels = OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES
-    interpreter = Interpreter(
-        model_content=model,
-        experimental_op_resolver_type=optimized_kernels
-        if optimized
-        else OpResolverType.BUILTIN_REF,
-        num_threads=1,
-    )
-    interpreter.allocate_tensors()
-    results = []
-    for inputs in calls:
-        for detail, value in zip(interpreter.get_input_details(), inputs, strict=True):
-            interpreter.set_tensor(detail["index"], value)
-        interpreter.invoke()
-        details = interpreter.get_output_details()
-        results.append([interpreter.get_tensor(detail["index"]) for detail in details])
-    return results
+    return runtime_of(runtime).load(model).run(calls, keep_state=True)
 
 
 def _compare(
-    instruction: Instruction, position: int, emulated: np.ndarray, reference: np.ndarray
+    instruction: Instruction,
+    position: int,
+    emulated: np.ndarray,
+    reference: np.ndarray,
+    runtime: str,
 ) -> None:
     """Raise if integers of one result differ."""
     name = f"{instruction.site}: result {position} of {instruction.operator}"
     options = f" {dict(instruction.options)}" if instruction.options else ""
+    title = runtime_of(runtime).title
     if emulated.shape != reference.shape:
         raise AssertionError(
-            f"{name}{options} has shape {emulated.shape}, on LiteRT {reference.shape}"
+            f"{name}{options} has shape {emulated.shape}, on {title} {reference.shape}"
         )
-    differs = emulated != reference
+    differs = emulated != reference.astype(np.int64)
     if differs.any():
         first = tuple(int(axis[0]) for axis in np.nonzero(differs))
         raise AssertionError(
-            f"{name}{options} differs from LiteRT in {int(differs.sum())} of {differs.size} "
-            f"elements, first at {list(first)}: {emulated[first]}, on LiteRT {reference[first]}"
+            f"{name}{options} differs from {title} in {int(differs.sum())} of {differs.size} "
+            f"elements, first at {list(first)}: {emulated[first]}, there {reference[first]}"
         )

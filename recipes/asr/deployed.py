@@ -18,7 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from lightning_nna import emulate
-from lightning_nna.deploy import LiteRTProgram, TFLiteModel, export_tflite
+from lightning_nna.deploy import Program, TFLiteModel, export_tflite
 from lightning_nna.emulation.attachment import attached
 from recipes.asr.recognizer import TransducerRecognizer
 from recipes.asr.rnnt import Encoder, State, Transducer
@@ -101,7 +101,8 @@ class DeployedTransducer(nn.Module):
 
     Args:
         folder: Folder of the programs.
-        optimized: True for LiteRT's fast kernels, False for its reference kernels.
+        runtime: Name of a runtime, see :func:`.runtime_of`; None for the one whose kernels the
+            programs are exact for.
 
     Attributes:
         calls: Number of calls of each program.
@@ -111,10 +112,10 @@ class DeployedTransducer(nn.Module):
         ValueError: If a program has changed since it was written.
     """
 
-    def __init__(self, folder: Path, *, optimized: bool = False) -> None:
+    def __init__(self, folder: Path, *, runtime: str | None = None) -> None:
         super().__init__()
         self.programs = {
-            part: LiteRTProgram(folder / f"{part}.tflite", optimized=optimized) for part in PARTS
+            part: Program(folder / f"{part}.tflite", runtime=runtime) for part in PARTS
         }
         self.calls: Counter[str] = Counter()
 

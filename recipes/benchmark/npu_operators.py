@@ -17,6 +17,7 @@ from tempfile import TemporaryDirectory
 from lightning_nna.deploy import CaptureError, VelaError, export_tflite, vela_report
 from lightning_nna.emulation import calibrate
 from lightning_nna.emulation.operators.record import Operator
+from lightning_nna.emulation.spec import PRESETS
 from lightning_nna.testing import operator_oracle
 from lightning_nna.testing.operator_oracle import SPECS, Example
 from recipes.benchmark.rows import Row, append_row, has_row, read_rows
@@ -82,7 +83,8 @@ def main() -> None:
     parser.add_argument("--accelerators", nargs="+", default=list(ACCELERATORS))
     settings = parser.parse_args()
 
-    def npu_target(operator: Operator, example: Example, bits: int) -> None:
+    def npu_target(operator: Operator, example: Example, spec: str) -> None:
+        bits = PRESETS[spec].activation_bits
         compile_operator(
             operator, example, bits, path=settings.path, accelerators=settings.accelerators
         )

@@ -148,7 +148,7 @@ def test_an_operator_of_the_cpu_is_loaded(name: str, bits: int, tmp_path: Path) 
 def test_elu_runs_on_the_other_kernels(tmp_path: Path) -> None:
     _, x, model = exported((F.elu, ROWS, ()), 8, tmp_path / "net.tflite")
     assert "ELU" in model.operators
-    assert np.isfinite(run_tflite(model.path, [x], optimized=True)[0]).all()
+    assert np.isfinite(run_tflite(model.path, [x], runtime="litert-optimized")[0]).all()
 
 
 def test_every_operator_that_can_be_written_is_among_them() -> None:

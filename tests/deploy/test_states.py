@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_nna import calibrate, emulate
-from lightning_nna.deploy import CaptureError, LiteRTProgram, export_tflite, run_tflite, verify
+from lightning_nna.deploy import CaptureError, Program, export_tflite, run_tflite, verify
 from tests.deploy.networks import SPECS
 
 pytestmark = pytest.mark.exactness
@@ -98,7 +98,7 @@ def test_a_stacked_lstm_streams(layers: int, bits: int, tmp_path: Path) -> None:
     calibrate(net, [x], spec=SPECS[bits])
     model = export_tflite(net, [x[:, :1], (zeros, zeros)], tmp_path / "step.tflite")
     assert verify(net, model.path, [x[:, :1], (zeros, zeros)]) == 1.0
-    program, steps, states = LiteRTProgram(model.path), [], [zeros, zeros]
+    program, steps, states = Program(model.path), [], [zeros, zeros]
     assert {port.position for port in program.inputs} == {0, 1, 2}
     for step in x.split(1, 1):
         output, *states = program([step, *states])
@@ -117,7 +117,7 @@ def test_a_stacked_gru_streams(bits: int, tmp_path: Path) -> None:
     zeros = torch.zeros(2, 2, 5)
     calibrate(net, [x], spec=SPECS[bits])
     path = export_tflite(net, [x[:, :1], zeros], tmp_path / "step.tflite").path
-    program, steps, state = LiteRTProgram(path), [], zeros
+    program, steps, state = Program(path), [], zeros
     for step in x.split(1, 1):
         output, state = program([step, state])
         steps.append(output)
@@ -152,7 +152,7 @@ def test_learned_initial_states(kind: str, layers: int, bits: int, tmp_path: Pat
     calibrate(net, [x], spec=SPECS[bits])
     path = export_tflite(net, [x], tmp_path / "net.tflite").path
     assert verify(net, path, [x]) == 1.0
-    program = LiteRTProgram(path)
+    program = Program(path)
     with torch.no_grad():
         expected = net(x)[0]
     for _ in range(3):  # Every call starts again.

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lightning_nna import calibrate, emulate
 from lightning_nna.deploy import (
     CaptureError,
-    LiteRTProgram,
+    Program,
     export_tflite,
     run_tflite,
     verify,
@@ -85,7 +85,7 @@ def test_states_go_in_and_out_and_steps_make_the_whole(tmp_path: Path) -> None:
     zeros = tuple(tuple(torch.zeros(1, 2, units) for _ in range(2)) for units in (8, 6))
     path = export_tflite(net, [x[:, :1], zeros], tmp_path / "step.tflite").path
     whole_path = export_tflite(net, [x], tmp_path / "whole.tflite").path
-    program = LiteRTProgram(path)
+    program = Program(path)
     assert [port.position for port in program.inputs] == [0, 1, 2, 3, 4]
     state: Any = zeros
     steps = []
@@ -104,7 +104,7 @@ def test_a_second_run_starts_where_the_first_did(tmp_path: Path) -> None:
     torch.manual_seed(0)
     x = torch.randn(2, 5, 4)
     net = calibrated(Streaming(), x)
-    program = LiteRTProgram(export_tflite(net, [x], tmp_path / "net.tflite").path)
+    program = Program(export_tflite(net, [x], tmp_path / "net.tflite").path)
     for first, second in zip(program([x]), program([x]), strict=True):
         np.testing.assert_array_equal(first, second)
 
@@ -386,11 +386,11 @@ def test_an_elu_runs_on_the_only_kernel_that_there_is(tmp_path: Path) -> None:
     x = torch.randn(20, 6)
     net = calibrated(nn.Sequential(nn.ELU()), x)
     path = export_tflite(net, [x], tmp_path / "net.tflite").path
-    with pytest.raises(ValueError, match=r"no reference kernel of it: pass optimized=True"):
+    with pytest.raises(ValueError, match=r"no reference kernel of it: pass runtime='litert-opt"):
         run_tflite(path, [x])
     with emulate(net), torch.no_grad():
         expected = net(x)
-    (found,) = run_tflite(path, [x], optimized=True)
+    (found,) = run_tflite(path, [x], runtime="litert-optimized")
     torch.testing.assert_close(torch.as_tensor(found), expected, rtol=0, atol=0)
 
 
@@ -408,7 +408,7 @@ def test_optimized_kernels_run_and_may_differ(tmp_path: Path) -> None:
     x = torch.randn(8, 16)
     net = calibrated(nn.Sequential(nn.Linear(16, 64), nn.Tanh(), nn.Linear(64, 8)), x)
     path = export_tflite(net, [x], tmp_path / "net.tflite").path
-    assert 0.9 < verify(net, path, [x], optimized=True) <= 1.0
+    assert 0.9 < verify(net, path, [x], runtime="litert-optimized") <= 1.0
 
 
 ALTERED = 500
@@ -430,12 +430,12 @@ def test_an_altered_program_is_refused(tmp_path: Path) -> None:
             data[random.integers(0, len(data))] ^= int(random.integers(1, 256))
         altered.write_bytes(data)
         with pytest.raises(ValueError, match=r"altered\.tflite is no"):
-            LiteRTProgram(altered)
+            Program(altered)
 
 
 def test_a_foreign_program_is_refused(tmp_path: Path) -> None:
     (tmp_path / "foreign.tflite").write_bytes(b"\x18\0\0\0TFL3" + bytes(100))
     with pytest.raises(ValueError, match="no file of this project"):
-        LiteRTProgram(tmp_path / "foreign.tflite")
+        Program(tmp_path / "foreign.tflite")
     with pytest.raises(FileNotFoundError, match=r"nowhere\.tflite"):
-        LiteRTProgram(tmp_path / "nowhere.tflite")
+        Program(tmp_path / "nowhere.tflite")

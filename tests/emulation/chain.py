@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lightning_nna.emulation.program import Instruction, Stored
-from lightning_nna.testing.replay import on_litert
+from lightning_nna.testing.replay import on_runtime
 from tests import litert
 from tests.litert import TensorSpec
 
@@ -77,7 +77,7 @@ def _states(instruction: Instruction) -> list[Stored]:
     kept = [x for x in instruction.inputs if x is not None and x.variable]
     if not kept:
         return []
-    found = on_litert(instruction, states=True)[len(instruction.outputs) :]
+    found = on_runtime(instruction, states=True)[len(instruction.outputs) :]
     pairs = zip(kept, found, strict=True)
     return [replace(x, integers=torch.from_numpy(values).long()) for x, values in pairs]
 

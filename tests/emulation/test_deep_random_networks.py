@@ -13,7 +13,8 @@ from lightning_nna import coverage, emulate
 from lightning_nna.deploy import export_tflite, verify
 from lightning_nna.emulation.operators.catalog import operators
 from lightning_nna.emulation.program import Instruction
-from lightning_nna.testing.replay import WITHOUT_REFERENCE, check_instructions
+from lightning_nna.testing.operator_oracle import runtime_for
+from lightning_nna.testing.replay import check_instructions
 from tests.emulation.modules import Function
 from tests.emulation.random_networks import (
     BATCH,
@@ -55,8 +56,7 @@ def test_a_network_is_exported_and_equal(seed: int, tmp_path: Path) -> None:
             net(new)
     assert sum(check_instructions(recorded).values()) >= BATCH * TIME * CLASSES
     model = export_tflite(net, [x], tmp_path / "network.tflite")
-    optimized = not WITHOUT_REFERENCE.isdisjoint(model.operators)
-    assert verify(net, model.path, [new], optimized=optimized) == 1.0
+    assert verify(net, model.path, [new], runtime=runtime_for(model)) == 1.0
 
 
 @pytest.mark.parametrize("bits", SPECS)

@@ -74,7 +74,7 @@ def _waiting(call: Call, x: Activation, weight: Tensor, bias: Tensor | None) -> 
     def record(at: Call, folded: QuantizedWeight, shift: Tensor, y: Activation) -> None:
         _record(at, x, shift, folded, y)
 
-    rounding = call.state.spec.rounding_of("real")
+    rounding = _rounding(call, x)
     deferred = FusionCandidate(
         sums.detach(), bias, quantized, x, rounding, exact, sums_of, record, call.site
     )
@@ -429,6 +429,12 @@ def _integer_sums(
     return integer_matmul(x.integers().reshape(-1, columns), weight, x.qparams.largest), None
 
 
+def _rounding(call: Call, x: Activation) -> KernelRounding:
+    """Rounding of the kernel: in double precision on LiteRT, as a convolution's elsewhere."""
+    micro: KernelRounding = "double" if x.qparams.bits == 8 else "reduced"
+    return call.state.spec.rounding_of("real", micro)
+
+
 def _rescaler(
     call: Call,
     x: Activation,
@@ -440,7 +446,7 @@ def _rescaler(
 ) -> Rescaler:
     """From a layer's sums to its output: as the reference kernel computes it, if exact."""
     spec = call.state.spec
-    bits, rounding = x.qparams.bits, spec.rounding_of("real")
+    bits, rounding = x.qparams.bits, _rounding(call, x)
     scales = x.qparams.scale * weight.scales.double()
     largest = weight.bound * x.qparams.largest
     if bias is not None:

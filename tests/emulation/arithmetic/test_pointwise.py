@@ -22,7 +22,9 @@ def run(name: str, x: TensorSpec, y: TensorSpec, values: np.ndarray, options: ob
     operator = OperatorSpec(name, ("x",), ("y",), options)
     model = litert.build_model({"x": x, "y": y}, [operator], ["x"], ["y"])
     # ELU has no reference kernel; the other one is the same table.
-    return litert.run_model(model, [values], optimized=name == "ELU")[0].astype(np.int64)
+    return litert.run_model(model, [values], "litert-optimized" if name == "ELU" else "litert")[
+        0
+    ].astype(np.int64)
 
 
 @pytest.mark.parametrize(("scale", "output_scale"), SPANS)

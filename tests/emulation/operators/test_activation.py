@@ -67,7 +67,7 @@ def test_elu_equals_the_only_kernel_that_litert_has(span: float) -> None:
     (elu,) = (each for each in recorded if each.operator == "ELU")
     with pytest.raises(ValueError, match="ELU"):
         litert.run_model(*elu_program(elu))
-    (found,) = litert.run_model(*elu_program(elu), optimized=True)
+    (found,) = litert.run_model(*elu_program(elu), runtime="litert-optimized")
     assert len(set(found.flatten().tolist())) > 100
     torch.testing.assert_close(
         torch.from_numpy(found).long(), elu.outputs[0].integers, rtol=0, atol=0

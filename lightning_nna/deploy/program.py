@@ -1,0 +1,175 @@
+"""Run programs of :func:`.export_tflite` from the module's own arguments.
+
+The results are those of the emulated module, in every bit, on the runtime that its spec names;
+other runtimes have other kernels and may differ.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch.utils._pytree import tree_leaves
+
+from lightning_nna.deploy.graph import Port, quantize
+from lightning_nna.deploy.runtimes import Runtime, runtime_of
+from lightning_nna.deploy.tflite import StoredTensor, read_program
+from lightning_nna.emulation.ranges import QParams
+
+
+class Program:
+    """A program of :func:`.export_tflite`, loaded into a runtime.
+
+    Args:
+        path: Path of the file.
+        runtime: Name of a runtime, see :func:`.runtime_of`, or the runtime; None for the one whose
+            kernels the program's spec is exact for.
+
+    Attributes:
+        spec: Name of the spec.
+        runtime: Runtime.
+        inputs: Ports of the arguments.
+        outputs: Ports of the results.
+        fixed: Arguments that are part of the program, by position.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file is not one of :func:`.export_tflite`, or was altered, or the runtime
+            cannot run it.
+        MissingRuntimeError: If the runtime is not installed.
+    """
+
+    def __init__(self, path: str | Path, *, runtime: str | Runtime | None = None) -> None:
+        program = read_program(path)
+        self.spec, self.fixed = program.spec, program.fixed
+        self.inputs, self.outputs = program.inputs, program.outputs
+        self._entries, self._exits = program.input_tensors, program.output_tensors
+        self._tensors = {each.name: each for each in (*self._entries, *self._exits)}
+        name = program.runtime if runtime is None else runtime
+        self.runtime = runtime_of(name) if isinstance(name, str) else name
+        self._loaded = self.runtime.load(program.contents)
+
+    def __call__(self, inputs: Sequence[Any]) -> list[NDArray[Any]]:
+        """Run once, from the state in the arguments, or from zero.
+
+        Args:
+            inputs: Arguments of the module, tensors or arrays in its nesting.
+
+        Returns:
+            Results that are activations, one after the other, dequantized to float32; indices that
+            it computes, int32.
+
+        Raises:
+            ValueError: If an argument is missing, has another shape than in the program, or another
+                value than the one that is part of the program.
+        """
+        return self.run_all([inputs])[0]
+
+    def run_all(self, calls: Sequence[Sequence[Any]]) -> list[list[NDArray[Any]]]:
+        """Run once for each set of arguments, each from the state in them, or from zero.
+
+        A runtime in a process of its own is started once for all of them.
+
+        Args:
+            calls: Arguments of each run, see :meth:`__call__`.
+
+        Returns:
+            Results of each run, see :meth:`__call__`.
+
+        Raises:
+            ValueError: See :meth:`__call__`.
+        """
+        given = [self._integers_of(inputs) for inputs in calls]
+        return [self._results_of(outputs) for outputs in self._loaded.run(given)]
+
+    def qparams_of(self, port: Port) -> QParams | None:
+        """Return the quantization parameters of a port; None for plain integers and floats.
+
+        Args:
+            port: Port of an argument or a result.
+        """
+        return self._tensors[port.tensor].qparams
+
+    def _integers_of(self, inputs: Sequence[Any]) -> list[NDArray[Any]]:
+        """Quantize arguments to the integers of the program's inputs, in its order."""
+        arguments = [np.asarray(x) for x in tree_leaves(list(inputs))]
+        for position, value in self.fixed.items():
+            _validate_fixed(position, value, arguments)
+        by_tensor = {
+            port.tensor: _quantized(port, self._tensors[port.tensor], arguments)
+            for port in self.inputs
+        }
+        return [by_tensor[each.name] for each in self._entries]
+
+    def _results_of(self, outputs: Sequence[NDArray[Any]]) -> list[NDArray[Any]]:
+        """Dequantize the program's outputs, and join the parts of each result."""
+        by_tensor = dict(zip((each.name for each in self._exits), outputs, strict=True))
+        results: dict[int, NDArray[Any]] = {}
+        for port in self.outputs:
+            values = _dequantized(by_tensor[port.tensor], self.qparams_of(port))
+            flat = results.setdefault(port.position, np.empty(port.shape, values.dtype).reshape(-1))
+            flat[slice(*(port.part or (None,)))] = values.reshape(-1)
+        shapes = {port.position: port.shape for port in self.outputs}
+        return [values.reshape(shapes[position]) for position, values in results.items()]
+
+
+def run_tflite(
+    path: str | Path, inputs: Sequence[Any], *, runtime: str | Runtime | None = None
+) -> list[NDArray[Any]]:
+    """Run a program of :func:`.export_tflite` once; see :class:`Program`.
+
+    Args:
+        path: Path of the file.
+        inputs: Arguments of the module, tensors or arrays in its nesting.
+        runtime: Name of a runtime, see :func:`.runtime_of`, or the runtime; None for the one whose
+            kernels the program's spec is exact for.
+
+    Returns:
+        Results that are activations, dequantized to float32; indices that it computes, int32.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file is not one of :func:`.export_tflite`, or was altered, an argument
+            does not fit, or the runtime cannot run it.
+        MissingRuntimeError: If the runtime is not installed.
+    """
+    return Program(path, runtime=runtime)(inputs)
+
+
+def _quantized(port: Port, tensor: StoredTensor, arguments: Sequence[NDArray[Any]]) -> NDArray[Any]:
+    """Quantize the argument of a port, in the shape and type of the program's tensor."""
+    if port.position >= len(arguments):
+        raise ValueError(f"argument {port.position} is missing: got {len(arguments)}")
+    value, qparams = arguments[port.position], tensor.qparams
+    if value.shape != port.shape:
+        raise ValueError(
+            f"argument {port.position} has shape {value.shape}, the program {port.shape}; "
+            "export it for another shape"
+        )
+    if not np.isfinite(value).all():
+        raise ValueError(f"argument {port.position} has values that are not finite")
+    if qparams is not None:
+        value = quantize(value, tensor.dtype, qparams.scale, qparams.zero_point)
+    if port.part is not None:
+        value = value.reshape(-1)[slice(*port.part)]
+    return value.astype(tensor.dtype).reshape(tensor.shape)
+
+
+def _dequantized(integers: NDArray[Any], qparams: QParams | None) -> NDArray[Any]:
+    if qparams is None:  # The result of an operator of the CPU.
+        return np.asarray(integers)
+    centered = integers.astype(np.int32) - qparams.zero_point
+    return np.asarray(centered.astype(np.float32) * np.float32(qparams.scale))
+
+
+def _validate_fixed(position: int, value: Any, arguments: Sequence[NDArray[Any]]) -> None:
+    """Validate that an argument has the value that the program was exported with."""
+    argument = arguments[position].tolist() if position < len(arguments) else None
+    if argument != value:
+        raise ValueError(
+            f"argument {position} is part of the program, which was exported with {value!r:.200}, "
+            f"got {argument!r:.200}: export the module for these"
+        )

@@ -1,0 +1,83 @@
+"""LiteRT: TensorFlow Lite's interpreter, with its reference kernels or the optimized ones."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib.metadata import version
+from typing import Any
+
+from ai_edge_litert.interpreter import Interpreter, OpResolverType
+from numpy.typing import NDArray
+
+from lightning_nna.deploy.runtimes.interface import Tensors, UnsupportedProgramError
+
+
+class LiteRT:
+    """LiteRT in this process.
+
+    Args:
+        optimized: Whether the optimized kernels run, whose outputs may differ.
+        threads: Number of threads of the optimized kernels.
+
+    Example:
+        >>> LiteRT(optimized=True).name
+        'litert-optimized'
+    """
+
+    def __init__(self, *, optimized: bool = False, threads: int = 1) -> None:
+        self.optimized, self.threads = optimized, threads
+        self.name = "litert-optimized" if optimized else "litert"
+        kernels = "optimized" if optimized else "reference"
+        self.title = f"LiteRT, {kernels} kernels"
+
+    def version(self) -> str:
+        """Return the version of the installed package."""
+        return version("ai-edge-litert")
+
+    def load(self, contents: bytes) -> LoadedLiteRT:
+        """Load a program, see :meth:`.Runtime.load`."""
+        kinds = OpResolverType
+        try:
+            interpreter = Interpreter(
+                model_content=contents,
+                experimental_op_resolver_type=kinds.AUTO if self.optimized else kinds.BUILTIN_REF,
+                num_threads=self.threads,
+            )
+        except ValueError as error:
+            if self.optimized or "builtin opcode 'ELU'" not in str(error):
+                raise UnsupportedProgramError(f"{self.title}: {error}") from error
+            raise UnsupportedProgramError(
+                "the program has an ELU, and LiteRT has no reference kernel of it: pass "
+                "runtime='litert-optimized'"
+            ) from error
+        try:
+            interpreter.allocate_tensors()
+        except RuntimeError as error:
+            raise UnsupportedProgramError(f"{self.title}: {error}") from error
+        return LoadedLiteRT(interpreter, self.title)
+
+
+class LoadedLiteRT:
+    """A program in an interpreter, see :class:`.LoadedProgram`."""
+
+    def __init__(self, interpreter: Interpreter, title: str) -> None:
+        self._interpreter, self._title = interpreter, title
+        self._inputs = [detail["index"] for detail in interpreter.get_input_details()]
+
+    def run(
+        self, calls: Sequence[Tensors], *, keep_state: bool = False
+    ) -> list[list[NDArray[Any]]]:
+        """Run once for each element of ``calls``, see :meth:`.LoadedProgram.run`."""
+        results = []
+        for number, inputs in enumerate(calls):
+            if not (keep_state and number):
+                self._interpreter.reset_all_variables()
+            for index, values in zip(self._inputs, inputs, strict=True):
+                self._interpreter.set_tensor(index, values)
+            try:
+                self._interpreter.invoke()
+            except RuntimeError as error:
+                raise UnsupportedProgramError(f"{self._title}: {error}") from error
+            details = self._interpreter.get_output_details()
+            results.append([self._interpreter.get_tensor(each["index"]) for each in details])
+        return results

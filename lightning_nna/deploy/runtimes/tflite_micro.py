@@ -1,0 +1,142 @@
+"""TFLite-Micro: the interpreter of microcontrollers, and of the host of an Ethos-U.
+
+Its package runs the reference kernels on this computer; those of CMSIS-NN, which microcontrollers
+have, promise the same integers.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from typing import IO, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lightning_nna.deploy.runtimes.interface import (
+    MissingRuntimeError,
+    Tensors,
+    UnsupportedProgramError,
+)
+
+_PACKAGE = "tflite-micro"
+# Memory that is not touched costs nothing.
+_LEAST_ARENA = 64 * 2**20
+_ARENA_PER_BYTE = 16
+_ALLOCATION = re.compile(r"Arena allocation total (\d+) bytes")
+
+
+class TFLiteMicro:
+    """TFLite-Micro in this process.
+
+    Example:
+        >>> TFLiteMicro().name
+        'tflm'
+    """
+
+    name = "tflm"
+    title = "TFLite-Micro"
+
+    def version(self) -> str:
+        """Return the version of the installed package.
+
+        Raises:
+            MissingRuntimeError: If it is not installed.
+        """
+        try:
+            return version(_PACKAGE)
+        except PackageNotFoundError as error:
+            raise _missing() from error
+
+    def load(self, contents: bytes) -> LoadedTFLiteMicro:
+        """Load a program, see :meth:`.Runtime.load`."""
+        return LoadedTFLiteMicro(contents)
+
+
+class LoadedTFLiteMicro:
+    """A program in an interpreter, see :class:`.LoadedProgram`.
+
+    Args:
+        contents: Bytes of a .tflite file.
+    """
+
+    def __init__(self, contents: bytes) -> None:
+        try:
+            from tflite_micro.python.tflite_micro import runtime
+        except ImportError as error:
+            raise _missing() from error
+        arena = max(_LEAST_ARENA, _ARENA_PER_BYTE * len(contents))
+        with _explained("cannot load the program"):
+            self._interpreter = runtime.Interpreter.from_bytes(contents, arena_size=arena)
+        model = runtime.schema_fb.Model.GetRootAs(contents)
+        graph = model.Subgraphs(0)
+        self._inputs, self._outputs = graph.InputsLength(), graph.OutputsLength()
+
+    def run(
+        self, calls: Sequence[Tensors], *, keep_state: bool = False
+    ) -> list[list[NDArray[Any]]]:
+        """Run once for each element of ``calls``, see :meth:`.LoadedProgram.run`."""
+        results = []
+        for number, inputs in enumerate(calls):
+            if not (keep_state and number):
+                self._interpreter.reset()
+            if len(inputs) != self._inputs:
+                raise ValueError(f"the program has {self._inputs} inputs, got {len(inputs)}")
+            with _explained("cannot run the program"):
+                for index, values in enumerate(inputs):
+                    self._interpreter.set_input(np.ascontiguousarray(values), index)
+                self._interpreter.invoke()
+            outputs = (self._interpreter.get_output(index) for index in range(self._outputs))
+            results.append([np.array(each) for each in outputs])
+        return results
+
+    def arena_bytes(self) -> int:
+        """Return the bytes of working memory that the program takes, after a run."""
+        with _stderr() as written:
+            self._interpreter.print_allocations()
+            found = _ALLOCATION.search(_read(written))
+        assert found is not None
+        return int(found[1])
+
+
+def _missing() -> MissingRuntimeError:
+    return MissingRuntimeError(
+        "TFLite-Micro is not installed: pip install 'lightning-nna[deploy]'; its package is built "
+        "for Linux on x86-64 alone",
+        name=_PACKAGE,
+    )
+
+
+@contextmanager
+def _explained(what: str) -> Iterator[None]:
+    """Raise an error with what the interpreter says on the standard error stream."""
+    with _stderr() as written:
+        try:
+            yield
+        except (RuntimeError, ValueError) as error:
+            said = " ".join(_read(written).split()) or str(error)
+            raise UnsupportedProgramError(f"TFLite-Micro {what}: {said}") from error
+
+
+@contextmanager
+def _stderr() -> Iterator[IO[bytes]]:
+    """Lead what C++ code writes to the standard error stream into a file."""
+    sys.stderr.flush()
+    stream = os.dup(2)
+    with tempfile.TemporaryFile() as file:
+        os.dup2(file.fileno(), 2)
+        try:
+            yield file
+        finally:
+            os.dup2(stream, 2)
+            os.close(stream)
+
+
+def _read(file: IO[bytes]) -> str:
+    file.seek(0)
+    return file.read().decode("utf-8", "replace")
