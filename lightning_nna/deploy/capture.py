@@ -7,7 +7,7 @@ in Python, the program is the instructions that have run.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from lightning_nna.deploy.fused_activation import with_fused_activations
-from lightning_nna.deploy.graph import CapturedProgram, CaptureError
+from lightning_nna.deploy.graph import CapturedProgram, CaptureError, Port
 from lightning_nna.deploy.recorder import Recorder, attributes_of
 from lightning_nna.emulation.attachment import attached, emulate
 from lightning_nna.emulation.emulator import Emulator
@@ -32,6 +32,8 @@ def capture(
     *,
     forward: Callable[..., Any] | None = None,
     allow_cpu: bool = False,
+    channels_last_inputs: Collection[int] = (),
+    channels_last_outputs: Collection[int] = (),
 ) -> CapturedProgram:
     """Run a module emulated once and return its instructions as a program.
 
@@ -49,6 +51,9 @@ def capture(
         allow_cpu: Whether operators of :mod:`.cpu_operators`, which no accelerator has, become
             float operators of the program that run on the CPU. Their results are not promised to be
             the emulation's in every bit; :func:`.verify` measures the fraction that is.
+        channels_last_inputs: Positions of arguments, nested ones one after the other, that the
+            program reads with their channels, axis 1, last. The caller passes them unchanged.
+        channels_last_outputs: Positions of results that it writes in this way.
 
     Returns:
         The program.
@@ -56,7 +61,7 @@ def capture(
     Raises:
         TypeError: If ``example_inputs`` is a tensor or a mapping.
         CaptureError: If the module is not emulated or not calibrated, if an operator is not
-            emulated, or if a value comes from one that is not.
+            emulated, if a value comes from one that is not, or if channels cannot be last.
 
     Example:
         >>> from lightning_nna import calibrate
@@ -80,7 +85,12 @@ def capture(
             f"the arguments are empty, of shape {tuple(floats[0].shape)}: a program has the shapes "
             "of its example, so export it with at least one of a batch"
         )
-    recorder = Recorder(emulator, allow_cpu=allow_cpu)
+    recorder = Recorder(
+        emulator,
+        allow_cpu=allow_cpu,
+        channels_last_inputs=channels_last_inputs,
+        channels_last_outputs=channels_last_outputs,
+    )
     with recorder.python_reads(), emulated_evaluation(module, emulator), recorder.recording():
         attributes = attributes_of(module)
         recorder.follow_attributes(attributes)
@@ -95,8 +105,27 @@ def capture(
     program = with_fused_activations(
         recorder.graph.finish(recorder.ports, ports, recorder.fixed(leaves), emulator.spec)
     )
+    _validate_order("argument", channels_last_inputs, program.inputs)
+    _validate_order("result", channels_last_outputs, program.outputs)
     left_out = [k for k, x in enumerate(results) if isinstance(x, Tensor) and not outputs[k]]
     return replace(program, left_out=tuple(left_out))
+
+
+def _validate_order(kind: str, positions: Collection[int], ports: Sequence[Port]) -> None:
+    """Validate that the program has channels last wherever that was asked for."""
+    by_position = {position: [p for p in ports if p.position == position] for position in positions}
+    for position, own in by_position.items():
+        if not own:
+            reason = f"it is no {'input' if kind == 'argument' else 'output'} of the program"
+        elif any(port.order is None for port in own):
+            parts = "several parts" if own[0].part is not None else f"shape {own[0].shape}"
+            reason = f"it has {parts}; channels are axis 1 of floats of three axes or more"
+        else:
+            continue
+        raise CaptureError(
+            f"{kind} {position} cannot have its channels last: {reason}. Leave {position} out of "
+            f"channels_last_{'inputs' if kind == 'argument' else 'outputs'}"
+        )
 
 
 @contextmanager

@@ -45,6 +45,8 @@ class Port:
         part: First element and end of the part of the caller's tensor, flat; None for all of it.
             States of several layers in one tensor are such parts, each with quantization parameters
             of its own.
+        order: Axes of the caller's tensor in the order in which the program's tensor has them, as
+            (0, 2, 3, 1) for channels last; None for the caller's own order.
     """
 
     tensor: str
@@ -52,6 +54,20 @@ class Port:
     shape: tuple[int, ...]
     from_chip: bool = False
     part: tuple[int, int] | None = None
+    order: tuple[int, ...] | None = None
+
+    @staticmethod
+    def channels_last(axes: int) -> tuple[int, ...] | None:
+        """Return the order with the channels, axis 1, behind all other axes; None below 3 axes.
+
+        Args:
+            axes: Number of axes.
+
+        Example:
+            >>> Port.channels_last(4), Port.channels_last(2)
+            ((0, 2, 3, 1), None)
+        """
+        return (0, *range(2, axes), 1) if axes > 2 else None
 
 
 @dataclass(frozen=True)

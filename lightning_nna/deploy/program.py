@@ -110,6 +110,9 @@ class Program:
         results: dict[int, NDArray[Any]] = {}
         for port in self.outputs:
             values = _dequantized(by_tensor[port.tensor], self.qparams_of(port))
+            if port.order is not None:
+                ordered = values.reshape([port.shape[axis] for axis in port.order])
+                values = ordered.transpose(np.argsort(port.order))
             flat = results.setdefault(port.position, np.empty(port.shape, values.dtype).reshape(-1))
             flat[slice(*(port.part or (None,)))] = values.reshape(-1)
         shapes = {port.position: port.shape for port in self.outputs}
@@ -155,6 +158,8 @@ def _quantized(port: Port, tensor: StoredTensor, arguments: Sequence[NDArray[Any
         value = quantize(value, tensor.dtype, qparams.scale, qparams.zero_point)
     if port.part is not None:
         value = value.reshape(-1)[slice(*port.part)]
+    if port.order is not None:
+        value = value.transpose(port.order)
     return value.astype(tensor.dtype).reshape(tensor.shape)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import pairwise
@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
@@ -82,6 +83,8 @@ class Recorder:
     Args:
         emulator: Emulator of the module.
         allow_cpu: Whether float operators that a runtime has are recorded, too.
+        channels_last_inputs: Positions of arguments that the program reads channels last.
+        channels_last_outputs: Positions of results that it writes channels last.
 
     Attributes:
         graph: Program so far.
@@ -89,10 +92,21 @@ class Recorder:
         provenance_map: Codes of the forward so far.
     """
 
-    def __init__(self, emulator: Emulator, *, allow_cpu: bool = False) -> None:
+    def __init__(
+        self,
+        emulator: Emulator,
+        *,
+        allow_cpu: bool = False,
+        channels_last_inputs: Collection[int] = (),
+        channels_last_outputs: Collection[int] = (),
+    ) -> None:
         self.emulator, self.graph = emulator, Graph()
         self.provenance_map = ProvenanceMap()
         self._allow_cpu = allow_cpu
+        self._channels_last_inputs = frozenset(channels_last_inputs)
+        self._channels_last_outputs = frozenset(channels_last_outputs)
+        #: Elements of inputs in another order than the caller's: caller's element -> input's.
+        self._moved: dict[int, NDArray[np.int64]] = {}
         self._cpu = CpuOperators(self.graph, self.provenance_map, self._quantized_tensor)
         self.ports: list[Port] = []
         #: Arguments before they are quantized: number of the pseudo tensor -> position.
@@ -154,7 +168,7 @@ class Recorder:
             self.emulator.state.set_qparams(copy, qparams)
             number = self._port(position, activation(copy, qparams), from_chip=True)
             self.provenance_map.define(
-                dtype_of_qparams(qparams), ids, codes_of(number, np.arange(copy.numel()))
+                dtype_of_qparams(qparams), ids, self._input_codes(number, np.arange(copy.numel()))
             )
         elif copy.numel():
             form = Stored(copy if copy.is_floating_point() else copy.long(), dtype_of(copy))
@@ -195,10 +209,15 @@ class Recorder:
                 return self._parts(position, x, codes, parts.index.numpy())
             if len(sources) > 1 and self._cells.keys() >= set(sources):
                 return self._parts(position, x, codes, tensor_of(codes))
+            shape, order = tuple(x.shape), None
+            if position in self._channels_last_outputs:
+                order = Port.channels_last(x.dim())
+            if order is not None:
+                codes, x = np.ascontiguousarray(codes.transpose(order)), x.permute(order)
             number = self._as_computed(codes)
             if number is None:
                 number = self._laid_out_result(position, x, codes)
-            return (Port(self.graph.names[number], position, tuple(x.shape)),)
+            return (Port(self.graph.names[number], position, shape, order=order),)
 
     def _indices(self, position: int, x: Tensor) -> tuple[Port, ...]:
         """Return the port of indices that instructions have computed; none of other values."""
@@ -483,7 +502,7 @@ class Recorder:
                     "has its integers alone: compute with the layer's output instead"
                 )
             port, mask = self._port_of(number, result), refers_to(codes, number)
-            quantized[mask] = codes_of(port, elements_in(codes[mask]))
+            quantized[mask] = self._input_codes(port, elements_in(codes[mask]))
         self.provenance_map.define(result.dtype, ids, quantized.reshape(-1))
 
     def _port_of(self, argument: int, like: Stored) -> int:
@@ -497,11 +516,25 @@ class Recorder:
         return self._inputs[key]
 
     def _port(self, position: int, stored: Stored, *, from_chip: bool = False) -> int:
-        name = f"input{position}"
-        number = self.graph.add(name, spec_of(stored), stored.integers.numpy())
-        shape = tuple(stored.integers.shape)
-        self.ports.append(Port(self.graph.names[number], position, shape, from_chip))
+        name, order = f"input{position}", None
+        spec, values = spec_of(stored), stored.integers.numpy()
+        shape = spec.shape
+        if position in self._channels_last_inputs and stored.dtype in ("int8", "int16"):
+            order = Port.channels_last(len(shape))
+        if order is not None:
+            values = np.ascontiguousarray(values.transpose(order))
+            spec = replace(spec, shape=values.shape)
+        number = self.graph.add(name, spec, values)
+        if order is not None:
+            elements = np.arange(values.size).reshape(values.shape)
+            self._moved[number] = elements.transpose(np.argsort(order)).reshape(-1)
+        self.ports.append(Port(self.graph.names[number], position, shape, from_chip, order=order))
         return number
+
+    def _input_codes(self, number: int, elements: NDArray[np.int64]) -> Codes:
+        """Return the codes of elements of an argument, flat indices, in the input that it is."""
+        moved = self._moved.get(number)
+        return codes_of(number, elements if moved is None else moved[elements])
 
     def _plain_input(self, codes: Codes, dtype: str) -> Codes:
         """Make arguments that are not quantized inputs: integers to look up, and masks."""
@@ -554,6 +587,7 @@ class Recorder:
     def _state_input(self, name: str, codes: Codes, stored: Stored) -> int:
         """Return the argument, or part of one, that is a layer's state, read and overwritten."""
         sources, flat = tensors_in(codes), codes.reshape(-1)
+        self._validate_state_order(name, sources)
         first = int(elements_in(flat[:1])[0])
         run = np.arange(first, first + flat.size)
         if len(sources) != 1 or not equal_codes(codes, codes_of(sources[0], run)):
@@ -566,10 +600,19 @@ class Recorder:
             return self._part_input(name, number, (first, first + flat.size), stored)
         if number in self._arguments:
             number = self._port_of(number, stored)
+        self._validate_state_order(name, [number])
         self.graph.validate_qparams(number, spec_of(stored), name)
         self.graph.specs[number] = spec_of(stored)
         self.graph.values[number] = stored.integers.numpy()
         return number
+
+    def _validate_state_order(self, name: str, numbers: Sequence[int]) -> None:
+        """Validate that no argument that the program overwrites is read channels last."""
+        if not self._moved.keys().isdisjoint(numbers):
+            raise CaptureError(
+                f"{name} is an argument that the program overwrites, so its channels cannot be "
+                "last: leave it out of channels_last_inputs"
+            )
 
     def _part_input(self, name: str, number: int, part: tuple[int, int], stored: Stored) -> int:
         """Add an input that is a part of an argument."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -69,6 +69,8 @@ def export_tflite(
     *,
     forward: Callable[..., Any] | None = None,
     allow_cpu: bool = False,
+    channels_last_inputs: Collection[int] = (),
+    channels_last_outputs: Collection[int] = (),
 ) -> TFLiteModel:
     """Write an emulated module as a fully integer .tflite program of one shape.
 
@@ -83,6 +85,9 @@ def export_tflite(
         forward: Function of the module and the arguments that runs it; None for its own forward.
         allow_cpu: Whether float operators that no accelerator has may be in the program and run on
             the CPU, see :func:`.capture.capture`; it is not fully integer then.
+        channels_last_inputs: Positions of arguments that the program reads with their channels,
+            axis 1, last: an image as ``(batch, height, width, channels)``.
+        channels_last_outputs: Positions of results that it writes in this way.
 
     Returns:
         Path, sizes, operators and ports of the program.
@@ -101,7 +106,14 @@ def export_tflite(
         ...     dict(model.operators), verify(net, model.path, [x])
         ({'FULLY_CONNECTED': 1, 'TANH': 1}, 1.0 of 120 outputs from 5 inputs)
     """
-    program = capture(module, example_inputs, forward=forward, allow_cpu=allow_cpu)
+    program = capture(
+        module,
+        example_inputs,
+        forward=forward,
+        allow_cpu=allow_cpu,
+        channels_last_inputs=channels_last_inputs,
+        channels_last_outputs=channels_last_outputs,
+    )
     contents = program_bytes(program)
     with whole_file(Path(path)) as unfinished:
         unfinished.write_bytes(contents)
@@ -233,4 +245,6 @@ def _tensor(graph: schema.SubGraph, index: int) -> StoredTensor:
 def _port(entry: Mapping[str, Any]) -> Port:
     shape, from_chip = tuple(entry["shape"]), bool(entry["from_chip"])
     part = None if entry["part"] is None else (int(entry["part"][0]), int(entry["part"][1]))
-    return Port(str(entry["tensor"]), int(entry["position"]), shape, from_chip, part)
+    # Files of earlier versions have the order of the caller alone.
+    order = None if entry.get("order") is None else tuple(map(int, entry["order"]))
+    return Port(str(entry["tensor"]), int(entry["position"]), shape, from_chip, part, order)
