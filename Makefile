@@ -40,8 +40,8 @@ test: .venv/.installed  ## Run the whole suite, doctests and the code blocks of 
 # Emulation must not depend on the processor. These stand in for others: PyTorch's kernels without
 # vector instructions and with AVX2, and oneDNN's likewise.
 ISAS := ATEN_CPU_CAPABILITY=default ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=SSE41 ONEDNN_MAX_CPU_ISA=AVX2
-ISA_TESTS := tests/test_processors.py tests/functional/test_elementary.py tests/functional/test_pointwise.py \
-	tests/emulation tests/deploy/test_tflite.py tests/callbacks
+ISA_TESTS := tests/test_processors.py tests/test_elementary.py tests/emulation tests/weights/test_pipeline.py \
+	tests/deploy/test_tflite.py tests/callbacks
 
 test-isa: .venv/.installed  ## Run exactness, learned scales, pipeline, export and contract as on other processors
 	@for isa in $(ISAS); do echo "$$isa"; env $$isa $(BIN)/python -m pytest -n $(WORKERS) $(ISA_TESTS) || exit 1; done

@@ -33,6 +33,13 @@ def test_commands_exist(page: Path) -> None:
     assert [name for name in modules if importlib.util.find_spec(name) is None] == []
 
 
+def test_paths_of_the_makefile_exist() -> None:
+    text = (ROOT / "Makefile").read_text(encoding="utf-8")
+    paths = re.findall(r"(?<![\w./-])(?:tests|recipes|docs|conf)/[\w./-]+", text)
+    assert "tests/emulation" in paths
+    assert [path for path in paths if not (ROOT / path).exists()] == []
+
+
 @pytest.mark.parametrize("page", PAGES, ids=page_id)
 def test_configurations_exist(page: Path) -> None:
     commands = re.findall(r"^.*-m recipes[.]\w+ (.*)$", page.read_text("utf-8"), re.MULTILINE)

@@ -260,8 +260,11 @@ class Emulator:
         state.fusion.load_state_dict(_union(fusions))
         state.ranges.share()
 
-    def freeze(self) -> None:
+    def freeze(self, margin: float = 0.0) -> None:
         """Fix the ranges, reduced over the ranks of a distributed run.
+
+        Args:
+            margin: Fraction by which the ranges are wider than what was observed.
 
         Raises:
             RuntimeError: If no forward was observed, or none of its operators can be emulated.
@@ -272,6 +275,7 @@ class Emulator:
             raise RuntimeError(self._why_no_ranges())
         state.calibrated = True
         state.fusion.freeze()
+        state.ranges.widen(margin)
         state.ranges.clamp(state.fusion.fused_relu)
         self.learn(state.scales.learning)
         # Activations of observed forwards are marked as pending.

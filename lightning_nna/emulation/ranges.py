@@ -325,6 +325,27 @@ class RangeTable:
             observed = self.ranges[f"{site}/output"]
             self.ranges[f"{site}/output"] = MinMax(0.0, min(max(observed.maximum, 0.0), upper))
 
+    def widen(self, margin: float) -> None:
+        """Move the bounds of all ranges away from 0.
+
+        Args:
+            margin: Fraction by which a negative minimum and a positive maximum grow.
+
+        Example:
+            >>> table = RangeTable()
+            >>> table.observe("relu#0/output", torch.tensor([0.0, 2.0]))
+            >>> table.widen(0.25)
+            >>> table["relu#0/output"]
+            MinMax(minimum=0.0, maximum=2.5)
+        """
+        if not margin:
+            return
+        for key, observed in self.ranges.items():
+            minimum, maximum = observed.minimum, observed.maximum
+            self.ranges[key] = MinMax(
+                minimum + margin * min(minimum, 0.0), maximum + margin * max(maximum, 0.0)
+            )
+
     def state_dict(self) -> dict[str, list[Any]]:
         """Return the ranges as plain values, by key."""
         return {key: observed.state() for key, observed in sorted(self.ranges.items())}

@@ -90,9 +90,14 @@ def fit(task: ForeignTask, steps: int, *callbacks: pl.Callback) -> list[float]:
     return task.losses
 
 
-def warmed_up(foreign: ForeignModule) -> ForeignTask:
-    """Make a network and train it in float."""
-    task = foreign.task()
+def warmed_up(foreign: ForeignModule, seed: int = 0) -> ForeignTask:
+    """Make a network and train it in float.
+
+    Args:
+        foreign: The network.
+        seed: Seed of its weights and its batch.
+    """
+    task = foreign.task(seed)
     fit(task, foreign.warmup_steps)
     return task
 
@@ -262,7 +267,7 @@ class ForeignRun(Run):
     def rows(self) -> Iterator[Row]:
         """Train, export, compress and time the network."""
         torch.set_num_threads(self.threads or 1)
-        with _quiet():
+        with quiet():
             row = self.row()
         yield row
 
@@ -288,7 +293,7 @@ class ForeignRun(Run):
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Silence warnings and messages of training in a block."""
     loggers = [logging.getLogger(name) for name in ("lightning_nna", "lightning.pytorch")]
     levels = [logger.level for logger in loggers]

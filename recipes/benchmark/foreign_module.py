@@ -67,9 +67,9 @@ class ForeignModule:
         """Programs that the network is exported as."""
         return self.programs or (ForeignProgram(self.run, lambda module, *batch: first(batch)),)
 
-    def task(self) -> ForeignTask:
-        """Make a LightningModule that trains a new network."""
-        return (self.task_class or ForeignTask)(self)
+    def task(self, seed: int = 0) -> ForeignTask:
+        """Make a LightningModule that trains a new network, with the seed of weights and batch."""
+        return (self.task_class or ForeignTask)(self, seed)
 
 
 class ForeignTask(pl.LightningModule):
@@ -77,15 +77,16 @@ class ForeignTask(pl.LightningModule):
 
     Args:
         foreign: The network, its batch and its loss.
+        seed: Seed of the weights; that of the batch is the next one.
 
     Attributes:
         losses: Loss of every training step.
     """
 
-    def __init__(self, foreign: ForeignModule) -> None:
+    def __init__(self, foreign: ForeignModule, seed: int = 0) -> None:
         super().__init__()
-        self.foreign = foreign
-        torch.manual_seed(0)
+        self.foreign, self.seed = foreign, seed
+        torch.manual_seed(seed)
         self.network: Any = foreign.module()
         self.losses: list[float] = []
 
@@ -115,7 +116,7 @@ class ForeignTask(pl.LightningModule):
 
     def batch(self) -> tuple[Any, ...]:
         """Make the batch of the network, the same in every call."""
-        torch.manual_seed(1)
+        torch.manual_seed(self.seed + 1)
         return self.foreign.batch()
 
 

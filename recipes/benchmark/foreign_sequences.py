@@ -181,8 +181,8 @@ class GAN(nn.Module):
 class GANTask(ForeignTask):
     """Train a GAN with manual optimization and two optimizers."""
 
-    def __init__(self, foreign: ForeignModule) -> None:
-        super().__init__(foreign)
+    def __init__(self, foreign: ForeignModule, seed: int = 0) -> None:
+        super().__init__(foreign, seed)
         self.automatic_optimization = False
 
     @override

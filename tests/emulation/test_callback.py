@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -39,6 +40,11 @@ from lightning_nna.testing.contract import (
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
 def test_contract(check: Callable[..., None], tmp_path: Path) -> None:
     check(lambda: NNAEmulation(calibration_steps=2), tmp_path)
+
+
+@pytest.mark.parametrize("check", [resume_within_calibration, two_processes_agree])
+def test_contract_with_a_margin(check: Callable[..., None], tmp_path: Path) -> None:
+    check(lambda: NNAEmulation(calibration_steps=2, range_margin=0.25), tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -94,6 +100,8 @@ def test_the_contract_notices_a_callback_that_loses_its_state(tmp_path: Path) ->
     ("settings", "message"),
     [
         ({"calibration_steps": -1}, "calibration_steps must be at least 0, got -1"),
+        ({"range_margin": -0.5}, "range_margin must be at least 0 and finite, got -0.5"),
+        ({"range_margin": math.inf}, "range_margin must be at least 0 and finite, got inf"),
         ({"fidelity": "rough"}, "fidelity must be 'exact' or 'fast', got 'rough'"),
         ({"spec": "int7"}, "'int7' is neither a preset"),
     ],
@@ -173,6 +181,55 @@ def test_training_on_the_chip_learns() -> None:
     trainer(chip, steps=40).fit(recognizer)
     (after,) = trainer(chip).test(recognizer, verbose=False)
     assert after["test/loss"] < 0.95 * before["test/loss"]
+
+
+class Growing(SmallRecurrentModule):
+    """Learns a probability that none of its first outputs reaches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2), nn.Sigmoid())
+        self.losses: list[float] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x[:, 0])
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        loss = (1 - self(batch[0])).square().mean()
+        self.losses.append(float(loss.detach()))
+        return loss
+
+
+def losses_of_growing(*callbacks: NNAEmulation) -> list[float]:
+    torch.manual_seed(0)
+    growing = Growing()
+    trainer(*callbacks, steps=24).fit(growing)
+    return growing.losses
+
+
+@pytest.mark.parametrize(("spec", "margin"), [("litert-int8", 0.5), ("litert-int16x8", 1.0)])
+def test_a_margin_lets_activations_grow(spec: str, margin: float) -> None:
+    """Without it the outputs reach the end of their range, where no gradient passes."""
+    exact = losses_of_growing()
+    narrow = losses_of_growing(NNAEmulation(spec, calibration_steps=4))
+    wide = losses_of_growing(NNAEmulation(spec, calibration_steps=4, range_margin=margin))
+    assert narrow[-1] > 1.05 * exact[-1]
+    assert wide[-1] == pytest.approx(exact[-1], rel=0.01)
+
+
+def test_a_margin_widens_every_range_once() -> None:
+    """Those of a fused ReLU still begin at 0."""
+    ranges = []
+    for margin in (0.0, 0.25):
+        chip = NNAEmulation(calibration_steps=2, range_margin=margin)
+        losses_of_growing(chip)
+        ranges.append(chip.emulator.ranges)
+    observed, wide = ranges
+    assert wide.ranges.keys() == observed.ranges.keys()
+    for key, each in observed.ranges.items():
+        assert wide[key].minimum == pytest.approx(1.25 * each.minimum)
+        assert wide[key].maximum == pytest.approx(1.25 * each.maximum)
+    assert wide["net.0/fully_connected#0/output"].minimum == 0
 
 
 class OptimizerFromTheStart(SmallRecurrentModule):
@@ -484,6 +541,7 @@ def test_sites_that_clip_much_are_named_once() -> None:
         ({"observer": "percentile"}, "observer is 'min_max' there and 'percentile' here"),
         ({"targets": ["head"]}, r"targets is \['\*'\] there and \['head'\] here"),
         ({"calibration_steps": 6}, "calibration_steps is 2 there and 6 here"),
+        ({"range_margin": 0.25}, "range_margin is 0.0 there and 0.25 here"),
     ],
 )
 def test_what_a_checkpoint_has_fixed_cannot_be_changed(
