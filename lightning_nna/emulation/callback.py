@@ -59,10 +59,10 @@ class NNAEmulation(ModuleBoundCallback):
             Losses and torchmetrics are never emulated.
         calibration_steps: Number of optimizer steps that observe ranges; 0 if ``calibrate`` was
             called before.
-        range_margin: Fraction by which ranges are wider than what the calibration steps observed, at
-            least 0: activations that grow in training are clipped later. Advised where the float
-            loss still falls fast: 0.25 with 8-bit activations, which costs a third of a bit, and 1
-            with 16-bit ones, which costs one bit of the 16.
+        range_margin: Fraction by which ranges are wider than what was observed, at least 0:
+            activations that grow in training are clipped later. Advised where the float loss still
+            falls fast: 0.25 with 8-bit activations, which costs a third of a bit, and 1 with 16-bit
+            ones, which costs one bit.
         fidelity: Fidelity in training: ``"exact"``, or ``"fast"`` for float rounding in the
             requantization to 8 bits; 16-bit activations are always exact.
         observer: Rule by which ranges follow from observed values: ``"min_max"``,

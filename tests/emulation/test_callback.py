@@ -203,16 +203,17 @@ class Growing(SmallRecurrentModule):
 def losses_of_growing(*callbacks: NNAEmulation) -> list[float]:
     torch.manual_seed(0)
     growing = Growing()
-    trainer(*callbacks, steps=24).fit(growing)
+    growing.learning_rate = 0.01
+    trainer(*callbacks, steps=16).fit(growing)
     return growing.losses
 
 
-@pytest.mark.parametrize(("spec", "margin"), [("litert-int8", 0.5), ("litert-int16x8", 1.0)])
-def test_a_margin_lets_activations_grow(spec: str, margin: float) -> None:
+@pytest.mark.parametrize("spec", ["litert-int8", "litert-int16x8"])
+def test_a_margin_lets_activations_grow(spec: str) -> None:
     """Without it the outputs reach the end of their range, where no gradient passes."""
     exact = losses_of_growing()
     narrow = losses_of_growing(NNAEmulation(spec, calibration_steps=4))
-    wide = losses_of_growing(NNAEmulation(spec, calibration_steps=4, range_margin=margin))
+    wide = losses_of_growing(NNAEmulation(spec, calibration_steps=4, range_margin=1.0))
     assert narrow[-1] > 1.05 * exact[-1]
     assert wide[-1] == pytest.approx(exact[-1], rel=0.01)
 

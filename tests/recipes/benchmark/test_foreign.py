@@ -4,7 +4,8 @@ from typing import Any
 
 import pytest
 
-from recipes.benchmark.foreign import INSTALLED, STUDY, ForeignRun, runs
+from recipes.benchmark import foreign_ranges
+from recipes.benchmark.foreign import INSTALLED, SPECS, STUDY, ForeignRun, runs
 
 
 def row(module: str, **columns: Any) -> dict[str, Any]:
@@ -72,6 +73,18 @@ def test_the_grid_has_every_network_on_both_accelerators() -> None:
     grid = runs()
     assert len(grid) == 2 * len(INSTALLED)
     assert grid[0].keys == [{"module": "bert", "spec": "litert-int8"}]
+
+
+def test_differences_of_the_margins_are_means_over_seeds() -> None:
+    changes = {f"{s} {m}": 0.01 for s in SPECS for m in foreign_ranges.MARGINS}
+    rows = [
+        {"command": "c", "module": "t5", "seed": seed, "float_loss": 1.0 + seed, "changes": each}
+        for seed, each in enumerate([changes, changes | {"litert-int8 0.0": 0.03}])
+    ]
+    text = foreign_ranges.STUDY.render(rows)
+    assert "| T5 | 2 | 1.5000 | +2.0 ± 1.4 % | +1.0 ± 0.0 % |" in text
+    assert "| T5 | 1 | 1.0000 | +1.0 % |" in foreign_ranges.STUDY.render(rows[:1])
+    assert len(foreign_ranges.runs()) == len(foreign_ranges.MODULES) * len(foreign_ranges.SEEDS)
 
 
 @pytest.mark.slow
