@@ -338,8 +338,9 @@ class Provenance(TorchDispatchMode):
         name = func._schema.name
         if self._has_random and self._mixes_random(operands):
             return f"random numbers are mixed in by {name}"
-        for x in self._reached(operands):  # A mask passes its reason on to all that uses it.
-            if torch.bool in (x.dtype, result.dtype) and x.numel():
+        for x in self._reached(operands):  # A mask or an index passes its reason on to its users.
+            decides = not (x.is_floating_point() and result.is_floating_point())
+            if decides and x.numel():
                 known = self.reason(int(self.ids(x).max()))
                 if known is not None:
                     return known

@@ -119,20 +119,22 @@ class ProvenanceMap:
             codes = self._codes[dtype] = np.concatenate([codes, more])
         return codes
 
-    def resolve(self, x: Tensor, dtype: str, where: str) -> Codes:
+    def resolve(self, x: Tensor, dtype: str, where: str, *, fixes_integers: bool = True) -> Codes:
         """Return the codes of the elements of a tensor.
 
         Args:
             x: Tensor of the forward, any shape.
             dtype: Type in which the program has it.
             where: Operand, for messages.
+            fixes_integers: Whether integers that are computed of integer arguments are part of the
+                program.
 
         Raises:
             CaptureError: If a value comes from no instruction, or data decided about it.
         """
         ids = self.provenance.ids(x).numpy()
         steering = ids < CONSTANT
-        if steering.any() and dtype == "int32":
+        if steering.any() and not fixes_integers:
             raise CaptureError(
                 f"{where} is computed from integer arguments in no emulated operator: pass the "
                 "indices to look up as an argument of their own"
@@ -163,7 +165,17 @@ class ProvenanceMap:
             dtype: Type in which the program has it.
         """
         ids = self.provenance.ids(x).numpy()
-        return bool((ids >= 0).all()) and bool((self._codes_for(dtype)[ids] != _UNKNOWN).all())
+        return bool((ids >= 0).all()) and self.has_data(x, dtype)
+
+    def has_data(self, x: Tensor, dtype: str) -> bool:
+        """Tell if the program has every element of a tensor that is no constant.
+
+        Args:
+            x: Tensor of the forward, any shape.
+            dtype: Type in which the program has it.
+        """
+        ids = self.provenance.ids(x).numpy()
+        return bool((self._codes_for(dtype)[ids[ids >= 0]] != _UNKNOWN).all())
 
     def note_causes(self, ids: Tensor, where: str) -> None:
         """Note that causes decide about something.

@@ -377,6 +377,8 @@ class Recorder:
         with untracked():
             if not self._depends(instruction):
                 return  # Computed from the program's own constants: its results are constants.
+            if self._decides_elsewhere(instruction):
+                return  # Integers that Python decides by; what reads them as data is told.
             if instruction.operator == "QUANTIZE" and is_float(instruction.inputs[0]):
                 (ids,) = (self.provenance_map.result_ids(x) for x in instruction.outputs)
                 self._quantize(instruction, ids)
@@ -426,6 +428,20 @@ class Recorder:
             for dtype, ids in ((x.dtype, self.provenance_map.ids(x)) for x in read)
         )
 
+    def _computes_integers(self, instruction: Instruction) -> bool:
+        """Tell if the results of an instruction are integers or conditions."""
+        return all(x.dtype in ("int32", "bool") for x in instruction.outputs)
+
+    def _decides_elsewhere(self, instruction: Instruction) -> bool:
+        """Tell if an instruction of integers and conditions alone reads some of no instruction."""
+        tensors = [x for x in (*instruction.inputs, *instruction.outputs) if x is not None]
+        if not {x.dtype for x in tensors} <= {"int32", "bool"}:
+            return False
+        read = [(x.source, x.dtype) for x in instruction.inputs if x is not None]
+        return not all(
+            source is None or self.provenance_map.has_data(source, dtype) for source, dtype in read
+        )
+
     def _arrangement(self, instruction: Instruction) -> Arrangement:
         """Return an instruction with the codes of its operands and the ids of its results."""
         operands = tuple(
@@ -464,7 +480,10 @@ class Recorder:
         where = f"{name} of {instruction.operator}"
         if stored.source is None:
             raise CaptureError(f"{where} is no tensor of the forward")
-        codes = self.provenance_map.resolve(stored.source, stored.dtype, where)
+        looks_up = stored.dtype == "int32" and not self._computes_integers(instruction)
+        codes = self.provenance_map.resolve(
+            stored.source, stored.dtype, where, fixes_integers=not looks_up
+        )
         if stored.dtype in ("int32", "bool"):
             codes = self._plain_input(codes, stored.dtype)
         self._validate_current(tensors_in(codes), where)

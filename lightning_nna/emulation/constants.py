@@ -134,18 +134,20 @@ class Constants:
         kind = self.kind_of(contents) if has_tensors else Kind.CONSTANT
         self.mark(result, kind)
 
-    def mark_decision(self, result: Any, arguments: Any, in_scope: Callable[[], bool]) -> None:
+    def mark_decision(
+        self, result: Any, kind: Kind | None, arguments: Any, in_scope: Callable[[], bool]
+    ) -> None:
         """Note the result of a comparison, or of a function of integers.
 
         Args:
             result: Result of the function, nested.
+            kind: Kind of the arguments before the call, see :meth:`kind_of`.
             arguments: Arguments of the function, nested.
             in_scope: Function that tells whether the calling code is emulated; slow, so it is
                 called only if needed.
         """
         if not any(True for _ in _tensors(result)):
             return
-        kind = self.kind_of(arguments)
         if kind is None and not any(True for _ in _tensors(arguments)):
             return
         if kind is None or in_scope():

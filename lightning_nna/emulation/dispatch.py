@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, resolve_name
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from lightning_nna.emulation.arguments import first_of, floats, written
 from lightning_nna.emulation.compilation import COMPILATION_DISABLED
@@ -27,6 +27,8 @@ from lightning_nna.emulation.non_finite import with_cause
 from lightning_nna.emulation.operators import driver, float_kernels
 from lightning_nna.emulation.operators.call import Call, UnsupportedError
 from lightning_nna.emulation.operators.catalog import operator_of, operators
+from lightning_nna.emulation.operators.gather import READS
+from lightning_nna.emulation.operators.index_arithmetic import CASTS, OF_CONDITIONS, OF_INDICES
 from lightning_nna.emulation.operators.layout import (
     EACH,
     JOINS,
@@ -36,6 +38,7 @@ from lightning_nna.emulation.operators.layout import (
     is_movement,
 )
 from lightning_nna.emulation.operators.linear import LOOK_UPS, index_of_rows
+from lightning_nna.emulation.operators.numbers_of_indices import NUMBERS
 from lightning_nna.emulation.operators.record import Operator
 from lightning_nna.emulation.ranges import MixedQParams
 from lightning_nna.emulation.remedies import reason_against, remedy_of
@@ -195,6 +198,12 @@ class Dispatch(TorchFunctionMode):
             return self._outside(func, args, kwargs)
         if kind == "factory":
             return self._create(func, args, kwargs)
+        of_indices = self._operator_of_indices(name, args, kwargs)
+        if of_indices is not None:
+            path, location = self.call_sites.locate()
+            if path is not None:
+                key = self._key(path, of_indices.name, location)
+                return self._run(of_indices, key, func, args, kwargs)
         if kind == "decision" and not self._is_comparison(name, args, kwargs):
             self.state.note_outside_consumers((args, kwargs))
             return self._decide(func, args, kwargs)
@@ -204,6 +213,13 @@ class Dispatch(TorchFunctionMode):
             if is_number and self.call_sites.in_scope():
                 return self.__torch_function__(torch.where, (), (args[0], 1.0, 0.0))
             return result
+        if name in _CASTS and args and self._is_computed(args[0]):
+            result = self._move(func, args, kwargs)
+            path, location = self.call_sites.locate()
+            if path is None or not isinstance(result, Tensor) or result.dtype != torch.float32:
+                return result
+            key = self._key(path, NUMBERS.name, location)
+            return self._run(NUMBERS, key, Tensor.float, (args[0],), {})
         moves = kind == "layout" or name == "copy_" or self._is_padding(name, args, kwargs)
         if moves and not self._looks_up(name, args, kwargs):
             return self._move(func, args, kwargs)
@@ -282,8 +298,9 @@ class Dispatch(TorchFunctionMode):
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """Run a comparison, or a function of integers; its result is data if an argument is."""
+        kind = self.state.constants.kind_of((args, kwargs))  # Before a write ends the marks.
         result = self._plainly(func, args, kwargs)
-        self.state.constants.mark_decision(result, (args, kwargs), self.call_sites.in_scope)
+        self.state.constants.mark_decision(result, kind, (args, kwargs), self.call_sites.in_scope)
         return result
 
     def _plainly(
@@ -462,6 +479,8 @@ class Dispatch(TorchFunctionMode):
         target.copy_(result)
         self.state.note_writes([target])
         self.state.fusion.note_copy(result, target)
+        if not target.is_floating_point():
+            self.state.constants.mark(target, None)
         # Other dtypes cannot hold every integer.
         if qparams is not None and target.dtype == torch.float32:
             self.state.set_qparams(target, qparams)
@@ -562,6 +581,48 @@ class Dispatch(TorchFunctionMode):
         return name not in _INDICES or not reason_against(
             operator, name, self.state.spec, args, kwargs
         )
+
+    def _operator_of_indices(
+        self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Operator | None:
+        """Return the operator of a call that computes with indices of the data, or reads at them.
+
+        Instructions of integers matter to those alone who record or list them.
+        """
+        operator = READS.get(name)
+        if operator is not None and args:
+            index = tree_leaves((args[1:], kwargs))
+            if not any(map(self._is_computed, index)) or self._looks_up(name, args, kwargs):
+                return None
+            return operator if args[0].is_floating_point() or self._is_told() else None
+        operator = OF_INDICES.get(name)
+        if operator is None or _types_in(args) or _types_in(kwargs.values()):
+            return None
+        leaves = tree_leaves((args, kwargs))
+        tensors = [x for x in leaves if isinstance(x, Tensor)]
+        if not tensors or self.state.constants.kind_of(tensors) is not None:
+            return None
+        numbers = [x for x in leaves if isinstance(x, (int, float)) and not isinstance(x, bool)]
+        if any(isinstance(x, float) for x in numbers):
+            return None
+        of_conditions = all(x.dtype == torch.bool for x in tensors)
+        if name in CASTS:
+            types = CASTS[name]
+            if not of_conditions or (types and types.isdisjoint(map(_type_of, leaves))):
+                return None
+        if of_conditions and not numbers and name not in OF_CONDITIONS:
+            return None
+        return operator if name == "where" or self._is_told() else None
+
+    def _is_told(self) -> bool:
+        """Tell whether somebody records the instructions or lists the call sites."""
+        mode = self.state.modes.current
+        return mode.phase != "float" and (mode.recorder is not None or mode.listener is not None)
+
+    def _is_computed(self, x: Any) -> bool:
+        """Tell whether a value is a tensor of integers that are computed of the data."""
+        is_integer = isinstance(x, Tensor) and x.dtype in (torch.int32, torch.int64)
+        return is_integer and self.state.constants.kind_of([x]) is None
 
     def _is_condition(self, x: Any) -> bool:
         """Tell whether a value is a tensor of booleans that data decide."""
@@ -675,6 +736,11 @@ class Dispatch(TorchFunctionMode):
         """Return the telemetry that samples this thread's emulation."""
         mode = self.state.modes.current
         return mode.telemetry if mode.phase == "emulate" else None
+
+
+def _type_of(x: Any) -> torch.dtype | None:
+    """Return a type among the arguments of a cast; of a tensor its own is none."""
+    return x if isinstance(x, torch.dtype) else None
 
 
 def _layout_name(func: Callable[..., Any]) -> str:

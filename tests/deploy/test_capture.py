@@ -41,12 +41,12 @@ DECISIONS: dict[str, tuple[Callable[..., Tensor], str]] = {
         "decide, by aten::gt",
     ),
     "an index": (
-        after(lambda y: torch.sigmoid(y[torch.arange(6), y.argmax(1)])),
-        "decide about the layout, by aten::index",
+        lambda x, linear: torch.sigmoid(linear(x)[torch.arange(6), x.argmax(1)]),
+        "decide, by aten::argmax",
     ),
     "an embedding of what is computed from the best": (
-        lambda x, linear: F.embedding(5 - linear(x).argmax(1), linear.weight),
-        "decide, by aten::rsub",
+        lambda x, linear: F.embedding(5 - x.argmax(1), linear.weight) + linear(x),
+        "decide, by aten::argmax",
     ),
     "a choice of rows": (after(lambda y: torch.sigmoid(y[y > 0])), "reads a value of the data"),
     "masked_select": (

@@ -222,7 +222,7 @@ class Halves(nn.Module):
 class Sorted(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = torch.tanh(x)
-        return torch.sigmoid(y[y.argmax()])
+        return torch.sigmoid(y[int(y.argmax())])
 
 
 @pytest.mark.parametrize(

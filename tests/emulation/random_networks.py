@@ -88,6 +88,8 @@ FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "where": lambda x: torch.where(0.5 * x > 0.1, x, 0.3 * x),
     "masked": lambda x: x.masked_fill(x.abs() < 0.2, 0.0),
     "between": lambda x: torch.where((x.tanh() > -0.3) & (0.7 * x <= x.tanh()), x, 0.5 * x),
+    "chosen": lambda x: x - torch.gather(x, -1, (x.topk(1).indices + 1) % x.shape[-1]),
+    "marked": lambda x: x * F.one_hot((0.5 * x).argmax(-1), x.shape[-1]).float() + x,
     "assigned": _assigned,
     "pad and slice": lambda x: F.pad(x, (0, 0, 1, 1))[:, 2:] + x,
     "reflected": lambda x: F.pad(x, (1, 1), mode="reflect")[..., 2:] - x,

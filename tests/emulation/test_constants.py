@@ -224,11 +224,17 @@ def test_a_mask_of_data_is_data() -> None:
     assert "./select#0/result" in emulator.ranges.ranges
 
 
-@pytest.mark.parametrize("function", [random_gate, drawn_in_place, of_an_index, of_extremes])
-def test_what_is_random_or_comes_of_data_is_data(function: Callable[[Tensor], Tensor]) -> None:
+@pytest.mark.parametrize("function", [random_gate, drawn_in_place])
+def test_what_is_random_is_data(function: Callable[[Tensor], Tensor]) -> None:
     net = Function(function)
     emulator = calibrate(net, [torch.randn(4, 6)])
     assert any(key.endswith("/other") for key in emulator.ranges.ranges)
+
+
+@pytest.mark.parametrize("function", [of_an_index, of_extremes])
+def test_an_index_of_data_is_data(function: Callable[[Tensor], Tensor]) -> None:
+    emulator = calibrate(Function(function), [torch.randn(4, 6)])
+    assert "./numbers_of_indices#0/input" in emulator.ranges.ranges
 
 
 def test_input_that_is_padded_stays_the_input() -> None:

@@ -32,6 +32,9 @@ from lightning_nna.emulation.ranges import (
 )
 from lightning_nna.emulation.state import EmulationState
 
+# As the TensorFlow Lite schema numbers types.
+_INT32, _INT16, _INT8 = 2, 7, 9
+
 
 class UnsupportedError(Exception):
     """A form that the accelerator does not have, which shows only as its operands are known.
@@ -90,6 +93,8 @@ class Call:
         if x.dtype == torch.bool:
             return self._of_condition(x)
         key = f"{self.site}/{name}"
+        if not x.is_floating_point() and self.state.constants.kind_of([x]) is None:
+            return self._of_integers(x, key)
         if self.observing:
             self.state.ranges.observe(key, x)
             return Activation(x, PENDING)
@@ -249,6 +254,40 @@ class Call:
             condition = Stored(x, "bool", source=x)
             self.record("SELECT_V2", [condition, *(n.stored() for n in numbers)], [result.stored()])
         return result
+
+    def _of_integers(self, x: Tensor, key: str) -> Activation:
+        """Integers of the data, of any shape, as numbers on a scale of 1; then on their range's.
+
+        They have 16 bits where calibration has seen some that 8 do not hold.
+        """
+        if self.observing:
+            self.state.ranges.observe(key, x.float())
+            return Activation(x.float(), PENDING)
+        self._frozen(key, x.float())
+        seen = self.state.ranges[key]
+        grid = QParams(1.0, 0)
+        if self.bits == 16 or seen.minimum < grid.low or seen.maximum > grid.high:
+            grid = QParams(1.0, 0, -(2**15), 2**15 - 1)
+        if seen.minimum < grid.low or seen.maximum > grid.high:
+            raise UnsupportedError("numbers of indices have 16 bits: divide them before")
+        at_least = x.clamp_min(grid.low)
+        at_most = at_least.clamp_max(grid.high)
+        result = Activation(at_most.float(), grid)
+        if self.recording:
+            steps = [Stored(each.long(), "int32", source=each) for each in (x, at_least, at_most)]
+            bounds = zip(("MAXIMUM", "MINIMUM"), (grid.low, grid.high), strict=True)
+            for position, (kernel, bound) in enumerate(bounds):
+                number = Stored(torch.tensor(bound), "int32", constant=True)
+                self.record(kernel, [steps[position], number], [steps[position + 1]])
+            types: dict[str, Any] = {
+                "inDataType": _INT32,
+                "outDataType": _INT8 if grid.bits == 8 else _INT16,
+            }
+            self.record("CAST", [steps[-1]], [result.stored()], **types)
+        if grid.bits == self.bits:
+            return result
+        y = self._grid(key)
+        return Activation(requantize(self, result, y), y)
 
     def _frozen(self, key: str, x: Tensor) -> QParams:
         """Parameters of a frozen range; a site that calibration never met takes this tensor's."""

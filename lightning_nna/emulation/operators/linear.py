@@ -526,6 +526,18 @@ def _version_of_fully_connected(version: int, operator: Any, tensors: Any) -> in
     return max(version, 6 if "" in operator.inputs else version)
 
 
+def _version_of_gather(version: int, operator: Any, tensors: Any) -> int:
+    """Version 5 where axes of the table and of the indices are a batch."""
+    return 5 if operator.options.batchDims else version
+
+
+#: Kernel that reads at indices.
+LOOK_UP = Kernel(
+    "GATHER",
+    versions={"bool": 3, "int8": 2, "int16": 4},
+    version=_version_of_gather,
+    operands={0: "table"},
+)
 #: Kernel of layers, whose operator is among the matrix products (see :mod:`.matmul`).
 FULLY_CONNECTED = Kernel(
     "FULLY_CONNECTED",
@@ -544,7 +556,7 @@ register_operator(
         supports=supports_embedding,
         forms=tuple(Form((name,), partial(_rows, name)) for name in sorted(LOOK_UPS)),
         litert=(
-            Kernel("GATHER", versions={"bool": 3, "int8": 2, "int16": 4}, operands={0: "table"}),
+            LOOK_UP,
             # Tests of the oracle write it, no network becomes one.
             Kernel("EMBEDDING_LOOKUP", options=NO_OPTIONS),
         ),

@@ -100,4 +100,9 @@ def record_table(
     call.record("GATHER", [rows, index], [y.stored()], axis=0)
 
 
-register_kernel(Kernel("CAST", order="elements", versions={"int8": 3}))
+def _version_of_cast(version: int, operator: Any, tensors: Any) -> int:
+    """Version 3 with integers of 8 bits."""
+    return 3 if tensors[operator.outputs[0]].dtype == "int8" else version
+
+
+register_kernel(Kernel("CAST", order="elements", versions={"int8": 3}, version=_version_of_cast))

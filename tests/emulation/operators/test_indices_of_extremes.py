@@ -95,6 +95,21 @@ def test_python_decides_by_no_index(tmp_path: Path) -> None:
         export_tflite(net, [x], tmp_path / "index.tflite")
 
 
-def test_sixteen_bits_have_no_kernel() -> None:
-    net = Function(lambda x: F.one_hot((2 * x).argmax(-1), 5) + 2 * x)
-    assert not coverage(net, torch.randn(3, 5), spec="litert-int16x8").fallbacks
+WIDE = "litert-int16x8"
+
+
+@pytest.mark.parametrize("name", ["all", "all, axes stay", "axis stays", "moved", "maximum"])
+def test_sixteen_bits_have_maxima(tmp_path: Path, name: str) -> None:
+    """Their kernel is the one of the largest values."""
+    net = Function(lambda x: (x.tanh(), FORMS[name](x.tanh())))
+    x = torch.randint(-3, 4, (6, 5, 7)) / 3  # Ties.
+    calibrate(net, [[x]], forward=lambda net, batch: net(*batch), spec=WIDE)
+    model = export_tflite(net, [x], tmp_path / "index.tflite")
+    assert model.left_out == ()
+    assert "TOPK_V2" in model.operators
+    assert verify(net, model.path, [x]) == 1.0
+
+
+def test_sixteen_bits_have_no_kernel_of_minima() -> None:
+    net = Function(lambda x: F.one_hot((2 * x).argmin(-1), 5) + 2 * x)
+    assert not coverage(net, torch.randn(3, 5), spec=WIDE).fallbacks
