@@ -375,20 +375,27 @@ class LayoutBuilder:
         """Broadcast axes, by MAXIMUM with the lowest integers: no NPU has BROADCAST_TO.
 
         (4, 1, 5) and a constant of shape (4, 3, 5), -128 throughout, have the maximum (4, 3, 5).
+        More elements are a concatenation of so many equal parts.
         """
         if view.spread == view.result:
             return self._reshaped(number, view.spread)
-        if self.lowest is None or prod(view.result) > _LARGEST_BROADCAST:
+        wide = [k for k, size in enumerate(view.result) if view.spread[k] != size]
+        is_small = self.lowest is not None and prod(view.result) <= _LARGEST_BROADCAST
+        if not is_small and any(view.result[axis] > _MOST_PARTS for axis in wide):
             number = self._reshaped(number, view.spread)
             form = np.array(view.result, np.int32)
             return self.emit("BROADCAST_TO", [number, form], view.result, {})
-        for axis, count in enumerate(view.result):
-            if view.spread[axis] != count:
-                outer, inner = prod(view.result[:axis]), prod(view.spread[axis + 1 :])
-                shape = (outer, count, inner)
+        # The last axis first, while there are the fewest elements.
+        for axis in reversed(wide):
+            count = view.result[axis]
+            outer, inner = prod(view.spread[:axis]), prod(view.result[axis + 1 :])
+            shape = (outer, count, inner)
+            number = self._reshaped(number, (outer, 1, inner))
+            if is_small:
                 lowest = self.constant(np.full(shape, self.lowest))
-                number = self._reshaped(number, (outer, 1, inner))
                 number = self.emit("MAXIMUM", [number, lowest], shape, {})
+            else:
+                number = self.emit("CONCATENATION", [number] * count, shape, {"axis": 1})
         return self._reshaped(number, view.result)
 
     def _reshaped(self, number: int, shape: Sequence[int]) -> int:

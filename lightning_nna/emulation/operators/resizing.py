@@ -8,7 +8,9 @@ input as multiples of :math:`2^{-10}`, with :math:`n` elements for :math:`m`:
 
 for centers of pixels, and :math:`j \sigma` with :math:`n - 1` and :math:`m - 1` for corners. The
 sum of the stored integers with weights in units of :math:`2^{-20}` is rounded away from zero.
-``RESIZE_NEAREST_NEIGHBOR`` moves data. Areas are adaptive average pooling.
+``RESIZE_NEAREST_NEIGHBOR`` moves data. Sizes that an Ethos-U does not resize are products with
+constant weights (:mod:`.resizing_products`) where their positions are at least as exact; elements
+that are repeated are broadcast. Areas are adaptive average pooling.
 """
 
 from __future__ import annotations
@@ -34,6 +36,15 @@ from lightning_nna.emulation.operators.convolution_layout import channels_last
 from lightning_nna.emulation.operators.pooling import is_image
 from lightning_nna.emulation.operators.pooling_layout import image, without_image
 from lightning_nna.emulation.operators.record import Kernel, Operator, register_operator
+from lightning_nna.emulation.operators.resizing_products import (
+    Weights,
+    has_exact_weights,
+    interpolating,
+    is_resized_by_npu,
+    moving,
+    positions,
+    products,
+)
 from lightning_nna.emulation.program import Activation, Stored
 
 # Fraction bits of a position in 8 bits.
@@ -113,6 +124,8 @@ def interpolate(
     # An NPU doubles both axes or none: the second row is equal to the first.
     twice = axes == 1 and not corners and width == 2 * x.value.shape[3]
     height = 2 if twice else height
+    if (weights := _interpolating(call, x, (height, width), corners)) is not None:
+        return call.unchanged(without_image(products(call, x, weights), input, axes), x)
     with float32_arithmetic(x.value):
         result = _Bilinear.apply(x.value, x, (height, width), corners)
     if call.recording:
@@ -154,23 +167,83 @@ def supports_interpolate(
 def _nearest(call: Call, x: Activation, request: _Request) -> Tensor:
     """Each output is an element of the input: one instruction, or slices where it has others."""
     exact, outputs = request.mode == "nearest-exact", request.outputs(x.value)
+    indices, sizes = _indices(request, x.value), x.value.shape[2:]
     kernels_own = all(
         torch.equal(asked, _nearest_index(before, after, half_pixel=exact))
-        for asked, before, after in zip(
-            _indices(request, x.value), x.value.shape[2:], outputs, strict=True
-        )
+        for asked, before, after in zip(indices, sizes, outputs, strict=True)
     )
+    images = tuple((1, *numbers)[-2:] for numbers in (sizes, outputs))
+    by_npu = kernels_own and is_resized_by_npu(
+        *images, corners=False, centers=exact, bilinear=False
+    )
+    repeated = not by_npu and all(map(_is_repetition, indices, sizes))
+    weights = None if by_npu or repeated else _moving(call, indices, images[0])
+    if call.recording and weights is not None:
+        widened = replace(x, value=image(x.value, len(outputs)))
+        return call.unchanged(
+            without_image(products(call, widened, weights), x.value, len(outputs)), x
+        )
     with float32_arithmetic(x.value):
-        if kernels_own:
+        if kernels_own and not repeated:
             result = request.of(x.value)
         else:
             result = x.value
-            for axis, index in enumerate(_indices(request, x.value), start=2):
+            for axis, index in enumerate(indices, start=2):
                 result = result.index_select(axis, index.to(result.device))
-    if call.recording and kernels_own:
+    if call.recording and kernels_own and not repeated:
         before, after = (replace(x, value=image(v, len(outputs))) for v in (x.value, result))
         _record(call, "RESIZE_NEAREST_NEIGHBOR", before, after, corners=False, centers=exact)
     return call.unchanged(result, x)
+
+
+def _is_repetition(index: Tensor, before: int) -> bool:
+    """Tell whether all elements of an axis are repeated equally often, as data movement does."""
+    return torch.equal(index, torch.arange(len(index)) * before // len(index)) and (
+        len(index) % before == 0
+    )
+
+
+def _moving(
+    call: Call, indices: Sequence[Tensor], before: Sequence[int]
+) -> tuple[Weights, Weights] | None:
+    """Return weights that move elements of rows and columns; None where there are none."""
+    if not has_exact_weights(call.state.spec):
+        return None
+    both = (torch.zeros(1, dtype=torch.int64), *indices)[-2:]
+    rows, columns = (moving(index, n) for index, n in zip(both, before, strict=True))
+    return None if rows is None or columns is None else (rows, columns)
+
+
+def _interpolating(
+    call: Call, x: Activation, after: Sequence[int], corners: bool
+) -> tuple[Weights, Weights] | None:
+    """Return weights of products; None where RESIZE_BILINEAR is on the NPU, or more exact."""
+    before = x.value.shape[2:]
+    if is_resized_by_npu(before, after, corners=corners, centers=not corners, bilinear=True):
+        return None
+    if not has_exact_weights(call.state.spec):
+        return None
+    rows, columns = (interpolating(n, m, corners) for n, m in zip(before, after, strict=True))
+    if rows is None or columns is None:
+        return None
+    own = rows.error, columns.error
+    errors = [_error(n, m, corners) for n, m in zip(before, after, strict=True)]
+    # Products along both axes of 16 bits round twice, which is less exact than exact positions.
+    rounds_twice = x.qparams.bits == 16 and rows.interpolates and columns.interpolates
+    if rounds_twice and not any(errors):
+        return None
+    are_exact = all(one <= other for one, other in zip(own, errors, strict=True))
+    return (rows, columns) if are_exact else None
+
+
+@lru_cache(maxsize=256)
+def _error(before: int, after: int, corners: bool) -> float:
+    """Largest distance of a position of the kernel from that asked for, in elements."""
+    own = _positions(before, after, corners)
+    taken = (own.lower + own.fraction.double() / _ONE).clamp(0, before - 1)
+    exact = positions(before, after, corners=corners)
+    asked = torch.tensor(list(map(float, exact)), dtype=torch.float64)
+    return float((taken - asked).abs().max())
 
 
 def _indices(request: _Request, x: Tensor) -> list[Tensor]:
@@ -296,6 +369,6 @@ register_operator(
             Kernel("RESIZE_BILINEAR", versions=_VERSIONS, version=_version),
         ),
         arithmetic="nearest moves; bilinear has positions of 10 fraction bits and rounds "
-        "away from zero; an area is adaptive average pooling",
+        "away from zero, or is a product along each axis; an area is adaptive average pooling",
     )
 )

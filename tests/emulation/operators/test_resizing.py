@@ -12,7 +12,13 @@ from torch import nn
 
 from lightning_nna import calibrate, coverage, emulate
 from lightning_nna.deploy import export_tflite, verify
-from lightning_nna.testing.operator_oracle import CHECKS, Check, Example, check_operator
+from lightning_nna.testing.operator_oracle import (
+    CHECKS,
+    Check,
+    Example,
+    check_operator,
+    is_exported,
+)
 from lightning_nna.testing.replay import replays
 from tests.emulation.modules import Function
 
@@ -24,11 +30,30 @@ EXAMPLES = [
     Example(lambda: nn.Upsample(scale_factor=2, mode="bilinear"), ((4, 5, 12, 12),)),
     Example(lambda: nn.Upsample(scale_factor=2, mode="linear"), ((8, 10, 64),)),
 ]
+#: Sizes that are products, whose instructions are those of a convolution.
+PRODUCTS = [
+    Example(
+        lambda: nn.Upsample(scale_factor=2, mode="bilinear", align_corners=True),
+        ((4, 5, 12, 12),),
+    ),
+    Example(lambda: nn.Upsample(size=100, mode="linear"), ((4, 30, 40),)),
+    Example(lambda: nn.Upsample(size=(23, 31)), ((4, 5, 16, 16),)),
+]
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
 @pytest.mark.parametrize("example", EXAMPLES)
 def test_oracle(example: Example, check: Check) -> None:
+    check_operator("interpolate", [example], checks=[check])
+
+
+@pytest.mark.parametrize(
+    "check",
+    [check for check in CHECKS if check is not is_exported],
+    ids=lambda check: check.__name__,
+)
+@pytest.mark.parametrize("example", PRODUCTS)
+def test_oracle_of_products(example: Example, check: Check) -> None:
     check_operator("interpolate", [example], checks=[check])
 
 
