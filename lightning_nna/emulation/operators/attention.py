@@ -62,6 +62,8 @@ def scaled_dot_product_attention(
     else:
         mask = Mask.of([attn_mask], constant=call.state.constants.is_constant)
     factor = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+    if factor < 0:
+        query, factor = elementwise.neg(call.child("negative"), query), -factor
     if enable_gqa and query.shape[-3] != key.shape[-3]:
         return _attend_in_groups(call, (query, key, value), mask, factor, dropout_p)
     return _attend(call, (query, key, value), mask, factor, dropout_p)[0]
@@ -70,8 +72,8 @@ def scaled_dot_product_attention(
 def supports_scaled_dot_product_attention(
     query: Tensor, *args: Any, scale: float | None = None, **kwargs: Any
 ) -> bool:
-    """Tell whether the factor is positive, for queries of at most five axes."""
-    return query.dim() <= 5 and (scale is None or scale > 0)
+    """Tell whether the factor is not 0, for queries of at most five axes."""
+    return query.dim() <= 5 and scale != 0
 
 
 def multi_head_attention(

@@ -144,6 +144,21 @@ def has_elements(input: Tensor, *_: Any, **__: Any) -> bool:
     return input.numel() > 0
 
 
+def gives_float32(dtype: torch.dtype | None) -> bool | str:
+    """Tell whether a function is asked for a type that the accelerator's results have.
+
+    Args:
+        dtype: Argument of the torch function; None for the type of its input.
+
+    Example:
+        >>> gives_float32(torch.float64)
+        'results of an accelerator are float32: leave dtype=torch.float64 out'
+    """
+    if dtype in (None, torch.float32):
+        return True
+    return f"results of an accelerator are float32: leave dtype={dtype} out"
+
+
 def _operand(operator: Operator, call: Call, x: Tensor | float, name: str) -> Activation:
     """One operand on its quantization parameters."""
     bits = operator.operand_bits.get(name)

@@ -19,7 +19,7 @@ from lightning_nna.emulation.first_order import first_order
 from lightning_nna.emulation.float32_arithmetic import float32_arithmetic
 from lightning_nna.emulation.operators.call import Call
 from lightning_nna.emulation.operators.record import Kernel, Operator, register_operator
-from lightning_nna.emulation.operators.softmax import along_last, implicit_axis
+from lightning_nna.emulation.operators.softmax import along_last, implicit_axis, supports_softmax
 from lightning_nna.emulation.program import Activation
 from lightning_nna.emulation.ranges import PENDING, QParams
 
@@ -49,10 +49,13 @@ def log_softmax(call: Call, input: Tensor, dim: int | None = None, *_: Any, **__
     return call.with_qparams(result, OUTPUT)
 
 
-def supports_log_softmax(input: Tensor, dim: int | None = None, *_: Any, **__: Any) -> bool:
+def supports_log_softmax(
+    input: Tensor, dim: int | None = None, *args: Any, **kwargs: Any
+) -> bool | str:
     """Tell whether a sum along an axis of the input's shape fits the kernel's register."""
     axis = implicit_axis(input) if dim is None else dim
-    return input.dim() > 0 and 0 < input.shape[axis] <= _LONGEST
+    fits = input.dim() > 0 and 0 < input.shape[axis] <= _LONGEST
+    return fits and supports_softmax(input, dim, *args, **kwargs)
 
 
 class _LogSoftmax(torch.autograd.Function):

@@ -8,19 +8,30 @@ With :math:`s = \sum_i x_i^2` (the squared deviations for a variance), in 16 bit
 The inverse square root is the interpolated table of layer normalization, which cannot follow sums
 below 1/128 of the largest. Where calibration has seen such, it is taken once more, of what should
 be 1 (see :mod:`.normalization`). The cosine of two vectors is the product of their unit vectors.
+
+Norms of order 1 and of infinite order are a sum, the largest and the smallest of magnitudes. A unit
+vector of these is a quotient, whose reciprocal is a table of 8 bits.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_nna.emulation.operators import elementwise, reduction
+from lightning_nna.emulation.operators import (
+    clamping,
+    division,
+    elementary_kernels,
+    elementwise,
+    reduction,
+)
 from lightning_nna.emulation.operators.call import Call
 from lightning_nna.emulation.operators.composition import compose
+from lightning_nna.emulation.operators.driver import gives_float32
 from lightning_nna.emulation.operators.fused_normalization import BLIND_STEPS, spreads_widely
 from lightning_nna.emulation.operators.normalization import inverse_square_root
 from lightning_nna.emulation.operators.record import Form, Operator, register_operator
@@ -28,6 +39,9 @@ from lightning_nna.emulation.program import Activation, activation
 from lightning_nna.emulation.ranges import PENDING
 
 Axes = int | tuple[int, ...] | list[int] | None
+# Orders of norms that magnitudes alone decide.
+_OF_MAGNITUDES = (1, math.inf, -math.inf)
+_COUNT = "write (x != 0).float().sum(dim)"
 
 
 def var(call: Call, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -71,8 +85,10 @@ def norm(
     out: None = None,
     dtype: None = None,
 ) -> Tensor:
-    """Emulate ``torch.norm`` and ``torch.linalg.vector_norm`` of order 2, of any shape."""
+    """Emulate ``torch.norm`` and ``torch.linalg.vector_norm`` of any shape."""
     axes = _named(dim)
+    if p in _OF_MAGNITUDES:
+        return _of_magnitudes(call, input, p, axes, keepdim)
 
     def in_float(x: Tensor) -> Tensor:
         return torch.linalg.vector_norm(x, 2, axes, keepdim)
@@ -85,12 +101,12 @@ def norm(
 
 
 def vector_norm(call: Call, x: Tensor, ord: Any = 2, *args: Any, **kwargs: Any) -> Tensor:
-    """Emulate ``torch.linalg.vector_norm`` of order 2, of any shape."""
+    """Emulate ``torch.linalg.vector_norm`` of any shape."""
     return norm(call, x, ord, *args, **kwargs)
 
 
 def linalg_norm(call: Call, *args: Any, **kwargs: Any) -> Tensor:
-    """Emulate ``torch.linalg.norm`` of order 2, of any shape."""
+    """Emulate ``torch.linalg.norm`` of vectors of any shape."""
     return norm(call, *_of_linalg(*args, **kwargs))
 
 
@@ -101,22 +117,24 @@ def supports_norm(
     keepdim: bool = False,
     out: Any = None,
     dtype: Any = None,
-) -> bool:
-    """Tell whether it is the Euclidean norm of something."""
-    plain = p in ("fro", 2, None) and out is None and dtype in (None, torch.float32)
-    return plain and input.dim() > 0 and input.numel() > 0
+) -> bool | str:
+    """Tell whether it is a norm of order 1, 2 or infinity of something, in float32."""
+    if p == 0:
+        return _COUNT
+    plain = p in ("fro", 2, None, *_OF_MAGNITUDES) and out is None
+    return plain and input.dim() > 0 and input.numel() > 0 and gives_float32(dtype)
 
 
-def supports_vector_norm(x: Any, ord: Any = 2, *args: Any, **kwargs: Any) -> bool:
-    """Tell whether it is the Euclidean norm of something."""
+def supports_vector_norm(x: Any, ord: Any = 2, *args: Any, **kwargs: Any) -> bool | str:
+    """Tell whether it is a norm of order 1, 2 or infinity of something, in float32."""
     return supports_norm(x, ord, *args, **kwargs)
 
 
-def supports_linalg_norm(*args: Any, **kwargs: Any) -> bool:
-    """Tell whether it is the Euclidean norm of vectors; of a matrix, order 2 is another."""
+def supports_linalg_norm(*args: Any, **kwargs: Any) -> bool | str:
+    """Tell whether it is a norm of vectors; of a matrix, the same order is another."""
     x, order, dim, *rest = _of_linalg(*args, **kwargs)
     axes = x.dim() if dim is None else 1 if isinstance(dim, int) else len(dim)
-    is_vector = order in (None, "fro") or (order == 2 and axes == 1)
+    is_vector = order in (None, "fro") or axes == 1
     return is_vector and supports_norm(x, order, dim, *rest)
 
 
@@ -128,7 +146,9 @@ def normalize(
     eps: float = 1e-12,
     out: None = None,
 ) -> Tensor:
-    """Emulate ``F.normalize`` of order 2, of any shape."""
+    """Emulate ``F.normalize`` of any shape."""
+    if p in _OF_MAGNITUDES:
+        return _divided_by_magnitudes(call, input, p, _named(dim), eps)
     x = call.operand(input, "input")
 
     def in_float(values: Tensor) -> Tensor:
@@ -147,8 +167,9 @@ def normalize(
 def supports_normalize(
     input: Any, p: float = 2.0, dim: Axes = 1, eps: float = 1e-12, out: Any = None
 ) -> bool:
-    """Tell whether vectors are divided by their Euclidean norm."""
-    return p == 2 and out is None and input.dim() > 0 and input.numel() > 0
+    """Tell whether vectors are divided by a norm of order 1, 2 or infinity."""
+    has_norm = p == 2 or p in (1, math.inf)
+    return has_norm and out is None and input.dim() > 0 and input.numel() > 0
 
 
 def cosine_similarity(
@@ -185,6 +206,31 @@ def supports_cosine_similarity(x1: Any, x2: Any, dim: int = 1, eps: float = 1e-8
     axis = dim - axes if dim >= 0 else dim
     same = axes > 0 and all(-axis <= x.dim() for x in (x1, x2)) and x1.shape[axis] == x2.shape[axis]
     return same and x1.numel() > 0 and x2.numel() > 0
+
+
+def _of_magnitudes(call: Call, x: Tensor, order: float, axes: Axes, keepdim: bool) -> Tensor:
+    """A norm of order 1 or infinity over axes of any shape."""
+    every = tuple(range(x.dim())) if axes is None else axes
+    magnitudes = elementary_kernels.absolute(call.child("absolute"), x)
+    if order == 1:
+        return reduction.sum(call, magnitudes, every, keepdim)
+    extreme = reduction.amax if order > 0 else reduction.amin
+    return extreme(call, magnitudes, every, keepdim)
+
+
+def _divided_by_magnitudes(call: Call, x: Tensor, order: float, axes: Axes, eps: float) -> Tensor:
+    """Vectors divided by their norm, or by 1/255 of the largest where they are shorter.
+
+    The reciprocal of less would take the whole range of its table.
+    """
+    length = _of_magnitudes(call.child("length"), x, order, axes, True)
+    qparams = call.state.qparams_of(length)
+    if call.observing or qparams is None:
+        largest = float(length.detach().max())
+    else:
+        largest = qparams.bounds[1] * qparams.scale
+    bounded = clamping.clamp_min(call.child("shortest"), length, max(eps, largest / 255))
+    return division.div(call, x, bounded)
 
 
 def _of_linalg(
@@ -322,7 +368,8 @@ register_operator(
             Form(("linalg_vector_norm",), vector_norm, supports_vector_norm),
             Form(("linalg_norm",), linalg_norm, supports_linalg_norm),
         ),
-        arithmetic="products, a sum and an interpolated inverse square root in 16 bits; order 2",
+        arithmetic="products, a sum and an interpolated inverse square root in 16 bits; orders 1 "
+        "and infinity: a sum or an extreme of magnitudes",
     )
 )
 register_operator(
@@ -331,7 +378,8 @@ register_operator(
         torch=("normalize",),
         emulate=normalize,
         supports=supports_normalize,
-        arithmetic="products, a sum and an interpolated inverse square root in 16 bits; order 2",
+        arithmetic="products, a sum and an interpolated inverse square root in 16 bits; orders 1 "
+        "and infinity: a sum or an extreme of magnitudes",
     )
 )
 register_operator(

@@ -31,6 +31,7 @@ from lightning_nna.emulation.float32_arithmetic import float32_arithmetic
 from lightning_nna.emulation.operators import clamping
 from lightning_nna.emulation.operators.call import Call
 from lightning_nna.emulation.operators.convolution_layout import channels_last as images
+from lightning_nna.emulation.operators.driver import gives_float32
 from lightning_nna.emulation.operators.indices_of_extremes import record_index
 from lightning_nna.emulation.operators.linear import overflowed
 from lightning_nna.emulation.operators.record import Form, Kernel, Operator, register_operator
@@ -188,10 +189,10 @@ def minimum_over(call: Call, input: Tensor, *args: Any, **kwargs: Any) -> Any:
     return _extreme(call, "REDUCE_MIN", torch.min, input, *args, **kwargs)
 
 
-def supports_average(input: Any, *args: Any, dtype: Any = None, **kwargs: Any) -> bool:
+def supports_average(input: Any, *args: Any, dtype: Any = None, **kwargs: Any) -> bool | str:
     """Tell whether a mean or sum is in float32 and has something to add up."""
-    plain = dtype in (None, torch.float32) and "out" not in kwargs
-    return plain and input.dim() > 0 and input.numel() > 0
+    has_terms = "out" not in kwargs and input.dim() > 0 and input.numel() > 0
+    return has_terms and gives_float32(dtype)
 
 
 def supports_extreme(input: Any, *args: Any, **kwargs: Any) -> bool:

@@ -26,7 +26,7 @@ from lightning_nna.emulation.arithmetic.rescaling import multiply
 from lightning_nna.emulation.first_order import first_order
 from lightning_nna.emulation.float32_arithmetic import float32_arithmetic
 from lightning_nna.emulation.operators.call import Call, look_up
-from lightning_nna.emulation.operators.driver import has_elements
+from lightning_nna.emulation.operators.driver import gives_float32, has_elements
 from lightning_nna.emulation.operators.record import Kernel, Operator, register_operator
 from lightning_nna.emulation.program import Activation, Stored
 from lightning_nna.emulation.ranges import PENDING, SIGMOID_OUTPUT, QParams
@@ -50,7 +50,7 @@ def softmax(
         call: The call.
         input: Scores, any shape.
         dim: Axis along which the results sum to 1.
-        dtype: Ignored: the result is float32.
+        dtype: None or float32, see :func:`supports_softmax`.
         mask: True where a score is left out; broadcasts with ``input``.
     """
     axis = implicit_axis(input) if dim is None else dim
@@ -68,6 +68,15 @@ def softmax(
         operand, probabilities = (along_last(stored, axis) for stored in last)
         call.record("SOFTMAX", [operand], [probabilities], beta=1.0)
     return call.with_qparams(result, y)
+
+
+def supports_softmax(
+    input: Any, dim: int | None = None, *args: Any, dtype: Any = None, **_: Any
+) -> bool | str:
+    """Tell whether an input of any shape has elements, and the result is to be float32."""
+    types = [dtype, *(x for x in args if isinstance(x, torch.dtype))]
+    answers = [gives_float32(each) for each in types]
+    return has_elements(input) and next((x for x in answers if x is not True), True)
 
 
 def masked(call: Call, x: Activation, mask: Tensor, *, constant: bool = True) -> Activation:
@@ -154,7 +163,7 @@ register_operator(
         "softmax",
         torch=("softmax",),
         emulate=softmax,
-        supports=has_elements,
+        supports=supports_softmax,
         litert=(Kernel("SOFTMAX", order="rows", versions={"int8": 2, "int16": 3}),),
         arithmetic="fixed point: exponentials of differences and a reciprocal, output scale 1/256; "
         "in 16 bits interpolated tables",

@@ -34,6 +34,8 @@ def einsum(call: Call, equation: str, *operands: Any) -> Tensor:
     """Emulate ``torch.einsum`` of tensors of any shapes."""
     tensors = list(operands[0]) if isinstance(operands[0], (list, tuple)) else list(operands)
     labels, result = _labels(equation, [x.dim() for x in tensors])
+    for position, each in enumerate(tensors):
+        tensors[position], labels[position] = _diagonal(call, each, labels[position])
     product, names = tensors[0], labels[0]
     for position in range(1, len(tensors)):
         later = set("".join(labels[position + 1 :])) | set(result)
@@ -47,15 +49,14 @@ def einsum(call: Call, equation: str, *operands: Any) -> Tensor:
 
 
 def supports_einsum(equation: Any, *operands: Any, **kwargs: Any) -> bool:
-    """Tell whether the equation has tensors, and no diagonals, of few axes."""
+    """Tell whether the equation has tensors of few axes."""
     if not isinstance(equation, str) or not operands or kwargs:
         return False
     tensors = list(operands[0]) if isinstance(operands[0], (list, tuple)) else list(operands)
     labels, result = _labels(equation, [x.dim() for x in tensors])
     sizes = [x.dim() for x in tensors]
     return (
-        all(len(set(names)) == len(names) for names in labels)
-        and all(len(names) == size for names, size in zip(labels, sizes, strict=True))
+        all(len(names) == size for names, size in zip(labels, sizes, strict=True))
         and all(x.dim() <= _MOST_AXES and x.numel() > 0 for x in tensors)
         and len(result) <= _MOST_AXES
     )
@@ -215,6 +216,21 @@ def _added(
     return elementwise.add(call, result, addend)
 
 
+def trace(call: Call, input: Tensor) -> Tensor:
+    """Emulate ``torch.trace`` of a matrix."""
+    return einsum(call, "ii->", input)
+
+
+def _diagonal(call: Call, x: Tensor, names: str) -> tuple[Tensor, str]:
+    """A view of an operand with one axis for each name: the diagonal of those that have one."""
+    for name in dict.fromkeys(names):
+        while names.count(name) > 1:
+            first, second = names.index(name), names.rindex(name)
+            x = call.viewed(x.diagonal(dim1=first, dim2=second), x)
+            names = names[:first] + names[first + 1 : second] + names[second + 1 :] + name
+    return x, names
+
+
 def _product(call: Call, a: Tensor, b: Tensor, names: tuple[str, str, str]) -> Tensor:
     """The sum of products of two operands whose axes have names."""
     first, second, result = names
@@ -343,6 +359,7 @@ register_operator(
             Form(("tensordot",), tensordot, supports_tensordot),
             Form(("outer", "ger"), outer),
             Form(("inner",), inner, supports_inner),
+            Form(("trace",), trace),
             Form(("dot", "vdot"), matmul),
             Form(("linalg_vecdot",), vecdot),
             Form(("chain_matmul", "linalg_multi_dot"), chain),

@@ -28,6 +28,7 @@ PRODUCT = {"QUANTIZE", "MUL", "BATCH_MATMUL", "SOFTMAX"}
 MASKS: dict[str, tuple[dict[str, Any], set[str]]] = {
     "none": ({}, set()),
     "scale": ({"scale": 0.3}, set()),
+    "negative scale": ({"scale": -0.25}, set()),
     "causal": ({"is_causal": True}, {"SELECT_V2"}),
     "boolean": ({"attn_mask": BEFORE.flip(1)}, {"SELECT_V2"}),
     "infinite": (

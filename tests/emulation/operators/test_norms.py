@@ -42,11 +42,20 @@ NORMS = {
     "norm of axes": of(lambda x: torch.norm(x, 2, (0, 2), keepdim=True), CUBE),
     "vector norm": of(lambda x: torch.linalg.vector_norm(x, dim=-1), ROWS),
     "linalg norm": of(lambda x: torch.linalg.norm(x, 2, dim=1), ROWS),
+    "order 1": of(lambda x: x.norm(1, dim=1), ROWS),
+    "order 1, of all": of(lambda x: torch.norm(x, p=1), ROWS),
+    "infinite order": of(lambda x: torch.linalg.norm(x, float("inf"), dim=-1), ROWS),
+    "least order": of(lambda x: torch.linalg.vector_norm(9 + x, -float("inf"), 1), (900, 12)),
 }
 UNITS = {
     "rows": of(F.normalize, ROWS),
     "last axis": of(lambda x: F.normalize(x, dim=-1), CUBE),
     "shortest": of(lambda x: F.normalize(x, dim=-1, eps=4.0), CUBE),
+}
+# Quotients, whose reciprocals have 8 bits.
+QUOTIENTS = {
+    "order 1": of(lambda x: F.normalize(x, p=1), (600, 20)),
+    "infinite order": of(lambda x: F.normalize(x, float("inf"), dim=-1), CUBE),
 }
 COSINES = {
     "rows": of(F.cosine_similarity, ROWS, ROWS),
@@ -84,6 +93,30 @@ def test_norms(name: str, check: Check) -> None:
 @pytest.mark.parametrize("name", UNITS)
 def test_unit_vectors(name: str, check: Check) -> None:
     check_operator("normalize", [UNITS[name]], checks=[check])
+
+
+@each_check
+@pytest.mark.parametrize("name", QUOTIENTS)
+def test_unit_vectors_of_other_orders(name: str, check: Check) -> None:
+    check_operator("normalize", [QUOTIENTS[name]], checks=[check])
+
+
+@pytest.mark.parametrize("bits", SPECS)
+@pytest.mark.parametrize("name", QUOTIENTS)
+def test_short_vectors_leave_the_range_to_others(name: str, bits: int) -> None:
+    torch.manual_seed(0)
+    module, x = QUOTIENTS[name].build(), torch.randn(30, 20, 20)
+    x[:, 0], x[:, 1] = 0.0, 1e-9
+    expected, leaf = module(x), x.clone().requires_grad_()
+    with emulate(module, SPECS[bits]) as chip:
+        with chip.observing():
+            module(x)
+        result = module(leaf)
+        result.sum().backward()
+    others = (result - expected)[:, 2:].abs().max() / expected.abs().max()
+    assert float(others.detach()) < 0.03
+    assert leaf.grad is not None
+    assert leaf.grad.isfinite().all()
 
 
 @each_check
@@ -142,12 +175,18 @@ def test_lengths_that_differ(function: Callable[..., Tensor], bits: int) -> None
 def test_other_orders_run_in_float() -> None:
     x = torch.randn(6, 5)
     for function in (
-        lambda x: x.norm(1),
+        lambda x: x.norm(3),
+        lambda x: torch.linalg.norm(x, 1),
         lambda x: torch.linalg.norm(x, 2),
-        lambda x: F.normalize(x, p=1.0),
+        lambda x: F.normalize(x, p=3.0),
         lambda x: F.local_response_norm(x[None], 3, beta=0.6),
     ):
         assert coverage(Function(function), x).fallbacks
+
+
+def test_a_count_is_written_otherwise() -> None:
+    (row,) = coverage(Function(lambda x: (2 * x).norm(0)), torch.randn(6, 5)).fallbacks
+    assert "(x != 0).float().sum(dim)" in row.remedy
 
 
 def test_vectors_of_zeros_have_a_finite_gradient() -> None:

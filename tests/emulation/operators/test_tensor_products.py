@@ -62,6 +62,7 @@ EINSUMS = {
         lambda a, b, c: torch.einsum("ij,jk,kl->il", a, b, c), (100, 9), (9, 110), (110, 100)
     ),
     "list": of(lambda a, b: torch.einsum("ij,jk->ki", [a, b]), *MATRICES),
+    "numbers": of(lambda a, b: torch.einsum(a, [0, 1], b, [1, 2], [0, 2]), *MATRICES),
     "parameter": Example(
         lambda: Weighted(lambda x, w: torch.einsum("btd,dhk->bhtk", x, w), 20, 4, 8),
         ((10, 40, 20),),
@@ -134,7 +135,11 @@ def test_results_are_near_those_of_float(name: str, bits: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("equation", "shape"), [("ij->ji", (3, 4)), ("bij->b", (2, 3, 4)), ("ij->", (3, 4))]
+    ("equation", "shape"),
+    [
+        *(("ij->ji", (3, 4)), ("bij->b", (2, 3, 4)), ("ij->", (3, 4))),
+        *(("ii->i", (4, 4)), ("ii", (4, 4)), ("bibj->ji", (3, 4, 3, 2)), ("iii->i", (3, 3, 3))),
+    ],
 )
 def test_one_operand(equation: str, shape: tuple[int, ...]) -> None:
     module, x = Function(lambda x: torch.einsum(equation, 0.5 * x)), torch.randn(shape)
@@ -145,8 +150,38 @@ def test_one_operand(equation: str, shape: tuple[int, ...]) -> None:
         assert torch.allclose(module(x), torch.einsum(equation, 0.5 * x), atol=0.05)
 
 
-def test_diagonals_run_in_float() -> None:
-    assert coverage(Function(lambda x: torch.einsum("ii->i", x)), torch.randn(4, 4)).fallbacks
+# Numbers beside the diagonal are not read.
+OF_THE_DIAGONAL = [check for check in CHECKS if "not_finite" not in check.__name__]
+
+
+@pytest.mark.parametrize("check", OF_THE_DIAGONAL, ids=lambda check: check.__name__)
+def test_products_of_diagonals(check: Check) -> None:
+    example = of(lambda a, b: torch.einsum("bii,ik->bk", a, b), (100, 9, 9), (9, 110))
+    check_operator("einsum", [example], checks=[check])
+
+
+class Diagonals(nn.Module):
+    """Diagonals of an activation and of a parameter, and a trace."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(5, 5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        scaled = torch.einsum("bij,jj->bij", x, self.weight)
+        return torch.einsum("bii->bi", scaled) * torch.trace(scaled[0])
+
+
+@pytest.mark.parametrize("bits", SPECS)
+def test_diagonals_are_exported(tmp_path: Path, bits: int) -> None:
+    torch.manual_seed(0)
+    net, x = Diagonals(), torch.randn(4, 5, 5)
+    calibrate(net, [x], spec=SPECS[bits])
+    assert not coverage(net, x, spec=SPECS[bits]).fallbacks
+    with emulate(net, SPECS[bits]), torch.no_grad():
+        assert torch.allclose(net(x), net.float()(x), atol=0.1)
+    model = export_tflite(net, [x], tmp_path / "net.tflite")
+    assert verify(net, model.path, [x]) == 1.0
 
 
 def test_a_projection_is_one_fully_connected_layer(tmp_path: Path) -> None:
