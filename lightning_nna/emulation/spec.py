@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+
 from lightning_nna.emulation.operators.record import operator_of, operators
 from lightning_nna.settings_files import read_yaml
 
@@ -210,6 +212,19 @@ class NNASpec:
         if self.rounding != "reference":
             return self.rounding
         return reference if micro is None or self.runtime == "litert" else micro
+
+    @property
+    def factor_precision(self) -> type[np.floating]:
+        """Type in which kernels form the factor of their requantization.
+
+        Some of LiteRT's, of a product, a PReLU, an absolute value, a leaky ReLU and a hard swish,
+        have single precision; all of TFLite-Micro's have double precision.
+
+        Example:
+            >>> NNASpec().factor_precision, NNASpec(runtime="tflm").factor_precision
+            (<class 'numpy.float32'>, <class 'numpy.float64'>)
+        """
+        return np.float64 if self.runtime == "tflm" else np.float32
 
     @classmethod
     def from_mapping(cls, settings: Mapping[str, Any]) -> NNASpec:

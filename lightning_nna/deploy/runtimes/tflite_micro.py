@@ -89,7 +89,8 @@ class LoadedTFLiteMicro:
                 raise ValueError(f"the program has {self._inputs} inputs, got {len(inputs)}")
             with _explained("cannot run the program"):
                 for index, values in enumerate(inputs):
-                    self._interpreter.set_input(np.ascontiguousarray(values), index)
+                    # Another function of NumPy would make one axis of none.
+                    self._interpreter.set_input(np.asarray(values, order="C"), index)
                 self._interpreter.invoke()
             outputs = (self._interpreter.get_output(index) for index in range(self._outputs))
             results.append([np.array(each) for each in outputs])

@@ -4,18 +4,19 @@ The kernel of a square root computes in single precision and drops the fraction 
 
 .. math:: q_y - o_y = \lfloor \sqrt{s_x (q_x - o_x)} / s_y \rfloor
 
-The 8-bit kernel of the inverse is in fixed point: five Newton steps give
-:math:`v^{-1/2}` of the integer :math:`v = q_x - o_x` in units of :math:`2^{-20}`, which are
-rescaled by :math:`1 / (\sqrt{s_x} s_y)`. Zero gives the largest integer.
+The 8-bit kernel of the inverse, and TFLite-Micro's of 16 bits, are in fixed point: five Newton
+steps give :math:`v^{-1/2}` of the integer :math:`v = q_x - o_x` in units of :math:`2^{-20}`, which
+are rescaled by :math:`1 / (\sqrt{s_x} s_y)`. Zero gives the largest integer.
 """
 
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from lightning_nna.elementary import square_root
@@ -25,6 +26,7 @@ from lightning_nna.emulation.arithmetic.fixed_point import (
     multiply_by_quantized_multiplier,
     quantize_multiplier,
 )
+from lightning_nna.emulation.arithmetic.integer_softmax import high_multiply
 
 # Units of the inverse root before it is rescaled.
 _UNITS = 20
@@ -56,8 +58,9 @@ def truncated_root(
     return (square_root(x * float(np.float32(scale))) / divisor).trunc_()
 
 
+@lru_cache(maxsize=128)
 def inverse_roots(largest: int, scale: float, output_scale: float) -> Float[Tensor, " entries"]:
-    """Tabulate the inverse square root of 8-bit numbers.
+    """Tabulate the inverse square root of integers that are not negative.
 
     Args:
         largest: Largest integer of the input, less its zero point.
@@ -74,42 +77,31 @@ def inverse_roots(largest: int, scale: float, output_scale: float) -> Float[Tens
     """
     factor = 1.0 / (math.sqrt(np.float32(scale)) * float(np.float32(output_scale)))
     multiplier, shift = quantize_multiplier(factor)
-    entries = [INT32_MAX]
-    for value in range(1, largest + 1):
-        inverse = torch.tensor(_inverse_root(value))
-        scaled = multiply_by_quantized_multiplier(inverse, multiplier, shift - _UNITS)
-        entries.append(int(scaled))
-    return torch.tensor(entries, dtype=torch.float32)
+    inverses = _inverse_roots(torch.arange(1, largest + 1))
+    scaled = multiply_by_quantized_multiplier(inverses, multiplier, shift - _UNITS)
+    return torch.cat([torch.tensor([INT32_MAX]), scaled]).float()
 
 
-def _inverse_root(value: int) -> int:
-    """The inverse root of a positive integer of up to 29 bits in units of 2^-20."""
-    if value == 1:
-        mantissa, exponent = INT32_MAX, 0
-    else:
-        # Shifted left by an even number of bits, so that the number lies in [2^27, 2^29).
-        pairs = (31 - value.bit_length()) // 2 - 1
-        exponent = pairs - 11
-        # With three integer bits, between 1/4 and 1 for the Newton steps: y (3 - x y^2) / 2.
-        x = (value << 2 * pairs) >> 1
-        half = (x + 1) >> 1
-        y = 1 << 28
-        for _ in range(_NEWTON_STEPS):
-            cube = _shifted(_high(_high(y, y), y), 6)
-            y = _shifted(_high(_THREE_HALVES, y) - _high(half, cube), 3)
-        mantissa = _high(y, _ROOT_OF_HALF)
+def _inverse_roots(values: Int[Tensor, " n"]) -> Int[Tensor, " n"]:
+    """Inverse roots of positive integers of up to 29 bits in units of 2^-20."""
+    # Shifted left by an even number of bits, so that the numbers lie in [2^27, 2^29).
+    bits = torch.frexp(values.double()).exponent.long()
+    pairs = (31 - bits) // 2 - 1
+    # With three integer bits, between 1/4 and 1 for the Newton steps: y (3 - x y^2) / 2.
+    x = (values << 2 * pairs) >> 1
+    half = (x + 1) >> 1
+    y = torch.full_like(x, 1 << 28)
+    for _ in range(_NEWTON_STEPS):
+        cube = _shifted(high_multiply(high_multiply(y, y), y), 6)
+        y = _shifted(high_multiply(y, _THREE_HALVES) - high_multiply(half, cube), 3)
+    # The kernel takes the root of 1 to be 1, less what 31 bits cannot hold.
+    mantissas = torch.where(values == 1, INT32_MAX, high_multiply(y, _ROOT_OF_HALF))
+    exponents = torch.where(values == 1, 0, pairs - 11)
     # For 4: the mantissa is 2^30 times a half, and 2^20 / 2 = 524288.
-    one = torch.tensor(1)
-    return int(multiply_by_quantized_multiplier(one, mantissa, exponent + _UNITS))
+    one = torch.ones_like(values)
+    return multiply_by_quantized_multiplier(one, mantissas, exponents + _UNITS)
 
 
-def _high(a: int, b: int) -> int:
-    """Rounded high half of twice a product of 32-bit integers, ties of negative ones to zero."""
-    product = a * b
-    magnitude = abs(product + (2**30 if product >= 0 else 1 - 2**30)) >> 31
-    return magnitude if product >= 0 else -magnitude
-
-
-def _shifted(x: int, bits: int) -> int:
+def _shifted(x: Tensor, bits: int) -> Tensor:
     """A saturating left shift."""
-    return max(INT32_MIN, min(INT32_MAX, x << bits))
+    return (x << bits).clamp(INT32_MIN, INT32_MAX)

@@ -33,7 +33,11 @@ from lightning_nna.emulation.arithmetic.fixed_point import (
     quantize_multiplier,
     rounding_divide_by_power_of_two,
 )
-from lightning_nna.emulation.arithmetic.interpolated_tables import interpolate, interpolation_table
+from lightning_nna.emulation.arithmetic.interpolated_tables import (
+    interpolate,
+    interpolation_table,
+    table_between,
+)
 
 #: Integer bits of a difference.
 DIFFERENCE_BITS = 5
@@ -74,14 +78,18 @@ def difference_multiplier(scale: float) -> tuple[int, int]:
     return quantize_multiplier(min(scale * 2.0 ** (31 - DIFFERENCE_BITS), 2.0**31 - 1))
 
 
-def smallest_difference(shift: int) -> int:
+def smallest_difference(shift: int, integer_bits: int = DIFFERENCE_BITS) -> int:
     """The smallest difference that still fits Q5.26 after a left shift.
+
+    Args:
+        shift: Left shift.
+        integer_bits: Integer bits, of 31, if not 5.
 
     Example:
         >>> smallest_difference(20)
         -1984
     """
-    radius = ((1 << DIFFERENCE_BITS) - 1) * 2.0 ** (31 - DIFFERENCE_BITS) / 2.0**shift
+    radius = ((1 << integer_bits) - 1) * 2.0 ** (31 - integer_bits) / 2.0**shift
     return -math.floor(radius)
 
 
@@ -107,7 +115,9 @@ def reciprocal(
     return one_over_one_plus((sums << headroom) - 2**31), above_unit
 
 
-def softmax_int16(scores: Int[Tensor, "*rows n"], scale: float) -> Int[Tensor, "*rows n"]:
+def softmax_int16(
+    scores: Int[Tensor, "*rows n"], scale: float, *, single: bool = False
+) -> Int[Tensor, "*rows n"]:
     """Softmax of 16-bit scores along the last axis, in steps of 2^-15.
 
     The exponential on [-10, 0] and 1 / (1 + x) on [0, 1] are interpolated tables.
@@ -115,6 +125,7 @@ def softmax_int16(scores: Int[Tensor, "*rows n"], scale: float) -> Int[Tensor, "
     Args:
         scores: Integers, zero point taken off or not: only differences count.
         scale: Scale of the scores, times beta.
+        single: Whether the tables are made in single precision, as those of TFLite-Micro.
 
     Returns:
         int64 integers, 0 to 32767.
@@ -123,7 +134,7 @@ def softmax_int16(scores: Int[Tensor, "*rows n"], scale: float) -> Int[Tensor, "
         >>> softmax_int16(torch.tensor([[0, 0]]), 1e-3)
         tensor([[16384, 16384]])
     """
-    exponential, inverse = _wide_tables()
+    exponential, inverse = _single_tables() if single else _wide_tables()
     multiplier, shift = quantize_multiplier(scale / (10.0 / 65535.0))
     differences = scores - scores.amax(-1, keepdim=True)
     scaled = multiply_by_quantized_multiplier(differences, multiplier, shift)
@@ -154,19 +165,35 @@ def _wide_tables() -> tuple[Tensor, Tensor]:
     return exponential, inverse
 
 
-def exp_on_negative(x: Int[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:
+@lru_cache(maxsize=1)
+def _single_tables() -> tuple[Tensor, Tensor]:
+    """The same in single precision, with steps of 2^-15."""
+    exponential = table_between(
+        lambda x: elementary.exp(torch.from_numpy(x)).float().numpy(), -10.0, 0.0
+    )
+    return exponential, table_between(lambda x: 1 / (1 + x), 0.0, 1.0)
+
+
+def exp_on_negative(
+    x: Int[Tensor, "*shape"], integer_bits: int = DIFFERENCE_BITS
+) -> Int[Tensor, "*shape"]:
     """Exponential of Q5.26 numbers that are at most 0, in Q0.31.
+
+    Args:
+        x: Integers, at most 0, int64.
+        integer_bits: Integer bits, of 31, at most 5.
 
     Example:
         >>> round(int(exp_on_negative(torch.tensor(-(1 << 26)))) / 2**31, 6)
         0.367879
     """
-    quarter = 1 << 24
+    fraction_bits = 31 - integer_bits
+    quarter = 1 << (fraction_bits - 2)
     near = (x & (quarter - 1)) - quarter
-    result = _exp_near_zero(near << DIFFERENCE_BITS)
+    result = _exp_near_zero(near << integer_bits)
     remainder = near - x
-    for k, factor in zip(range(-2, 5), _EXP_FACTORS, strict=True):
-        bit = (remainder >> (26 + k)) & 1
+    for k, factor in zip(range(-2, integer_bits), _EXP_FACTORS, strict=False):
+        bit = (remainder >> (fraction_bits + k)) & 1
         result = torch.where(bit > 0, high_multiply(result, factor), result)
     return torch.where(x == 0, torch.tensor(INT32_MAX), result)
 
@@ -178,13 +205,28 @@ def one_over_one_plus(x: Int[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:
         >>> one_over_one_plus(torch.tensor([0, 2**30])) / 2**31
         tensor([1.0000, 0.6667])
     """
+    return (_reciprocal_of_half_sum(x) << 1).clamp(INT32_MIN, INT32_MAX)
+
+
+def one_minus_over_one_plus(x: Int[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:
+    """(1 - x) / (1 + x) for x in [0, 1), both in Q0.31.
+
+    Example:
+        >>> one_minus_over_one_plus(torch.tensor([0, 2**30])) / 2**31
+        tensor([1.0000, 0.3333])
+    """
+    return ((_reciprocal_of_half_sum(x) - (1 << 29)) << 2).clamp(INT32_MIN, INT32_MAX)
+
+
+def _reciprocal_of_half_sum(x: Tensor) -> Tensor:
+    """1 / ((1 + x) / 2) in Q2.29 for x in Q0.31, three Newton steps."""
     half_denominator = torch.div(x + INT32_MAX + 1, 2, rounding_mode="trunc")
     estimate = 1515870810 + high_multiply(half_denominator, -1010580540)
     for _ in range(3):
         error = (1 << 29) - high_multiply(half_denominator, estimate)
         correction = high_multiply(estimate, error) << 2
         estimate = estimate + correction.clamp(INT32_MIN, INT32_MAX)
-    return (estimate << 1).clamp(INT32_MIN, INT32_MAX)
+    return estimate
 
 
 def to_sum(exponentials: Int[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:

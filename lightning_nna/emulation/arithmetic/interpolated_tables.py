@@ -66,15 +66,47 @@ def interpolation_table(
     first = scale_in * precision(INT16_MIN - zero_point)
     last = scale_in * precision(INT16_MAX - zero_point)
     lowest, largest = scale_out * precision(INT16_MIN), scale_out * precision(INT16_MAX)
-    step = (last - first) / precision(segments)
     inverse = precision(2**16) / (largest - lowest)
+    return _entries(lambda x: function(x, largest), first, last, inverse, segments)
+
+
+def table_between(
+    function: Callable[[NDArray[Any]], NDArray[Any]], first: float, last: float
+) -> Int[Tensor, "513"]:
+    """Tabulate a function between two numbers in steps of 2^-15, as TFLite-Micro's softmax does.
+
+    Args:
+        function: Takes and returns float32.
+        first: Number of the first entry.
+        last: Number of the last.
+
+    Returns:
+        int64 table of 513 entries.
+
+    Example:
+        >>> table_between(lambda x: x, -1.0, 0.0)[[0, 256, 512]]
+        tensor([-32768, -16384,      0])
+    """
+    return _entries(function, np.float32(first), np.float32(last), np.float32(2**15), 512)
+
+
+def _entries(
+    function: Callable[[NDArray[Any]], NDArray[Any]],
+    first: np.floating,
+    last: np.floating,
+    inverse: np.floating,
+    segments: int,
+) -> Tensor:
+    """Entries for segments from ``first`` to ``last``, where ``inverse`` is 1 over a step."""
+    precision = type(first)
+    step = (last - first) / precision(segments)
     starts = first + np.arange(segments + 1, dtype=precision) * step
-    ends = function(starts, largest).astype(precision)
-    middles = function(starts[:-1] + step / precision(2), largest).astype(precision) * inverse
+    ends = function(starts).astype(precision)
+    middles = function(starts[:-1] + step / precision(2)).astype(precision) * inverse
     values = _round(ends[:-1] * inverse)
     straight = _round((ends[1:] * inverse + values) / precision(2))
     bias = _round((straight - _round(middles)) / precision(2))
-    end = _round(function(np.array([last]), largest).astype(precision) * inverse)
+    end = _round(function(np.array([last])).astype(precision) * inverse)
     table = np.concatenate([values - bias, end]).clip(INT16_MIN, INT16_MAX)
     return torch.from_numpy(table.astype(np.int64))
 

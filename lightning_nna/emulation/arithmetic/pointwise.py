@@ -111,7 +111,11 @@ def gelu_tanh(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
 
 
 def hard_swish(
-    x: Int[Tensor, "*shape"], scale: float, output_scale: float
+    x: Int[Tensor, "*shape"],
+    scale: float,
+    output_scale: float,
+    *,
+    precision: type[np.floating] = np.float32,
 ) -> Int[Tensor, "*shape"]:
     """X relu6(x + 3) / 6 in 16-bit fixed point.
 
@@ -120,6 +124,7 @@ def hard_swish(
         scale: Scale of the input.
         output_scale: Scale of the output, at least 1/64 of the input's: the kernel has no left
             shift.
+        precision: In which the kernel forms its factors: TFLite-Micro's has float64.
 
     Returns:
         Integers of the output less its zero point, not clipped, int64.
@@ -128,9 +133,9 @@ def hard_swish(
         >>> hard_swish(torch.tensor([-100, 0, 100]), 0.05, 0.05)
         tensor([  0,   0, 100])
     """
-    fine = _F(1 / 128) * _F(scale)
-    output, output_shift = _sixteen_bits(float(fine / _F(output_scale)))
-    gate, gate_shift = _sixteen_bits(float(fine / _F(3 / 32768)))
+    fine = precision(1 / 128) * precision(scale)
+    output, output_shift = _sixteen_bits(float(fine / precision(output_scale)))
+    gate, gate_shift = _sixteen_bits(float(fine / precision(3 / 32768)))
     wide = x << 7
     linear = _high_multiply(wide, output)
     relu = wide
@@ -147,7 +152,12 @@ def hard_swish(
 
 
 def leaky_relu(
-    x: Int[Tensor, "*shape"], slope: float, scale: float, output_scale: float
+    x: Int[Tensor, "*shape"],
+    slope: float,
+    scale: float,
+    output_scale: float,
+    *,
+    precision: type[np.floating] = np.float32,
 ) -> Int[Tensor, "*shape"]:
     """x, or slope x where it is negative, rescaled.
 
@@ -156,6 +166,7 @@ def leaky_relu(
         slope: Of the negative side, at least 0.
         scale: Scale of the input.
         output_scale: Scale of the output.
+        precision: In which the kernel forms its factors: TFLite-Micro's has float64.
 
     Returns:
         Integers of the output less its zero point, not clipped, int64.
@@ -164,8 +175,9 @@ def leaky_relu(
         >>> leaky_relu(torch.tensor([-100, 100]), 0.1, 0.5, 0.5)
         tensor([-10, 100])
     """
-    same = quantize_multiplier(float(_F(scale) / _F(output_scale)))
-    leak = quantize_multiplier(float(_F(scale) * _F(slope) / _F(output_scale)))
+    first, last = precision(_F(scale)), precision(_F(output_scale))
+    same = quantize_multiplier(float(first / last))
+    leak = quantize_multiplier(float(first * precision(_F(slope)) / last))
     return torch.where(
         x >= 0,
         multiply_by_quantized_multiplier(x, *same),

@@ -22,8 +22,8 @@ from torch import Tensor
 from lightning_nna import elementary
 from lightning_nna.emulation.arithmetic import pointwise
 from lightning_nna.emulation.arithmetic.fixed_point import INT16_MAX, INT16_MIN
+from lightning_nna.emulation.arithmetic.integer_sigmoid import logistic_int8, tanh_int8
 from lightning_nna.emulation.arithmetic.interpolated_tables import interpolate, interpolation_table
-from lightning_nna.emulation.arithmetic.rescaling import RoundingKind
 from lightning_nna.emulation.float32_arithmetic import float32_arithmetic
 from lightning_nna.emulation.operators import elementwise
 from lightning_nna.emulation.operators.call import Call
@@ -47,11 +47,15 @@ from lightning_nna.emulation.ranges import (
     round_significand,
     with_min_scale,
 )
+from lightning_nna.emulation.spec import NNASpec
 
 #: Sigmoid and tanh of 16 bits, in steps of 2^-15.
 WIDE_OUTPUT = QParams(2.0**-15, 0, INT16_MIN, INT16_MAX)
 # The kernels of 16 bits multiply an input with 3 * 4096 times its scale, in 32 bits.
 _WIDEST_SCALE = 2**31 / (2**15 * 3 * 4096)
+
+#: Integers of the result less its zero point, shape ``(256,)``, from both quantization parameters.
+_Entries = Callable[[QParams, QParams], Tensor]
 
 
 def _inputs(x: QParams) -> Tensor:
@@ -78,14 +82,35 @@ def _with_wide(
     return integers
 
 
+def _by_runtime(others: _Entries, micro: _Entries) -> Callable[..., Tensor]:
+    """A table whose entries TFLite-Micro computes otherwise than the other runtimes."""
+    tables = table(others), table(micro)
+
+    def looked_up(x: Activation, *, y: QParams, call: Call) -> Tensor:
+        return tables[call.state.spec.runtime == "tflm"](x, y=y, call=call)
+
+    return looked_up
+
+
 _SIGMOID_ENTRIES = real(pointwise.logistic)
+
+
+def _micro_sigmoid(x: QParams, y: QParams) -> Tensor:
+    return logistic_int8(_inputs(x), x.scale).float()
+
+
+def _micro_tanh(x: QParams, y: QParams) -> Tensor:
+    return tanh_int8(_inputs(x), x.scale).float()
+
 
 SIGMOID = register_operator(
     Operator(
         "sigmoid",
         torch=("sigmoid", "sigmoid_"),
         float=torch.sigmoid,
-        integers=_with_wide(table(_SIGMOID_ENTRIES), pointwise.logistic_int16, "sigmoid"),
+        integers=_with_wide(
+            _by_runtime(_SIGMOID_ENTRIES, _micro_sigmoid), pointwise.logistic_int16, "sigmoid"
+        ),
         backward=torch.ops.aten.sigmoid_backward,
         saves="result",
         output={8: SIGMOID_OUTPUT, 16: WIDE_OUTPUT},
@@ -94,7 +119,8 @@ SIGMOID = register_operator(
                 "LOGISTIC", order="elements", options=NO_OPTIONS, versions={"int8": 2, "int16": 3}
             ),
         ),
-        arithmetic="table of 256 entries, output scale 1/256; in 16 bits interpolated",
+        arithmetic="table of 256 entries, output scale 1/256; in 16 bits interpolated; "
+        "fixed point in 8 bits on TFLite-Micro",
     )
 )
 
@@ -103,14 +129,17 @@ TANH = register_operator(
         "tanh",
         torch=("tanh", "tanh_"),
         float=torch.tanh,
-        integers=_with_wide(table(real(pointwise.tanh)), pointwise.tanh_int16, "tanh"),
+        integers=_with_wide(
+            _by_runtime(real(pointwise.tanh), _micro_tanh), pointwise.tanh_int16, "tanh"
+        ),
         backward=torch.ops.aten.tanh_backward,
         saves="result",
         output={8: TANH_OUTPUT, 16: WIDE_OUTPUT},
         litert=(
             Kernel("TANH", order="elements", options=NO_OPTIONS, versions={"int8": 2, "int16": 3}),
         ),
-        arithmetic="table of 256 entries, output scale 1/128; in 16 bits interpolated",
+        arithmetic="table of 256 entries, output scale 1/128; in 16 bits interpolated; "
+        "fixed point in 8 bits on TFLite-Micro",
     )
 )
 
@@ -160,6 +189,17 @@ def _output_of_hard_swish(call: Call, operands: tuple[Activation, ...], y: QPara
     return with_min_scale(y, step, power_of_two=call.state.spec.power_of_two_scales)
 
 
+_hard_swish_table = table(
+    lambda x, y, precision: pointwise.hard_swish(
+        _inputs(x), x.scale, y.scale, precision=precision
+    ).float()
+)
+
+
+def _hard_swish(x: Activation, *, y: QParams, call: Call) -> Tensor:
+    return _hard_swish_table(x, y=y, call=call, precision=call.state.spec.factor_precision)
+
+
 _GELU = {"none": pointwise.gelu, "tanh": pointwise.gelu_tanh}
 
 register_operator(
@@ -181,9 +221,7 @@ register_operator(
         "hard_swish",
         torch=("hardswish",),
         float=lambda input: F.hardswish(input),
-        integers=table(
-            lambda x, y: pointwise.hard_swish(_inputs(x), x.scale, y.scale).float(),
-        ),
+        integers=_hard_swish,
         output_of=_output_of_hard_swish,
         litert=(Kernel("HARD_SWISH", order="elements", options=NO_OPTIONS),),
         widths=(8,),
@@ -194,17 +232,20 @@ register_operator(
 
 
 _leaky_table = table(
-    lambda x, y, negative_slope=0.01: pointwise.leaky_relu(
-        _inputs(x), negative_slope, x.scale, y.scale
+    lambda x, y, slope, precision: pointwise.leaky_relu(
+        _inputs(x), slope, x.scale, y.scale, precision=precision
     ).float()
 )
 
 
 def _leaky_relu(x: Activation, *, y: QParams, call: Call, negative_slope: float = 0.01) -> Tensor:
+    precision = call.state.spec.factor_precision
     if x.qparams.bits == 8:
-        return _leaky_table(x, y=y, call=call, negative_slope=negative_slope)
+        return _leaky_table(x, y=y, call=call, slope=negative_slope, precision=precision)
     integers, scale = x.integers().long(), x.qparams.scale
-    return pointwise.leaky_relu(integers, negative_slope, scale, y.scale).double()
+    return pointwise.leaky_relu(
+        integers, negative_slope, scale, y.scale, precision=precision
+    ).double()
 
 
 register_operator(
@@ -224,16 +265,22 @@ register_operator(
 def silu(call: Call, input: Tensor, inplace: bool = False) -> Tensor:
     """Compute ``F.silu`` of any shape: a sigmoid and a product, in 8 bits one table of both."""
     if call.bits == 8:
-        return drive(_SILU, call, input, rounding=call.state.spec.rounding_of("double"))
+        return drive(_SILU, call, input, spec=call.state.spec)
     x = call.operand(input, "input")
     gate = sigmoid(call.child("gate"), carrier(call, x))
     return elementwise.mul(call, carrier(call, x), gate)
 
 
-def _silu_entries(x: QParams, y: QParams, rounding: RoundingKind) -> Tensor:
-    """The sigmoid's table, and the product of each input with it."""
-    gate = _SIGMOID_ENTRIES(x, SIGMOID_OUTPUT).clamp(0, 255)
-    return elementwise.pairwise("MUL", _inputs(x), gate, (x, SIGMOID_OUTPUT, y), rounding).float()
+def _gate_entries(x: QParams, spec: NNASpec) -> Tensor:
+    """The sigmoid's table."""
+    entries = _micro_sigmoid if spec.runtime == "tflm" else _SIGMOID_ENTRIES
+    return entries(x, SIGMOID_OUTPUT).clamp(0, 255)
+
+
+def _silu_entries(x: QParams, y: QParams, spec: NNASpec) -> Tensor:
+    """The product of each input with its sigmoid."""
+    grids = x, SIGMOID_OUTPUT, y
+    return elementwise.pairwise("MUL", _inputs(x), _gate_entries(x, spec), grids, spec).float()
 
 
 def _record_silu(
@@ -242,7 +289,7 @@ def _record_silu(
     """The two instructions of one table."""
     (x,) = operands
     index = (x.integers() - x.qparams.bounds[0]).long()
-    gate = _SIGMOID_ENTRIES(x.qparams, SIGMOID_OUTPUT).clamp(0, 255)[index]
+    gate = _gate_entries(x.qparams, call.state.spec)[index]
     stored = Activation(gate * SIGMOID_OUTPUT.scale, SIGMOID_OUTPUT).stored()
     call.record("LOGISTIC", [x.stored()], [stored])
     call.record("MUL", [x.stored(), stored], [y.stored()])
@@ -252,9 +299,9 @@ def _record_silu(
 _SILU = Operator(
     "silu",
     torch=(),
-    float=lambda input, rounding: F.silu(input),
+    float=lambda input, spec: F.silu(input),
     integers=table(_silu_entries),
-    backward=lambda grad, x, rounding: torch.ops.aten.silu_backward(grad, x),
+    backward=lambda grad, x, spec: torch.ops.aten.silu_backward(grad, x),
     instructions=_record_silu,
 )
 

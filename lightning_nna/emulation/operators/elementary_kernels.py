@@ -188,14 +188,9 @@ def _root_integers(x: Activation, *, y: QParams, call: Call, smallest: float) ->
     return truncated_root(x.integers(), x.qparams.scale, y.scale)
 
 
-@lru_cache(maxsize=256)
-def _inverse_roots(largest: int, scale: float, output_scale: float) -> Tensor:
-    return inverse_roots(largest, scale, output_scale)
-
-
 def _inverse_integers(x: Activation, *, y: QParams, call: Call, smallest: float) -> Tensor:
-    if x.qparams.bits == 8:
-        entries = _inverse_roots(x.qparams.bounds[1], x.qparams.scale, y.scale)
+    if x.qparams.bits == 8 or call.state.spec.runtime == "tflm":
+        entries = inverse_roots(x.qparams.bounds[1], x.qparams.scale, y.scale)
         return look_up(entries.to(x.value.device), x.integers().int())
     return _interpolated(call, inverse_square_root, x, y)
 
@@ -211,7 +206,8 @@ def _output_of_inverse(call: Call, operands: tuple[Activation, ...], y: QParams)
 
 
 def _abs_integers(x: Activation, *, y: QParams, call: Call) -> Tensor:
-    factor = float(np.float32(x.qparams.scale) / np.float32(y.scale))
+    precision = call.state.spec.factor_precision
+    factor = float(precision(x.qparams.scale) / precision(y.scale))
     rounding = call.state.spec.rounding_of("double")
     largest = float(x.qparams.largest)
     return rescale(x.integers().abs(), factor, rounding=rounding, largest=largest)

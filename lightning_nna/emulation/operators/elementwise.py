@@ -19,7 +19,6 @@ from dataclasses import replace
 from functools import lru_cache, partial
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -35,6 +34,7 @@ from lightning_nna.emulation.operators.driver import drive
 from lightning_nna.emulation.operators.record import Form, Kernel, Operator, register_operator
 from lightning_nna.emulation.program import Activation
 from lightning_nna.emulation.ranges import QParams
+from lightning_nna.emulation.spec import NNASpec
 
 Kind = Literal["ADD", "SUB", "MUL"]
 
@@ -71,41 +71,41 @@ def neg(call: Call, input: Tensor) -> Tensor:
 
 def _integers(kind: Kind, a: Activation, b: Activation, *, y: QParams, call: Call) -> Tensor:
     """Integers of a sum, difference or product with broadcasting."""
-    rounding: RoundingKind = call.state.spec.rounding_of("double")
-    if not call.exact and not _spills(kind, a.qparams, b.qparams, y, rounding):
-        return _fast(kind, a, b, y, rounding)
+    spec = call.state.spec
+    if not call.exact and not _spills(kind, a.qparams, b.qparams, y, spec):
+        return _fast(kind, a, b, y, spec)
     learns = call.state.scales.learns_outputs
     if not learns and all(map(_has_table, (a, b))) and y.bits == 8:
-        return _look_up(kind, a, b, y, rounding)
+        return _look_up(kind, a, b, y, spec)
     grids = (a.qparams, b.qparams, y)
-    return pairwise(kind, a.integers(), b.integers(), grids, rounding)
+    return pairwise(kind, a.integers(), b.integers(), grids, spec)
 
 
-def _fast(kind: Kind, a: Activation, b: Activation, y: QParams, rounding: RoundingKind) -> Tensor:
+def _fast(kind: Kind, a: Activation, b: Activation, y: QParams, spec: NNASpec) -> Tensor:
     """Rounded in float32, in units of the output's scale."""
     left, right = a.value.detach(), b.value.detach()
     if kind == "MUL":
         product = left * right
         product *= 1 / (a.qparams.scale * b.qparams.scale)
-        return rescale_fast(product, product_factor(a.qparams, b.qparams, y), rounding=rounding)
+        factor = product_factor(a.qparams, b.qparams, y, spec)
+        return rescale_fast(product, factor, rounding=spec.rounding_of("double"))
     # The operands are small before broadcasting: scale them there.
     sign = 1.0 if kind == "ADD" else -1.0
     return (left * (1 / y.scale) + right * (sign / y.scale)).round_()
 
 
-def _spills(kind: Kind, a: QParams, b: QParams, y: QParams, rounding: RoundingKind) -> bool:
+def _spills(kind: Kind, a: QParams, b: QParams, y: QParams, spec: NNASpec) -> bool:
     """Tell whether a product's result may leave 32 bits; a sum has a grid that prevents it."""
     if kind != "MUL":
         return False
     largest = float(a.largest * b.largest)
-    return spills(product_factor(a, b, y), rounding=rounding, largest=largest)
+    factor = product_factor(a, b, y, spec)
+    return spills(factor, rounding=spec.rounding_of("double"), largest=largest)
 
 
-def _look_up(
-    kind: Kind, a: Activation, b: Activation, y: QParams, rounding: RoundingKind
-) -> Tensor:
+def _look_up(kind: Kind, a: Activation, b: Activation, y: QParams, spec: NNASpec) -> Tensor:
     """The result of every pair, from a table of 65536."""
-    table = _table(kind, a.qparams, b.qparams, y, rounding).to(a.value.device)
+    table = _table(kind, a.qparams, b.qparams, y, spec).to(a.value.device)
     first, second = a.qparams.bounds[0], b.qparams.bounds[0]
     index = torch.add(b.integers(), a.integers(), alpha=256).sub_(256 * first + second).int()
     return look_up(table, index)
@@ -117,10 +117,10 @@ def _has_table(x: Activation) -> bool:
 
 
 @lru_cache(maxsize=512)
-def _table(kind: Kind, a: QParams, b: QParams, y: QParams, rounding: RoundingKind) -> Tensor:
+def _table(kind: Kind, a: QParams, b: QParams, y: QParams, spec: NNASpec) -> Tensor:
     """Unclipped results for all pairs of 8-bit integers, the first operand's most significant."""
     rows, columns = (torch.arange(256, dtype=torch.float32).add_(q.bounds[0]) for q in (a, b))
-    return pairwise(kind, rows[:, None], columns, (a, b, y), rounding).float().flatten()
+    return pairwise(kind, rows[:, None], columns, (a, b, y), spec).float().flatten()
 
 
 def pairwise(
@@ -128,7 +128,7 @@ def pairwise(
     a: Tensor,
     b: Tensor,
     grids: tuple[QParams, QParams, QParams],
-    rounding: RoundingKind,
+    spec: NNASpec,
 ) -> Tensor:
     """Compute integers of a sum, difference or product, rounded as the kernel does, not clipped.
 
@@ -137,14 +137,15 @@ def pairwise(
         a: Integers of the first operand less its zero point, any shape.
         b: Integers of the second less its zero point; the shapes broadcast.
         grids: Quantization parameters of both operands and the output.
-        rounding: Rounding of the requantization.
+        spec: Accelerator.
 
     Returns:
         Integers of the output less its zero point, float64.
     """
     q_a, q_b, y = grids
+    rounding: RoundingKind = spec.rounding_of("double")
     if kind == "MUL":
-        factor = product_factor(q_a, q_b, y)
+        factor = product_factor(q_a, q_b, y, spec)
         largest = float(q_a.largest * q_b.largest)
         product = a.double() * b.double()
         return rescale(product, factor, rounding=rounding, largest=largest, zero_point=y.zero_point)
@@ -199,9 +200,10 @@ def grid_of_sum(a: QParams, b: QParams, y: QParams) -> QParams:
     return replace(y, scale=math.ldexp(1.0, math.frexp(finest)[1]))
 
 
-def product_factor(a: QParams, b: QParams, y: QParams) -> float:
-    """Factor of a product; the reference forms it in float32."""
-    return float(np.float32(a.scale) * np.float32(b.scale) / np.float32(y.scale))
+def product_factor(a: QParams, b: QParams, y: QParams, spec: NNASpec) -> float:
+    """Factor of a product, in the precision of the kernel."""
+    precision = spec.factor_precision
+    return float(precision(a.scale) * precision(b.scale) / precision(y.scale))
 
 
 def _version_of_mul(version: int, operator: Any, tensors: Any) -> int:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from lightning_nna.emulation.arithmetic.fixed_point import INT32_MAX
+from lightning_nna.emulation.arithmetic.integer_roots import inverse_roots
 from lightning_nna.emulation.arithmetic.interpolated_tables import (
     interpolate,
     interpolation_table,
@@ -24,7 +25,7 @@ from lightning_nna.emulation.arithmetic.interpolated_tables import (
 )
 from lightning_nna.emulation.arithmetic.rescaling import RoundingKind, prepared
 from lightning_nna.emulation.clipping import Clipped
-from lightning_nna.emulation.operators.call import Call
+from lightning_nna.emulation.operators.call import Call, look_up
 from lightning_nna.emulation.operators.elementwise import LEFT_SHIFT, grid_of_sum, product_factor
 from lightning_nna.emulation.operators.reduction import average, mean_grid
 from lightning_nna.emulation.program import Activation
@@ -160,6 +161,9 @@ def inverse_root(call: Call, v: Tensor, grid: QParams) -> tuple[Tensor, QParams]
     spec = call.state.spec
     largest = 1 / math.sqrt(BLIND_STEPS * grid.scale)
     y = symmetric_qparams(largest, bits=16, power_of_two=spec.power_of_two_scales)
+    if spec.runtime == "tflm":
+        entries = inverse_roots(grid.bounds[1], grid.scale, y.scale).to(v.device)
+        return look_up(entries, v.int()).clamp_max_(y.bounds[1]), y
     table = _inverse_table(grid.scale, y.scale, spec.table_entries or 512)
     return interpolate(table, v.long()).float(), y
 
@@ -384,7 +388,7 @@ class _Line:
 
     def _product(self, a: QParams, b: QParams, y: QParams) -> Callable[[Tensor], Tensor]:
         largest = float(a.largest * b.largest)
-        rescaler = self._prepared(product_factor(a, b, y), largest)
+        rescaler = self._prepared(product_factor(a, b, y, self.call.state.spec), largest)
         return lambda products: rescaler(products).clamp_(*y.bounds)
 
     def _add_sum(

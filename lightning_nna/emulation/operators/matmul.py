@@ -4,9 +4,9 @@ r"""Products of matrices: of two activations, or of an activation and a paramete
           \qquad M \approx s_a s_b / s_y
 
 Two activations make a ``BATCH_MATMUL``. It rounds twice in 8 bits, has a 16-bit mantissa in 16, and
-multiplies the two scales in float32. A matrix that is a parameter makes a fully connected layer:
-``x @ w.T`` is ``F.linear``, and ``x @ w`` has one scale for the whole of ``w``, because the weight
-pipeline knows its rows, which are not the outputs.
+multiplies the two scales in float32 (on TFLite-Micro in float64). A matrix that is a parameter
+makes a fully connected layer: ``x @ w.T`` is ``F.linear``, and ``x @ w`` has one scale for the
+whole of ``w``, because the weight pipeline knows its rows, which are not the outputs.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -162,7 +161,8 @@ class _BatchMatmul(torch.autograd.Function):
     ) -> Tensor:
         needs_grad = any(ctx.needs_input_grad)
         largest = float(a.shape[-1] * left.qparams.largest * right.qparams.largest)
-        factor = float(np.float32(left.qparams.scale) * np.float32(right.qparams.scale)) / y.scale
+        precision = call.state.spec.factor_precision
+        factor = float(precision(left.qparams.scale) * precision(right.qparams.scale)) / y.scale
         rounding = call.state.spec.rounding_of("double" if y.bits == 8 else "reduced")
         limit = accumulator_limit(call, y.bits)
         bound = min(largest, limit)

@@ -16,7 +16,6 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -48,7 +47,8 @@ def supports_prelu(input: Any, weight: Any) -> bool:
 def _integers(x: Activation, alpha: Activation, *, y: QParams, call: Call) -> Tensor:
     """Integers of the result less its zero point, float64, in the shape of ``x``."""
     rounding = call.state.spec.rounding_of("double")
-    scales = np.float32(x.qparams.scale), np.float32(alpha.qparams.scale), np.float32(y.scale)
+    precision = call.state.spec.factor_precision
+    scales = [precision(each.scale) for each in (x.qparams, alpha.qparams, y)]
     values, largest = x.integers(), float(x.qparams.largest)
     slopes = _by_channel(alpha.integers(), values)
     # With x on a scale of 0.5, a slope of 0.25 = 32 * 2^-7, and y on a scale of 0.25: x = 6 is

@@ -121,13 +121,15 @@ class _Softmax(torch.autograd.Function):
             result = torch.softmax(x.detach(), axis)
             result = result.mul_(1 / y.scale).round_().clamp_max_(y.bounds[1]).mul_(y.scale)
         else:
-            compute = _exact if y.bits == 8 else _exact_wide
             last = scores.integers().movedim(axis, -1)
-            result = (
-                compute(last, float(np.float32(scores.qparams.scale)))
-                .movedim(-1, axis)
-                .contiguous()
-            )
+            scale = float(np.float32(scores.qparams.scale))
+            if y.bits == 8:
+                rows = _exact(last, scale)
+            else:
+                single = call.state.spec.runtime == "tflm"
+                rows = softmax_int16(last.long(), scale, single=single).float()
+                rows = rows.mul_(WIDE_OUTPUT.scale)
+            result = rows.movedim(-1, axis).contiguous()
         ctx.axis = axis
         ctx.save_for_backward(result)
         return result
@@ -151,11 +153,6 @@ def _exact(scores: Tensor, scale: float) -> Tensor:
     shifts = -(above_unit + 31 - 8)
     rounded = multiply(exponentials, inverse, shifts, largest=2.0**31)
     return rounded.clamp_(0, 255).float().mul_(SIGMOID_OUTPUT.scale)
-
-
-def _exact_wide(scores: Tensor, scale: float) -> Tensor:
-    """The same for 16 bits, on the grid of 2^-15."""
-    return softmax_int16(scores.long(), scale).float().mul_(WIDE_OUTPUT.scale)
 
 
 register_operator(

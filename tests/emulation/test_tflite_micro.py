@@ -1,0 +1,55 @@
+"""Kernels of TFLite-Micro whose arithmetic differs from LiteRT's, at many quantization parameters.
+
+The tests of the operators compare large tensors at a few of them; here tensors are small.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_nna.testing.operator_oracle import SPECS_OF
+from lightning_nna.testing.replay import replays
+from tests.emulation.operators.examples import Calling
+
+pytestmark = pytest.mark.exactness
+
+FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "LOGISTIC": torch.sigmoid,
+    "TANH": torch.tanh,
+    "LEAKY_RELU": lambda x: F.leaky_relu(x, 0.13),
+    "HARD_SWISH": F.hardswish,
+    "ABS": torch.abs,
+    "PRELU": lambda x: F.prelu(x, torch.full((1,), 0.3)),
+    "MUL": lambda x: x * x,
+    "BATCH_MATMUL": lambda x: x[..., None, :] @ x[..., :, None],
+    "RSQRT": lambda x: x.abs().rsqrt(),
+    "SOFTMAX": lambda x: x.softmax(-1),
+    "ELU": F.elu,
+    "LOG_SOFTMAX": lambda x: x.log_softmax(-1),
+}
+NARROW = ("HARD_SWISH", "ELU", "LOG_SOFTMAX")
+EACH = [(name, bits) for name in FUNCTIONS for bits in (8, 16) if bits == 8 or name not in NARROW]
+
+
+@pytest.mark.parametrize(("kernel", "bits"), EACH)
+def test_many_scales(kernel: str, bits: int) -> None:
+    torch.manual_seed(0)
+    scales = random.Random(0)
+    compared = 0
+    for _ in range(30):
+        scale = 10 ** scales.uniform(-4, 2)
+        x = scale * (torch.randn(16, 24) + scales.uniform(-2, 2))
+        network: nn.Module = Calling(FUNCTIONS[kernel])
+        compared += replays(network, x, inputs=[1.2 * x], spec=SPECS_OF["tflm"][bits])[kernel]
+    assert compared >= 30 * 16
+
+
+@pytest.mark.parametrize("spec", SPECS_OF["tflm"].values())
+def test_numbers_without_axes(spec: str) -> None:
+    assert replays(Calling(lambda x: x.mean() * x.mean()), torch.randn(8), spec=spec)["MUL"] == 1
