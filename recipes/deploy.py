@@ -273,7 +273,7 @@ def speed(
         ``speech_seconds``, ``real_time_factor`` (seconds of computation per second of speech) and
         ``calls_per_second`` (calls of each program per second of speech).
     """
-    fast = DeployedTransducer(folder, runtime="litert-optimized")
+    fast = DeployedTransducer(folder, runtime="litert-xnnpack")
     seconds = spent = 0.0
     for batch in datamodule.test_dataloader():
         began = time.perf_counter()

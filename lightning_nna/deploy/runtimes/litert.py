@@ -1,34 +1,42 @@
-"""LiteRT: TensorFlow Lite's interpreter, with its reference kernels or the optimized ones."""
+"""LiteRT: TensorFlow Lite's interpreter, with its reference kernels or faster ones."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from importlib.metadata import version
-from typing import Any
+from typing import Any, Literal
 
 from ai_edge_litert.interpreter import Interpreter, OpResolverType
 from numpy.typing import NDArray
 
 from lightning_nna.deploy.runtimes.interface import Tensors, UnsupportedProgramError
 
+_KERNELS = {
+    "reference": ("litert", OpResolverType.BUILTIN_REF),
+    "optimized": ("litert-optimized", OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES),
+    # What an application gets unless it asks for other kernels.
+    "XNNPACK": ("litert-xnnpack", OpResolverType.AUTO),
+}
+
 
 class LiteRT:
     """LiteRT in this process.
 
     Args:
-        optimized: Whether the optimized kernels run, whose outputs may differ.
-        threads: Number of threads of the optimized kernels.
+        kernels: ``"reference"``; ``"optimized"`` for the faster ones of its own, whose outputs may
+            differ; or ``"XNNPACK"`` for the fastest, whose outputs may depend on the processor.
+        threads: Number of threads of the faster kernels.
 
     Example:
-        >>> LiteRT(optimized=True).name
+        >>> LiteRT("optimized").name
         'litert-optimized'
     """
 
-    def __init__(self, *, optimized: bool = False, threads: int = 1) -> None:
-        self.optimized, self.threads = optimized, threads
-        self.name = "litert-optimized" if optimized else "litert"
-        kernels = "optimized" if optimized else "reference"
-        self.title = f"LiteRT, {kernels} kernels"
+    def __init__(
+        self, kernels: Literal["reference", "optimized", "XNNPACK"] = "reference", threads: int = 1
+    ) -> None:
+        self.name, self._resolver = _KERNELS[kernels]
+        self.threads, self.title = threads, f"LiteRT, {kernels} kernels"
 
     def version(self) -> str:
         """Return the version of the installed package."""
@@ -36,15 +44,14 @@ class LiteRT:
 
     def load(self, contents: bytes) -> LoadedLiteRT:
         """Load a program, see :meth:`.Runtime.load`."""
-        kinds = OpResolverType
         try:
             interpreter = Interpreter(
                 model_content=contents,
-                experimental_op_resolver_type=kinds.AUTO if self.optimized else kinds.BUILTIN_REF,
+                experimental_op_resolver_type=self._resolver,
                 num_threads=self.threads,
             )
         except ValueError as error:
-            if self.optimized or "builtin opcode 'ELU'" not in str(error):
+            if self.name != "litert" or "builtin opcode 'ELU'" not in str(error):
                 raise UnsupportedProgramError(f"{self.title}: {error}") from error
             raise UnsupportedProgramError(
                 "the program has an ELU, and LiteRT has no reference kernel of it: pass "

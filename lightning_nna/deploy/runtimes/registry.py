@@ -8,9 +8,9 @@ from lightning_nna.deploy.runtimes.interface import Runtime
 from lightning_nna.deploy.runtimes.litert import LiteRT
 from lightning_nna.deploy.runtimes.tflite_micro import TFLiteMicro
 
-#: Runtimes by name: LiteRT's reference kernels, its optimized ones, and TFLite-Micro.
+#: Runtimes by name: LiteRT's reference kernels, its faster ones, and TFLite-Micro.
 RUNTIMES: Mapping[str, Runtime] = {
-    each.name: each for each in (LiteRT(), LiteRT(optimized=True), TFLiteMicro())
+    each.name: each for each in (LiteRT(), LiteRT("optimized"), LiteRT("XNNPACK"), TFLiteMicro())
 }
 
 
@@ -18,8 +18,8 @@ def runtime_of(name: str) -> Runtime:
     """Return a runtime by its name; it need not be installed.
 
     Args:
-        name: ``"litert"`` for LiteRT's reference kernels, ``"litert-optimized"`` for the fast ones,
-            or ``"tflm"`` for TFLite-Micro.
+        name: ``"litert"`` for LiteRT's reference kernels, ``"litert-optimized"`` for faster ones,
+            ``"litert-xnnpack"`` for the fastest, or ``"tflm"`` for TFLite-Micro.
 
     Raises:
         ValueError: If there is no runtime of this name.
