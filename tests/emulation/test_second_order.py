@@ -73,13 +73,15 @@ OPERATORS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], str]] = {
     "lstm": (lambda: Layer(nn.LSTM(8, 8), first), SEQUENCE, "lstm"),
     "gru": (lambda: Layer(nn.GRU(8, 8), first), SEQUENCE, ".*"),
     "softmax": (lambda: nn.Softmax(-1), FLAT, "softmax"),
-    "log_softmax": (lambda: nn.LogSoftmax(-1), FLAT, "log softmax"),
+    "log_softmax": (lambda: nn.LogSoftmax(-1), FLAT, "log_softmax"),
     "add": (lambda: Function(lambda x: x + x.flip(0)), FLAT, "add"),
     "mul": (lambda: Function(lambda x: x * x.flip(0)), FLAT, "mul"),
     "mean": (lambda: Function(lambda x: x.mean(0)), FLAT, "mean"),
     "matmul": (lambda: Function(lambda x: x @ x.T), FLAT, "matmul"),
     "attention": (lambda: Layer(nn.MultiheadAttention(8, 2), attended), SEQUENCE, ".*"),
 }
+#: The last instruction, where 16 bits have several.
+LAST_IN_16_BITS = {"gelu": "mul", "hard_swish": "mul"}
 CASES = [
     pytest.param(name, spec, id=f"{name}-{spec}")
     for name in OPERATORS
@@ -100,10 +102,14 @@ def made(name: str, spec: str) -> tuple[nn.Module, Tensor]:
 @pytest.mark.parametrize(("name", "spec"), CASES)
 def test_a_second_derivative_is_an_error_that_names_the_operator(name: str, spec: str) -> None:
     net, x = made(name, spec)
+    wide = spec == "litert-int16x8"
+    error = ERROR.format(
+        LAST_IN_16_BITS[name] if wide and name in LAST_IN_16_BITS else OPERATORS[name][2]
+    )
     with emulate(net, spec):
-        with pytest.raises(RuntimeError, match=ERROR.format(OPERATORS[name][2])):
+        with pytest.raises(RuntimeError, match=error):
             torch.autograd.grad(net(x).sum(), x, create_graph=True)
-        with pytest.raises(RuntimeError, match=ERROR.format(OPERATORS[name][2])):
+        with pytest.raises(RuntimeError, match=error):
             net(x).sum().backward(create_graph=True)
 
 

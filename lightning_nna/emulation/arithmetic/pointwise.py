@@ -38,15 +38,21 @@ _F = np.float32
 
 
 def tabulate(
-    function: Callable[[Tensor], Tensor], first: int, scale: float, output_scale: float
-) -> Float[Tensor, "256"]:
-    """Tabulate a function of 8-bit numbers, in single precision.
+    function: Callable[[Tensor], Tensor],
+    first: int,
+    scale: float,
+    output_scale: float,
+    *,
+    bits: int = 8,
+) -> Float[Tensor, " entries"]:
+    """Tabulate a function of integers of a few bits, in single precision.
 
     Args:
         function: Takes and gives real numbers, float32.
         first: Smallest integer of the input, less its zero point.
         scale: Scale of the input.
         output_scale: Scale of the output.
+        bits: Width of the input; the table has ``2**bits`` entries.
 
     Returns:
         Integers of the output less its zero point, not clipped, float32.
@@ -55,7 +61,7 @@ def tabulate(
         >>> tabulate(torch.abs, -128, 0.5, 0.25)[[0, 128, 255]]
         tensor([256.,   0., 254.])
     """
-    reals = torch.arange(first, first + 256, dtype=torch.float32) * scale
+    reals = torch.arange(first, first + 2**bits, dtype=torch.float32) * scale
     return round_half_away(function(reals) * float(_F(1) / _F(output_scale)))
 
 

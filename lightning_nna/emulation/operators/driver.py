@@ -100,12 +100,12 @@ def drive(operator: Operator, call: Call, *operands: Tensor | float, **parameter
 
 
 def table(integers: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Return the arithmetic of a function of 8 bits: a table of 256 entries.
+    """Return the arithmetic of a function of one tensor: a table of 256 entries, or 65,536.
 
     Args:
         integers: Takes the quantization parameters of the input and of the output, and the
             operator's parameters by name; returns integers of the output less its zero point, not
-            clipped, float32, shape ``(256,)``, for the inputs ``x.low`` to ``x.high``.
+            clipped, float32, shape ``(2**x.bits,)``, for the inputs from ``x.low`` on.
 
     Returns:
         What an operator has as ``integers``. Tables are kept by their arguments.
@@ -127,13 +127,17 @@ def real(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Return the entries of a table that is made in single precision, for :func:`table`.
 
     Args:
-        function: Function of real numbers, float32, shape ``(256,)``, and of the operator's
-            parameters by name.
+        function: Function of real numbers, float32, of one axis, and of the operator's parameters
+            by name.
     """
 
     def integers(x: QParams, y: QParams, **parameters: Any) -> Tensor:
         return pointwise.tabulate(
-            lambda reals: function(reals, **parameters), x.bounds[0], x.scale, y.scale
+            lambda reals: function(reals, **parameters),
+            x.bounds[0],
+            x.scale,
+            y.scale,
+            bits=x.bits,
         )
 
     return integers

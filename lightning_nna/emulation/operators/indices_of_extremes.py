@@ -1,7 +1,8 @@
 """Indices of extremes, and the largest values in their order.
 
-They choose among integers and need no arithmetic. Of equal values the first comes first, as in the
-kernels: `torch.topk` leaves their order open.
+They choose among integers and need no arithmetic. The kernel of minima has no 16 bits: integers
+go to 32 before. Of equal values the first comes first, as in the kernels: `torch.topk` leaves their
+order open.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from lightning_nna.emulation.operators.call import Call
 from lightning_nna.emulation.operators.record import Kernel, Operator, register_operator
+from lightning_nna.emulation.operators.tabulated import record_cast
 from lightning_nna.emulation.program import Activation, Stored
 
 # Of the schema's types, 32-bit integers.
@@ -50,7 +52,8 @@ def _index_of(
 def record_index(call: Call, kernel: str, x: Activation, axis: int, index: Tensor) -> None:
     """Record the instruction that has the indices of extremes over an axis, which goes away.
 
-    In 16 bits the kernel of the largest values has one for a maximum; there is none for a minimum.
+    In 16 bits the kernel of the largest values has one for a maximum; for a minimum integers go to
+    32 bits before.
 
     Args:
         call: The call.
@@ -59,13 +62,13 @@ def record_index(call: Call, kernel: str, x: Activation, axis: int, index: Tenso
         axis: Axis, from 0.
         index: Indices, in the shape of ``x`` without the axis.
     """
-    if x.qparams.bits != 8:
-        if kernel == "ARG_MAX":
-            _record_largest(call, x, axis, index)
+    if x.qparams.bits == 16 and kernel == "ARG_MAX":
+        _record_largest(call, x, axis, index)
         return
+    operand = x.stored() if x.qparams.bits == 8 else record_cast(call, x)
     over = Stored(torch.tensor(axis), "int32", constant=True)
     result = Stored(index.long(), "int32", source=index)
-    call.record(kernel, [x.stored(), over], [result], outputType=_INT32)
+    call.record(kernel, [operand, over], [result], outputType=_INT32)
 
 
 def _record_largest(call: Call, x: Activation, axis: int, index: Tensor) -> None:
@@ -103,7 +106,6 @@ register_operator(
         emulate=partial(_index_of, "ARG_MIN", torch.argmin),
         supports=supports_index,
         litert=(Kernel("ARG_MIN", versions={"int8": 2}),),
-        widths=(8,),
-        arithmetic="the first index of the smallest integer",
+        arithmetic="the first index of the smallest integer; integers of 16 bits go to 32 before",
     )
 )

@@ -88,7 +88,15 @@ def sum(
     return multiplied_mean(call, input, dim, keepdim, _count(input, _axes(input, dim)))
 
 
-def multiplied_mean(call: Call, input: Tensor, dim: Axes, keepdim: bool, factor: float) -> Tensor:
+def multiplied_mean(
+    call: Call,
+    input: Tensor,
+    dim: Axes,
+    keepdim: bool,
+    factor: float,
+    *,
+    grid: QParams | None = None,
+) -> Tensor:
     """Compute the mean times a number: a ``MEAN`` onto a finer scale, and a ``MUL`` by 1.
 
     Args:
@@ -97,6 +105,7 @@ def multiplied_mean(call: Call, input: Tensor, dim: Axes, keepdim: bool, factor:
         dim: Axes; None for all of them.
         keepdim: Whether they stay, with one element.
         factor: Number, positive; that of the elements makes a sum.
+        grid: Quantization parameters of the result; None for those of the observed range.
     """
     x = call.operand(input, "input")
     axes = _axes(input, dim)
@@ -108,7 +117,7 @@ def multiplied_mean(call: Call, input: Tensor, dim: Axes, keepdim: bool, factor:
 
     if call.observing:
         return call.observed(in_float())
-    y = mean_grid(call, x.qparams, call.output(in_float), factor)
+    y = mean_grid(call, x.qparams, grid or call.output(in_float), factor)
     finer = replace(y, scale=float(np.float32(y.scale) / np.float32(factor)))
     with float32_arithmetic(input):
         result = _Mean.apply(x.value, x, axes, keepdim, finer, y.scale, call)

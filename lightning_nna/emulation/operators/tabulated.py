@@ -1,10 +1,13 @@
-"""Functions of 8 bits that no kernel computes: a table that a program looks up.
+"""Functions that no kernel computes: a table that a program looks up.
 
 Every entry is the function of a real number in single precision, rounded once, so that the error is
 at most half a step of the output. In a program such a table is a GATHER, whose indices are 32-bit
 integers from 0:
 
-    CAST (int8 -> int32) -> ADD 128 -> GATHER (table)
+    CAST (int8 -> int32) -> ADD 128 -> GATHER (table of 256 bytes)
+    CAST (int16 -> int32) -> ADD 32768 -> GATHER (table of 128 KiB)
+
+In 16 bits each pair of scales has a table of its own.
 
 An operator of one's own is one line:
 
@@ -25,7 +28,7 @@ from lightning_nna.emulation.operators.driver import real, table
 from lightning_nna.emulation.operators.record import Kernel, Operator, register_kernel
 from lightning_nna.emulation.program import Activation, Stored
 
-_INT8, _INT32 = 9, 2  # As the TensorFlow Lite schema numbers types.
+_TYPES = {"int8": 9, "int16": 7, "int32": 2}  # As the TensorFlow Lite schema numbers types.
 
 
 def tabulated(
@@ -37,12 +40,12 @@ def tabulated(
     learns_scale: bool = True,
     **fields: Any,
 ) -> Operator:
-    """Return the record of a function of one tensor as a table of 256 entries.
+    """Return the record of a function of one tensor as a table of 256 entries, or 65,536.
 
     Args:
         name: Name of the operator.
         function: The function on tensors of any shape, with the signature of the torch function.
-        reals: The same for the entries, float32, shape ``(256,)``, with the same bits on every
+        reals: The same for the entries, float32, of one axis, with the same bits on every
             processor (see :mod:`lightning_nna.elementary`); takes the other arguments by name.
         torch: Torch functions; None for ``function`` alone.
         learns_scale: Whether the scale of its output can be learned.
@@ -50,10 +53,12 @@ def tabulated(
 
     Example:
         >>> tabulated("halved", lambda input: input / 2, lambda x: x / 2, torch=("halved",)).widths
-        (8,)
+        (8, 16)
     """
     integers = table(real(reals))
-    settings = {"widths": (8,), "arithmetic": "table of 256 entries, looked up by GATHER"}
+    settings = {
+        "arithmetic": "table of 256 entries, in 16 bits of 65,536 (128 KiB), looked up by GATHER"
+    }
     return Operator(
         name,
         torch=(function,) if torch is None else torch,
@@ -79,24 +84,23 @@ def record_table(
         integers: Arithmetic of the operator.
         operator: Record of the operator.
         call: The call.
-        operands: Activation of 8 bits, any shape.
+        operands: Activation of 8 or 16 bits, any shape.
         y: Result, of the same shape, of 8 or 16 bits.
         parameters: Other arguments of the function.
     """
     (x,) = operands
+    half = 2 ** (x.qparams.bits - 1)
     # The first entry stands for -128, which weights of an embedding, symmetric, never are.
-    first = -128 - x.qparams.zero_point
-    centered = torch.arange(first, first + 256).clamp(*x.qparams.bounds)
-    inputs = Activation(centered * x.qparams.scale, x.qparams)
+    first = -half - x.qparams.zero_point
+    centered = torch.arange(first, first + 2 * half).clamp(*x.qparams.bounds)
+    # In float64, which holds every integer of 16 bits times the scale of one of 8.
+    inputs = Activation(centered.double() * x.qparams.scale, x.qparams)
     entries = integers(inputs, y=y.qparams, call=call, **parameters).clamp(*y.qparams.bounds)
     rows = Activation(entries * y.qparams.scale, y.qparams, constant=True).stored()
-    positions = x.stored().integers
-    cast = Stored(positions, "int32", source=positions)
-    raised = positions + 128
+    cast = record_cast(call, x)
+    raised = cast.integers + half
     index = Stored(raised, "int32", source=raised)
-    offset = Stored(torch.tensor(128), "int32", constant=True)
-    call.record("CAST", [x.stored()], [cast], inDataType=_INT8, outDataType=_INT32)
-    call.record("ADD", [cast, offset], [index])
+    call.record("ADD", [cast, Stored(torch.tensor(half), "int32", constant=True)], [index])
     call.record("GATHER", [rows, index], [y.stored()], axis=0)
 
 
@@ -105,4 +109,23 @@ def _version_of_cast(version: int, operator: Any, tensors: Any) -> int:
     return 3 if tensors[operator.outputs[0]].dtype == "int8" else version
 
 
-register_kernel(Kernel("CAST", order="elements", versions={"int8": 3}, version=_version_of_cast))
+def record_cast(call: Call, x: Activation) -> Stored:
+    """Record the instruction that makes 32-bit integers of an activation.
+
+    Args:
+        call: The call.
+        x: Activation of 8 or 16 bits, any shape.
+
+    Returns:
+        The same integers, with the zero point, which stand for no scale any more.
+    """
+    operand = x.stored()
+    result = Stored(operand.integers, "int32", source=operand.integers)
+    types = {"inDataType": _TYPES[operand.dtype], "outDataType": _TYPES["int32"]}
+    call.record("CAST", [operand], [result], **types)
+    return result
+
+
+CAST = register_kernel(
+    Kernel("CAST", order="elements", versions={"int8": 3}, version=_version_of_cast)
+)

@@ -1,4 +1,4 @@
-"""Functions of 8 bits that LiteRT has no kernel for; in 16 bits they run in float."""
+"""Functions that LiteRT has no kernel for: tables that a program looks up."""
 
 from __future__ import annotations
 

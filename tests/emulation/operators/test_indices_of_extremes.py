@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lightning_nna import calibrate, coverage, emulate
 from lightning_nna.deploy import CaptureError, export_tflite, run_tflite, verify
-from lightning_nna.testing.operator_oracle import CHECKS, Check, Example, check_operator
+from lightning_nna.testing.operator_oracle import CHECKS, SPECS, Check, Example, check_operator
 from lightning_nna.testing.replay import replays
 from tests.emulation.modules import Function
 
@@ -61,12 +61,13 @@ FORMS: dict[str, Callable[[Tensor], Any]] = {
 }
 
 
+@pytest.mark.parametrize("bits", SPECS)
 @pytest.mark.parametrize("name", FORMS)
-def test_indices_are_results(tmp_path: Path, name: str) -> None:
+def test_indices_are_results(tmp_path: Path, name: str, bits: int) -> None:
     net = Function(lambda x: (x.tanh(), FORMS[name](x.tanh())))
     x = torch.randint(-3, 4, (6, 5, 7)) / 3  # Ties.
-    calibrate(net, [[x]], forward=lambda net, batch: net(*batch))
-    with emulate(net), torch.no_grad():
+    calibrate(net, [[x]], forward=lambda net, batch: net(*batch), spec=SPECS[bits])
+    with emulate(net, SPECS[bits]), torch.no_grad():
         value, index = net(x)
     assert index.dtype == torch.int64
     assert torch.equal(index, FORMS[name](value))
@@ -108,8 +109,3 @@ def test_sixteen_bits_have_maxima(tmp_path: Path, name: str) -> None:
     assert model.left_out == ()
     assert "TOPK_V2" in model.operators
     assert verify(net, model.path, [x]) == 1.0
-
-
-def test_sixteen_bits_have_no_kernel_of_minima() -> None:
-    net = Function(lambda x: F.one_hot((2 * x).argmin(-1), 5) + 2 * x)
-    assert not coverage(net, torch.randn(3, 5), spec=WIDE).fallbacks

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from lightning_nna import calibrate, coverage, emulate
 from lightning_nna.emulation.operators.catalog import operators
-from lightning_nna.testing.operator_oracle import CHECKS, Check, Example, check_operator
+from lightning_nna.emulation.ranges import affine_qparams
+from lightning_nna.testing.operator_oracle import CHECKS, SPECS, Check, Example, check_operator
 from lightning_nna.testing.replay import replays
 from tests.emulation.operators.examples import Calling, function
 
@@ -54,24 +55,29 @@ def test_none_is_missing() -> None:
     assert looked_up == {*FUNCTIONS, "elu", "reciprocal"}
 
 
+def test_every_operator_has_both_widths() -> None:
+    assert {name for name, each in operators().items() if each.widths != (8, 16)} == set()
+
+
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_oracle(name: str, check: Check) -> None:
     check_operator(name, [Example(function(FUNCTIONS[name]), (ROWS,))], checks=[check])
 
 
+@pytest.mark.parametrize("bits", SPECS)
 @pytest.mark.parametrize("name", [*FUNCTIONS, *FORMS])
-def test_it_is_the_nearest_integer_of_the_function_of_the_integers(name: str) -> None:
+def test_it_is_the_nearest_integer_of_the_function_of_the_integers(name: str, bits: int) -> None:
     run = {**FUNCTIONS, **FORMS}[name]
     net, x = Calling(run), torch.linspace(-4, 4, 1001)
-    calibrate(net, [x])
+    calibrate(net, [x], spec=SPECS[bits])
     leaf = x.clone().requires_grad_()
-    with emulate(net) as chip:
+    with emulate(net, SPECS[bits]) as chip:
         result = net(leaf)
         qparams = chip.state.qparams_of(result)
         result.sum().backward()
     (observed,) = (each for key, each in chip.ranges.ranges.items() if key.endswith("/input"))
-    step = (observed.maximum - observed.minimum) / 255
+    step = affine_qparams(observed.minimum, observed.maximum, bits=bits).scale
     inputs = (x / step).round() * step
     assert qparams is not None
     expected = run(inputs.clamp(-4, 4))
@@ -81,10 +87,22 @@ def test_it_is_the_nearest_integer_of_the_function_of_the_integers(name: str) ->
     assert leaf.grad.isfinite().all()
 
 
-def test_16_bits_and_decimals_run_in_float() -> None:
+def test_decimals_run_in_float() -> None:
     x = torch.randn(4, 5)
-    assert coverage(nn.Softplus(), x, spec="litert-int16x8").fallbacks
     assert coverage(Calling(lambda x: torch.round(x, decimals=1)), x).fallbacks
+
+
+@pytest.mark.parametrize("name", [*FUNCTIONS, *FORMS])
+def test_all_65536_entries_are_litert_s(name: str) -> None:
+    run = {**FUNCTIONS, **FORMS}[name]
+    x = torch.linspace(-7.0, 7.0, 2**16).view(256, 256)
+    assert replays(Calling(run), x, spec="litert-int16x8")["GATHER"] == 2**16
+
+
+def test_entries_for_integers_of_8_bits_that_were_widened() -> None:
+    """float32 holds no product of a wide integer and such a scale."""
+    net = nn.Sequential(nn.LSTM(6, 20), Calling(lambda pair: F.mish(pair[0])))
+    assert replays(net, torch.randn(30, 20, 6), spec="litert-int16x8")["GATHER"] == 12_000
 
 
 def test_an_embedding_whose_integers_begin_at_minus_127() -> None:
