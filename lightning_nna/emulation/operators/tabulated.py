@@ -121,8 +121,8 @@ def record_cast(call: Call, x: Activation) -> Stored:
     """
     operand = x.stored()
     result = Stored(operand.integers, "int32", source=operand.integers)
-    types = {"inDataType": _TYPES[operand.dtype], "outDataType": _TYPES["int32"]}
-    call.record("CAST", [operand], [result], **types)
+    given, wanted = (_TYPES[stored.dtype] for stored in (operand, result))
+    call.record("CAST", [operand], [result], inDataType=given, outDataType=wanted)
     return result
 
 
