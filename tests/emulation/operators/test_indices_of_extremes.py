@@ -109,3 +109,8 @@ def test_sixteen_bits_have_maxima(tmp_path: Path, name: str) -> None:
     assert model.left_out == ()
     assert "TOPK_V2" in model.operators
     assert verify(net, model.path, [x]) == 1.0
+
+
+def test_sixteen_bits_have_minima() -> None:
+    net = Function(lambda x: F.one_hot((2 * x).argmin(-1), 5) + 2 * x)
+    assert not coverage(net, torch.randn(3, 5), spec=WIDE).fallbacks
