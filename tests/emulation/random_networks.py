@@ -97,14 +97,15 @@ FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "rolled": lambda x: x + x.roll(1, 1),
     "triangle": lambda x: x + x.tril(),
     "cumulative": lambda x: x.cumsum(1) / 3,
-    "transposed": lambda x: torch.tanh(x.transpose(1, 2).reshape(x.shape[0], -1)).view(
-        x.shape[0], x.shape[2], x.shape[1]
-    ).transpose(1, 2),
+    "transposed": lambda x: (
+        torch.tanh(x.transpose(1, 2).reshape(x.shape[0], -1))
+        .view(x.shape[0], x.shape[2], x.shape[1])
+        .transpose(1, 2)
+    ),
     # Products
     "scores": lambda x: torch.softmax(x @ x.transpose(1, 2) / 4, -1) @ x,
     "einsum": lambda x: torch.einsum("btw,bsw->bts", x, x).softmax(-1) @ x,
-}  # fmt: skip
-IN_8_BITS: dict[str, Callable[[Tensor], Tensor]] = {
+    # Tables, and what is one in 8 bits
     "elu": lambda x: F.elu(x, 0.7),
     "selu": F.selu,
     "celu": lambda x: F.celu(x, 0.6),
@@ -136,7 +137,7 @@ Plan = tuple[Any, ...]
 
 def plans(bits: int, without: Collection[str] = ()) -> st.SearchStrategy[list[Plan]]:
     """Sequences of blocks, without some functions."""
-    names = [*FUNCTIONS, *(IN_8_BITS if bits == 8 else ())]
+    names = list(FUNCTIONS)
     names = [name for name in names if name not in without]
     function = st.tuples(st.just("function"), st.sampled_from(names))
     layer = st.tuples(st.just("layer"), st.sampled_from(LAYERS), st.sampled_from([4, 8, 12]))
@@ -163,7 +164,7 @@ def deep_plan(draw: random.Random, bits: int, deepest: int = 30) -> list[Plan]:
 
 def _drawn(draw: random.Random, bits: int, *, nested: bool = True) -> Plan:
     """Draw one block."""
-    names = [*FUNCTIONS, *(IN_8_BITS if bits == 8 else ())]
+    names = list(FUNCTIONS)
     kind = draw.choices(("function", "layer", "joined"), (6, 3, 1 if nested else 0))[0]
     if kind == "function":
         return kind, draw.choice(names)
@@ -178,7 +179,7 @@ class Function(nn.Module):
 
     def __init__(self, name: str) -> None:
         super().__init__()
-        self.function = (FUNCTIONS | IN_8_BITS)[name]
+        self.function = FUNCTIONS[name]
 
     def forward(self, x: Tensor) -> Tensor:
         return self.function(x)

@@ -20,7 +20,6 @@ from tests.emulation.random_networks import (
     BATCH,
     CLASSES,
     FUNCTIONS,
-    IN_8_BITS,
     INPUTS,
     LAYERS,
     TIME,
@@ -64,7 +63,6 @@ def test_every_operator_is_drawn(bits: int) -> None:
     """The blocks consist of all operators of this width, and none of them falls back."""
     torch.manual_seed(0)
     blocks: list[Plan] = [("function", name) for name in FUNCTIONS]
-    blocks += [("function", name) for name in IN_8_BITS if bits == 8]
     blocks += [("layer", name, 4) for name in LAYERS]
     drawn, fallbacks = set(), []
     for block in blocks:
