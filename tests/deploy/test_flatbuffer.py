@@ -44,8 +44,11 @@ CASES: dict[
         (lambda: nn.Conv2d(4, 4, 3, groups=4),),
     ),
     "EQUAL": (lambda x: torch.where(x == x.flip(0), x, 2 * x), ROWS, ()),
+    "FLOOR_DIV": (lambda x: x.argmax(-1) // 2, ROWS, ()),
+    "FLOOR_MOD": (lambda x: x.argmax(-1) % 2, ROWS, ()),
     "FULLY_CONNECTED": (lambda x, linear: linear(x), ROWS, (lambda: nn.Linear(4, 3),)),
     "GATHER": (permuted, (9, 11), ()),
+    "GATHER_ND": (lambda x: x[x.argmax(0), x.argmax(0) % 2], (4, 3, 2), ()),
     "GREATER_EQUAL": (lambda x: torch.where(x >= x.flip(0), x, 2 * x), ROWS, ()),
     "LEAKY_RELU": (lambda x: F.leaky_relu(x), ROWS, ()),
     "LESS": (lambda x: torch.where(x < x.flip(0), x, 2 * x), ROWS, ()),
@@ -58,6 +61,7 @@ CASES: dict[
     "MINIMUM": (lambda x: torch.minimum(x, x.flip(0)), ROWS, ()),
     "MUL": (lambda x: x * torch.sigmoid(x), ROWS, ()),
     "NOT_EQUAL": (lambda x: torch.where(x != x.flip(0), x, 2 * x), ROWS, ()),
+    "ONE_HOT": (lambda x: F.one_hot(x.argmax(-1), 4), ROWS, ()),
     "PAD": (
         lambda x, conv: conv(x),
         (2, 4, 7),
@@ -77,6 +81,7 @@ CASES: dict[
     "SOFTMAX": (lambda x: torch.softmax(x, -1), ROWS, ()),
     "STRIDED_SLICE": (lambda x: torch.sigmoid(x[:, ::2]), ROWS, ()),
     "SUB": (lambda x: x - torch.sigmoid(x), ROWS, ()),
+    "SUM": (lambda x: (x > 0).sum(-1), ROWS, ()),
     "TANH": (lambda x: x, ROWS, ()),
     "TRANSPOSE": (lambda x: torch.sigmoid(x.transpose(1, 2).contiguous()), (2, 3, 4), ()),
     "UNIDIRECTIONAL_SEQUENCE_LSTM": (
@@ -86,6 +91,7 @@ CASES: dict[
     ),
 }
 ONLY_8_BITS = {
+    "ARG_MAX": (lambda x: x.argmax(-1), ROWS, ()),
     "CAST": (F.softplus, ROWS, ()),
     "GELU": (F.gelu, ROWS, ()),
     # In 16 bits the operands of the opposite kernel are exchanged.
