@@ -24,6 +24,11 @@ install: .venv/.installed  ## Create .venv and install everything in it
 	$(BIN)/uv pip install --quiet --python $(BIN)/python -c constraints.txt -e '.[asr,deploy,dev,foreign]'
 	touch $@
 
+# Packages that ask for other versions than ours, each in an environment of its own.
+.PHONY: runtimes
+runtimes: .venv/.installed
+	$(BIN)/python lightning_nna/deploy/runtimes/environment.py
+
 demo: .venv/.installed  ## Train on synthetic speech: float, emulated, trained emulated, deployed
 	$(BIN)/python -m recipes.demo
 

@@ -21,7 +21,7 @@ Rounding = Literal["reference", "double", "single", "shift"]
 #: Rounding of reference kernels, see :mod:`.arithmetic.rescaling`.
 KernelRounding = Rounding | Literal["real", "reduced"]
 Overflow = Literal["saturate", "wrap"]
-RuntimeName = Literal["litert", "tflm"]
+RuntimeName = Literal["litert", "tflm", "tosa"]
 
 #: Widths of the accumulators of LiteRT's kernels in bits, by the width of their activations.
 LITERT_ACCUMULATOR = {8: 32, 16: 64}
@@ -36,7 +36,7 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "accumulator_overflow": ("saturate", "wrap"),
     "weight_granularity": ("per_channel", "per_tensor"),
     "rounding": ("reference", "double", "single", "shift"),
-    "runtime": ("litert", "tflm"),
+    "runtime": ("litert", "tflm", "tosa"),
     "table_entries": (0, *(2**k for k in range(4, 17))),
 }
 
@@ -60,7 +60,8 @@ class NNASpec:
             ``"per_tensor"``. LSTM gates and embeddings always have one scale for each tensor, as
             their kernels do.
         runtime: Runtime whose kernels the arithmetic equals, where they differ: ``"litert"`` for
-            LiteRT's reference kernels, ``"tflm"`` for TFLite-Micro's.
+            LiteRT's reference kernels, ``"tflm"`` for TFLite-Micro's, ``"tosa"`` for those of
+            TOSA's reference model.
         rounding: Rounding of the requantization: ``"reference"``, that of the runtime's kernel of
             each operator; ``"double"``, a fixed-point multiplier rounded twice, everywhere;
             ``"single"``, the same rounded once; ``"shift"``, a shift alone: then every scale
@@ -320,6 +321,10 @@ PRESETS: dict[str, NNASpec] = {
         NNASpec("tflm-int8", runtime="tflm"),
         NNASpec(
             "tflm-int16x8", activation_bits=16, accumulator_bits=64, bias_bits=40, runtime="tflm"
+        ),
+        NNASpec("tosa-int8", runtime="tosa"),
+        NNASpec(
+            "tosa-int16x8", activation_bits=16, accumulator_bits=64, bias_bits=40, runtime="tosa"
         ),
         # What Vela leaves to the host runs on TFLite-Micro.
         NNASpec("ethos-u", runtime="tflm"),

@@ -38,7 +38,11 @@ from lightning_nna.testing.replay import WITHOUT_REFERENCE, replays
 #: Presets whose activations have so many bits, of LiteRT.
 SPECS = {8: "litert-int8", 16: "litert-int16x8"}
 #: The same by runtime.
-SPECS_OF = {"litert": SPECS, "tflm": {8: "tflm-int8", 16: "tflm-int16x8"}}
+SPECS_OF = {
+    "litert": SPECS,
+    "tflm": {8: "tflm-int8", 16: "tflm-int16x8"},
+    "tosa": {8: "tosa-int8", 16: "tosa-int16x8"},
+}
 #: Number of results that random inputs compare at least.
 MANY = 10_000
 # Gradients of quantized operands point where those of the float network do.

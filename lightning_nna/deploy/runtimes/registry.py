@@ -7,10 +7,12 @@ from collections.abc import Mapping
 from lightning_nna.deploy.runtimes.interface import Runtime
 from lightning_nna.deploy.runtimes.litert import LiteRT
 from lightning_nna.deploy.runtimes.tflite_micro import TFLiteMicro
+from lightning_nna.deploy.runtimes.tosa import TOSA
 
-#: Runtimes by name: LiteRT's reference kernels, its faster ones, and TFLite-Micro.
+#: Runtimes by name: LiteRT's reference kernels, its faster ones, TFLite-Micro, and TOSA.
 RUNTIMES: Mapping[str, Runtime] = {
-    each.name: each for each in (LiteRT(), LiteRT("optimized"), LiteRT("XNNPACK"), TFLiteMicro())
+    each.name: each
+    for each in (LiteRT(), LiteRT("optimized"), LiteRT("XNNPACK"), TFLiteMicro(), TOSA())
 }
 
 
@@ -19,7 +21,8 @@ def runtime_of(name: str) -> Runtime:
 
     Args:
         name: ``"litert"`` for LiteRT's reference kernels, ``"litert-optimized"`` for faster ones,
-            ``"litert-xnnpack"`` for the fastest, or ``"tflm"`` for TFLite-Micro.
+            ``"litert-xnnpack"`` for the fastest, ``"tflm"`` for TFLite-Micro, or ``"tosa"`` for
+            TOSA's reference model.
 
     Raises:
         ValueError: If there is no runtime of this name.
