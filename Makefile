@@ -16,7 +16,7 @@ export NO_MKDOCS_2_WARNING := 1
 help:  ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' Makefile | expand -t 20
 
-install: .venv/.installed  ## Create .venv and install everything in it
+install: .venv/.installed .cache/runtimes/.made  ## Create .venv, environments of runtimes, and install everything in them
 
 .venv/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -25,9 +25,10 @@ install: .venv/.installed  ## Create .venv and install everything in it
 	touch $@
 
 # Packages that ask for other versions than ours, each in an environment of its own.
-.PHONY: runtimes
-runtimes: .venv/.installed
+RUNTIMES := .cache/runtimes/.made
+$(RUNTIMES): .venv/.installed $(wildcard lightning_nna/deploy/runtimes/*_requirements.txt)
 	$(BIN)/python lightning_nna/deploy/runtimes/environment.py
+	touch $@
 
 demo: .venv/.installed  ## Train on synthetic speech: float, emulated, trained emulated, deployed
 	$(BIN)/python -m recipes.demo
@@ -39,7 +40,7 @@ bench: .venv/.installed  ## Measure time and memory of training steps, compared 
 	$(BIN)/python -m recipes.benchmark.lloyd_max
 	$(BIN)/python -m recipes.benchmark.shift
 
-test: .venv/.installed  ## Run the whole suite, doctests and the code blocks of the documentation
+test: .venv/.installed $(RUNTIMES)  ## Run the whole suite, doctests and the code blocks of the documentation
 	$(BIN)/python -m pytest -n $(WORKERS)
 
 # Emulation must not depend on the processor. These stand in for others: PyTorch's kernels without
@@ -48,7 +49,7 @@ ISAS := ATEN_CPU_CAPABILITY=default ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=
 ISA_TESTS := tests/test_processors.py tests/test_elementary.py tests/emulation tests/weights/test_pipeline.py \
 	tests/deploy/test_tflite.py tests/callbacks
 
-test-isa: .venv/.installed  ## Run exactness, learned scales, pipeline, export and contract as on other processors
+test-isa: .venv/.installed $(RUNTIMES)  ## Run exactness, learned scales, pipeline, export and contract as on other processors
 	@for isa in $(ISAS); do echo "$$isa"; env $$isa $(BIN)/python -m pytest -n $(WORKERS) $(ISA_TESTS) || exit 1; done
 
 check: .venv/.installed  ## Check format, lint, types and import rules

@@ -219,13 +219,13 @@ class NNASpec:
         """Type in which kernels form the factor of their requantization.
 
         Some of LiteRT's, of a product, a PReLU, an absolute value, a leaky ReLU and a hard swish,
-        have single precision; all of TFLite-Micro's have double precision.
+        have single precision; all of TFLite-Micro's and of TOSA's converter have double precision.
 
         Example:
             >>> NNASpec().factor_precision, NNASpec(runtime="tflm").factor_precision
             (<class 'numpy.float32'>, <class 'numpy.float64'>)
         """
-        return np.float64 if self.runtime == "tflm" else np.float32
+        return np.float32 if self.runtime == "litert" else np.float64
 
     @classmethod
     def from_mapping(cls, settings: Mapping[str, Any]) -> NNASpec:

@@ -79,7 +79,9 @@ class LoadedTOSA:
         packed = [[(x.dtype.str, x.shape, x.tobytes()) for x in inputs] for inputs in calls]
         kind, outputs = _ask("run", self.contents, packed)
         if kind != "outputs":
-            raise UnsupportedProgramError(f"TOSA's reference model cannot run the program: {outputs}")
+            raise UnsupportedProgramError(
+                f"TOSA's reference model cannot run the program: {outputs}"
+            )
         return [
             [np.frombuffer(data, dtype).reshape(shape).copy() for dtype, shape, data in each]
             for each in outputs
@@ -129,7 +131,7 @@ class _Worker:
     """A process of ``tosa_worker.py``."""
 
     def __init__(self, python: Path) -> None:
-        self._said = tempfile.TemporaryFile(buffering=0)
+        self._said = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115
         self._process = subprocess.Popen(
             [python, "-I", _WORKER],
             stdin=subprocess.PIPE,

@@ -31,7 +31,9 @@ def convert(contents: bytes) -> tuple[str, Any]:
     import tosa_tools_cli
 
     with TemporaryDirectory() as folder:
-        tflite, text, tosa = (str(Path(folder, f"program.{end}")) for end in ("tflite", "mlir", "tosa"))
+        tflite, text, tosa = (
+            str(Path(folder, f"program.{end}")) for end in ("tflite", "mlir", "tosa")
+        )
         Path(tflite).write_bytes(contents)
         form = converter.TosaConverterOutputFormat.Text
         converter.tflite_flatbuffer_to_tosa_mlir(tflite, text, form)

@@ -116,7 +116,7 @@ def reciprocal(
 
 
 def softmax_int16(
-    scores: Int[Tensor, "*rows n"], scale: float, *, single: bool = False
+    scores: Int[Tensor, "*rows n"], scale: float, *, single: bool = False, wraps: bool = False
 ) -> Int[Tensor, "*rows n"]:
     """Softmax of 16-bit scores along the last axis, in steps of 2^-15.
 
@@ -126,6 +126,8 @@ def softmax_int16(
         scores: Integers, zero point taken off or not: only differences count.
         scale: Scale of the scores, times beta.
         single: Whether the tables are made in single precision, as those of TFLite-Micro.
+        wraps: Whether what leads beyond a table wraps around, as in TOSA: scores that are more than
+            10 below the largest; otherwise it takes the table's end.
 
     Returns:
         int64 integers, 0 to 32767.
@@ -134,18 +136,27 @@ def softmax_int16(
         >>> softmax_int16(torch.tensor([[0, 0]]), 1e-3)
         tensor([[16384, 16384]])
     """
+    into_table = _wrapped if wraps else _saturated
     exponential, inverse = _single_tables() if single else _wide_tables()
     multiplier, shift = quantize_multiplier(scale / (10.0 / 65535.0))
     differences = scores - scores.amax(-1, keepdim=True)
     scaled = multiply_by_quantized_multiplier(differences, multiplier, shift)
-    exps = interpolate(exponential, (scaled + INT16_MAX).clamp(INT16_MIN, INT16_MAX))
+    exps = interpolate(exponential, into_table(scaled + INT16_MAX))
     sums = exps.sum(-1, keepdim=True)
     headroom = 32 - torch.frexp(sums.double()).exponent.long()
     shifted = ((sums << (headroom - 1)) + (1 << 13)) >> 14
-    offset = (shifted - (1 << 16) - (1 << 15)).clamp(INT16_MIN, INT16_MAX)
+    offset = into_table(shifted - (1 << 16) - (1 << 15))
     right = 31 - headroom
     half = torch.ones_like(right) << (right - 1)
     return ((exps * interpolate(inverse, offset) + half) >> right).clamp(0, INT16_MAX)
+
+
+def _saturated(x: Tensor) -> Tensor:
+    return x.clamp(INT16_MIN, INT16_MAX)
+
+
+def _wrapped(x: Tensor) -> Tensor:
+    return ((x - INT16_MIN) & (2**16 - 1)) + INT16_MIN
 
 
 @lru_cache(maxsize=1)

@@ -191,6 +191,30 @@ def leaky_relu(
     )
 
 
+def leaky_relu_of_tosa(
+    x: Int[Tensor, "*shape"], slope: float, scale: float, output_scale: float
+) -> Int[Tensor, "*shape"]:
+    """Leaky ReLU as TOSA has it: the larger of x and slope x, with factors in double precision.
+
+    Args:
+        x: Integers less the zero point, int64.
+        slope: Of the negative side; above 1 the smaller is taken.
+        scale: Scale of the input.
+        output_scale: Scale of the output.
+
+    Returns:
+        Integers of the output less its zero point, not clipped, int64.
+
+    Example:
+        >>> leaky_relu_of_tosa(torch.tensor([-100, 100]), 0.1, 0.5, 0.5)
+        tensor([-10, 100])
+    """
+    ratio = scale / output_scale
+    same = multiply_by_quantized_multiplier(x, *quantize_multiplier(ratio))
+    leak = multiply_by_quantized_multiplier(x, *quantize_multiplier(ratio * float(_F(slope))))
+    return torch.maximum(same, leak) if slope <= 1 else torch.minimum(same, leak)
+
+
 def logistic_int16(x: Int[Tensor, "*shape"], scale: float) -> Int[Tensor, "*shape"]:
     """Sigmoid of 16-bit numbers, in steps of 2^-15.
 

@@ -16,6 +16,7 @@ from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -72,9 +73,10 @@ def _with_wide(
     def integers(x: Activation, *, y: QParams, call: Call) -> Tensor:
         if x.qparams.bits == 8:
             return narrow(x, y=y, call=call)
-        values, segments = x.integers().long(), call.state.spec.table_entries
-        if segments:
-            return interpolate(_segments(name, x.qparams.scale, segments), values).double()
+        values, spec = x.integers().long(), call.state.spec
+        if spec.table_entries or spec.runtime == "tosa":
+            entries = _segments(name, x.qparams.scale, spec.table_entries)
+            return interpolate(entries, values).double()
         if x.qparams.scale >= _WIDEST_SCALE and call.state.watches_overflow(call.site):
             lost = (x.value.abs() >= _WIDEST_SCALE * 2**15).sum()
             call.state.count_overflow(call.site, int(lost), values.numel())
@@ -286,6 +288,8 @@ def _leaky_relu(x: Activation, *, y: QParams, call: Call, negative_slope: float 
     if x.qparams.bits == 8:
         return _leaky_table(x, y=y, call=call, slope=negative_slope, precision=precision)
     integers, scale = x.integers().long(), x.qparams.scale
+    if call.state.spec.runtime == "tosa":
+        return pointwise.leaky_relu_of_tosa(integers, negative_slope, scale, y.scale).double()
     return pointwise.leaky_relu(
         integers, negative_slope, scale, y.scale, precision=precision
     ).double()
@@ -410,13 +414,16 @@ def _dropped(call: Call, input: Tensor, p: float, training: bool, shape: tuple[i
 
 @lru_cache(maxsize=64)
 def _segments(name: str, scale: float, segments: int) -> Tensor:
-    """Sigmoid or tanh on a chip whose tables have a number of segments of its own."""
+    """Sigmoid or tanh on a chip whose tables have a number of segments of its own; 0 for TOSA's."""
     function = {"sigmoid": elementary.sigmoid, "tanh": elementary.tanh}[name]
 
     def real(x: Any, _: Any) -> Any:
-        return function(torch.from_numpy(x)).float().numpy()
+        return function(torch.from_numpy(x)).numpy()
 
-    return interpolation_table(real, scale, WIDE_OUTPUT.scale, segments=segments)
+    if segments:
+        return interpolation_table(real, scale, WIDE_OUTPUT.scale, segments=segments)
+    # With this scale 1 is 2^15, as there.
+    return interpolation_table(real, scale, 2 / (2**16 - 1), precision=np.float64)
 
 
 register_operator(

@@ -7,7 +7,8 @@ input as multiples of :math:`2^{-10}`, with :math:`n` elements for :math:`m`:
           \qquad \sigma = \Bigl\lfloor \frac{2^{10} n + \lfloor m / 2 \rfloor}{m} \Bigr\rfloor
 
 for centers of pixels, and :math:`j \sigma` with :math:`n - 1` and :math:`m - 1` for corners. The
-sum of the stored integers with weights in units of :math:`2^{-20}` is rounded away from zero.
+sum of the stored integers with weights in units of :math:`2^{-20}` is rounded away from zero. In
+TOSA positions are fractions of :math:`m`, and the sum of products is rescaled with ties up.
 ``RESIZE_NEAREST_NEIGHBOR`` moves data. Sizes that an Ethos-U does not resize are products with
 constant weights (:mod:`.resizing_products`) where their positions are at least as exact; elements
 that are repeated are broadcast. Areas are adaptive average pooling.
@@ -15,16 +16,15 @@ that are repeated are broadcast. Areas are adaptive average pooling.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_nna.emulation.arithmetic.rescaling import RoundingKind, rescale
 from lightning_nna.emulation.first_order import first_order
 from lightning_nna.emulation.float32_arithmetic import float32_arithmetic
 from lightning_nna.emulation.operators.adaptive_pooling import (
@@ -36,6 +36,13 @@ from lightning_nna.emulation.operators.convolution_layout import channels_last
 from lightning_nna.emulation.operators.pooling import is_image
 from lightning_nna.emulation.operators.pooling_layout import image, without_image
 from lightning_nna.emulation.operators.record import Kernel, Operator, register_operator
+from lightning_nna.emulation.operators.resizing_positions import (
+    Positions,
+    nearest_of_litert,
+    nearest_of_tosa,
+    positions_of_litert,
+    positions_of_tosa,
+)
 from lightning_nna.emulation.operators.resizing_products import (
     Weights,
     has_exact_weights,
@@ -47,9 +54,6 @@ from lightning_nna.emulation.operators.resizing_products import (
 )
 from lightning_nna.emulation.program import Activation, Stored
 
-# Fraction bits of a position in 8 bits.
-_FRACTION = 10
-_ONE = 2.0**_FRACTION
 _LINEAR = {1: "linear", 2: "bilinear"}
 _NEAREST = ("nearest", "nearest-exact")
 
@@ -127,7 +131,7 @@ def interpolate(
     if (weights := _interpolating(call, x, (height, width), corners)) is not None:
         return call.unchanged(without_image(products(call, x, weights), input, axes), x)
     with float32_arithmetic(x.value):
-        result = _Bilinear.apply(x.value, x, (height, width), corners)
+        result = _Bilinear.apply(x.value, x, (height, width), corners, call)
     if call.recording:
         _record(call, "RESIZE_BILINEAR", x, Activation(result, x.qparams), corners, not corners)
     rows = result[:, :, :1] if twice else result
@@ -168,13 +172,10 @@ def _nearest(call: Call, x: Activation, request: _Request) -> Tensor:
     """Each output is an element of the input: one instruction, or slices where it has others."""
     exact, outputs = request.mode == "nearest-exact", request.outputs(x.value)
     indices, sizes = _indices(request, x.value), x.value.shape[2:]
-    kernels_own = all(
-        torch.equal(asked, _nearest_index(before, after, half_pixel=exact))
-        for asked, before, after in zip(indices, sizes, outputs, strict=True)
-    )
+    centers = _centers(call, exact, list(zip(indices, sizes, outputs, strict=True)))
     images = tuple((1, *numbers)[-2:] for numbers in (sizes, outputs))
-    by_npu = kernels_own and is_resized_by_npu(
-        *images, corners=False, centers=exact, bilinear=False
+    by_npu = centers is not None and is_resized_by_npu(
+        *images, corners=False, centers=centers, bilinear=False
     )
     repeated = not by_npu and all(map(_is_repetition, indices, sizes))
     weights = None if by_npu or repeated else _moving(call, indices, images[0])
@@ -184,16 +185,29 @@ def _nearest(call: Call, x: Activation, request: _Request) -> Tensor:
             without_image(products(call, widened, weights), x.value, len(outputs)), x
         )
     with float32_arithmetic(x.value):
-        if kernels_own and not repeated:
+        if centers is not None and not repeated:
             result = request.of(x.value)
         else:
             result = x.value
             for axis, index in enumerate(indices, start=2):
                 result = result.index_select(axis, index.to(result.device))
-    if call.recording and kernels_own and not repeated:
+    if call.recording and centers is not None and not repeated:
         before, after = (replace(x, value=image(v, len(outputs))) for v in (x.value, result))
-        _record(call, "RESIZE_NEAREST_NEIGHBOR", before, after, corners=False, centers=exact)
+        _record(call, "RESIZE_NEAREST_NEIGHBOR", before, after, corners=False, centers=centers)
     return call.unchanged(result, x)
+
+
+def _centers(call: Call, exact: bool, axes: list[tuple[Tensor, int, int]]) -> bool | None:
+    """Tell whether the kernel takes these elements by positions of centers; None if it does not."""
+    if call.state.spec.runtime == "tosa":
+        choices, elements = (exact, not exact), nearest_of_tosa
+    else:
+        choices, elements = (exact,), nearest_of_litert
+    for centers in choices:
+        taken = (elements(before, after, half_pixel=centers) for _, before, after in axes)
+        if all(torch.equal(asked, own) for (asked, *_), own in zip(axes, taken, strict=True)):
+            return centers
+    return None
 
 
 def _is_repetition(index: Tensor, before: int) -> bool:
@@ -227,7 +241,11 @@ def _interpolating(
     if rows is None or columns is None:
         return None
     own = rows.error, columns.error
-    errors = [_error(n, m, corners) for n, m in zip(before, after, strict=True)]
+    positions_of = _positions_of(call)
+    errors = [
+        _error(positions_of(n, m, corners), n, m, corners)
+        for n, m in zip(before, after, strict=True)
+    ]
     # Products along both axes of 16 bits round twice, which is less exact than exact positions.
     rounds_twice = x.qparams.bits == 16 and rows.interpolates and columns.interpolates
     if rounds_twice and not any(errors):
@@ -236,11 +254,13 @@ def _interpolating(
     return (rows, columns) if are_exact else None
 
 
-@lru_cache(maxsize=256)
-def _error(before: int, after: int, corners: bool) -> float:
+def _positions_of(call: Call) -> Callable[[int, int, bool], Positions]:
+    return positions_of_tosa if call.state.spec.runtime == "tosa" else positions_of_litert
+
+
+def _error(own: Positions, before: int, after: int, corners: bool) -> float:
     """Largest distance of a position of the kernel from that asked for, in elements."""
-    own = _positions(before, after, corners)
-    taken = (own.lower + own.fraction.double() / _ONE).clamp(0, before - 1)
+    taken = (own.lower + own.fraction.double() / own.one).clamp(0, before - 1)
     exact = positions(before, after, corners=corners)
     asked = torch.tensor(list(map(float, exact)), dtype=torch.float64)
     return float((taken - asked).abs().max())
@@ -259,54 +279,20 @@ def _indices(request: _Request, x: Tensor) -> list[Tensor]:
     return indices
 
 
-def _nearest_index(before: int, after: int, *, half_pixel: bool) -> Tensor:
-    """Elements that the kernel takes, int64, shape ``(after,)``."""
-    scale = np.float32(before) / np.float32(after)
-    offset = np.float32(0.5 if half_pixel else 0.0)
-    positions = np.floor((np.arange(after, dtype=np.float32) + offset) * scale)
-    return torch.from_numpy(np.minimum(positions, before - 1)).long()
-
-
-@dataclass(frozen=True)
-class _Positions:
-    """Positions of outputs along an axis.
-
-    Args:
-        lower: Element before the position, int64, shape ``(outputs,)``.
-        upper: Element after it.
-        fraction: Distance from the lower element, float32, whole numbers in units of 2^-10.
-    """
-
-    lower: Tensor
-    upper: Tensor
-    fraction: Tensor
-
-
-@lru_cache(maxsize=256)
-def _positions(before: int, after: int, corners: bool) -> _Positions:
-    """Positions of the outputs between the elements of an axis."""
-    # 4 elements become 8, so that the scale is 512: the positions are -256, 256, 768 and so on,
-    # which are -1/4, 1/4 and 3/4.
-    scale = (1024 * before + after // 2) // after
-    if corners and after > 1:
-        scale = (1024 * (before - 1) + (after - 1) // 2) // (after - 1)
-    positions = torch.arange(after) * scale
-    if not corners:
-        positions += scale // 2 - 512
-    lower = (positions / _ONE).trunc().long().clamp_min(0)
-    upper = ((positions + 1023) / _ONE).trunc().long().clamp_max(before - 1)
-    return _Positions(lower, upper, (positions - 1024 * lower).float())
-
-
 class _Bilinear(torch.autograd.Function):
     """The kernel's interpolation forward, PyTorch's backward."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, activation: Activation, sizes: tuple[int, int], corners: bool
+        ctx: Any,
+        x: Tensor,
+        activation: Activation,
+        sizes: tuple[int, int],
+        corners: bool,
+        call: Call,
     ) -> Tensor:
         ctx.shape, ctx.sizes, ctx.corners = x.shape, sizes, corners
-        return _interpolated(activation, sizes, corners).mul_(activation.qparams.scale)
+        return _interpolated(call, activation, sizes, corners).mul_(activation.qparams.scale)
 
     @staticmethod
     @first_order("interpolate")
@@ -315,24 +301,30 @@ class _Bilinear(torch.autograd.Function):
             passed: Tensor = torch.ops.aten.upsample_bilinear2d_backward(
                 grad.contiguous(), ctx.sizes, ctx.shape, ctx.corners, None, None
             )
-        return passed, None, None, None
+        return passed, None, None, None, None
 
 
-def _interpolated(x: Activation, sizes: tuple[int, int], corners: bool) -> Tensor:
+def _interpolated(call: Call, x: Activation, sizes: tuple[int, int], corners: bool) -> Tensor:
     """Integers of the output less the zero point, float32."""
     # A row of -7 and 10 with a zero point of 0 has -7 * 768 + 10 * 256 = -2816 a fourth of the
     # way, which is -2.75 and rounds to -3.
-    mixed = x.integers().double()
+    mixed, one, zero_point = x.integers().double(), 1.0, x.qparams.zero_point
     for axis, size in zip((2, 3), sizes, strict=True):
-        positions = _positions(mixed.shape[axis], size, corners)
+        positions = _positions_of(call)(mixed.shape[axis], size, corners)
         lower, upper, fraction = _taken(mixed, positions, axis)
-        mixed = lower * (_ONE - fraction) + upper * fraction
-    total = mixed / _ONE**2 + x.qparams.zero_point
+        mixed = lower * (positions.one - fraction) + upper * fraction
+        one *= positions.one
+    if call.state.spec.runtime == "tosa":
+        rounding: RoundingKind = "single" if x.qparams.bits == 8 else "reduced"
+        largest = 2 * x.qparams.largest * one
+        total = rescale(mixed + zero_point * one, 1 / one, rounding=rounding, largest=largest)
+        return (total - zero_point).float()
+    total = mixed / one + zero_point
     rounded = (total.abs() + 0.5).floor().copysign(total)
-    return (rounded - x.qparams.zero_point).float()
+    return (rounded - zero_point).float()
 
 
-def _taken(x: Tensor, positions: _Positions, axis: int) -> tuple[Tensor, Tensor, Tensor]:
+def _taken(x: Tensor, positions: Positions, axis: int) -> tuple[Tensor, Tensor, Tensor]:
     """Elements of an axis below and above the positions, and the fractions, which broadcast."""
     device = x.device
     lower = x.index_select(axis, positions.lower.to(device))

@@ -33,6 +33,8 @@ from lightning_nna.emulation.ranges import PENDING, SIGMOID_OUTPUT, QParams
 
 #: Outputs of 16 bits go from 0 to 1 in steps of 2^-15.
 WIDE_OUTPUT = QParams(2.0**-15, 0, -(2**15), INT16_MAX)
+# The table of exponentials of 16 bits ends this far below the largest score.
+_TABLE_REACH = 10.0
 
 
 def softmax(
@@ -123,12 +125,7 @@ class _Softmax(torch.autograd.Function):
         else:
             last = scores.integers().movedim(axis, -1)
             scale = float(np.float32(scores.qparams.scale))
-            if y.bits == 8:
-                rows = _exact(last, scale)
-            else:
-                single = call.state.spec.runtime == "tflm"
-                rows = softmax_int16(last.long(), scale, single=single).float()
-                rows = rows.mul_(WIDE_OUTPUT.scale)
+            rows = _exact(last, scale) if y.bits == 8 else _exact_wide(call, last, scale)
             result = rows.movedim(-1, axis).contiguous()
         ctx.axis = axis
         ctx.save_for_backward(result)
@@ -153,6 +150,17 @@ def _exact(scores: Tensor, scale: float) -> Tensor:
     shifts = -(above_unit + 31 - 8)
     rounded = multiply(exponentials, inverse, shifts, largest=2.0**31)
     return rounded.clamp_(0, 255).float().mul_(SIGMOID_OUTPUT.scale)
+
+
+def _exact_wide(call: Call, scores: Tensor, scale: float) -> Tensor:
+    """The same for 16 bits, on the grid of 2^-15."""
+    runtime = call.state.spec.runtime
+    wraps = runtime == "tosa"
+    if wraps and call.state.watches_overflow(call.site):
+        lost = scores.amax(-1, keepdim=True) - scores > _TABLE_REACH / scale
+        call.state.count_overflow(call.site, int(lost.sum()), lost.numel())
+    integers = softmax_int16(scores.long(), scale, single=runtime == "tflm", wraps=wraps)
+    return integers.float().mul_(WIDE_OUTPUT.scale)
 
 
 register_operator(

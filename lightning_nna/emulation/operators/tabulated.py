@@ -97,10 +97,7 @@ def record_table(
     inputs = Activation(centered.double() * x.qparams.scale, x.qparams)
     entries = integers(inputs, y=y.qparams, call=call, **parameters).clamp(*y.qparams.bounds)
     rows = Activation(entries * y.qparams.scale, y.qparams, constant=True).stored()
-    cast = record_cast(call, x)
-    raised = cast.integers + half
-    index = Stored(raised, "int32", source=raised)
-    call.record("ADD", [cast, Stored(torch.tensor(half), "int32", constant=True)], [index])
+    index = record_cast(call, x, raised_by=half)
     call.record("GATHER", [rows, index], [y.stored()], axis=0)
 
 
@@ -109,20 +106,31 @@ def _version_of_cast(version: int, operator: Any, tensors: Any) -> int:
     return 3 if tensors[operator.outputs[0]].dtype == "int8" else version
 
 
-def record_cast(call: Call, x: Activation) -> Stored:
-    """Record the instruction that makes 32-bit integers of an activation.
+def record_cast(call: Call, x: Activation, *, raised_by: int = 0) -> Stored:
+    """Record the instructions that make 32-bit integers of an activation.
 
     Args:
         call: The call.
         x: Activation of 8 or 16 bits, any shape.
+        raised_by: Number that is added.
 
     Returns:
-        The same integers, with the zero point, which stand for no scale any more.
+        The same integers, with the zero point, and the number added. They stand for no scale any
+        more.
     """
     operand = x.stored()
-    result = Stored(operand.integers, "int32", source=operand.integers)
-    given, wanted = (_TYPES[stored.dtype] for stored in (operand, result))
-    call.record("CAST", [operand], [result], inDataType=given, outDataType=wanted)
+    # TOSA takes the zero point of a quantized tensor off.
+    taken_off = x.qparams.zero_point if call.state.spec.runtime == "tosa" else 0
+    integers = operand.integers - taken_off
+    cast = Stored(integers, "int32", source=integers)
+    given, wanted = (_TYPES[stored.dtype] for stored in (operand, cast))
+    call.record("CAST", [operand], [cast], inDataType=given, outDataType=wanted)
+    added = taken_off + raised_by
+    if not added:
+        return cast
+    integers = cast.integers + added
+    result = Stored(integers, "int32", source=integers)
+    call.record("ADD", [cast, Stored(torch.tensor(added), "int32", constant=True)], [result])
     return result
 
 
