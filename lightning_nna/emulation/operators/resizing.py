@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -57,6 +58,7 @@ from lightning_nna.emulation.program import Activation, Stored
 _LINEAR = {1: "linear", 2: "bilinear"}
 _NEAREST = ("nearest", "nearest-exact")
 
+PositionsOf = Callable[[int, int, bool], Positions]
 Size = int | Sequence[int] | None
 Scale = float | Sequence[float] | None
 
@@ -241,11 +243,8 @@ def _interpolating(
     if rows is None or columns is None:
         return None
     own = rows.error, columns.error
-    positions_of = _positions_of(call)
-    errors = [
-        _error(positions_of(n, m, corners), n, m, corners)
-        for n, m in zip(before, after, strict=True)
-    ]
+    kernel = _positions_of(call)
+    errors = [_error(kernel, n, m, corners) for n, m in zip(before, after, strict=True)]
     # Products along both axes of 16 bits round twice, which is less exact than exact positions.
     rounds_twice = x.qparams.bits == 16 and rows.interpolates and columns.interpolates
     if rounds_twice and not any(errors):
@@ -254,12 +253,15 @@ def _interpolating(
     return (rows, columns) if are_exact else None
 
 
-def _positions_of(call: Call) -> Callable[[int, int, bool], Positions]:
+def _positions_of(call: Call) -> PositionsOf:
+    """Function that gives the positions of the runtime's kernel."""
     return positions_of_tosa if call.state.spec.runtime == "tosa" else positions_of_litert
 
 
-def _error(own: Positions, before: int, after: int, corners: bool) -> float:
+@lru_cache(maxsize=256)
+def _error(kernel: PositionsOf, before: int, after: int, corners: bool) -> float:
     """Largest distance of a position of the kernel from that asked for, in elements."""
+    own = kernel(before, after, corners)
     taken = (own.lower + own.fraction.double() / own.one).clamp(0, before - 1)
     exact = positions(before, after, corners=corners)
     asked = torch.tensor(list(map(float, exact)), dtype=torch.float64)
