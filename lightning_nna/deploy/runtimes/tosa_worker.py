@@ -70,13 +70,14 @@ def serve() -> None:
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # What libraries print is no answer.
     requests = sys.stdin.buffer
+    functions: dict[str, Any] = {"convert": convert, "run": run}
     while True:
         try:
             name, *arguments = pickle.load(requests)
         except EOFError:
             return
         try:
-            answer = {"convert": convert, "run": run}[name](*arguments)
+            answer = functions[name](*arguments)
         except Exception as error:
             answer = ("failed", f"{type(error).__name__}: {error}")
         pickle.dump(answer, answers)

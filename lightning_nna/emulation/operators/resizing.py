@@ -201,11 +201,9 @@ def _nearest(call: Call, x: Activation, request: _Request) -> Tensor:
 
 def _centers(call: Call, exact: bool, axes: list[tuple[Tensor, int, int]]) -> bool | None:
     """Tell whether the kernel takes these elements by positions of centers; None if it does not."""
-    if call.state.spec.runtime == "tosa":
-        choices, elements = (exact, not exact), nearest_of_tosa
-    else:
-        choices, elements = (exact,), nearest_of_litert
-    for centers in choices:
+    of_tosa = call.state.spec.runtime == "tosa"
+    elements = nearest_of_tosa if of_tosa else nearest_of_litert
+    for centers in (exact, not exact) if of_tosa else (exact,):
         taken = (elements(before, after, half_pixel=centers) for _, before, after in axes)
         if all(torch.equal(asked, own) for (asked, *_), own in zip(axes, taken, strict=True)):
             return centers
