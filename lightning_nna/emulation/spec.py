@@ -219,7 +219,8 @@ class NNASpec:
         """Type in which kernels form the factor of their requantization.
 
         Some of LiteRT's, of a product, a PReLU, an absolute value, a leaky ReLU and a hard swish,
-        have single precision; all of TFLite-Micro's and of TOSA's converter have double precision.
+        have single precision; all of TFLite-Micro's have double precision, and in TOSA all but that
+        of a product.
 
         Example:
             >>> NNASpec().factor_precision, NNASpec(runtime="tflm").factor_precision

@@ -19,6 +19,7 @@ from dataclasses import replace
 from functools import lru_cache, partial
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -202,7 +203,8 @@ def grid_of_sum(a: QParams, b: QParams, y: QParams) -> QParams:
 
 def product_factor(a: QParams, b: QParams, y: QParams, spec: NNASpec) -> float:
     """Factor of a product, in the precision of the kernel."""
-    precision = spec.factor_precision
+    # The one factor that the converter to TOSA forms in single precision.
+    precision = np.float32 if spec.runtime == "tosa" else spec.factor_precision
     return float(precision(a.scale) * precision(b.scale) / precision(y.scale))
 
 
