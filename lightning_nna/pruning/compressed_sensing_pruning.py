@@ -142,7 +142,9 @@ class CompressedSensingPruning(PruningMethod):
                     f"{name} has {columns} columns, more than most_columns={self.most_columns}: "
                     f"raise it, exclude the weight, or set measurement='identity'"
                 )
-        self._moments = InputMoments(self._parameters, self._sums, self._counts)
+        groups = {n: each.transposed_groups for n, each in self.layouts.items()}
+        transposed = {name: number for name, number in groups.items() if number}
+        self._moments = InputMoments(self._parameters, self._sums, self._counts, transposed)
 
     @override
     def forget(self) -> None:

@@ -6,7 +6,7 @@ functional calls and fused recurrent layers are observed alike. No input of a ba
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from inspect import signature
 from typing import Any
 
@@ -28,17 +28,20 @@ TRANSPARENT_FILES.add(__file__)
 class InputMoments(TorchFunctionMode):
     """Sum the outer products of inputs within a ``with`` block.
 
-    Linear layers, one- and two-dimensional convolutions (by groups, one moment for all), recurrent
-    layers (hidden states stand for the states before them) and cells and, where PyTorch calls them,
-    the projections of attention. Embeddings, whose inputs are numbers of rows, are noted as looked
-    up. Nothing else is observed: transposed and three-dimensional convolutions, the projections
-    inside of recurrent layers, other functions, and weights that are transformed before their use.
+    Linear layers, convolutions and transposed convolutions of one and two dimensions (by groups,
+    one moment for all), recurrent layers (hidden states stand for the states before them) and cells
+    and, where PyTorch calls them, the projections of attention. Embeddings, whose inputs are
+    numbers of rows, are noted as looked up. Nothing else is observed: three-dimensional
+    convolutions, the projections inside of recurrent layers, other functions, and weights that are
+    transformed before their use.
 
     Args:
         parameters: Parameters by name, each seen as ``(rows, columns)``.
         sums: Sums of outer products by name, shape ``(columns, columns)``, that all ranks agree on,
             see :meth:`agree`; earlier ones are added to.
         counts: Numbers of summed input rows by name.
+        transposed_groups: Number of groups by name of the parameters that are seen as the weights
+            of transposed convolutions, ``(in, out / groups, *positions)``, whose rows are outputs.
     """
 
     def __init__(
@@ -46,12 +49,14 @@ class InputMoments(TorchFunctionMode):
         parameters: Mapping[str, nn.Parameter],
         sums: dict[str, Tensor] | None = None,
         counts: dict[str, int] | None = None,
+        transposed_groups: Mapping[str, int] | None = None,
     ) -> None:
         super().__init__()
         self._names = {id(parameter): name for name, parameter in parameters.items()}
         self._parameters = dict(parameters)
         self.sums = {} if sums is None else sums
         self.counts = {} if counts is None else counts
+        self._transposed_groups = dict(transposed_groups or {})
         self._fresh: dict[str, Tensor] = {}
         self._fresh_counts: dict[str, int] = {}
         #: Names of weights whose inputs are numbers of rows.
@@ -63,6 +68,8 @@ class InputMoments(TorchFunctionMode):
             "linear": self._linear,
             "conv1d": self._convolution,
             "conv2d": self._convolution,
+            "conv_transpose1d": self._transposed_convolution,
+            "conv_transpose2d": self._transposed_convolution,
             "multi_head_attention_forward": self._attention,
         }
 
@@ -86,12 +93,14 @@ class InputMoments(TorchFunctionMode):
         for name, parameter in self._parameters.items():
             total, count = self._fresh.get(name), self._fresh_counts.get(name, 0)
             if over_ranks:
-                columns = parameter.flatten(1).shape[1]
+                groups = self._transposed_groups.get(name)
+                rows = parameter.shape[0] if groups is None else parameter.shape[1] * groups
+                columns = parameter.numel() // rows
                 total = parameter.new_zeros(columns, columns) if total is None else total
-                rows = torch.tensor(float(count), dtype=torch.float64, device=parameter.device)
+                counted = torch.tensor(float(count), dtype=torch.float64, device=parameter.device)
                 dist.all_reduce(total)
-                dist.all_reduce(rows)
-                count = int(rows)
+                dist.all_reduce(counted)
+                count = int(counted)
             if total is not None and count:
                 earlier = self.sums.get(name)
                 self.sums[name] = total if earlier is None else earlier.add_(total)
@@ -198,8 +207,45 @@ class InputMoments(TorchFunctionMode):
             x = x[:, :, None]
             kernel, stride = (1, *kernel), (1, *stride)
             padding, dilation = (0, *padding), (1, *dilation)
-        patches = F.unfold(x, kernel, dilation, padding, stride)
-        # (batch, groups x columns, positions): each group is an input of the same rows' columns.
+        self._add_patches(weight, F.unfold(x, kernel, dilation, padding, stride), groups)
+
+    def _transposed_convolution(
+        self,
+        func: Callable[..., Any],
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        stride: Any = 1,
+        padding: Any = 0,
+        output_padding: Any = 0,
+        groups: int = 1,
+        dilation: Any = 1,
+    ) -> None:
+        """Observe the patches of the input, with zeros between its elements, below each kernel."""
+        if self._transposed_groups.get(self._names.get(id(weight), "")) != groups:
+            return
+        axes = weight.ndim - 2
+        x = input if input.ndim == axes + 2 else input[None]
+        kernel = tuple(weight.shape[2:])
+        stride, padding = _tuple(stride, axes), _tuple(padding, axes)
+        output_padding, dilation = _tuple(output_padding, axes), _tuple(dilation, axes)
+        spread = x.new_zeros(*x.shape[:2], *_spread(x.shape[2:], stride))
+        every: Any = (..., *(slice(None, None, step) for step in stride))
+        spread[every] = x
+        sides: list[int] = []
+        for axis in reversed(range(axes)):
+            before = dilation[axis] * (kernel[axis] - 1) - padding[axis]
+            sides += [before, before + output_padding[axis]]
+        x = F.pad(spread, sides)
+        if axes == 1:
+            x, kernel, dilation = x[:, :, None], (1, *kernel), (1, *dilation)
+        patches = F.unfold(x, kernel, dilation)
+        # The first place of a patch meets the last of the kernel.
+        patches = patches.unflatten(1, (x.shape[1], -1)).flip(2).flatten(1, 2)
+        self._add_patches(weight, patches, groups)
+
+    def _add_patches(self, weight: Tensor, patches: Tensor, groups: int) -> None:
+        """Add patches ``(batch, groups x columns, positions)``: each group is an input of all."""
         batch, _, positions = patches.shape
         self._add(weight, patches.reshape(batch, groups, -1, positions).transpose(2, 3))
 
@@ -249,6 +295,11 @@ def _reversed(x: Tensor, sizes: tuple[Any, ...], rest: tuple[Any, ...]) -> Tenso
     for row, length in enumerate(lengths.tolist()):
         turned[:length, row] = padded[:length, row].flip(0)
     return nn.utils.rnn.pack_padded_sequence(turned, lengths).data
+
+
+def _spread(shape: Sequence[int], stride: Sequence[int]) -> list[int]:
+    """Return the sizes of axes whose elements are ``stride`` apart."""
+    return [(size - 1) * step + 1 for size, step in zip(shape, stride, strict=True)]
 
 
 def _tuple(value: Any, axes: int) -> tuple[int, ...]:

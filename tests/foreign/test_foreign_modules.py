@@ -4,16 +4,25 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from lightning_nna import calibrate, coverage, emulate
-from lightning_nna.callbacks import CompressedSensingPruning, GeneralQuantizer, NNAEmulation
+from lightning_nna.callbacks import (
+    CompressedSensingPruning,
+    GeneralQuantizer,
+    HardCompression,
+    MRACosRegularization,
+    NNAEmulation,
+)
 from lightning_nna.deploy import export_tflite, verify
+from lightning_nna.weights.method import WeightMethod
 from recipes.benchmark.foreign import INSTALLED, fit
 from recipes.benchmark.foreign_module import ForeignProgram
 
@@ -73,22 +82,32 @@ def trained(task: Any) -> list[torch.nn.Parameter]:
     return [each for each in task.parameters() if each.requires_grad]
 
 
-@pytest.mark.parametrize("name", ["bert_lora", "gan", "mobilenet_v2"])
-@pytest.mark.parametrize(
-    "method",
-    [partial(GeneralQuantizer, 4), partial(CompressedSensingPruning, 0.7)],
-    ids=["gq", "csp"],
-)
-def test_its_weights_are_compressed(name: str, method: Any) -> None:
-    task, callback = INSTALLED[name].task(), method()
-    fit(task, 8, NNAEmulation(calibration_steps=2, telemetry_every_n_steps=0), callback)
-    weights = [task.get_parameter(each) for each in callback.selected]
+COMPRESSED = ["bert_lora", "gan", "mobilenet_v2", "unet"]
+
+
+def compressed_by(name: str, *methods: WeightMethod) -> list[Tensor]:
+    task = INSTALLED[name].task()
+    fit(task, 8, NNAEmulation(calibration_steps=2, telemetry_every_n_steps=0), *methods)
+    weights = [task.get_parameter(each) for each in methods[-1].selected]
     assert weights
-    if isinstance(callback, GeneralQuantizer):
-        assert all(len(weight.unique()) <= 16 for weight in weights)
-    else:
-        zeros = sum(int((weight == 0).sum()) for weight in weights)
-        assert zeros >= 0.69 * sum(weight.numel() for weight in weights)
+    return weights
+
+
+@pytest.mark.parametrize("name", COMPRESSED)
+@pytest.mark.parametrize(
+    "methods",
+    [lambda: [GeneralQuantizer(4)], lambda: [MRACosRegularization(4), HardCompression(4)]],
+    ids=["gq", "s8bqat"],
+)
+def test_its_weights_take_few_values(name: str, methods: Callable[[], list[WeightMethod]]) -> None:
+    assert all(len(weight.unique()) <= 16 for weight in compressed_by(name, *methods()))
+
+
+@pytest.mark.parametrize("name", COMPRESSED)
+def test_its_weights_are_pruned(name: str) -> None:
+    weights = compressed_by(name, CompressedSensingPruning(0.7))
+    zeros = sum(int((weight == 0).sum()) for weight in weights)
+    assert zeros >= 0.69 * sum(weight.numel() for weight in weights)
 
 
 def test_lora_leaves_frozen_weights_alone() -> None:

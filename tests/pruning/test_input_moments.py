@@ -73,6 +73,38 @@ def test_convolutions(settings: dict[str, Any], axes: int) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"stride": 2, "padding": 1, "output_padding": 1},
+        {"stride": 3},
+        {"padding": 2},
+        {"padding": 4, "dilation": 2},
+        {"stride": 2, "padding": 5, "dilation": 2, "output_padding": 1},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("axes", [1, 2])
+def test_transposed_convolutions(settings: dict[str, Any], axes: int, groups: int) -> None:
+    """The power of an output is that of the rows of the weight on what is seen."""
+    torch.manual_seed(0)
+    kind = nn.ConvTranspose1d if axes == 1 else nn.ConvTranspose2d
+    layer = kind(4, 6, 3, bias=False, groups=groups, **settings)
+    # In every group the same: then their one moment is that of each.
+    x = torch.randn(2, 4 // groups, *[9, 7][:axes]).repeat(1, groups, *[1] * axes)
+    with InputMoments({"weight": layer.weight}, transposed_groups={"weight": groups}) as seen:
+        outputs = layer(x).detach()
+        layer(x[0])
+    found = seen.moment("weight")
+    rows = layer.weight.detach().unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1).flatten(1)
+    assert found is not None
+    both = torch.cat([outputs, outputs[:1]]).transpose(0, 1).flatten(1)
+    power = ((rows @ found) * rows).sum(1)
+    torch.testing.assert_close(power, both.square().mean(1))
+
+
 @pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
 @pytest.mark.parametrize("settings", [{}, {"bidirectional": True}, {"batch_first": True}], ids=str)
 def test_recurrent_layers(kind: type[nn.Module], settings: dict[str, Any]) -> None:
