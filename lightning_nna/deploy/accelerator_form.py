@@ -2,11 +2,13 @@
 
 Arm's compiler leaves a ``MEAN`` to the CPU that has several batches, reduces more than 4,096
 elements along one axis, or reduces the last of several long axes. The same sums of as many elements
-in another shape stay on the accelerator, with equal integers:
+in another shape stay on the accelerator, with equal integers. It rejects one whose last axis is
+longer than 65,536:
 
     (8, 16, 49) over axis 2        becomes    (1, 128, 49, 1) over axis 2
     (2, 7, 7, 16) over 1 and 2     becomes    (1, 2, 49, 16) over axis 2
     (1, 3, 128, 128) over 2 and 3  becomes    (1, 4, 4096, 3) over 1 and 2, transposed before
+    (4, 70000) over axis 0         becomes    (1, 4, 2, 35000) over axis 1
 
 It rejects a program that resizes several images; channels of one image are resized apart, too:
 
@@ -115,7 +117,9 @@ def _is_computed(shape: Sequence[int], axes: Sequence[int]) -> bool:
         return False
     lengths = [1] * (_MOST_AXES - len(shape)) + list(shape)
     is_last = len(shape) - 1 in axes and 1 not in lengths[1:]
-    return lengths[0] == 1 and not is_last and all(shape[k] <= _MOST_ELEMENTS for k in axes)
+    is_wide = shape[-1] > _MOST_CHANNELS
+    is_short = all(shape[k] <= _MOST_ELEMENTS for k in axes)
+    return lengths[0] == 1 and not is_last and not is_wide and is_short
 
 
 def _form(shape: Sequence[int], axes: Sequence[int]) -> _Form | None:
@@ -134,19 +138,25 @@ def _form(shape: Sequence[int], axes: Sequence[int]) -> _Form | None:
             before, behind = other, []
         rows, channels = (prod(shape[axis] for axis in each) for each in (before, behind))
         if channels > _MOST_CHANNELS:
-            last = shape[behind[-1]]
-            if before or last > _MOST_CHANNELS:
-                return None
-            return _Form((*short, *reduced, *behind), (1, count, channels // last, last), (1,))
+            if before and shape[-1] <= _MOST_CHANNELS:
+                return None  # It would be transposed on the CPU.
+            last = _largest_divisor(channels, _MOST_CHANNELS)
+            order = (*short, *reduced, *before, *behind)
+            return _Form(order, (1, count, rows * channels // last, last), (1,))
         order = (*short, *before, *reduced, *behind)
         return _Form(order, (1, rows, count, channels), (_COLUMNS,))
     # 128 * 128 elements are 4 rows of 4,096, each sum of which has the same terms.
-    columns = next(size for size in range(_MOST_ELEMENTS, 0, -1) if count % size == 0)
+    columns = _largest_divisor(count, _MOST_ELEMENTS)
     channels = prod(shape[axis] for axis in other)
     if count // columns > _MOST_ELEMENTS or channels > _MOST_CHANNELS:
         return None
     order = (*short, *reduced, *other)
     return _Form(order, (1, count // columns, columns, channels), (1, _COLUMNS))
+
+
+def _largest_divisor(number: int, most: int) -> int:
+    """Return the largest divisor that is not above a limit."""
+    return next(size for size in range(most, 0, -1) if number % size == 0)
 
 
 def _reshaped(

@@ -32,6 +32,10 @@ FORMS = [
     ((3, 8000), (1,), (1, 2, 4000, 3), (1, 2)),
     ((1, 8193, 2), (1,), (1, 3, 2731, 2), (1, 2)),
     ((2, 3, 1, 4, 5), (3, 4), (1, 6, 20, 1), (2,)),
+    # More than 65,536 channels side by side: 2 rows of 35,000, and 70,001 of 1.
+    ((4, 70000), (0,), (1, 4, 2, 35000), (1,)),
+    ((1, 4, 70001), (1,), (1, 4, 70001, 1), (1,)),
+    ((2, 3, 70000), (1,), (1, 3, 4, 35000), (1,)),
     # What is computed is unchanged, and 4,099 is a prime number.
     ((1, 6, 5, 3), (1, 2), (1, 6, 5, 3), (1, 2)),
     ((12, 100), (1,), (12, 100), (1,)),
@@ -81,6 +85,18 @@ class _Images(nn.Module):
         larger = nearest + F.interpolate(y, scale_factor=2, mode="bilinear")
         corners = F.interpolate(y, (127, 129), mode="bilinear", align_corners=True)
         return larger.mean((2, 3)) + (corners + mean).mean((2, 3))
+
+
+@pytest.mark.skipif(not HAS_VELA, reason="ethos-u-vela is not installed")
+@pytest.mark.parametrize("channels", [65536, 70000, 70001])
+@pytest.mark.parametrize("spec", SPECS)
+def test_a_mean_over_many_channels_stays_on_the_accelerator(
+    spec: str, channels: int, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    net, x = Function(lambda x: torch.tanh(x).mean(0)), torch.randn(4, channels)
+    calibrate(net, [x], spec=spec)
+    assert vela_report(export_tflite(net, [x], tmp_path / "net.tflite").path).cpu_operators == ()
 
 
 @pytest.mark.skipif(not HAS_VELA, reason="ethos-u-vela is not installed")
