@@ -112,7 +112,10 @@ def compare_training(task: ForeignTask, spec: str) -> dict[str, Any]:
     steps = CALIBRATION_STEPS + EMULATED_STEPS
     float_loss = fmean(fit(copy.deepcopy(task), steps)[-LAST_STEPS:])
     emulation = NNAEmulation(
-        spec, calibration_steps=CALIBRATION_STEPS * _updates(task), telemetry_every_n_steps=0
+        spec,
+        calibration_steps=CALIBRATION_STEPS * _updates(task),
+        range_margin=task.foreign.range_margin,
+        telemetry_every_n_steps=0,
     )
     emulated_loss = fmean(fit(task, steps, emulation)[-LAST_STEPS:])
     return {

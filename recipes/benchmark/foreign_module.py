@@ -48,6 +48,7 @@ class ForeignModule:
             first example of the batch.
         learning_rate: Learning rate of Adam.
         warmup_steps: Number of float steps before the calibration.
+        range_margin: Fraction by which ranges are wider than what calibration observed.
         task_class: LightningModule that trains it; None for :class:`ForeignTask`.
     """
 
@@ -60,6 +61,7 @@ class ForeignModule:
     programs: tuple[ForeignProgram, ...] = ()
     learning_rate: float = 1e-3
     warmup_steps: int = 20
+    range_margin: float = 0.0
     task_class: type[ForeignTask] | None = None
 
     @property

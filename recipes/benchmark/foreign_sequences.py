@@ -248,6 +248,7 @@ SEQUENCES: dict[str, ForeignModule] = {
         programs=(
             ForeignProgram(lambda net, *batch: net(*batch), lambda net, *batch: first(batch)),
         ),
+        range_margin=0.25,
     ),
     "gru": ForeignModule(
         "GRU forecaster",

@@ -267,6 +267,7 @@ TRANSFORMERS: dict[str, ForeignModule] = {
         run=lambda net, tokens, labels: (
             net(input_ids=tokens, decoder_input_ids=labels, use_cache=False).logits
         ),
+        range_margin=0.25,
     ),
     "wav2vec2": ForeignModule(
         "wav2vec 2.0, CTC",

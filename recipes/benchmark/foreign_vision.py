@@ -274,6 +274,7 @@ VISION: dict[str, ForeignModule] = {
         programs=with_features(lambda net, images: net.blocks(net.stem(images))),
         learning_rate=3e-4,
         warmup_steps=40,
+        range_margin=0.25,
     ),
     "autoencoder": ForeignModule(
         "MLPerf Tiny: autoencoder",
