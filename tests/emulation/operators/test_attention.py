@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,20 @@ MASKS: dict[str, tuple[dict[str, Any], set[str]]] = {
     ),
     "heads": ({"attn_mask": torch.rand(HEADS, TIME, TIME) > 0.1}, {"SELECT_V2"}),
 }
+
+
+def _causal(network: nn.Module, inputs: list[Tensor], *, is_decoder: bool) -> Tensor:
+    return _causal_arguments(network, *inputs, is_decoder=is_decoder)
+
+
+def _causal_arguments(
+    network: nn.Module, source: Tensor, target: Tensor, *, is_decoder: bool
+) -> Tensor:
+    """Run a decoder, or an encoder and a decoder, with a causal mask of the target."""
+    mask = nn.Transformer.generate_square_subsequent_mask(target.size(1))
+    if is_decoder:
+        return network(target, source, tgt_mask=mask)
+    return network(source, target, tgt_mask=mask)
 
 
 class Attending(nn.Module):
@@ -304,6 +319,38 @@ class TestMultiHead:
             encoder.eval()
             with torch.no_grad():
                 assert torch.equal(encoder(x, src_key_padding_mask=padding), trained)
+
+    @pytest.mark.exactness
+    @pytest.mark.filterwarnings("ignore:enable_nested_tensor")
+    @pytest.mark.parametrize("spec", SPECS.values())
+    @pytest.mark.parametrize("first", [True, False])
+    @pytest.mark.parametrize("kind", ["decoder", "transformer"])
+    def test_a_decoder_and_a_whole_transformer_train_and_are_exported(
+        self, kind: str, first: bool, spec: str, tmp_path: Path
+    ) -> None:
+        torch.manual_seed(0)
+        options: Any = {"dropout": 0.0, "batch_first": True, "norm_first": first}
+        if kind == "decoder":
+            layer = nn.TransformerDecoderLayer(32, HEADS, 48, **options)
+            network: nn.Module = nn.TransformerDecoder(layer, 2, nn.LayerNorm(32))
+        else:
+            network = nn.Transformer(32, HEADS, 1, 1, 48, **options)
+        inputs = [torch.randn(2, 5, 32), torch.randn(2, 7, 32)]
+        forward = partial(_causal, is_decoder=kind == "decoder")
+        optimizer = torch.optim.SGD(network.parameters(), lr=0.01)
+        calibrate(network, [inputs], forward, spec=spec)
+        assert not coverage(network, inputs, forward=forward, spec=spec).fallbacks
+        for _ in range(3):
+            optimizer.zero_grad()
+            with emulate(network, spec):
+                forward(network, inputs).square().mean().backward()
+            assert all(bool(p.grad.any()) for p in network.parameters() if p.grad is not None)
+            optimizer.step()
+        network.eval()
+        given = partial(_causal_arguments, is_decoder=kind == "decoder")
+        path = tmp_path / "net.tflite"
+        export_tflite(network, inputs, path, forward=given)
+        assert verify(network, path, inputs, forward=given, random_inputs=4) == 1.0
 
     @pytest.mark.exactness
     def test_dropout_leaves_integers(self) -> None:
