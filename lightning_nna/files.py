@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -39,6 +40,40 @@ def whole_file(path: Path) -> Iterator[Path]:
             flush(path.parent)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """Yield a folder to write files to, so that ``path`` has all of them or is unchanged.
+
+    Args:
+        path: Path of the folder; if there is one it is replaced, and if the block fails it stays.
+
+    Raises:
+        OSError: If the folder cannot be created, or a file not be written.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as parent:
+        ...     with whole_folder(Path(parent) / "a") as unfinished:
+        ...         _ = (unfinished / "b").write_text("done")
+        ...     [file.name for file in (Path(parent) / "a").iterdir()]
+        ['b']
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    replaced = path.with_name(f".{path.name}.{os.getpid()}.replaced")
+    unfinished.mkdir()
+    try:
+        yield unfinished
+        for file in unfinished.iterdir():
+            flush(file)
+        if path.exists():
+            path.rename(replaced)
+        unfinished.rename(path)
+    finally:
+        for leftover in (unfinished, replaced):
+            shutil.rmtree(leftover, ignore_errors=True)
 
 
 def flush(path: Path) -> None:

@@ -2,7 +2,10 @@
 
 # First: without the extra nothing below can be imported.
 from lightning_nna.deploy import _extra as _extra
+from lightning_nna.deploy.decode import CompressedTensor
 from lightning_nna.deploy.graph import CaptureError
+from lightning_nna.deploy.micro import export_micro
+from lightning_nna.deploy.micro_export import MicroExport
 from lightning_nna.deploy.program import Program, run_tflite
 from lightning_nna.deploy.report import layer_figures, write_report
 from lightning_nna.deploy.runtimes import (
@@ -12,13 +15,21 @@ from lightning_nna.deploy.runtimes import (
     runtime_of,
 )
 from lightning_nna.deploy.tflite import TFLiteModel, export_tflite
-from lightning_nna.deploy.vela import VelaError, VelaOperator, VelaReport, vela_report
+from lightning_nna.deploy.vela import (
+    VelaError,
+    VelaOperator,
+    VelaProgram,
+    VelaReport,
+    vela_report,
+)
 from lightning_nna.deploy.verification import Agreement, verify
 from lightning_nna.weights.packed import PackedReport, load_packed, save_packed
 
 __all__ = [
     "Agreement",
     "CaptureError",
+    "CompressedTensor",
+    "MicroExport",
     "MissingRuntimeError",
     "PackedReport",
     "Program",
@@ -27,7 +38,9 @@ __all__ = [
     "UnsupportedProgramError",
     "VelaError",
     "VelaOperator",
+    "VelaProgram",
     "VelaReport",
+    "export_micro",
     "export_tflite",
     "layer_figures",
     "load_packed",

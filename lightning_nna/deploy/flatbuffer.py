@@ -29,6 +29,7 @@ DTYPES = {
     "int16": schema.TensorType.INT16,
     "int32": schema.TensorType.INT32,
     "int64": schema.TensorType.INT64,
+    "uint8": schema.TensorType.UINT8,
     "bool": schema.TensorType.BOOL,
 }
 # Where runtimes expect the data of a buffer to begin.
@@ -65,13 +66,17 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class OperatorSpec:
-    """One operator: its name in the schema, and the names of its tensors ("" for an absent one)."""
+    """One operator: its name in the schema, and the names of its tensors ("" for an absent one).
+
+    An operator that ``is_custom`` has a name that a runtime knows and the schema does not.
+    """
 
     name: str
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     options: Any = None
     intermediates: tuple[str, ...] = ()
+    is_custom: bool = False
 
 
 def options_of(operator: str, options: Mapping[str, Any]) -> Any:
@@ -150,8 +155,9 @@ def build_model(
     index = {name: position for position, name in enumerate(tensors)} | {"": -1}
     codes: dict[str, int] = {}
     for operator in operators:  # One code for all uses, at the highest version among them.
-        version = version_of(operator, tensors)
+        version = 1 if operator.is_custom else version_of(operator, tensors)
         codes[operator.name] = max(version, codes.get(operator.name, version))
+    custom = {operator.name for operator in operators if operator.is_custom}
     buffers = _Buffers()
     graph = schema.SubGraphT(
         tensors=[_tensor(name, spec, buffers) for name, spec in tensors.items()],
@@ -166,7 +172,10 @@ def build_model(
     ]
     model = schema.ModelT(
         version=3,
-        operatorCodes=[_operator_code(name, version) for name, version in codes.items()],
+        operatorCodes=[
+            _custom_code(name) if name in custom else _operator_code(name, version)
+            for name, version in codes.items()
+        ],
         subgraphs=[graph],
         buffers=buffers.tables,
         metadata=notes or None,
@@ -244,4 +253,11 @@ def _operator_code(name: str, version: int) -> Any:
     # Codes up to 127 stand in the field of older files too, which LiteRT still reads.
     return schema.OperatorCodeT(
         builtinCode=code, deprecatedBuiltinCode=min(code, 127), version=version
+    )
+
+
+def _custom_code(name: str) -> Any:
+    code = schema.BuiltinOperator.CUSTOM
+    return schema.OperatorCodeT(
+        builtinCode=code, deprecatedBuiltinCode=code, customCode=name, version=1
     )

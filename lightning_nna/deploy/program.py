@@ -16,11 +16,105 @@ from torch.utils._pytree import tree_leaves
 
 from lightning_nna.deploy.graph import Port, quantize
 from lightning_nna.deploy.runtimes import Runtime, runtime_of
-from lightning_nna.deploy.tflite import StoredTensor, read_program
+from lightning_nna.deploy.tflite import ProgramFile, StoredTensor, read_program
 from lightning_nna.emulation.ranges import QParams
 
 
-class Program:
+class ProgramPorts:
+    """The entries and exits of a program: from the module's arguments to integers, and back.
+
+    Args:
+        program: Contents of a program's file.
+
+    Attributes:
+        spec: Name of the spec.
+        inputs: Ports of the arguments.
+        outputs: Ports of the results.
+        fixed: Arguments that are part of the program, by position.
+    """
+
+    def __init__(self, program: ProgramFile) -> None:
+        self.spec, self.fixed = program.spec, program.fixed
+        self.inputs, self.outputs = program.inputs, program.outputs
+        self._entries, self._exits = program.input_tensors, program.output_tensors
+        self._tensors = {each.name: each for each in (*self._entries, *self._exits)}
+
+    def qparams_of(self, port: Port) -> QParams | None:
+        """Return the quantization parameters of a port; None for plain integers and floats.
+
+        Args:
+            port: Port of an argument or a result.
+        """
+        return self._tensors[port.tensor].qparams
+
+    def dtype_of(self, port: Port) -> str:
+        """Return the type of a port's result in the module: float32 if it is quantized.
+
+        Args:
+            port: Port of a result.
+        """
+        tensor = self._tensors[port.tensor]
+        return tensor.dtype if tensor.qparams is None else "float32"
+
+    def integers_of(self, inputs: Sequence[Any]) -> list[NDArray[Any]]:
+        """Quantize arguments to the integers of the program's inputs, in its order.
+
+        Args:
+            inputs: Arguments of the module, tensors or arrays in its nesting.
+
+        Raises:
+            ValueError: If an argument is missing, has another shape than in the program, or another
+                value than the one that is part of the program.
+        """
+        arguments = [np.asarray(x) for x in tree_leaves(list(inputs))]
+        for position, value in self.fixed.items():
+            _validate_fixed(position, value, arguments)
+        by_tensor = {
+            port.tensor: _quantized(port, self._tensors[port.tensor], arguments)
+            for port in self.inputs
+        }
+        return [by_tensor[each.name] for each in self._entries]
+
+    def results_of(self, outputs: Sequence[NDArray[Any]]) -> list[NDArray[Any]]:
+        """Dequantize the program's outputs, and join the parts of each result.
+
+        Args:
+            outputs: Integers of the program's outputs, in its order.
+        """
+        by_tensor = dict(zip((each.name for each in self._exits), outputs, strict=True))
+        results: dict[int, NDArray[Any]] = {}
+        for port in self.outputs:
+            values = _dequantized(by_tensor[port.tensor], self.qparams_of(port))
+            if port.order is not None:
+                ordered = values.reshape([port.shape[axis] for axis in port.order])
+                values = ordered.transpose(np.argsort(port.order))
+            flat = results.setdefault(port.position, np.empty(port.shape, values.dtype).reshape(-1))
+            flat[slice(*(port.part or (None,)))] = values.reshape(-1)
+        shapes = {port.position: port.shape for port in self.outputs}
+        return [values.reshape(shapes[position]) for position, values in results.items()]
+
+    def output_integers_of(self, results: Sequence[NDArray[Any]]) -> list[NDArray[Any]]:
+        """Return the integers of the program's outputs that stand for results of the module.
+
+        Args:
+            results: Results of the emulated module that are the program's, see :class:`Program`:
+                multiples of their scales.
+        """
+        positions = list(dict.fromkeys(port.position for port in self.outputs))
+        by_position = dict(zip(positions, results, strict=True))
+        by_tensor = {}
+        for port in self.outputs:
+            tensor, qparams = self._tensors[port.tensor], self.qparams_of(port)
+            values = by_position[port.position].reshape(-1)[slice(*(port.part or (None,)))]
+            if port.order is not None:
+                values = values.reshape(port.shape).transpose(port.order)
+            if qparams is not None:
+                values = np.rint(values.astype(np.float64) / qparams.scale) + qparams.zero_point
+            by_tensor[port.tensor] = values.astype(tensor.dtype).reshape(tensor.shape)
+        return [by_tensor[each.name] for each in self._exits]
+
+
+class Program(ProgramPorts):
     """A program of :func:`.export_tflite`, loaded into a runtime.
 
     Args:
@@ -44,10 +138,7 @@ class Program:
 
     def __init__(self, path: str | Path, *, runtime: str | Runtime | None = None) -> None:
         program = read_program(path)
-        self.spec, self.fixed = program.spec, program.fixed
-        self.inputs, self.outputs = program.inputs, program.outputs
-        self._entries, self._exits = program.input_tensors, program.output_tensors
-        self._tensors = {each.name: each for each in (*self._entries, *self._exits)}
+        super().__init__(program)
         name = program.runtime if runtime is None else runtime
         self.runtime = runtime_of(name) if isinstance(name, str) else name
         self._loaded = self.runtime.load(program.contents)
@@ -82,41 +173,8 @@ class Program:
         Raises:
             ValueError: See :meth:`__call__`.
         """
-        given = [self._integers_of(inputs) for inputs in calls]
-        return [self._results_of(outputs) for outputs in self._loaded.run(given)]
-
-    def qparams_of(self, port: Port) -> QParams | None:
-        """Return the quantization parameters of a port; None for plain integers and floats.
-
-        Args:
-            port: Port of an argument or a result.
-        """
-        return self._tensors[port.tensor].qparams
-
-    def _integers_of(self, inputs: Sequence[Any]) -> list[NDArray[Any]]:
-        """Quantize arguments to the integers of the program's inputs, in its order."""
-        arguments = [np.asarray(x) for x in tree_leaves(list(inputs))]
-        for position, value in self.fixed.items():
-            _validate_fixed(position, value, arguments)
-        by_tensor = {
-            port.tensor: _quantized(port, self._tensors[port.tensor], arguments)
-            for port in self.inputs
-        }
-        return [by_tensor[each.name] for each in self._entries]
-
-    def _results_of(self, outputs: Sequence[NDArray[Any]]) -> list[NDArray[Any]]:
-        """Dequantize the program's outputs, and join the parts of each result."""
-        by_tensor = dict(zip((each.name for each in self._exits), outputs, strict=True))
-        results: dict[int, NDArray[Any]] = {}
-        for port in self.outputs:
-            values = _dequantized(by_tensor[port.tensor], self.qparams_of(port))
-            if port.order is not None:
-                ordered = values.reshape([port.shape[axis] for axis in port.order])
-                values = ordered.transpose(np.argsort(port.order))
-            flat = results.setdefault(port.position, np.empty(port.shape, values.dtype).reshape(-1))
-            flat[slice(*(port.part or (None,)))] = values.reshape(-1)
-        shapes = {port.position: port.shape for port in self.outputs}
-        return [values.reshape(shapes[position]) for position, values in results.items()]
+        given = [self.integers_of(inputs) for inputs in calls]
+        return [self.results_of(outputs) for outputs in self._loaded.run(given)]
 
 
 def run_tflite(

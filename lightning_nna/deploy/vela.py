@@ -13,9 +13,11 @@ Reference:
 from __future__ import annotations
 
 import csv
+import shlex
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -158,6 +160,49 @@ def vela_report(
         >>> report.system, report.cpu_operators, report.is_bandwidth_bound
         ('Ethos_U55_High_End_Embedded', (), True)
     """
+    with tempfile.TemporaryDirectory() as folder:
+        return compile_with_vela(
+            path, folder, accelerator=accelerator, system=system, memory_mode=memory_mode
+        ).report
+
+
+@dataclass(frozen=True)
+class VelaProgram:
+    """A program that Vela has compiled.
+
+    Args:
+        path: Path of the compiled .tflite file, whose custom operator ``ethos-u`` the NPU runs.
+        command: Command line that compiles it.
+        report: Vela's estimate.
+    """
+
+    path: Path
+    command: str
+    report: VelaReport
+
+
+def compile_with_vela(
+    path: str | Path,
+    folder: str | Path,
+    *,
+    accelerator: str,
+    system: str | None = None,
+    memory_mode: str | None = None,
+) -> VelaProgram:
+    """Compile a .tflite program with Vela.
+
+    Args:
+        path: Path of the program.
+        folder: Folder of the compiled program and of Vela's tables.
+        accelerator: See :func:`vela_report`.
+        system: See :func:`vela_report`.
+        memory_mode: See :func:`vela_report`.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the accelerator is of no family that is known.
+        VelaError: If Vela is missing, or rejects the program or the system.
+    """
     if not Path(path).is_file():
         raise FileNotFoundError(f"there is no program {path}")
     if find_spec("ethosu") is None:
@@ -173,19 +218,23 @@ def vela_report(
         )
     system = system or _DEFAULTS[family][0]
     memory_mode = memory_mode or _DEFAULTS[family][1]
-    with tempfile.TemporaryDirectory() as folder:
-        _compile(Path(path), Path(folder), accelerator, system, memory_mode)
-        summary = _table(Path(folder), "*_summary_*.csv")[-1]
-        layers = _table(Path(folder), "*_per-layer.csv")
-    return _report(accelerator, system, memory_mode, summary, layers)
+    folder, path = Path(folder), Path(path)
+    options = ["--config", _CONFIGURATION, "--accelerator-config", accelerator]
+    options += ["--system-config", system, "--memory-mode", memory_mode]
+    _compile(path, folder, options)
+    summary = _table(folder, "*_summary_*.csv")[-1]
+    layers = _table(folder, "*_per-layer.csv")
+    return VelaProgram(
+        folder / f"{path.stem}_vela.tflite",
+        shlex.join(["vela", path.name, *options]),
+        _report(accelerator, system, memory_mode, summary, layers),
+    )
 
 
-def _compile(path: Path, folder: Path, accelerator: str, system: str, memory_mode: str) -> None:
+def _compile(path: Path, folder: Path, options: Sequence[str]) -> None:
     """Run Vela in a process of its own."""
-    command = [sys.executable, "-m", "ethosu.vela", str(path.resolve())]
-    command += ["--output-dir", str(folder), "--config", _CONFIGURATION]
-    command += ["--accelerator-config", accelerator, "--system-config", system]
-    command += ["--memory-mode", memory_mode, "--verbose-performance"]
+    command = [sys.executable, "-m", "ethosu.vela", str(path.resolve()), *options]
+    command += ["--output-dir", str(folder), "--verbose-performance"]
     try:
         process = subprocess.run(
             command, capture_output=True, text=True, check=False, timeout=_LONGEST_SECONDS
@@ -194,9 +243,7 @@ def _compile(path: Path, folder: Path, accelerator: str, system: str, memory_mod
         raise VelaError(f"Vela took more than {_LONGEST_SECONDS} s over {path}") from error
     if process.returncode != 0:
         lines = (process.stderr.strip() or process.stdout.strip()).splitlines()[-1:]
-        raise VelaError(
-            f"Vela rejects {path} for {accelerator}, {system}, {memory_mode}: {' '.join(lines)}"
-        )
+        raise VelaError(f"Vela rejects {path} for {', '.join(options[3::2])}: {' '.join(lines)}")
 
 
 def _table(folder: Path, pattern: str) -> list[dict[str, str]]:

@@ -11,11 +11,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+from torch.utils._pytree import tree_leaves, tree_structure, tree_unflatten
 
 from lightning_nna.deploy.capture import emulated_evaluation, emulator_of, forward_of
-from lightning_nna.deploy.graph import dtype_of_qparams, quantize
-from lightning_nna.deploy.program import Program
+from lightning_nna.deploy.graph import Port, dtype_of_qparams, quantize
+from lightning_nna.deploy.program import Program, ProgramPorts
 from lightning_nna.deploy.runtimes import Runtime
 from lightning_nna.emulation.ranges import QParams
 
@@ -96,52 +96,98 @@ def verify(
             see :func:`run_tflite`.
     """
     program = Program(path, runtime=runtime)
-    emulator = emulator_of(module)
-    leaves, form = tree_flatten(list(inputs))
+    calls = example_calls(program, inputs, random_inputs)
+    emulated = emulated_results(module, program, inputs, calls, forward=forward)
+    equal = total = skipped = 0
+    for outputs, expected in zip(program.run_all(calls), emulated, strict=True):
+        if expected is None:
+            skipped += 1
+            continue
+        for output, x in zip(outputs, expected, strict=True):
+            equal += int(((x == output) | (np.isnan(x) & np.isnan(output))).sum())
+            total += output.size
+    return Agreement(equal, total, inputs=random_inputs + 1 - skipped, skipped=skipped)
+
+
+def example_calls(
+    ports: ProgramPorts, inputs: Sequence[Any], random_inputs: int
+) -> list[list[Any]]:
+    """Return sets of arguments, without their nesting: those that are given, and random ones.
+
+    Args:
+        ports: Ports of the program.
+        inputs: Arguments of the module's forward.
+        random_inputs: Number of sets of random arguments, see :func:`verify`.
+    """
     random = np.random.default_rng(0)
-    run = forward_of(module, forward)
-    calls = [leaves]
+    calls = [tree_leaves(list(inputs))]
     for trial in range(random_inputs):
         reach = 3.0 if trial % 2 else 1.0
-        calls.append(_random_arguments(program, calls[-1], random, reach))
-    equal = total = skipped = 0
+        calls.append(_random_arguments(ports, calls[-1], random, reach))
+    return calls
+
+
+def emulated_results(
+    module: nn.Module,
+    ports: ProgramPorts,
+    inputs: Sequence[Any],
+    calls: Sequence[Sequence[Any]],
+    *,
+    forward: Callable[..., Any] | None = None,
+) -> list[list[NDArray[Any]] | None]:
+    """Compute results of a program with the emulated module that was exported.
+
+    Args:
+        module: Emulated module.
+        ports: Ports of the program.
+        inputs: Arguments of the module's forward, whose nesting the calls have.
+        calls: Sets of arguments, see :func:`example_calls`.
+        forward: Function that runs the module, as it was exported.
+
+    Returns:
+        For each call the results that the program has, see :class:`.Program`; None for arguments
+        after the first ones on which the module itself has no finite result.
+
+    Raises:
+        ValueError: If a result has another shape or type than the program's.
+    """
+    form = tree_structure(list(inputs))
+    emulator, run = emulator_of(module), forward_of(module, forward)
+    all_results: list[list[NDArray[Any]] | None] = []
     with emulated_evaluation(module, emulator):
-        for leaves, outputs in zip(calls, program.run_all(calls), strict=True):
+        for number, leaves in enumerate(calls):
             arguments = [x.detach().clone() if isinstance(x, Tensor) else x for x in leaves]
-            for port in program.inputs:
-                qparams = program.qparams_of(port)
+            for port in ports.inputs:
+                qparams = ports.qparams_of(port)
                 if port.from_chip and qparams is not None:
                     arguments[port.position] = fake_quantize(arguments[port.position], qparams)
                     emulator.state.set_qparams(arguments[port.position], qparams)
             try:
                 results = tree_leaves(run(*tree_unflatten(arguments, form)))
             except FloatingPointError:
-                if leaves is calls[0]:
+                if number == 0:
                     raise
-                skipped += 1
+                all_results.append(None)
                 continue
-            positions = dict.fromkeys(port.position for port in program.outputs)
-            for position, output in zip(positions, outputs, strict=True):
-                expected = _comparable(position, output, results)
-                equal += int(((expected == output) | (np.isnan(expected) & np.isnan(output))).sum())
-                total += output.size
-    return Agreement(equal, total, inputs=random_inputs + 1 - skipped, skipped=skipped)
+            by_position = {port.position: port for port in ports.outputs}
+            all_results.append([_comparable(ports, port, results) for port in by_position.values()])
+    return all_results
 
 
-def _comparable(position: int, output: NDArray[Any], results: Sequence[Any]) -> NDArray[Any]:
+def _comparable(ports: ProgramPorts, port: Port, results: Sequence[Any]) -> NDArray[Any]:
     """Return the result of the module that an output of the program can be compared with."""
     remedy = "export the module again, or pass the forward that it was exported with"
+    position, dtype = port.position, ports.dtype_of(port)
     result = results[position] if position < len(results) else None
-    is_float = np.issubdtype(output.dtype, np.floating)
+    is_float = dtype == "float32"
     if not isinstance(result, Tensor) or result.is_floating_point() != is_float:
         kind = f"{result.dtype} tensor" if isinstance(result, Tensor) else type(result).__name__
         raise ValueError(
-            f"result {position} is a {kind} in the module and {output.dtype} in the program: "
-            f"{remedy}"
+            f"result {position} is a {kind} in the module and {dtype} in the program: {remedy}"
         )
-    if tuple(result.shape) != output.shape:
+    if tuple(result.shape) != port.shape:
         raise ValueError(
-            f"result {position} has shape {tuple(result.shape)} in the module and {output.shape} "
+            f"result {position} has shape {tuple(result.shape)} in the module and {port.shape} "
             f"in the program: {remedy}"
         )
     result = result.detach().cpu()
@@ -149,7 +195,7 @@ def _comparable(position: int, output: NDArray[Any], results: Sequence[Any]) -> 
 
 
 def _random_arguments(
-    program: Program, leaves: Sequence[Any], random: np.random.Generator, reach: float
+    program: ProgramPorts, leaves: Sequence[Any], random: np.random.Generator, reach: float
 ) -> list[Any]:
     """Replace the arguments that a program reads by random ones."""
     result = list(leaves)

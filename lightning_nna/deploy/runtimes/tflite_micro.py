@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import os
 import re
+import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
@@ -28,6 +30,24 @@ _PACKAGE = "tflite-micro"
 # Memory that is not touched costs nothing.
 _LEAST_ARENA = 64 * 2**20
 _ARENA_PER_BYTE = 16
+# Of the arena and of what is in it.
+_ALIGNMENT = 16
+_LEAST_STEP = 1024
+_MOST_STEPS = 64
+# Prints every size that it tries, and "runs" after the first that is enough.
+_TRIAL = """
+import sys
+from tflite_micro.python.tflite_micro import runtime
+contents = open(sys.argv[1], "rb").read()
+for size in map(int, sys.argv[2:]):
+    print(size, flush=True)
+    try:
+        runtime.Interpreter.from_bytes(contents, arena_size=size).invoke()
+    except RuntimeError:
+        continue
+    print("runs")
+    break
+"""
 _ALLOCATION = re.compile(r"Arena allocation total (\d+) bytes")
 
 
@@ -63,14 +83,15 @@ class LoadedTFLiteMicro:
 
     Args:
         contents: Bytes of a .tflite file.
+        arena_bytes: Bytes of its working memory; None for more than programs take.
     """
 
-    def __init__(self, contents: bytes) -> None:
+    def __init__(self, contents: bytes, *, arena_bytes: int | None = None) -> None:
         try:
             from tflite_micro.python.tflite_micro import runtime
         except ImportError as error:
             raise _missing() from error
-        arena = max(_LEAST_ARENA, _ARENA_PER_BYTE * len(contents))
+        arena = arena_bytes or max(_LEAST_ARENA, _ARENA_PER_BYTE * len(contents))
         with _explained("cannot load the program"):
             self._interpreter = runtime.Interpreter.from_bytes(contents, arena_size=arena)
         model = runtime.schema_fb.Model.GetRootAs(contents)
@@ -97,12 +118,48 @@ class LoadedTFLiteMicro:
         return results
 
     def arena_bytes(self) -> int:
-        """Return the bytes of working memory that the program takes, after a run."""
+        """Return the bytes of working memory that are in use after a run."""
         with _stderr() as written:
             self._interpreter.print_allocations()
             found = _ALLOCATION.search(_read(written))
         assert found is not None
         return int(found[1])
+
+
+def sufficient_arena_bytes(contents: bytes, used_bytes: int) -> int:
+    """Return the bytes of an arena in which a program is allocated and runs.
+
+    It may be larger than what is used after a run: while TFLite-Micro plans the tensors, its plan
+    is in the arena, too. Sizes are tried from the used one on, in steps of a kilobyte or of a
+    sixteenth of it, in a process of their own: an arena that is too small may end it.
+
+    Args:
+        contents: Bytes of a .tflite file that runs.
+        used_bytes: Bytes in use after a run, see :meth:`LoadedTFLiteMicro.arena_bytes`.
+
+    Raises:
+        UnsupportedProgramError: If the program runs in none of these arenas.
+    """
+    step = max(_LEAST_STEP, used_bytes // _ARENA_PER_BYTE)
+    sizes = [_aligned(used_bytes + k * step) for k in range(_MOST_STEPS)]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "program.tflite"
+        path.write_bytes(contents)
+        while sizes:
+            command = [sys.executable, "-c", _TRIAL, str(path), *map(str, sizes)]
+            ended = subprocess.run(command, capture_output=True, text=True, check=False)
+            tried = ended.stdout.split()
+            if tried and tried[-1] == "runs":
+                return int(tried[-2])
+            sizes = sizes[max(1, len(tried)) :]
+    raise UnsupportedProgramError(
+        f"TFLite-Micro runs the program in a large arena, and in none of up to "
+        f"{used_bytes + _MOST_STEPS * step} bytes: {ended.stderr.strip()[-200:]}"
+    )
+
+
+def _aligned(size: int) -> int:
+    return -(-size // _ALIGNMENT) * _ALIGNMENT
 
 
 def _missing() -> MissingRuntimeError:
