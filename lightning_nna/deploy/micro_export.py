@@ -110,7 +110,8 @@ def _ports(file: ProgramFile) -> str:
 def _position(port: Port, kind: str) -> str:
     what = "argument" if kind == "input" else "result"
     part = "" if port.part is None else f", elements {port.part[0]} to {port.part[1]}"
-    return f"{what} {port.position}{part}"
+    order = "" if port.order is None else f", axes {list(port.order)}"
+    return f"{what} {port.position}{part}{order}"
 
 
 def _form(tensor: StoredTensor) -> tuple[str, str, str, str]:
