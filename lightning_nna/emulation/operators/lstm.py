@@ -29,8 +29,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_nna.emulation.arithmetic.fixed_point import INT16_MAX, INT16_MIN
-from lightning_nna.emulation.arithmetic.quantized_weight import QuantizedWeight
 from lightning_nna.emulation.first_order import first_order
 from lightning_nna.emulation.float32_arithmetic import float32_arithmetic
 from lightning_nna.emulation.operators.call import Call, stored_bytes
@@ -38,16 +36,12 @@ from lightning_nna.emulation.operators.linear import (
     accumulator_limit,
     holding_bias,
     overflowed,
-    stored_bias,
 )
-from lightning_nna.emulation.operators.lstm_cell import (
-    GATE_OUTPUT_SCALE,
-    Grids,
-    LSTMCell,
-    Record,
-)
+from lightning_nna.emulation.operators.lstm_cell import Grids, LSTMCell, Record
+from lightning_nna.emulation.operators.lstm_instruction import Places, record_layer
+from lightning_nna.emulation.operators.lstm_kernels import GATE_OUTPUT_SCALE, kernel_of
 from lightning_nna.emulation.operators.sequences import Layout
-from lightning_nna.emulation.program import Activation, Stored
+from lightning_nna.emulation.program import Activation
 from lightning_nna.emulation.ranges import QParams, cell_state_exponent
 
 # Elements that the backward prepares at a time, so that they stay in the cache.
@@ -136,6 +130,7 @@ def _cell(
         w_hh,
         bias,
         Grids(x.qparams, y, hidden, exponent),
+        kernel=kernel_of(spec.runtime),
         projection=projection,
         rounding=spec.rounding_of("double"),
         bias_bits=spec.bias_width(8),
@@ -198,7 +193,8 @@ class _LSTM(torch.autograd.Function):
         states = record.h[batch:].float().sub_(grids.h.zero_point).mul_(grids.h.scale)
         cells = layout.last(record.c[batch:]).float().mul_(cell.cell_scale)
         if call.recording:
-            _record(call, activation, cell, bias, record, layout, _Places(h_0, c_0, states, cells))
+            places = Places(h_0, c_0, states, cells)
+            record_layer(call, activation, cell, bias, record, layout, places)
         if any(ctx.needs_input_grad):
             tensors = [getattr(record, name) for name in _SAVED]
             ctx.names = [
@@ -219,7 +215,10 @@ class _LSTM(torch.autograd.Function):
             factors = _Factors(cell, record, layout)
             d_pre, d_out, dh, dc = _through_time(cell, layout, grads, factors)
             h_before = _real(layout.before(record.h), cell.grids.h)
-            d_w_hh = d_pre.T @ h_before
+            d_recurrent = d_pre
+            if record.inside_recurrent is not None:
+                d_recurrent = d_pre * record.inside_recurrent
+            d_w_hh = d_recurrent.T @ h_before
             d_input = d_pre if record.inside_input is None else d_pre * record.inside_input
             d_x = d_input @ cell.w_ih.values if ctx.needs_input_grad[0] else None
             d_w_ih = d_input.T @ x.float()
@@ -232,7 +231,7 @@ class _LSTM(torch.autograd.Function):
 
 _SAVED = (
     *("gates", "c", "tanh_c", "h", "hidden"),
-    *("inside_input", "inside_gates", "inside_c", "inside_hidden", "inside_h"),
+    *("inside_input", "inside_recurrent", "inside_gates", "inside_c", "inside_hidden", "inside_h"),
 )
 
 
@@ -249,6 +248,7 @@ class _Factors:
         through_h: d(cell)/d(hidden), ``(rows, hidden)``.
         forget: From one cell to the one before, ``(rows, hidden)``.
         inside_h: Where a projected output was not clipped, float; None if everywhere.
+        inside_recurrent: The same of recurrent parts of gates' inputs, ``(rows, 4 * hidden)``.
     """
 
     def __init__(self, cell: LSTMCell, record: Record, layout: Layout) -> None:
@@ -261,7 +261,8 @@ class _Factors:
         for first in range(0, rows, block):
             here = slice(first, first + block)
             self._prepare(here, record, c_before[here], cell.cell_scale)
-        self.inside_h = None if record.inside_h is None else record.inside_h.float()
+        masks = (record.inside_h, record.inside_recurrent)
+        self.inside_h, self.inside_recurrent = (x if x is None else x.float() for x in masks)
 
     def _prepare(self, here: slice, record: Record, c_before: Tensor, cell_scale: float) -> None:
         size = c_before.shape[1]
@@ -328,81 +329,8 @@ def _through_time(
         gates[step][:, :3].mul_(c.unsqueeze(1))
         gates[step][:, 3].mul_(hidden)
         torch.mul(c, parts[2][step], out=before)
-        torch.mm(flat[step], w_hh, out=dh[:size])
+        recurrent = flat[step]
+        if factors.inside_recurrent is not None:
+            recurrent = recurrent * factors.inside_recurrent.split(sizes)[step]
+        torch.mm(recurrent, w_hh, out=dh[:size])
     return factors.gates.flatten(1), d_outs, dh, dc
-
-
-class _Places(NamedTuple):
-    """Tensors of the forward that a layer starts from and that it returns."""
-
-    h_0: Tensor
-    c_0: Tensor
-    outputs: Tensor
-    c_n: Tensor
-
-
-def _record(
-    call: Call,
-    x: Activation,
-    cell: LSTMCell,
-    bias: Tensor | None,
-    record: Record,
-    layout: Layout,
-    at: _Places,
-) -> None:
-    """Report the layer sequence by sequence of equal length, as the kernel takes them."""
-    grids, batch = cell.grids, layout.batch
-    for length in sorted(set(layout.lengths)):
-        members = [k for k, other in enumerate(layout.lengths) if other == length]
-        starts = [sum(layout.sizes[:step]) for step in range(length)]
-        rows = torch.tensor([[start + k for start in starts] for k in members])
-        source = x.stored()
-        last = rows[:, -1]
-        inputs: list[Stored | None] = [None] * 24
-        inputs[0] = _grid_like(source.integers[rows], x.qparams, source=x.value[rows])
-        inputs[1:5], inputs[5:9] = _by_gate(cell.w_ih), _by_gate(cell.w_hh)
-        scales = cell.w_ih.scales.double() * x.qparams.scale
-        zero = torch.zeros(4 * cell.size)
-        biases = stored_bias(zero if bias is None else bias, scales, call.state.spec, 8)
-        each = zip(biases.integers.chunk(4), scales.chunk(4), strict=True)
-        inputs[12:16] = [Stored(q, "int32", float(s[0]), constant=True) for q, s in each]
-        if cell.projection is not None:
-            weight = cell.projection
-            scale = float(weight.scales[0])
-            inputs[16] = Stored(weight.stored.long(), "int8", scale, constant=True)
-        cell_grid = QParams(cell.cell_scale, 0, INT16_MIN, INT16_MAX)
-        first_h, first_c = record.h[:batch][members], record.c[:batch][members]
-        inputs[18] = _grid_like(first_h, grids.h, variable=True, source=at.h_0[members])
-        inputs[19] = _grid_like(first_c, cell_grid, variable=True, source=at.c_0[members])
-        hidden, cells = record.h[batch:], record.c[batch:]
-        call.record(
-            "UNIDIRECTIONAL_SEQUENCE_LSTM",
-            inputs,
-            [_grid_like(hidden[rows], grids.h, source=at.outputs[rows])],
-            _intermediates(cell),
-            new_state=[
-                _grid_like(hidden[last], grids.h, source=at.outputs[last]),
-                _grid_like(cells[last], cell_grid, source=at.c_n[members]),
-            ],
-        )
-
-
-def _by_gate(weight: QuantizedWeight) -> list[Stored | None]:
-    parts = zip(weight.stored.long().chunk(4), weight.scales.chunk(4), strict=True)
-    return [Stored(integers, "int8", float(scales[0]), constant=True) for integers, scales in parts]
-
-
-def _grid_like(integers: Tensor, grid: QParams, **rest: Any) -> Stored:
-    dtype = "int8" if grid.bits == 8 else "int16"
-    return Stored(integers.long(), dtype, grid.scale, grid.zero_point, **rest)
-
-
-def _intermediates(cell: LSTMCell) -> list[Stored]:
-    """Five are demanded; the kernel reads the last alone, the grid of the hidden state.
-
-    Before a projection the kernel takes its zero point with the opposite sign.
-    """
-    none, hidden = torch.zeros(1, dtype=torch.int64), cell.grids.hidden
-    zero_point = hidden.zero_point if cell.projection is None else -hidden.zero_point
-    unread = [Stored(none, "int16", 2.0**-12) for _ in range(4)]
-    return [*unread, Stored(none, "int8", hidden.scale, zero_point)]

@@ -1,4 +1,4 @@
-r"""The integers of an LSTM layer, step after step, as the reference kernel has them.
+r"""The integers of an LSTM layer, step after step, as the kernel of the runtime has them.
 
 Whatever can be is done for all steps at once or before the first. The saturation of the gates'
 inputs lies in their table, which goes on beyond 16 bits with its outermost values: the input part
@@ -9,22 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_nna.elementary import power_of_two
-from lightning_nna.emulation.arithmetic.fixed_point import (
-    INT16_MAX,
-    INT16_MIN,
-    lstm_sigmoid_table,
-    lstm_tanh_table,
-)
+from lightning_nna.emulation.arithmetic.fixed_point import INT16_MAX, INT16_MIN
 from lightning_nna.emulation.arithmetic.quantized_weight import QuantizedWeight
 from lightning_nna.emulation.arithmetic.rescaling import (
-    TIES_AWAY,
     Rescaler,
     RoundingKind,
     round_half_away,
@@ -33,12 +25,16 @@ from lightning_nna.emulation.arithmetic.rescaling import (
 )
 from lightning_nna.emulation.operators.call import stored_bytes
 from lightning_nna.emulation.operators.linear import integer_bias
+from lightning_nna.emulation.operators.lstm_kernels import (
+    GATE_OUTPUT_SCALE,
+    GATE_SCALE,
+    LSTMKernel,
+    cell_table,
+    gate_table,
+)
 from lightning_nna.emulation.operators.sequences import Layout
 from lightning_nna.emulation.program import Activation
 from lightning_nna.emulation.ranges import QParams
-
-GATE_SCALE = 2.0**-12
-GATE_OUTPUT_SCALE = 2.0**-15
 
 # How far the table of a gate goes on beyond 16 bits on either side, and its length.
 _MARGIN = 2**16
@@ -78,6 +74,7 @@ class Record:
         h: Outputs with their zero point: int8, ``(batch + rows, out)``.
         hidden: States before a projection with their zero point: int8, ``(rows, hidden)``.
         inside_input: Where the input part of a gate was not clipped; None if nowhere it was.
+        inside_recurrent: The same of the recurrent part, which some kernels clip by itself.
         inside_gates: The same of the gates' whole inputs.
         inside_c: The same of the cells.
         inside_hidden: The same of the products of output gate and cell.
@@ -90,6 +87,7 @@ class Record:
     h: Tensor
     hidden: Tensor | None = None
     inside_input: Tensor | None = None
+    inside_recurrent: Tensor | None = None
     inside_gates: Tensor | None = None
     inside_c: Tensor | None = None
     inside_hidden: Tensor | None = None
@@ -104,6 +102,7 @@ class LSTMCell:
         w_hh: Recurrent weights.
         bias: Sum of both biases, shape ``(4 * hidden,)``, or None.
         grids: Grids of the layer.
+        kernel: Kernel of the runtime.
         projection: Weights of the projection, one scale, or None.
         rounding: Of every requantization.
         bias_bits: Width of a bias.
@@ -118,6 +117,7 @@ class LSTMCell:
         bias: Tensor | None,
         grids: Grids,
         *,
+        kernel: LSTMKernel,
         projection: QuantizedWeight | None,
         rounding: RoundingKind,
         bias_bits: int,
@@ -125,37 +125,46 @@ class LSTMCell:
         overflowed: Callable[..., Tensor],
     ) -> None:
         self.w_ih, self.w_hh, self.projection, self.grids = w_ih, w_hh, projection, grids
+        self.kernel = kernel
         self.size = w_hh.stored.shape[0] // 4
         self.cell_scale = 2.0**grids.cell_exponent
         biases = None
         if bias is not None:
             biases = integer_bias(bias, w_ih.scales.double() * grids.x.scale, bias_bits)
         self.input_product, self.product = w_ih.byte_product, w_hh.byte_product
-        form = partial(_rescaler, rounding=rounding, limit=accumulator_limit, overflowed=overflowed)
+        form = partial(
+            _rescaler,
+            kernel=kernel,
+            rounding=rounding,
+            limit=accumulator_limit,
+            overflowed=overflowed,
+        )
         self.of_input = form(w_ih, grids.x, GATE_SCALE, biases)
         self.of_recurrent = form(w_hh, grids.h, GATE_SCALE, None)
-        # Whether a recurrent part may lead beyond the table; at its end nothing changes any more,
-        # except for sums that do not fit into 32 bits.
+        # Whether a recurrent part may be saturated, or lead beyond the table; at its end nothing
+        # changes any more, except for sums that do not fit into 32 bits.
         largest = float(self.of_recurrent.factors.max()) * self.of_recurrent.largest
-        self.far = largest >= _MARGIN - 1
+        self.saturates = kernel.saturates_recurrent and largest >= INT16_MAX - 1
+        self.far = largest >= _MARGIN - 1 and not kernel.saturates_recurrent
         if projection is not None:
             self.projection_product = projection.byte_product
             out = grids.h
             self.of_projection = form(
                 projection, grids.hidden, out.scale, None, zero_point=out.zero_point
             )
-        scale = np.float32(grids.hidden.scale)
-        factor = np.float32(GATE_OUTPUT_SCALE) / scale * np.float32(GATE_OUTPUT_SCALE)
         like = w_ih.scales.new_tensor
+        gate, output = (
+            like(scale, dtype=torch.float64) for scale in (GATE_OUTPUT_SCALE, grids.hidden.scale)
+        )
         self.of_hidden = Rescaler(
-            like(float(factor), dtype=torch.float64),
+            kernel.factor(gate, gate, output),
             rounding=rounding,
             largest=2.0**30,
             zero_point=grids.hidden.zero_point,
         )
-        # Products of two gates: i g is in Q0.30, f c has the cell's scale; ties go away from zero.
-        shifts = like([[-30 - grids.cell_exponent], [-15]], dtype=torch.int64)
-        self.of_products = power_of_two(shifts) * TIES_AWAY
+        # Products of two gates: i g is in Q0.30, f c has the cell's scale. None leaves 16 bits.
+        exponents = like([[-30 - grids.cell_exponent], [-15]], dtype=torch.int64)
+        self.of_products = kernel.products(exponents, rounding)
         self.zeros = like(_ZEROS, dtype=torch.float64).repeat_interleave(self.size)
 
     def start(self, c: Tensor) -> Tensor:
@@ -199,6 +208,8 @@ class LSTMCell:
             h=index.new_empty((batch + rows, out), dtype=torch.int8),
             inside_input=inside_input,
         )
+        if self.saturates:
+            record.inside_recurrent = torch.empty_like(record.gates, dtype=torch.bool)
         record.h[:batch].copy_(h_0)
         record.c[:batch].copy_(c_0)
         # Before clipping.
@@ -208,6 +219,8 @@ class LSTMCell:
             record.hidden = torch.empty_like(record.tanh_c, dtype=torch.int8)
             projected = torch.empty_like(record.h[batch:], dtype=torch.int32)
         self._loop(index, record, hidden, projected, layout)
+        if record.inside_recurrent is not None and bool(record.inside_recurrent.all()):
+            record.inside_recurrent = None
         record.inside_gates = self._inside(index, 0)
         record.inside_c = _between(record.c[batch:], INT16_MIN + 1, INT16_MAX - 1)
         record.inside_hidden = _between(hidden, self.grids.hidden.low, self.grids.hidden.high)
@@ -223,8 +236,8 @@ class LSTMCell:
         projected: Tensor | None,
         layout: Layout,
     ) -> None:
-        gate_table = _gate_table(index.device)
-        cell_table = _cell_table(15 + self.grids.cell_exponent, index.device)
+        gates_of = gate_table(self.kernel, _MARGIN, index.device)
+        tanh_of = cell_table(self.kernel, self.grids.cell_exponent, index.device)
         grid, sizes = self.grids.hidden, layout.sizes
         cells, states = (x.split((layout.batch, *sizes)) for x in (record.c, record.h))
         parts = [x.split(sizes) for x in (index, record.gates, record.tanh_c, hidden)]
@@ -235,20 +248,24 @@ class LSTMCell:
             before = states[step][: sizes[step]]
             room.sums.copy_(self.product(before, room.accumulator))
             recurrent = self.of_recurrent(room.sums)
+            if record.inside_recurrent is not None:
+                recurrent.clamp_(INT16_MIN, INT16_MAX)
+                inside = (recurrent > INT16_MIN) & (recurrent < INT16_MAX)
+                record.inside_recurrent.split(sizes)[step].copy_(inside)
             if self.far:
                 if self.of_recurrent.spills:
                     gates_in = pre - self.zeros
                     recurrent = wrap(recurrent + gates_in) - gates_in
                 recurrent.clamp_(-_MARGIN, _MARGIN)
             pre.add_(room.recurrent.copy_(recurrent))
-            torch.index_select(gate_table, 0, pre.view(-1), out=gates.view(-1))
+            torch.index_select(gates_of, 0, pre.view(-1), out=gates.view(-1))
             room.gates.copy_(gates)
             torch.mul(room.i_f, room.g_c, out=room.products)
-            room.products.mul_(self.of_products).round_()
+            self.of_products(room.products)
             torch.add(room.new, room.retained, out=room.cells).clamp_(INT16_MIN, INT16_MAX)
             cells[step + 1].copy_(room.cells)
             room.cell_index.copy_(room.cells).add_(2**15)
-            torch.index_select(cell_table, 0, room.flat_cell_index, out=tanh_c.view(-1))
+            torch.index_select(tanh_of, 0, room.flat_cell_index, out=tanh_c.view(-1))
             room.hidden.copy_(tanh_c).mul_(room.o)
             self.of_hidden(room.hidden).add_(grid.zero_point)
             unclipped.copy_(room.hidden)
@@ -309,14 +326,16 @@ def _rescaler(
     scale: float,
     biases: Tensor | None,
     *,
+    kernel: LSTMKernel,
     rounding: RoundingKind,
     limit: float,
     overflowed: Callable[..., Tensor],
     zero_point: int = 0,
 ) -> Rescaler:
-    """From the accumulators of stored bytes to a scale; the kernel forms its factors in float32."""
-    of_x, of_y = (torch.tensor(s, device=weight.scales.device) for s in (x.scale, scale))
-    factors = (weight.scales.float() * of_x.float() / of_y.float()).double()
+    """From the accumulators of stored bytes to a scale."""
+    like = weight.scales.new_tensor
+    of_x, of_y = (like(s, dtype=torch.float64) for s in (x.scale, scale))
+    factors = kernel.factor(weight.scales, of_x, of_y)
     offset = weight.row_sums * -x.zero_point
     largest = weight.largest_sum() * max(x.largest, 128)
     if biases is not None:
@@ -343,16 +362,3 @@ def _between(x: Tensor, low: int, high: int) -> Tensor | None:
     if int(first) >= low and int(last) <= high:
         return None
     return (x >= low) & (x <= high)
-
-
-@lru_cache(maxsize=4)
-def _gate_table(device: torch.device) -> Tensor:
-    """Sigmoid and, behind it, tanh of gates' inputs in 16 bits and beyond."""
-    tables = (lstm_sigmoid_table(), lstm_tanh_table(3))
-    ends = (torch.cat([t[:1].expand(_MARGIN), t, t[-1:].expand(_MARGIN)]) for t in tables)
-    return torch.cat(list(ends)).to(torch.int16).to(device)
-
-
-@lru_cache(maxsize=16)
-def _cell_table(integer_bits: int, device: torch.device) -> Tensor:
-    return lstm_tanh_table(integer_bits).to(torch.int16).to(device)
