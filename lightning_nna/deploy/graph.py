@@ -304,10 +304,13 @@ class LayoutTensors:
     Args:
         graph: Program so far.
         changing: Numbers of tensors whose values change from one use to the next.
+        most_parts: Number of tensors that one operator joins at most; None for any.
     """
 
-    def __init__(self, graph: Graph, changing: Container[int]) -> None:
-        self.graph, self._changing = graph, changing
+    def __init__(
+        self, graph: Graph, changing: Container[int], most_parts: int | None = None
+    ) -> None:
+        self.graph, self._changing, self._most_parts = graph, changing, most_parts
         self._results: dict[tuple[Any, ...], int] = {}
         # Tensors that are others in another shape: number of the other.
         self._reshaped: dict[int, int] = {}
@@ -341,6 +344,10 @@ class LayoutTensors:
         self, operator: str, inputs: Any, shape: Any, options: Any, form: TensorSpec, name: str
     ) -> int:
         """Append a layout operator, unless its result is there already."""
+        most = self._most_parts
+        while operator == "CONCATENATION" and most is not None and len(inputs) > most:
+            groups = [inputs[first : first + most] for first in range(0, len(inputs), most)]
+            inputs = [self._joined(group, options, form, name) for group in groups]
         numbers = [
             self._shape_constant(name, x) if isinstance(x, np.ndarray) else x for x in inputs
         ]
@@ -362,6 +369,13 @@ class LayoutTensors:
         if operator == "RESHAPE" and not changes:
             self._reshaped[number] = numbers[0]
         return number
+
+    def _joined(self, inputs: Sequence[int], options: Any, form: TensorSpec, name: str) -> int:
+        """Append a concatenation of tensors, see :meth:`_emit`."""
+        shapes, axis = [self.graph.specs[number].shape for number in inputs], options["axis"]
+        shape = list(shapes[0])
+        shape[axis] = sum(each[axis] for each in shapes)
+        return self._emit("CONCATENATION", list(inputs), shape, options, form, name)
 
     def _shape_constant(self, name: str, x: Any) -> int:
         form = spec_of(Stored(torch.from_numpy(x).long(), "int32"))

@@ -45,6 +45,7 @@ from lightning_nna.deploy.provenance import CONSTANT
 from lightning_nna.deploy.provenance_map import ProvenanceMap, PythonReads, untracked
 from lightning_nna.emulation.emulator import Emulator
 from lightning_nna.emulation.modes import SiteCall
+from lightning_nna.emulation.operators.concatenation import most_parts
 from lightning_nna.emulation.program import Instruction, Stored, activation
 
 _LSTM = "UNIDIRECTIONAL_SEQUENCE_LSTM"
@@ -116,7 +117,8 @@ class Recorder:
         self._cells: dict[int, int] = {}
         #: Present values of every variable, as codes.
         self._state: dict[int, Codes] = {}
-        self._layout = LayoutTensors(self.graph, self._state)
+        most = most_parts(emulator.spec.runtime)
+        self._layout = LayoutTensors(self.graph, self._state, most)
 
     # --- the forward ----------------------------------------------------------------------------
 

@@ -22,11 +22,16 @@ Rounding = Literal["reference", "double", "single", "shift"]
 KernelRounding = Rounding | Literal["real", "reduced"]
 Overflow = Literal["saturate", "wrap"]
 RuntimeName = Literal["litert", "tflm", "tosa"]
+LSTMForm = Literal["sequence", "elementary"]
 
 #: Widths of the accumulators of LiteRT's kernels in bits, by the width of their activations.
 LITERT_ACCUMULATOR = {8: 32, 16: 64}
 #: Widths of their biases. With 16-bit activations, 64 bits are stored and processors use 40.
 LITERT_BIAS = {8: 32, 16: 40}
+
+# Runtimes that have an LSTM kernel, and those whose kernel has projections.
+_WITH_LSTM = frozenset({"litert", "tflm"})
+_WITH_PROJECTIONS = frozenset({"litert"})
 
 _CHOICES: dict[str, tuple[Any, ...]] = {
     "activation_bits": (8, 16),
@@ -37,6 +42,7 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "weight_granularity": ("per_channel", "per_tensor"),
     "rounding": ("reference", "double", "single", "shift"),
     "runtime": ("litert", "tflm", "tosa"),
+    "lstm": ("sequence", "elementary"),
     "table_entries": (0, *(2**k for k in range(4, 17))),
 }
 
@@ -66,6 +72,9 @@ class NNASpec:
             each operator; ``"double"``, a fixed-point multiplier rounded twice, everywhere;
             ``"single"``, the same rounded once; ``"shift"``, a shift alone: then every scale
             is a power of two.
+        lstm: Form of LSTM layers: ``"sequence"``, the kernel that runs whole sequences with 8-bit
+            hidden states, where the runtime has one, or ``"elementary"``, fully connected layers,
+            sums, products, sigmoids and tanh with 16-bit states. See :meth:`lstm_form`.
         table_entries: Number of entries of the tables of 16-bit non-linearities, interpolated
             linearly: a power of two, or 0 for the functions of the reference kernels. 8-bit tables
             have an entry for every input.
@@ -92,6 +101,7 @@ class NNASpec:
     weight_granularity: Granularity = "per_channel"
     runtime: RuntimeName = "litert"
     rounding: Rounding = "reference"
+    lstm: LSTMForm = "sequence"
     table_entries: int = 0
     operators: tuple[str, ...] | None = None
 
@@ -227,6 +237,20 @@ class NNASpec:
             (<class 'numpy.float32'>, <class 'numpy.float64'>)
         """
         return np.float32 if self.runtime == "litert" else np.float64
+
+    def lstm_form(self, *, projected: bool = False) -> LSTMForm:
+        """Return the form of an LSTM layer: elementary, too, where the runtime lacks a kernel.
+
+        Args:
+            projected: Whether the layer has a projection, which TFLite-Micro's kernel lacks.
+
+        Example:
+            >>> micro = NNASpec(runtime="tflm")
+            >>> micro.lstm_form(), micro.lstm_form(projected=True)
+            ('sequence', 'elementary')
+        """
+        runtimes = _WITH_PROJECTIONS if projected else _WITH_LSTM
+        return self.lstm if self.runtime in runtimes else "elementary"
 
     @classmethod
     def from_mapping(cls, settings: Mapping[str, Any]) -> NNASpec:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_nna import calibrate
 from lightning_nna.deploy import (
@@ -49,6 +49,28 @@ def test_its_linear_layers_round_otherwise_than_those_of_litert(tmp_path: Path) 
     path = export_tflite(net, [x], tmp_path / "net.tflite").path
     assert verify(net, path, [x]) == 1.0
     assert 0.9 < verify(net, path, [x], runtime="tflm") < 1.0
+
+
+class Joining(nn.Module):
+    """Join 23 results of an operator, and columns of another in blocks whose order is turned."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = [torch.tanh(part) for part in x.split(2, 1)]
+        blocks = torch.arange(x.shape[1]).split([2, 3, 4] * 5 + [1])
+        return torch.cat([*parts, torch.sigmoid(x)[:, torch.cat(blocks[::-1])] * 0.5], 1)
+
+
+@pytest.mark.parametrize("spec", PRESETS)
+def test_more_than_ten_tensors_are_joined_in_several_operators(spec: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net, x = Joining(), torch.randn(150, 46)
+    calibrate(net, [x], spec=spec)
+    model = export_tflite(net, [x], tmp_path / "net.tflite")
+    # 24 in three and one that joins them, 16 in two and one.
+    assert model.operators["CONCATENATION"] == 4 + 3
+    agreement = verify(net, model.path, [x])
+    assert agreement == 1.0
+    assert agreement.outputs >= 10_000
 
 
 def test_an_operator_that_it_lacks_is_named_in_its_own_words(tmp_path: Path) -> None:

@@ -17,6 +17,12 @@ from tests.deploy.networks import SPECS
 
 pytestmark = pytest.mark.exactness
 KINDS = {"lstm": nn.LSTM, "gru": nn.GRU}
+#: Specs of every runtime that runs in this process, and of both forms of the LSTM.
+STREAMING: dict[str, Any] = {
+    f"{preset} {form}": {"preset": preset, "lstm": form}
+    for preset in ("litert-int8", "litert-int16x8", "tflm-int8", "tflm-int16x8")
+    for form in ("sequence", "elementary")
+}
 
 
 def hidden(states: Any) -> Tensor:
@@ -89,13 +95,13 @@ class Stepping(nn.Module):
         return self.head(x), states
 
 
-@pytest.mark.parametrize("bits", SPECS)
+@pytest.mark.parametrize("spec", STREAMING)
 @pytest.mark.parametrize("layers", [1, 2, 3])
-def test_a_stacked_lstm_streams(layers: int, bits: int, tmp_path: Path) -> None:
+def test_a_stacked_lstm_streams(layers: int, spec: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     net = Stepping(nn.LSTM(4, 5, num_layers=layers, batch_first=True))
     x, zeros = torch.randn(2, 5, 4), torch.zeros(layers, 2, 5)
-    calibrate(net, [x], spec=SPECS[bits])
+    calibrate(net, [x], spec=STREAMING[spec])
     model = export_tflite(net, [x[:, :1], (zeros, zeros)], tmp_path / "step.tflite")
     assert verify(net, model.path, [x[:, :1], (zeros, zeros)]) == 1.0
     program, steps, states = Program(model.path), [], [zeros, zeros]
@@ -103,25 +109,25 @@ def test_a_stacked_lstm_streams(layers: int, bits: int, tmp_path: Path) -> None:
     for step in x.split(1, 1):
         output, *states = program([step, *states])
         steps.append(output)
-    with emulate(net, SPECS[bits]), torch.no_grad():
+    with emulate(net, STREAMING[spec]), torch.no_grad():
         whole, ends = net(x)
     np.testing.assert_array_equal(np.concatenate(steps, 1), whole.numpy())
     for found, expected in zip(states, ends, strict=True):
         np.testing.assert_array_equal(found, expected.numpy())
 
 
-@pytest.mark.parametrize("bits", SPECS)
-def test_a_stacked_gru_streams(bits: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("spec", [*SPECS.values(), "tflm-int8", "tflm-int16x8"])
+def test_a_stacked_gru_streams(spec: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     net, x, start = Stepping(nn.GRU(4, 5, 2, batch_first=True)), torch.randn(2, 5, 4), None
     zeros = torch.zeros(2, 2, 5)
-    calibrate(net, [x], spec=SPECS[bits])
+    calibrate(net, [x], spec=spec)
     path = export_tflite(net, [x[:, :1], zeros], tmp_path / "step.tflite").path
     program, steps, state = Program(path), [], zeros
     for step in x.split(1, 1):
         output, state = program([step, state])
         steps.append(output)
-    with emulate(net, SPECS[bits]), torch.no_grad():
+    with emulate(net, spec), torch.no_grad():
         whole, end = net(x, start)
     np.testing.assert_array_equal(np.concatenate(steps, 1), whole.numpy())
     np.testing.assert_array_equal(state, end.numpy())
@@ -143,13 +149,13 @@ class Learned(nn.Module):
         return self.layer(x, states)
 
 
-@pytest.mark.parametrize("bits", SPECS)
+@pytest.mark.parametrize("spec", STREAMING)
 @pytest.mark.parametrize("layers", [1, 2])
 @pytest.mark.parametrize("kind", KINDS)
-def test_learned_initial_states(kind: str, layers: int, bits: int, tmp_path: Path) -> None:
+def test_learned_initial_states(kind: str, layers: int, spec: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     net, x = Learned(KINDS[kind](4, 5, layers, batch_first=True)), torch.randn(2, 3, 4)
-    calibrate(net, [x], spec=SPECS[bits])
+    calibrate(net, [x], spec=STREAMING[spec])
     path = export_tflite(net, [x], tmp_path / "net.tflite").path
     assert verify(net, path, [x]) == 1.0
     program = Program(path)

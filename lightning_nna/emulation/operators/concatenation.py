@@ -31,14 +31,11 @@ def concatenate(call: Call, tensors: Sequence[Tensor], dim: int = 0) -> Tensor:
     if call.observing:
         return call.observed(torch.cat([part.value for part in parts], dim))
     if len({part.qparams for part in parts}) == 1:
-        result = call.unchanged(torch.cat([part.value for part in parts], dim), parts[0])
-        _record_concatenation(call, parts, Activation(result, parts[0].qparams), dim)
-        return result
+        return call.unchanged(_join(call, parts, dim), parts[0])
     y = call.output(lambda: torch.cat([part.value for part in parts], dim))
     moved = [Activation(requantize(call, part, y), y, part.constant) for part in parts]
     with float32_arithmetic(parts[0].value):
-        result = torch.cat([part.value for part in moved], dim)
-    _record_concatenation(call, moved, Activation(result, y), dim)
+        result = _join(call, moved, dim)
     return call.with_qparams(result, y)
 
 
@@ -100,10 +97,34 @@ def _views(
     return views
 
 
-def _record_concatenation(call: Call, parts: list[Activation], y: Activation, dim: int) -> None:
+def _join(call: Call, parts: list[Activation], dim: int) -> Tensor:
+    """Join parts of equal parameters, in several instructions if a kernel takes no more."""
+    most = most_parts(call.state.spec.runtime)
+    while most is not None and len(parts) > most:
+        groups = [parts[first : first + most] for first in range(0, len(parts), most)]
+        parts = [
+            Activation(_join(call, group, dim), group[0].qparams, all(p.constant for p in group))
+            for group in groups
+        ]
+    result = torch.cat([part.value for part in parts], dim)
     if call.recording:
-        axis = dim if dim >= 0 else dim + y.value.dim()
+        axis = dim if dim >= 0 else dim + result.dim()
+        y = Activation(result, parts[0].qparams)
         call.record("CONCATENATION", [p.stored() for p in parts], [y.stored()], axis=axis)
+    return result
+
+
+def most_parts(runtime: str) -> int | None:
+    """Return the number of tensors that the kernel of a runtime joins at most; None for any.
+
+    Args:
+        runtime: Name of the runtime.
+
+    Example:
+        >>> most_parts("tflm")
+        10
+    """
+    return 10 if runtime == "tflm" else None
 
 
 register_operator(

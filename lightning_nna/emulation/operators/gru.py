@@ -22,33 +22,34 @@ from torch import Tensor
 from lightning_nna.emulation.operators.activation import sigmoid, tanh
 from lightning_nna.emulation.operators.call import Call
 from lightning_nna.emulation.operators.elementwise import add, mul, sub
-from lightning_nna.emulation.operators.recurrent_steps import Step, run_steps
+from lightning_nna.emulation.operators.recurrent_steps import States, Step, run_steps
 from lightning_nna.emulation.operators.sequences import Layout
 
 
 def gru_layer(
-    call: Call, rows: Tensor, layout: Layout, h_0: Tensor, group: Sequence[Tensor]
-) -> tuple[Tensor, Tensor]:
+    call: Call, rows: Tensor, layout: Layout, start: States, group: Sequence[Tensor]
+) -> tuple[Tensor, States]:
     """One layer in one direction over whole sequences.
 
     Args:
         call: The layer's part of the call.
         rows: Inputs, shape ``(rows, in)``.
         layout: Of the rows.
-        h_0: Initial states, ``(batch, hidden)``.
+        start: Initial states, ``(batch, hidden)``.
         group: ``w_ih`` and ``w_hh`` of shape ``(3 * hidden, ...)``, gates r, z, n, and perhaps
             their biases.
 
     Returns:
         Outputs ``(rows, hidden)`` and last states, the states in 16 bits.
     """
-    return run_steps(call, rows, layout, h_0, group, _GatedStep)
+    return run_steps(call, rows, layout, start, group, _GatedStep)
 
 
 class _GatedStep(Step):
     """The instructions of one step."""
 
-    def __call__(self, x: Tensor, h: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, states: States) -> States:
+        (h,) = states
         call, recurrent = self.call, self.product(h)
         size = h.shape[1]
         gates_x, new_x = (call.viewed(part, x) for part in x.split([2 * size, size], 1))
@@ -59,4 +60,5 @@ class _GatedStep(Step):
         r, z = (call.viewed(part, gates) for part in gates.chunk(2, 1))
         reset = mul(call.child("reset"), r, new_h)
         n = tanh(call.child("new/tanh"), add(call.child("new"), new_x, reset))
-        return add(self.next, n, mul(call.child("update"), z, sub(call.child("change"), h, n)))
+        change = mul(call.child("update"), z, sub(call.child("change"), h, n))
+        return (add(self.next, n, change),)

@@ -7,6 +7,7 @@ runs over the reversed sequences, and a concatenation joins the two.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,11 +18,11 @@ from lightning_nna.emulation.operators.call import Call
 from lightning_nna.emulation.operators.concatenation import concatenate
 from lightning_nna.emulation.operators.gru import gru_layer
 from lightning_nna.emulation.operators.lstm import Weights, lstm_layer
+from lightning_nna.emulation.operators.lstm_steps import elementary_lstm_layer
 from lightning_nna.emulation.operators.record import Form, Kernel, Operator, register_operator
+from lightning_nna.emulation.operators.recurrent_steps import States
 from lightning_nna.emulation.operators.rnn import relu_layer, tanh_layer
 from lightning_nna.emulation.operators.sequences import Layout
-
-States = tuple[Tensor, ...]
 
 
 def lstm(call: Call, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -47,9 +48,7 @@ def lstm_cell(
 ) -> tuple[Tensor, Tensor]:
     """``torch.lstm_cell``: one step; the next hidden state and cell."""
     group = [w_ih, w_hh] if b_ih is None or b_hh is None else [w_ih, w_hh, b_ih, b_hh]
-    _, (h, c) = _layer(
-        call.child("step", bits=8), "lstm", input, Layout((len(input),)), tuple(hx), group
-    )
+    _, (h, c) = _layer(call.child("step"), "lstm", input, Layout((len(input),)), tuple(hx), group)
     return h, c
 
 
@@ -152,7 +151,7 @@ def _stack(
             name = f"layer{layer}" + ("/reverse" if direction else "")
             ordered = call.viewed(layout.reversed(rows), rows) if direction else rows
             start = tuple(call.selected(state, number) for state in states)
-            part = call.child(name, bits=8) if kind == "lstm" else call.child(name)
+            part = call.child(name)
             result, end = _layer(part, kind, ordered, layout, start, groups[number], has_biases)
             ways.append(call.viewed(layout.reversed(result), result) if direction else result)
             last.append(end)
@@ -184,12 +183,16 @@ def _layer(
     """One layer in one direction; its parameters are w_ih, w_hh, biases and a projection."""
     biased = len(group) == 4 if has_biases is None else has_biases
     if kind in _ELEMENTARY:
-        output, h_n = _ELEMENTARY[kind](call, rows, layout, start[0], group)
-        return output, (h_n,)
-    bias = group[2] + group[3] if biased else None
+        return _ELEMENTARY[kind](call, rows, layout, start, group)
     projection = group[-1] if len(group) in (3, 5) else None
+    if call.state.spec.lstm_form(projected=projection is not None) == "elementary":
+        group = group[:4] if biased else group[:2]
+        return elementary_lstm_layer(call, rows, layout, start, group, projection)
+    bias = group[2] + group[3] if biased else None
     weights = Weights(group[0], group[1], bias, projection)
-    output, h_n, c_n = lstm_layer(call, rows, layout, start[0], start[1], weights)
+    # The kernel has 8 bits in and out on any accelerator.
+    h_0, c_0 = start
+    output, h_n, c_n = lstm_layer(replace(call, bits=8), rows, layout, h_0, c_0, weights)
     return output, (h_n, c_n)
 
 
@@ -214,7 +217,8 @@ register_operator(
             ),
         ),
         has_weights=True,
-        arithmetic="gates in Q3.12, a 16-bit cell state; 8 bits in and out on any accelerator",
+        arithmetic="gates in Q3.12, a 16-bit cell state; 8 bits in and out on any accelerator; or, "
+        "`elementary`, fully connected layers, sums, products, sigmoids and tanh in 16 bits",
     )
 )
 register_operator(

@@ -18,6 +18,35 @@ from lightning_nna.emulation.operators.linear import fully_connected, linear
 from lightning_nna.emulation.operators.sequences import Layout
 from lightning_nna.emulation.ranges import PENDING, QParams
 
+States = tuple[Tensor, ...]
+
+
+class Product:
+    """A fully connected instruction of states and a weight.
+
+    Args:
+        call: Call of 16 bits, whose output it is.
+        weight: Shape ``(out, hidden)``.
+        bias: Shape ``(out,)``, or None.
+    """
+
+    def __init__(self, call: Call, weight: Tensor, bias: Tensor | None) -> None:
+        self.call, self.weight, self.bias = call, weight, bias
+        self.quantized, self.trained = None, weight
+        if not call.observing:
+            per_channel = call.state.spec.weight_granularity == "per_channel"
+            rows_per_scale = 1 if per_channel else weight.shape[0]
+            self.quantized = call.state.weight(weight, rows_per_scale)
+            self.trained = call.state.trainable(weight, rows_per_scale)
+
+    def __call__(self, h: Tensor) -> Tensor:
+        """Return the product of states, shape ``(batch, hidden)``."""
+        if self.quantized is None:
+            return self.call.observed(F.linear(h, self.weight, self.bias))
+        x = self.call.operand(h, "input")
+        y = self.call.output(lambda: F.linear(h, self.weight, self.bias))
+        return fully_connected(self.call, x, self.trained, self.bias, self.quantized, y)
+
 
 class Step(ABC):
     """The instructions of one step, with a product of the state and a weight.
@@ -29,64 +58,64 @@ class Step(ABC):
     """
 
     def __init__(self, call: Call, w_hh: Tensor, b_hh: Tensor | None) -> None:
-        self.call, self.w_hh, self.b_hh = call, w_hh, b_hh
-        self.recurrent, self.next = call.child("recurrent"), call.child("next")
-        self.quantized, self.trained = None, w_hh
-        if not call.observing:
-            per_channel = call.state.spec.weight_granularity == "per_channel"
-            rows_per_scale = 1 if per_channel else w_hh.shape[0]
-            self.quantized = call.state.weight(w_hh, rows_per_scale)
-            self.trained = call.state.trainable(w_hh, rows_per_scale)
+        self.call, self.next = call, call.child("next")
+        self.product = Product(call.child("recurrent"), w_hh, b_hh)
 
-    def start(self, h_0: Tensor) -> Tensor:
-        """Return the initial state, shape ``(batch, hidden)``, on the grid of the later ones."""
+    def start(self, states: States) -> States:
+        """Return the initial states on the grids of the later ones.
+
+        Args:
+            states: The hidden state and perhaps others, shape ``(batch, hidden)`` each.
+        """
+        return (self.started(states[0], self.next, "initial_h"),)
+
+    def started(self, state: Tensor, later: Call, name: str) -> Tensor:
+        """Return an initial state on the grid of the later ones.
+
+        Args:
+            state: Shape ``(batch, hidden)``.
+            later: Call whose results are the later ones.
+            name: Name of the initial state.
+        """
         if self.call.observing:
-            self.observe(h_0)
-            return self.call.with_qparams(h_0.float().clone(), PENDING)
-        y = self.grid(h_0)
-        return self.call.with_qparams(self.call.initial_state(h_0, y, "initial_h"), y)
+            self.observe(state, later)
+            return self.call.with_qparams(state.float().clone(), PENDING)
+        y = self.grid(state, later)
+        return self.call.with_qparams(self.call.initial_state(state, y, name), y)
 
-    def observe(self, h_0: Tensor) -> None:
+    def observe(self, state: Tensor, later: Call) -> None:
         """Note the range of an initial state, shape ``(batch, hidden)``, with the later ones'."""
-        self.call.state.ranges.observe(f"{self.next.site}/output", h_0)
+        self.call.state.ranges.observe(f"{later.site}/output", state)
 
-    def grid(self, h_0: Tensor) -> QParams:
+    def grid(self, state: Tensor, later: Call) -> QParams:
         """Return the quantization parameters of states, shape ``(batch, hidden)``."""
-        return self.next.output(lambda: h_0)
+        return later.output(lambda: state)
 
     @abstractmethod
-    def __call__(self, x: Tensor, h: Tensor) -> Tensor:
-        """Return the next state from the input's share of the gates and the state.
+    def __call__(self, x: Tensor, states: States) -> States:
+        """Return the next states from the input's share of the gates and the states.
 
         Args:
             x: Product of input and weight, shape ``(batch, gates * hidden)``.
-            h: State, shape ``(batch, hidden)``.
+            states: The hidden state and perhaps others, shape ``(batch, hidden)`` each.
         """
-
-    def product(self, h: Tensor) -> Tensor:
-        """Return the recurrent product of a state ``(batch, hidden)``."""
-        if self.quantized is None:
-            return self.recurrent.observed(F.linear(h, self.w_hh, self.b_hh))
-        x = self.recurrent.operand(h, "input")
-        y = self.recurrent.output(lambda: F.linear(h, self.w_hh, self.b_hh))
-        return fully_connected(self.recurrent, x, self.trained, self.b_hh, self.quantized, y)
 
 
 def run_steps(
     call: Call,
     rows: Tensor,
     layout: Layout,
-    h_0: Tensor,
+    start: States,
     group: Sequence[Tensor],
     kind: Callable[[Call, Tensor, Tensor | None], Step],
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, States]:
     """Run one layer in one direction over whole sequences.
 
     Args:
         call: The layer's part of the call.
         rows: Inputs, shape ``(rows, in)``.
         layout: Of the rows.
-        h_0: Initial states, ``(batch, hidden)``.
+        start: Initial states, ``(batch, hidden)`` each, the hidden one first.
         group: ``w_ih`` and ``w_hh`` of shape ``(gates * hidden, ...)``, and perhaps their biases.
         kind: Class of the steps.
 
@@ -98,14 +127,22 @@ def run_steps(
     wide = call.child("steps", bits=16)
     step = kind(wide, w_hh, b_hh)
     projected = linear(wide.child("input"), rows, w_ih, b_ih)
-    h, states = step.start(h_0), []
+    states, trace = step.start(start), []
     for number, part in enumerate(projected.split(layout.sizes)):
         size = layout.sizes[number]
-        h = step(call.viewed(part, projected), call.viewed(h[:size], h))
-        states.append(h)
-    outputs = concatenate(wide.child("join"), states)
-    last = call.viewed(layout.last(outputs), outputs)
-    return _narrowed(call, outputs), last
+        before = tuple(call.viewed(state[:size], state) for state in states)
+        states = step(call.viewed(part, projected), before)
+        trace.append(states)
+    hidden, *others = zip(*trace, strict=True)
+    outputs = concatenate(wide.child("join"), list(hidden))
+    last = [call.viewed(layout.last(outputs), outputs)]
+    for index, each in enumerate(others):
+        # Nobody reads the others of earlier steps, unless a sequence ended there.
+        joined = each[-1]
+        if not layout.one_length:
+            joined = concatenate(wide.child(f"join_others/{index}"), list(each))
+        last.append(call.viewed(layout.last(joined), joined))
+    return _narrowed(call, outputs), tuple(last)
 
 
 def _narrowed(call: Call, outputs: Tensor) -> Tensor:

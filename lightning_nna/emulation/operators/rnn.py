@@ -19,40 +19,40 @@ from lightning_nna.emulation.operators.activation import WIDE_OUTPUT, tanh
 from lightning_nna.emulation.operators.call import Call
 from lightning_nna.emulation.operators.clamping import relu
 from lightning_nna.emulation.operators.elementwise import add
-from lightning_nna.emulation.operators.recurrent_steps import Step, run_steps
+from lightning_nna.emulation.operators.recurrent_steps import States, Step, run_steps
 from lightning_nna.emulation.operators.sequences import Layout
 from lightning_nna.emulation.ranges import QParams
 
 
 def tanh_layer(
-    call: Call, rows: Tensor, layout: Layout, h_0: Tensor, group: Sequence[Tensor]
-) -> tuple[Tensor, Tensor]:
+    call: Call, rows: Tensor, layout: Layout, start: States, group: Sequence[Tensor]
+) -> tuple[Tensor, States]:
     """Run a layer with tanh, see :func:`.recurrent_steps.run_steps` for the shapes."""
-    return run_steps(call, rows, layout, h_0, group, _TanhStep)
+    return run_steps(call, rows, layout, start, group, _TanhStep)
 
 
 def relu_layer(
-    call: Call, rows: Tensor, layout: Layout, h_0: Tensor, group: Sequence[Tensor]
-) -> tuple[Tensor, Tensor]:
+    call: Call, rows: Tensor, layout: Layout, start: States, group: Sequence[Tensor]
+) -> tuple[Tensor, States]:
     """Run a layer with ReLU, see :func:`.recurrent_steps.run_steps` for the shapes."""
-    return run_steps(call, rows, layout, h_0, group, _ReluStep)
+    return run_steps(call, rows, layout, start, group, _ReluStep)
 
 
 class _TanhStep(Step):
     """One step whose states have the scale of the kernel's tanh."""
 
-    def observe(self, h_0: Tensor) -> None:
+    def observe(self, state: Tensor, later: Call) -> None:
         pass
 
-    def grid(self, h_0: Tensor) -> QParams:
+    def grid(self, state: Tensor, later: Call) -> QParams:
         return WIDE_OUTPUT
 
-    def __call__(self, x: Tensor, h: Tensor) -> Tensor:
-        return tanh(self.call.child("tanh"), add(self.next, x, self.product(h)))
+    def __call__(self, x: Tensor, states: States) -> States:
+        return (tanh(self.call.child("tanh"), add(self.next, x, self.product(states[0]))),)
 
 
 class _ReluStep(Step):
     """One step whose states have the scale of the sum."""
 
-    def __call__(self, x: Tensor, h: Tensor) -> Tensor:
-        return relu(self.call.child("relu"), add(self.next, x, self.product(h)))
+    def __call__(self, x: Tensor, states: States) -> States:
+        return (relu(self.call.child("relu"), add(self.next, x, self.product(states[0]))),)
