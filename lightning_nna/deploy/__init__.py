@@ -15,6 +15,7 @@ from lightning_nna.deploy.runtimes import (
     runtime_of,
 )
 from lightning_nna.deploy.tflite import TFLiteModel, export_tflite
+from lightning_nna.deploy.tosa import export_tosa
 from lightning_nna.deploy.vela import (
     VelaError,
     VelaOperator,
@@ -42,6 +43,7 @@ __all__ = [
     "VelaReport",
     "export_micro",
     "export_tflite",
+    "export_tosa",
     "layer_figures",
     "load_packed",
     "run_tflite",

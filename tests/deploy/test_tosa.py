@@ -16,8 +16,10 @@ from lightning_nna.deploy import (
     Program,
     UnsupportedProgramError,
     export_tflite,
+    export_tosa,
     run_tflite,
     runtime_of,
+    vela_report,
     verify,
 )
 from lightning_nna.deploy.runtimes.environment import make_environment, python_of
@@ -112,3 +114,14 @@ def test_an_environment_of_other_versions_is_none(
 def test_an_environment_that_is_there_is_left_as_it_is() -> None:
     assert make_environment("tosa") == python_of("tosa")
     assert runtime_of("tosa").version().startswith("tosa-tools 2026")
+
+
+@pytest.mark.parametrize("accelerator", ["ethos-u55-128", "ethos-u65-256", "ethos-u85-256"])
+def test_vela_compiles_a_program_in_tosa(accelerator: str, tmp_path: Path) -> None:
+    net, x = network().eval(), torch.randn(1, 6, 12)
+    calibrate(net, [x], spec="tosa-int8")
+    model = export_tosa(net, [x], tmp_path / "net.tosa")
+    assert model.path.stat().st_size == model.size_bytes
+    report = vela_report(model.path, accelerator=accelerator)
+    assert not report.cpu_operators
+    assert report.cycles > 1000

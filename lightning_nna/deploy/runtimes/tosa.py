@@ -14,6 +14,7 @@ from __future__ import annotations
 import atexit
 import os
 import pickle
+import re
 import subprocess
 import tempfile
 import threading
@@ -34,6 +35,8 @@ from lightning_nna.deploy.runtimes.interface import (
 )
 
 _PACKAGES = ("tosa-tools", "tosa-converter-for-tflite")
+# What the model says of the debugger that it does not find.
+_NOISE = re.compile("Backtrace generation|Attaching debugger|Caught signal")
 _WORKER = Path(__file__).with_name("tosa_worker.py")
 
 
@@ -137,6 +140,8 @@ class _Worker:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._said,
+            # Without a path the model finds no debugger, which it would ask about every error.
+            env={**os.environ, "PATH": ""},
         )
         self.alive = True
         atexit.register(self.close)
@@ -155,7 +160,8 @@ class _Worker:
             kind, result = "failed", f"the process ended with {self._process.wait()}"
         if kind == "failed":
             self._said.seek(0)
-            said = " ".join(self._said.read().decode("utf-8", "replace").split())
+            lines = self._said.read().decode("utf-8", "replace").splitlines()
+            said = " ".join(" ".join(line for line in lines if not _NOISE.search(line)).split())
             result = f"{said} ({result})" if said else result
         if self._process.returncode is not None:
             self.close()
