@@ -80,6 +80,12 @@ class Coverage:
         """Sites that run on the CPU."""
         return tuple(row for row in self.rows if not row.on_chip)
 
+    @property
+    def cpu_fraction(self) -> float:
+        """Fraction of the sites of operators that run on the CPU, since the target lacks them."""
+        operators = [row for row in self.rows if row.where != "constant"]
+        return len(self.fallbacks) / len(operators) if operators else 0.0
+
     def __str__(self) -> str:
         width = max([len(row.site) for row in self.rows], default=4)
         lines = [f"{'site':{width}}  where     calls  crossing bytes"]
@@ -92,6 +98,9 @@ class Coverage:
                 counts[row.operator] += row.calls
             names = ", ".join(f"{count} {name}" for name, count in counts.most_common())
             lines.append(f"{_TITLES['layout']}: {names}")
+        if self.fallbacks:
+            share = f"{100 * self.cpu_fraction:.0f} % of the operators"
+            lines.append(f"{_TITLES['fallback']}: {len(self.fallbacks)}, {share}")
         for row in self.fallbacks:
             remedy = f": {row.remedy}" if row.remedy else ""
             lines.append(f"{row.site} is {row.function} at {row.source}{remedy}")
@@ -126,6 +135,7 @@ def coverage(
         site                 where     calls  crossing bytes
         0/fully_connected#0  emulated      1               0
         1/rrelu#0            CPU           1               4
+        CPU: 1, 50 % of the operators
         1/rrelu#0 is torch.nn.functional.rrelu at ...: write F.leaky_relu with the mean of its ...
     """
     if example and _is_spec(example[-1]):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -40,6 +41,7 @@ from lightning_nna.emulation.operators.layout import (
 from lightning_nna.emulation.operators.linear import LOOK_UPS, index_of_rows
 from lightning_nna.emulation.operators.numbers_of_indices import NUMBERS
 from lightning_nna.emulation.operators.record import Operator
+from lightning_nna.emulation.program import Instruction
 from lightning_nna.emulation.ranges import MixedQParams
 from lightning_nna.emulation.remedies import reason_against, remedy_of
 from lightning_nna.emulation.sites import TRANSPARENT_FILES, CallSites, Location, source_of_call
@@ -363,6 +365,10 @@ class Dispatch(TorchFunctionMode):
                 return self._run_writing(targets, operator, call, func, args, kwargs)
             result = self._emulate(operator, call, func, args, kwargs)
         except UnsupportedError as error:
+            if func.__name__ in _INDICES:
+                # As without a kernel: the index decides in Python.
+                state.note_outside_consumers((args, kwargs))
+                return self._decide(func, args, kwargs)
             return self._fall_back(key, func, func, args, kwargs, str(error))
         # Indices, as those of maxima, and conditions.
         if not isinstance(result, Tensor) or not result.is_floating_point():
@@ -384,10 +390,16 @@ class Dispatch(TorchFunctionMode):
         telemetry = None if call.observing or not operator.name else self._telemetry()
         # The float result for the telemetry would update the batch statistics a second time.
         telemetry = None if operator.name in _FOLLOWS_STATISTICS else telemetry
+        recorded: list[Instruction] = []
         try:
-            result = driver.run(operator, call, args, kwargs)
+            # Nothing is recorded of a function that turns out to be no operator.
+            buffered = call if call.recorder is None else replace(call, recorder=recorded.append)
+            result = driver.run(operator, buffered, args, kwargs)
         except FloatingPointError as error:
             raise with_cause(error, key, (args, kwargs), self.state.names) from error
+        for instruction in recorded:
+            assert call.recorder is not None
+            call.recorder(instruction)
         if telemetry is not None:
             exact = in_float(func, args, kwargs)
             first = result if isinstance(result, Tensor) else result[0]

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import numpy as np
 
 from lightning_nna.emulation.operators.record import operator_of, operators
+from lightning_nna.emulation.runtime_kernels import has_kernel
 from lightning_nna.settings_files import read_yaml
 
 Granularity = Literal["per_channel", "per_tensor"]
@@ -123,6 +124,19 @@ class NNASpec:
             False
         """
         return name in operators() if self.operators is None else name in self.operators
+
+    def has_kernel(self, name: str, dtype: str) -> bool:
+        """Tell whether the runtime has a kernel, as measured (see :mod:`.runtime_kernels`).
+
+        Args:
+            name: Name of the kernel among the schema's operators.
+            dtype: Type of its first operand, as ``"int8"``.
+
+        Example:
+            >>> NNASpec(runtime="tflm").has_kernel("TOPK_V2", "int8")
+            False
+        """
+        return has_kernel(self.runtime, name, dtype)
 
     def runs_alike(self, names: Collection[str], sites: Collection[str]) -> bool:
         """Tell whether an accelerator with other operators emulates the same sites of a network.

@@ -39,7 +39,8 @@ from lightning_nna.emulation.operators.record import (
     Operator,
     register_operator,
 )
-from lightning_nna.emulation.operators.tabulated import CAST, tabulated
+from lightning_nna.emulation.operators.table_look_up import CAST
+from lightning_nna.emulation.operators.tabulated import tabulated
 from lightning_nna.emulation.program import Activation
 from lightning_nna.emulation.ranges import (
     PENDING,

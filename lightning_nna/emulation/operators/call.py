@@ -30,6 +30,7 @@ from lightning_nna.emulation.ranges import (
     round_to_significand,
     symmetric_qparams,
 )
+from lightning_nna.emulation.runtime_kernels import reason_against_kernel
 from lightning_nna.emulation.state import EmulationState
 
 # As the TensorFlow Lite schema numbers types.
@@ -39,7 +40,8 @@ _INT32, _INT16, _INT8 = 2, 7, 9
 class UnsupportedError(Exception):
     """A form that the accelerator does not have, which shows only as its operands are known.
 
-    An operator raises it before it does anything else; the function then runs in float.
+    The function then runs in float, and what was recorded of it is dropped. An operator raises it
+    while it observes, too, so that coverage knows.
     """
 
 
@@ -219,10 +221,25 @@ class Call:
     ) -> None:
         """Report an instruction, see :class:`Instruction`."""
         if self.recording and self.recorder is not None:
+            self.require(operator, next(each.dtype for each in inputs if each is not None))
             rest = tuple(intermediates), tuple(new_state)
             self.recorder(
                 Instruction(operator, self.site, tuple(inputs), tuple(outputs), options, *rest)
             )
+
+    def has(self, kernel: str, dtype: str | None = None) -> bool:
+        """Tell whether the runtime has a kernel, by default for activations of this width."""
+        return self.state.spec.has_kernel(kernel, dtype or f"int{self.bits}")
+
+    def require(self, kernel: str, dtype: str | None = None) -> None:
+        """Raise unless the runtime has a kernel, by default for activations of this width.
+
+        Raises:
+            UnsupportedError: If it has none; the message has the remedy.
+        """
+        if not self.has(kernel, dtype):
+            runtime, dtype = self.state.spec.runtime, dtype or f"int{self.bits}"
+            raise UnsupportedError(reason_against_kernel(runtime, kernel, dtype))
 
     def _of_width(self, x: Activation) -> Activation:
         """An activation of another width than this operator's: widened without loss, or narrowed.

@@ -184,7 +184,7 @@ def _record(
 ) -> None:
     """Report one kernel with fixed bounds, or one for each bound that an integer reaches."""
     kernel, widths = _FIXED.get(bounds, ("", ()))
-    if x.qparams.bits in widths:
+    if x.qparams.bits in widths and call.has(kernel, f"int{x.qparams.bits}"):
         call.record(kernel, [x.stored()], [y.stored()])
         return
     raised, lowered = (math.isfinite(end) for end in ends)

@@ -81,6 +81,9 @@ def compare(
         raise UnsupportedError("broadcast over four axes at most: flatten the others")
     if not isinstance(other, Tensor) and not math.isfinite(other):
         raise UnsupportedError("results of an accelerator are finite")
+    is_swapped = call.bits == 16 and kernel in _SWAPPED
+    kernel = _SWAPPED[kernel] if is_swapped else kernel
+    call.require(kernel)
     a, b = call.operand(input, "input"), call.operand(other, "other")
     if call.observing:
         result: Tensor = function(input, other)
@@ -95,8 +98,7 @@ def compare(
             result = function(a.integers(), b.integers())
     if call.recording:
         operands = [a.stored(), b.stored()]
-        if call.bits == 16 and kernel in _SWAPPED:
-            kernel, operands = _SWAPPED[kernel], operands[::-1]
+        operands = operands[::-1] if is_swapped else operands
         call.record(kernel, operands, [Stored(result, "bool", source=result)])
     return result
 

@@ -24,7 +24,7 @@ from lightning_nna.emulation.operators import elementwise
 from lightning_nna.emulation.operators.call import Call, requantize
 from lightning_nna.emulation.operators.driver import drive, real, table
 from lightning_nna.emulation.operators.record import Form, Operator, register_operator
-from lightning_nna.emulation.operators.tabulated import record_table
+from lightning_nna.emulation.operators.table_look_up import record_table
 from lightning_nna.emulation.program import Activation
 from lightning_nna.emulation.ranges import QParams, affine_qparams
 

@@ -27,6 +27,7 @@ from lightning_nna.emulation.first_order import first_order
 from lightning_nna.emulation.float32_arithmetic import float32_arithmetic
 from lightning_nna.emulation.operators.call import Call, look_up
 from lightning_nna.emulation.operators.record import Operator
+from lightning_nna.emulation.operators.table_look_up import record_table
 from lightning_nna.emulation.program import Activation
 from lightning_nna.emulation.ranges import PENDING, QParams
 
@@ -73,6 +74,7 @@ def drive(operator: Operator, call: Call, *operands: Tensor | float, **parameter
     Returns:
         The result, float32, of the shape that ``float`` gives, with its quantization parameters.
     """
+    operator = _form_of(operator, call)
     function = operator.float
     assert function is not None
     assert len(operands) == len(operator.operands)
@@ -161,6 +163,20 @@ def gives_float32(dtype: torch.dtype | None) -> bool | str:
     if dtype in (None, torch.float32):
         return True
     return f"results of an accelerator are float32: leave dtype={dtype} out"
+
+
+def _form_of(operator: Operator, call: Call) -> Operator:
+    """The operator, as a table where the runtime lacks its kernel."""
+    if operator.instructions is not None or not operator.litert:
+        return operator
+    kernel, is_one = operator.litert[0], len(operator.operands) == 1
+    dtype = f"int{operator.operand_bits.get(operator.operands[0], call.bits)}"
+    if call.has(kernel.name, dtype):
+        return operator
+    if not is_one or kernel.order != "elements":
+        call.require(kernel.name, dtype)
+    assert operator.integers is not None
+    return replace(operator, instructions=partial(record_table, operator.integers))
 
 
 def _operand(operator: Operator, call: Call, x: Tensor | float, name: str) -> Activation:

@@ -185,7 +185,7 @@ def _log_integers(x: Activation, *, y: QParams, call: Call, smallest: float) -> 
 
 
 def _root_integers(x: Activation, *, y: QParams, call: Call, smallest: float) -> Tensor:
-    return truncated_root(x.integers(), x.qparams.scale, y.scale)
+    return truncated_root(x.integers().float(), x.qparams.scale, y.scale)
 
 
 def _inverse_integers(x: Activation, *, y: QParams, call: Call, smallest: float) -> Tensor:

@@ -100,7 +100,8 @@ def get_item(call: Call, input: Tensor, index: Any) -> Tensor:
         moved = result.movedim(tuple(range(first, first + count)), tuple(range(count)))
         return _View("GATHER_ND", source.movedim(axes, tuple(range(len(axes)))), several, moved, {})
 
-    return _look_up(call, input, lambda x: x[index], read)
+    kernel = "GATHER" if len(axes) == 1 else "GATHER_ND"
+    return _look_up(call, input, lambda x: x[index], read, kernel)
 
 
 def _parsed(x: Tensor, index: Any) -> tuple[tuple[Any, ...], list[int], list[Tensor], bool]:
@@ -173,8 +174,10 @@ def _look_up(
     input: Tensor,
     function: Callable[[Tensor], Tensor],
     read: Callable[[Tensor, Tensor], _View],
+    kernel: str = "GATHER",
 ) -> Tensor:
     """Run a function that moves values of a tensor of any shape, and record its instruction."""
+    call.require(kernel, None if input.is_floating_point() else "int32")
     if not input.is_floating_point():
         result = function(input)
         if call.recording:

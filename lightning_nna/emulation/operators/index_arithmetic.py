@@ -127,6 +127,7 @@ def one_hot(call: Call, tensor: Tensor, num_classes: int = -1) -> Tensor:
     """Emulate ``F.one_hot`` of indices of any shape: ones where they are, and zeros."""
     if num_classes < 0:
         raise UnsupportedError(_CLASSES)
+    call.require("ONE_HOT", "int32")
     result = F.one_hot(tensor, num_classes)
     if call.recording:
         numbers = [_stored(call, number) for number in (num_classes, 1, 0)]
@@ -147,6 +148,7 @@ def total(
     if dtype is not None and dtype.is_floating_point:
         raise UnsupportedError("write .float() before the sum")
     axes = tuple(range(input.dim())) if dim is None else (dim,) if isinstance(dim, int) else dim
+    call.require("SUM", "int32")
     result = input.sum(axes, keepdim) if axes else input.long()
     if call.recording and axes:
         over = Stored(torch.tensor([axis % input.dim() for axis in axes]), "int32", constant=True)
@@ -157,6 +159,7 @@ def total(
 
 def _recorded(call: Call, kernel: str, operands: tuple[Operand, ...], result: Tensor) -> Tensor:
     """Record an instruction of integers with its result, of any shape, and return the result."""
+    call.require(kernel, "int32")
     if call.recording:
         inputs = [_stored(call, operand) for operand in operands]
         call.record(kernel, inputs, [_stored_result(result)])

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lightning_nna.emulation.operators.call import Call
 from lightning_nna.emulation.operators.record import Kernel, Operator, register_operator
-from lightning_nna.emulation.operators.tabulated import record_cast
+from lightning_nna.emulation.operators.table_look_up import record_cast
 from lightning_nna.emulation.program import Activation, Stored
 
 # Of the schema's types, 32-bit integers.
@@ -35,6 +35,7 @@ def _index_of(
     keepdims: bool = False,
 ) -> Tensor:
     """Emulate ``argmax`` or ``argmin`` over one axis, or of all values, of any shape."""
+    call.require(kernel if call.bits == 8 else "TOPK_V2")
     dim, keepdim = axis if dim is None else dim, keepdim or keepdims
     x = call.operand(input, "input")
     if call.observing:

@@ -23,6 +23,7 @@ def topk(
     call: Call, input: Tensor, k: int, dim: int = -1, largest: bool = True, sorted: bool = True
 ) -> Any:
     """Emulate ``torch.topk`` over one axis of any shape; the values are sorted in any case."""
+    call.require("TOPK_V2")
     x = call.operand(input, "input")
     with float32_arithmetic(input):
         ordered = torch.sort(x.value, dim=dim, descending=True, stable=True)

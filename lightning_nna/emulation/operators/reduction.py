@@ -226,6 +226,7 @@ def _extreme(
     keepdim: bool = False,
 ) -> Any:
     """The values lie on the input's own grid."""
+    call.require(kind)
     x = call.operand(input, "input")
     with float32_arithmetic(input):
         result = function(x.value) if dim is None else function(x.value, dim, keepdim)

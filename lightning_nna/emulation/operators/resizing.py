@@ -118,6 +118,17 @@ def interpolate(
     axes = input.dim() - 2
     if mode == "area":
         return adaptive_average_pool(call, input, request.outputs(input), axes=axes)
+    before = (1, *input.shape[2:])[-2:]
+    height, width = (1, *request.outputs(input))[-2:]
+    corners = bool(align_corners)
+    # An NPU doubles both axes or none: the second row is equal to the first.
+    twice = axes == 1 and not corners and width == 2 * before[1]
+    height = 2 if twice else height
+    weights = None
+    if mode not in _NEAREST:
+        weights = _interpolating(call, before, (height, width), corners)
+        if weights is None:
+            call.require("RESIZE_BILINEAR")
     operand = call.operand(input, "input")
     if call.observing:
         return call.unchanged(request.of(operand.value), operand)
@@ -125,12 +136,7 @@ def interpolate(
         return _nearest(call, operand, request)
     operand = with_any_integer(call, operand)
     x = replace(operand, value=image(operand.value, axes))
-    height, width = (1, *request.outputs(input))[-2:]
-    corners = bool(align_corners)
-    # An NPU doubles both axes or none: the second row is equal to the first.
-    twice = axes == 1 and not corners and width == 2 * x.value.shape[3]
-    height = 2 if twice else height
-    if (weights := _interpolating(call, x, (height, width), corners)) is not None:
+    if weights is not None:
         return call.unchanged(without_image(products(call, x, weights), input, axes), x)
     with float32_arithmetic(x.value):
         result = _Bilinear.apply(x.value, x, (height, width), corners, call)
@@ -229,22 +235,26 @@ def _moving(
 
 
 def _interpolating(
-    call: Call, x: Activation, after: Sequence[int], corners: bool
+    call: Call, before: Sequence[int], after: Sequence[int], corners: bool
 ) -> tuple[Weights, Weights] | None:
     """Return weights of products; None where RESIZE_BILINEAR is on the NPU, or more exact."""
-    before = x.value.shape[2:]
-    if is_resized_by_npu(before, after, corners=corners, centers=not corners, bilinear=True):
+    has_kernel = call.has("RESIZE_BILINEAR")
+    if has_kernel and is_resized_by_npu(
+        before, after, corners=corners, centers=not corners, bilinear=True
+    ):
         return None
     if not has_exact_weights(call.state.spec):
         return None
     rows, columns = (interpolating(n, m, corners) for n, m in zip(before, after, strict=True))
     if rows is None or columns is None:
         return None
+    if not has_kernel:
+        return rows, columns
     own = rows.error, columns.error
     kernel = _positions_of(call)
     errors = [_error(kernel, n, m, corners) for n, m in zip(before, after, strict=True)]
     # Products along both axes of 16 bits round twice, which is less exact than exact positions.
-    rounds_twice = x.qparams.bits == 16 and rows.interpolates and columns.interpolates
+    rounds_twice = call.bits == 16 and rows.interpolates and columns.interpolates
     if rounds_twice and not any(errors):
         return None
     are_exact = all(one <= other for one, other in zip(own, errors, strict=True))
