@@ -49,8 +49,11 @@ def has_kernel(runtime: str, name: str, dtype: str) -> bool:
         >>> has_kernel("litert", "GELU", "int8"), has_kernel("tflm", "GELU", "int8")
         (True, False)
     """
-    types = table().get(runtime, {}).get(name)
-    return types is None or dtype in types
+    measured = table()
+    if runtime not in measured or dtype in measured[runtime].get(name, ()):
+        return True
+    # What no runtime has was not asked for.
+    return not any(dtype in kernels.get(name, ()) for kernels in measured.values())
 
 
 def reason_against_kernel(runtime: str, name: str, dtype: str) -> str:

@@ -11,7 +11,18 @@ import pytest
 import torch
 
 from lightning_nna.emulation.operators.catalog import operators
-from lightning_nna.testing.operator_oracle import CHECKS, SPECS, Check, check_operator
+from lightning_nna.emulation.coverage import coverage
+from lightning_nna.testing.operator_oracle import (
+    CHECKS,
+    SPECS,
+    SPECS_OF,
+    Check,
+    check_operator,
+    equals_the_runtime_in_the_worst_case,
+    equals_the_runtime_on_random_inputs,
+    is_covered,
+    is_exported,
+)
 from lightning_nna.testing.replay import replays
 from tests.emulation.operators.examples import EXAMPLES, ROWS, Calling
 from tests.emulation.operators.test_tabulated_functions import FUNCTIONS
@@ -28,6 +39,22 @@ EACH = [
 ]
 
 
+#: Kernels of 16 bits that TFLite-Micro lacks, by the operator whose first example needs them.
+LACKING = {"reduce_max": "REDUCE_MAX", "reduce_min": "REDUCE_MIN", "select": "LESS"}
+#: Examples that it has all kernels for; the tests of the LSTM run those of recurrent layers.
+MICRO = [
+    (name, index, bits)
+    for name, index, bits in EACH
+    if not (bits == 16 and name in LACKING and not index) and name != "lstm"
+]
+MICRO_CHECKS = (
+    equals_the_runtime_on_random_inputs,
+    equals_the_runtime_in_the_worst_case,
+    is_covered,
+    is_exported,
+)
+
+
 def test_none_is_missing() -> None:
     folder = Path(__file__).parent / "operators"
     tests = " ".join(path.read_text() for path in folder.glob("test_*.py"))
@@ -39,6 +66,24 @@ def test_none_is_missing() -> None:
 @pytest.mark.parametrize(("name", "index", "bits"), EACH)
 def test_it_passes(name: str, index: int, bits: int, check: Check) -> None:
     check_operator(name, [EXAMPLES[name][index]], widths=[bits], checks=[check])
+
+
+@pytest.mark.parametrize("check", MICRO_CHECKS, ids=lambda check: check.__name__)
+@pytest.mark.parametrize(("name", "index", "bits"), MICRO)
+def test_it_passes_on_tflite_micro(name: str, index: int, bits: int, check: Check) -> None:
+    example = EXAMPLES[name][index]
+    check_operator(name, [example], widths=[bits], runtime="tflm", checks=[check])
+
+
+@pytest.mark.parametrize("name", LACKING)
+def test_what_tflite_micro_lacks_is_named(name: str) -> None:
+    example, kernel, bits = EXAMPLES[name][0], LACKING[name], 16
+    table = coverage(example.build(), *example.inputs(), spec=SPECS_OF["tflm"][bits])
+    assert any(
+        row.remedy.startswith(f"TFLite-Micro has no kernel {kernel} of int{bits}: ")
+        for row in table.fallbacks
+    )
+    assert table.cpu_fraction > 0
 
 
 @pytest.mark.parametrize("bits", SPECS)
