@@ -13,7 +13,10 @@ from typing import Any
 
 from lightning_nna.emulation.operators.catalog import operators
 from lightning_nna.emulation.operators.layout import JOINS, MOVEMENTS
+from lightning_nna.emulation.operators.record import Operator
 from lightning_nna.emulation.remedies import REMEDIES
+from lightning_nna.emulation.runtime_kernels import TITLES
+from lightning_nna.emulation.runtime_kernels import table as runtime_table
 
 MARK = "<!-- table of operators -->"
 #: Rows of ``recipes.benchmark.npu_operators``.
@@ -39,8 +42,10 @@ def table() -> str:
         >>> row.split(" | ")[:3]
         ['| `reduce_max`', '8, 16', '`amax`, `max`']
     """
-    head = "| operator | widths | torch functions | arithmetic | Ethos-U |"
-    rows, targets = [head, "|---|---|---|---|---|"], npu_targets()
+    runtimes = [name for name in runtime_table() if name != "litert"]
+    titles = " | ".join(TITLES[name] for name in runtimes)
+    head = f"| operator | widths | torch functions | arithmetic | Ethos-U | {titles} |"
+    rows, targets = [head, "|---" * (5 + len(runtimes)) + "|"], npu_targets()
     for name, operator in operators().items():
         functions = [
             _SIGNS.get(function, f"`{function}`")
@@ -49,8 +54,26 @@ def table() -> str:
         ]
         widths = ", ".join(map(str, operator.widths))
         cells = (f"`{name}`", widths, ", ".join(functions), operator.arithmetic, targets.get(name))
-        rows.append(f"| {' | '.join(cell or 'not compiled' for cell in cells)} |")
+        written = [cell or "not compiled" for cell in cells]
+        written += [lacking(runtime, operator) for runtime in runtimes]
+        rows.append(f"| {' | '.join(written)} |")
     return "\n".join(rows)
+
+
+def lacking(runtime: str, operator: Operator) -> str:
+    """Return which kernels of an operator a runtime lacks, of those that LiteRT has.
+
+    Example:
+        >>> lacking("tflm", operators()["reduce_max"])
+        'lacks `REDUCE_MAX` (int16)'
+    """
+    measured, parts = runtime_table(), []
+    for kernel in operator.litert:
+        types = measured["litert"].get(kernel.name, ())
+        missing = [dtype for dtype in types if dtype not in measured[runtime][kernel.name]]
+        if missing:
+            parts.append(f"`{kernel.name}` ({', '.join(missing)})")
+    return f"lacks {', '.join(parts)}" if parts else "all kernels"
 
 
 def npu_targets() -> dict[str, str]:

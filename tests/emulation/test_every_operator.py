@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from lightning_nna.emulation.operators.catalog import operators
 from lightning_nna.emulation.coverage import coverage
+from lightning_nna.emulation.operators.catalog import operators
 from lightning_nna.testing.operator_oracle import (
     CHECKS,
     SPECS,
