@@ -3,10 +3,12 @@
     python -m recipes.deploy ckpt=runs/an4_rnnt_finetune/seed1/checkpoints/last.ckpt
     python -m recipes.deploy ckpt=recipes/pretrained/an4_rnnt.safetensors
 
-Exports encoder, predictor and joint network, decodes the test set through them on LiteRT's
-reference kernels, compares every output with the emulation, and compiles them with Vela for memory
-and time. A checkpoint that was trained emulated brings its ranges and its weight methods; a float
-one is calibrated on training batches first.
+Exports encoder, predictor and joint network, decodes the test set through them on the runtime that
+the spec names, compares every output with the emulation, and compiles them with Vela for memory and
+time. ``target=tflm`` and ``target=ethos-u55-128`` write what the firmware of a microcontroller
+needs, too; they need a spec of TFLite-Micro, ``nna=tflm-int8``. A checkpoint that was trained
+emulated brings its ranges and its weight methods; a float one is calibrated on training batches
+first.
 """
 
 from __future__ import annotations
@@ -30,12 +32,13 @@ from lightning_nna import emulate
 from lightning_nna.callbacks import NNAEmulation
 from lightning_nna.deploy import TFLiteModel, VelaReport, vela_report, write_report
 from lightning_nna.emulation.attachment import attached
+from lightning_nna.emulation.spec import PRESETS
 from lightning_nna.weights.method import WeightMethod
 from recipes.asr.batches import Batch
 from recipes.asr.beam import beam_decode
 from recipes.asr.data import SpeechDataModule
 from recipes.asr.decoding import Decodable, greedy_decode
-from recipes.asr.deployed import DeployedTransducer, export_transducer
+from recipes.asr.deployed import DeployedTransducer, export_firmware, export_transducer
 from recipes.asr.recognizer import (
     TransducerRecognizer,
     score_references,
@@ -97,6 +100,7 @@ def deploy(config: DictConfig) -> dict[str, Any]:
     prepare_process(config, "deploy")
     weights = load_weights(config.ckpt)
     check_method(weights, config)
+    check_target(weights, config)
     recipe, datamodule, recognizer = rebuild(weights, config)
     float_score = _score(recognizer, datamodule, []) if config.score_float else None
     callbacks = trained_callbacks(weights, config)
@@ -110,6 +114,7 @@ def deploy(config: DictConfig) -> dict[str, Any]:
     run_dir = Path(config.run_dir)
     models = export_transducer(recognizer, run_dir / "programs", chunk_steps=config.chunk_steps)
     deployed = DeployedTransducer(run_dir / "programs")
+    firmware = write_firmware(recognizer, run_dir / "firmware", config)
     comparison = compare(recognizer, deployed, datamodule.test_dataloader())
     speech = speed(recognizer, run_dir / "programs", datamodule)
     compiled = [compile_for(models, *system) for system in config.systems]
@@ -128,6 +133,9 @@ def deploy(config: DictConfig) -> dict[str, Any]:
         **metrics,
         "tflite_bytes": sum(model.size_bytes for model in models.values()),
         "programs": {part: model.size_bytes for part, model in models.items()},
+        "target": config.target,
+        "runtime": deployed.programs["joint"].runtime.title,
+        "firmware": firmware,
         **speech,
         "systems": reports,
     }
@@ -163,6 +171,64 @@ def check_method(weights: TrainedWeights, config: DictConfig) -> None:
                 f"{key}={trained_settings[key]}, and "
                 "is deployed so; leave it out, or deploy a float checkpoint"
             )
+
+
+def check_target(weights: TrainedWeights, config: DictConfig) -> None:
+    """Raise if the spec of a checkpoint has other integers than the device.
+
+    Args:
+        weights: Checkpoint to deploy.
+        config: Composed configuration ``deploy``.
+
+    Raises:
+        ValueError: If ``target`` is unknown, or a device of TFLite-Micro and the spec is not.
+    """
+    target = str(config.target)
+    if target == "litert":
+        return
+    if target != "tflm" and not target.startswith("ethos-u"):
+        raise ValueError(
+            f"target must be litert, tflm, or an Ethos-U as ethos-u55-128, got {target!r}"
+        )
+    trained = (weights.recipe.get("callbacks") or {}).get("nna")
+    spec = str((trained or config.nna)["spec"])
+    if PRESETS[spec].runtime != "tflm":
+        remedy = "train it with nna=tflm-int8" if trained else "add nna=tflm-int8"
+        raise ValueError(
+            f"target={target} computes the integers of TFLite-Micro, and {spec} has others: "
+            f"{remedy}, or leave target out"
+        )
+
+
+def write_firmware(
+    recognizer: TransducerRecognizer, folder: Path, config: DictConfig
+) -> dict[str, dict[str, Any]]:
+    """Write the programs for a microcontroller, and return their figures; none for LiteRT.
+
+    Args:
+        recognizer: Emulated recognizer.
+        folder: Folder of one folder a program.
+        config: Composed configuration ``deploy``.
+    """
+    target = str(config.target)
+    if target == "litert":
+        return {}
+    exports = export_firmware(
+        recognizer,
+        folder,
+        chunk_steps=config.chunk_steps,
+        accelerator=None if target == "tflm" else target,
+    )
+    return {
+        part: {
+            "flash_bytes": export.flash_bytes,
+            "plain_flash_bytes": export.plain_flash_bytes,
+            "arena_bytes": export.arena_bytes,
+            "plain_arena_bytes": export.plain_arena_bytes,
+            "equal_outputs": None if export.agreement is None else float(export.agreement),
+        }
+        for part, export in exports.items()
+    }
 
 
 def trained_callbacks(weights: TrainedWeights, config: DictConfig) -> list[Callback]:
@@ -329,17 +395,23 @@ def table(summary: Mapping[str, Any]) -> str:
     """Format the summary as text."""
     lines = [f"{'':20}{'WER':>8}{'loss per token':>16}"]
     rows = [("float", summary["float"]), ("emulated", summary["emulated"])]
-    for name, metrics in [*rows, ("deployed, LiteRT", summary)]:
+    for name, metrics in [*rows, ("deployed", summary)]:
         if metrics is not None:
             rate, loss = 100 * metrics["wer"], metrics["loss_per_token"]
             lines.append(f"{name:22}{rate:5.2f} %{loss:16.4f}")
     lines.append(
-        f"outputs equal {summary['equal_outputs']:.6%} of {summary['outputs']}, transcripts "
-        f"{summary['equal_transcripts']:.2%} of {summary['utterances']}"
+        f"{summary['runtime']}: outputs equal {summary['equal_outputs']:.6%} of "
+        f"{summary['outputs']}, transcripts {summary['equal_transcripts']:.2%} of "
+        f"{summary['utterances']}"
     )
     sizes = ", ".join(f"{part} {size}" for part, size in summary["programs"].items())
     lines.append(f"programs {summary['tflite_bytes']} bytes ({sizes})")
     lines.append(f"real-time factor on this CPU {summary['real_time_factor']:.4f}")
+    for part, each in summary["firmware"].items():
+        lines.append(
+            f"firmware of the {part} for {summary['target']}: flash {each['flash_bytes']} bytes "
+            f"({each['plain_flash_bytes']} before compression), arena {each['arena_bytes']} bytes"
+        )
     for report in summary["systems"]:
         lines.append(
             f"{report['accelerator']}, {report['system']}: weights {report['encoded_bytes']} bytes,"

@@ -2,13 +2,13 @@
 
 The encoder is exported for a chunk of the sound, the predictor for one label, the joint network
 for one pair; recurrent states are inputs and outputs. :class:`DeployedTransducer` runs the programs
-on LiteRT behind the methods of the transducer, so that the same decoders work with both.
+behind the methods of the transducer, so that the same decoders work with both.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +18,21 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from lightning_nna import emulate
-from lightning_nna.deploy import Program, TFLiteModel, export_tflite
+from lightning_nna.deploy import (
+    MicroExport,
+    Program,
+    TFLiteModel,
+    export_micro,
+    export_tflite,
+)
 from lightning_nna.emulation.attachment import attached
 from recipes.asr.recognizer import TransducerRecognizer
 from recipes.asr.rnnt import Encoder, State, Transducer
 from recipes.asr.vocabulary import BLANK
 
 PARTS = ("encoder", "predictor", "joint")
+#: Arguments of a program, and the function of the recognizer and them that it computes.
+Part = tuple[list[Any], Callable[..., Any]]
 
 
 def export_transducer(
@@ -43,6 +51,59 @@ def export_transducer(
     Raises:
         ValueError: If ``chunk_steps`` is not positive, if the shape of the encoder's state is not
             fixed, or if the recognizer is not calibrated.
+    """
+    return {
+        part: export_tflite(recognizer, example, folder / f"{part}.tflite", forward=forward)
+        for part, (example, forward) in transducer_parts(recognizer, chunk_steps).items()
+    }
+
+
+def export_firmware(
+    recognizer: TransducerRecognizer,
+    folder: Path,
+    *,
+    chunk_steps: int = 1,
+    accelerator: str | None = None,
+) -> dict[str, MicroExport]:
+    """Write the three programs for a microcontroller, each into a folder of its name.
+
+    Args:
+        recognizer: Emulated recognizer, calibrated, with a spec of TFLite-Micro.
+        folder: Folder of the folders.
+        chunk_steps: See :func:`export_transducer`.
+        accelerator: Name of an Ethos-U for which Vela compiles them; None for the processor, which
+            decodes compressed constants.
+
+    Returns:
+        Each export by its name.
+
+    Raises:
+        ValueError: See :func:`export_transducer` and :func:`.export_micro`.
+        VelaError: If Vela is missing or rejects a program.
+    """
+    return {
+        part: export_micro(
+            recognizer,
+            example,
+            folder / part,
+            name=part,
+            forward=forward,
+            compress=accelerator is None,
+            accelerator=accelerator,
+        )
+        for part, (example, forward) in transducer_parts(recognizer, chunk_steps).items()
+    }
+
+
+def transducer_parts(recognizer: TransducerRecognizer, chunk_steps: int) -> dict[str, Part]:
+    """Return arguments and forward of the encoder, the predictor and the joint network.
+
+    Args:
+        recognizer: See :func:`export_transducer`.
+        chunk_steps: See :func:`export_transducer`.
+
+    Raises:
+        ValueError: See :func:`export_transducer`.
     """
     model = recognizer.model
     if chunk_steps < 1:
@@ -66,15 +127,9 @@ def export_transducer(
             emulator.state.set_qparams(step, qparams)
     starts = [_zeros(encoder_state), _zeros(predictor_state)]
     return {
-        "encoder": export_tflite(
-            recognizer, [chunk, starts[0]], folder / "encoder.tflite", forward=encode
-        ),
-        "predictor": export_tflite(
-            recognizer, [label, starts[1]], folder / "predictor.tflite", forward=predict
-        ),
-        "joint": export_tflite(
-            recognizer, [step, prediction], folder / "joint.tflite", forward=join
-        ),
+        "encoder": ([chunk, starts[0]], encode),
+        "predictor": ([label, starts[1]], predict),
+        "joint": ([step, prediction], join),
     }
 
 

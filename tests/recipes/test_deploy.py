@@ -11,7 +11,7 @@ import torch
 from omegaconf import DictConfig
 
 from recipes.asr.deployed import DeployedTransducer, export_transducer
-from recipes.deploy import check_method, deploy, table
+from recipes.deploy import check_method, check_target, deploy, table
 from recipes.train import train
 from recipes.weights import TrainedWeights
 from tests.recipes.asr.test_emulated import conformer
@@ -25,20 +25,28 @@ HIGH_END = "[ethos-u55-128,Ethos_U55_High_End_Embedded,Shared_Sram]"
 @pytest.mark.slow
 @pytest.mark.exactness
 @pytest.mark.filterwarnings("ignore:NNAEmulation. 0 of")  # Shorter than its calibration.
-@pytest.mark.parametrize("compression", ["none", "nna8", "csp_gq"])
+@pytest.mark.parametrize(
+    ("compression", "target"),
+    [("none", "litert"), ("nna8", "litert"), ("csp_gq", "litert"), ("nna8", "tflm")],
+)
 def test_the_programs_equal_the_emulation(
-    compression: str, compose_config: Compose, overrides: list[str], tmp_path: Path
+    compression: str,
+    target: str,
+    compose_config: Compose,
+    overrides: list[str],
+    tmp_path: Path,
 ) -> None:
     pytest.importorskip("ethosu")
     trained = tmp_path / "trained"
     settings = [f"compression={compression}", "test=false", f"run_dir={trained}"]
     if compression == "csp_gq":
         settings += ["bits=4", "sparsity=0.5", "+callbacks.prune.measurement=identity"]
+    if target == "tflm":
+        settings.append("nna=tflm-int8")
     train(compose_config("train", "experiment=an4_rnnt", *overrides, *settings))
     ckpt = trained / "checkpoints" / "last.ckpt"
-    summary = deploy(
-        compose_config("deploy", f"ckpt={ckpt}", f"systems=[{HIGH_END}]", "calibration_batches=2")
-    )
+    settings = [f"ckpt={ckpt}", f"systems=[{HIGH_END}]", "calibration_batches=2"]
+    summary = deploy(compose_config("deploy", *settings, f"target={target}"))
     assert (summary["equal_outputs"], summary["equal_transcripts"]) == (1.0, 1.0)
     assert summary["wer"] == summary["emulated"]["wer"]
     assert summary["loss_per_token"] == pytest.approx(
@@ -48,8 +56,14 @@ def test_the_programs_equal_the_emulation(
     (system,) = summary["systems"]
     assert system["cpu_operators"] == ["GatherV2"]
     assert 0 < system["encoded_bytes"] < system["memory_bytes"]
-    assert len(table(summary).splitlines()) == 8
+    firmware = ["encoder", "predictor", "joint"] if target == "tflm" else []
+    assert list(summary["firmware"]) == firmware
+    assert [each["equal_outputs"] for each in summary["firmware"].values()] == [1.0] * len(firmware)
+    assert len(table(summary).splitlines()) == 8 + len(firmware)
     run = tmp_path / "run"
+    assert [(run / "firmware" / each / f"{each}_data.cc").is_file() for each in firmware] == [
+        True for _ in firmware
+    ]
     assert json.loads((run / "summary.json").read_text()) == json.loads(json.dumps(summary))
     assert {"programs", "report.csv", "report.html", "summary.json"} <= {
         path.name for path in run.iterdir()
@@ -98,3 +112,42 @@ def test_settings_that_differ_from_the_checkpoint_are_an_error(
     with pytest.raises(ValueError, match=complaint):
         check_method(trained, config)
     check_method(TrainedWeights({}, {"method": "float"}, {}), config)
+
+
+@pytest.mark.parametrize(
+    ("trained", "overrides", "complaint"),
+    [
+        (
+            None,
+            ["target=cmsis"],
+            "target must be litert, tflm, or an Ethos-U as ethos-u55-128, got",
+        ),
+        (None, ["target=tflm"], "litert-int8 has others: add nna=tflm-int8, or leave target out"),
+        ("litert-int8", ["target=ethos-u55-128"], "others: train it with nna=tflm-int8, or leave"),
+    ],
+)
+def test_a_device_needs_its_integers(
+    trained: str | None, overrides: list[str], complaint: str, compose_config: Compose
+) -> None:
+    recipe = {"callbacks": {"nna": {"spec": trained}}} if trained else {}
+    weights = TrainedWeights({}, recipe, {})
+    with pytest.raises(ValueError, match=complaint):
+        check_target(weights, compose_config("deploy", "ckpt=a.ckpt", *overrides))
+
+
+@pytest.mark.parametrize(
+    ("trained", "overrides"),
+    [
+        (None, ["target=tflm", "nna=tflm-int8"]),
+        (None, ["target=ethos-u55-128", "nna=tflm-int16x8"]),
+        ("tflm-int8", ["target=tflm"]),
+        ("litert-int8", []),
+    ],
+)
+def test_a_device_with_its_integers(
+    trained: str | None, overrides: list[str], compose_config: Compose
+) -> None:
+    recipe = {"callbacks": {"nna": {"spec": trained}}} if trained else {}
+    config = compose_config("deploy", "ckpt=a.ckpt", *overrides)
+    check_target(TrainedWeights({}, recipe, {}), config)
+    assert config.target == dict(each.split("=") for each in overrides).get("target", "litert")
