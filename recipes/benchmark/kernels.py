@@ -44,8 +44,9 @@ def runs(probe: Probe, runtime: str) -> bool:
     Raises:
         MissingRuntimeError: If the runtime is not installed.
     """
-    inputs, outputs, intermediates = (
-        tuple(map(_stored, probe[key])) for key in ("inputs", "outputs", "intermediates")
+    inputs = tuple(None if form is None else _stored(form) for form in probe["inputs"])
+    outputs, intermediates = (
+        tuple(map(_stored, probe[key])) for key in ("outputs", "intermediates")
     )
     instruction = Instruction(probe["kernel"], "", inputs, outputs, probe["options"], intermediates)
     try:
@@ -156,9 +157,7 @@ def _says_where(x: Stored) -> bool:
     return x.constant and x.dtype == "int32" and not isinstance(x.scale, torch.Tensor)
 
 
-def _stored(form: dict[str, Any] | None) -> Stored | None:
-    if form is None:
-        return None
+def _stored(form: dict[str, Any]) -> Stored:
     values, scale = form.get("values"), form["scale"]
     integers = torch.full(form["shape"], form["zero_point"]) if values is None else values
     return Stored(
