@@ -28,7 +28,7 @@ from lightning_nna.testing.replay import on_runtime
 from recipes.benchmark.runtimes import instructions_of
 
 #: Runtimes that are asked.
-MEASURED = ("litert", "tflm")
+MEASURED = ("litert", "tflm", "tosa")
 PROBES = Path(__file__).with_name("kernel_probes.json")
 
 Probe = dict[str, Any]
