@@ -13,7 +13,7 @@ from lightning_nna import coverage, emulate
 from lightning_nna.deploy import export_tflite, verify
 from lightning_nna.emulation.operators.catalog import operators
 from lightning_nna.emulation.program import Instruction
-from lightning_nna.testing.operator_oracle import runtime_for
+from lightning_nna.testing.operator_oracle import SPECS_OF, runtime_for
 from lightning_nna.testing.replay import check_instructions
 from tests.emulation.modules import Function
 from tests.emulation.random_networks import (
@@ -56,6 +56,21 @@ def test_a_network_is_exported_and_equal(seed: int, tmp_path: Path) -> None:
     assert sum(check_instructions(recorded).values()) >= BATCH * TIME * CLASSES
     model = export_tflite(net, [x], tmp_path / "network.tflite")
     assert verify(net, model.path, [new], runtime=runtime_for(model)) == 1.0
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_every_instruction_is_tflite_micros(seed: int) -> None:
+    bits = 16 if seed % 4 == 3 else 8
+    torch.manual_seed(seed)
+    net = Network(deep_plan(random.Random(seed), bits, 12), embedded=False).eval()
+    x = torch.randn(BATCH, TIME, INPUTS)
+    recorded: list[Instruction] = []
+    with emulate(net, SPECS_OF["tflm"][bits]) as chip, torch.no_grad():
+        with chip.observing():
+            net(x)
+        with chip.running(recorder=recorded.append):
+            net(1.2 * x)
+    assert sum(check_instructions(recorded, "tflm").values()) >= BATCH * TIME * CLASSES
 
 
 @pytest.mark.parametrize("bits", SPECS)
