@@ -37,8 +37,8 @@ def on_grid(
         return _quantized(grid, weight, rows_per_scale, spec)
     if grid is not None and len(grid.scales) > 1:
         raise ValueError(
-            f"a weight of a transposed convolution has {len(grid.scales)} scales for its inputs: "
-            "set granularity='per_tensor' on the method"
+            f"a weight whose outputs are its second axis, as that of a transposed convolution, has "
+            f"{len(grid.scales)} scales for its inputs: set granularity='per_tensor' on the method"
         )
     return _quantized(grid, weight.transpose(0, 1), 1, spec).turned()
 

@@ -34,8 +34,9 @@ class CodebookMethod(BitsMethod):
             accelerator have them; the centroids are those of the tensor in any case.
         grid_bits: Width of integer centroids in bits, 2 to 8; None for float centroids.
         power_of_two_scales: Whether scales are powers of two, for accelerators without multiplier.
-        pin_zero: Whether one centroid is zero and stays there. It does not hold for 1 bit: zero and
-            one other centroid cannot stand for weights of both signs.
+        pin_zero: Whether one centroid is zero and stays there; then weights that are pruned, too,
+            take no further value. It does not hold for 1 bit: zero and one other centroid cannot
+            stand for weights of both signs.
         max_entropy_bits: Greatest mean entropy of a tensor's indices, in bits a weight: centroids
             are then those of :func:`.entropy_constrained`, which an accelerator with coded weights
             reads in fewer bytes. It is the entropy of the weights when centroids are fitted.

@@ -5,20 +5,20 @@ r"""Products of matrices: of two activations, or of an activation and a paramete
 
 Two activations make a ``BATCH_MATMUL``. It rounds twice in 8 bits, has a 16-bit mantissa in 16, and
 multiplies the two scales in float32 (on TFLite-Micro in float64). A matrix that is a parameter
-makes a fully connected layer: ``x @ w.T`` is ``F.linear``, and ``x @ w`` has one scale for the
-whole of ``w``, because the weight pipeline knows its rows, which are not the outputs.
+makes a fully connected layer: ``x @ w.T`` is ``F.linear``, and ``x @ w`` has one scale for each
+column of ``w``, its outputs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_nna.emulation.arithmetic.integer_products import FLOAT32_INTEGERS
-from lightning_nna.emulation.arithmetic.quantized_weight import QuantizedWeight
+from lightning_nna.emulation.arithmetic.quantized_weight import SECOND_AXIS, QuantizedWeight
 from lightning_nna.emulation.arithmetic.rescaling import (
     RoundingKind,
     round_fast,
@@ -51,7 +51,7 @@ def matmul(call: Call, input: Tensor, other: Tensor) -> Tensor:
         result = linear(call, rows, parameter)
     elif call.state.constants.is_constant(other) and other.dim() <= 2:
         shape = columns.shape
-        result = by_parameter(call, rows, other, lambda weight: weight.reshape(shape))
+        result = by_parameter(call, rows, other, lambda weight: weight.reshape(shape), (1,))
     else:
         result = _by_activation(call, rows, columns)
     axes = tuple(axis for axis, x in ((-2, input), (-1, other)) if x.dim() == 1)
@@ -111,15 +111,20 @@ def by_parameter(
     input: Tensor,
     parameter: Tensor,
     arrange: Callable[[Tensor], Tensor],
+    outputs: Collection[int],
     bias: Tensor | None = None,
 ) -> Tensor:
-    """Multiply by a parameter: a fully connected layer with one scale for the whole of it.
+    """Multiply by a parameter: a fully connected layer.
+
+    Where the accelerator has a scale for each output, each index of the first axis has one if that
+    is an axis of outputs, else each index of the second axis; otherwise the tensor has one.
 
     Args:
         call: The call.
         input: Tensor of shape ``(..., k)``.
         parameter: Tensor of any shape.
         arrange: Function that moves the elements of the parameter to shape ``(k, m)``.
+        outputs: Axes of the parameter that become the second axis.
         bias: Shape ``(m,)``, or None.
     """
     x = call.operand(input, "input")
@@ -130,11 +135,24 @@ def by_parameter(
 
     if call.observing:
         return call.observed(in_float())
-    weight = call.state.weight(parameter, len(parameter))
-    stored = arrange(weight.stored).T.contiguous()
-    quantized = QuantizedWeight(stored, weight.scales[:1].expand(len(stored)))
-    trained = arrange(call.state.trainable(parameter, len(parameter)))
+    rows = _rows_per_scale(call, parameter, outputs)
+    weight = call.state.weight(parameter, rows)
+    # Every element of an output has the same scale.
+    form = [-1 if axis == weight.axis else 1 for axis in range(parameter.dim())]
+    scales = arrange(weight.scales.reshape(form).expand(parameter.shape))[0]
+    quantized = QuantizedWeight(arrange(weight.stored).T.contiguous(), scales.contiguous())
+    trained = arrange(call.state.trainable(parameter, rows))
     return fully_connected(call, x, trained.T, bias, quantized, call.output(in_float))
+
+
+def _rows_per_scale(call: Call, parameter: Tensor, outputs: Collection[int]) -> int:
+    """Rows of a parameter, of any shape, that share a scale; some axes become the outputs."""
+    if call.state.spec.weight_granularity == "per_channel":
+        if 0 in outputs:
+            return 1
+        if 1 in outputs and parameter.dim() > 1:
+            return SECOND_AXIS
+    return len(parameter)
 
 
 def _transposed_parameter(call: Call, matrix: Tensor) -> Tensor | None:

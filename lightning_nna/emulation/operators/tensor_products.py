@@ -155,7 +155,7 @@ def addmm(
     columns = mat2.shape[-1] if mat2.dim() == 2 else 0
     if is_layer and columns and beta and input.numel() == columns:
         bias = input.reshape(-1) if beta == 1 else beta * input.reshape(-1)
-        return by_parameter(call, mat1, mat2, lambda weight: weight, bias)
+        return by_parameter(call, mat1, mat2, lambda weight: weight, (1,), bias)
     return _added(call, matmul, (input, mat1, mat2), beta, alpha)
 
 
@@ -251,8 +251,8 @@ def _product(call: Call, a: Tensor, b: Tensor, names: tuple[str, str, str]) -> T
     left = _grouped(call, a, first, (batch, rows, summed), sizes)
     if not batch and call.state.constants.is_constant(b):
         order = [second.index(x) for x in (*summed, *columns)]
-        shape = left.shape[-1], -1
-        product = by_parameter(call, left[0], b, lambda w: w.permute(order).reshape(shape))
+        shape, outputs = (left.shape[-1], -1), order[len(summed) :]
+        product = by_parameter(call, left[0], b, lambda w: w.permute(order).reshape(shape), outputs)
     else:
         right = _grouped(call, b, second, (batch, summed, columns), sizes)
         product = matmul(call, left, right)

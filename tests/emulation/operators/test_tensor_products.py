@@ -6,13 +6,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_nna import calibrate, coverage, emulate
-from lightning_nna.deploy import export_tflite, verify
+from lightning_nna import bake, calibrate, coverage, emulate
+from lightning_nna.callbacks import CompressedSensingPruning, GeneralQuantizer, NNAEmulation
+from lightning_nna.deploy import export_tflite, load_packed, save_packed, verify
+from lightning_nna.deploy.capture import capture
+from lightning_nna.emulation.arithmetic.quantized_weight import SECOND_AXIS
+from lightning_nna.testing import SmallRecurrentModule
+from lightning_nna.testing.contract import trainer
 from lightning_nna.testing.operator_oracle import CHECKS, Check, Example, check_operator
 from lightning_nna.testing.replay import replays
 from tests.emulation.modules import Function
@@ -192,6 +198,91 @@ def test_a_projection_is_one_fully_connected_layer(tmp_path: Path) -> None:
     assert model.operators["FULLY_CONNECTED"] == 1
     assert not {"ADD", "BATCH_MATMUL", "TRANSPOSE"} & set(model.operators)
     assert verify(net, model.path, [x]) == 1.0
+
+
+#: Functions of an input and of a parameter, shapes of both, and how many scales the weight has.
+PER_OUTPUT: dict[str, tuple[Callable[..., Tensor], tuple[int, ...], tuple[int, ...], int]] = {
+    "matmul": (lambda x, w: x @ w, (3, 50, 30), (30, 80), 80),
+    "mm": (torch.mm, (150, 30), (30, 80), 80),
+    "addmm": (lambda x, w: torch.addmm(w[0] / 2, x, w), (150, 30), (30, 80), 80),
+    "in, out": (lambda x, w: torch.einsum("bi,io->bo", x, w), (150, 30), (30, 80), 80),
+    "out, in": (lambda x, w: torch.einsum("bi,oi->bo", x, w), (150, 30), (80, 30), 80),
+    "heads": (lambda x, w: torch.einsum("bd,dhk->bhk", x, w), (150, 30), (30, 8, 10), 8),
+    "heads last": (lambda x, w: torch.einsum("bd,khd->bhk", x, w), (150, 30), (10, 8, 30), 10),
+    "last": (lambda x, w: torch.einsum("bde,deo->bo", x, w), (150, 5, 6), (5, 6, 80), 1),
+    "vector": (lambda x, w: x @ w, (12_000, 30), (30,), 1),
+}
+
+
+@pytest.mark.parametrize("bits", SPECS)
+@pytest.mark.parametrize("name", PER_OUTPUT)
+def test_a_parameter_has_a_scale_for_each_output(name: str, bits: int, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    function, inputs, shape, count = PER_OUTPUT[name]
+    net, x = Weighted(function, *shape), torch.randn(inputs)
+    replays(net, x, spec=SPECS[bits])
+    calibrate(net, [x], spec=SPECS[bits])
+    model = export_tflite(net, [x], tmp_path / "net.tflite")
+    assert verify(net, model.path, [x]) == 1.0
+    program = capture(net, [x])
+    (layer,) = (each for each in program.operators if each.name == "FULLY_CONNECTED")
+    assert len(np.unique(program.tensors[layer.inputs[1]].scales)) == count
+
+
+@pytest.mark.parametrize("bits", SPECS)
+def test_small_outputs_are_as_exact_as_large_ones(bits: int) -> None:
+    torch.manual_seed(0)
+    net, x = Weighted(torch.matmul, 30, 4), torch.randn(50, 30)
+    with torch.no_grad():
+        net.weight *= torch.tensor([1.0, 1e-2, 1e-3, 1e-4])
+        with emulate(net, SPECS[bits]) as chip:
+            with chip.observing():
+                net(x)
+            weight = chip.state.weight(net.weight, SECOND_AXIS).values
+        error = (weight - net.weight).abs().amax(0) / net.weight.abs().amax(0)
+    assert float(error.max()) <= 0.5 / 127 + 1e-6
+
+
+class Multiplied(SmallRecurrentModule):
+    """A classifier that multiplies by parameters ``(in, out)``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm, self.head = nn.Identity(), nn.Identity()
+        self.first, self.bias = nn.Parameter(torch.randn(24, 16)), nn.Parameter(torch.zeros(16))
+        self.second = nn.Parameter(torch.randn(16, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.addmm(self.bias, x.flatten(1), self.first).relu() @ self.second
+
+
+@pytest.mark.filterwarnings("ignore:CompressedSensingPruning saw no inputs")
+@pytest.mark.parametrize("granularity", ["per_tensor", "per_channel"])
+@pytest.mark.parametrize("learned", ["none", "all"])
+@pytest.mark.parametrize("bits", SPECS)
+def test_weight_methods_and_learned_scales_keep_their_promises(
+    bits: int, learned: Any, granularity: Any, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    net, x = Multiplied(), torch.randn(64, 6, 4)
+    methods = [
+        CompressedSensingPruning(0.5, targets=["first"]),
+        GeneralQuantizer(3, granularity=granularity, pin_zero=True, targets=["first"]),
+    ]
+    emulation = NNAEmulation(SPECS[bits], calibration_steps=2, learned_scales=learned)
+    before = net.second.detach().clone()
+    trainer(emulation, *methods).fit(net)
+    assert len(net.first.unique()) <= 8
+    assert float((net.first == 0).float().mean()) >= 0.5
+    assert not torch.equal(before, net.second)
+    model = export_tflite(net, [x], tmp_path / "net.tflite")
+    assert verify(net, model.path, [x]) == 1.0
+    save_packed(net, tmp_path / "net.safetensors")
+    packed = load_packed(tmp_path / "net.safetensors")
+    baked = bake(net)
+    assert isinstance(baked, Multiplied)
+    assert torch.equal(packed["first"], baked.first)
+    assert torch.equal(packed["second"], baked.second)
 
 
 class Hyper(nn.Module):
