@@ -66,6 +66,7 @@ REMEDIES: dict[str, str] = {
     "nan_to_num": "leave it out: results of an accelerator are finite",
     "norm": "write x.square().sum(dim).sqrt()",
     "rms_norm": "write x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight",
+    "scatter_reduce": "write scatter_add for sums, and divide them by their counts for means",
     "rrelu": "write F.leaky_relu with the mean of its slopes",
 }
 

@@ -27,8 +27,11 @@ from lightning_nna.emulation.operators.record import Form, Operator, register_op
 from lightning_nna.emulation.program import Activation
 from lightning_nna.emulation.ranges import PENDING, QParams
 
-_FIXED = "write where a constant index says, or select with torch.where and a mask of the data"
-_ADDED_UP = "add a product with a constant matrix instead"
+_FIXED = (
+    "write where a constant index says, add into zeros with scatter_add, or select with "
+    "torch.where and a mask of the data"
+)
+_ADDED_UP = "write scatter_add or index_add"
 
 
 def assign(call: Call, base: Tensor, value: Tensor | float, write: Callable[..., Tensor]) -> Tensor:
