@@ -34,10 +34,14 @@ from recipes.benchmark.rows import Row, append_row, has_row, read_rows
 PAIRS = (
     ("litert-int8", "litert"),
     ("litert-int8", "tflm"),
+    ("litert-int8", "tosa"),
     ("litert-int16x8", "litert"),
     ("litert-int16x8", "tflm"),
     ("tflm-int8", "tflm"),
+    ("tosa-int8", "tosa"),
     ("tflm-int16x8", "tflm"),
+    ("litert-int16x8", "tosa"),
+    ("tosa-int16x8", "tosa"),
 )
 RESULTS = Path("docs/results/runtimes.jsonl")
 PAGE = Path("docs/results/runtimes.md")
