@@ -233,6 +233,12 @@ def test_a_program_runs_in_its_arena(compress: bool, tmp_path: Path) -> None:
     assert loaded.arena_bytes() <= micro.arena_bytes < loaded.arena_bytes() + 5000
 
 
+def test_an_index_that_is_not_set_is_none_of_a_table(tmp_path: Path) -> None:
+    net, x = nn.Sequential(nn.Embedding(9, 16), nn.Linear(16, 4)), torch.tensor([[8]])
+    calibrate(net, [torch.arange(9)[:, None]], spec="tflm-int8")
+    assert export_micro(net, [x], tmp_path / "net").agreement == 1.0
+
+
 def test_compression_trades_flash_for_the_arena(tmp_path: Path) -> None:
     _, micro = export(tmp_path, compress=True)
     assert micro.flash_bytes == micro.path.stat().st_size < micro.plain_flash_bytes - 3000

@@ -37,12 +37,18 @@ _MOST_STEPS = 64
 # Prints every size that it tries, and "runs" after the first that is enough.
 _TRIAL = """
 import sys
+import numpy as np
 from tflite_micro.python.tflite_micro import runtime
 contents = open(sys.argv[1], "rb").read()
+inputs = runtime.schema_fb.Model.GetRootAs(contents).Subgraphs(0).InputsLength()
 for size in map(int, sys.argv[2:]):
     print(size, flush=True)
     try:
-        runtime.Interpreter.from_bytes(contents, arena_size=size).invoke()
+        interpreter = runtime.Interpreter.from_bytes(contents, arena_size=size)
+        for index in range(inputs):  # What is not set is any index of a table.
+            form = interpreter.get_input_details(index)
+            interpreter.set_input(np.zeros(form["shape"], form["dtype"]), index)
+        interpreter.invoke()
     except RuntimeError:
         continue
     print("runs")
