@@ -77,20 +77,24 @@ def checked(path: Path) -> bytes:
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}")
     contents = path.read_bytes()
-    digests = _DIGEST.findall(contents)
-    if len(digests) != 1:
-        raise ValueError(f"{path} is no file of this project: it has {len(digests)} checksums")
-    blank = contents.replace(digests[0], NO_DIGEST.encode())
-    if hashlib.sha256(blank).hexdigest() != digests[0].decode():
+    places = list(_DIGEST.finditer(contents))
+    if len(places) != 1:
+        raise ValueError(f"{path} is no file of this project: it has {len(places)} checksums")
+    digest = hashlib.sha256(_with_digest(contents, places[0], NO_DIGEST)).hexdigest()
+    if digest != places[0][1].decode():
         raise ValueError(f"{path} is not as it was written: its checksum differs; write it again")
     return contents
 
 
 def sealed(contents: bytes) -> bytes:
     """Contents whose empty checksum is replaced by that of all of them."""
-    digest = hashlib.sha256(contents).hexdigest()
-    assert len(_DIGEST.findall(contents)) == 1, "there is one place for the checksum"
-    return contents.replace(NO_DIGEST.encode(), digest.encode())
+    (place,) = _DIGEST.finditer(contents)
+    return _with_digest(contents, place, hashlib.sha256(contents).hexdigest())
+
+
+def _with_digest(contents: bytes, place: re.Match[bytes], digest: str) -> bytes:
+    """Contents with another checksum in its place; weights may have the same bytes as it."""
+    return contents[: place.start(1)] + digest.encode() + contents[place.end(1) :]
 
 
 def unpacked(parts: Mapping[str, NDArray[Any]], count: int, kind: type) -> Bits:

@@ -433,6 +433,18 @@ def test_an_altered_program_is_refused(tmp_path: Path) -> None:
             Program(altered)
 
 
+def test_weights_with_the_bytes_of_an_empty_checksum_are_kept(tmp_path: Path) -> None:
+    """In 8 bits 48 is the byte of the digit 0, and an empty checksum is 64 of them."""
+    torch.manual_seed(0)
+    layer, x = nn.Linear(128, 8), torch.randn(20, 128)
+    layer.weight.data.fill_(48.0)
+    layer.weight.data[:, 0] = 127.0
+    net = calibrated(layer, x)
+    path = export_tflite(net, [x], tmp_path / "net.tflite").path
+    assert b"0" * 64 in path.read_bytes()
+    assert verify(net, path, [x]) == 1.0
+
+
 def test_a_foreign_program_is_refused(tmp_path: Path) -> None:
     (tmp_path / "foreign.tflite").write_bytes(b"\x18\0\0\0TFL3" + bytes(100))
     with pytest.raises(ValueError, match="no file of this project"):

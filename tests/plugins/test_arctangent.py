@@ -58,9 +58,9 @@ def test_it_is_an_operator_as_any_other(tmp_path: Path) -> None:
     assert verify(net, model.path, [x]) == 1.0
 
 
-def test_16_bits_run_in_float() -> None:
-    x = torch.randn(4, 6)
-    assert coverage(Arctangent(), x, spec="litert-int16x8").fallbacks
+def test_16_bits_are_a_table_too() -> None:
+    table = coverage(Arctangent(), torch.randn(4, 6), spec="litert-int16x8")
+    assert [(row.operator, row.where) for row in table.rows] == [("atan", "emulated")]
 
 
 def test_what_is_wrong_is_named() -> None:

@@ -113,6 +113,15 @@ def test_a_pruned_and_quantized_network(tmp_path: Path) -> None:
     assert torch.equal(twin(x), fitted(x))
 
 
+def test_values_with_the_bytes_of_an_empty_checksum_come_back(tmp_path: Path) -> None:
+    x = torch.randn(64, 64)
+    x.view(-1)[:32] = torch.frombuffer(bytearray(b"0000"), dtype=torch.float32)
+    path = tmp_path / "x.safetensors"
+    save_packed({"x": x}, path)
+    assert b"0" * 64 in path.read_bytes()
+    np.testing.assert_array_equal(read_packed.read_packed(path)["x"], x.numpy())
+
+
 def test_nothing_is_left_half_written(tmp_path: Path) -> None:
     path = tmp_path / "packed.safetensors"
     save_packed(nn.Linear(2, 2), path)
