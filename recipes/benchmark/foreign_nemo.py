@@ -1,7 +1,8 @@
-"""Recognizers of NeMo, in an environment of their own: NeMo pins Lightning 2.4.
+r"""Recognizers of NeMo, in an environment of their own: NeMo pins Lightning 2.4.
 
     uv venv .cache/nemo
-    uv pip install --python .cache/nemo/bin/python "nemo_toolkit[asr]" "torch<2.15" -e ".[asr,deploy]"
+    uv pip install --python .cache/nemo/bin/python \
+        "nemo_toolkit[asr]" "torch<2.15" -e ".[asr,deploy]"
     .cache/nemo/bin/python -m recipes.benchmark.foreign --modules nemo_ctc nemo_rnnt
 
 Without NeMo the page reports the rows that were measured.

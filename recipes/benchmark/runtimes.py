@@ -72,7 +72,10 @@ def compare_operator(
         key = {"operator": operator.name, "test": test, "preset": preset, "runtime": runtime}
         if PRESETS[preset].activation_bits != bits or has_row(known, **key):
             continue
-        counts = compared(instructions_of(example, preset), runtime)
+        try:
+            counts = compared(instructions_of(example, preset), runtime)
+        except RuntimeError:  # The preset's runtime has no form of it: all of it is in float.
+            counts = {"outputs": 0, "equal": 0, "missing": ["the operator"], "differing": {}}
         append_row(path, {**key, "version": runtime_of(runtime).version(), **counts})
 
 
@@ -114,7 +117,7 @@ def compared(instructions: Iterable[Instruction], runtime: str) -> dict[str, Any
 
 def report(rows: Sequence[Row]) -> Fields:
     """Summarize the rows by preset and runtime."""
-    table = ruled(["preset", "runtime", "version", "operators proven", "outputs", "equal"])
+    table = ruled(["preset", "runtime", "version", "operators equal", "outputs", "equal"])
     lacking, unequal = [], []
     pairs = dict.fromkeys((row["preset"], row["runtime"]) for row in rows)
     for preset, runtime in pairs:
@@ -122,14 +125,20 @@ def report(rows: Sequence[Row]) -> Fields:
         names: defaultdict[str, list[Row]] = defaultdict(list)
         for row in of_pair:
             names[row["operator"]].append(row)
-        proven = [name for name, own in names.items() if all(map(_is_proven, own))]
+        alike = [name for name, own in names.items() if all(map(_is_equal, own))]
         outputs, equal = (sum(row[key] for row in of_pair) for key in ("outputs", "equal"))
         versions = " and ".join(sorted({row["version"] for row in of_pair}))
         share = "all" if equal == outputs else f"{100 * equal / outputs:.4f} %"
         title = runtime_of(runtime).title
-        count = f"{len(proven)} of {len(names)}"
+        count = f"{len(alike)} of {len(names)}"
         table.append(line(f"`{preset}`", title, versions, count, f"{outputs:,}", share))
-        lacks = sorted({kernel for row in of_pair for kernel in row["missing"]})
+        lacks = sorted(
+            {
+                f"`{row['operator']}`" if kernel == "the operator" else kernel
+                for row in of_pair
+                for kernel in row["missing"]
+            }
+        )
         if lacks:
             lacking.append(f"- `{preset}` on {title}: {', '.join(lacks)}.")
         differs: Counter[str] = Counter()
@@ -141,7 +150,7 @@ def report(rows: Sequence[Row]) -> Fields:
     return {"table": table, "lacking": lacking or ["- none"], "unequal": unequal or ["- none"]}
 
 
-def _is_proven(row: Row) -> bool:
+def _is_equal(row: Row) -> bool:
     return row["outputs"] > 0 and row["equal"] == row["outputs"] and not row["missing"]
 
 
@@ -151,7 +160,11 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--path", type=Path, default=RESULTS, help="file of the rows")
+    parser.add_argument("--page-only", action="store_true", help="write the page, run nothing")
     settings = parser.parse_args()
+    if settings.page_only:
+        write_page(settings.path)
+        return
 
     def runtime_rows(operator: Operator, example: Example, spec: str) -> None:
         test = os.environ["PYTEST_CURRENT_TEST"].split("::")[-1].split(" ")[0]
@@ -163,9 +176,14 @@ def main() -> None:
     warning = "ignore::pytest.PytestAssertRewriteWarning"
     status = pytest.main([*_TESTS, "-q", "-k", "runtime_rows", "-W", warning])
     if not status:
-        with whole_file(settings.path.with_suffix(".md")) as unfinished:
-            unfinished.write_text(render("runtimes", report(read_rows(settings.path))))
+        write_page(settings.path)
     raise SystemExit(status)
+
+
+def write_page(path: Path) -> None:
+    """Write the page of the rows in a file, beside it."""
+    with whole_file(path.with_suffix(".md")) as unfinished:
+        unfinished.write_text(render("runtimes", report(read_rows(path))))
 
 
 if __name__ == "__main__":
