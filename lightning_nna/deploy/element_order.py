@@ -184,6 +184,15 @@ def _move_to_tensor(
     return lambda x: x.reshape(-1)[order].reshape(target)
 
 
+def _table(instruction: Arrangement, shape_of: ShapeOf) -> Arrangement:
+    """Follow the elements of the indices into a table of one axis."""
+    table, *indices = instruction.operands
+    if table is None or table.values.ndim != 1:
+        return instruction
+    moved = _elements(replace(instruction, operands=tuple(indices)), shape_of)
+    return replace(moved, operands=(table, *moved.operands))
+
+
 def _rows(instruction: Arrangement, shape_of: ShapeOf) -> Arrangement:
     """Follow the order of rows, where a row is a run of elements along the last axis."""
     x, *rest = instruction.operands
@@ -308,6 +317,7 @@ _FOLLOW: dict[str, Callable[[Arrangement, ShapeOf], Arrangement]] = {
     "padding": _padding,
     "reduction": _reduction,
     "rows": _rows,
+    "table": _table,
 }
 
 

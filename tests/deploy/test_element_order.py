@@ -77,6 +77,19 @@ def test_nothing_is_transposed_between_convolutions(name: str, preset: str, tmp_
     assert "GATHER" not in model.operators
 
 
+@pytest.mark.parametrize("preset", [*PRESETS, "tflm-int16x8"])
+def test_tables_between_convolutions_are_read_in_their_order(preset: str, tmp_path: Path) -> None:
+    """TFLite-Micro transposes no integers of 32 bits, as the indices into a table are."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(1, 6, 3), nn.Mish(), nn.GELU(), nn.Conv2d(6, 1, 2))
+    x = torch.randn(1, 1, 7, 8)
+    calibrate(net, [torch.cat([x, -x])], spec=preset)
+    model = export_tflite(net, [x], tmp_path / "net.tflite")
+    assert verify(net, model.path, [x]) == 1.0
+    assert "GATHER" in model.operators
+    assert "TRANSPOSE" not in model.operators
+
+
 @pytest.mark.parametrize("preset", PRESETS)
 def test_a_flattened_image_moves_the_columns_of_a_weight(preset: str, tmp_path: Path) -> None:
     torch.manual_seed(0)

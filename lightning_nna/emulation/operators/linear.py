@@ -537,6 +537,7 @@ LOOK_UP = Kernel(
     versions={"bool": 3, "int8": 2, "int16": 4},
     version=_version_of_gather,
     operands={0: "table"},
+    order="table",
 )
 #: Kernel of layers, whose operator is among the matrix products (see :mod:`.matmul`).
 FULLY_CONNECTED = Kernel(

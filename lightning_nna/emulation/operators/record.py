@@ -51,7 +51,8 @@ class Kernel:
             instruction alone; ``"elements"``, any; ``"rows"``, any order of rows along the last
             axis; ``"columns"``, the same, and any order of columns, as its second operand, the
             weight, has them, too; ``"concatenation"``, ``"padding"`` and ``"reduction"``, any order
-            of axes, which an option or the second operand names.
+            of axes, which an option or the second operand names; ``"table"``, any of the indices
+            into a table of one axis.
         fuses_activation: Whether it clips its result as an option, its fused activation, says.
 
     Example:
@@ -67,7 +68,7 @@ class Kernel:
     operands: Mapping[int, str] = field(default_factory=dict)
     computes_in_float: tuple[str, ...] = ()
     order: Literal[
-        "fixed", "elements", "rows", "columns", "concatenation", "padding", "reduction"
+        "fixed", "elements", "rows", "columns", "concatenation", "padding", "reduction", "table"
     ] = "fixed"
     fuses_activation: bool = False
 
