@@ -106,8 +106,11 @@ def compressed(program: CapturedProgram) -> tuple[CapturedProgram, tuple[Compres
     taken: dict[str, Encoding] = {}
     result, smallest = program, len(program_bytes(program))
     for contents, names in sorted(by_contents.items(), key=lambda item: -len(item[0])):
-        found = {name: smallest_encoding(program.tensors[name]) for name in names}
-        encodings = {name: each for name, each in found.items() if each is not None}
+        encodings = {
+            name: encoding
+            for name in names
+            if (encoding := smallest_encoding(program.tensors[name])) is not None
+        }
         size = len(contents)
         if len(encodings) < len(names) or sum(e.size_bytes for e in encodings.values()) >= size:
             continue

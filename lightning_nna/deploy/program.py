@@ -173,8 +173,8 @@ class Program(ProgramPorts):
         Raises:
             ValueError: See :meth:`__call__`.
         """
-        given = [self.integers_of(inputs) for inputs in calls]
-        return [self.results_of(outputs) for outputs in self._loaded.run(given)]
+        integers = [self.integers_of(inputs) for inputs in calls]
+        return [self.results_of(outputs) for outputs in self._loaded.run(integers)]
 
 
 def run_tflite(

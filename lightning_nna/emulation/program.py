@@ -15,6 +15,9 @@ from torch import Tensor
 
 from lightning_nna.emulation.ranges import QParams
 
+#: Numbers of types in the TensorFlow Lite schema, which options of instructions have.
+SCHEMA_TYPES = {"int32": 2, "bool": 6, "int16": 7, "int8": 9}
+
 
 @dataclass(frozen=True)
 class Stored:

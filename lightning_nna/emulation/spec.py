@@ -228,7 +228,7 @@ class NNASpec:
 
         Args:
             reference: Rounding of LiteRT's reference kernel.
-            micro: Rounding of TFLite-Micro's kernel; None for the same.
+            micro: Rounding of the kernel in TFLite-Micro and in TOSA; None for the same.
 
         Example:
             >>> NNASpec(runtime="tflm").rounding_of("real", "double")

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from lightning_nna import calibrate
 from lightning_nna.deploy import export_tflite, run_tflite, verify
-from lightning_nna.deploy.flatbuffer import OperatorSpec, TensorSpec, version_of
+from lightning_nna.deploy.flatbuffer import DTYPES, OperatorSpec, TensorSpec, version_of
 from lightning_nna.emulation.operators.catalog import kernels, operators
+from lightning_nna.emulation.program import SCHEMA_TYPES
 from tests.deploy.networks import POORER_SPECS, SPECS, FunctionNetwork
 
 pytestmark = pytest.mark.exactness
@@ -207,3 +208,7 @@ def test_versions(name: str, dtype: str, options: Any, version: int) -> None:
     x = TensorSpec((2, 2), dtype, 0.1)
     inputs = ("x", "x", "x")[: {"QUANTIZE": 1, "FULLY_CONNECTED": 3}.get(name, 2)]
     assert version_of(OperatorSpec(name, inputs, ("x",), table), {"x": x}) == version
+
+
+def test_types_of_options_are_those_of_the_schema() -> None:
+    assert {name: DTYPES[name] for name in SCHEMA_TYPES} == SCHEMA_TYPES

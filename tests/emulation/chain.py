@@ -58,9 +58,9 @@ def check_chain(instructions: Sequence[Instruction], inputs: Tensor, result: Ten
 
 
 def _is_result(operand: Stored, earlier: Iterable[Sequence[Stored]]) -> bool:
-    """Whether an operand is, as it is, an earlier result."""
+    """Whether an operand is an earlier result, perhaps of another shape."""
     results = (x for each in earlier for x in each if x.dtype == operand.dtype)
-    return any(torch.equal(operand.integers, x.integers) for x in results)
+    return any(torch.equal(operand.integers.flatten(), x.integers.flatten()) for x in results)
 
 
 def dequantized(stored: Stored) -> np.ndarray:

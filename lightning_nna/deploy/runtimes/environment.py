@@ -58,12 +58,14 @@ def make_environment(name: str) -> Path:
     folder, requirements = _folder(name), _requirements(name)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f"{name}.") as unfinished:
-        made = Path(unfinished) / name
-        subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(made)], check=True)
-        _install(_python(made), requirements)
-        shutil.copy(requirements, made / _REQUIREMENTS)
+        environment = Path(unfinished) / name
+        subprocess.run(
+            [sys.executable, "-m", "venv", "--without-pip", str(environment)], check=True
+        )
+        _install(_python(environment), requirements)
+        shutil.copy(requirements, environment / _REQUIREMENTS)
         shutil.rmtree(folder, ignore_errors=True)
-        made.rename(folder)
+        environment.rename(folder)
     return _python(folder)
 
 

@@ -127,9 +127,9 @@ class LoadedTFLiteMicro:
         """Return the bytes of working memory that are in use after a run."""
         with _stderr() as written:
             self._interpreter.print_allocations()
-            found = _ALLOCATION.search(_read(written))
-        assert found is not None
-        return int(found[1])
+            allocation = _ALLOCATION.search(_read(written))
+        assert allocation is not None
+        return int(allocation[1])
 
 
 def sufficient_arena_bytes(contents: bytes, used_bytes: int) -> int:

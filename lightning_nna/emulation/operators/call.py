@@ -20,7 +20,7 @@ from lightning_nna.emulation.arithmetic.rescaling import (
 )
 from lightning_nna.emulation.clipping import clip, inside
 from lightning_nna.emulation.float32_arithmetic import float32_arithmetic
-from lightning_nna.emulation.program import Activation, Instruction, Stored
+from lightning_nna.emulation.program import SCHEMA_TYPES, Activation, Instruction, Stored
 from lightning_nna.emulation.ranges import (
     PENDING,
     MixedQParams,
@@ -32,9 +32,6 @@ from lightning_nna.emulation.ranges import (
 )
 from lightning_nna.emulation.runtime_kernels import reason_against_kernel
 from lightning_nna.emulation.state import EmulationState
-
-# As the TensorFlow Lite schema numbers types.
-_INT32, _INT16, _INT8 = 2, 7, 9
 
 
 class UnsupportedError(Exception):
@@ -297,8 +294,8 @@ class Call:
                 number = Stored(torch.tensor(bound), "int32", constant=True)
                 self.record(kernel, [steps[position], number], [steps[position + 1]])
             types: dict[str, Any] = {
-                "inDataType": _INT32,
-                "outDataType": _INT8 if grid.bits == 8 else _INT16,
+                "inDataType": SCHEMA_TYPES["int32"],
+                "outDataType": SCHEMA_TYPES[f"int{grid.bits}"],
             }
             self.record("CAST", [steps[-1]], [result.stored()], **types)
         if grid.bits == self.bits:

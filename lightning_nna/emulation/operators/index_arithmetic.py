@@ -21,10 +21,8 @@ from torch import Tensor
 from lightning_nna.emulation.operators.call import Call, UnsupportedError
 from lightning_nna.emulation.operators.comparison import COMPARISONS
 from lightning_nna.emulation.operators.record import Form, Kernel, Operator, register_operator
-from lightning_nna.emulation.program import Stored
+from lightning_nna.emulation.program import SCHEMA_TYPES, Stored
 
-# As the TensorFlow Lite schema numbers types.
-_INT32, _BOOL = 2, 6
 # Axes over which the kernels broadcast.
 _MOST_AXES = 4
 _LIMIT = 2**31
@@ -178,7 +176,10 @@ def _stored(call: Call, x: Operand) -> Stored:
 def _cast(call: Call, condition: Tensor, result: Tensor) -> Tensor:
     """Record the ones and zeros, of any shape, that a condition becomes, and return them."""
     if call.recording:
-        types: dict[str, Any] = {"inDataType": _BOOL, "outDataType": _INT32}
+        types: dict[str, Any] = {
+            "inDataType": SCHEMA_TYPES["bool"],
+            "outDataType": SCHEMA_TYPES["int32"],
+        }
         call.record("CAST", [_stored_condition(condition)], [_stored_result(result)], **types)
     return result
 

@@ -17,10 +17,7 @@ from torch import Tensor
 from lightning_nna.emulation.operators.call import Call
 from lightning_nna.emulation.operators.record import Kernel, Operator, register_operator
 from lightning_nna.emulation.operators.table_look_up import record_cast
-from lightning_nna.emulation.program import Activation, Stored
-
-# Of the schema's types, 32-bit integers.
-_INT32 = 2
+from lightning_nna.emulation.program import SCHEMA_TYPES, Activation, Stored
 
 
 def _index_of(
@@ -69,7 +66,7 @@ def record_index(call: Call, kernel: str, x: Activation, axis: int, index: Tenso
     operand = x.stored() if x.qparams.bits == 8 else record_cast(call, x)
     over = Stored(torch.tensor(axis), "int32", constant=True)
     result = Stored(index.long(), "int32", source=index)
-    call.record(kernel, [operand, over], [result], outputType=_INT32)
+    call.record(kernel, [operand, over], [result], outputType=SCHEMA_TYPES["int32"])
 
 
 def _record_largest(call: Call, x: Activation, axis: int, index: Tensor) -> None:

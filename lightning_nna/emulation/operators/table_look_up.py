@@ -20,9 +20,7 @@ from torch import Tensor
 
 from lightning_nna.emulation.operators.call import Call
 from lightning_nna.emulation.operators.record import Kernel, Operator, register_kernel
-from lightning_nna.emulation.program import Activation, Stored
-
-_TYPES = {"int8": 9, "int16": 7, "int32": 2}  # As the TensorFlow Lite schema numbers types.
+from lightning_nna.emulation.program import SCHEMA_TYPES, Activation, Stored
 
 
 def record_table(
@@ -69,10 +67,10 @@ def _record_halves(call: Call, rows: Stored, index: Stored, y: Activation) -> No
     for part, unit, zero_point in ((_upper, 256 * scale, 0), (_lower, scale, -128)):
         narrow, wide = part(values) + zero_point, part(values)
         table = Stored(part(rows.integers) + zero_point, "int8", unit, zero_point, constant=True)
-        found = Stored(narrow, "int8", unit, zero_point, source=narrow)
-        call.record("GATHER", [table, index], [found], axis=0)
+        entry = Stored(narrow, "int8", unit, zero_point, source=narrow)
+        call.record("GATHER", [table, index], [entry], axis=0)
         results.append(Stored(wide, "int16", unit, source=wide))
-        call.record("QUANTIZE", [found], [results[-1]])
+        call.record("QUANTIZE", [entry], [results[-1]])
     call.record("ADD", results, [y.stored()], potScaleInt16=False)
 
 
@@ -106,8 +104,8 @@ def record_cast(call: Call, x: Activation, *, raised_by: int = 0) -> Stored:
     taken_off = x.qparams.zero_point if call.state.spec.runtime == "tosa" else 0
     integers = operand.integers - taken_off
     cast = Stored(integers, "int32", source=integers)
-    given, wanted = (_TYPES[stored.dtype] for stored in (operand, cast))
-    call.record("CAST", [operand], [cast], inDataType=given, outDataType=wanted)
+    before, after = (SCHEMA_TYPES[stored.dtype] for stored in (operand, cast))
+    call.record("CAST", [operand], [cast], inDataType=before, outDataType=after)
     added = taken_off + raised_by
     if not added:
         return cast
