@@ -141,7 +141,7 @@ def kernel_of(runtime: str) -> LSTMKernel:
 
     Example:
         >>> kernel_of("tflm").sigmoid()[32768 + 4096], kernel_of("litert").sigmoid()[32768 + 4096]
-        (tensor(23956), tensor(23955, dtype=torch.int32))
+        (tensor(23956), tensor(23952, dtype=torch.int32))
     """
     return _KERNELS[runtime]
 
