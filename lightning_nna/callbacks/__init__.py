@@ -4,6 +4,7 @@
 run, as the callbacks take it.
 """
 
+from lightning_nna.distillation.callback import Distillation
 from lightning_nna.drift.monitor import DriftMonitor
 from lightning_nna.emulation.callback import NNAEmulation
 from lightning_nna.pruning.compressed_sensing_pruning import CompressedSensingPruning
@@ -21,6 +22,7 @@ from lightning_nna.weights.method import WeightMethod
 __all__ = [
     "CompressedSensingPruning",
     "CompressionReport",
+    "Distillation",
     "DriftMonitor",
     "GeneralQuantizer",
     "HardCompression",

@@ -200,3 +200,25 @@ def test_an_emulated_run_scores_again_as_it_did(
     assert (trained["method"], scored["method"]) == ("nna8", "nna8")
     assert scored["wer"] == trained["wer"]
     assert scored["loss_per_token"] == trained["loss_per_token"]
+
+
+def test_the_start_of_a_run_teaches_its_low_bit_network(
+    compose_config: Compose, overrides: list[str], small_weights: Path, tmp_path: Path
+) -> None:
+    start = [f"init_from={small_weights}", "callbacks.nna.calibration_steps=2"]
+    settings = ["experiment=an4_rnnt_finetune", "compression=gq", "bits=2", "test=false"]
+    config = compose_config("train", *settings, "callbacks=distillation", *overrides, *start)
+    train(config)
+    run = tmp_path / "run"
+    with (run / "metrics" / "version_0" / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    for child in ("encoder", "predictor"):
+        column = f"nna/distillation/model.{child}"
+        assert [float(row[column]) for row in rows if row.get(column)][-1] > 0
+    saved = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+    (state,) = (s for key, s in saved["callbacks"].items() if key.startswith("Distillation{"))
+    weights = load_weights(small_weights).network
+    for child, tensors in state["copies"].items():
+        own = {f"{child.removeprefix('model.')}.{name}": one for name, one in tensors.items()}
+        assert own.keys() <= weights.keys()
+        assert all(torch.equal(one, weights[name]) for name, one in own.items())

@@ -1,0 +1,1 @@
+"""Distillation: an emulated network learns the outputs of its own float weights."""
