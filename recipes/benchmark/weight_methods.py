@@ -23,7 +23,6 @@ from lightning_nna.quantization.mracos import mracos_gradient
 from lightning_nna.quantization.uniform import UniformTransform
 from lightning_nna.weights.codebook import Codebook, to_grid_units
 from lightning_nna.weights.pipeline import WeightTransform, pipeline_of
-from recipes.benchmark.dkm import DKMTransform
 from recipes.benchmark.grid import Run, Study, axis, threads_option
 from recipes.benchmark.report import Fields, line, met, ruled
 from recipes.benchmark.rows import Row, select
@@ -36,6 +35,7 @@ from recipes.benchmark.timing import (
     time_with_range,
 )
 from recipes.benchmark.workloads import WORKLOADS, Workload
+from recipes.comparators import DKMTransform
 
 #: The LSTM of the targets, and the speech recognizer.
 CASES = ("lstm", "rnnt")

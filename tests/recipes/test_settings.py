@@ -77,7 +77,7 @@ def test_fine_tuning_does_not_start_from_random_weights(
 
 
 UNUSED = [
-    (["compression=nna8", "bits=2"], r"bits=2 is not used: .*compression=csp_gq, compression=gq,"),
+    (["compression=nna8", "bits=2"], r"bits=2 is not used: .*compression=csp_gq, compression=dkm,"),
     (["bits=2"], "bits=2 is not used"),
     (["compression=gq", "sparsity=0.5"], r"sparsity=0\.5 is not used: compression=csp,"),
     (["compression=model_pruning", "pattern=row"], "pattern=row is not used"),

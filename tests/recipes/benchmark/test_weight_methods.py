@@ -8,9 +8,9 @@ from torch import nn
 
 from lightning_nna.weights.pipeline import pipeline_of
 from recipes.benchmark import lloyd_max, weight_methods
-from recipes.benchmark.dkm import DKMTransform
 from recipes.benchmark.weight_methods import METHODS
 from recipes.benchmark.workloads import Workload
+from recipes.comparators import DKMTransform
 
 
 @pytest.mark.parametrize("method", METHODS)
