@@ -8,7 +8,8 @@ the spec names, compares every output with the emulation, and compiles them with
 time. ``target=tflm`` and ``target=ethos-u55-128`` write what the firmware of a microcontroller
 needs, too; they need a spec of TFLite-Micro, ``nna=tflm-int8``. A checkpoint that was trained
 emulated brings its ranges and its weight methods; a float one is calibrated on training batches
-first.
+first. ``recalibrate=true nna=tosa-int8`` deploys one that was trained emulated on another device
+than it was trained for: its weights stay, and its ranges are observed again.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from lightning_nna import emulate
 from lightning_nna.callbacks import NNAEmulation
 from lightning_nna.deploy import TFLiteModel, VelaReport, vela_report, write_report
 from lightning_nna.emulation.attachment import attached
-from lightning_nna.emulation.spec import PRESETS
+from lightning_nna.emulation.spec import resolve_spec
 from lightning_nna.weights.method import WeightMethod
 from recipes.asr.batches import Batch
 from recipes.asr.beam import beam_decode
@@ -44,6 +45,7 @@ from recipes.asr.recognizer import (
     score_references,
     transducer_losses,
 )
+from recipes.asr.rnnt import Encoder
 from recipes.asr.scoring import word_errors
 from recipes.evaluate import restore_or_calibrate
 from recipes.preparation import prepare_process, rebuild
@@ -99,6 +101,8 @@ def deploy(config: DictConfig) -> dict[str, Any]:
     """
     prepare_process(config, "deploy")
     weights = load_weights(config.ckpt)
+    if config.recalibrate:
+        weights = for_spec(weights, OmegaConf.to_container(config.nna, resolve=True)["spec"])
     check_method(weights, config)
     check_target(weights, config)
     recipe, datamodule, recognizer = rebuild(weights, config)
@@ -107,14 +111,20 @@ def deploy(config: DictConfig) -> dict[str, Any]:
     emulation = next(c for c in callbacks if isinstance(c, NNAEmulation))
     batches = config.calibration_batches
     restore_or_calibrate(recognizer, datamodule, emulation, weights, batches=batches)
+    frames = utterance_frames(recognizer, datamodule, config.utterance_frames)
     emulated_score = _score(recognizer, datamodule, callbacks)
     transcripts = dict(recognizer.hypotheses)
     metrics = weight_metrics(recognizer)
     recognizer.eval()
     run_dir = Path(config.run_dir)
-    models = export_transducer(recognizer, run_dir / "programs", chunk_steps=config.chunk_steps)
+    models = export_transducer(
+        recognizer,
+        run_dir / "programs",
+        chunk_steps=config.chunk_steps,
+        utterance_frames=frames,
+    )
     deployed = DeployedTransducer(run_dir / "programs")
-    firmware = write_firmware(recognizer, run_dir / "firmware", config)
+    firmware = write_firmware(recognizer, run_dir / "firmware", config, frames)
     comparison = compare(recognizer, deployed, datamodule.test_dataloader())
     speech = speed(recognizer, run_dir / "programs", datamodule)
     compiled = [compile_for(models, *system) for system in config.systems]
@@ -141,6 +151,25 @@ def deploy(config: DictConfig) -> dict[str, Any]:
     }
     write_summary(run_dir, summary)
     return summary
+
+
+def for_spec(weights: TrainedWeights, spec: str | Mapping[str, Any]) -> TrainedWeights:
+    """Return a checkpoint without its ranges, for an accelerator that it was not trained for.
+
+    Args:
+        weights: Checkpoint to deploy.
+        spec: Name of the accelerator, or a preset and what differs from it.
+    """
+    nodes = dict(weights.recipe.get("callbacks") or {})
+    if nodes.get("nna"):
+        nodes["nna"] = {**nodes["nna"], "spec": spec}
+    callbacks = {
+        key: state
+        for key, state in weights.callbacks.items()
+        if not key.startswith(NNAEmulation.__qualname__)
+    }
+    recipe = {**weights.recipe, "callbacks": nodes}
+    return replace(weights, recipe=recipe, callbacks=callbacks)
 
 
 def check_method(weights: TrainedWeights, config: DictConfig) -> None:
@@ -191,8 +220,8 @@ def check_target(weights: TrainedWeights, config: DictConfig) -> None:
             f"target must be litert, tflm, or an Ethos-U as ethos-u55-128, got {target!r}"
         )
     trained = (weights.recipe.get("callbacks") or {}).get("nna")
-    spec = str((trained or config.nna)["spec"])
-    if PRESETS[spec].runtime != "tflm":
+    spec = (trained or config.nna)["spec"]
+    if resolve_spec(spec).runtime != "tflm":
         remedy = "train it with nna=tflm-int8" if trained else "add nna=tflm-int8"
         raise ValueError(
             f"target={target} computes the integers of TFLite-Micro, and {spec} has others: "
@@ -200,8 +229,24 @@ def check_target(weights: TrainedWeights, config: DictConfig) -> None:
         )
 
 
+def utterance_frames(
+    recognizer: TransducerRecognizer, datamodule: SpeechDataModule, frames: int | None
+) -> int | None:
+    """Return the frames of the longest utterance that is encoded; None for a recurrent encoder.
+
+    Args:
+        recognizer: Recognizer that is exported.
+        datamodule: Data module with the test set.
+        frames: Number of frames that the configuration names; None for the longest utterance of
+            the test set.
+    """
+    if isinstance(recognizer.model.encoder, Encoder) or frames is not None:
+        return frames
+    return max(int(batch.feature_lengths.max()) for batch in datamodule.test_dataloader())
+
+
 def write_firmware(
-    recognizer: TransducerRecognizer, folder: Path, config: DictConfig
+    recognizer: TransducerRecognizer, folder: Path, config: DictConfig, frames: int | None
 ) -> dict[str, dict[str, Any]]:
     """Write the programs for a microcontroller, and return their figures; none for LiteRT.
 
@@ -209,6 +254,7 @@ def write_firmware(
         recognizer: Emulated recognizer.
         folder: Folder of one folder a program.
         config: Composed configuration ``deploy``.
+        frames: Number of frames of a Conformer's program, see :func:`utterance_frames`.
     """
     target = str(config.target)
     if target == "litert":
@@ -217,6 +263,7 @@ def write_firmware(
         recognizer,
         folder,
         chunk_steps=config.chunk_steps,
+        utterance_frames=frames,
         accelerator=None if target == "tflm" else target,
     )
     return {

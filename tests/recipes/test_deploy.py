@@ -19,6 +19,17 @@ from tests.recipes.test_train import overrides
 
 Compose = Callable[..., DictConfig]
 __all__ = ["overrides"]
+CONFORMER_IN_SECONDS = [
+    "model.network.encoder_size=8",
+    "model.network.feed_forward_size=16",
+    "model.network.encoder_layers=1",
+    "model.network.num_heads=2",
+    "model.network.kernel_size=3",
+    "model.network.left_context=3",
+    "model.network.embedding_size=8",
+    "model.network.predictor_size=8",
+    "model.network.joint_size=8",
+]
 HIGH_END = "[ethos-u55-128,Ethos_U55_High_End_Embedded,Shared_Sram]"
 
 
@@ -84,10 +95,51 @@ def test_encoders_without_a_streaming_program(tmp_path: Path) -> None:
             super().__init__()
             self.model = conformer(1)
 
-    with pytest.raises(ValueError, match="has a state that grows"):
+    with pytest.raises(ValueError, match=r"has a state that grows.*: give utterance_frames"):
         export_transducer(Recognizer(), tmp_path)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="utterance_frames must be at least 1, got 0"):
+        export_transducer(Recognizer(), tmp_path, utterance_frames=0)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="chunk_steps must be at least 1, got 0"):
         export_transducer(Recognizer(), tmp_path, chunk_steps=0)  # type: ignore[arg-type]
+
+
+def test_a_conformer_whose_steps_see_padding_has_no_program(tmp_path: Path) -> None:
+    class Recognizer(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = conformer(2)
+
+    with pytest.raises(ValueError, match="with chunk_size=2 steps see the padding"):
+        export_transducer(Recognizer(), tmp_path, utterance_frames=8)  # type: ignore[arg-type]
+
+
+@pytest.mark.slow
+@pytest.mark.exactness
+@pytest.mark.filterwarnings("ignore:NNAEmulation. 0 of")  # Shorter than its calibration.
+@pytest.mark.parametrize("model", ["rnnt", "conformer"])
+def test_one_checkpoint_on_every_runtime(
+    model: str, compose_config: Compose, overrides: list[str], tmp_path: Path
+) -> None:
+    trained = tmp_path / "trained"
+    settings = ["compression=gq", "bits=4", "nna=tflm-int8", "test=false", f"run_dir={trained}"]
+    if model == "conformer":
+        small = CONFORMER_IN_SECONDS
+        overrides = [*small, *overrides[overrides.index("data=an4") :]]
+    train(compose_config("train", f"experiment=an4_{model}", *overrides, *settings))
+    ckpt = trained / "checkpoints" / "last.ckpt"
+    titles = {}
+    for spec in ("tflm-int8", "tosa-int8", "litert-int8"):
+        run_dir = tmp_path / spec
+        settings = [f"ckpt={ckpt}", "systems=[]", "calibration_batches=2", f"run_dir={run_dir}"]
+        again = ["recalibrate=true", f"nna={spec}"] if spec != "tflm-int8" else []
+        summary = deploy(compose_config("deploy", *settings, *again))
+        assert (summary["equal_outputs"], summary["equal_transcripts"]) == (1.0, 1.0)
+        titles[spec] = summary["runtime"]
+    assert titles == {
+        "tflm-int8": "TFLite-Micro",
+        "tosa-int8": "TOSA's reference model",
+        "litert-int8": "LiteRT, reference kernels",
+    }
 
 
 @pytest.mark.parametrize(

@@ -108,19 +108,20 @@ class LoadedTFLiteMicro:
         self, calls: Sequence[Tensors], *, keep_state: bool = False
     ) -> list[list[NDArray[Any]]]:
         """Run once for each element of ``calls``, see :meth:`.LoadedProgram.run`."""
-        results = []
-        for number, inputs in enumerate(calls):
-            if not (keep_state and number):
-                self._interpreter.reset()
+        for inputs in calls:
             if len(inputs) != self._inputs:
                 raise ValueError(f"the program has {self._inputs} inputs, got {len(inputs)}")
-            with _explained("cannot run the program"):
+        results = []
+        with _explained("cannot run the program"):
+            for number, inputs in enumerate(calls):
+                if not (keep_state and number):
+                    self._interpreter.reset()
                 for index, values in enumerate(inputs):
                     # Another function of NumPy would make one axis of none.
                     self._interpreter.set_input(np.asarray(values, order="C"), index)
                 self._interpreter.invoke()
-            outputs = (self._interpreter.get_output(index) for index in range(self._outputs))
-            results.append([np.array(each) for each in outputs])
+                outputs = (self._interpreter.get_output(index) for index in range(self._outputs))
+                results.append([np.array(each) for each in outputs])
         return results
 
     def arena_bytes(self) -> int:
