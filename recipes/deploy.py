@@ -19,7 +19,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import hydra
 import torch
@@ -102,7 +102,7 @@ def deploy(config: DictConfig) -> dict[str, Any]:
     prepare_process(config, "deploy")
     weights = load_weights(config.ckpt)
     if config.recalibrate:
-        weights = for_spec(weights, OmegaConf.to_container(config.nna, resolve=True)["spec"])
+        weights = for_spec(weights, config.nna.spec)
     check_method(weights, config)
     check_target(weights, config)
     recipe, datamodule, recognizer = rebuild(weights, config)
@@ -160,6 +160,8 @@ def for_spec(weights: TrainedWeights, spec: str | Mapping[str, Any]) -> TrainedW
         weights: Checkpoint to deploy.
         spec: Name of the accelerator, or a preset and what differs from it.
     """
+    if isinstance(spec, DictConfig):
+        spec = cast("dict[str, Any]", OmegaConf.to_container(spec, resolve=True))
     nodes = dict(weights.recipe.get("callbacks") or {})
     if nodes.get("nna"):
         nodes["nna"] = {**nodes["nna"], "spec": spec}

@@ -64,7 +64,8 @@ def recipe_of(weights: TrainedWeights, config: DictConfig) -> DictConfig:
     """Return the settings that trained ``weights``, with the changes that ``config`` asks for."""
     recipe = OmegaConf.create(weights.recipe)
     assert isinstance(recipe, DictConfig)
-    recipe.data = OmegaConf.merge(recipe.data, config.data)
+    changes = {key: value for key, value in config.data.items() if value is not None}
+    recipe.data = OmegaConf.merge(recipe.data, changes)
     if config.get("beam_width") is not None:
         recipe.beam_width = config.beam_width
     return recipe

@@ -13,6 +13,7 @@ from omegaconf import DictConfig
 from safetensors.torch import save_file
 
 from recipes.asr.rnnt import transducer
+from recipes.preparation import recipe_of
 from recipes.train import train
 from recipes.weights import TrainedWeights, load_weights, put_into, save_weights
 
@@ -137,3 +138,12 @@ def test_another_network_is_an_error(weights: TrainedWeights) -> None:
     other = transducer(num_mels=4, num_labels=6, encoder_size=8, joint_size=8)
     with pytest.raises(ValueError, match=r"(?s)another network.*size mismatch"):
         put_into(other, weights)
+
+
+@pytest.mark.parametrize("name", ["deploy", "evaluate"])
+def test_data_settings_of_a_checkpoint_are_changed_by_name(name: str, compose_config: Any) -> None:
+    weights = TrainedWeights({}, {"data": {"root": "a", "cache_dir": "b", "num_mels": 8}}, {})
+    same = recipe_of(weights, compose_config(name, "ckpt=x"))
+    moved = recipe_of(weights, compose_config(name, "ckpt=x", "data.root=c", "+data.num_mels=9"))
+    assert same.data == {"root": "a", "cache_dir": "b", "num_mels": 8}
+    assert moved.data == {"root": "c", "cache_dir": "b", "num_mels": 9}
