@@ -56,6 +56,7 @@ def allocate(config: DictConfig) -> BitAllocation:
         targets=list(config.targets),
         candidates=list(config.candidates),
         granularity=config.granularity,
+        codebook=config.codebook,
         grid_bits=config.grid_bits,
     )
     allocation.save(Path(config.run_dir) / "bits.json")

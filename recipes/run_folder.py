@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from lightning_nna.deploy import save_packed
 from lightning_nna.emulation.attachment import attached
 from lightning_nna.files import write_whole
+from lightning_nna.weights.codebook import index_bits
 from lightning_nna.weights.pipeline import pipeline_of
-from lightning_nna.weights.read_packed import width_of
 from recipes.asr.recognizer import TransducerRecognizer
 
 _log = logging.getLogger(__name__)
@@ -166,7 +166,7 @@ def weight_metrics(recognizer: TransducerRecognizer) -> dict[str, float]:
             matrix = pipeline.deployed(parameter).detach()
             width = 8 * matrix.element_size()
         if pipeline.grid_of(parameter) is not None:
-            width = width_of(matrix.unique().numel())
+            width = index_bits(matrix, pipeline.transforms_of(parameter))
         bits += width * matrix.numel()
         matrices.append(matrix)
     weights = sum(matrix.numel() for matrix in matrices)

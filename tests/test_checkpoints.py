@@ -39,6 +39,11 @@ METHODS: dict[str, Callable[[], list[Callback]]] = {
         MRACosRegularization(3, pin_zero=True),
         HardCompression(3, pin_zero=True, every_n_steps=2),
     ],
+    "gq per channel": lambda: [GeneralQuantizer(2, codebook="per_channel", learn_scale=True)],
+    "s8bqat per channel": lambda: [
+        MRACosRegularization(3, codebook="per_channel"),
+        HardCompression(3, codebook="per_channel", every_n_steps=2),
+    ],
     "one bit": lambda: [GeneralQuantizer(1, mu=7.0, scale="centroids")],
     "float": list,
 }

@@ -16,7 +16,9 @@ one lookup table it is the values ``0, 3, 5`` and two bits an element, ``01 00 0
 Kernels take the channels from the scales of the constant, not from the axis: after each channel of
 a constant with several scales they go on by the distance of the tables. One table for all of them
 therefore has distance 0. (The tool of tflite-micro 0.dev20261023 writes its number of values, and
-the kernel of the same version decodes other integers.)
+the kernel of the same version decodes other integers.) A weight with one scale gets that scale for
+each channel where tables of its channels make the file smaller: its kernel computes the same
+integers.
 
 Reference:
     tensorflow/tflite-micro, ``kernels/decode.cc``, ``decode_state_lut.cc`` and
@@ -26,6 +28,7 @@ Reference:
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -38,6 +41,8 @@ from lightning_nna.deploy.tflite import program_bytes
 #: Name of the custom operator.
 DECODE = "TFLM_DECODE"
 
+# Of the weight of operators whose kernels take a scale for each channel.
+_CHANNEL_AXES = {"FULLY_CONNECTED": 0, "CONV_2D": 0, "DEPTHWISE_CONV_2D": -1}
 _LOOKUP_TABLE, _PRUNING = 0, 2
 _VERSION = 1
 _HEADER_BYTES = 16
@@ -103,26 +108,57 @@ def compressed(program: CapturedProgram) -> tuple[CapturedProgram, tuple[Compres
     for name, spec in program.tensors.items():
         if spec.data is not None:
             by_contents.setdefault(spec.data.tobytes(), []).append(name)
+    by_channel = _with_scales_of_channels(program)
     taken: dict[str, Encoding] = {}
-    result, smallest = program, len(program_bytes(program))
-    for contents, names in sorted(by_contents.items(), key=lambda item: -len(item[0])):
-        encodings = {
-            name: encoding
-            for name in names
-            if (encoding := smallest_encoding(program.tensors[name])) is not None
-        }
-        size = len(contents)
-        if len(encodings) < len(names) or sum(e.size_bytes for e in encodings.values()) >= size:
-            continue
-        candidate = with_decoding(program, taken | encodings)
-        if len(program_bytes(candidate)) < smallest:
-            taken |= encodings
-            result, smallest = candidate, len(program_bytes(candidate))
+    plain, result, smallest = program, program, len(program_bytes(program))
+    for _, names in sorted(by_contents.items(), key=lambda item: -len(item[0])):
+        one_form = {name: program.tensors[name] for name in names}
+        other_form = {name: by_channel.get(name, spec) for name, spec in one_form.items()}
+        best = None
+        for specs in (one_form, other_form) if by_channel.keys() & set(names) else (one_form,):
+            encodings = _encodings(specs)
+            if encodings is None:
+                continue
+            candidate = replace(plain, tensors={**plain.tensors, **specs})
+            decoding = with_decoding(candidate, taken | encodings)
+            if len(program_bytes(decoding)) < smallest:
+                best = candidate, encodings
+                result, smallest = decoding, len(program_bytes(decoding))
+        if best is not None:
+            plain, taken = best[0], taken | best[1]
     tensors = tuple(
         CompressedTensor(name, each.method, each.bits, _bytes_of(program, name), each.size_bytes)
         for name, each in taken.items()
     )
     return result, tensors
+
+
+def _encodings(specs: Mapping[str, TensorSpec]) -> dict[str, Encoding] | None:
+    """Encode constants of equal contents; None if they take as many bytes as one of them."""
+    encodings = {name: smallest_encoding(spec) for name, spec in specs.items()}
+    found = {name: encoding for name, encoding in encodings.items() if encoding is not None}
+    size = max(spec.data.nbytes for spec in specs.values() if spec.data is not None)
+    too_large = sum(encoding.size_bytes for encoding in found.values()) >= size
+    return None if len(found) < len(specs) or too_large else found
+
+
+def _with_scales_of_channels(program: CapturedProgram) -> dict[str, TensorSpec]:
+    """Return the weights that have one scale, with that scale for each channel."""
+    reads = Counter(name for each in program.operators for name in each.inputs)
+    as_weight = Counter(
+        (each.inputs[1], _CHANNEL_AXES[each.name])
+        for each in program.operators
+        if each.name in _CHANNEL_AXES
+    )
+    weights = {}
+    for (name, axis), count in as_weight.items():
+        spec = program.tensors[name]
+        is_symmetric = len(spec.scales) == 1 and spec.zero_point == 0
+        if spec.data is not None and is_symmetric and count == reads[name]:
+            axis %= len(spec.shape)
+            scales = np.repeat(spec.scales, spec.shape[axis])
+            weights[name] = replace(spec, scale=scales, quantized_dimension=axis)
+    return weights
 
 
 def smallest_encoding(spec: TensorSpec) -> Encoding | None:

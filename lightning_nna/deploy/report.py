@@ -11,10 +11,10 @@ from lightning_nna.deploy.vela import VelaReport
 from lightning_nna.emulation.attachment import attached
 from lightning_nna.emulation.telemetry import SiteTelemetry
 from lightning_nna.files import write_whole
+from lightning_nna.weights.codebook import index_bits
 from lightning_nna.weights.layers import LayerMetrics, as_csv, as_html, entropy_bits
 from lightning_nna.weights.packed import packed_size
 from lightning_nna.weights.pipeline import pipeline_of
-from lightning_nna.weights.read_packed import width_of
 
 # Vela's name for the parts of an LSTM, which does not name the layer.
 _LSTM = "UnidirectionalSequenceLstm"
@@ -61,7 +61,7 @@ def layer_figures(module: nn.Module, reports: Sequence[VelaReport] = ()) -> list
             LayerMetrics(
                 name=name,
                 method=transforms[-1].method if transforms else "chip",
-                bits=width_of(values),
+                bits=index_bits(weight.stored, transforms),
                 weights=parameter.numel(),
                 values=values,
                 zeros=float((weight.stored == 0).float().mean()),

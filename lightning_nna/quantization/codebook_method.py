@@ -23,6 +23,7 @@ class CodebookArguments(BitsArguments, total=False):
     power_of_two_scales: bool
     pin_zero: bool
     max_entropy_bits: float | None
+    codebook: Granularity
 
 
 class CodebookMethod(BitsMethod):
@@ -31,7 +32,7 @@ class CodebookMethod(BitsMethod):
     Args:
         bits: Bits of the index of a weight, 1 to 8, of every selected tensor.
         granularity: Scales: ``"per_tensor"``, or ``"per_channel"`` as far as the operators of the
-            accelerator have them; the centroids are those of the tensor in any case.
+            accelerator have them.
         grid_bits: Width of integer centroids in bits, 2 to 8; None for float centroids.
         power_of_two_scales: Whether scales are powers of two, for accelerators without multiplier.
         pin_zero: Whether one centroid is zero and stays there; then weights that are pruned, too,
@@ -42,6 +43,10 @@ class CodebookMethod(BitsMethod):
             reads in fewer bytes. It is the entropy of the weights when centroids are fitted.
             Tensors with other bits than ``bits``, by ``overrides``, have Lloyd-Max centroids; None
             gives these to all tensors.
+        codebook: Centroids: one set of each tensor (``"per_tensor"``), or ``"per_channel"``: one of
+            each row of a linear layer or convolution, of each gate of an LSTM, and of other
+            tensors. A channel needs as many weights as centroids, and at most 7 bits; with
+            ``max_entropy_bits``, an entropy of the whole tensor, it is an error.
         targets: Patterns of the selected weights: globs or ``re:…`` on the names of parameters, or
             of modules that have them. See :mod:`lightning_nna.weights.selection`.
         overrides: Bits by pattern, or the path of a JSON file with them.
@@ -59,6 +64,7 @@ class CodebookMethod(BitsMethod):
         power_of_two_scales: bool = False,
         pin_zero: bool = False,
         max_entropy_bits: float | None = None,
+        codebook: Granularity = "per_tensor",
         targets: Sequence[str] = ("*",),
         overrides: Mapping[str, int] | str | Path = {},  # noqa: B006
     ) -> None:
@@ -66,7 +72,7 @@ class CodebookMethod(BitsMethod):
         if max_entropy_bits is not None:
             require_rate(max_entropy_bits, bits)
         self.codebook_settings = CodebookSettings(
-            granularity, grid_bits, power_of_two_scales, pin_zero, max_entropy_bits
+            granularity, grid_bits, power_of_two_scales, pin_zero, max_entropy_bits, codebook
         )
 
     @override

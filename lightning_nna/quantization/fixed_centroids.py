@@ -10,7 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from lightning_nna.non_finite import require_finite_weights
-from lightning_nna.weights.codebook import Codebook, CodebookSettings, midpoints, relative_gap
+from lightning_nna.weights.codebook import (
+    Codebook,
+    CodebookSettings,
+    channels_of,
+    midpoints,
+    relative_gap,
+)
 from lightning_nna.weights.pipeline import WeightGrid
 from lightning_nna.weights.selection import groups_of
 
@@ -26,6 +32,9 @@ class FixedCentroids:
         settings: Settings of the codebook.
         refresh_every_n_steps: Number of optimizer steps from one fit of the centroids to the next;
             0 to fit them once.
+
+    Raises:
+        ValueError: As :func:`.channels_of` does.
     """
 
     method = "hard_compression"
@@ -44,6 +53,7 @@ class FixedCentroids:
         self.name, self.bits, self.settings = name, bits, settings
         self.refresh_every_n_steps = refresh_every_n_steps
         self._groups = groups_of(module, name, weight, settings.granularity)
+        self._channels = channels_of(module, name, weight, bits, settings.codebook)
         self.codebook = self._fit(weight)
         self._refreshed = 0
 
@@ -97,6 +107,7 @@ class FixedCentroids:
             power_of_two_scales=self.settings.power_of_two_scales,
             pin_zero=self.settings.pin_zero and self.bits > 1,
             max_entropy_bits=self.settings.max_entropy_bits,
+            channels=self._channels,
         )
 
     def differences(

@@ -19,6 +19,7 @@ from lightning_nna.quantization.codebook_method import CodebookArguments, Codebo
 from lightning_nna.quantization.general_quantizer_transform import GeneralQuantizerTransform, Scale
 from lightning_nna.quantization.mu_law import require_mu
 from lightning_nna.schedule import Schedule, require_time, step_of
+from lightning_nna.weights.codebook import channels_of
 from lightning_nna.weights.method import require_codebook_size
 from lightning_nna.weights.pipeline import WeightTransform
 from lightning_nna.weights.selection import groups_of
@@ -50,7 +51,8 @@ class GeneralQuantizer(CodebookMethod):
         every_n_steps: Number of optimizer steps from one in which training transforms the weights
             to the next; evaluation always does.
         settings: Shared arguments of :class:`.CodebookMethod`: ``granularity``, ``grid_bits``,
-            ``power_of_two_scales``, ``pin_zero``, ``max_entropy_bits``, ``targets``, ``overrides``.
+            ``power_of_two_scales``, ``pin_zero``, ``max_entropy_bits``, ``codebook``, ``targets``,
+            ``overrides``.
 
     Logs ``nna/general_quantizer/sharpness``, ``…/soft_hard_gap`` (root of the mean square of the
     distance between a weight in training and its centroid, relative to the weights; mean over
@@ -162,6 +164,9 @@ class GeneralQuantizer(CodebookMethod):
                 power_of_two_scales=settings.power_of_two_scales,
                 pin_zero=settings.pin_zero and self.bits[name] > 1,
                 max_entropy_bits=settings.max_entropy_bits,
+                channels=channels_of(
+                    self._module, name, parameter, self.bits[name], settings.codebook
+                ),
             )
             self._transforms[name] = transform
         self.rejoin()
@@ -170,8 +175,9 @@ class GeneralQuantizer(CodebookMethod):
     def rejoin(self) -> None:
         for name, state in self._saved.items():
             if name in self._transforms:
-                require_codebook_size(name, len(state["centroids"]), self.bits[name])
-                self._transforms[name].load_state_dict(state)
+                transform = self._transforms[name]
+                require_codebook_size(name, state["centroids"], transform.centroids)
+                transform.load_state_dict(state)
         self._saved = {}
         self._schedule()
 

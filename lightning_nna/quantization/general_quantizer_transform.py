@@ -28,6 +28,10 @@ Hard weights whose gradients sum to 3.0 at that centroid give it the gradient
 
 with the slope at the rounded centroid; see ``_leave_centroid_gradient``. The optimizer of the
 centroids is in :class:`.GeneralQuantizer`.
+
+Channels with centroids of their own are computed together: each has its cells in one table, those
+of the second after those of the first. With 4 centroids a channel has 1024 cells and two for what
+lies outside, so that cell 5 of the third channel is entry 2 * 1026 + 5.
 """
 
 from __future__ import annotations
@@ -79,7 +83,10 @@ class _Ascending:
 
 @dataclass(frozen=True)
 class _HardAssignment:
-    """Assignment by cell: centroid in grid units, its index among the ascending ones, slope."""
+    """Assignment by cell: centroid in grid units, its index among the ascending ones, slope.
+
+    Cells and ascending centroids are those of one channel after the other.
+    """
 
     values: Tensor
     nearest: Tensor
@@ -105,9 +112,12 @@ class GeneralQuantizerTransform:
         pin_zero: Whether one centroid is zero and stays there.
         max_entropy_bits: Greatest entropy of the indices at the start, in bits a weight; None for
             any.
+        channels: Number of channels with centroids of their own, a divisor of the rows; None for
+            one set of centroids.
 
     Attributes:
-        centroids: Centroids in the µ-law's domain, in [-1, 1], shape ``(centroids,)``; trained.
+        centroids: Centroids in the µ-law's domain, in [-1, 1], shape ``(centroids,)``, or
+            ``(channels, centroids)`` with ``channels``; trained.
         scale_log2: Logarithms to base 2 of the clipping ranges, shape ``(groups,)``; trained with
             ``learn_scale``.
         sharpness: Sharpness of the soft assignment, positive.
@@ -133,6 +143,7 @@ class GeneralQuantizerTransform:
         power_of_two_scales: bool = False,
         pin_zero: bool = False,
         max_entropy_bits: float | None = None,
+        channels: int | None = None,
     ) -> None:
         self.bits, self.mu, self.power, self.grid_bits = bits, mu, power, grid_bits
         self.train_centroids, self.learn_scale = train_centroids, learn_scale
@@ -142,11 +153,11 @@ class GeneralQuantizerTransform:
         self.maximum = maximum_of(grid_bits or 8)
         steps = scales_of(weight, groups, grid_bits=grid_bits, power_of_two=power_of_two_scales)
         scaled = (to_grid_units(weight, steps) / self.maximum).clamp_(-1, 1)
-        start = best_centroids(scaled, bits, pin_zero=pin_zero, max_entropy_bits=max_entropy_bits)
-        if scale == "centroids" and bool(start.any()):
-            narrower = narrowed_scales(steps, float(start.abs().max()), power_of_two_scales)
-            start *= (steps[0] / narrower[0]).to(start.dtype)
-            steps = narrower
+        start = best_centroids(
+            scaled, bits, pin_zero=pin_zero, max_entropy_bits=max_entropy_bits, channels=channels
+        )
+        if scale == "centroids":
+            start, steps = _at_the_centroids(start, steps, power_of_two_scales)
         self.centroids = mu_law(start, mu).clamp_(-1, 1)
         self.scale_log2 = elementary.log2(steps.double() * self.maximum).float()
         self._ascending_cache: tuple[_Version, _Ascending] | None = None
@@ -250,7 +261,13 @@ class GeneralQuantizerTransform:
         return self.sharpness
 
     def _cells_of(self, weight: Tensor) -> Tensor:
-        return cell_of(weight.detach(), cells_for(len(self.centroids)), self.scales * self.maximum)
+        count = cells_for(self.centroids.shape[-1])
+        cells = cell_of(weight.detach(), count, self.scales * self.maximum)
+        if self.centroids.ndim == 1:
+            return cells
+        channels = torch.arange(len(self.centroids), dtype=cells.dtype, device=cells.device)
+        rows = cells.reshape(len(channels), -1) + channels[:, None] * (count + 2)
+        return rows.view(weight.shape)
 
     def _looked_up(self, cells: Tensor, table: Tensor, scales: Tensor) -> Tensor:
         if len(scales) == 1:
@@ -272,9 +289,10 @@ class GeneralQuantizerTransform:
         if self._hard_cache is None or self._hard_cache[0] != version:
             z = self._ascending().on_grid
             nearest = nearest_by_cell(z, self.mu)
-            slopes = torch.ones(len(nearest), device=z.device)
-            slopes[0] = slopes[-1] = 0
-            hard = _HardAssignment(self._in_grid_units(z)[nearest], nearest, slopes)
+            slopes = torch.ones(z[..., 0].numel(), cells_for(z.shape[-1]) + 2, device=z.device)
+            slopes[:, 0] = slopes[:, -1] = 0
+            values = self._in_grid_units(z).flatten()[nearest]
+            hard = _HardAssignment(values, nearest, slopes.flatten())
             self._hard_cache = (version, hard)
         return self._hard_cache[1]
 
@@ -290,18 +308,19 @@ class GeneralQuantizerTransform:
         # expansion is 0.438.
         scales = self.scales * self.maximum
         scaled = grad.float() if len(scales) == 1 else from_grid_units(grad.float(), scales)
-        count = cells_for(len(self.centroids)) + 2
+        size = self.centroids.shape[-1]
+        count = self.centroids.numel() // size * (cells_for(size) + 2)
         sums = torch.bincount(cells.flatten(), weights=scaled.flatten(), minlength=count).float()
         if len(scales) == 1:
             sums = sums * scales
         ascending = self._ascending()
         if self.is_hard:
             by_centroid = torch.zeros_like(ascending.on_grid)
-            by_centroid.index_add_(0, self._hard().nearest, sums)
+            by_centroid.view(-1).index_add_(0, self._hard().nearest, sums)
             by_centroid *= inverse_mu_law_slope(ascending.on_grid, self.mu)
         else:
             by_centroid = self._soft(self.sharpness).centroid_gradient(sums)
-        result = torch.empty_like(by_centroid).index_copy_(0, ascending.order, by_centroid)
+        result = torch.empty_like(by_centroid).scatter_(-1, ascending.order, by_centroid)
         if self.pin_zero:
             result[self.centroids == 0] = 0
         self.centroids.grad = result
@@ -360,3 +379,22 @@ class GeneralQuantizerTransform:
         self.scale_log2 = state["scale_log2"].to(device).clone()
         self._fixed_scales = state["scales"].to(device).clone()
         self._ascending_cache = self._soft_cache = self._hard_cache = None
+
+
+def _at_the_centroids(start: Tensor, scales: Tensor, power_of_two: bool) -> tuple[Tensor, Tensor]:
+    """Return centroids and scales with the clipping range at the largest centroid.
+
+    Args:
+        start: Centroids as fractions of the range, shape ``(centroids,)`` or
+            ``(channels, centroids)``.
+        scales: Scales of the whole range, shape ``(groups,)``.
+        power_of_two: Whether scales are rounded up to powers of two.
+    """
+    # One number for centroids or scales that are shared, else one of each channel.
+    shared = start.ndim == 1 or len(scales) == 1
+    fraction = start.abs().amax() if shared else start.abs().amax(1)
+    narrower = narrowed_scales(
+        scales, torch.where(fraction > 0, fraction, 1.0).double(), power_of_two
+    )
+    ratio = (scales / narrower).to(start.dtype)
+    return start * (ratio[0] if shared else ratio[:, None]), narrower

@@ -39,7 +39,8 @@ class HardCompression(S8BQATMethod):
             that no weight is carried on from before. Means of squares are kept in any case.
         settings: Shared arguments of :class:`.CodebookMethod` and :class:`.S8BQATMethod`:
             ``granularity``, ``grid_bits``, ``power_of_two_scales``, ``pin_zero``,
-            ``refresh_every_n_steps``, ``max_entropy_bits``, ``targets`` and ``overrides``.
+            ``refresh_every_n_steps``, ``max_entropy_bits``, ``codebook``, ``targets`` and
+            ``overrides``.
 
     Logs ``nna/hard_compression/distance`` (root of the mean square of the distance of weights
     and centroids, relative to the weights; mean over tensors), ``…/distance_max`` and

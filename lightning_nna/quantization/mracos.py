@@ -33,13 +33,17 @@ _BEYOND = 2.0**-12
 
 
 def mracos(
-    weight: Float[Tensor, "*shape"], centroids: Float[Tensor, " centroids"], *, scaled: bool = True
+    weight: Float[Tensor, "*shape"],
+    centroids: Float[Tensor, "*channels centroids"],
+    *,
+    scaled: bool = True,
 ) -> Float[Tensor, "*shape"]:
     """Penalty of every weight.
 
     Args:
         weight: Any weights.
-        centroids: Ascending, in the unit of the weights; equal ones count once.
+        centroids: Ascending, in the unit of the weights; equal ones count once. With a first axis,
+            those of each channel, an equal number of rows of ``weight``.
         scaled: Arches of slope 1 (in the unit of the weights); else of height 1.
 
     Returns:
@@ -53,17 +57,21 @@ def mracos(
         >>> mracos(torch.tensor([0.0, 0.5, 2.0]), torch.tensor([0.0, 1.0]), scaled=False)
         tensor([0., 1., 1.])
     """
-    distinct = _distinct(centroids)
-    if len(distinct) == 1:
-        return (weight - distinct).abs()
-    lower, width, inside = _region(weight, distinct)
-    arch = torch.sin(math.pi * (weight - lower) / width).abs()
-    beyond = torch.where(weight < distinct[0], distinct[0] - weight, weight - distinct[-1])
-    return torch.where(inside, arch * (width / math.pi) if scaled else arch, beyond)
+    w, z = _by_channel(weight, centroids)
+    lower, upper, inside = _regions(w, z)
+    # A region between equal centroids has only the weights beyond them, and no arch.
+    width = torch.where(upper > lower, upper - lower, 1.0)
+    arch = torch.sin(math.pi * (w - lower) / width).abs()
+    beyond = torch.where(w < lower, lower - w, w - upper)
+    penalty = torch.where(inside, arch * (width / math.pi) if scaled else arch, beyond)
+    return penalty.view(weight.shape)
 
 
 def mracos_gradient(
-    weight: Float[Tensor, "*shape"], centroids: Float[Tensor, " centroids"], *, scaled: bool = True
+    weight: Float[Tensor, "*shape"],
+    centroids: Float[Tensor, "*channels centroids"],
+    *,
+    scaled: bool = True,
 ) -> Float[Tensor, "*shape"]:
     r"""Derivative of :func:`mracos`, in closed form.
 
@@ -75,7 +83,7 @@ def mracos_gradient(
 
     Args:
         weight: Any weights; what is not a number stays so.
-        centroids: Ascending, in the unit of the weights.
+        centroids: As of the penalty.
         scaled: As of the penalty.
 
     Raises:
@@ -85,26 +93,30 @@ def mracos_gradient(
         >>> mracos_gradient(torch.tensor([0.25, 0.5, 1.0, 2.0]), torch.tensor([0.0, 1.0]))
         tensor([ 0.7071, -0.0000,  0.0000,  1.0000])
     """
-    distinct = _distinct(centroids)
-    if len(distinct) == 1:
-        return torch.sgn(weight - distinct)
-    if _is_on_integers(distinct):
-        return _gradient_on_integers(weight, distinct, scaled)
-    lower, width, inside = _region(weight, distinct)
-    slope = torch.cos(math.pi * (weight - lower) / width)
+    w, z = _by_channel(weight, centroids)
+    if len(z) == 1 and z[0, 0] < z[0, -1] and _is_on_integers(z):
+        return _gradient_on_integers(weight, torch.unique_consecutive(z), scaled)
+    lower, upper, inside = _regions(w, z)
+    width = torch.where(upper > lower, upper - lower, 1.0)
+    slope = torch.cos(math.pi * (w - lower) / width)
     if not scaled:
         slope = slope * (math.pi / width)
-    slope = torch.where(inside, slope, torch.sgn(weight - lower))
-    slope.masked_fill_(weight.isnan(), math.nan)  # Its sign would be 0.
-    return slope.masked_fill_((weight == lower) | (weight == lower + width), 0.0)
+    slope = torch.where(inside, slope, torch.sgn(w - lower))
+    slope.masked_fill_(w.isnan(), math.nan)  # Its sign would be 0.
+    return slope.masked_fill_((w == lower) | (w == upper), 0.0).view(weight.shape)
 
 
-def _distinct(centroids: Tensor) -> Tensor:
-    if centroids.ndim != 1 or len(centroids) == 0:
-        raise ValueError(f"centroids need one axis and an entry, got shape {centroids.shape}")
+def _by_channel(weight: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
+    """Weights of each channel in a row, and its centroids."""
+    if centroids.ndim not in (1, 2) or centroids.numel() == 0:
+        raise ValueError(
+            f"centroids need one axis, or two for channels, and an entry, got shape "
+            f"{list(centroids.shape)}"
+        )
     if bool((centroids.diff() < 0).any()):
         raise ValueError(f"centroids must be ascending, got {centroids.tolist()}")
-    return torch.unique_consecutive(centroids)
+    z = centroids.reshape(-1, centroids.shape[-1]).contiguous()
+    return weight.reshape(len(z), -1), z
 
 
 def _is_on_integers(centroids: Tensor) -> bool:
@@ -135,9 +147,9 @@ def _gradient_on_integers(weight: Tensor, centroids: Tensor, scaled: bool) -> Te
     return slope.masked_fill_(at_centroid, 0.0)
 
 
-def _region(weight: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Lower end and width of each weight's region, and whether it lies within the centroids."""
-    above = torch.bucketize(weight.detach(), centroids).clamp_(1, len(centroids) - 1)
-    lower = centroids[above - 1]
-    inside = (weight >= centroids[0]) & (weight <= centroids[-1])
-    return lower, centroids[above] - lower, inside
+def _regions(weight: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Both ends of each weight's region, and whether it lies within the centroids."""
+    above = torch.searchsorted(centroids, weight.detach()).clamp_(max=centroids.shape[1] - 1)
+    lower = centroids.gather(1, (above - 1).clamp_(min=0))
+    inside = (weight >= centroids[:, :1]) & (weight <= centroids[:, -1:])
+    return lower, centroids.gather(1, above), inside

@@ -37,7 +37,8 @@ class MRACosRegularization(S8BQATMethod):
         scaled: Whether arches have slope 1, whatever their width; else height 1.
         settings: Shared arguments of :class:`.CodebookMethod` and :class:`.S8BQATMethod`:
             ``granularity``, ``grid_bits``, ``power_of_two_scales``, ``pin_zero``,
-            ``refresh_every_n_steps``, ``max_entropy_bits``, ``targets`` and ``overrides``.
+            ``refresh_every_n_steps``, ``max_entropy_bits``, ``codebook``, ``targets`` and
+            ``overrides``.
 
     Logs ``nna/mracos_regularization/penalty`` (:math:`\sum R(w)`) and ``…/strength``.
 

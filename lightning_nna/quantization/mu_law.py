@@ -109,17 +109,19 @@ def inverse_mu_law_slope(v: Float[Tensor, "*shape"], mu: float) -> Float[Tensor,
     return torch.exp(v.abs() * rate) * (rate / mu)
 
 
-def mean_spacing(centroids: Float[Tensor, " centroids"]) -> float:
-    """Mean distance of neighboring centroids; 1 where they are all the same.
+def mean_spacing(centroids: Float[Tensor, "*channels centroids"]) -> Float[Tensor, "*channels"]:
+    """Mean distance of neighboring centroids, float64; 1 where they are all the same.
+
+    Args:
+        centroids: One set of centroids, or one of each channel.
 
     Example:
-        >>> mean_spacing(torch.tensor([-1.0, 0.0, 0.5, 1.0])).__round__(4)
-        0.6667
+        >>> mean_spacing(torch.tensor([[-1.0, 0.0, 0.5, 1.0], [0.2, 0.2, 0.2, 0.2]]))
+        tensor([0.6667, 1.0000], dtype=torch.float64)
     """
-    if len(centroids) < 2:
-        return 1.0
-    spread = float(centroids.detach().max() - centroids.detach().min())
-    return spread / (len(centroids) - 1) if spread > 0 else 1.0
+    z = centroids.detach()
+    spread = (z.amax(-1) - z.amin(-1)).double()
+    return torch.where(spread > 0, spread / max(z.shape[-1] - 1, 1), 1.0)
 
 
 class SoftAssignment:
@@ -128,14 +130,15 @@ class SoftAssignment:
     Cell 0 takes what lies below -1, the last one what lies above 1 or at it; there slopes are zero.
 
     Args:
-        centroids: In the µ-law's domain, [-1, 1], ascending.
+        centroids: In the µ-law's domain, [-1, 1], ascending: one set, or one of each channel, whose
+            cells follow one another.
         sharpness: :math:`S`, positive.
         mu: Of the µ-law.
         power: :math:`p`, 1 or 2.
 
     Attributes:
-        values: :math:`F_\mu^{-1}(g(F_\mu(x)))` in each cell, shape ``(cells + 2,)``.
-        slopes: Its derivative by :math:`x`.
+        values: :math:`F_\mu^{-1}(g(F_\mu(x)))` in each cell, shape ``(channels * (cells + 2),)``.
+        slopes: Its derivative by :math:`x`, in that shape.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -147,28 +150,38 @@ class SoftAssignment:
     """
 
     def __init__(
-        self, centroids: Float[Tensor, " centroids"], *, sharpness: float, mu: float, power: int = 2
+        self,
+        centroids: Float[Tensor, "*channels centroids"],
+        *,
+        sharpness: float,
+        mu: float,
+        power: int = 2,
     ) -> None:
         require_mu(mu)
         if not sharpness > 0:
             raise ValueError(f"sharpness must be positive, got {sharpness}")
         if power not in (1, 2):
             raise ValueError(f"power must be 1 or 2, got {power}")
-        z = centroids.detach()
-        v, slope = _law_of_cells(cells_for(len(z)), mu, z.device)
-        self._nearest = nearest_by_cell(z, mu)
+        z, size = centroids.detach().flatten(), centroids.shape[-1]
+        channels = len(z) // size
+        v, slope = (
+            x.repeat(channels) for x in _law_of_cells(cells_for(size), mu, centroids.device)
+        )
+        self._shape = centroids.shape
+        self._nearest = nearest_by_cell(centroids.detach(), mu)
         # Coordinates in which the score is -|v - z|^p, with the nearest centroid as origin. Sharp
         # scores are large and their differences small: coordinates are subtracted in double
         # precision, where they are few; what is left, of a cell and a centroid, is in single.
-        root = sharpness ** (1 / power) / mean_spacing(z)
-        scaled = z.double() * root
-        self._neighbor_indices = _neighbors(scaled, root, power)
+        roots = sharpness ** (1 / power) / mean_spacing(centroids).reshape(channels, 1)
+        scaled = (z.double().view(channels, size) * roots).flatten()
+        self._neighbor_indices = _neighbors(scaled.view(channels, size), roots, power)
         near = (
             scaled.index_select(0, self._neighbor_indices.flatten()).view_as(self._neighbor_indices)
             - scaled
         )
         near = near.float().index_select(1, self._nearest)
         own = z.index_select(0, self._nearest)
+        root = roots.expand(channels, len(v) // channels).flatten()
         point = ((v - own) * root).float()
         away = point - near
         if power == 1:
@@ -180,17 +193,20 @@ class SoftAssignment:
         torch.threshold_(terms, math.exp(-2 * _NEGLIGIBLE), 0.0)
         total = terms.sum(0)
         mean = (terms * near).sum(0).div_(total)
-        means = torch.add(own, mean, alpha=1 / root)
+        means = torch.addcmul(own, mean, (1 / root).float())
         self.values = _expanded(means, mu)
         # How fast a centroid's score grows with the centroid, and falls with the point: p times it.
         spread = near.sub_(mean).mul_(pull).mul_(terms)
         self._expansion = inverse_mu_law_slope(means, mu).div_(total)
         self.slopes = spread.sum(0).mul_(-power).mul_(self._expansion).div_(slope)
-        self.slopes[0] = self.slopes[-1] = 0
+        by_channel = self.slopes.view(channels, -1)
+        by_channel[:, 0] = by_channel[:, -1] = 0
         self._per_centroid = terms.add_(spread, alpha=power)
 
-    def centroid_gradient(self, sums: Float[Tensor, " cells"]) -> Float[Tensor, " centroids"]:
-        """Gradient of the centroids.
+    def centroid_gradient(
+        self, sums: Float[Tensor, " cells"]
+    ) -> Float[Tensor, "*channels centroids"]:
+        """Gradient of the centroids, in their shape.
 
         Args:
             sums: Sum, over the weights in each cell, of the gradient of what came of them.
@@ -198,27 +214,36 @@ class SoftAssignment:
         terms = self._per_centroid * (sums * self._expansion)
         regions = terms.new_zeros(self._neighbor_indices.shape).index_add_(1, self._nearest, terms)
         gradient = terms.new_zeros(self._neighbor_indices.shape[1])
-        return gradient.index_add_(0, self._neighbor_indices.flatten(), regions.flatten())
+        gradient.index_add_(0, self._neighbor_indices.flatten(), regions.flatten())
+        return gradient.view(self._shape)
 
 
-def nearest_by_cell(centroids: Float[Tensor, " centroids"], mu: float) -> Int[Tensor, " cells"]:
+def nearest_by_cell(
+    centroids: Float[Tensor, "*channels centroids"], mu: float
+) -> Int[Tensor, " cells"]:
     """The nearest centroid of every cell, from its middle; the lower one half-way between two.
 
     Args:
-        centroids: In the µ-law's domain, [-1, 1], ascending.
+        centroids: In the µ-law's domain, [-1, 1], ascending: one set, or one of each channel.
         mu: Of the µ-law.
+
+    Returns:
+        Indices of the flattened centroids, of the cells of one channel after the other.
 
     Example:
         >>> nearest_by_cell(torch.tensor([-0.5, 0.5]), mu=0.0)[[0, 512, 513, -1]]
         tensor([0, 0, 1, 1])
     """
-    v, _ = _law_of_cells(cells_for(len(centroids)), mu, centroids.device)
-    thresholds = (centroids[1:] + centroids[:-1]).double() / 2
+    z = centroids.reshape(-1, centroids.shape[-1])
+    v, _ = _law_of_cells(cells_for(z.shape[1]), mu, z.device)
+    thresholds = (z[:, 1:] + z[:, :-1]).double() / 2
     # The few thresholds are looked for among the many cells, not the other way round.
     first = torch.nn.functional.pad(torch.searchsorted(v, thresholds, right=True), (1, 1))
-    first[-1] = len(v)
-    indices = torch.arange(len(centroids), device=v.device)
-    return torch.repeat_interleave(indices, first.diff(), output_size=len(v))
+    first[:, -1] = len(v)
+    indices = torch.arange(z.numel(), device=v.device)
+    return torch.repeat_interleave(
+        indices, first.diff(dim=1).flatten(), output_size=len(z) * len(v)
+    )
 
 
 def cells_for(size: int) -> int:
@@ -285,18 +310,26 @@ def require_mu(mu: float) -> None:
         raise ValueError(f"mu must be at least 0 (0 is no compression), got {mu}")
 
 
-def _neighbors(z: Tensor, root: float, power: int) -> Tensor:
+def _neighbors(z: Tensor, roots: Tensor, power: int) -> Tensor:
     """Centroids that count somewhere in the region of each, shape ``(neighbors, centroids)``.
 
     Those that count at a point lie between two limits that ascend with the point, so the region's
     ends say which do. As many for all: what is more is negligible.
+
+    Args:
+        z: Scaled centroids of each channel, shape ``(channels, centroids)``.
+        roots: Scale of each channel, shape ``(channels, 1)``.
+        power: Power of the distance, 1 or 2.
+
+    Returns:
+        Indices of the flattened centroids, shape ``(neighbors, channels * centroids)``.
     """
-    edges = torch.nn.functional.pad((z[1:] + z[:-1]) / 2, (1, 1))
-    edges[0], edges[-1] = -root, root
-    left, right = edges[:-1], edges[1:]
+    edges = torch.cat([-roots, (z[:, 1:] + z[:, :-1]) / 2, roots], 1)
+    left, right = edges[:, :-1], edges[:, 1:]
     low = left - ((z - left) ** power + _NEGLIGIBLE) ** (1 / power)
     high = right + ((right - z) ** power + _NEGLIGIBLE) ** (1 / power)
     first = torch.searchsorted(z, low)
     width = int((torch.searchsorted(z, high, right=True) - first).max())
-    reach = torch.arange(width, device=z.device)
-    return first.clamp_(max=len(z) - width) + reach[:, None]
+    channels, size = z.shape
+    start = first.clamp_(max=size - width) + size * torch.arange(channels, device=z.device)[:, None]
+    return start.flatten() + torch.arange(width, device=z.device)[:, None]

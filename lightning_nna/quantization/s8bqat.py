@@ -64,8 +64,9 @@ class S8BQATMethod(CodebookMethod):
             )
         for name, state in self._saved.items():
             if name in self.centroids:
-                require_codebook_size(name, len(state["centroids"]), self.bits[name])
-                self.centroids[name].load_state_dict(state)
+                own = self.centroids[name]
+                require_codebook_size(name, state["centroids"], own.codebook.centroids)
+                own.load_state_dict(state)
         self._saved = {}
 
     @override

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from lightning_nna.files import write_whole
 from lightning_nna.non_finite import require_finite_weights
 from lightning_nna.settings_files import read_json
-from lightning_nna.weights.codebook import Codebook
+from lightning_nna.weights.codebook import Codebook, CodebookSettings, channels_of
 from lightning_nna.weights.selection import (
     BitWidths,
     Granularity,
@@ -122,6 +122,7 @@ def allocate_bits(
     candidates: Sequence[int] = (1, 2, 3, 4, 5, 6, 7, 8),
     granularity: Granularity = "per_tensor",
     grid_bits: int | None = 8,
+    codebook: Granularity = "per_tensor",
 ) -> BitAllocation:
     """Allocate bits to every tensor so that all of them have a given size.
 
@@ -136,10 +137,11 @@ def allocate_bits(
         candidates: Widths that a tensor may get, 1 to 8.
         granularity: Granularity of the weight method that is to follow.
         grid_bits: Width of integer centroids of the weight method that is to follow.
+        codebook: Codebook of the weight method that is to follow, see :class:`.CodebookMethod`.
 
     Raises:
-        ValueError: If not exactly one target is given, it is too small, a width is not 1 to 8, or
-            a pattern matches nothing.
+        ValueError: If not exactly one target is given, it is too small, a width is not 1 to 8, a
+            pattern matches nothing, or a channel cannot have centroids of a width.
         FloatingPointError: If a weight, or the loss of the unchanged module, is not finite.
 
     Example:
@@ -158,7 +160,8 @@ def allocate_bits(
     for bits in candidates:
         BitWidths(bits)
     names = list(BitWidths(max(candidates), targets).of(module))
-    measured = _measure(module, loss, names, sorted(set(candidates)), granularity, grid_bits)
+    settings = CodebookSettings(granularity, grid_bits, codebook=codebook)
+    measured = _measure(module, loss, names, sorted(set(candidates)), settings)
     if target_mean_bits is not None:
         # Centroids and scales are few compared with indices, and do not count here.
         costs = {n: {b: b * measured.weights[n] for b in measured.sizes[n]} for n in names}
@@ -185,8 +188,7 @@ def _measure(
     loss: Callable[[nn.Module], float | Tensor],
     names: Sequence[str],
     candidates: Sequence[int],
-    granularity: Granularity,
-    grid_bits: int | None,
+    settings: CodebookSettings,
 ) -> BitAllocation:
     """Measure losses and sizes of every tensor at every width; all have the widest."""
     candidates_by_name = candidates_of(module)
@@ -199,12 +201,18 @@ def _measure(
         for name in names:
             parameter = candidates_by_name[name]
             require_finite_weights({name: parameter})
-            groups = groups_of(module, name, parameter, granularity)
+            groups = groups_of(module, name, parameter, settings.granularity)
             original = parameter.detach().clone()
             losses[name], sizes[name] = {}, {}
             try:
                 for bits in candidates:
-                    book = Codebook.fit(original, bits, groups=groups, grid_bits=grid_bits)
+                    channels = channels_of(module, name, parameter, bits, settings.codebook)
+                    book = Codebook.fit(
+                        *(original, bits),
+                        groups=groups,
+                        grid_bits=settings.grid_bits,
+                        channels=channels,
+                    )
                     parameter.copy_(book.project(original))
                     measured = float(loss(module))
                     # So few bits break the network: they are never allocated.

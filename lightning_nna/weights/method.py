@@ -557,22 +557,30 @@ class WeightMethod(ModuleBoundCallback):
             self._pipeline.restore()
 
 
-def require_codebook_size(name: str, size: int, bits: int) -> None:
-    """Raise if a codebook of a checkpoint has not the bits of its tensor.
+def require_codebook_size(name: str, saved: Tensor, centroids: Tensor) -> None:
+    """Raise if a codebook of a checkpoint has not the bits and channels of its tensor.
 
     Args:
         name: Name of the tensor.
-        size: Number of centroids in the checkpoint.
-        bits: Bits of an index, 1 to 8.
+        saved: Centroids in the checkpoint, shape ``(…, centroids)``.
+        centroids: Centroids of the tensor, shape ``(…, centroids)``.
 
     Raises:
         ValueError: Names the tensor, and both numbers.
     """
-    if size != 2**bits:
-        raise ValueError(
-            f"{name} has {size} centroids in the checkpoint, and {bits} bits are 2**{bits}: resume "
-            f"with its bits, or begin a new run from its weights (lightning_nna.load_deployed)"
-        )
+    if saved.shape == centroids.shape:
+        return
+    size, bits = saved.shape[-1], centroids.shape[-1].bit_length() - 1
+    there = f"{size} centroids" if size != 2**bits else _codebooks(saved)
+    here = f"{bits} bits are 2**{bits}" if size != 2**bits else f"{_codebooks(centroids)} here"
+    raise ValueError(
+        f"{name} has {there} in the checkpoint, and {here}: resume with its bits and codebook, or "
+        f"begin a new run from its weights (lightning_nna.load_deployed)"
+    )
+
+
+def _codebooks(centroids: Tensor) -> str:
+    return f"centroids of {centroids[..., 0].numel()} channels" if centroids.ndim > 1 else "one set"
 
 
 def _parts_of(module: nn.Module) -> list[nn.Module]:

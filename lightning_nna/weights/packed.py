@@ -1,6 +1,6 @@
 """Packed weights: bits for zeros, indices of few distinct values, or plain values.
 
-For each tensor the smallest of four layouts is taken:
+For each tensor the smallest of five layouts is taken:
 
 ========  ==================================================================================
 layout    holds
@@ -9,6 +9,7 @@ dense     the values
 sparse    one bit a weight, whether it is not zero; the values that are not
 few       :math:`b` bits a weight; the :math:`2^b` values or fewer
 both      one bit a weight, whether it is not zero; :math:`b` bits and the values of the others
+channels  :math:`b` bits a weight; for each channel, the :math:`2^b` values or fewer
 ========  ==================================================================================
 
 All of them restore every bit, that of a negative zero included. Weights of an emulated module are
@@ -54,7 +55,7 @@ class PackedReport:
     """Sizes by tensor, in bytes.
 
     Args:
-        layouts: ``"dense"``, ``"sparse"``, ``"few"`` or ``"both"``.
+        layouts: ``"dense"``, ``"sparse"``, ``"few"``, ``"both"`` or ``"channels"``.
         packed: Size of each tensor in the file.
         plain: Size of each tensor unpacked.
         coded: Size of each tensor with entropy-coded indices, the distinct values included.
@@ -127,7 +128,8 @@ def save_packed(source: nn.Module | Mapping[str, Tensor], path: str | Path) -> P
     for name, tensor in tensors.items():
         integers, scales, axis = grids.get(name, (tensor, None, 0))
         bits = _bits_of(name, integers)
-        layout, stored = _smallest(bits)
+        rows = len(tensor) if tensor.ndim > 1 else 1
+        layout, stored = _smallest(bits, rows if scales is None else 1 if axis else len(scales))
         if scales is not None:
             stored = {**stored, "scales": scales.detach().cpu().float().numpy()}
         entries[name] = {
@@ -188,10 +190,9 @@ def packed_size(weight: QuantizedWeight, rows_per_scale: int) -> int:
         rows_per_scale: Number of rows that share a scale, or :data:`.SECOND_AXIS`.
     """
     integers = weight.stored.to(torch.int8)
-    _, stored = _smallest(_bits_of("a weight", integers))
-    return sum(array.nbytes for array in stored.values()) + 4 * (
-        len(weight.scales) // (rows_per_scale or 1)
-    )
+    scales = len(weight.scales) // (rows_per_scale or 1)
+    _, stored = _smallest(_bits_of("a weight", integers), scales if rows_per_scale else 1)
+    return sum(array.nbytes for array in stored.values()) + 4 * scales
 
 
 def _coded_bytes(bits: Bits) -> int:
@@ -202,7 +203,7 @@ def _coded_bytes(bits: Bits) -> int:
     return math.ceil(bits.size * entropy / 8) + distinct.nbytes
 
 
-def _smallest(bits: Bits) -> tuple[str, dict[str, NDArray[Any]]]:
+def _smallest(bits: Bits, channels: int) -> tuple[str, dict[str, NDArray[Any]]]:
     """The layout with the fewest bytes, and its parts."""
     choices: dict[str, dict[str, NDArray[Any]]] = {"dense": {"values": bits}}
     is_nonzero = bits != 0
@@ -213,9 +214,30 @@ def _smallest(bits: Bits) -> tuple[str, dict[str, NDArray[Any]]]:
         distinct, indices = np.unique(some, return_inverse=True)
         if 0 < len(distinct) <= _MOST_VALUES:
             choices[name] = {**more, "levels": distinct, "indices": _pack(indices, len(distinct))}
+    if channels > 1 and bits.size:
+        choices |= _by_channel(bits.reshape(channels, -1))
     sizes = {name: sum(x.nbytes for x in parts.values()) for name, parts in choices.items()}
     best = min(sizes, key=lambda name: sizes[name])
     return best, choices[best]
+
+
+def _by_channel(rows: Bits) -> dict[str, dict[str, NDArray[Any]]]:
+    """The layout ``channels`` of the rows of a tensor; none if a row has too many values.
+
+    The rows (7, 3, 7) and (5, 5, 5) have the levels (3, 7) and (5, 5), and indices (1, 0, 1) and
+    (0, 0, 0) of one bit.
+    """
+    order = np.argsort(rows, axis=1, kind="stable")
+    values = np.take_along_axis(rows, order, 1)
+    ranks = np.cumsum(np.diff(values, axis=1, prepend=values[:, :1]) != 0, axis=1)
+    size = int(ranks.max()) + 1
+    if size > _MOST_VALUES:
+        return {}
+    levels = np.repeat(values[:, -1:], size, axis=1)
+    np.put_along_axis(levels, ranks, values, 1)
+    indices = np.empty_like(ranks)
+    np.put_along_axis(indices, order, ranks, 1)
+    return {"channels": {"levels": levels, "indices": _pack(indices, size)}}
 
 
 def _pack(indices: NDArray[np.intp], size: int) -> NDArray[np.uint8]:

@@ -19,7 +19,9 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import load
 
-FORMAT = "lightning-nna packed 2"
+FORMAT = "lightning-nna packed 3"
+#: The format without levels by channel.
+_EARLIER_FORMAT = "lightning-nna packed 2"
 NO_DIGEST = "0" * 64
 _DIGEST = re.compile(rb'"sha256": ?"([0-9a-f]{64})"')
 _UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
@@ -44,7 +46,7 @@ def packed_bits(path: str | Path) -> dict[str, tuple[Bits, str, tuple[int, ...]]
     contents = checked(Path(path))
     header = json.loads(contents[8 : 8 + int.from_bytes(contents[:8], "little")])
     metadata = header.get("__metadata__", {})
-    if metadata.get("format") != FORMAT:
+    if metadata.get("format") not in (FORMAT, _EARLIER_FORMAT):
         raise ValueError(
             f"{path} is no file of save_packed that this version reads: its format is "
             f"{metadata.get('format')}, not {FORMAT}"
@@ -98,14 +100,23 @@ def _with_digest(contents: bytes, place: re.Match[bytes], digest: str) -> bytes:
 
 
 def unpacked(parts: Mapping[str, NDArray[Any]], count: int, kind: type) -> Bits:
-    """Restore the bits of a tensor from its parts: distinct values by index, mask of nonzeros."""
+    """Restore the bits of a tensor from its parts: distinct values by index, mask of nonzeros.
+
+    Levels of two axes are those of each channel.
+    """
     nonzero = count
     is_nonzero = None
     if "mask" in parts:
         is_nonzero = np.unpackbits(parts["mask"], count=count).astype(bool)
         nonzero = int(is_nonzero.sum())
     if "indices" in parts:
-        values = parts["levels"][_indices(parts["indices"], nonzero, len(parts["levels"]))]
+        levels = parts["levels"]
+        indices = _indices(parts["indices"], nonzero, levels.shape[-1])
+        if levels.ndim == 1:
+            values = levels[indices]
+        else:
+            rows = indices.reshape(len(levels), -1)
+            values = np.take_along_axis(levels, rows, 1).reshape(-1)
     else:
         values = parts["values"]
     if is_nonzero is None:

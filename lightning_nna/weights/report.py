@@ -39,7 +39,7 @@ class TensorReport:
         packed_bytes: Size in bytes: indices, centroids (a byte each), scales (four bytes each).
         widest: Largest absolute weight.
         histogram: Numbers of weights in equal bins from ``-widest`` to ``widest``.
-        centroids: Centroids of the first group of rows in the unit of the weights, ascending.
+        centroids: Centroids of the first group of rows, or channel, in the unit of the weights.
         zeros: Fraction of deployed weights that are zero.
         entropy_bits: Entropy of the deployed weight, in bits a weight.
     """

@@ -9,6 +9,7 @@ exported with constants that TFLite-Micro decodes. A row is one network with one
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -44,21 +45,44 @@ class Method:
 
     Attributes:
         title: Name in tables.
-        make: Function that returns its callbacks.
+        make: Function of the network that returns its callbacks.
     """
 
     title: str
-    make: Callable[[], list[Callback]]
+    make: Callable[[nn.Module], list[Callback]]
 
 
 def _gq(bits: int) -> Method:
-    return Method(f"GQ, {bits} bits" if bits > 1 else "GQ, 1 bit", lambda: [GeneralQuantizer(bits)])
+    title = f"GQ, {bits} bits" if bits > 1 else "GQ, 1 bit"
+    return Method(title, lambda network: [GeneralQuantizer(bits)])
+
+
+def _gq_by_channel(bits: int) -> Method:
+    """Return the method with centroids of each channel, where it has as many weights."""
+
+    def make(network: nn.Module) -> list[Callback]:
+        weights = {n: p for n, p in network.named_parameters() if p.ndim > 1}
+        small = [name for name, weight in weights.items() if weight[0].numel() < 2**bits]
+        both: list[Callback] = [
+            GeneralQuantizer(
+                bits,
+                codebook="per_channel",
+                granularity="per_channel",
+                targets=[name for name in weights if name not in small],
+            )
+        ]
+        if small:
+            both.append(GeneralQuantizer(bits, targets=small))
+        return both
+
+    return Method(f"GQ, {bits} bits, by channel", make)
 
 
 METHODS: dict[str, Method] = {
-    "dense": Method("8 bits", list),
+    "dense": Method("8 bits", lambda network: []),
     **{f"gq{bits}": _gq(bits) for bits in (5, 4, 3, 2, 1)},
-    "csp80": Method("CSP, 80 % zeros", lambda: [CompressedSensingPruning(0.8)]),
+    **{f"gq{bits}_by_channel": _gq_by_channel(bits) for bits in (4, 3, 2)},
+    "csp80": Method("CSP, 80 % zeros", lambda network: [CompressedSensingPruning(0.8)]),
 }
 
 
@@ -100,10 +124,11 @@ class MicroRun(Run):
         inputs = torch.randn(STEPS * BATCH, *example.shape[1:])
         module = _Regression(network.train())
         emulation = NNAEmulation(SPEC, calibration_steps=4)
+        methods = METHODS[self.method].make(module)
         trainer = Trainer(
             max_steps=STEPS,
             accelerator="cpu",
-            callbacks=[emulation, *METHODS[self.method].make()],
+            callbacks=[emulation, *methods],
             logger=False,
             enable_checkpointing=False,
             enable_progress_bar=False,
@@ -124,10 +149,23 @@ class MicroRun(Run):
             "network": self.network,
             "method": self.method,
             "spec": SPEC,
+            "sqnr_db": _sqnr_db(module, methods),
             **_figures(micro),
             "vela_weight_bytes": report.weight_bytes,
             "vela_encoded_bytes": report.encoded_bytes,
         }
+
+
+def _sqnr_db(module: nn.Module, methods: Sequence[Callback]) -> float | None:
+    """Return the signal to quantization noise of all weights with centroids; None without any."""
+    signal = noise = 0.0
+    for method in methods:
+        if isinstance(method, GeneralQuantizer):
+            for name, latent in method.state_dict()["latents"].items():
+                deployed = module.get_parameter(name).detach().double()
+                signal += float(latent.double().square().sum())
+                noise += float((latent.double() - deployed).square().sum())
+    return 10 * math.log10(signal / noise) if noise else None
 
 
 def _figures(micro: MicroExport) -> Row:
@@ -157,11 +195,13 @@ def report(rows: Sequence[Row]) -> Fields:
         for method, settings in METHODS.items():
             for row in select(rows, network=network, method=method):
                 forms = ", ".join(f"{count} {form}" for form, count in row["forms"].items())
+                sqnr_db = row.get("sqnr_db")
                 saved = 1 - row["flash_bytes"] / row["plain_flash_bytes"]
                 lines.append(
                     line(
                         title,
                         settings.title,
+                        "-" if sqnr_db is None else f"{sqnr_db:.1f}",
                         f"{row['plain_flash_bytes']:,}",
                         f"{row['flash_bytes']:,}",
                         f"{100 * saved:.1f} %",

@@ -183,6 +183,55 @@ def test_the_kernels_decode_every_form_of_every_constant(spec: str, form: Form) 
     np.testing.assert_array_equal(decoded, plain)
 
 
+LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "fully connected": (lambda: nn.Linear(128, 100), (128,)),
+    "without bias": (lambda: nn.Linear(128, 100, bias=False), (128,)),
+    "convolution": (lambda: nn.Conv2d(32, 100, 2), (32, 3, 3)),
+    "depthwise": (lambda: nn.Conv2d(100, 100, 7, groups=100), (100, 8, 8)),
+}
+
+
+@pytest.mark.exactness
+@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("spec", SPECS)
+def test_one_scale_is_written_for_each_channel_where_channels_have_tables(
+    spec: str, layer: str
+) -> None:
+    build, shape = LAYERS[layer]
+    net, x = build(), torch.randn(4, *shape)
+    size = net.weight[0].numel()
+    rows = [integers((1, size), "int8", 4, seed) for seed in range(100)]
+    weight = torch.from_numpy(np.concatenate(rows)).float()
+    weight[:, 0] = 127  # One scale for all channels.
+    net.weight.data = weight.view_as(net.weight)
+    calibrate(net, [x], spec=spec)
+    program = capture(net, [x[:1]])
+    decoding, tensors = compressed(program)
+    tensor = max(tensors, key=lambda each: each.before_bytes)
+    assert len(program.tensors[tensor.name].scales) == 1
+    assert (tensor.method, tensor.bits) == ("lookup table per channel", 3)
+    assert tensor.after_bytes == -(-100 * size * 3 // 8) + 500 + 16
+    assert len(program_bytes(decoding)) < len(program_bytes(program)) - 1000
+    dtype = "int8" if spec == "tflm-int8" else "int16"
+    plain, decoded = outputs_of(program, dtype), outputs_of(decoding, dtype)
+    assert plain.size >= 10_000
+    np.testing.assert_array_equal(decoded, plain)
+
+
+def test_a_weight_with_another_reader_keeps_its_scale() -> None:
+    """A product of activations and a sum read it, too: neither has a scale for each row."""
+    layer, x = nn.Linear(128, 100, bias=False), torch.randn(4, 128)
+    rows = [integers((1, 128), "int8", 4, seed) for seed in range(100)]
+    layer.weight.data = torch.from_numpy(np.concatenate(rows)).float()
+    layer.weight.data[:, 0] = 127
+    net = FunctionNetwork(lambda x, f: f(x).mean() + f.weight, layer)
+    calibrate(net, [x], spec="tflm-int8")
+    program = capture(net, [x[:1]])
+    decoding, tensors = compressed(program)
+    assert all(each.method != "lookup table per channel" for each in tensors)
+    np.testing.assert_array_equal(outputs_of(decoding, "int8"), outputs_of(program, "int8"))
+
+
 @pytest.mark.exactness
 @pytest.mark.parametrize("spec", SPECS)
 def test_zeros_of_a_constant_operand_are_its_zero_point(spec: str, tmp_path: Path) -> None:

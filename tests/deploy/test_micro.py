@@ -10,12 +10,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_nna import calibrate
+from lightning_nna.callbacks import GeneralQuantizer, NNAEmulation
 from lightning_nna.deploy import (
     MicroExport,
     Program,
@@ -26,6 +29,7 @@ from lightning_nna.deploy import (
 )
 from lightning_nna.deploy.micro_sources import MICRO_OPERATORS, resolver_function
 from lightning_nna.deploy.runtimes.tflite_micro import LoadedTFLiteMicro
+from lightning_nna.testing.contract import trainer
 from tests.deploy.networks import FunctionNetwork
 
 COMPILER = shutil.which("g++") or shutil.which("c++") or shutil.which("clang++")
@@ -251,6 +255,59 @@ def test_compression_trades_flash_for_the_arena(tmp_path: Path) -> None:
     for number in (micro.flash_bytes, micro.plain_flash_bytes, micro.arena_bytes):
         assert f"{number:,}" in page
     assert "160 of 160 integers" in page
+
+
+class Images(pl.LightningModule):
+    """Fit noise with two convolutions and a linear layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = nn.Sequential(
+            *(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 32, 3), nn.ReLU()),
+            *(nn.Flatten(), nn.Linear(128, 40)),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+    def training_step(self, batch: Tensor, _: int) -> Tensor:
+        return self(batch[0]).square().mean()
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        return DataLoader(TensorDataset(torch.randn(64, 3, 6, 6)), batch_size=8)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=1e-3)
+
+
+@pytest.mark.exactness
+@pytest.mark.parametrize("granularity", ["per_tensor", "per_channel"])
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("spec", SPECS)
+def test_codebooks_of_channels_are_tables_of_channels(
+    spec: str, bits: int, granularity: str, tmp_path: Path
+) -> None:
+    fitted = Images()
+    emulation = NNAEmulation(spec, calibration_steps=2)
+    quantizer = GeneralQuantizer(
+        bits, codebook="per_channel", granularity=granularity, hard_from=0, sharpness=8.0
+    )
+    trainer(emulation, quantizer, steps=6).fit(fitted)
+    micro = export_micro(
+        fitted, [torch.randn(1, 3, 6, 6)], tmp_path / "net", compress=True, test_vectors=250
+    )
+    assert micro.agreement == 1.0
+    assert micro.agreement.outputs == 250 * 40
+    linear, convolution = 40 * 128, 32 * 16 * 9
+    sizes = {
+        each.before_bytes: each.after_bytes
+        for each in micro.compressed
+        if (each.method, each.bits) == ("lookup table per channel", bits)
+    }
+    assert sizes[linear] == linear * bits // 8 + 40 * 2**bits + 16
+    assert sizes[convolution] == convolution * bits // 8 + 32 * 2**bits + 16
+    assert micro.flash_bytes < micro.plain_flash_bytes - 2000
 
 
 class Cell(nn.Module):

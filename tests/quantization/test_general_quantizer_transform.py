@@ -27,7 +27,7 @@ def weights(*shape: int, seed: int = 0) -> Tensor:
 
 def at_middles(transform: GeneralQuantizerTransform, rows: int, columns: int) -> Tensor:
     """Weights in the middle of cells, where the table and the definition are to agree."""
-    count = cells_for(len(transform.centroids))
+    count = cells_for(transform.centroids.shape[-1])
     inner = cell_middles(count)[1:-1]
     chosen = torch.randint(count, (rows, columns), generator=torch.Generator().manual_seed(7))
     scales = (transform.scales * transform.maximum).repeat_interleave(rows // len(transform.scales))
@@ -37,22 +37,31 @@ def at_middles(transform: GeneralQuantizerTransform, rows: int, columns: int) ->
 def definition(
     transform: GeneralQuantizerTransform, weight: Tensor, z: Tensor, log2: Tensor
 ) -> Tensor:
-    """Clip, compand, softmax over every centroid, expand, scale."""
+    """Clip, compand, softmax over every centroid of the tensor or channel, expand, scale."""
     scales = torch.exp2(log2).repeat_interleave(len(weight) // len(log2))[:, None]
     v = mu_law((weight / scales).clamp(-1, 1), transform.mu)
-    alpha = transform.sharpness / mean_spacing(z) ** transform.power
-    shares = torch.softmax(-alpha * (v[..., None] - z).abs() ** transform.power, -1)
-    return scales * inverse_mu_law((shares * z).sum(-1), transform.mu)
+    own = z.reshape(-1, 1, z.shape[-1])
+    own = own.repeat_interleave(len(weight) // len(own), 0)
+    alpha = transform.sharpness / mean_spacing(own)[..., None] ** transform.power
+    shares = torch.softmax(-alpha * (v[..., None] - own).abs() ** transform.power, -1)
+    return scales * inverse_mu_law((shares * own).sum(-1), transform.mu)
 
 
-@pytest.mark.parametrize("groups", [1, 4])
+@pytest.mark.parametrize(
+    ("groups", "channels"), [(1, None), (4, None), (1, 4), (4, 4), (8, 8)], ids=str
+)
 @pytest.mark.parametrize("bits", [1, 3])
 @pytest.mark.parametrize("power", [1, 2])
 def test_soft_weights_and_gradients_are_those_of_the_definition(
-    groups: int, bits: int, power: int
+    groups: int, channels: int | None, bits: int, power: int
 ) -> None:
     transform = GeneralQuantizerTransform(
-        weights(8, 500), bits, groups=groups, power=power, grid_bits=None, learn_scale=True
+        *(weights(8, 500), bits),
+        groups=groups,
+        power=power,
+        grid_bits=None,
+        learn_scale=True,
+        channels=channels,
     )
     transform.sharpness = 4.0
     weight = at_middles(transform, 8, 500)
@@ -67,11 +76,56 @@ def test_soft_weights_and_gradients_are_those_of_the_definition(
     pulled = transform.pull_back(weight, grad)
     torch.testing.assert_close(pulled.double(), by_weight, rtol=5e-3, atol=2e-3)
     assert transform.centroids.grad is not None
-    ascending = transform.centroids.grad[transform.centroids.argsort()]
+    ascending = transform.centroids.grad.gather(-1, transform.centroids.argsort())
     torch.testing.assert_close(ascending.double(), by_centroid, rtol=5e-3, atol=5e-3)
     assert transform.scale_log2.grad is not None
     scaled = by_scale / math.sqrt(4000 / groups * transform.maximum)
     torch.testing.assert_close(transform.scale_log2.grad.double(), scaled, rtol=1e-2, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"grid_bits": None, "mu": 0.0},
+        {"pin_zero": True, "mu": 255.0},
+        {"scale": "centroids"},
+        {"scale": "centroids", "power_of_two_scales": True},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("gradient_sharpness", [None, 2.0])
+@pytest.mark.parametrize("bits", [1, 2, 4])
+def test_channels_are_as_each_by_itself(
+    bits: int, gradient_sharpness: float | None, settings: dict[str, Any]
+) -> None:
+    """Hard weights in every bit, in whatever order the centroids are."""
+    spread = torch.tensor([0.01, 1.0, 3.0, 0.2, 0.0])[:, None]
+    weight, grad = weights(5, 90) * spread, weights(5, 90, seed=3)
+    together = GeneralQuantizerTransform(weight, bits, groups=5, channels=5, **settings)
+    together.centroids = together.centroids.flip(1).mul(0.97).add_(0.01).clamp_(-1, 1)
+    alone = [GeneralQuantizerTransform(row, bits, **settings) for row in weight.split(1)]
+    for transform, centroids in zip(alone, together.centroids, strict=True):
+        transform.centroids = centroids.clone()
+    for transform in (together, *alone):
+        transform.is_hard, transform.sharpness = True, 16.0
+        transform.gradient_sharpness = gradient_sharpness
+    rows = list(zip(alone, weight.split(1), grad.split(1), strict=True))
+    assert torch.equal(together.scales, torch.cat([transform.scales for transform in alone]))
+    for hard in (True, False):
+        expected = torch.cat([transform.apply(row, hard=hard) for transform, row, _ in rows])
+        assert torch.equal(together.apply(weight, hard=hard), expected)
+    pulled = together.pull_back(weight, grad)
+    expected = torch.cat([transform.pull_back(row, part) for transform, row, part in rows])
+    # A soft assignment has the neighbors of all channels, of which those of one may be fewer.
+    tolerance = 0.0 if gradient_sharpness is None else 1e-5
+    torch.testing.assert_close(pulled, expected, rtol=tolerance, atol=tolerance)
+    gradients = torch.stack([transform.centroids.grad for transform in alone])  # type: ignore[misc]
+    # One scale is multiplied with the sum of a cell, several with each term of it.
+    torch.testing.assert_close(together.centroids.grad, gradients, rtol=1e-5, atol=1e-7)
+    books = [transform.codebook for transform in alone]
+    assert torch.equal(together.codebook.centroids, torch.stack([b.centroids for b in books]))
+    assert torch.equal(together.codebook.thresholds, torch.stack([b.thresholds for b in books]))
 
 
 @pytest.mark.parametrize("bits", range(1, 9))
@@ -152,19 +206,23 @@ def test_centroids_in_any_order_get_their_own_gradient() -> None:
     assert torch.equal(shuffled.centroids.grad, plain.centroids.grad[order])
 
 
-def test_a_pinned_zero_gets_no_gradient() -> None:
+@pytest.mark.parametrize("channels", [None, 4])
+def test_a_pinned_zero_gets_no_gradient(channels: int | None) -> None:
     weight = weights(4, 800)
-    transform = GeneralQuantizerTransform(weight, 2, pin_zero=True)
+    transform = GeneralQuantizerTransform(weight, 2, pin_zero=True, channels=channels)
     transform.apply(weight, hard=False)
     transform.pull_back(weight, weights(4, 800, seed=2))
     assert transform.centroids.grad is not None
     is_zero = transform.centroids == 0
-    assert int(is_zero.sum()) == 1
+    assert int(is_zero.sum()) == (channels or 1)
+    assert bool(is_zero.any(-1).all())
     assert bool((transform.centroids.grad == 0).eq(is_zero).all())
     assert 0.0 in transform.apply(weight, hard=True)
 
 
-@pytest.mark.parametrize("settings", [{}, {"learn_scale": True}, {"grid_bits": None}])
+@pytest.mark.parametrize(
+    "settings", [{}, {"learn_scale": True}, {"grid_bits": None}, {"groups": 4, "channels": 4}]
+)
 def test_saved_and_loaded_it_gives_the_same_bits(settings: dict[str, Any]) -> None:
     weight = weights(4, 300)
     transform = GeneralQuantizerTransform(weight, 3, **settings)
@@ -216,17 +274,20 @@ def test_powers_of_two_steps_stay_such_as_scales_are_learned() -> None:
 
 
 @pytest.mark.parametrize("bits", [1, 4, 8])
-def test_a_codebook_is_the_nearest_level_of_every_weight(bits: int) -> None:
-    weight = weights(6, 400)
-    book = Codebook.fit(weight, bits, groups=3)
+@pytest.mark.parametrize("channels", [None, 3])
+def test_a_codebook_is_the_nearest_level_of_every_weight(bits: int, channels: int | None) -> None:
+    weight = weights(6, 400) * torch.tensor([1.0, 1.0, 0.1, 0.1, 7.0, 7.0])[:, None]
+    book = Codebook.fit(weight, bits, groups=3, channels=channels)
     hard = book.project(weight)
     distance = (weight.reshape(3, -1, 1).double() - book.scaled_centroids.double()[:, None]).abs()
     expected = book.scaled_centroids.gather(1, distance.argmin(-1)).reshape(weight.shape)
     # A weight half-way between two levels may go to either, as float32 has it.
     torch.testing.assert_close((weight - hard).abs(), (weight - expected).abs(), atol=1e-7, rtol=0)
     assert torch.equal(book.project(hard), hard)
-    assert len(book.centroids.unique()) <= 2**bits
-    assert book.packed_bytes(weight, bits) == 2400 * bits // 8 + 2**bits + 3 * 4
+    tables = book.centroids.reshape(book.channels, -1)
+    assert all(len(table.unique()) <= 2**bits for table in tables)
+    assert len(tables) == (channels or 1)
+    assert book.packed_bytes(weight, bits) == 2400 * bits // 8 + len(tables) * 2**bits + 3 * 4
 
 
 @pytest.mark.parametrize("pin_zero", [False, True])
@@ -245,6 +306,15 @@ def test_levels_on_the_grid_keep_the_entropy_that_was_asked_for(
         assert 4.3 - 0.06 <= float(-(shares * shares.log2()).sum()) <= 4.3 + 0.02
         assert len(shares) <= 32
         assert not pin_zero or bool((hard == 0).any())
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+def test_centroids_of_a_channel_are_its_lloyd_max_points(groups: int) -> None:
+    weight = weights(6, 400) * torch.tensor([1.0, 1.0, 0.1, 0.1, 7.0, 7.0])[:, None]
+    book = Codebook.fit(weight, 3, groups=groups, channels=3, grid_bits=None)
+    errors = (book.project(weight) - weight).double().square().reshape(3, -1).mean(1)
+    expected = [lloyd_max(row, 8).distortion for row in weight.reshape(3, -1)]
+    assert errors.tolist() == pytest.approx(expected, rel=1e-4)
 
 
 def test_a_codebook_without_a_grid_is_lloyd_max() -> None:

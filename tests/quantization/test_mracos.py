@@ -87,3 +87,25 @@ def test_equal_centroids_count_once() -> None:
 def test_centroids_that_are_none(centroids: torch.Tensor, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         mracos(torch.zeros(2), centroids)
+
+
+@pytest.mark.parametrize("scaled", [True, False])
+def test_channels_are_as_each_by_itself(scaled: bool) -> None:
+    """Those with fewer values, too, which have one of them several times."""
+    twice = torch.tensor([-2.0, -2.0, 0.3, 0.3, 0.3], dtype=torch.float64)
+    alone = torch.full((5,), 0.5, dtype=torch.float64)
+    centroids = torch.stack([CENTROIDS, twice, alone, 3 * CENTROIDS])
+    w = torch.linspace(-5, 5, 4008, dtype=torch.float64).reshape(-1, 4).T.reshape(8, -1)
+    rows = w.reshape(4, -1).clone()
+    rows[:, :5] = centroids
+    for function in (mracos, mracos_gradient):
+        expected = [
+            function(r, z.unique(), scaled=scaled) for r, z in zip(rows, centroids, strict=True)
+        ]
+        found = function(rows.reshape(w.shape), centroids, scaled=scaled)
+        assert torch.equal(found.reshape(4, -1), torch.stack(expected))
+    rows.requires_grad_()
+    (expected,) = torch.autograd.grad(mracos(rows, centroids, scaled=scaled).sum(), rows)
+    found = mracos_gradient(rows.detach(), centroids, scaled=scaled)
+    torch.testing.assert_close(found[:, 5:], expected[:, 5:], rtol=1e-9, atol=1e-9)
+    assert not found[:, :5].any()

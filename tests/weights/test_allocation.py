@@ -131,6 +131,27 @@ def test_widths_are_those_of_codebooks() -> None:
     assert float(module.loss().detach()) == found.losses["parts.0"][2]
 
 
+def test_tables_of_channels_are_in_the_sizes() -> None:
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Linear(16, 8), nn.Linear(8, 4)), torch.randn(32, 16)
+    y = net(x).detach()
+    found = allocate_bits(
+        *(net, lambda n: (n(x) - y).square().mean()),
+        target_mean_bits=2,
+        candidates=(1, 2, 3),
+        codebook="per_channel",
+    )
+    assert found.sizes["0.weight"] == {b: 16 * 8 * b // 8 + 8 * 2**b + 4 for b in (1, 2, 3)}
+    book = Codebook.fit(net[0].weight, 2, channels=8)
+    net[0].weight.data.copy_(book.project(net[0].weight))
+    with torch.no_grad():
+        assert float((net(x) - y).square().mean()) == found.losses["0.weight"][2]
+    with pytest.raises(ValueError, match=r"1.weight cannot have 16 centroids \(4 bits\)"):
+        allocate_bits(
+            net, lambda n: 0.0, target_mean_bits=2, candidates=(4,), codebook="per_channel"
+        )
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

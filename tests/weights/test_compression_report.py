@@ -38,6 +38,16 @@ def report(folder: Path, **settings: Any) -> CompressionReport:
     return CompressionReport(folder, **({"figures": False} | settings))
 
 
+def test_tables_of_channels_count(tmp_path: Path) -> None:
+    fitted, watch = module(), report(tmp_path)
+    method = GeneralQuantizer(2, codebook="per_channel", granularity="per_channel", hard_from=0)
+    trainer(watch, method, steps=_STEPS).fit(fitted)
+    sizes = {tensor.name: tensor.packed_bytes for tensor in watch.snapshots[-1].tensors}
+    # Two bits a weight; 4 centroids and a scale of 4 bytes for each of 8 rows, or of 4 gates.
+    assert sizes["head.first.weight"] == 64 * 2 // 8 + 8 * (4 + 4)
+    assert sizes["lstm.weight_hh_l0"] == 4 * 8 * 8 * 2 // 8 + 4 * (4 + 4)
+
+
 @pytest.mark.parametrize("is_first", [True, False])
 def test_the_table_is_that_of_the_deployed_weights(is_first: bool, tmp_path: Path) -> None:
     fitted, method, watch = module(), gq(), report(tmp_path)

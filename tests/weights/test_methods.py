@@ -33,6 +33,7 @@ from lightning_nna.testing.contract import CHECKS, assert_same, module, trainer,
 from lightning_nna.weights.codebook import Codebook
 from lightning_nna.weights.method import WeightMethod
 from lightning_nna.weights.pipeline import pipeline_of
+from lightning_nna.weights.selection import groups_of
 
 # Runs are stopped long before their schedules end; test_runs.py has the warning.
 pytestmark = pytest.mark.filterwarnings("ignore:.*missed its target")
@@ -53,6 +54,10 @@ def pull(**settings: object) -> MRACosRegularization:
 
 
 METHODS = {"gq": gq, "hard": hard, "mracos": pull}
+PER_CHANNEL = {
+    "gq per channel": partial(gq, bits=2, codebook="per_channel"),
+    "hard per channel": partial(hard, bits=2, codebook="per_channel", granularity="per_channel"),
+}
 PRUNING = {
     "csp": partial(CompressedSensingPruning, 0.5, every_n_steps=2),
     "magnitude": partial(MagnitudePruning, 0.5),
@@ -63,12 +68,12 @@ PRUNING = {
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", METHODS | PER_CHANNEL)
 def test_contract(method: str, check: Callable[..., None], tmp_path: Path) -> None:
-    check(METHODS[method], tmp_path)
+    check((METHODS | PER_CHANNEL)[method], tmp_path)
 
 
-ALL = METHODS | PRUNING
+ALL = METHODS | PER_CHANNEL | PRUNING
 
 
 @pytest.mark.parametrize("method", ALL)
@@ -411,6 +416,11 @@ def test_two_fits_go_on_from_what_was_trained() -> None:
         ({"max_entropy_bits": 0.0}, "max_entropy_bits must be above 0 and at most 3 bits, got 0.0"),
         ({"max_entropy_bits": 3.5}, "max_entropy_bits must be above 0 and at most 3 bits, got 3.5"),
         ({"granularity": "row"}, "granularity must be 'per_tensor' or 'per_channel', got 'row'"),
+        ({"codebook": "row"}, "codebook must be 'per_tensor' or 'per_channel', got 'row'"),
+        (
+            {"codebook": "per_channel", "max_entropy_bits": 2.5},
+            r"max_entropy_bits=2\.5 is an entropy .* set codebook='per_tensor', or max_ent",
+        ),
     ],
 )
 def test_wrong_arguments_are_named(method: str, settings: dict[str, object], message: str) -> None:
@@ -471,6 +481,69 @@ def test_every_kind_of_weight(method: str, granularity: str, on_chip: bool) -> N
         assert len(integers.unique()) <= 4
     (result,) = trainer(*chip, callback).test(fitted, verbose=False)
     assert result["test/loss"] < 2
+
+
+@pytest.mark.parametrize("on_chip", [False, True], ids=["float", "chip"])
+@pytest.mark.parametrize("method", ["gq", "hard"])
+@pytest.mark.parametrize("granularity", ["per_tensor", "per_channel"])
+def test_every_channel_ends_with_few_values(method: str, granularity: str, on_chip: bool) -> None:
+    torch.manual_seed(0)
+    fitted = Several()
+    callback: WeightMethod = METHODS[method](
+        bits=2, granularity=granularity, codebook="per_channel", pin_zero=True
+    )
+    chip = [NNAEmulation(calibration_steps=2)] if on_chip else []
+    trainer(*chip, callback, steps=9).fit(fitted)
+    pipeline, values = pipeline_of(fitted), {}
+    for name in callback.selected:
+        weight = fitted.get_parameter(name)
+        channels = groups_of(fitted, name, weight, "per_channel")
+        scales = pipeline.grid_of(weight).scales
+        integers = weight.reshape(len(scales), -1) / scales[:, None]
+        assert torch.equal(integers.round(), integers)
+        assert len(scales) == (channels if granularity == "per_channel" else 1)
+        assert max(len(row.unique()) for row in weight.reshape(channels, -1)) <= 4
+        values[name] = channels, len(integers.unique())
+    by_channel = {name for name, (channels, _) in values.items() if channels > 1}
+    assert {"conv.weight", "lstm.weight_hh_l0", "tied.weight", "head.first.weight"} & by_channel
+    assert all(values[name][1] > 4 for name in ("lstm.weight_hh_l0", "head.first.weight"))
+    assert all(count <= 4 for channels, count in values.values() if channels == 1)
+    (result,) = trainer(*chip, callback).test(fitted, verbose=False)
+    assert result["test/loss"] < 2
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    ("bits", "message"),
+    [
+        (4, r"head.first.weight .* 16 centroids \(4 bits\) for each of its 8 channels, since a ch"),
+        (8, r"lstm.weight_ih_l0 .* 256 .* all the integers .* with codebook='per_tensor'"),
+    ],
+)
+def test_a_channel_has_as_many_weights_as_centroids(method: str, bits: int, message: str) -> None:
+    callback = METHODS[method](bits=bits, codebook="per_channel")
+    with pytest.raises(ValueError, match=message):
+        trainer(callback, steps=2).fit(module())
+
+
+@pytest.mark.parametrize("method", ["gq", "hard"])
+def test_a_run_keeps_its_codebook(method: str, tmp_path: Path) -> None:
+    path = tmp_path / "stopped.ckpt"
+    one = trainer(METHODS[method](), steps=5)
+    one.fit(module())
+    one.save_checkpoint(path)
+    other = METHODS[method](codebook="per_channel")
+    with pytest.raises(ValueError, match="codebook is 'per_tensor' there and 'per_channel' here"):
+        trainer(other, steps=8).fit(module(seed=1), ckpt_path=path)
+    # Written before there was a choice.
+    checkpoint = torch.load(path, weights_only=True)
+    (state,) = (one for one in checkpoint["callbacks"].values() if "latents" in one)
+    del state["settings"]["codebook"]
+    torch.save(checkpoint, path)
+    trainer(METHODS[method](), steps=8).fit(module(seed=1), ckpt_path=path)
+    other = METHODS[method](codebook="per_channel")
+    with pytest.raises(ValueError, match="one set in the checkpoint, and centroids of 4 channels"):
+        trainer(other, steps=8).fit(module(seed=1), ckpt_path=path)
 
 
 @pytest.mark.parametrize("method", ["gq", "hard"])

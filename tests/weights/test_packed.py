@@ -4,6 +4,7 @@ import copy
 import math
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -14,11 +15,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from lightning_nna import bake, calibrate, emulate
-from lightning_nna.callbacks import CompressedSensingPruning, GeneralQuantizer
+from lightning_nna.callbacks import CompressedSensingPruning, GeneralQuantizer, NNAEmulation
 from lightning_nna.deploy import load_packed, save_packed
 from lightning_nna.emulation.attachment import attach, attached
 from lightning_nna.testing.contract import module, trainer
-from lightning_nna.weights import read_packed
+from lightning_nna.weights import packed, read_packed
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
@@ -36,6 +37,10 @@ TENSORS = {
     "two values": torch.where(torch.rand(64, 65) < 0.5, 0.25, -0.5),
     "five bits": torch.randint(-16, 16, (64, 65)) * 0.125,
     "sparse, two bits": torch.randint(1, 5, (64, 65)) * 0.5 * (torch.rand(64, 65) < 0.1),
+    "by channel": torch.randn(64, 4).gather(1, torch.randint(4, (64, 65))),
+    "by channel, fewer": torch.randn(64, 4)
+    .gather(1, torch.arange(65) % (torch.arange(64) % 4 + 1)[:, None])
+    .view(64, 5, 13),
     "constant": torch.full((9, 9), 1.5),
     "zeros": torch.zeros(7, 3),
     "negative zeros": torch.tensor([0.0, -0.0, 1.0]).repeat(50),
@@ -56,6 +61,8 @@ LAYOUTS = {
     "two values": "few",
     "five bits": "few",
     "sparse, two bits": "both",
+    "by channel": "channels",
+    "by channel, fewer": "channels",
     "constant": "few",
 }
 
@@ -96,6 +103,7 @@ def test_sizes_are_those_of_bits() -> None:
     assert report.packed["sparse"] == count // 8 + kept * 4
     kept = int((TENSORS["sparse, two bits"] != 0).sum())
     assert report.packed["sparse, two bits"] == count // 8 + -(-kept * 2 // 8) + 4 * 4
+    assert report.packed["by channel"] == count * 2 // 8 + 64 * 4 * 4
     assert report.packed["constant"] == 4
     assert str(report).splitlines()[-1].split()[1] == str(report.packed_bytes)
 
@@ -111,6 +119,35 @@ def test_a_pruned_and_quantized_network(tmp_path: Path) -> None:
     twin.load_state_dict(load_packed(tmp_path / "network.safetensors"))
     x = next(iter(fitted.train_dataloader()))[0]
     assert torch.equal(twin(x), fitted(x))
+
+
+@pytest.mark.parametrize("on_chip", [False, True], ids=["float", "chip"])
+def test_a_codebook_of_each_channel(on_chip: bool, tmp_path: Path) -> None:
+    fitted = module()
+    few = GeneralQuantizer(2, codebook="per_channel", hard_from=0)
+    chip = [NNAEmulation(calibration_steps=2)] if on_chip else []
+    trainer(*chip, few).fit(fitted)
+    x = next(iter(fitted.train_dataloader()))[0]
+    with emulate(fitted) if on_chip else nullcontext(), torch.no_grad():
+        fitted(x)
+    report = save_packed(fitted, tmp_path / "network.safetensors")
+    assert report.layouts["head.first.weight"] == "channels"
+    if_scaled = 1 if on_chip else 0
+    width = 1 if on_chip else 4
+    assert report.packed["head.first.weight"] == 64 * 2 // 8 + 8 * (4 * width + 4 * if_scaled)
+    twin = module(seed=1)
+    twin.load_state_dict(load_packed(tmp_path / "network.safetensors"))
+    assert torch.equal(twin.head.first.weight, fitted.head.first.weight)
+
+
+def test_a_file_of_the_earlier_format_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packed, "FORMAT", "lightning-nna packed 2")
+    tensors = {name: TENSORS[name] for name in ("dense", "sparse", "five bits", "sparse, two bits")}
+    save_packed(tensors, tmp_path / "x.safetensors")
+    found = load_packed(tmp_path / "x.safetensors")
+    assert all(same_bits(tensor, found[name]) for name, tensor in tensors.items())
 
 
 def test_values_with_the_bytes_of_an_empty_checksum_come_back(tmp_path: Path) -> None:
