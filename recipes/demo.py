@@ -3,8 +3,9 @@
     python -m recipes.demo
 
 Trains on the synthetic digits, scores the float model on voices of no training utterance, scores
-the same weights emulated, fine-tunes them in the accelerator's arithmetic, and exports the programs
-that the accelerator runs. Writes everything into ``runs/demo``.
+the same weights emulated, fine-tunes them in the accelerator's arithmetic, exports the programs
+that the accelerator runs, and decodes the test set through them on TFLite-Micro, the interpreter
+of microcontrollers. Writes everything into ``runs/demo``.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ TITLES = {
     "float": "float",
     "chip": "emulated, trained in float",
     "chip_aware": "emulated, trained emulated",
-    "deployed": "its programs, on LiteRT",
+    "deployed": "its programs, on TFLite-Micro",
 }
 
 
@@ -81,7 +82,7 @@ def demo(folder: Path, overrides: list[str]) -> dict[str, dict[str, Any]]:
     results["chip_aware"] = train(
         _config("train", *settings, f"run_dir={folder / 'chip_aware'}", *overrides)
     )
-    print("4/4  exporting the programs of the accelerator", flush=True)
+    print("4/4  exporting the programs, and decoding through them on TFLite-Micro", flush=True)
     ckpt = f"ckpt={checkpoint(folder / 'chip_aware')}"
     # Vela has no wheel for the newest Pythons; the programs are the same without it.
     systems = [] if find_spec("ethosu") else ["systems=[]"]

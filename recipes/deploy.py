@@ -6,7 +6,7 @@
 Exports encoder, predictor and joint network, decodes the test set through them on the runtime that
 the spec names, compares every output with the emulation, and compiles them with Vela for memory and
 time. ``target=tflm`` and ``target=ethos-u55-128`` write what the firmware of a microcontroller
-needs, too; they need a spec of TFLite-Micro, ``nna=tflm-int8``. A checkpoint that was trained
+needs, too; they need a spec of TFLite-Micro, as the default is. A checkpoint that was trained
 emulated brings its ranges and its weight methods; a float one is calibrated on training batches
 first. ``recalibrate=true nna=tosa-int8`` deploys one that was trained emulated on another device
 than it was trained for: its weights stay, and its ranges are observed again.
@@ -33,7 +33,7 @@ from lightning_nna import emulate
 from lightning_nna.callbacks import NNAEmulation
 from lightning_nna.deploy import TFLiteModel, VelaReport, vela_report, write_report
 from lightning_nna.emulation.attachment import attached
-from lightning_nna.emulation.spec import resolve_spec
+from lightning_nna.emulation.spec import DEFAULT_PRESET, resolve_spec
 from lightning_nna.weights.method import WeightMethod
 from recipes.asr.batches import Batch
 from recipes.asr.beam import beam_decode
@@ -191,7 +191,7 @@ def check_method(weights: TrainedWeights, config: DictConfig) -> None:
     method, spec = str(weights.recipe.get("method")), trained.get("spec")
     settings = {"compression": config.method, "nna": config.nna.spec}
     trained_settings = {"compression": method, "nna": spec}
-    defaults: dict[str, Any] = {"compression": "nna8", "nna": "litert-int8"}
+    defaults: dict[str, Any] = {"compression": "nna8", "nna": DEFAULT_PRESET}
     for key in METHOD_SETTINGS:
         settings[key], trained_settings[key] = config.get(key), weights.recipe.get(key)
         defaults[key] = None
@@ -214,12 +214,13 @@ def check_target(weights: TrainedWeights, config: DictConfig) -> None:
     Raises:
         ValueError: If ``target`` is unknown, or a device of TFLite-Micro and the spec is not.
     """
-    target = str(config.target)
-    if target == "litert":
+    target = config.target
+    if target is None:
         return
-    if target != "tflm" and not target.startswith("ethos-u"):
+    if target != "tflm" and not str(target).startswith("ethos-u"):
         raise ValueError(
-            f"target must be litert, tflm, or an Ethos-U as ethos-u55-128, got {target!r}"
+            f"target must be tflm, an Ethos-U as ethos-u55-128, or null for the programs alone; "
+            f"got {target!r}"
         )
     trained = (weights.recipe.get("callbacks") or {}).get("nna")
     spec = (trained or config.nna)["spec"]
@@ -250,7 +251,7 @@ def utterance_frames(
 def write_firmware(
     recognizer: TransducerRecognizer, folder: Path, config: DictConfig, frames: int | None
 ) -> dict[str, dict[str, Any]]:
-    """Write the programs for a microcontroller, and return their figures; none for LiteRT.
+    """Write the programs for a microcontroller, and return their figures; none without a device.
 
     Args:
         recognizer: Emulated recognizer.
@@ -258,8 +259,8 @@ def write_firmware(
         config: Composed configuration ``deploy``.
         frames: Number of frames of a Conformer's program, see :func:`utterance_frames`.
     """
-    target = str(config.target)
-    if target == "litert":
+    target = config.target
+    if target is None:
         return {}
     exports = export_firmware(
         recognizer,

@@ -13,12 +13,12 @@ from typing import Any
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
+from lightning_nna.emulation.spec import DEFAULT_PRESET
+
 CONF = Path(__file__).resolve().parents[1] / "conf"
 
 #: Settings that the groups of compression read; each group gives a value to those that it uses.
 METHOD_SETTINGS = ("bits", "sparsity", "pattern", "bit_overrides", "parq_steps")
-#: The choice of the group nna in a command that does not name one.
-_DEFAULT_SPEC = "litert-int8"
 
 
 def check_settings(config: DictConfig, name: str) -> None:
@@ -49,8 +49,8 @@ def check_settings(config: DictConfig, name: str) -> None:
                 "compression=none or another group, or overrides what reads it; choose such a "
                 f"group, or leave {key} out"
             )
-    spec = plain.get("nna", {}).get("spec", _DEFAULT_SPEC)
-    if spec != _DEFAULT_SPEC and "${nna.spec}" not in read:
+    spec = plain.get("nna", {}).get("spec", DEFAULT_PRESET)
+    if spec != DEFAULT_PRESET and "${nna.spec}" not in read:
         raise ValueError(
             f"nna={spec} is not used: nothing is emulated; add compression=nna8 or another group "
             "of compression, or leave nna out"

@@ -153,7 +153,7 @@ def pickled(original: nn.Module) -> Any:
     return torch.load(file, weights_only=False)
 
 
-def emulated(one: nn.Module, x: Tensor, spec: str = "litert-int8") -> Tensor:
+def emulated(one: nn.Module, x: Tensor, spec: str | None = None) -> Tensor:
     with emulate(one, spec), torch.no_grad():
         return cast(Tensor, one(x))
 

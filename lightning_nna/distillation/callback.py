@@ -70,7 +70,7 @@ class Distillation(ModuleBoundCallback):
     Example:
         >>> from lightning_nna.callbacks import NNAEmulation
         >>> from lightning_nna.testing import SmallRecurrentModule
-        >>> callbacks = [NNAEmulation("litert-int8", calibration_steps=2),
+        >>> callbacks = [NNAEmulation(calibration_steps=2),
         ...     Distillation(["lstm", "head"], weight=0.5)]
         >>> trainer = pl.Trainer(max_steps=4, callbacks=callbacks, accelerator="cpu", logger=False,
         ...     enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)

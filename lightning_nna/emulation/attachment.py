@@ -22,9 +22,8 @@ from lightning_nna.emulation.learned_scales import Learned
 from lightning_nna.emulation.modes import Fidelity
 from lightning_nna.emulation.observers import Observer
 from lightning_nna.emulation.sites import ROOT
-from lightning_nna.emulation.spec import NNASpec, resolve_spec
+from lightning_nna.emulation.spec import DEFAULT_PRESET, NNASpec, resolve_spec
 
-_DEFAULT = "litert-int8"
 _ATTACHED: WeakKeyDictionary[nn.Module, Emulator] = WeakKeyDictionary()
 
 
@@ -76,7 +75,7 @@ def attach(
     Args:
         module: Any module. A part of a module with an emulator uses that emulator.
         spec: Accelerator, see :class:`Emulator`; None for the emulator's own, or for
-            ``"litert-int8"`` if the module has no emulator.
+            the default preset if the module has no emulator.
         targets: Globs of module names, see :class:`Emulator`; for a part of a module with an
             emulator, those of that module. None for the emulator's own, or for all modules.
         observer: Rule of the ranges, see :class:`Emulator`; existing ranges keep theirs.
@@ -94,7 +93,7 @@ def attach(
         if emulator is None:
             emulator = Emulator(
                 module,
-                _DEFAULT if spec is None else spec,
+                DEFAULT_PRESET if spec is None else spec,
                 targets=("*",) if targets is None else targets,
                 observer=observer,
             )
@@ -164,7 +163,7 @@ def emulate(
     Args:
         module: Any module. A part of a module with an emulator uses that emulator.
         spec: Accelerator, see :class:`Emulator`; None for the emulator's own, or for
-            ``"litert-int8"`` if the module has no emulator.
+            the default preset if the module has no emulator.
         targets: Globs of module names, see :class:`Emulator`; None for the emulator's own, or for
             all modules.
         fidelity: ``"exact"``, or ``"fast"`` for float rounding in the requantization to 8 bits.
@@ -213,7 +212,7 @@ def calibrate(
         batches: Batches to run; the ranges cover all of them.
         forward: Function that runs a batch through the module, on every path that will be used.
         spec: Accelerator, see :class:`Emulator`; None for the emulator's own, or for
-            ``"litert-int8"`` if the module has no emulator.
+            the default preset if the module has no emulator.
         targets: Globs of module names, see :class:`Emulator`; None for the emulator's own, or for
             all modules.
         observer: Rule by which ranges follow from observed values, see :class:`Emulator`.

@@ -30,7 +30,7 @@ from lightning_nna.emulation.modes import Fidelity, Phase
 from lightning_nna.emulation.observers import OBSERVERS, Observer
 from lightning_nna.emulation.scope import outermost
 from lightning_nna.emulation.sites import ROOT
-from lightning_nna.emulation.spec import NNASpec, resolve_spec
+from lightning_nna.emulation.spec import DEFAULT_PRESET, NNASpec, resolve_spec
 from lightning_nna.emulation.telemetry import Telemetry
 from lightning_nna.keyed_adam import KeyedAdam
 from lightning_nna.lifecycle import ModuleBoundCallback
@@ -89,7 +89,7 @@ class NNAEmulation(ModuleBoundCallback):
 
     Example:
         >>> from lightning_nna.testing import SmallRecurrentModule
-        >>> emulation = NNAEmulation("litert-int8", calibration_steps=2)
+        >>> emulation = NNAEmulation(calibration_steps=2)
         >>> trainer = pl.Trainer(max_steps=4, callbacks=[emulation], accelerator="cpu",
         ...     logger=False,
         ...     enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
@@ -104,7 +104,7 @@ class NNAEmulation(ModuleBoundCallback):
 
     def __init__(
         self,
-        spec: str | NNASpec | Mapping[str, Any] = "litert-int8",
+        spec: str | NNASpec | Mapping[str, Any] = DEFAULT_PRESET,
         *,
         targets: Sequence[str] = ("*",),
         calibration_steps: int = 32,

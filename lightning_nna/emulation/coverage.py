@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 from lightning_nna.emulation.attachment import attached, uncompiled
 from lightning_nna.emulation.emulator import Emulator
 from lightning_nna.emulation.modes import SiteCall, Treatment
-from lightning_nna.emulation.spec import PRESETS, NNASpec
+from lightning_nna.emulation.spec import DEFAULT_PRESET, PRESETS, NNASpec
 
 _TITLES: dict[Treatment, str] = {
     "emulated": "emulated",
@@ -121,7 +121,7 @@ def coverage(
         module: Any module, with or without an emulator; neither is changed.
         *example: Arguments of its forward. As in :func:`.emulate`, the accelerator may follow by
             position: an ``NNASpec``, a preset's name or a YAML file.
-        spec: Accelerator; None for that of the module's emulator, or for ``"litert-int8"``.
+        spec: Accelerator; None for that of the module's emulator, or for the default preset.
         forward: Function that runs the module, given the module and its arguments: for methods
             other than its forward, as those of a decoder.
         **keywords: Keyword arguments of its forward.
@@ -192,7 +192,7 @@ def _observing(
     is_own = own is not None and own.module is module
     emulator = Emulator(
         module,
-        spec if spec is not None else "litert-int8" if own is None else own.spec,
+        spec if spec is not None else DEFAULT_PRESET if own is None else own.spec,
         targets=own.targets if own is not None and is_own else ("*",),
     )
     outer = None if own is None else own.state.modes.enter(None)

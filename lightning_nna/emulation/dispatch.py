@@ -711,7 +711,7 @@ class Dispatch(TorchFunctionMode):
     ) -> Any:
         """Run a function that the accelerator does not have, in float."""
         if not self.state.calibrated:
-            self.state.require_ranges(key)
+            self.state.require_ranges(key, remedy)
         for operand in floats((args, kwargs)):
             self.state.fusion.note_consumer(operand, key)
             self.state.fusion.require_computed(operand, key)

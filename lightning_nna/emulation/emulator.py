@@ -32,12 +32,14 @@ from lightning_nna.emulation.scope import (
     require_float32,
 )
 from lightning_nna.emulation.sites import ROOT, CallSites, SiteTable
-from lightning_nna.emulation.spec import NNASpec, resolve_spec
+from lightning_nna.emulation.spec import DEFAULT_PRESET, NNASpec, resolve_spec
 from lightning_nna.emulation.state import EmulationState
 from lightning_nna.emulation.telemetry import Telemetry
 
 #: Entries that a saved state must have.
 _STATE = frozenset({"calibrated", "fusion", "locations", "observer", "ranges"})
+#: Most sites that a message lists.
+_MOST_SHOWN = 8
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +66,7 @@ class Emulator:
     def __init__(
         self,
         module: nn.Module,
-        spec: str | NNASpec | Mapping[str, Any] = "litert-int8",
+        spec: str | NNASpec | Mapping[str, Any] = DEFAULT_PRESET,
         *,
         targets: Sequence[str] = ("*",),
         observer: Observer = "min_max",
@@ -273,6 +275,9 @@ class Emulator:
         state = self.state
         if not state.ranges.ranges:
             raise RuntimeError(self._why_no_ranges())
+        if state.fallbacks:
+            log.warning("%s", self._what_falls_back())
+            state.fallbacks = {}
         state.calibrated = True
         state.fusion.freeze()
         state.ranges.widen(margin)
@@ -281,14 +286,21 @@ class Emulator:
         # Activations of observed forwards are marked as pending.
         state.forget_qparams()
 
+    def _what_falls_back(self) -> str:
+        fallbacks = sorted(self.state.fallbacks.items())
+        sites = [f"{site} ({remedy})" if remedy else site for site, remedy in fallbacks]
+        return (
+            f"{self.spec.name!r} has no operator for these sites, which run in float on the CPU: "
+            f"{_first_of(sites)}; coverage(module, x) prints all sites"
+        )
+
     def _why_no_ranges(self) -> str:
         state = self.state
         if state.fallbacks:
-            sites = sorted(state.fallbacks)
-            more = f" and {len(sites) - 8} more" if len(sites) > 8 else ""
+            sites = _first_of(sorted(state.fallbacks))
             return (
                 f"forwards were observed, but {self.spec.name!r} has no operator for any of their "
-                f"functions: {', '.join(sites[:8])}{more} run in float on the CPU, so there is "
+                f"functions: {sites} run in float on the CPU, so there is "
                 f"nothing to emulate; coverage(module, x) prints all sites"
             )
         if state.observed_forward:
@@ -390,6 +402,12 @@ class Emulator:
         emulator.scales.pipeline.adopt(carried.get("transforms", {}))
         emulator.state.used_weights = dict(carried["used_weights"])
         return emulator
+
+
+def _first_of(sites: Sequence[str]) -> str:
+    """List the first sites of many."""
+    more = f" and {len(sites) - _MOST_SHOWN} more" if len(sites) > _MOST_SHOWN else ""
+    return ", ".join(sites[:_MOST_SHOWN]) + more
 
 
 def _renamed(value: Any, sites: Mapping[str, str]) -> Any:

@@ -65,12 +65,16 @@ def reason_against_kernel(runtime: str, name: str, dtype: str) -> str:
         dtype: Type of its first operand.
 
     Example:
-        >>> reason_against_kernel("tflm", "REDUCE_MAX", "int16").split(": ")[0]
-        'TFLite-Micro has no kernel REDUCE_MAX of int16'
+        >>> reason = reason_against_kernel("tflm", "TOPK_V2", "int8")
+        >>> reason.split(": ")[0], reason.split(", or ")[1]
+        ('TFLite-Micro has no kernel TOPK_V2 of int8',
+        'take a preset of LiteRT, as litert-int8, which has it')
     """
     reason = f"{TITLES.get(runtime, runtime)} has no kernel {name} of {dtype}"
-    remedy = _REMEDIES.get(name, "")
-    return f"{reason}: {remedy}" if remedy else reason
+    remedies = [_REMEDIES[name]] if name in _REMEDIES else []
+    if dtype in table()["litert"].get(name, ()):
+        remedies.append("take a preset of LiteRT, as litert-int8, which has it")
+    return f"{reason}: {', or '.join(remedies)}" if remedies else reason
 
 
 @cache

@@ -25,6 +25,10 @@ Overflow = Literal["saturate", "wrap"]
 RuntimeName = Literal["litert", "tflm", "tosa"]
 LSTMForm = Literal["sequence", "elementary"]
 
+#: Name of the preset where none is given: that of TFLite-Micro, which microcontrollers and hosts of
+#: NPUs run. The defaults of the fields of :class:`NNASpec` are its values.
+DEFAULT_PRESET = "tflm-int8"
+
 #: Widths of the accumulators of LiteRT's kernels in bits, by the width of their activations.
 LITERT_ACCUMULATOR = {8: 32, 16: 64}
 #: Widths of their biases. With 16-bit activations, 64 bits are stored and processors use 40.
@@ -50,7 +54,7 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
 
 @dataclass(frozen=True)
 class NNASpec:
-    """Describe the arithmetic of one accelerator.
+    """Describe the arithmetic of one accelerator; fields default to those of the default preset.
 
     Args:
         name: Name in reports and messages.
@@ -93,14 +97,14 @@ class NNASpec:
         The TensorFlow Lite 8-bit quantization specification.
     """
 
-    name: str = "litert-int8"
+    name: str = DEFAULT_PRESET
     activation_bits: int = 8
     weight_bits: int = 8
     bias_bits: int = 32
     accumulator_bits: int = 32
     accumulator_overflow: Overflow = "wrap"
     weight_granularity: Granularity = "per_channel"
-    runtime: RuntimeName = "litert"
+    runtime: RuntimeName = "tflm"
     rounding: Rounding = "reference"
     lstm: LSTMForm = "sequence"
     table_entries: int = 0
@@ -247,7 +251,7 @@ class NNASpec:
         of a product.
 
         Example:
-            >>> NNASpec().factor_precision, NNASpec(runtime="tflm").factor_precision
+            >>> NNASpec(runtime="litert").factor_precision, NNASpec(runtime="tflm").factor_precision
             (<class 'numpy.float32'>, <class 'numpy.float64'>)
         """
         return np.float32 if self.runtime == "litert" else np.float64
@@ -272,7 +276,7 @@ class NNASpec:
 
         Args:
             settings: Values by field name. Missing fields have the values of the preset that the
-                key ``preset`` names, by default ``"litert-int8"``.
+                key ``preset`` names, by default :data:`DEFAULT_PRESET`.
 
         Raises:
             ValueError: If a key is unknown, or a value is not allowed.
@@ -287,7 +291,7 @@ class NNASpec:
             allowed = sorted(known | {"preset"})
             raise ValueError(f"an NNASpec has no key {unknown}; allowed: {allowed}")
         values = dict(settings)
-        base = values.pop("preset", "litert-int8")
+        base = values.pop("preset", DEFAULT_PRESET)
         if base not in PRESETS:
             raise ValueError(f"preset must be one of {sorted(PRESETS)}, got {base!r}")
         if values.get("operators") is not None:
@@ -355,20 +359,27 @@ def _require_choice(name: str, value: object, allowed: tuple[Any, ...]) -> None:
 PRESETS: dict[str, NNASpec] = {
     spec.name: spec
     for spec in (
-        NNASpec(),
-        NNASpec("litert-int16x8", activation_bits=16, accumulator_bits=64, bias_bits=40),
         NNASpec("tflm-int8", runtime="tflm"),
         NNASpec(
-            "tflm-int16x8", activation_bits=16, accumulator_bits=64, bias_bits=40, runtime="tflm"
-        ),
-        NNASpec("tosa-int8", runtime="tosa"),
-        NNASpec(
-            "tosa-int16x8", activation_bits=16, accumulator_bits=64, bias_bits=40, runtime="tosa"
+            "tflm-int16x8", runtime="tflm", activation_bits=16, accumulator_bits=64, bias_bits=40
         ),
         # What Vela leaves to the host runs on TFLite-Micro.
         NNASpec("ethos-u", runtime="tflm"),
+        NNASpec("litert-int8", runtime="litert"),
+        NNASpec(
+            "litert-int16x8",
+            runtime="litert",
+            activation_bits=16,
+            accumulator_bits=64,
+            bias_bits=40,
+        ),
+        NNASpec("tosa-int8", runtime="tosa"),
+        NNASpec(
+            "tosa-int16x8", runtime="tosa", activation_bits=16, accumulator_bits=64, bias_bits=40
+        ),
         NNASpec(
             "shift",
+            runtime="litert",
             rounding="shift",
             accumulator_bits=24,
             accumulator_overflow="saturate",

@@ -51,7 +51,8 @@ class EmulationState:
         used_weights: Rows per scale of the weights that operators have used, by name.
         names: Names of parameters and buffers by ``id``.
         observed_forward: Whether an observed forward has begun.
-        fallbacks: Sites of an observed forward that are no operators of the accelerator.
+        fallbacks: Sites of an observed forward that are no operators of the accelerator, each with
+            what to write instead, if something is known.
     """
 
     def __init__(self, module: nn.Module, spec: NNASpec, observer: Observer) -> None:
@@ -67,7 +68,7 @@ class EmulationState:
         self.scales = LearnedScales(module, spec, self._writes)
         self.used_weights: dict[str, int] = {}
         self.observed_forward = False
-        self.fallbacks: set[str] = set()
+        self.fallbacks: dict[str, str] = {}
         self._qparams = Marks(self._writes)
         self._mixed_qparams = Marks(self._writes)
         self._weights: dict[tuple[int, int], tuple[Tensor, Any, QuantizedWeight]] = {}
@@ -96,11 +97,12 @@ class EmulationState:
         self.constants.rename(self.names)
         self.scales.follow(module)
 
-    def require_ranges(self, fallback: str | None = None) -> None:
+    def require_ranges(self, fallback: str | None = None, remedy: str = "") -> None:
         """Raise if the module is emulated without ranges; note an observed forward.
 
         Args:
             fallback: Key of the site that runs, if its function is no operator of the accelerator.
+            remedy: What to write instead of it.
 
         Raises:
             RuntimeError: If no ranges were observed.
@@ -109,7 +111,7 @@ class EmulationState:
         if phase == "observe":
             self.observed_forward = True
             if fallback is not None:
-                self.fallbacks.add(fallback)
+                self.fallbacks[fallback] = remedy
         if phase == "emulate" and not self.calibrated:
             raise RuntimeError(
                 f"{self.module_name} is to be emulated and has no ranges: call calibrate(module, "

@@ -2,7 +2,7 @@
 
 :mod:`lightning_nna.testing.contract` has the promises that every callback keeps,
 :mod:`lightning_nna.testing.operator_oracle` those of every operator, and
-:mod:`lightning_nna.testing.replay` compares emulated instructions with LiteRT's; the latter two
+:mod:`lightning_nna.testing.replay` compares emulated instructions with a runtime's; the latter two
 need the extra ``deploy``.
 """
 

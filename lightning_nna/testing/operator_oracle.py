@@ -32,7 +32,7 @@ from lightning_nna.emulation import calibrate, coverage, emulate
 from lightning_nna.emulation.modes import FIDELITIES
 from lightning_nna.emulation.operators.catalog import operators
 from lightning_nna.emulation.operators.record import Operator
-from lightning_nna.emulation.spec import PRESETS
+from lightning_nna.emulation.spec import DEFAULT_PRESET, PRESETS
 from lightning_nna.testing.replay import WITHOUT_REFERENCE, replays
 
 #: Presets whose activations have so many bits, of LiteRT.
@@ -87,7 +87,7 @@ def check_operator(
     examples: Sequence[Example],
     *,
     widths: Iterable[int] | None = None,
-    runtime: str = "litert",
+    runtime: str = PRESETS[DEFAULT_PRESET].runtime,
     checks: Iterable[Check] | None = None,
 ) -> None:
     """Demand everything that holds for operators of the accelerator.
@@ -96,7 +96,8 @@ def check_operator(
         operator: Record of the operator, or its name.
         examples: Networks that consist of it.
         widths: Bits of activations; None for all widths of the record.
-        runtime: Runtime whose kernels it is compared with, a key of :data:`SPECS_OF`.
+        runtime: Runtime whose kernels it is compared with, a key of :data:`SPECS_OF`; the default
+            preset's unless given.
         checks: Functions of :data:`CHECKS`; None for all.
 
     Raises:

@@ -5,7 +5,7 @@ While a module runs emulated, every instruction is recorded with its operands an
 the spec is exact for: LiteRT's *reference* kernels, or TFLite-Micro. It needs the extra ``deploy``.
 
     compared = replays(nn.Linear(8, 4), torch.randn(16, 8))
-    compared["FULLY_CONNECTED"]  # 64 results, each of them LiteRT's
+    compared["FULLY_CONNECTED"]  # 64 results, each of them TFLite-Micro's
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from lightning_nna.deploy.flatbuffer import OperatorSpec, TensorSpec, build_mode
 from lightning_nna.deploy.runtimes import runtime_of
 from lightning_nna.emulation import emulate
 from lightning_nna.emulation.program import Instruction, Stored
+from lightning_nna.emulation.spec import NNASpec
 
 #: Operators that LiteRT has in its optimized kernels only, which compute the same table.
 WITHOUT_REFERENCE = frozenset({"ELU"})
@@ -33,7 +34,7 @@ def replays(
     module: nn.Module,
     *example: Any,
     inputs: Sequence[Any] | None = None,
-    spec: str | Mapping[str, Any] = "litert-int8",
+    spec: str | NNASpec | Mapping[str, Any] | None = None,
     train: Callable[[nn.Module, Any], None] | None = None,
     forward: Callable[..., Any] | None = None,
 ) -> Counter[str]:
@@ -43,7 +44,7 @@ def replays(
         module: Any module.
         *example: Arguments of its forward for the calibration.
         inputs: Arguments of the emulated run; None for ``example``.
-        spec: Accelerator.
+        spec: Accelerator; None for that of the module's emulator, or for the default preset.
         train: Called with the emulated module and its emulator before the run that is compared.
         forward: Function that runs the module; None for the module itself.
 

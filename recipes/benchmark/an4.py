@@ -16,7 +16,7 @@ from typing import Any
 
 from recipes.benchmark.grid import Study, axis, threads_option
 from recipes.benchmark.plots import saved_figure
-from recipes.benchmark.recipe_runs import SEEDS, START, RecipeRun
+from recipes.benchmark.recipe_runs import SEEDS, START, RecipeRun, compressed
 from recipes.benchmark.report import (
     Fields,
     interval,
@@ -69,9 +69,9 @@ class AN4Run(RecipeRun):
         settings = [f"hydra.run.dir={self.folder}"]
         start = AN4Run(self.model, "float", self.seed).checkpoint
         if self.method == "chip":
-            return ["recipes.evaluate", f"ckpt={start}", "compression=nna8", *settings]
+            return ["recipes.evaluate", f"ckpt={start}", *compressed("nna8"), *settings]
         if self.method == "nna8":
-            settings = ["compression=nna8", f"init_from={start}", *settings]
+            settings = [*compressed("nna8"), f"init_from={start}", *settings]
         return ["recipes.train", f"experiment={self.experiment}", f"seed={self.seed}", *settings]
 
     def rows(self) -> Iterator[Row]:

@@ -27,6 +27,7 @@ from recipes.benchmark.recipe_runs import (
     START,
     STEPS,
     RecipeRun,
+    compressed,
     evaluation,
     metrics_of,
     run_recipe,
@@ -191,7 +192,7 @@ class CompressionRun(RecipeRun):
     def command(self) -> list[str]:
         """Module and overrides of the run."""
         method = METHODS[self.method]
-        settings = [f"compression={method.compression}", *method.settings]
+        settings = [*compressed(method.compression), *method.settings]
         if self.bits in ALLOCATIONS:
             settings += ["bits=8", f"bit_overrides={self.allocation}"]
         elif self.bits == SMALL_ONE_BIT:

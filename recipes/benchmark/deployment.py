@@ -22,7 +22,7 @@ from typing import Any
 from recipes.benchmark import compression
 from recipes.benchmark.compression import HIGHER_RATE_BITS, RATE_BITS
 from recipes.benchmark.grid import Study, axis, threads_option
-from recipes.benchmark.recipe_runs import RecipeRun, summary_of, training
+from recipes.benchmark.recipe_runs import RecipeRun, compressed, summary_of, training
 from recipes.benchmark.report import Fields, line, met, percent
 from recipes.benchmark.rows import Row, read_rows, select
 
@@ -53,8 +53,8 @@ PAIRS = (("rnnt_large", "rnnt"), ("rnnt", "rnnt_small"))
 MEMORY_SAVED, TIME_SAVED = 0.31, 0.3175
 _TARGET_SYSTEM = "Ethos_U55_High_End_Embedded"
 _TRAINED_BY = {
-    "gq_rate": ("compression=gq", "bits=5", f"callbacks.gq.max_entropy_bits={RATE_BITS}"),
-    "nna8": ("compression=nna8",),
+    "gq_rate": (*compressed("gq"), "bits=5", f"callbacks.gq.max_entropy_bits={RATE_BITS}"),
+    "nna8": compressed("nna8"),
 }
 
 

@@ -36,6 +36,8 @@ from recipes.benchmark.timing import (
 )
 from recipes.benchmark.workloads import WORKLOADS, Workload
 
+#: Preset of the published rows.
+PRESET = "litert-int8"
 PAIRS = 15
 #: Largest ratio of time for each fidelity, and of memory.
 TARGETS = {"fast": 1.5, "exact": 2.0}
@@ -95,7 +97,7 @@ def _step(
 
 
 def _calibrated(module: nn.Module, batch: tuple[Tensor, ...]) -> nn.Module:
-    with emulate(module) as emulator, emulator.observing():
+    with emulate(module, PRESET) as emulator, emulator.observing():
         module(*batch)
     return module
 

@@ -20,7 +20,14 @@ import torch
 from lightning_nna.checkpoints import load_checkpoint
 from recipes.benchmark.grid import Study, axis, threads_option
 from recipes.benchmark.plots import plot_losses
-from recipes.benchmark.recipe_runs import SEEDS, RecipeRun, evaluation, metrics_of, training
+from recipes.benchmark.recipe_runs import (
+    SEEDS,
+    RecipeRun,
+    compressed,
+    evaluation,
+    metrics_of,
+    training,
+)
 from recipes.benchmark.report import (
     Fields,
     against,
@@ -126,7 +133,7 @@ class PruningRun(RecipeRun):
     def command(self) -> list[str]:
         """Module and overrides of the run."""
         method = METHODS[self.method]
-        settings = [f"compression={method.compression}", *method.settings]
+        settings = [*compressed(method.compression), *method.settings]
         if self.method == "float":
             return evaluation(self.folder, *settings)
         if method.compression != "nna8":

@@ -24,6 +24,9 @@ STEPS = 480
 #: Four epochs of 120 batches: some methods act after each epoch.
 BUDGET = ("trainer.max_epochs=4", f"+trainer.limit_train_batches={STEPS // 4}")
 
+#: Preset of the published rows.
+PRESET = "litert-int8"
+
 
 @dataclass(frozen=True, kw_only=True)
 class RecipeRun(Run):
@@ -51,6 +54,17 @@ class RecipeRun(Run):
     def row(self, summary: Mapping[str, Any]) -> Row:
         """Make the row of a finished run from its summary."""
         raise NotImplementedError
+
+
+def compressed(compression: str) -> list[str]:
+    """Return the overrides that choose a group of compression, emulated on :data:`PRESET`.
+
+    Example:
+        >>> compressed("nna8"), compressed("none")
+        (['compression=nna8', 'nna=litert-int8'], ['compression=none'])
+    """
+    preset = [] if compression == "none" else [f"nna={PRESET}"]
+    return [f"compression={compression}", *preset]
 
 
 def training(seed: int, folder: Path, *settings: str, start: Path = START) -> list[str]:

@@ -183,12 +183,17 @@ def test_a_target_that_is_missed_is_warned_of(callback: WeightMethod, missed: st
             LotteryTicketPruning(0.5, freeze_step=9, rewind_step=3, **STEPS),
             "rewind_step is 0 there and 3 here",
         ),
+        (
+            NNAEmulation("litert-int8", calibration_steps=2),
+            NNAEmulation(calibration_steps=2),
+            r"spec\['name'\] is 'litert-int8' there and 'tflm-int8' here, spec",
+        ),
     ],
     ids=lambda value: type(value).__name__,
 )
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")  # Of other targets.
 def test_what_cannot_be_honored_names_both_values(
-    before: WeightMethod, after: WeightMethod, named: str, tmp_path: Path
+    before: Callback, after: Callback, named: str, tmp_path: Path
 ) -> None:
     path = stopped(tmp_path, before)
     with pytest.raises(ValueError, match=named):

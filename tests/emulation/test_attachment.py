@@ -234,7 +234,7 @@ def test_scripted_modules_are_reported(
 
 def test_another_chip_or_other_targets_need_strip_first() -> None:
     net = calibrated(SmallNet(), torch.randn(3, 4))
-    with pytest.raises(ValueError, match=r"is emulated on 'litert-int8' .* already; call strip"):
+    with pytest.raises(ValueError, match=r"is emulated on 'tflm-int8' .* already; call strip"):
         calibrate(net, [torch.randn(3, 4)], spec={"name": "four", "weight_bits": 4})
     strip(net)
     calibrate(net, [torch.randn(3, 4)], spec={"name": "four", "weight_bits": 4})

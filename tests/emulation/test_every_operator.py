@@ -70,7 +70,7 @@ def test_none_is_missing() -> None:
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
 @pytest.mark.parametrize(("name", "index", "bits"), EACH)
 def test_it_passes(name: str, index: int, bits: int, check: Check) -> None:
-    check_operator(name, [EXAMPLES[name][index]], widths=[bits], checks=[check])
+    check_operator(name, [EXAMPLES[name][index]], widths=[bits], checks=[check], runtime="litert")
 
 
 @pytest.mark.parametrize("check", MICRO_CHECKS, ids=lambda check: check.__name__)

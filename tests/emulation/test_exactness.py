@@ -36,7 +36,8 @@ pytestmark = pytest.mark.exactness
 def test_fully_connected(inputs: int, outputs: int, bias: bool, per_channel: bool) -> None:
     torch.manual_seed(inputs)
     layer = nn.Linear(inputs, outputs, bias=bias)
-    settings = {"weight_granularity": "per_channel" if per_channel else "per_tensor"}
+    granularity = "per_channel" if per_channel else "per_tensor"
+    settings = {"preset": "litert-int8", "weight_granularity": granularity}
     with emulate(layer, settings) as chip:
         with chip.observing():
             layer(torch.randn(64, inputs) - 0.5)
@@ -55,7 +56,7 @@ def test_fully_connected_accumulates_exactly_at_the_worst_case() -> None:
         layer.weight[1, ::2] = -1.0
         layer.weight[2, 1:] = 0.5001
     x = QParams(1.0, -128)
-    with emulate(layer) as chip:
+    with emulate(layer, "litert-int8") as chip:
         chip.ranges.observe("./fully_connected#0/input", torch.tensor([0.0, 255.0]))
         chip.ranges.observe("./fully_connected#0/output", torch.tensor([-4.2e5, 1.1e6]))
         chip.freeze()
@@ -92,7 +93,7 @@ def test_binary(name: str, ratio: float, shapes: tuple[tuple[int, ...], ...]) ->
     kernel, function = BINARY[name]
     module = Binary(function)
     torch.manual_seed(0)
-    with emulate(module) as chip:
+    with emulate(module, "litert-int8") as chip:
         with chip.observing():
             module(torch.randn(shapes[0]) + 0.3, ratio * torch.randn(shapes[1]))
         a, b = grid(chip, f"./{name}#0/input"), grid(chip, f"./{name}#0/other")
@@ -109,7 +110,7 @@ def test_binary(name: str, ratio: float, shapes: tuple[tuple[int, ...], ...]) ->
 @pytest.mark.parametrize("span", [0.3, 3.0, 40.0])
 def test_table(name: str, output: QParams, span: float) -> None:
     module = {"sigmoid": nn.Sigmoid(), "tanh": nn.Tanh()}[name]
-    with emulate(module) as chip:
+    with emulate(module, "litert-int8") as chip:
         with chip.observing():
             module(torch.linspace(-span, 0.8 * span, 100))
         x = grid(chip, f"./{name}#0/input")
@@ -121,7 +122,7 @@ def test_table(name: str, output: QParams, span: float) -> None:
 
 def test_relu() -> None:
     module = nn.ReLU()
-    with emulate(module) as chip:
+    with emulate(module, "litert-int8") as chip:
         with chip.observing():
             module(torch.linspace(-2, 3, 100))
         x = grid(chip, "./relu#0/input")
@@ -134,7 +135,7 @@ def test_quantize_from_float() -> None:
     """Values on, beside and beyond the grid; the first operator's operand is what LiteRT gives."""
     module = Binary(lambda a, _: torch.relu(a))
     x = torch.cat([torch.linspace(-5, 5, 20_000), torch.tensor([1e4, -1e4, 0.0])])
-    with emulate(module) as chip:
+    with emulate(module, "litert-int8") as chip:
         with chip.observing():
             module(torch.linspace(-4, 4.1, 50), None)
         q = grid(chip, "./relu#0/input")
@@ -149,7 +150,7 @@ def test_quantize_from_float() -> None:
 def test_concatenation_requantizes_each_part() -> None:
     module = Binary(lambda a, b: torch.cat([torch.relu(a), torch.tanh(b)], -1))
     torch.manual_seed(1)
-    with emulate(module) as chip:
+    with emulate(module, "litert-int8") as chip:
         with chip.observing():
             module(2 * torch.randn(100, 60), 0.4 * torch.randn(100, 70) + 0.2)
         a, b = grid(chip, "./relu#0/input"), grid(chip, "./tanh#0/input")
@@ -172,7 +173,7 @@ def test_concatenation_requantizes_each_part() -> None:
 def test_embedding() -> None:
     table = nn.Embedding(30, 16)
     index = torch.arange(30)
-    with emulate(table) as chip:
+    with emulate(table, "litert-int8") as chip:
         with chip.observing():
             table(index)
         emulated = table(index)

@@ -179,7 +179,7 @@ def trained_for(learned: str, seed: int) -> float:
     """Squared error of a network with 3-bit weights after training on what it gave in float."""
     # PyTorch's random numbers differ with the instructions of a processor, NumPy's do not.
     draw = np.random.default_rng(seed)
-    net, spec = SmallNet(8, 32, 4), {"weight_bits": 3}
+    net, spec = SmallNet(8, 32, 4), {"preset": "litert-int8", "weight_bits": 3}
     with torch.no_grad():
         for parameter in net.parameters():
             values = draw.uniform(-1, 1, parameter.shape) / parameter.shape[-1] ** 0.5

@@ -416,7 +416,7 @@ def test_what_a_part_cannot_do_alone_names_the_whole() -> None:
         emulated(holder.net, x)
     strip(holder)
     calibrate(holder, [x])
-    with pytest.raises(ValueError, match=r"the Holder around 'net' is emulated on 'litert-int8'"):
+    with pytest.raises(ValueError, match=r"the Holder around 'net' is emulated on 'tflm-int8'"):
         emulate(holder.net, "shift").__enter__()
 
 
@@ -455,7 +455,7 @@ def test_a_state_of_another_spec_names_both() -> None:
     x = torch.randn(3, 4)
     state = calibrate(SmallNet(), [x]).state_dict()
     other = calibrate(SmallNet(), [x], spec="litert-int16x8")
-    with pytest.raises(ValueError, match="spec 'litert-int8', the emulator has 'litert-int16x8'"):
+    with pytest.raises(ValueError, match="spec 'tflm-int8', the emulator has 'litert-int16x8'"):
         other.load_state_dict(state)
 
 
@@ -463,7 +463,7 @@ def test_the_arithmetic_of_a_state_counts_and_not_its_name() -> None:
     x = torch.randn(3, 4)
     state = calibrate(SmallNet(), [x]).state_dict()
     calibrate(SmallNet(), [x], spec={"name": "mine"}).load_state_dict(state)
-    other = calibrate(SmallNet(), [x], spec={"name": "litert-int8", "weight_bits": 4})
+    other = calibrate(SmallNet(), [x], spec={"name": "tflm-int8", "weight_bits": 4})
     with pytest.raises(ValueError, match="weight_bits is 8 there and 4 here"):
         other.load_state_dict(state)
 

@@ -8,10 +8,6 @@ from lightning_nna import NNASpec
 from lightning_nna.emulation.spec import resolve_spec
 
 
-def test_the_default_is_the_int8_preset() -> None:
-    assert resolve_spec("litert-int8") == NNASpec()
-
-
 @pytest.mark.parametrize(
     ("settings", "named"),
     [

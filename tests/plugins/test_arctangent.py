@@ -65,9 +65,7 @@ def test_16_bits_are_a_table_too() -> None:
 
 def test_what_is_wrong_is_named() -> None:
     wrong = dataclasses.replace(ARCTANGENT, name="arcsine", learns_scale=False)
-    with pytest.raises(
-        AssertionError, match=r"'arcsine', litert-int8, example 0, is_covered: no si"
-    ):
+    with pytest.raises(AssertionError, match=r"'arcsine', tflm-int8, example 0, is_covered: no si"):
         check_operator(wrong, EXAMPLES, checks=[is_covered])
     with pytest.raises(
         AssertionError, match=r"example 0, equals_the_runtime_on_random.* enlarge the s"

@@ -172,7 +172,8 @@ def _aligned(size: int) -> int:
 def _missing() -> MissingRuntimeError:
     return MissingRuntimeError(
         "TFLite-Micro is not installed: pip install 'lightning-nna[deploy]'; its package is built "
-        "for Linux on x86-64 alone",
+        "for Linux on x86-64 alone. Elsewhere, programs of a preset of LiteRT (litert-int8) can be "
+        "verified",
         name=_PACKAGE,
     )
 
@@ -193,7 +194,8 @@ def _stderr() -> Iterator[IO[bytes]]:
     """Lead what C++ code writes to the standard error stream into a file."""
     sys.stderr.flush()
     stream = os.dup(2)
-    with tempfile.TemporaryFile() as file:
+    # A file in memory: a program of a few microseconds is called often.
+    with open(os.memfd_create("stderr"), "w+b") as file:
         os.dup2(file.fileno(), 2)
         try:
             yield file

@@ -51,7 +51,7 @@ ACCURACY = {
 def test_equals_litert(name: str, span: float) -> None:
     module, kernels = MODULES[name]
     x = span * torch.linspace(-1.0, 0.8, 40_000)[torch.randperm(40_000)].view(200, 200)
-    compared = replays(nn.Sequential(module), x)
+    compared = replays(nn.Sequential(module), x, spec="litert-int8")
     assert set(compared) == kernels | {"QUANTIZE"}
     assert min(compared.values()) >= 20_000
 

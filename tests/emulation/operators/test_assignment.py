@@ -40,7 +40,7 @@ EXAMPLES = [
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
 @pytest.mark.parametrize("example", EXAMPLES)
 def test_oracle(example: Example, check: Check) -> None:
-    check_operator("assignment", [example], checks=[check])
+    check_operator("assignment", [example], checks=[check], runtime="litert")
 
 
 TRIANGLES = [
@@ -52,7 +52,7 @@ TRIANGLES = [
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
 @pytest.mark.parametrize("example", TRIANGLES)
 def test_oracle_of_triangles(example: Example, check: Check) -> None:
-    check_operator("triangle", [example], checks=[check])
+    check_operator("triangle", [example], checks=[check], runtime="litert")
 
 
 def a_row(y: Tensor, z: Tensor) -> None:

@@ -49,7 +49,9 @@ def block(name: str) -> tuple[nn.Module, Tensor]:
 @pytest.mark.parametrize("name", BLOCKS)
 def test_equals_litert(name: str, training: bool) -> None:
     module, x = block(name)
-    compared = replays(module.train(training), x, inputs=[x + 0.1 * torch.randn_like(x)])
+    compared = replays(
+        module.train(training), x, inputs=[x + 0.1 * torch.randn_like(x)], spec="litert-int8"
+    )
     layers = {"CONV_2D", "DEPTHWISE_CONV_2D", "FULLY_CONNECTED"} & set(compared)
     assert len(layers) == 1  # One instruction for the layer and its norm.
     assert set(compared) - layers == {"QUANTIZE"}

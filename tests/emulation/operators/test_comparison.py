@@ -28,7 +28,7 @@ EXAMPLES = [
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
 @pytest.mark.parametrize("example", EXAMPLES)
 def test_oracle(example: Example, check: Check) -> None:
-    check_operator("comparison", [example], checks=[check])
+    check_operator("comparison", [example], checks=[check], runtime="litert")
 
 
 def between(x: Tensor) -> Tensor:
@@ -38,7 +38,9 @@ def between(x: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
 def test_oracle_of_conditions(check: Check) -> None:
-    check_operator("logical", [Example(lambda: Function(between), (ROWS,))], checks=[check])
+    check_operator(
+        "logical", [Example(lambda: Function(between), (ROWS,))], checks=[check], runtime="litert"
+    )
 
 
 COMPARISONS: list[Callable[..., Tensor]] = [

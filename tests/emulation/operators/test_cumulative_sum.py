@@ -21,7 +21,7 @@ EXAMPLES = [
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
 @pytest.mark.parametrize("example", EXAMPLES)
 def test_oracle(example: Example, check: Check) -> None:
-    check_operator("cumsum", [example], checks=[check])
+    check_operator("cumsum", [example], checks=[check], runtime="litert")
 
 
 @pytest.mark.parametrize("shape", [(7,), (3, 4), (2, 3, 4)])

@@ -26,30 +26,32 @@ def away_from_0(x: Tensor) -> Tensor:
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
 def test_reciprocal(check: Check) -> None:
     example = Example(function(lambda x: torch.reciprocal(away_from_0(x))), (ROWS,))
-    check_operator("reciprocal", [example], checks=[check])
+    check_operator("reciprocal", [example], checks=[check], runtime="litert")
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
 def test_addcmul(check: Check) -> None:
     example = Example(function(lambda a, b: torch.addcmul(a, a, b, value=-0.5)), (ROWS, ROWS))
-    check_operator("addcmul", [example], checks=[check])
+    check_operator("addcmul", [example], checks=[check], runtime="litert")
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
 def test_lerp(check: Check) -> None:
     example = Example(function(lambda a, b: torch.lerp(a, b, 0.3)), (ROWS, ROWS))
-    check_operator("lerp", [example], checks=[check])
+    check_operator("lerp", [example], checks=[check], runtime="litert")
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
 def test_square(check: Check) -> None:
-    check_operator("square", [Example(function(torch.square), (ROWS,))], checks=[check])
+    check_operator(
+        "square", [Example(function(torch.square), (ROWS,))], checks=[check], runtime="litert"
+    )
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
 def test_pow(check: Check) -> None:
     example = Example(function(lambda x: (x * 0.7) ** 3), (ROWS,))
-    check_operator("pow", [example], checks=[check])
+    check_operator("pow", [example], checks=[check], runtime="litert")
 
 
 FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {

@@ -23,30 +23,30 @@ def positive(x: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
 def test_exp(check: Check) -> None:
-    check_operator("exp", [Example(function(torch.exp), (ROWS,))], checks=[check])
+    check_operator("exp", [Example(function(torch.exp), (ROWS,))], checks=[check], runtime="litert")
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
 def test_log(check: Check) -> None:
     example = Example(function(lambda x: torch.log(positive(x))), (ROWS,))
-    check_operator("log", [example], checks=[check])
+    check_operator("log", [example], checks=[check], runtime="litert")
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
 def test_sqrt(check: Check) -> None:
     example = Example(function(lambda x: torch.sqrt(positive(x))), (ROWS,))
-    check_operator("sqrt", [example], checks=[check])
+    check_operator("sqrt", [example], checks=[check], runtime="litert")
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
 def test_rsqrt(check: Check) -> None:
     example = Example(function(lambda x: torch.rsqrt(positive(x))), (ROWS,))
-    check_operator("rsqrt", [example], checks=[check])
+    check_operator("rsqrt", [example], checks=[check], runtime="litert")
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
 def test_abs(check: Check) -> None:
-    check_operator("abs", [Example(function(torch.abs), (ROWS,))], checks=[check])
+    check_operator("abs", [Example(function(torch.abs), (ROWS,))], checks=[check], runtime="litert")
 
 
 FUNCTIONS: dict[str, tuple[Callable[[Tensor], Tensor], set[str]]] = {

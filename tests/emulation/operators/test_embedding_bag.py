@@ -45,14 +45,14 @@ BAGS = [
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
 @pytest.mark.parametrize("index", range(len(BAGS)))
 def test_oracle_of_bags(index: int, check: Check) -> None:
-    check_operator("embedding_bag", [BAGS[index]], checks=[check])
+    check_operator("embedding_bag", [BAGS[index]], checks=[check], runtime="litert")
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
 @pytest.mark.parametrize("name", ["item", "method"])
 def test_oracle_of_rows(name: str, check: Check) -> None:
     example = Example(lambda: Rows(LOOK_UPS[name], 2, 12), ((100, 10),), rows=2)
-    check_operator("embedding", [example], checks=[check])
+    check_operator("embedding", [example], checks=[check], runtime="litert")
 
 
 @pytest.mark.parametrize("bits", SPECS)

@@ -53,13 +53,13 @@ INSTANCES = {
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
 @pytest.mark.parametrize("name", GROUPS)
 def test_group_norm(name: str, check: Check) -> None:
-    check_operator("group_norm", [GROUPS[name]], checks=[check])
+    check_operator("group_norm", [GROUPS[name]], checks=[check], runtime="litert")
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
 @pytest.mark.parametrize("name", INSTANCES)
 def test_instance_norm(name: str, check: Check) -> None:
-    check_operator("instance_norm", [INSTANCES[name]], checks=[check])
+    check_operator("instance_norm", [INSTANCES[name]], checks=[check], runtime="litert")
 
 
 @pytest.mark.parametrize("spec", ["litert-int8", "litert-int16x8", "ethos-u", "shift"])

@@ -36,12 +36,12 @@ NUMBERS = Example(lambda: Function(lambda x: (2 * x > 0.1).long().float() * (2 *
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
 def test_oracle_of_arithmetic(check: Check) -> None:
-    check_operator("index_arithmetic", [ARITHMETIC], checks=[check])
+    check_operator("index_arithmetic", [ARITHMETIC], checks=[check], runtime="litert")
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
 def test_oracle_of_numbers(check: Check) -> None:
-    check_operator("numbers_of_indices", [NUMBERS], checks=[check])
+    check_operator("numbers_of_indices", [NUMBERS], checks=[check], runtime="litert")
 
 
 def in_place(index: Tensor) -> Tensor:
@@ -181,7 +181,7 @@ def test_python_may_decide_by_indices_of_no_instruction(tmp_path: Path) -> None:
         return torch.tanh(x), (x.argmax(-1) + 1) % 3 == 1
 
     net, x = Function(function), torch.randn(5, 6)
-    calibrate(net, [[x]], forward=lambda net, batch: net(*batch))
+    calibrate(net, [[x]], forward=lambda net, batch: net(*batch), spec="litert-int8")
     model = export_tflite(net, [x], tmp_path / "net.tflite")
     assert model.left_out == (1,)
     assert dict(model.operators) == {"TANH": 1}
@@ -194,10 +194,10 @@ def test_what_is_no_program_is_told(tmp_path: Path) -> None:
     (row,) = coverage(Function(lambda x: (2 * x) // 3), x).fallbacks
     assert "no kernel rounds a quotient" in row.remedy
     net = Function(lambda x: (2 * x).argmax(-1) * 2**30 + 1)
-    calibrate(net, [[x]], forward=lambda net, batch: net(*batch))
+    calibrate(net, [[x]], forward=lambda net, batch: net(*batch), spec="litert-int8")
     with pytest.raises(OverflowError, match="32 bits"):
         export_tflite(net, [x], tmp_path / "net.tflite")
     net = Function(lambda x: (2 * x).gather(1, x.argmax(1, True) // 2))
-    calibrate(net, [[x]], forward=lambda net, batch: net(*batch))
+    calibrate(net, [[x]], forward=lambda net, batch: net(*batch), spec="litert-int8")
     with pytest.raises(CaptureError, match="values of the data decide, by aten::argmax"):
         export_tflite(net, [x], tmp_path / "net.tflite")

@@ -40,13 +40,13 @@ SAFE = [check for check in CHECKS if not any(word in check.__name__ for word in 
 @pytest.mark.parametrize("check", SAFE, ids=lambda check: check.__name__)
 def test_oracle_of_maxima(check: Check) -> None:
     example = Example(lambda: Chosen(lambda y: y.argmax(-1), 5), ((10_000, 5),))
-    check_operator("argmax", [example], checks=[check])
+    check_operator("argmax", [example], checks=[check], runtime="litert")
 
 
 @pytest.mark.parametrize("check", SAFE, ids=lambda check: check.__name__)
 def test_oracle_of_minima(check: Check) -> None:
     example = Example(lambda: Chosen(lambda y: y.argmin(-1), 5), ((10_000, 5),))
-    check_operator("argmin", [example], checks=[check])
+    check_operator("argmin", [example], checks=[check], runtime="litert")
 
 
 FORMS: dict[str, Callable[[Tensor], Any]] = {
@@ -80,7 +80,7 @@ def test_indices_are_results(tmp_path: Path, name: str, bits: int) -> None:
 
 def test_a_classifier_of_indices_alone(tmp_path: Path) -> None:
     net, x = Function(lambda x: (2 * x).argmax(-1)), torch.randn(50, 10)
-    assert replays(net, x)["ARG_MAX"] == 50
+    assert replays(net, x, spec="litert-int8")["ARG_MAX"] == 50
     calibrate(net, [[x]], forward=lambda net, batch: net(*batch))
     model = export_tflite(net, [x], tmp_path / "index.tflite")
     assert dict(model.operators) == {"MUL": 1, "ARG_MAX": 1}

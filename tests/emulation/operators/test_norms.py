@@ -74,31 +74,31 @@ each_check = pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__
 @each_check
 @pytest.mark.parametrize("name", MOMENTS)
 def test_variances(name: str, check: Check) -> None:
-    check_operator("var", [MOMENTS[name]], checks=[check])
+    check_operator("var", [MOMENTS[name]], checks=[check], runtime="litert")
 
 
 @each_check
 @pytest.mark.parametrize("name", ROOTS)
 def test_deviations(name: str, check: Check) -> None:
-    check_operator("std", [ROOTS[name]], checks=[check])
+    check_operator("std", [ROOTS[name]], checks=[check], runtime="litert")
 
 
 @each_check
 @pytest.mark.parametrize("name", NORMS)
 def test_norms(name: str, check: Check) -> None:
-    check_operator("norm", [NORMS[name]], checks=[check])
+    check_operator("norm", [NORMS[name]], checks=[check], runtime="litert")
 
 
 @each_check
 @pytest.mark.parametrize("name", UNITS)
 def test_unit_vectors(name: str, check: Check) -> None:
-    check_operator("normalize", [UNITS[name]], checks=[check])
+    check_operator("normalize", [UNITS[name]], checks=[check], runtime="litert")
 
 
 @each_check
 @pytest.mark.parametrize("name", QUOTIENTS)
 def test_unit_vectors_of_other_orders(name: str, check: Check) -> None:
-    check_operator("normalize", [QUOTIENTS[name]], checks=[check])
+    check_operator("normalize", [QUOTIENTS[name]], checks=[check], runtime="litert")
 
 
 @pytest.mark.parametrize("bits", SPECS)
@@ -122,13 +122,13 @@ def test_short_vectors_leave_the_range_to_others(name: str, bits: int) -> None:
 @each_check
 @pytest.mark.parametrize("name", COSINES)
 def test_cosines(name: str, check: Check) -> None:
-    check_operator("cosine_similarity", [COSINES[name]], checks=[check])
+    check_operator("cosine_similarity", [COSINES[name]], checks=[check], runtime="litert")
 
 
 @each_check
 @pytest.mark.parametrize("name", LOCAL)
 def test_local_response(name: str, check: Check) -> None:
-    check_operator("local_response_norm", [LOCAL[name]], checks=[check])
+    check_operator("local_response_norm", [LOCAL[name]], checks=[check], runtime="litert")
 
 
 @pytest.mark.parametrize("bits", SPECS)

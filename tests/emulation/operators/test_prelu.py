@@ -41,7 +41,7 @@ EXAMPLES = [
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
 @pytest.mark.parametrize("example", EXAMPLES)
 def test_oracle(example: Example, check: Check) -> None:
-    check_operator("prelu", [example], checks=[check])
+    check_operator("prelu", [example], checks=[check], runtime="litert")
 
 
 @pytest.mark.parametrize("spec", ["litert-int8", "litert-int16x8"])

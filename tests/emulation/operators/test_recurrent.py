@@ -43,7 +43,7 @@ def test_lstm(settings: dict[str, int], gain: float) -> None:
     torch.manual_seed(len(settings))
     module = _rough(nn.LSTM(19, 22, **settings), gain)
     x = torch.randn(21, 33, 19)
-    compared = replays(module, x, inputs=(1.5 * torch.randn(21, 33, 19),))
+    compared = replays(module, x, inputs=(1.5 * torch.randn(21, 33, 19),), spec="litert-int8")
     assert compared[LSTM] > 10_000 or "proj_size" in settings
     assert compared[LSTM] > 2_000
 
@@ -59,7 +59,7 @@ def test_lstm_at_its_extremes(rows: int) -> None:
     x = torch.ones(12, 60, 200)
     x[:, 30:] = -1.0
     x[rows] = (torch.randn(60, 200) > 0) * 2.0 - 1.0
-    assert replays(module, x)[LSTM] == 12 * 60 * 16
+    assert replays(module, x, spec="litert-int8")[LSTM] == 12 * 60 * 16
 
 
 def test_packed_sequences_and_initial_states() -> None:
@@ -69,7 +69,7 @@ def test_packed_sequences_and_initial_states() -> None:
         torch.randn(30, 9, 11), [30, 22, 22, 9, 5, 5, 5, 2, 1]
     )
     state = (0.5 * torch.randn(4, 9, 20), torch.randn(4, 9, 20))
-    assert replays(module, packed, state)[LSTM] == 101 * 80
+    assert replays(module, packed, state, spec="litert-int8")[LSTM] == 101 * 80
 
 
 @pytest.mark.parametrize("kind", [nn.LSTMCell, nn.GRUCell])
@@ -87,7 +87,7 @@ def test_cells_in_a_loop(kind: Callable[..., nn.Module]) -> None:
             return torch.stack(outputs)
 
     torch.manual_seed(0)
-    compared = replays(Loop(), torch.randn(14, 40, 13))
+    compared = replays(Loop(), torch.randn(14, 40, 13), spec="litert-int8")
     assert compared[LSTM if kind is nn.LSTMCell else "LOGISTIC"] >= 14 * 40 * 24
 
 

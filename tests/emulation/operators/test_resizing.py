@@ -44,7 +44,7 @@ PRODUCTS = [
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
 @pytest.mark.parametrize("example", EXAMPLES)
 def test_oracle(example: Example, check: Check) -> None:
-    check_operator("interpolate", [example], checks=[check])
+    check_operator("interpolate", [example], checks=[check], runtime="litert")
 
 
 @pytest.mark.parametrize(
@@ -54,7 +54,7 @@ def test_oracle(example: Example, check: Check) -> None:
 )
 @pytest.mark.parametrize("example", PRODUCTS)
 def test_oracle_of_products(example: Example, check: Check) -> None:
-    check_operator("interpolate", [example], checks=[check])
+    check_operator("interpolate", [example], checks=[check], runtime="litert")
 
 
 _IMAGES: list[dict[str, Any]] = [

@@ -44,7 +44,7 @@ EXAMPLES = {
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_oracle(name: str, check: Check) -> None:
-    check_operator("rnn", [EXAMPLES[name]], checks=[check])
+    check_operator("rnn", [EXAMPLES[name]], checks=[check], runtime="litert")
 
 
 @pytest.mark.parametrize("spec", SPECS)

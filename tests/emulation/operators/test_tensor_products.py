@@ -104,13 +104,13 @@ each_check = pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__
 @each_check
 @pytest.mark.parametrize("name", EINSUMS)
 def test_einsum(name: str, check: Check) -> None:
-    check_operator("einsum", [EINSUMS[name]], checks=[check])
+    check_operator("einsum", [EINSUMS[name]], checks=[check], runtime="litert")
 
 
 @each_check
 @pytest.mark.parametrize("name", ADDITIONS)
 def test_addmm(name: str, check: Check) -> None:
-    check_operator("addmm", [ADDITIONS[name]], checks=[check])
+    check_operator("addmm", [ADDITIONS[name]], checks=[check], runtime="litert")
 
 
 class Bilinear(nn.Bilinear):
@@ -120,7 +120,9 @@ class Bilinear(nn.Bilinear):
 
 @each_check
 def test_bilinear(check: Check) -> None:
-    check_operator("bilinear", [Example(Bilinear, ((30, 9, 8), (30, 9, 9)))], checks=[check])
+    check_operator(
+        "bilinear", [Example(Bilinear, ((30, 9, 8), (30, 9, 9)))], checks=[check], runtime="litert"
+    )
 
 
 @pytest.mark.parametrize("bits", SPECS)
@@ -163,7 +165,7 @@ OF_THE_DIAGONAL = [check for check in CHECKS if "not_finite" not in check.__name
 @pytest.mark.parametrize("check", OF_THE_DIAGONAL, ids=lambda check: check.__name__)
 def test_products_of_diagonals(check: Check) -> None:
     example = of(lambda a, b: torch.einsum("bii,ik->bk", a, b), (100, 9, 9), (9, 110))
-    check_operator("einsum", [example], checks=[check])
+    check_operator("einsum", [example], checks=[check], runtime="litert")
 
 
 class Diagonals(nn.Module):

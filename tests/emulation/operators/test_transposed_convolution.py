@@ -35,7 +35,7 @@ EXAMPLES = [
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
 @pytest.mark.parametrize("example", EXAMPLES)
 def test_oracle(example: Example, check: Check) -> None:
-    check_operator("transposed_convolution", [example], checks=[check])
+    check_operator("transposed_convolution", [example], checks=[check], runtime="litert")
 
 
 _FORMS: list[dict[str, Any]] = [

@@ -32,7 +32,7 @@ def test_every_logit_of_a_trained_transducer_equals_litert(seed: int) -> None:
     features, lengths = torch.randn(5, 30, 8), torch.full((5,), 30)
     labels, label_lengths = torch.randint(0, 7, (5, 9)), torch.full((5,), 9)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
-    with emulate(model, fidelity="fast") as chip:
+    with emulate(model, "litert-int8", fidelity="fast") as chip:
         with chip.observing():
             model(features, lengths, labels, label_lengths)
         for _ in range(5):
