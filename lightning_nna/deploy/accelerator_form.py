@@ -15,6 +15,11 @@ It rejects a program that resizes several images; channels of one image are resi
     (4, 12, 12, 5)                 becomes    (1, 12, 12, 20), transposed before and after
 
 Means of more than 65,536 elements of 16 bits stay on the CPU.
+
+Slopes of a ``PRELU`` have one axis fewer than its operand, without the batch, as the converter to
+TOSA asks for:
+
+    (3, 6, 5) with slopes (1, 1, 5)  becomes  (3, 6, 5) with slopes (1, 5)
 """
 
 from __future__ import annotations
@@ -68,7 +73,25 @@ def with_accelerator_form(operator: str, instruction: Arrangement) -> Arrangemen
     """
     if operator == "MEAN":
         return _mean(instruction)
+    if operator == "PRELU":
+        return _slopes(instruction)
     return _one_image(instruction) if operator in _RESIZINGS else instruction
+
+
+def _slopes(instruction: Arrangement) -> Arrangement:
+    """Return a PReLU whose slopes have one axis fewer than its operand."""
+    x, slopes = instruction.operands
+    (result,) = instruction.results
+    assert x is not None
+    assert slopes is not None
+    axes, shape = x.values.ndim, slopes.values.shape
+    if axes == 1:  # There is one slope.
+        row = _reshaped((1, x.values.size))
+        return replace(instruction, operands=(x.moved(row), slopes), results=(result.moved(row),))
+    if slopes.values.size != prod(shape[-(axes - 1) :]):
+        return instruction
+    form = (*(1 for _ in range(axes - 1 - len(shape))), *shape[-(axes - 1) :])
+    return replace(instruction, operands=(x, slopes.moved(_reshaped(form))))
 
 
 def _one_image(instruction: Arrangement) -> Arrangement:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from lightning_nna.deploy.flatbuffer import OperatorSpec, TensorSpec, options_of
 from lightning_nna.deploy.layout import (
+    MOST_SLICED_AXES,
     Codes,
     LayoutBuilder,
     apply_layout_operator,
@@ -142,6 +143,8 @@ class Graph:
             values: Integers, in the shape of the constant.
         """
         data = np.ascontiguousarray(values.astype(spec.dtype))
+        if spec.dtype == "int32":  # The converter to TOSA asks for a ONE_HOT of numbers.
+            data = data.reshape(values.shape)
         scales, axis = spec.scales, spec.quantized_dimension
         key = (spec.dtype, data.shape, data.tobytes(), scales.tobytes(), spec.zero_point, axis)
         if key not in self._constants:
@@ -223,9 +226,12 @@ class Graph:
         order.reverse()
         ports = [port for port in inputs if port.tensor in needed]
         tensors = {n: s for n, s in zip(self.names, self.specs, strict=True) if n in needed}
+        operators = [self.operators[number] for number in order]
+        if spec.runtime == "tosa":
+            tensors, operators = _with_own_constants(tensors, operators)
         return CapturedProgram(
             tensors,
-            tuple(self.operators[number] for number in order),
+            tuple(operators),
             tuple(self.sites[number] for number in order),
             tuple(ports),
             tuple(outputs),
@@ -233,6 +239,36 @@ class Graph:
             spec.name,
             spec.runtime,
         )
+
+
+def _with_own_constants(
+    tensors: Mapping[str, TensorSpec], operators: Sequence[OperatorSpec]
+) -> tuple[dict[str, TensorSpec], list[OperatorSpec]]:
+    """Give each instruction 8-bit constants of its own, except weights; the data stay one buffer.
+
+    The converter to TOSA takes a constant that is read twice for a weight, from -127 to 127, which
+    it neither joins nor compares with activations.
+    """
+    read = {
+        name
+        for operator in operators
+        for position, name in enumerate(operator.inputs)
+        if operand_name(operator.name, position) == "weight"
+    }
+    copied, changed = dict(tensors), []
+    for operator in operators:
+        names = list(operator.inputs)
+        for position, name in enumerate(names):
+            spec = tensors.get(name)
+            is_weight = operand_name(operator.name, position) == "weight"
+            if spec is None or spec.data is None or spec.dtype != "int8" or is_weight:
+                continue
+            if name in read:
+                names[position] = f"{name}/copy{len(copied)}"
+                copied[names[position]] = spec
+            read.add(name)
+        changed.append(replace(operator, inputs=tuple(names)))
+    return copied, changed
 
 
 def spec_of(stored: Stored) -> TensorSpec:
@@ -305,12 +341,18 @@ class LayoutTensors:
         graph: Program so far.
         changing: Numbers of tensors whose values change from one use to the next.
         most_parts: Number of tensors that one operator joins at most; None for any.
+        most_axes: Most axes of a slice.
     """
 
     def __init__(
-        self, graph: Graph, changing: Container[int], most_parts: int | None = None
+        self,
+        graph: Graph,
+        changing: Container[int],
+        most_parts: int | None = None,
+        most_axes: int = MOST_SLICED_AXES,
     ) -> None:
-        self.graph, self._changing, self._most_parts = graph, changing, most_parts
+        self.graph, self._changing = graph, changing
+        self._most_parts, self._most_axes = most_parts, most_axes
         self._results: dict[tuple[Any, ...], int] = {}
         # Tensors that are others in another shape: number of the other.
         self._reshaped: dict[int, int] = {}
@@ -337,6 +379,7 @@ class LayoutTensors:
             lambda number: self.graph.specs[number].shape,
             form.zero_point if is_quantized else None,
             int(np.iinfo(form.dtype).min) if is_quantized else None,
+            self._most_axes,
         )
         return builder.build(codes, values)
 

@@ -21,9 +21,10 @@ from numpy.typing import NDArray
 NO_TENSOR = -1
 # The lower bits of a code are the element.
 _ELEMENT_BITS = 40
-# Most parts of a concatenation, beyond which elements are gathered, and most axes of a slice.
+# Most parts of a concatenation, beyond which elements are gathered.
 _MOST_PARTS = 32
-_MOST_AXES = 5
+#: Most axes of a slice.
+MOST_SLICED_AXES = 5
 # Most elements of a broadcast for which a constant of as many is worth its memory.
 _LARGEST_BROADCAST = 2**14
 # Most axes that a kernel pads.
@@ -101,12 +102,15 @@ class View:
         return self.sizes == self.shape
 
 
-def view_of(elements: NDArray[np.int64], source: Sequence[int]) -> View | None:
+def view_of(
+    elements: NDArray[np.int64], source: Sequence[int], most_axes: int = MOST_SLICED_AXES
+) -> View | None:
     """Find the view of a tensor that has these elements, if there is one.
 
     Args:
         elements: Flat indices into the tensor, int64, in the shape of the result.
         source: Shape of the tensor.
+        most_axes: Most axes of a slice.
 
     Example:
         >>> view = view_of(np.arange(24).reshape(2, 3, 4)[:, 1:].transpose(2, 1, 0), (2, 3, 4))
@@ -127,7 +131,7 @@ def view_of(elements: NDArray[np.int64], source: Sequence[int]) -> View | None:
         order = sorted(range(len(merged)), key=lambda axis: -abs(merged[axis][1]))
         sorted_axes = [(merged[axis][0], abs(merged[axis][1])) for axis in order]
         box = read_source(sorted_axes, first, tuple(source))
-        if box is not None and len(box[0]) <= _MOST_AXES:
+        if box is not None and _is_sliced(box, most_axes):
             return View(
                 *box,
                 order=tuple(order.index(axis) for axis in range(len(merged))),
@@ -199,6 +203,12 @@ def _merged(axes: list[tuple[int, int]]) -> list[tuple[int, int]]:
 
 #: Shape, first index, sizes and strides of a box, as of :class:`View`.
 Box = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], tuple[int, ...]]
+
+
+def _is_sliced(box: Box, most_axes: int) -> bool:
+    """Tell if a slice has few enough axes, and so all others of a box that is no slice."""
+    shape, _, sizes, _ = box
+    return len(shape) <= (MOST_SLICED_AXES if shape == sizes else most_axes)
 
 
 def _by_radix(axes: list[tuple[int, int]], first: int, source: tuple[int, ...]) -> Box | None:
@@ -294,6 +304,7 @@ class LayoutBuilder:
         shape_of: Function that returns the shape of a tensor, given its number.
         zero: Integer of the operand that stands for 0; None for an operand that is not quantized.
         lowest: Lowest integer of its type; None for an operand that is not quantized.
+        most_axes: Most axes of a slice.
     """
 
     def __init__(
@@ -303,9 +314,10 @@ class LayoutBuilder:
         shape_of: Callable[[int], tuple[int, ...]],
         zero: int | None = None,
         lowest: int | None = None,
+        most_axes: int = MOST_SLICED_AXES,
     ) -> None:
         self.emit, self.constant, self.shape_of = emit, constant, shape_of
-        self.zero, self.lowest = zero, lowest
+        self.zero, self.lowest, self.most_axes = zero, lowest, most_axes
 
     def build(self, codes: Codes, values: NDArray[np.int64]) -> int:
         """Return the tensor with these elements.
@@ -335,7 +347,7 @@ class LayoutBuilder:
         if codes.min() < 0:
             return None
         source = int(codes.flat[0]) >> _ELEMENT_BITS
-        view = view_of(codes - (source << _ELEMENT_BITS), self.shape_of(source))
+        view = view_of(codes - (source << _ELEMENT_BITS), self.shape_of(source), self.most_axes)
         inside = tensors_in(codes) == [source]
         return (source, view) if view is not None and inside else None
 

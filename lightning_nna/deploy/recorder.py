@@ -32,6 +32,7 @@ from lightning_nna.deploy.graph import (
     spec_of,
 )
 from lightning_nna.deploy.layout import (
+    MOST_SLICED_AXES,
     NO_TENSOR,
     Codes,
     codes_of,
@@ -117,8 +118,9 @@ class Recorder:
         self._cells: dict[int, int] = {}
         #: Present values of every variable, as codes.
         self._state: dict[int, Codes] = {}
-        most = most_parts(emulator.spec.runtime)
-        self._layout = LayoutTensors(self.graph, self._state, most)
+        runtime = emulator.spec.runtime
+        most_axes = 4 if runtime == "tflm" else MOST_SLICED_AXES
+        self._layout = LayoutTensors(self.graph, self._state, most_parts(runtime), most_axes)
 
     # --- the forward ----------------------------------------------------------------------------
 

@@ -34,8 +34,7 @@ LITERT_ACCUMULATOR = {8: 32, 16: 64}
 #: Widths of their biases. With 16-bit activations, 64 bits are stored and processors use 40.
 LITERT_BIAS = {8: 32, 16: 40}
 
-# Runtimes that have an LSTM kernel, and those whose kernel has projections.
-_WITH_LSTM = frozenset({"litert", "tflm"})
+# Runtimes whose LSTM kernel has projections.
 _WITH_PROJECTIONS = frozenset({"litert"})
 
 _CHOICES: dict[str, tuple[Any, ...]] = {
@@ -267,8 +266,10 @@ class NNASpec:
             >>> micro.lstm_form(), micro.lstm_form(projected=True)
             ('sequence', 'elementary')
         """
-        runtimes = _WITH_PROJECTIONS if projected else _WITH_LSTM
-        return self.lstm if self.runtime in runtimes else "elementary"
+        has_one = self.has_kernel("UNIDIRECTIONAL_SEQUENCE_LSTM", "int8")
+        if projected:
+            has_one = self.runtime in _WITH_PROJECTIONS
+        return self.lstm if has_one else "elementary"
 
     @classmethod
     def from_mapping(cls, settings: Mapping[str, Any]) -> NNASpec:

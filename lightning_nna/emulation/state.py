@@ -30,6 +30,7 @@ from lightning_nna.emulation.spec import NNASpec
 from lightning_nna.emulation.weight_grids import on_grid
 
 log = logging.getLogger(__name__)
+_REMEDY_OF_OVERFLOW = "scale the operator's input down, or calibrate with inputs of this size"
 
 
 class EmulationState:
@@ -325,26 +326,29 @@ class EmulationState:
         counted = self.modes.current.telemetry is not None
         return counted or f"{site} overflows" not in self._warned
 
-    def count_overflow(self, site: str, lost: int, sums: int) -> None:
+    def count_overflow(
+        self, site: str, lost: int, sums: int, remedy: str = _REMEDY_OF_OVERFLOW
+    ) -> None:
         """Count sums that overflow; warn once for each site.
 
         Args:
             site: Key of the call site.
             lost: Number of sums outside the range of the accumulator.
             sums: Number of all sums.
+            remedy: What keeps them inside.
         """
         if (telemetry := self.modes.current.telemetry) is not None:
             telemetry.overflow(site, lost, sums)
         if lost and f"{site} overflows" not in self._warned:
             self._warned.add(f"{site} overflows")
             log.warning(
-                "%s: %d of %d sums do not fit the integers of %s: they %s, as in its kernels; "
-                "scale the operator's input down, or calibrate with inputs of this size",
+                "%s: %d of %d sums do not fit the integers of %s: they %s, as in its kernels; %s",
                 site,
                 lost,
                 sums,
                 self.spec.name,
                 "wrap around" if self.spec.accumulator_overflow == "wrap" else "saturate",
+                remedy,
             )
 
     def count_biases(self, site: str, smallest: Tensor, scales: Tensor) -> None:

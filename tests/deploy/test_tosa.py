@@ -24,6 +24,7 @@ from lightning_nna.deploy import (
 )
 from lightning_nna.deploy.runtimes.environment import make_environment, python_of
 from tests.deploy.test_runtimes import network
+from tests.emulation.operators.examples import Calling
 
 PRESETS = ("tosa-int8", "tosa-int16x8")
 
@@ -87,8 +88,39 @@ def test_softmax_of_sixteen_bits_wraps_around_beyond_its_table(
     path = export_tflite(net, [x], tmp_path / "net.tflite").path
     assert verify(net, path, [x]) == 1.0
     assert "sums do not fit the integers of tosa-int16x8" in caplog.text
+    assert "keep scores within 10 of the largest of their row" in caplog.text
     (found,) = run_tflite(path, [x])
     assert np.abs(found - F.softmax(x, -1).numpy()).max() > 0.1
+
+
+@pytest.mark.exactness
+@pytest.mark.parametrize("spec", ["tosa-int8", "tosa-int16x8"])
+def test_what_the_report_says_keeps_a_softmax_within_its_table(
+    spec: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    net = Calling(lambda x: F.softmax(torch.maximum(x, x.amax(-1, keepdim=True) - 9), -1))
+    x = torch.randn(300, 40) * 4
+    calibrate(net, [x], spec=spec)
+    path = export_tflite(net, [x], tmp_path / "net.tflite").path
+    assert verify(net, path, [x]) == 1.0
+    assert not caplog.text
+    (found,) = run_tflite(path, [x])
+    assert np.abs(found - F.softmax(x, -1).numpy()).max() < 0.02
+
+
+@pytest.mark.exactness
+def test_a_mask_of_sixteen_bits_is_reported_and_one_of_eight_bits_is_none(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    torch.manual_seed(0)
+    query = torch.randn(2, 4, 6, 8)
+    for spec in ("tosa-int8", "tosa-int16x8"):
+        assert not caplog.text
+        net = Calling(lambda x: F.scaled_dot_product_attention(x, x, x, is_causal=True))
+        calibrate(net, [query], spec=spec)
+        path = export_tflite(net, [query], tmp_path / "net.tflite").path
+        assert verify(net, path, [query]) == 1.0
+    assert "use a preset of 8-bit activations, as an attention with a mask has to" in caplog.text
 
 
 def test_without_its_environment_it_names_the_command(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Collection
+from functools import cache
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from lightning_nna import coverage
 from lightning_nna.emulation.emulator import Emulator
 
 BATCH, TIME, INPUTS, LABELS, CLASSES = 3, 6, 5, 11, 7
@@ -155,23 +157,41 @@ def plans(bits: int, without: Collection[str] = ()) -> st.SearchStrategy[list[Pl
     return st.lists(blocks, min_size=4, max_size=7)
 
 
-def deep_plan(draw: random.Random, bits: int, deepest: int = 30) -> list[Plan]:
+def deep_plan(draw: random.Random, deepest: int = 30, without: Collection[str] = ()) -> list[Plan]:
     """Draw up to ``deepest`` blocks; a layer norm after each four keeps values finite."""
     plan: list[Plan] = []
     for index in range(draw.randint(1, deepest)):
-        plan.append(("layer", "layer norm", 0) if index % 5 == 4 else _drawn(draw, bits))
+        plan.append(("layer", "layer norm", 0) if index % 5 == 4 else _drawn(draw, without))
     return plan
 
 
-def _drawn(draw: random.Random, bits: int, *, nested: bool = True) -> Plan:
+@cache
+def not_covered(spec: str) -> frozenset[str]:
+    """Functions and layers of which a preset emulates less than that of LiteRT's does."""
+    blocks: list[Plan] = [("function", name) for name in FUNCTIONS]
+    blocks += [("layer", name, 4) for name in LAYERS]
+    complete = f"litert-{spec.split('-')[1]}"
+    return frozenset(
+        each[1] for each in blocks if _emulated(each, spec) != _emulated(each, complete)
+    )
+
+
+def _emulated(block: Plan, spec: str) -> set[str]:
+    """Sites of a block that are emulated."""
+    table = coverage(Network([block], embedded=False), torch.randn(BATCH, TIME, INPUTS), spec=spec)
+    return {row.site for row in table.rows if row.where == "emulated"}
+
+
+def _drawn(draw: random.Random, without: Collection[str], *, nested: bool = True) -> Plan:
     """Draw one block."""
-    names = list(FUNCTIONS)
+    names = [name for name in FUNCTIONS if name not in without]
+    layers = [name for name in LAYERS if name not in without]
     kind = draw.choices(("function", "layer", "joined"), (6, 3, 1 if nested else 0))[0]
     if kind == "function":
         return kind, draw.choice(names)
     if kind == "layer":
-        return kind, draw.choice(LAYERS), draw.choice([4, 8, 12])
-    parts = [[_drawn(draw, bits, nested=False) for _ in range(draw.randint(1, 2))] for _ in "ab"]
+        return kind, draw.choice(layers), draw.choice([4, 8, 12])
+    parts = [[_drawn(draw, without, nested=False) for _ in range(draw.randint(1, 2))] for _ in "ab"]
     return draw.choice([("residual", parts[0]), ("gated", parts[0]), ("concatenated", *parts)])
 
 

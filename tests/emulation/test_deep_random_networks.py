@@ -43,7 +43,7 @@ SEEDS = range(200)
 def test_a_network_is_exported_and_equal(seed: int, tmp_path: Path) -> None:
     bits = 16 if seed % 4 == 3 else 8
     torch.manual_seed(seed)
-    net = Network(deep_plan(random.Random(seed), bits), embedded=False)
+    net = Network(deep_plan(random.Random(seed)), embedded=False)
     x, new = torch.randn(BATCH, TIME, INPUTS), 1.2 * torch.randn(BATCH, TIME, INPUTS)
     recorded: list[Instruction] = []
     with emulate(net, SPECS[bits]) as chip:
@@ -62,7 +62,7 @@ def test_a_network_is_exported_and_equal(seed: int, tmp_path: Path) -> None:
 def test_every_instruction_is_tflite_micros(seed: int) -> None:
     bits = 16 if seed % 4 == 3 else 8
     torch.manual_seed(seed)
-    net = Network(deep_plan(random.Random(seed), bits, 12), embedded=False).eval()
+    net = Network(deep_plan(random.Random(seed), 12), embedded=False).eval()
     x = torch.randn(BATCH, TIME, INPUTS)
     recorded: list[Instruction] = []
     with emulate(net, SPECS_OF["tflm"][bits]) as chip, torch.no_grad():

@@ -30,6 +30,8 @@ def test_known_kernels() -> None:
     assert table()["litert"]["TOPK_V2"] == ("int16", "int8")
     assert table()["tflm"]["TOPK_V2"] == ()
     assert table()["tflm"]["REDUCE_MAX"] == ("int8",)
+    lstm = {runtime: table()[runtime]["UNIDIRECTIONAL_SEQUENCE_LSTM"] for runtime in MEASURED}
+    assert lstm == {"litert": ("int8",), "tflm": ("int8",), "tosa": ()}
 
 
 @pytest.mark.exactness

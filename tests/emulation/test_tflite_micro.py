@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_nna import calibrate
+from lightning_nna.deploy import export_tflite, verify
 from lightning_nna.testing.operator_oracle import SPECS_OF
 from lightning_nna.testing.replay import replays
 from tests.emulation.operators.examples import Calling
@@ -53,3 +56,18 @@ def test_many_scales(kernel: str, bits: int) -> None:
 @pytest.mark.parametrize("spec", SPECS_OF["tflm"].values())
 def test_numbers_without_axes(spec: str) -> None:
     assert replays(Calling(lambda x: x.mean() * x.mean()), torch.randn(8), spec=spec)["MUL"] == 1
+
+
+@pytest.mark.parametrize("spec", SPECS_OF["tflm"].values())
+def test_slices_have_four_axes(spec: str, tmp_path: Path) -> None:
+    """Elements of patches at regular places would be a slice of five axes."""
+    network = Calling(lambda x: F.fold(F.unfold(x[:, None], (2, 1)), (6, 5), (2, 1))[:, 0])
+    x = torch.randn(3, 6, 5)
+    calibrate(network, [x], spec=spec)
+    path = export_tflite(network, [x], tmp_path / "network.tflite").path
+    assert verify(network, path, [x]) == 1.0
+    network = Calling(lambda x: x[:, ::2, 1:3, ::3, 1:] * 2)
+    x = torch.randn(2, 4, 4, 6, 3)
+    calibrate(network, [x], spec=spec)
+    model = export_tflite(network, [x], tmp_path / "network.tflite")
+    assert verify(network, model.path, [x]) == 1.0

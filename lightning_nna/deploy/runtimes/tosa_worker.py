@@ -31,18 +31,20 @@ def convert(contents: bytes) -> tuple[str, Any]:
     import tosa_tools_cli
 
     with TemporaryDirectory() as folder:
-        tflite, text, tosa = (
-            str(Path(folder, f"program.{end}")) for end in ("tflite", "mlir", "tosa")
+        tflite, text, code, tosa = (
+            str(Path(folder, f"program.{end}")) for end in ("tflite", "mlir", "mlirbc", "tosa")
         )
         Path(tflite).write_bytes(contents)
-        form = converter.TosaConverterOutputFormat.Text
-        converter.tflite_flatbuffer_to_tosa_mlir(tflite, text, form)
+        forms = converter.TosaConverterOutputFormat
+        converter.tflite_flatbuffer_to_tosa_mlir(tflite, text, forms.Text)
         left = set(_LEFT.findall(Path(text).read_text())) - {*_CONSTANTS}
         if left:
             return "left", sorted(left)
+        # In the text conditions of the program have a form that the next tool does not read.
+        converter.tflite_flatbuffer_to_tosa_mlir(tflite, code, forms.Bytecode)
         tool = Path(tosa_tools_cli.__file__).parents[1] / "bin" / "tosa-opt"
         serialize = [f"--tosa-flatbuffer-filename={tosa}", "--tosa-serialize"]
-        subprocess.run([tool, *serialize, text, "-o", os.devnull], check=True, stdout=sys.stderr)
+        subprocess.run([tool, *serialize, code, "-o", os.devnull], check=True, stdout=sys.stderr)
         return "tosa", Path(tosa).read_bytes()
 
 

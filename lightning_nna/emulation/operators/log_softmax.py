@@ -4,7 +4,8 @@ The reference has it in 8 bits alone, on a grid that it fixes: steps of 1/16 fro
 :math:`\ln p` is known to 1/32, and what is less likely than :math:`e^{-16}` is told apart no more.
 Its sums of exponentials overflow at 4096.
 
-In 16 bits, and over an axis of 4096 entries or more, it is a sequence of instructions of 16 bits.
+In 16 bits, over an axis of 4096 entries or more, and on a runtime without the kernel it is a
+sequence of instructions of 16 bits.
 The table of the logarithm has straight lines that are too long for the lower end of its range, so
 the logarithm of the sum s, from 1 to the number of entries, is added up of ranges of a factor b:
 
@@ -65,7 +66,7 @@ def log_softmax(call: Call, input: Tensor, dim: int | None = None, *_: Any, **__
     """
     axis = implicit_axis(input) if dim is None else dim
     x = call.operand(input, "input")
-    if call.bits == 16 or input.shape[axis] > _LONGEST:
+    if call.bits == 16 or input.shape[axis] > _LONGEST or not call.has("LOG_SOFTMAX"):
         return _composed(call, x, axis)
     if call.observing:
         return call.with_qparams(torch.log_softmax(x.value, axis), PENDING)

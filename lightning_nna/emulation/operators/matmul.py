@@ -4,14 +4,15 @@ r"""Products of matrices: of two activations, or of an activation and a paramete
           \qquad M \approx s_a s_b / s_y
 
 Two activations make a ``BATCH_MATMUL``. It rounds twice in 8 bits, has a 16-bit mantissa in 16, and
-multiplies the two scales in float32 (on TFLite-Micro in float64). A matrix that is a parameter
-makes a fully connected layer: ``x @ w.T`` is ``F.linear``, and ``x @ w`` has one scale for each
-column of ``w``, its outputs.
+multiplies the two scales in float32 (on TFLite-Micro and in TOSA in float64). In TOSA it has three
+axes. A matrix that is a parameter makes a fully connected layer: ``x @ w.T`` is ``F.linear``, and
+``x @ w`` has one scale for each column of ``w``, its outputs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -38,7 +39,7 @@ from lightning_nna.emulation.operators.linear import (
     settled,
 )
 from lightning_nna.emulation.operators.record import Kernel, Operator, register_operator
-from lightning_nna.emulation.program import Activation
+from lightning_nna.emulation.program import Activation, Stored
 from lightning_nna.emulation.ranges import QParams
 
 
@@ -95,8 +96,22 @@ def batch_matmul(call: Call, a: Activation, b: Activation, y: QParams) -> Tensor
     with float32_arithmetic(a.value):
         result = _BatchMatmul.apply(a.value, b.value, a, b, y, call)
     if call.recording:
-        call.record("BATCH_MATMUL", [a.stored(), b.stored()], [Activation(result, y).stored()])
+        tensors = [a.stored(), b.stored(), Activation(result, y).stored()]
+        if call.state.spec.runtime == "tosa":
+            tensors = [_of_three_axes(x, result.shape[:-2]) for x in tensors]
+        call.record("BATCH_MATMUL", tensors[:2], tensors[2:])
     return call.with_qparams(result, y)
+
+
+def _of_three_axes(x: Stored, batch: Sequence[int]) -> Stored:
+    """Broadcast matrices ``(..., n, k)`` to ``(-1, n, k)``, the only form that TOSA has."""
+
+    def spread(values: Tensor) -> Tensor:
+        matrix = values.shape[-2:]
+        return values.expand(*batch, *matrix).reshape(-1, *matrix)
+
+    source = None if x.source is None else spread(x.source)
+    return replace(x, integers=spread(x.integers), source=source)
 
 
 def _by_activation(call: Call, input: Tensor, other: Tensor) -> Tensor:

@@ -8,7 +8,8 @@ In 16 bits between two requantizations, with :math:`\epsilon` a constant of the 
 The inverse square root is an interpolated table over the range of :math:`v`; below 1/128 of the
 largest variance a table cannot follow it, so the output's grid ends there. Where calibration has
 seen smaller ones (quiet frames next to loud ones), the result is normalized once more: its variance
-is then 1 except for those, and theirs is 128 times nearer. Forward, each step is the accelerator's;
+is then 1 except for those, and theirs is 128 times nearer. A runtime without the kernel looks all
+results of the table up. Forward, each step is the accelerator's;
 backward, the whole is the float function's at the quantized input.
 
 Reference:
@@ -46,6 +47,7 @@ from lightning_nna.emulation.operators.fused_normalization import (
     varies_widely,
 )
 from lightning_nna.emulation.operators.record import Operator, register_operator
+from lightning_nna.emulation.operators.table_look_up import record_look_up
 from lightning_nna.emulation.program import Activation
 from lightning_nna.emulation.ranges import PENDING
 
@@ -195,8 +197,18 @@ def inverse_square_root(call: Call, variance: Tensor) -> Tensor:
     integers, y = inverse_root(call, v.integers(), v.qparams)
     result = integers.mul_(y.scale)
     if call.recording:
-        call.record("RSQRT", [v.stored()], [Activation(result, y).stored()])
+        _record_inverse(call, v, Activation(result, y))
     return call.with_qparams(result, y)
+
+
+def _record_inverse(call: Call, v: Activation, y: Activation) -> None:
+    """Record RSQRT, or the table of its 32,768 results where the runtime has none of 16 bits."""
+    if call.has("RSQRT"):
+        call.record("RSQRT", [v.stored()], [y.stored()])
+        return
+    integers = torch.arange(v.qparams.bounds[1] + 1.0)
+    entries, _ = inverse_root(call, integers, v.qparams)
+    record_look_up(call, v, entries.double(), y)
 
 
 register_operator(

@@ -8,11 +8,13 @@ The kernel has two fixed-point multipliers, one for each side of zero. With the 
           M(s_x s_\alpha / s_y;\ (q_x - o_x)\, q_\alpha) & q_x < o_x \end{cases}
 
 where :math:`M` rounds twice, and both factors are computed in single precision. Slopes have 8 bits,
-also for activations of 16.
+also for activations of 16. A runtime without a kernel of this width has two clamps, a product and a
+sum.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -20,7 +22,10 @@ import torch
 from torch import Tensor
 
 from lightning_nna.emulation.arithmetic.rescaling import rescale
+from lightning_nna.emulation.operators import clamping, elementwise
 from lightning_nna.emulation.operators.call import Call
+from lightning_nna.emulation.operators.composition import carrier
+from lightning_nna.emulation.operators.driver import drive
 from lightning_nna.emulation.operators.record import (
     NO_OPTIONS,
     Kernel,
@@ -32,6 +37,17 @@ from lightning_nna.emulation.ranges import QParams
 
 # Axes that the kernel broadcasts over.
 _AXES = 4
+
+
+def prelu(call: Call, input: Tensor, weight: Tensor) -> Tensor:
+    """Emulate ``F.prelu`` of any shape."""
+    if call.has("PRELU"):
+        return drive(PRELU, call, input, weight)
+    x = carrier(call, call.operand(input, "input"))
+    slopes = call.viewed(_by_channel(weight, x), weight)
+    positive = clamping.relu(call.child("positive"), x)
+    negative = clamping.clamped(call.child("negative"), x, -math.inf, 0.0)
+    return elementwise.add(call, positive, elementwise.mul(call.child("leaked"), negative, slopes))
 
 
 def supports_prelu(input: Any, weight: Any) -> bool:
@@ -85,7 +101,7 @@ def _by_channel(slopes: Tensor, x: Tensor) -> Tensor:
     return slopes.reshape(-1, *(1 for _ in x.shape[2:]))
 
 
-register_operator(
+PRELU = register_operator(
     Operator(
         "prelu",
         torch=("prelu",),
@@ -93,10 +109,12 @@ register_operator(
         operands=("input", "weight"),
         integers=_integers,
         instructions=_record,
+        emulate=prelu,
         supports=supports_prelu,
         litert=(Kernel("PRELU", order="elements", options=NO_OPTIONS, operands={1: "slope"}),),
         operand_bits={"weight": 8},
         learns_scale=True,
-        arithmetic="products of the integers with the slopes below zero, rescaled",
+        arithmetic="products of the integers with the slopes below zero, rescaled; two clamps, a "
+        "product and a sum where the kernel is missing",
     )
 )

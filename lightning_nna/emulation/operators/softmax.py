@@ -35,6 +35,11 @@ from lightning_nna.emulation.ranges import PENDING, SIGMOID_OUTPUT, QParams
 WIDE_OUTPUT = QParams(2.0**-15, 0, -(2**15), INT16_MAX)
 # The table of exponentials of 16 bits ends this far below the largest score.
 _TABLE_REACH = 10.0
+_WITHIN_REACH = (
+    "keep scores within 10 of the largest of their row, as by "
+    "torch.maximum(x, x.amax(dim, keepdim=True) - 9), or use a preset of 8-bit activations, as an "
+    "attention with a mask has to"
+)
 
 
 def softmax(
@@ -158,7 +163,7 @@ def _exact_wide(call: Call, scores: Tensor, scale: float) -> Tensor:
     wraps = runtime == "tosa"
     if wraps and call.state.watches_overflow(call.site):
         lost = scores.amax(-1, keepdim=True) - scores > _TABLE_REACH / scale
-        call.state.count_overflow(call.site, int(lost.sum()), lost.numel())
+        call.state.count_overflow(call.site, int(lost.sum()), lost.numel(), _WITHIN_REACH)
     integers = softmax_int16(scores.long(), scale, single=runtime == "tflm", wraps=wraps)
     return integers.float().mul_(WIDE_OUTPUT.scale)
 

@@ -49,8 +49,24 @@ def record_table(
     # In float64, which holds every integer of 16 bits times the scale of one of 8.
     inputs = Activation(centered.double() * x.qparams.scale, x.qparams)
     entries = integers(inputs, y=y.qparams, call=call, **parameters).clamp(*y.qparams.bounds)
+    record_look_up(call, x, entries, y, raised_by=half)
+
+
+def record_look_up(
+    call: Call, x: Activation, entries: Tensor, y: Activation, *, raised_by: int = 0
+) -> None:
+    """Record the instructions that look integers up.
+
+    Args:
+        call: The call.
+        x: Activation of 8 or 16 bits, any shape.
+        entries: Integers of the result less its zero point, one axis, for those of ``x``, with the
+            zero point, from ``-raised_by`` on.
+        y: Result, of the same shape, of 8 or 16 bits.
+        raised_by: Number that makes indices of the integers.
+    """
     rows = Activation(entries * y.qparams.scale, y.qparams, constant=True).stored()
-    index = record_cast(call, x, raised_by=half)
+    index = record_cast(call, x, raised_by=raised_by)
     if y.qparams.bits == 8 or call.has("GATHER", "int16"):
         call.record("GATHER", [rows, index], [y.stored()], axis=0)
     else:
