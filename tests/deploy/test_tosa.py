@@ -94,18 +94,18 @@ def test_softmax_of_sixteen_bits_wraps_around_beyond_its_table(
 
 
 @pytest.mark.exactness
-@pytest.mark.parametrize("spec", ["tosa-int8", "tosa-int16x8"])
 def test_what_the_report_says_keeps_a_softmax_within_its_table(
-    spec: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     net = Calling(lambda x: F.softmax(torch.maximum(x, x.amax(-1, keepdim=True) - 9), -1))
     x = torch.randn(300, 40) * 4
-    calibrate(net, [x], spec=spec)
+    calibrate(net, [x], spec="tosa-int16x8")
     path = export_tflite(net, [x], tmp_path / "net.tflite").path
     assert verify(net, path, [x]) == 1.0
     assert not caplog.text
     (found,) = run_tflite(path, [x])
-    assert np.abs(found - F.softmax(x, -1).numpy()).max() < 0.02
+    # Of 40 scores each is raised to e^-9 at most, 0.005 in all.
+    assert np.abs(found - F.softmax(x, -1).numpy()).max() < 0.01
 
 
 @pytest.mark.exactness

@@ -44,6 +44,12 @@ def test_oracle(example: Example, check: Check) -> None:
     check_operator("prelu", [example], checks=[check], runtime="litert")
 
 
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+@pytest.mark.parametrize("example", [EXAMPLES[0], EXAMPLES[2]])
+def test_oracle_of_a_runtime_without_the_kernel_of_16_bits(example: Example, check: Check) -> None:
+    check_operator("prelu", [example], runtime="tosa", checks=[check])
+
+
 @pytest.mark.parametrize("spec", ["litert-int8", "litert-int16x8"])
 def test_it_is_covered_exported_and_learns_its_scale(spec: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
