@@ -23,7 +23,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lightning_nna.deploy.flatbuffer import TensorSpec
-from lightning_nna.deploy.layout import Codes, elements_in, tensor_of, tensors_in
+from lightning_nna.deploy.layout import (
+    Codes,
+    elements_in,
+    regular_shape,
+    tensor_of,
+    tensors_in,
+)
 from lightning_nna.emulation.operators.catalog import kernels
 
 # Most axes of operands that a kernel broadcasts.
@@ -168,7 +174,7 @@ def _move_to_tensor(
 ) -> Move | None:
     """Return what moves elements of a shape to the order of an operand; None if nothing does."""
     sources = (_complete_tensor(each, shape, shape_of) for each in operands)
-    complete = [source for source in sources if source is not None]
+    complete = [source for source in sources if source is not None and _is_regular(source[1])]
     if not complete:
         largest = [
             each for each in operands if each.codes is not None and each.codes.shape == shape
@@ -332,6 +338,11 @@ def _complete_tensor(
     if len(sources) != 1 or prod(shape_of(sources[0])) != codes.size:
         return None
     return (sources[0], elements) if np.bincount(elements).max() == 1 else None
+
+
+def _is_regular(elements: NDArray[np.int64]) -> bool:
+    """Tell whether an order is one of axes; results in that of a roll would be rolled back."""
+    return _is_sorted(elements) or regular_shape(elements) is not None
 
 
 def _is_sorted(elements: NDArray[np.int64]) -> bool:

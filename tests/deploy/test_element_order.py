@@ -164,3 +164,19 @@ def test_what_is_in_order_is_unchanged() -> None:
     instruction = Arrangement((x,), (result(x.values),), {})
     for kernel in ("TANH", "SOFTMAX", "RESHAPE"):
         assert in_order_of_operand(kernel, instruction, lambda number: (2, 3)) is instruction
+
+
+@pytest.mark.parametrize("preset", ["litert-int16x8", "tflm-int16x8"])
+def test_no_operator_takes_the_order_of_a_roll(preset: str, tmp_path: Path) -> None:
+    """A mean of a network that did would have to be gathered, one element after the other."""
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        FunctionNetwork(lambda x: torch.lerp(x, x.roll(1, 1), 0.3)),
+        nn.Linear(5, 12),
+        FunctionNetwork(lambda x: nn.functional.group_norm(x.transpose(1, 2), 2)),
+    )
+    x = torch.randn(3, 6, 5)
+    calibrate(net, [x], spec=preset)
+    model = export_tflite(net, [x], tmp_path / "net.tflite")
+    assert "GATHER" not in model.operators
+    assert verify(net, model.path, [x]) == 1.0
