@@ -16,7 +16,11 @@ from typing_extensions import Unpack, override
 from lightning_nna.keyed_adam import KeyedAdam
 from lightning_nna.non_finite import require_finite_weights
 from lightning_nna.quantization.codebook_method import CodebookArguments, CodebookMethod
-from lightning_nna.quantization.general_quantizer_transform import GeneralQuantizerTransform, Scale
+from lightning_nna.quantization.general_quantizer_transform import (
+    GeneralQuantizerTransform,
+    Scale,
+    Start,
+)
 from lightning_nna.quantization.mu_law import require_mu
 from lightning_nna.schedule import Schedule, require_time, step_of
 from lightning_nna.weights.codebook import channels_of
@@ -41,7 +45,12 @@ class GeneralQuantizer(CodebookMethod):
         gradient_sharpness: Greatest sharpness of the assignment that gives the gradient of hard
             weights: with a sharp one, weights near a centroid get none. None passes the gradient
             straight through, as the limit of a soft assignment does.
+        train_sharpness: Whether each tensor has a sharpness of its own that is trained until
+            weights are hard, from the start of ``sharpness``; its logarithm to base 2 has
+            ``centroid_lr``.
         power: Power of the distance in the softmax, 1 or 2.
+        start: First centroids: ``"lloyd_max"``, those of the least squared error, or ``"uniform"``
+            with equal distances in the µ-law's domain.
         train_centroids: Whether centroids are trained.
         centroid_lr: Learning rate of the centroids' own Adam, in the µ-law's domain of [-1, 1]: a
             number, or a :class:`.Schedule` or its keys.
@@ -89,7 +98,9 @@ class GeneralQuantizer(CodebookMethod):
         ),
         hard_from: int | float = 0.5,
         gradient_sharpness: float | None = 2.0,
+        train_sharpness: bool = False,
         power: int = 2,
+        start: Start = "lloyd_max",
         train_centroids: bool = True,
         centroid_lr: Schedule | Mapping[str, Any] | float = 1e-3,
         scale: Scale = "largest",
@@ -109,7 +120,16 @@ class GeneralQuantizer(CodebookMethod):
             raise ValueError(f"every_n_steps must be at least 1, got {every_n_steps}")
         if scale not in ("largest", "centroids"):
             raise ValueError(f"scale must be 'largest' or 'centroids', got {scale!r}")
+        if start not in ("lloyd_max", "uniform"):
+            raise ValueError(f"start must be 'lloyd_max' or 'uniform', got {start!r}")
+        if start == "uniform" and (entropy := self.codebook_settings.max_entropy_bits) is not None:
+            raise ValueError(
+                f"start='uniform' places centroids without regard to the entropy, got "
+                f"max_entropy_bits={entropy}: leave it out, or set start='lloyd_max'"
+            )
         self.scale: Scale = scale
+        self.start: Start = start
+        self.train_sharpness = train_sharpness
         self.mu, self.hard_from, self.gradient_sharpness = mu, hard_from, gradient_sharpness
         self.power, self.every_n_steps = power, every_n_steps
         self.train_centroids, self.learn_scale = train_centroids, learn_scale
@@ -120,7 +140,8 @@ class GeneralQuantizer(CodebookMethod):
 
     @override
     def settings(self) -> dict[str, Any]:
-        return {"mu": self.mu, "scale": self.scale, **super().settings()}
+        own = {"mu": self.mu, "scale": self.scale, "train_sharpness": self.train_sharpness}
+        return {**own, **super().settings()}
 
     @override
     def missed(self) -> list[str]:
@@ -132,6 +153,8 @@ class GeneralQuantizer(CodebookMethod):
             f"weights are at their centroids in training from step {hard_from:.0f} on (hard_from)"
         )
         now, last = f"{self._sharpness():.3g}", f"{self.sharpness.last:.3g}"
+        if self.train_sharpness:
+            return [reason]
         return [reason if now == last else f"{reason}, and the sharpness is {now}, not {last}"]
 
     @override
@@ -167,7 +190,10 @@ class GeneralQuantizer(CodebookMethod):
                 channels=channels_of(
                     self._module, name, parameter, self.bits[name], settings.codebook
                 ),
+                start=self.start,
             )
+            if self.train_sharpness:
+                transform.train_sharpness(self.sharpness.start)
             self._transforms[name] = transform
         self.rejoin()
 
@@ -191,6 +217,8 @@ class GeneralQuantizer(CodebookMethod):
         self._adam.update(self._learned())
         for transform in self._transforms.values():
             transform.clamp_centroids()
+            if self.train_sharpness:
+                transform.sharpness = transform.trained_sharpness
 
     @override
     def stepped(self) -> None:
@@ -202,8 +230,9 @@ class GeneralQuantizer(CodebookMethod):
             transform.soft_hard_gap(self._parameters[name])
             for name, transform in self._transforms.items()
         ]
+        trained = [one.sharpness for one in self._transforms.values() if self.train_sharpness]
         return {
-            "sharpness": self._sharpness(),
+            "sharpness": sum(trained) / len(trained) if trained else self._sharpness(),
             "soft_hard_gap": sum(gaps) / len(gaps),
             "soft_hard_gap_max": max(gaps),
         }
@@ -239,7 +268,9 @@ class GeneralQuantizer(CodebookMethod):
             return  # Evaluation alone: weights are hard.
         is_hard = self.steps >= step_of(self.hard_from, self._total_steps)
         for transform in self._transforms.values():
-            transform.sharpness = self._sharpness()
+            transform.sharpness = (
+                transform.trained_sharpness if self.train_sharpness else self._sharpness()
+            )
             transform.gradient_sharpness = self.gradient_sharpness
             transform.is_hard = is_hard
             transform.is_active = self.steps % self.every_n_steps == 0

@@ -69,6 +69,8 @@ from lightning_nna.weights.codebook import (
 from lightning_nna.weights.pipeline import WeightGrid
 
 Scale = Literal["largest", "centroids"]
+#: First centroids: those of the least squared error, or equally spaced in the µ-law's domain.
+Start = Literal["lloyd_max", "uniform"]
 #: Of centroids: which tensor, and how often it has been changed.
 _Version = tuple[int, int]
 
@@ -114,6 +116,7 @@ class GeneralQuantizerTransform:
             any.
         channels: Number of channels with centroids of their own, a divisor of the rows; None for
             one set of centroids.
+        start: First centroids: ``"lloyd_max"``, or ``"uniform"`` for :func:`uniform_centroids`.
 
     Attributes:
         centroids: Centroids in the µ-law's domain, in [-1, 1], shape ``(centroids,)``, or
@@ -121,6 +124,8 @@ class GeneralQuantizerTransform:
         scale_log2: Logarithms to base 2 of the clipping ranges, shape ``(groups,)``; trained with
             ``learn_scale``.
         sharpness: Sharpness of the soft assignment, positive.
+        sharpness_log2: Logarithm to base 2 of the sharpness, shape ``(1,)``, if it is trained; see
+            :meth:`train_sharpness`.
         is_hard: Whether weights are at their centroids in training, too.
         is_active: Whether training transforms weights at all, in this step.
     """
@@ -144,6 +149,7 @@ class GeneralQuantizerTransform:
         pin_zero: bool = False,
         max_entropy_bits: float | None = None,
         channels: int | None = None,
+        start: Start = "lloyd_max",
     ) -> None:
         self.bits, self.mu, self.power, self.grid_bits = bits, mu, power, grid_bits
         self.train_centroids, self.learn_scale = train_centroids, learn_scale
@@ -153,12 +159,21 @@ class GeneralQuantizerTransform:
         self.maximum = maximum_of(grid_bits or 8)
         steps = scales_of(weight, groups, grid_bits=grid_bits, power_of_two=power_of_two_scales)
         scaled = (to_grid_units(weight, steps) / self.maximum).clamp_(-1, 1)
-        start = best_centroids(
-            scaled, bits, pin_zero=pin_zero, max_entropy_bits=max_entropy_bits, channels=channels
-        )
+        if start == "uniform":
+            first = inverse_mu_law(uniform_centroids(bits, pin_zero=pin_zero), mu).to(weight.device)
+            first = first if channels is None else first.repeat(channels, 1)
+        else:
+            first = best_centroids(
+                scaled,
+                bits,
+                pin_zero=pin_zero,
+                max_entropy_bits=max_entropy_bits,
+                channels=channels,
+            )
         if scale == "centroids":
-            start, steps = _at_the_centroids(start, steps, power_of_two_scales)
-        self.centroids = mu_law(start, mu).clamp_(-1, 1)
+            first, steps = _at_the_centroids(first, steps, power_of_two_scales)
+        self.centroids = mu_law(first, mu).clamp_(-1, 1)
+        self.sharpness_log2: Tensor | None = None
         self.scale_log2 = elementary.log2(steps.double() * self.maximum).float()
         self._ascending_cache: tuple[_Version, _Ascending] | None = None
         self._soft_cache: tuple[tuple[float, _Version], SoftAssignment] | None = None
@@ -249,6 +264,8 @@ class GeneralQuantizerTransform:
         slopes = assigned.slopes.index_select(0, cells.flatten()).view(weight.shape)
         if self.train_centroids:
             self._leave_centroid_gradient(cells, grad)
+        if self.sharpness_log2 is not None and not self.is_hard:
+            self._leave_sharpness_gradient(self.sharpness_log2, cells, grad)
         if self.learn_scale:
             self._leave_scale_gradient(weight, slopes, grad)
         return slopes.to(grad.dtype).mul_(grad)
@@ -279,7 +296,13 @@ class GeneralQuantizerTransform:
         key = (sharpness, self._version)
         if self._soft_cache is None or self._soft_cache[0] != key:
             z = self._ascending().on_grid
-            soft = SoftAssignment(z, sharpness=sharpness, mu=self.mu, power=self.power)
+            soft = SoftAssignment(
+                z,
+                sharpness=sharpness,
+                mu=self.mu,
+                power=self.power,
+                learns_sharpness=self.sharpness_log2 is not None,
+            )
             self._soft_cache = (key, soft)
         return self._soft_cache[1]
 
@@ -325,6 +348,22 @@ class GeneralQuantizerTransform:
             result[self.centroids == 0] = 0
         self.centroids.grad = result
 
+    def _leave_sharpness_gradient(self, log2: Tensor, cells: Tensor, grad: Tensor) -> None:
+        """Assign the gradient of the sharpness's logarithm.
+
+        Args:
+            log2: That logarithm, shape ``(1,)``.
+            cells: Cells of the weights, int32, in the shape of the weight.
+            grad: Gradient of the quantized weight, in that shape.
+        """
+        # d/d(log2 S) is ln(2) d/d(ln S). Centroids -0.5 and 0.5, mu = 0 and p = 2 have the mean
+        # g(v) = tanh(S v) / 2; with S = 4 and v = 0.25 its rise is S v (1 - tanh(1)^2) / 2 = 0.21,
+        # so that a weight of 0.05 with r = 0.2 adds 0.2 * 0.21 * ln(2) = 0.029 times its gradient.
+        slopes = self._soft(self.sharpness).sharpness_slopes
+        rises = slopes.index_select(0, cells.flatten()).view(cells.shape).mul_(grad.float())
+        total = from_grid_units(rises, self.scales * self.maximum).sum()
+        log2.grad = (total * math.log(2)).reshape(1)
+
     def _leave_scale_gradient(self, weight: Tensor, slopes: Tensor, grad: Tensor) -> None:
         """Assign the gradient of the scales' logarithms.
 
@@ -347,9 +386,26 @@ class GeneralQuantizerTransform:
 
     # --- state ------------------------------------------------------------------------------------
 
+    def train_sharpness(self, start: float) -> None:
+        """Train the sharpness from now on, by its logarithm, so that it stays positive.
+
+        Args:
+            start: First sharpness, positive.
+        """
+        first = elementary.log2(torch.tensor([start], dtype=torch.float64)).float()
+        self.sharpness_log2 = first.to(self.centroids.device)
+
+    @property
+    def trained_sharpness(self) -> float:
+        """Sharpness that :attr:`sharpness_log2` stands for."""
+        assert self.sharpness_log2 is not None, "it is trained"
+        return float(elementary.exp2(self.sharpness_log2.detach().double()))
+
     def learned(self) -> dict[str, Tensor]:
         """Return the trained tensors, by name."""
         tensors = {"centroids": self.centroids} if self.train_centroids else {}
+        if self.sharpness_log2 is not None:
+            tensors["sharpness"] = self.sharpness_log2
         return {**tensors, "scale": self.scale_log2} if self.learn_scale else tensors
 
     @torch.no_grad()
@@ -365,11 +421,13 @@ class GeneralQuantizerTransform:
         return relative_gap(weight, self._looked_up(cells, difference, self.scales))
 
     def state_dict(self) -> dict[str, Any]:
-        """Return copies of centroids and scales."""
+        """Return copies of centroids, scales and a trained sharpness."""
+        sharpness = self.sharpness_log2
         return {
             "centroids": self.centroids.detach().clone(),
             "scale_log2": self.scale_log2.detach().clone(),
             "scales": self.scales.clone(),
+            **({} if sharpness is None else {"sharpness_log2": sharpness.detach().clone()}),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -378,7 +436,29 @@ class GeneralQuantizerTransform:
         self.centroids = state["centroids"].to(device).clone()
         self.scale_log2 = state["scale_log2"].to(device).clone()
         self._fixed_scales = state["scales"].to(device).clone()
+        if "sharpness_log2" in state:
+            self.sharpness_log2 = state["sharpness_log2"].to(device).clone()
         self._ascending_cache = self._soft_cache = self._hard_cache = None
+
+
+def uniform_centroids(bits: int, *, pin_zero: bool = False) -> Float[Tensor, " centroids"]:
+    """Return centroids with equal distances in the µ-law's domain, from -1 to 1.
+
+    Args:
+        bits: Bits of an index, 1 to 8.
+        pin_zero: Whether one of them is zero; then they are signed integers of ``bits`` bits over
+            the largest magnitude, and end below 1.
+
+    Example:
+        >>> uniform_centroids(2)
+        tensor([-1.0000, -0.3333,  0.3333,  1.0000])
+        >>> uniform_centroids(2, pin_zero=True)
+        tensor([-1.0000, -0.5000,  0.0000,  0.5000])
+    """
+    indices = torch.arange(2**bits, dtype=torch.float64)
+    if pin_zero:
+        return (indices / 2 ** (bits - 1) - 1).float()
+    return (2 * indices / (2**bits - 1) - 1).float()
 
 
 def _at_the_centroids(start: Tensor, scales: Tensor, power_of_two: bool) -> tuple[Tensor, Tensor]:

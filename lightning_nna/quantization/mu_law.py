@@ -135,9 +135,11 @@ class SoftAssignment:
         sharpness: :math:`S`, positive.
         mu: Of the µ-law.
         power: :math:`p`, 1 or 2.
+        learns_sharpness: Whether the derivative by the sharpness is computed, too.
 
     Attributes:
         values: :math:`F_\mu^{-1}(g(F_\mu(x)))` in each cell, shape ``(channels * (cells + 2),)``.
+        sharpness_slopes: Its derivative by :math:`\ln S`, in that shape, with ``learns_sharpness``.
         slopes: Its derivative by :math:`x`, in that shape.
 
     Raises:
@@ -156,6 +158,7 @@ class SoftAssignment:
         sharpness: float,
         mu: float,
         power: int = 2,
+        learns_sharpness: bool = False,
     ) -> None:
         require_mu(mu)
         if not sharpness > 0:
@@ -195,6 +198,12 @@ class SoftAssignment:
         mean = (terms * near).sum(0).div_(total)
         means = torch.addcmul(own, mean, (1 / root).float())
         self.values = _expanded(means, mu)
+        if learns_sharpness:
+            # A score is ln S times a constant, so that the mean of the centroids rises with ln S by
+            # their covariance with the scores. Terms are exponentials of scores; 0 stays 0.
+            scored = terms.clamp_min(math.exp(-2 * _NEGLIGIBLE)).log_().mul_(terms)
+            rise = ((scored * near).sum(0) - scored.sum(0) * mean) / (total * root)
+            self.sharpness_slopes = rise.float() * inverse_mu_law_slope(means, mu)
         # How fast a centroid's score grows with the centroid, and falls with the point: p times it.
         spread = near.sub_(mean).mul_(pull).mul_(terms)
         self._expansion = inverse_mu_law_slope(means, mu).div_(total)

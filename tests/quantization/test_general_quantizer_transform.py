@@ -128,6 +128,74 @@ def test_channels_are_as_each_by_itself(
     assert torch.equal(together.codebook.thresholds, torch.stack([b.thresholds for b in books]))
 
 
+@pytest.mark.parametrize(("groups", "channels"), [(1, None), (4, None), (1, 8), (8, 8)])
+@pytest.mark.parametrize("power", [1, 2])
+def test_a_trained_sharpness_has_the_gradient_of_the_definition(
+    groups: int, channels: int | None, power: int
+) -> None:
+    transform = GeneralQuantizerTransform(
+        weights(8, 500), 3, groups=groups, channels=channels, power=power
+    )
+    transform.train_sharpness(4.0)
+    assert transform.trained_sharpness == 4.0
+    assert transform.sharpness_log2 is not None
+    transform.sharpness = 4.0
+    weight, grad = at_middles(transform, 8, 500), weights(8, 500, seed=3)
+    z = mu_law(transform.codebook.centroids.double() / 127, transform.mu)
+    z = z.expand(8, 8) if channels is None else z
+    log2 = torch.tensor([2.0], dtype=torch.float64, requires_grad=True)
+    scales = (transform.scales.double() * 127).repeat_interleave(8 // groups)[:, None]
+    v = mu_law((weight.double() / scales).clamp(-1, 1), transform.mu)
+    alpha = torch.exp2(log2) / mean_spacing(z)[:, None, None] ** power
+    shares = torch.softmax(-alpha * (v[..., None] - z[:, None]).abs() ** power, -1)
+    values = scales * inverse_mu_law((shares * z[:, None]).sum(-1), transform.mu)
+    (expected,) = torch.autograd.grad((values * grad).sum(), log2)
+    transform.apply(weight, hard=False)
+    transform.pull_back(weight, grad)
+    assert transform.sharpness_log2.grad is not None
+    torch.testing.assert_close(
+        transform.sharpness_log2.grad.double(), expected, rtol=5e-3, atol=1e-5
+    )
+    # Hard weights do not depend on it.
+    transform.is_hard, transform.sharpness_log2.grad = True, None
+    transform.apply(weight, hard=False)
+    transform.pull_back(weight, grad)
+    assert transform.sharpness_log2.grad is None
+
+
+@pytest.mark.parametrize(
+    ("bits", "pin_zero", "integers"),
+    [
+        (1, False, [-127, 127]),
+        # (16 ** (1 / 3) - 1) / 15 * 127 = 12.87.
+        (2, False, [-127, -13, 13, 127]),
+        # (16 ** 0.5 - 1) / 15 * 127 = 25.4.
+        (2, True, [-127, -25, 0, 25]),
+        # 16 ** 0.25 and 16 ** 0.75 are 2 and 8: 8.47 and 59.27.
+        (3, True, [-127, -59, -25, -8, 0, 8, 25, 59]),
+    ],
+)
+def test_a_uniform_start_is_even_in_the_domain_of_the_law(
+    bits: int, pin_zero: bool, integers: list[int]
+) -> None:
+    weight = weights(40, 300)
+    transform = GeneralQuantizerTransform(weight, bits, pin_zero=pin_zero, start="uniform")
+    assert transform.codebook.centroids.tolist() == integers
+    assert float(transform.centroids.diff().diff().abs().sum()) < 1e-5
+    fitted = GeneralQuantizerTransform(weight, bits, pin_zero=pin_zero)
+    assert torch.equal(transform.scales, fitted.scales)
+    hard = transform.apply(weight, hard=True)
+    levels = transform.codebook.centroids * transform.scales
+    assert set(hard.unique().tolist()) <= set(levels.tolist())
+    wide = GeneralQuantizerTransform(
+        weight, bits, pin_zero=pin_zero, start="uniform", scale="centroids"
+    )
+    assert torch.equal(wide.apply(weight, hard=True), hard)
+    each = GeneralQuantizerTransform(weight, bits, pin_zero=pin_zero, start="uniform", channels=40)
+    assert each.codebook.centroids.tolist() == [integers] * 40
+    assert torch.equal(each.apply(weight, hard=True), hard)
+
+
 @pytest.mark.parametrize("bits", range(1, 9))
 def test_it_starts_at_lloyd_max_points_and_hard_weights_take_the_nearest(bits: int) -> None:
     weight = weights(40, 300)
@@ -218,6 +286,17 @@ def test_a_pinned_zero_gets_no_gradient(channels: int | None) -> None:
     assert bool(is_zero.any(-1).all())
     assert bool((transform.centroids.grad == 0).eq(is_zero).all())
     assert 0.0 in transform.apply(weight, hard=True)
+
+
+def test_a_trained_sharpness_is_saved_and_loaded() -> None:
+    transform = GeneralQuantizerTransform(weights(4, 300), 3)
+    assert "sharpness_log2" not in transform.state_dict()
+    transform.train_sharpness(1.0)
+    assert transform.sharpness_log2 is not None
+    transform.sharpness_log2.add_(1.5)
+    other = GeneralQuantizerTransform(weights(4, 300, seed=9), 3)
+    other.load_state_dict(transform.state_dict())
+    assert other.trained_sharpness == transform.trained_sharpness == pytest.approx(2**1.5)
 
 
 @pytest.mark.parametrize(

@@ -39,7 +39,7 @@ def test_mu_255_is_that_of_telephony() -> None:
     )
 
 
-def naive(x: Tensor, z: Tensor, sharpness: float, mu: float, power: int) -> Tensor:
+def naive(x: Tensor, z: Tensor, sharpness: float | Tensor, mu: float, power: int) -> Tensor:
     """The definition: a softmax over every centroid, for every point, in float64."""
     v = mu_law(x, mu)
     alpha = sharpness / mean_spacing(z) ** power
@@ -79,6 +79,23 @@ def test_cells_hold_the_definition_and_its_gradients(
         soft.centroid_gradient(weights.float()).double(), centroids, rtol=2e-3, atol=5e-2
     )
     assert float(soft.slopes[0]) == float(soft.slopes[-1]) == 0
+
+
+@pytest.mark.parametrize("power", [1, 2])
+@pytest.mark.parametrize("sharpness", [0.5, 1.0, 8.0, 64.0])
+@pytest.mark.parametrize("name", CENTROIDS)
+def test_values_rise_with_the_logarithm_of_the_sharpness(
+    name: str, sharpness: float, power: int
+) -> None:
+    z = CENTROIDS[name]
+    x = cell_middles(cells_for(len(z))).double()
+    log = torch.full((len(x), 1), math.log(sharpness), dtype=torch.float64, requires_grad=True)
+    (rises,) = torch.autograd.grad(naive(x, z.double(), log.exp(), 15.0, power).sum(), log)
+    soft = SoftAssignment(z, sharpness=sharpness, mu=15.0, power=power, learns_sharpness=True)
+    torch.testing.assert_close(soft.sharpness_slopes.double(), rises[:, 0], rtol=1e-3, atol=2e-4)
+    plain = SoftAssignment(z, sharpness=sharpness, mu=15.0, power=power)
+    for one, other in ((soft.values, plain.values), (soft.slopes, plain.slopes)):
+        assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize("power", [1, 2])

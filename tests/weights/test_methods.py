@@ -26,6 +26,7 @@ from lightning_nna.callbacks import (
     NNAEmulation,
     RandomPruning,
 )
+from lightning_nna.checkpoints import load_deployed
 from lightning_nna.quantization.mracos import mracos
 from lightning_nna.schedule import Schedule
 from lightning_nna.testing import SmallRecurrentModule
@@ -53,7 +54,12 @@ def pull(**settings: object) -> MRACosRegularization:
     return MRACosRegularization(**({"bits": 3, "strength": 1e-3} | settings))
 
 
-METHODS = {"gq": gq, "hard": hard, "mracos": pull}
+def trained(**settings: object) -> GeneralQuantizer:
+    """With a sharpness of each tensor that is trained, from uniform centroids."""
+    return gq(**({"train_sharpness": True, "start": "uniform", "power": 1} | settings))
+
+
+METHODS = {"gq": gq, "gq_trained": trained, "hard": hard, "mracos": pull}
 PER_CHANNEL = {
     "gq per channel": partial(gq, bits=2, codebook="per_channel"),
     "hard per channel": partial(hard, bits=2, codebook="per_channel", granularity="per_channel"),
@@ -128,6 +134,48 @@ def test_every_weight_ends_with_few_values(method: str) -> None:
         assert len(values) <= (2 if name.startswith("head.first") else 8)
         steps = values / pipeline_of(fitted).grid_of(fitted.get_parameter(name)).scales
         assert torch.equal(steps, steps.round())
+
+
+def test_each_tensor_trains_its_sharpness_until_weights_are_hard() -> None:
+    fitted, callback = module(), trained(hard_from=8, centroid_lr=0.05)
+    run = trainer(callback, steps=8)
+    run.fit(fitted)
+    soft = {name: one["sharpness_log2"] for name, one in callback.state_dict()["centroids"].items()}
+    # Adam moves a logarithm by at most about its learning rate: 8 * 0.05.
+    assert all(0 < abs(float(log)) < 0.5 for log in soft.values())
+    assert len({float(log) for log in soft.values()}) == len(soft)
+    mean = sum(2.0 ** float(log) for log in soft.values()) / len(soft)
+    assert callback.metrics()["sharpness"] == pytest.approx(mean, rel=1e-6)
+    trainer(callback, steps=12).fit(fitted)
+    for name, state in callback.state_dict()["centroids"].items():
+        assert torch.equal(state["sharpness_log2"], soft[name])
+        assert len(fitted.get_parameter(name).unique()) <= 8
+
+
+def test_a_checkpoint_with_a_trained_sharpness_is_loaded_as_deployed(tmp_path: Path) -> None:
+    fitted = module()
+    run = trainer(trained(), steps=5)
+    run.fit(fitted)
+    run.save_checkpoint(tmp_path / "stopped.ckpt")
+    deployed = load_deployed(module(seed=1), tmp_path / "stopped.ckpt", emulation=False)
+    assert_same(dict(deployed.state_dict()), dict(fitted.state_dict()))
+    with pytest.raises(ValueError, match="train_sharpness is True there and False here"):
+        trainer(gq()).fit(module(), ckpt_path=tmp_path / "stopped.ckpt")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"start": "random"}, "start must be 'lloyd_max' or 'uniform', got 'random'"),
+        (
+            {"start": "uniform", "max_entropy_bits": 2.0},
+            r"without regard to the entropy, got max_entropy_bits=2\.0: leave it out",
+        ),
+    ],
+)
+def test_a_start_is_validated(settings: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        gq(**settings)
 
 
 @pytest.mark.parametrize("method", ["gq", "hard"])
