@@ -239,8 +239,9 @@ class DeployedTransducer(nn.Module):
         ]
         rows, _ = self._run_sequences("encoder", sequences, [start] * len(sequences))
         per_step = frames // self.programs["encoder"].outputs[0].shape[1]
-        steps = torch.tensor([-(-length // per_step) for length in lengths])
-        return nn.utils.rnn.pad_sequence(rows, batch_first=True), steps
+        steps = [-(-length // per_step) for length in lengths]
+        valid = [row[:count] for row, count in zip(rows, steps, strict=True)]
+        return nn.utils.rnn.pad_sequence(valid, batch_first=True), torch.tensor(steps)
 
     def predict(
         self,

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from omegaconf import DictConfig
+from torch import Tensor
 
 from lightning_nna.deploy.runtimes import runtime_of
+from lightning_nna.emulation import calibrate, emulate
 from lightning_nna.emulation.spec import resolve_spec
 from recipes.asr.deployed import DeployedTransducer, export_transducer
+from recipes.asr.rnnt import Transducer
 from recipes.deploy import check_method, check_target, deploy, table
 from recipes.train import train
 from recipes.weights import TrainedWeights
-from tests.recipes.asr.test_emulated import conformer
+from tests.recipes.asr.test_emulated import batch, conformer, recurrent
 from tests.recipes.test_train import overrides
 
 Compose = Callable[..., DictConfig]
@@ -111,6 +116,63 @@ def test_a_conformer_whose_steps_see_padding_has_no_program(tmp_path: Path) -> N
 
     with pytest.raises(ValueError, match="with chunk_size=2 steps see the padding"):
         export_transducer(Recognizer(), tmp_path, utterance_frames=8)  # type: ignore[arg-type]
+
+
+@pytest.mark.exactness
+@pytest.mark.parametrize(
+    ("model", "sizes"),
+    [(recurrent, {"chunk_steps": 3}), (partial(conformer, 1), {"utterance_frames": 32})],
+    ids=["rnnt", "conformer"],
+)
+def test_programs_return_the_steps_of_each_utterance(
+    model: Callable[[], Transducer], sizes: dict[str, int], tmp_path: Path
+) -> None:
+    class Recognizer(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model()
+
+    recognizer = Recognizer().eval()
+    features, _, labels, counts = batch()
+    lengths = torch.tensor([24, 14, 5])
+    features = features[:, :24] * (torch.arange(24) < lengths[:, None])[..., None]
+
+    def score(module: Any, sound: Tensor) -> Tensor:
+        encodings, steps = module.model.transcribe(sound, lengths)
+        predictions, _, _ = module.model.predict(labels, counts, None)
+        module.model.predict(labels[:, :1], counts, None)
+        return torch.as_tensor(module.model.join(encodings, steps, predictions, counts)[0])
+
+    calibrate(recognizer, [features], forward=score)
+    with emulate(recognizer), torch.no_grad():
+        emulated, steps = recognizer.model.transcribe(features, lengths)
+    export_transducer(recognizer, tmp_path, **sizes)  # type: ignore[arg-type]
+    deployed = DeployedTransducer(tmp_path)
+    encodings, deployed_steps = deployed.transcribe(features, lengths)
+    assert torch.equal(deployed_steps, steps)
+    assert encodings.shape == (3, int(steps.max()), 8)
+    for row, expected, count in zip(encodings, emulated, steps.tolist(), strict=True):
+        assert torch.equal(row[:count], expected[:count])
+
+
+def test_an_utterance_longer_than_a_conformers_program_is_an_error(tmp_path: Path) -> None:
+    class Recognizer(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = conformer(1)
+
+    recognizer = Recognizer().eval()
+    features, lengths, labels, counts = batch()
+
+    def score(module: Any, sound: Tensor) -> Tensor:
+        encodings, steps = module.model.transcribe(sound, lengths)
+        predictions, _, _ = module.model.predict(labels, counts, None)
+        return torch.as_tensor(module.model.join(encodings, steps, predictions, counts)[0])
+
+    calibrate(recognizer, [features], forward=score)
+    export_transducer(recognizer, tmp_path, utterance_frames=22)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="at most 24 frames, got one of 32: export it with a"):
+        DeployedTransducer(tmp_path).transcribe(features, lengths)
 
 
 @pytest.mark.slow
