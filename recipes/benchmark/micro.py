@@ -219,7 +219,26 @@ def report(rows: Sequence[Row]) -> Fields:
         "steps": STEPS,
         "vectors": VECTORS,
         "networks": lines,
+        "codebooks": _codebooks(rows),
     }
+
+
+def _codebooks(rows: Sequence[Row]) -> list[str]:
+    """Compare centroids by channel with a set for the tensor that has one more bit."""
+    lines = []
+    for network, title in NETWORKS.items():
+        for bits in (2, 3, 4):
+            by_channel = select(rows, network=network, method=f"gq{bits}_by_channel")
+            by_tensor = select(rows, network=network, method=f"gq{bits + 1}")
+            for channel, tensor in zip(by_channel, by_tensor, strict=False):
+                cells = [
+                    f"{row['flash_bytes']:,} bytes, {row['arena_bytes']:,}, {row['sqnr_db']:.1f} dB"
+                    for row in (channel, tensor)
+                    if row.get("sqnr_db") is not None
+                ]
+                if len(cells) == 2:
+                    lines.append(line(title, f"{bits}", cells[0], f"{bits + 1}", cells[1]))
+    return lines
 
 
 STUDY = Study(
