@@ -6,10 +6,10 @@
 Exports encoder, predictor and joint network, decodes the test set through them on the runtime that
 the spec names, compares every output with the emulation, and compiles them with Vela for memory and
 time. ``target=tflm`` and ``target=ethos-u55-128`` write what the firmware of a microcontroller
-needs, too; they need a spec of TFLite-Micro, as the default is. A checkpoint that was trained
-emulated brings its ranges and its weight methods; a float one is calibrated on training batches
-first. ``recalibrate=true nna=tosa-int8`` deploys one that was trained emulated on another device
-than it was trained for: its weights stay, and its ranges are observed again.
+needs, too: the one with the default spec, the other with ``nna=ethos-u``. A checkpoint that was
+trained emulated brings its ranges and its weight methods; a float one is calibrated on training
+batches first. ``recalibrate=true nna=tosa-int8`` deploys one that was trained emulated on another
+device than it was trained for: its weights stay, and its ranges are observed again.
 """
 
 from __future__ import annotations
@@ -225,7 +225,8 @@ def check_target(weights: TrainedWeights, config: DictConfig) -> None:
     trained = (weights.recipe.get("callbacks") or {}).get("nna")
     spec = (trained or config.nna)["spec"]
     if resolve_spec(spec).runtime != "tflm":
-        remedy = "train it with nna=tflm-int8" if trained else "add nna=tflm-int8"
+        preset = "tflm-int8" if target == "tflm" else "ethos-u"
+        remedy = f"train it with nna={preset}" if trained else f"add nna={preset}"
         raise ValueError(
             f"target={target} computes the integers of TFLite-Micro, and {spec} has others: "
             f"{remedy}, or leave target out"

@@ -231,7 +231,9 @@ def _compile(
     if _ports_of(path.read_bytes()) != _ports_of(source.read_bytes()):
         raise VelaError(
             f"Vela's program for {accelerator} has other inputs or outputs than the one it was "
-            "made of: export without accelerator, and compile it by hand"
+            "made of. It drops the cell state of an LSTM's kernel: take the preset ethos-u, whose "
+            'LSTM is elementary operators, or lstm="elementary" in a spec of your own; of other '
+            "networks, export without accelerator and compile by hand"
         )
     return vela
 

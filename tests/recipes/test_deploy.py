@@ -37,6 +37,7 @@ CONFORMER_IN_SECONDS = [
     "model.network.predictor_size=8",
     "model.network.joint_size=8",
 ]
+NPU = "ethos-u55-128"
 HIGH_END = "[ethos-u55-128,Ethos_U55_High_End_Embedded,Shared_Sram]"
 
 
@@ -45,7 +46,7 @@ HIGH_END = "[ethos-u55-128,Ethos_U55_High_End_Embedded,Shared_Sram]"
 @pytest.mark.filterwarnings("ignore:NNAEmulation. 0 of")  # Shorter than its calibration.
 @pytest.mark.parametrize(
     ("compression", "target"),
-    [("none", None), ("nna8", None), ("csp_gq", None), ("nna8", "tflm")],
+    [("none", None), ("nna8", None), ("csp_gq", None), ("nna8", "tflm"), ("nna8", NPU)],
 )
 def test_the_programs_equal_the_emulation(
     compression: str,
@@ -59,6 +60,8 @@ def test_the_programs_equal_the_emulation(
     settings = [f"compression={compression}", "test=false", f"run_dir={trained}"]
     if compression == "csp_gq":
         settings += ["bits=4", "sparsity=0.5", "+callbacks.prune.measurement=identity"]
+    if target == NPU:
+        settings.append("nna=ethos-u")
     train(compose_config("train", "experiment=an4_rnnt", *overrides, *settings))
     ckpt = trained / "checkpoints" / "last.ckpt"
     settings = [f"ckpt={ckpt}", f"systems=[{HIGH_END}]", "calibration_batches=2"]
@@ -72,7 +75,7 @@ def test_the_programs_equal_the_emulation(
     (system,) = summary["systems"]
     assert system["cpu_operators"] == ["GatherV2"]
     assert 0 < system["encoded_bytes"] < system["memory_bytes"]
-    firmware = ["encoder", "predictor", "joint"] if target == "tflm" else []
+    firmware = ["encoder", "predictor", "joint"] if target else []
     assert list(summary["firmware"]) == firmware
     assert [each["equal_outputs"] for each in summary["firmware"].values()] == [1.0] * len(firmware)
     assert len(table(summary).splitlines()) == 8 + len(firmware)
@@ -243,7 +246,7 @@ def test_settings_that_differ_from_the_checkpoint_are_an_error(
             ["target=tflm", "nna=litert-int8"],
             "litert-int8 has others: add nna=tflm-int8, or leave target out",
         ),
-        ("litert-int8", ["target=ethos-u55-128"], "others: train it with nna=tflm-int8, or leave"),
+        ("litert-int8", ["target=ethos-u55-128"], "others: train it with nna=ethos-u, or leave"),
     ],
 )
 def test_a_device_needs_its_integers(
