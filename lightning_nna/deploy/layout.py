@@ -206,7 +206,7 @@ Box = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], tuple[int, ...]]
 
 
 def _is_sliced(box: Box, most_axes: int) -> bool:
-    """Tell if a slice has few enough axes, and so all others of a box that is no slice."""
+    """Tell if a box has few enough axes for a slice; one that is the whole source needs none."""
     shape, _, sizes, _ = box
     return len(shape) <= (MOST_SLICED_AXES if shape == sizes else most_axes)
 
