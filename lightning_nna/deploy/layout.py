@@ -482,7 +482,7 @@ class LayoutBuilder:
         return known
 
     def _build_gather(self, codes: Codes, values: NDArray[np.int64]) -> int:
-        """Gather any elements of any tensors, one by one."""
+        """Gather any elements of any tensors, one by one, unless all joined have a view of them."""
         parts, index = [], np.zeros(codes.shape, np.int32)
         start = 0
         for source in tensors_in(codes):
@@ -500,4 +500,7 @@ class LayoutBuilder:
         number = parts[0]
         if len(parts) > 1:
             number = self.emit("CONCATENATION", parts, (start,), {"axis": 0})
+            joined = codes_of(number, index.astype(np.int64))
+            if self._view(joined) or self._view_of_merged(joined):
+                return self.build(joined, values)
         return self.emit("GATHER", [number, index], codes.shape, {"axis": 0})
