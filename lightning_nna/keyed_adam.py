@@ -86,7 +86,7 @@ class KeyedAdam:
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy or pickle has the state by key, not the tensors themselves."""
-        return {**self.__dict__, "_state": self.state_dict(), "_held": {}, "_adam": None}
+        return {**self.__dict__, "_state": self.state_dict(), "_tensors": {}, "_adam": None}
 
     def _hold(self, tensors: dict[str, Tensor]) -> None:
         """Take in tensors that are new, or have been loaded or moved since."""

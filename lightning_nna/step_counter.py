@@ -138,7 +138,7 @@ class StepCounter:
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy or pickle counts on, but hangs on no optimizer."""
-        return {**self.__dict__, "_places": {}, "_handles": []}
+        return {**self.__dict__, "_indices": {}, "_handles": []}
 
     def _count(self, optimizer: Optimizer, *_: Any) -> None:
         self._counts[self._indices[id(optimizer)]] += 1

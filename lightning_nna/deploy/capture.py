@@ -22,7 +22,7 @@ from lightning_nna.deploy.graph import CapturedProgram, CaptureError, Port
 from lightning_nna.deploy.recorder import Recorder, attributes_of
 from lightning_nna.emulation.attachment import attached, emulate
 from lightning_nna.emulation.emulator import Emulator
-from lightning_nna.emulation.spec import LITERT_ACCUMULATOR, NNASpec
+from lightning_nna.emulation.spec import LITERT_ACCUMULATOR, PRESETS, NNASpec
 from lightning_nna.weights.pipeline import pipeline_of
 
 
@@ -162,10 +162,11 @@ def emulator_of(module: nn.Module) -> Emulator:
             "NNAEmulation, before it is exported"
         )
     if differences := _differences(emulator.spec):
+        exact = (name for name, spec in PRESETS.items() if not _differences(spec))
         raise CaptureError(
             f"there is no .tflite program in the arithmetic of {emulator.spec.name!r}: "
             f"{'; '.join(differences)}; emulate the module with a spec without that, as the "
-            f"presets litert-int8, litert-int16x8, tflm-int8 and tflm-int16x8 are"
+            f"presets {', '.join(sorted(exact))} are"
         )
     if pipeline_of(module).phase == "train":
         raise CaptureError(
