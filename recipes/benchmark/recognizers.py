@@ -22,6 +22,7 @@ from recipes.benchmark.rows import Row, select
 
 RUNS = Path("runs/recognizers")
 TRAINED_FOR = "tflm-int8"
+SYSTEM = ("ethos-u55-128", "Ethos_U55_High_End_Embedded", "Shared_Sram")
 ELEMENTARY = "tflm-int8 elementary"
 #: Overrides by name of a row's spec.
 SPECS = {
@@ -84,12 +85,14 @@ class RecognizerRun(RecipeRun):
     @property
     def command(self) -> list[str]:
         """Module and overrides of the deployment."""
-        again = [] if self.spec == TRAINED_FOR else ["recalibrate=true", SPECS[self.spec]]
+        if self.spec == TRAINED_FOR:
+            settings = ["target=tflm", f"systems=[[{','.join(SYSTEM)}]]"]
+        else:
+            settings = ["recalibrate=true", SPECS[self.spec], "systems=[]"]
         return [
             "recipes.deploy",
             f"ckpt={self.trained_folder / 'checkpoints' / 'last.ckpt'}",
-            "systems=[]",
-            *again,
+            *settings,
             f"hydra.run.dir={self.folder}",
         ]
 
@@ -110,8 +113,12 @@ class RecognizerRun(RecipeRun):
             *("wer", "wer_low", "wer_high", "loss_per_token", "tflite_bytes", "runtime", "words"),
             *("equal_outputs", "outputs", "equal_transcripts", "utterances", "commit", "command"),
         )
+        sizes = ("plain_flash_bytes", "flash_bytes", "plain_arena_bytes", "arena_bytes")
+        firmware = summary["firmware"].values()
         yield {
             **self.keys[0],
+            **{size: sum(part[size] for part in firmware) for size in sizes if firmware},
+            "encoded_bytes": sum(system["encoded_bytes"] for system in summary["systems"]),
             "bits": METHODS[self.method][1],
             "sparsity": METHODS[self.method][2],
             "wer_float": summary["float"]["wer"],
@@ -158,7 +165,25 @@ def report(rows: Sequence[Row]) -> Fields:
     return {
         "networks": [network_line(row) for row in ordered],
         "total": f"{equal:,} of {outputs:,}",
+        "firmware": [firmware_line(row) for row in ordered if "flash_bytes" in row],
     }
+
+
+def firmware_line(row: Row) -> str:
+    """Format what a network takes on a microcontroller."""
+    saved = 1 - row["flash_bytes"] / row["plain_flash_bytes"]
+    return line(
+        MODELS[row["model"]],
+        METHODS[row["method"]][3],
+        row["bits"],
+        f"{row['sparsity']:.0%}",
+        f"{row['plain_flash_bytes']:,}",
+        f"{row['flash_bytes']:,}",
+        f"{saved:.1%}",
+        f"{row['plain_arena_bytes']:,}",
+        f"{row['arena_bytes']:,}",
+        f"{row['encoded_bytes']:,}",
+    )
 
 
 def network_line(row: Row) -> str:

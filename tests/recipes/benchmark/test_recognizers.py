@@ -17,6 +17,8 @@ def row(spec: str, model: str = "rnnt", equal: float = 1.0) -> dict[str, Any]:
         **dict.fromkeys(("wer_float", "wer_emulated", "wer", "wer_low", "wer_high"), 0.1),
         **{"tflite_bytes": 2_000_000, "runtime": "TFLite-Micro", "outputs": 1000},
         **{"equal_outputs": equal, "equal_transcripts": 1.0, "utterances": 130},
+        **({"flash_bytes": 75, "plain_flash_bytes": 100} if spec == "tflm-int8" else {}),
+        **dict.fromkeys(("plain_arena_bytes", "arena_bytes", "encoded_bytes"), 10),
         "command": f"python -m recipes.deploy nna={spec}",
     }
 
@@ -49,10 +51,11 @@ def test_every_command_composes() -> None:
 def test_the_page_adds_up_what_is_equal() -> None:
     page = STUDY.render([row("tosa-int8", equal=0.999), row(ELEMENTARY), row("tflm-int8")])
     assert "bit by bit: 2,999 of 3,000 in all rows" in page
-    lines = [each for each in page.splitlines() if each.startswith("| RNN-T")]
+    lines = [each for each in page.splitlines() if "| `t" in each]
     assert [each.split("|")[5].strip() for each in lines] == [
         "`tflm-int8`",
         "`tflm-int8`, LSTM of elementary operators",
         "`tosa-int8`",
     ]
+    assert "| RNN-T | GQ | 4 | 0% | 100 | 75 | 25.0% | 10 | 10 | 10 |" in page
     assert "| 999 of 1,000 | 130 of 130 |" in lines[2]
