@@ -45,7 +45,9 @@ class Distillation(ModuleBoundCallback):
 
     A second ``fit`` of the same module, and a run that is resumed from a checkpoint, keep the copy
     of the first start. A run that joins, from a checkpoint without this callback, copies the
-    weights of the checkpoint.
+    weights of the checkpoint. There, and with a new callback in a second ``fit``, list it after the
+    weight methods, which by then have put their float weights back; before them it copies low-bit
+    ones.
 
     Memory: the weights of the targets once more, on their device and in each checkpoint; two
     tensors of the size of a target's output for each call, until the backward.
@@ -345,14 +347,3 @@ class Distillation(ModuleBoundCallback):
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-
-
-def _modules_around(name: str) -> list[str]:
-    """Return the names of the modules that contain a module.
-
-    Example:
-        >>> _modules_around("encoder.layers.0")
-        ['encoder', 'encoder.layers']
-    """
-    parts = name.split(".")
-    return [".".join(parts[:count]) for count in range(1, len(parts))]
