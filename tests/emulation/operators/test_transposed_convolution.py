@@ -162,9 +162,9 @@ def _with_channels_of_several_sizes() -> nn.Sequential:
 @pytest.mark.parametrize("learned_scales", ["none", "weights"])
 def test_every_output_channel_has_a_scale(learned_scales: Any, tmp_path: Path) -> None:
     net, x = _with_channels_of_several_sizes(), torch.randn(4, 4, 5, 5)
+    layer = net[0]
     calibrate(net, [x])
-    layer, spec = net[0], "litert-int8"
-    with emulate(net, spec, learned_scales=learned_scales) as chip:
+    with emulate(net, learned_scales=learned_scales) as chip:
         net(x).square().sum().backward()
         weight = chip.state.weight(layer.weight, chip.state.used_weights["0.weight"])
     largest = layer.weight.detach().abs().amax((0, 2, 3))
