@@ -212,7 +212,8 @@ def check_target(weights: TrainedWeights, config: DictConfig) -> None:
         config: Composed configuration ``deploy``.
 
     Raises:
-        ValueError: If ``target`` is unknown, or a device of TFLite-Micro and the spec is not.
+        ValueError: If ``target`` is unknown, or a device of TFLite-Micro and the spec is not, or an
+            Ethos-U and the spec has the kernel of the LSTM.
     """
     target = config.target
     if target is None:
@@ -224,12 +225,18 @@ def check_target(weights: TrainedWeights, config: DictConfig) -> None:
         )
     trained = (weights.recipe.get("callbacks") or {}).get("nna")
     spec = (trained or config.nna)["spec"]
-    if resolve_spec(spec).runtime != "tflm":
-        preset = "tflm-int8" if target == "tflm" else "ethos-u"
-        remedy = f"train it with nna={preset}" if trained else f"add nna={preset}"
+    preset = "tflm-int8" if target == "tflm" else "ethos-u"
+    remedy = f"add recalibrate=true nna={preset}" if trained else f"add nna={preset}"
+    resolved = resolve_spec(spec)
+    if resolved.runtime != "tflm":
         raise ValueError(
             f"target={target} computes the integers of TFLite-Micro, and {spec} has others: "
             f"{remedy}, or leave target out"
+        )
+    if target != "tflm" and resolved.lstm_form() == "sequence":
+        raise ValueError(
+            f"target={target} has no place for the cell state of the LSTM's kernel, which {spec} "
+            f"has: {remedy}, with LSTMs of elementary operators, or leave target out"
         )
 
 

@@ -246,7 +246,12 @@ def test_settings_that_differ_from_the_checkpoint_are_an_error(
             ["target=tflm", "nna=litert-int8"],
             "litert-int8 has others: add nna=tflm-int8, or leave target out",
         ),
-        ("litert-int8", ["target=ethos-u55-128"], "others: train it with nna=ethos-u, or leave"),
+        (
+            "litert-int8",
+            ["target=ethos-u55-128"],
+            "litert-int8 has others: add recalibrate=true nna=ethos-u, or leave",
+        ),
+        (None, ["target=ethos-u55-128"], "kernel, which tflm-int8 has: add nna=ethos-u, with"),
     ],
 )
 def test_a_device_needs_its_integers(
@@ -262,7 +267,8 @@ def test_a_device_needs_its_integers(
     ("trained", "overrides"),
     [
         (None, ["target=tflm"]),
-        (None, ["target=ethos-u55-128", "nna=tflm-int16x8"]),
+        (None, ["target=ethos-u55-128", "nna=ethos-u"]),
+        ("ethos-u", ["target=ethos-u85-256"]),
         ("tflm-int8", ["target=tflm"]),
         ("litert-int8", []),
     ],
