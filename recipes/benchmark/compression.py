@@ -101,6 +101,9 @@ METHODS: dict[str, Method] = {
     "parq": Method("PARQ (torchao)", "parq"),
     "s8bqat": Method("S8BQAT", "s8bqat"),
     "gq": Method("GQ", "gq", widths=(*BITS, MIXED, ONE_BIT, SMALL_ONE_BIT)),
+    "gq_distilled": Method(
+        "GQ with distillation", "gq", settings=("callbacks=distillation",), widths=(3, 2)
+    ),
     "gq_rate": Method(
         f"GQ, entropy of at most {RATE_BITS} bits",
         "gq",
