@@ -8,17 +8,17 @@ Reference:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from lightning.pytorch.callbacks import ModelPruning
-from torch import Tensor
+from torch import Tensor, nn
 from typing_extensions import Unpack, override
 
+from lightning_nna.quantization.transform_method import TransformMethod
 from lightning_nna.weights.codebook import midpoints
-from lightning_nna.weights.method import BitsArguments, BitsMethod
-from lightning_nna.weights.pipeline import WeightTransform
+from lightning_nna.weights.method import BitsArguments
 from recipes import require_extra
 
 
@@ -152,13 +152,13 @@ class DKMTransform:
         """Return centroids and temperature."""
         return {"cluster_centers": self.centroids.clone(), "temperature": self._temperature}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Replace centroids and temperature by saved ones."""
         self.centroids = state["cluster_centers"].to(self.centroids.device, copy=True)
         self._moved, self._temperature = self.centroids, float(state["temperature"])
 
 
-class DifferentiableKMeans(BitsMethod):
+class DifferentiableKMeans(TransformMethod[DKMTransform]):
     """Train weights that are clustered by attention in every step (DKM); evaluation is hard.
 
     Args:
@@ -194,32 +194,10 @@ class DifferentiableKMeans(BitsMethod):
         if temperature <= 0:
             raise ValueError(f"temperature must be positive, got {temperature}")
         self.iterations, self.temperature = iterations, temperature
-        self._transforms: dict[str, DKMTransform] = {}
-        self._saved: dict[str, dict[str, Any]] = {}
 
     @override
-    def transforms(self) -> dict[str, WeightTransform]:
-        return {**self._transforms}
-
-    @override
-    def prepare(self) -> None:
-        self._transforms = {
-            name: DKMTransform(parameter, self.bits[name], self.iterations, self.temperature)
-            for name, parameter in self._parameters.items()
-        }
-        self.rejoin()
-
-    @override
-    def rejoin(self) -> None:
-        for name, state in self._saved.items():
-            if name in self._transforms:
-                self._transforms[name].load_state_dict(state)
-        self._saved = {}
-
-    @override
-    def forget(self) -> None:
-        super().forget()
-        self._transforms, self._saved = {}, {}
+    def transform_of(self, name: str, parameter: nn.Parameter) -> DKMTransform:
+        return DKMTransform(parameter, self.bits[name], self.iterations, self.temperature)
 
     @override
     def stepped(self) -> None:
@@ -235,13 +213,3 @@ class DifferentiableKMeans(BitsMethod):
             for name, transform in self._transforms.items()
         ]
         return {"used_centroids": sum(used) / len(used)}
-
-    @override
-    def state_dict(self) -> dict[str, Any]:
-        clusters = {name: one.state_dict() for name, one in self._transforms.items()}
-        return {**super().state_dict(), "clusters": self._saved or clusters}
-
-    @override
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        super().load_state_dict(state_dict)
-        self._saved = dict(state_dict["clusters"])

@@ -135,11 +135,15 @@ def compressed(program: CapturedProgram) -> tuple[CapturedProgram, tuple[Compres
 
 def _encodings(specs: Mapping[str, TensorSpec]) -> dict[str, Encoding] | None:
     """Encode constants of equal contents; None if they take as many bytes as one of them."""
-    encodings = {name: smallest_encoding(spec) for name, spec in specs.items()}
-    found = {name: encoding for name, encoding in encodings.items() if encoding is not None}
+    encodings = {}
+    for name, spec in specs.items():
+        encoding = smallest_encoding(spec)
+        if encoding is None:
+            return None
+        encodings[name] = encoding
     size = max(spec.data.nbytes for spec in specs.values() if spec.data is not None)
-    too_large = sum(encoding.size_bytes for encoding in found.values()) >= size
-    return None if len(found) < len(specs) or too_large else found
+    is_smaller = sum(encoding.size_bytes for encoding in encodings.values()) < size
+    return encodings if is_smaller else None
 
 
 def _with_scales_of_channels(program: CapturedProgram) -> dict[str, TensorSpec]:

@@ -102,6 +102,19 @@ class View:
         return self.sizes == self.shape
 
 
+def most_sliced_axes(runtime: str) -> int:
+    """Return the number of axes of a slice at most that the kernel of a runtime takes.
+
+    Args:
+        runtime: Name of the runtime.
+
+    Example:
+        >>> most_sliced_axes("tflm")
+        4
+    """
+    return 4 if runtime == "tflm" else MOST_SLICED_AXES
+
+
 def view_of(
     elements: NDArray[np.int64], source: Sequence[int], most_axes: int = MOST_SLICED_AXES
 ) -> View | None:

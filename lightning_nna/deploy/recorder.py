@@ -32,12 +32,12 @@ from lightning_nna.deploy.graph import (
     spec_of,
 )
 from lightning_nna.deploy.layout import (
-    MOST_SLICED_AXES,
     NO_TENSOR,
     Codes,
     codes_of,
     elements_in,
     equal_codes,
+    most_sliced_axes,
     refers_to,
     tensor_of,
     tensors_in,
@@ -119,8 +119,9 @@ class Recorder:
         #: Present values of every variable, as codes.
         self._state: dict[int, Codes] = {}
         runtime = emulator.spec.runtime
-        most_axes = 4 if runtime == "tflm" else MOST_SLICED_AXES
-        self._layout = LayoutTensors(self.graph, self._state, most_parts(runtime), most_axes)
+        self._layout = LayoutTensors(
+            self.graph, self._state, most_parts(runtime), most_sliced_axes(runtime)
+        )
 
     # --- the forward ----------------------------------------------------------------------------
 

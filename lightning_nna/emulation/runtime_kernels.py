@@ -68,12 +68,12 @@ def reason_against_kernel(runtime: str, name: str, dtype: str) -> str:
         >>> reason = reason_against_kernel("tflm", "TOPK_V2", "int8")
         >>> reason.split(": ")[0], reason.split(", or ")[1]
         ('TFLite-Micro has no kernel TOPK_V2 of int8',
-        'take a preset of LiteRT, as litert-int8, which has it')
+        'take a preset of LiteRT (litert-int8, litert-int16x8), which have it')
     """
     reason = f"{TITLES.get(runtime, runtime)} has no kernel {name} of {dtype}"
     remedies = [_REMEDIES[name]] if name in _REMEDIES else []
     if dtype in table()["litert"].get(name, ()):
-        remedies.append("take a preset of LiteRT, as litert-int8, which has it")
+        remedies.append("take a preset of LiteRT (litert-int8, litert-int16x8), which have it")
     return f"{reason}: {', or '.join(remedies)}" if remedies else reason
 
 

@@ -12,16 +12,18 @@ Reference:
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from typing_extensions import Unpack, override
 
 from lightning_nna.emulation.arithmetic.quantized_weight import round_significands
 from lightning_nna.keyed_adam import KeyedAdam
-from lightning_nna.weights.method import BitsArguments, BitsMethod
-from lightning_nna.weights.pipeline import WeightGrid, WeightTransform
+from lightning_nna.quantization.transform_method import TransformMethod
+from lightning_nna.weights.method import BitsArguments
+from lightning_nna.weights.pipeline import WeightGrid
 
 _MAXIMUM = 127
 
@@ -71,6 +73,14 @@ class UniformTransform:
         self.scale_log2.grad = slope.sum().reshape(1) * self.grid.scales * self._fine * factor
         return grad * inside
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return the distance."""
+        return {"scale_log2": self.scale_log2.detach().clone()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Replace the distance by a saved one."""
+        self.scale_log2 = state["scale_log2"].to(self.scale_log2.device, copy=True)
+
     @property
     def _distance(self) -> Tensor:
         return self.grid.scales * self._fine
@@ -93,7 +103,7 @@ class UniformTransform:
         return min(errors, key=lambda distance: errors[distance])
 
 
-class UniformQuantization(BitsMethod):
+class UniformQuantization(TransformMethod[UniformTransform]):
     """Train with uniform centroids, straight-through; with LSQ if their distance is learned.
 
     Args:
@@ -101,6 +111,8 @@ class UniformQuantization(BitsMethod):
         learned: Whether distances are learned (LSQ).
         scale_lr: Learning rate of the logarithms to base 2 of the distances.
         settings: Other arguments of :class:`.BitsMethod`: ``targets`` and ``overrides``.
+
+    Logs ``nna/uniform_quantization/distance``, the mean distance of two centroids over tensors.
 
     Raises:
         ValueError: If an argument is out of range, or a pattern matches nothing.
@@ -125,37 +137,35 @@ class UniformQuantization(BitsMethod):
         super().__init__(bits, **settings)
         self.learned = learned
         self._adam = KeyedAdam(scale_lr)
-        self._transforms: dict[str, UniformTransform] = {}
-        self._saved: dict[str, Tensor] = {}
 
     @override
-    def transforms(self) -> dict[str, WeightTransform]:
-        return {**self._transforms}
+    def transform_of(self, name: str, parameter: nn.Parameter) -> UniformTransform:
+        return UniformTransform(parameter, self.bits[name])
 
     @override
-    def prepare(self) -> None:
-        self._transforms = {
-            name: UniformTransform(parameter, self.bits[name])
-            for name, parameter in self._parameters.items()
-        }
-        for name, saved in self._saved.items():
-            self._transforms[name].scale_log2 = saved.clone()
-
-    @override
-    def stepped(self) -> None:
+    def learn(self) -> None:
         scales = {name: transform.scale_log2 for name, transform in self._transforms.items()}
         if self.learned:
             self._adam.update(scales)
         self._adam.zero_grad(scales)
 
     @override
+    def metrics(self) -> dict[str, float]:
+        distances = [
+            float(torch.exp2(one.scale_log2.detach())) for one in self._transforms.values()
+        ]
+        return {"distance": sum(distances) / len(distances)}
+
+    @override
+    def forget(self) -> None:
+        super().forget()
+        self._adam.load_state_dict({})
+
+    @override
     def state_dict(self) -> dict[str, Any]:
-        scales = {name: one.scale_log2.detach() for name, one in self._transforms.items()}
-        return {**super().state_dict(), "scale_log2": scales or self._saved}
+        return {**super().state_dict(), "adam": self._adam.state_dict()}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
-        self._saved = dict(state_dict["scale_log2"])
-        for name, transform in self._transforms.items():
-            transform.scale_log2 = self._saved[name].clone()
+        self._adam.load_state_dict(state_dict["adam"])

@@ -10,7 +10,7 @@ the same weights get new ranges. The Conformer's float weights are trained first
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -113,18 +113,25 @@ class RecognizerRun(RecipeRun):
             *("wer", "wer_low", "wer_high", "loss_per_token", "tflite_bytes", "runtime", "words"),
             *("equal_outputs", "outputs", "equal_transcripts", "utterances", "commit", "command"),
         )
-        sizes = ("plain_flash_bytes", "flash_bytes", "plain_arena_bytes", "arena_bytes")
-        firmware = summary["firmware"].values()
         yield {
             **self.keys[0],
-            **{size: sum(part[size] for part in firmware) for size in sizes if firmware},
-            "encoded_bytes": sum(system["encoded_bytes"] for system in summary["systems"]),
+            **(_sizes_on_a_microcontroller(summary) if summary["firmware"] else {}),
             "bits": METHODS[self.method][1],
             "sparsity": METHODS[self.method][2],
             "wer_float": summary["float"]["wer"],
             "wer_emulated": summary["emulated"]["wer"],
             **{name: summary.get(name) for name in metrics},
         }
+
+
+def _sizes_on_a_microcontroller(summary: Mapping[str, Any]) -> dict[str, int]:
+    """Add up the three programs' bytes; Vela's are those of the one system."""
+    sizes = ("plain_flash_bytes", "flash_bytes", "plain_arena_bytes", "arena_bytes")
+    (system,) = summary["systems"]
+    return {
+        **{size: sum(part[size] for part in summary["firmware"].values()) for size in sizes},
+        "encoded_bytes": system["encoded_bytes"],
+    }
 
 
 def runs(

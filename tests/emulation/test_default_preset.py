@@ -117,7 +117,8 @@ class Largest(SmallRecurrentModule):
 
 LACKING = (
     "TFLite-Micro has no kernel TOPK_V2 of int8: choose the largest before or after the emulated "
-    "modules, which targets= selects, or take a preset of LiteRT, as litert-int8, which has it"
+    "modules, which targets= selects, or take a preset of LiteRT (litert-int8, "
+    "litert-int16x8), which have it"
 )
 
 
