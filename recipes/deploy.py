@@ -113,7 +113,7 @@ def deploy(config: DictConfig) -> dict[str, Any]:
     restore_or_calibrate(recognizer, datamodule, emulation, weights, batches=batches)
     frames = utterance_frames(recognizer, datamodule, config.utterance_frames)
     emulated_score = _score(recognizer, datamodule, callbacks)
-    transcripts = dict(recognizer.hypotheses)
+    transcripts = {id_: each.hypothesis for id_, each in recognizer.tested.items()}
     metrics = weight_metrics(recognizer)
     recognizer.eval()
     run_dir = Path(config.run_dir)

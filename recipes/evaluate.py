@@ -33,6 +33,7 @@ from recipes.run_folder import (
     size_of,
     weight_metrics,
     write_summary,
+    write_transcripts,
 )
 from recipes.train import build_callbacks, score_test
 from recipes.weights import TrainedWeights, load_weights
@@ -83,6 +84,7 @@ def evaluate(config: DictConfig) -> dict[str, Any]:
     }
     run_dir = Path(config.run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
+    write_transcripts(run_dir, recognizer)
     write_summary(run_dir, summary)
     return summary
 

@@ -1,7 +1,7 @@
 """The files of a run: its settings, its summary, and the metrics of its weights.
 
 A run folder holds ``config.yaml`` (every setting, resolved), ``metrics/`` (CSV),
-``checkpoints/`` and ``summary.json``.
+``checkpoints/``, ``summary.json`` and, if it was tested, ``transcripts.tsv``.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from lightning_nna.files import write_whole
 from lightning_nna.weights.codebook import index_bits
 from lightning_nna.weights.pipeline import pipeline_of
 from recipes.asr.recognizer import TransducerRecognizer
+from recipes.asr.scoring import utterance_errors
 
 _log = logging.getLogger(__name__)
 
@@ -198,4 +199,25 @@ def write_summary(run_dir: Path, summary: Mapping[str, Any]) -> Path:
     """Write ``summary.json`` into ``run_dir`` and return its path."""
     path = run_dir / "summary.json"
     write_whole(path, json.dumps(dict(summary), indent=2) + "\n")
+    return path
+
+
+def write_transcripts(run_dir: Path, recognizer: TransducerRecognizer) -> Path:
+    """Write what a tested recognizer understood into ``run_dir``: a line for each utterance.
+
+    Args:
+        run_dir: Run folder.
+        recognizer: Recognizer after a test run.
+
+    Returns:
+        Path of ``transcripts.tsv``, with the columns ``utterance``, ``errors`` and ``words``
+        (numbers of words), ``reference`` and ``hypothesis``.
+    """
+    lines = ["utterance\terrors\twords\treference\thypothesis"]
+    for id_, result in recognizer.tested.items():
+        counts = utterance_errors(result.hypothesis, result.reference)
+        columns = (id_, counts.errors, counts.words, result.reference, result.hypothesis)
+        lines.append("\t".join(map(str, columns)))
+    path = run_dir / "transcripts.tsv"
+    write_whole(path, "\n".join(lines) + "\n")
     return path

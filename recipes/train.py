@@ -36,6 +36,7 @@ from recipes.run_folder import (
     size_of,
     weight_metrics,
     write_summary,
+    write_transcripts,
 )
 from recipes.settings import instantiate_all
 from recipes.weights import load_weights, put_into
@@ -95,6 +96,8 @@ def train(config: DictConfig) -> dict[str, Any]:
         summary |= score_test(trainer, recognizer, datamodule)
     summary |= weight_metrics(recognizer)
     if trainer.is_global_zero:
+        if config.test:
+            write_transcripts(Path(config.run_dir), recognizer)
         write_summary(Path(config.run_dir), summary)
     return summary
 

@@ -1,8 +1,8 @@
 """The data of a speech recognizer as a Lightning data module.
 
 `SpeechDataModule` turns a corpus into batches: manifests, vocabulary, cached features at several
-speeds, SpecAugment, buckets of similar duration. `digits`, `an4` and `librispeech` build it for one
-corpus each; they are the targets of the files in ``conf/data``.
+speeds, SpecAugment, buckets of similar duration. `spoken_words`, `an4` and `librispeech` build it
+for one corpus each; they are the targets of the files in ``conf/data``.
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ from lhotse import CutSet, MonoCut
 
 from recipes.asr.batches import Batch, BatchLoader, BatchPlan, Item, seed_of
 from recipes.asr.corpora import AN4, BadFiles, Corpus, LibriSpeech, Splits
-from recipes.asr.digits import Digits
 from recipes.asr.features import FeatureStore, LogMel, Normalization, SpecAugment, check_speeds
+from recipes.asr.spoken_words import SpokenWords
+from recipes.asr.spoken_words import Vocabulary as WordList
 from recipes.asr.vocabulary import UnitKind, Vocabulary
 
-__all__ = ["Batch", "SpeechDataModule", "an4", "digits", "librispeech"]
+__all__ = ["Batch", "SpeechDataModule", "an4", "librispeech", "spoken_words"]
 
 
 class SpeechDataModule(pl.LightningDataModule):
@@ -51,6 +52,7 @@ class SpeechDataModule(pl.LightningDataModule):
         max_bad_fraction: Largest fraction of unusable files that causes a warning and no error, in
             [0, 1].
         num_workers: Number of processes that assemble batches ahead.
+        test_part: Part that testing scores, ``"test"``; or ``"validation"``, to choose settings.
 
     Attributes:
         vocabulary: Vocabulary of the labels; after ``setup``.
@@ -79,9 +81,12 @@ class SpeechDataModule(pl.LightningDataModule):
         cache_dir: str | Path = ".cache/lightning-nna",
         max_bad_fraction: float = 0.01,
         num_workers: int = 0,
+        test_part: str = "test",
     ) -> None:
         super().__init__()
         check_speeds(speeds)
+        if test_part not in ("test", "validation"):
+            raise ValueError(f"data.test_part is test or validation, got {test_part!r}")
         if alphabet is not None and units != "character":
             raise ValueError(f"data.alphabet goes with units=character, not with units={units}")
         # Validate these settings now, not after hours of reading.
@@ -97,6 +102,7 @@ class SpeechDataModule(pl.LightningDataModule):
         self.curriculum_epochs = curriculum_epochs
         self.cache_dir = Path(cache_dir)
         self.max_bad_fraction, self.num_workers = max_bad_fraction, num_workers
+        self.test_part = test_part
         self._parts: dict[str, _Part] = {}
 
     def prepare_data(self) -> None:
@@ -122,8 +128,8 @@ class SpeechDataModule(pl.LightningDataModule):
         return self._loader("validation", shuffle=False)
 
     def test_dataloader(self) -> BatchLoader:
-        """Return unchanged utterances of the test part, always in the same batches."""
-        return self._loader("test", shuffle=False)
+        """Return unchanged utterances of the tested part, always in the same batches."""
+        return self._loader(self.test_part, shuffle=False)
 
     def state_dict(self) -> dict[str, Any]:
         """Return vocabulary and normalization, with the settings of their features."""
@@ -230,26 +236,29 @@ class _Part:
         ]
 
 
-def digits(
+def spoken_words(
     *,
+    vocabulary: WordList = "digits",
     train_size: int = 6000,
     validation_size: int = 200,
     test_size: int = 400,
-    max_digits: int = 7,
+    max_words: int = 7,
     level_db: Sequence[float] = (-28.0, -20.0),
     snr_db: Sequence[float] = (10.0, 30.0),
     corpus_seed: int = 0,
     **settings: Any,
 ) -> SpeechDataModule:
-    """Build the data of spoken digits.
+    """Build the data of words that espeak-ng synthesizes.
 
-    See `recipes.asr.digits.Digits` for the arguments, and `SpeechDataModule` for ``settings``.
+    See `recipes.asr.spoken_words.SpokenWords` for the arguments, `SpeechDataModule` for
+    ``settings``.
     """
-    corpus = Digits(
+    corpus = SpokenWords(
+        vocabulary=vocabulary,
         train_size=train_size,
         validation_size=validation_size,
         test_size=test_size,
-        max_digits=max_digits,
+        max_words=max_words,
         level_db=_range(level_db),
         snr_db=_range(snr_db),
         corpus_seed=corpus_seed,

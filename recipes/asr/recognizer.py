@@ -87,7 +87,7 @@ class TransducerRecognizer(LightningModule):
         size = self.model.joint.output.in_features
         self.ctc_output = nn.Linear(size, len(vocabulary)) if ctc_weight else None
         self.score: WordErrors | None = None
-        self.hypotheses: dict[str, str] = {}
+        self.tested: dict[str, Scored] = {}
         # By utterance id: processes may have the same utterance, which counts once.
         self._scored: dict[str, Scored] = {}
 
@@ -166,8 +166,8 @@ class TransducerRecognizer(LightningModule):
         references = [result.reference for result in scored.values()]
         greedy = word_rate([result.greedy for result in scored.values()], references)
         self._log_once("test/wer_greedy", greedy)
-        self.hypotheses = {id_: result.hypothesis for id_, result in scored.items()}
-        self.score = word_errors(list(self.hypotheses.values()), references)
+        self.tested = scored
+        self.score = word_errors([result.hypothesis for result in scored.values()], references)
 
     @override
     def configure_optimizers(self) -> OptimizerLRScheduler:

@@ -88,9 +88,8 @@ def word_rate(hypotheses: Sequence[str], references: Sequence[str]) -> float:
         >>> word_rate(["one two", "three"], ["one two", "tree"])
         0.3333333333333333
     """
-    pairs = [(h.split(), r.split()) for h, r in zip(hypotheses, references, strict=True)]
-    errors = sum(edit_distance(hypothesis, reference) for hypothesis, reference in pairs)
-    return errors / max(sum(len(reference) for _, reference in pairs), 1)
+    counts = [utterance_errors(h, r) for h, r in zip(hypotheses, references, strict=True)]
+    return sum(each.errors for each in counts) / max(sum(each.words for each in counts), 1)
 
 
 def word_errors(
@@ -132,9 +131,8 @@ def word_errors(
         )
     if not 0 < confidence < 1:
         raise ValueError(f"confidence must be in (0, 1), got {confidence}")
-    pairs = [(h.split(), r.split()) for h, r in zip(hypotheses, references, strict=True)]
-    errors = np.array([edit_distance(hypothesis, reference) for hypothesis, reference in pairs])
-    words = np.array([len(reference) for _, reference in pairs])
+    counts = [utterance_errors(h, r) for h, r in zip(hypotheses, references, strict=True)]
+    errors, words = (np.array(column) for column in zip(*counts, strict=True))
     if words.sum() == 0:
         raise ValueError("no reference has a word, so there is no word error rate")
     low, high = _bootstrap(errors, words, confidence=confidence, resamples=resamples, seed=seed)
@@ -145,6 +143,97 @@ def word_errors(
         errors=int(errors.sum()),
         words=int(words.sum()),
     )
+
+
+class UtteranceErrors(NamedTuple):
+    """Word errors of one utterance."""
+
+    errors: int
+    words: int
+    """Number of words of the reference."""
+
+
+def utterance_errors(hypothesis: str, reference: str) -> UtteranceErrors:
+    """Count the word errors of one utterance.
+
+    Example:
+        >>> utterance_errors("one three", "one two three")
+        UtteranceErrors(errors=1, words=3)
+    """
+    words = reference.split()
+    return UtteranceErrors(int(edit_distance(hypothesis.split(), words)), len(words))
+
+
+class RateDifference(NamedTuple):
+    """Difference of two word error rates with its interval, as fractions."""
+
+    mean: float
+    low: float
+    high: float
+
+    @property
+    def is_tied(self) -> bool:
+        """Whether the interval contains zero."""
+        return self.low <= 0 <= self.high
+
+
+def paired_difference(
+    errors: np.ndarray,
+    others: np.ndarray,
+    words: np.ndarray,
+    *,
+    confidence: float = 0.95,
+    resamples: int = 10_000,
+    seed: int = 0,
+) -> RateDifference:
+    r"""Compare two methods on the same utterances and seeds by a paired bootstrap.
+
+    A sample draws seeds and utterances with replacement, the same for both methods, and has the
+    difference of their word error rates
+
+    .. math:: \frac{\sum_{s, i} (e_{s, i} - o_{s, i})}{S \sum_i n_i}.
+
+    Args:
+        errors: Word errors of the one method, shape ``(seeds, utterances)``.
+        others: Word errors of the other method, in that shape: a row of each has the same seed.
+        words: Words of the references, shape ``(utterances,)``.
+        confidence: Fraction of the samples inside the interval, in (0, 1).
+        resamples: Number of bootstrap samples.
+        seed: Seed of the resampling.
+
+    Returns:
+        Difference of the rates, negative where the one method is better, and its percentile
+        interval.
+
+    Raises:
+        ValueError: If shapes differ, or no reference has a word.
+
+    Example:
+        >>> errors = np.array([[0, 1, 0, 1], [0, 0, 1, 1]])
+        >>> paired_difference(errors, errors + 1, np.full(4, 5))
+        RateDifference(mean=-0.2, low=-0.2, high=-0.2)
+
+    Reference:
+        Bisani and Ney, ICASSP 2004.
+    """
+    if errors.shape != others.shape or errors.shape[1:] != words.shape:
+        raise ValueError(
+            f"expected errors of shape (seeds, utterances) twice and words of (utterances,), got "
+            f"{errors.shape}, {others.shape} and {words.shape}"
+        )
+    if words.sum() == 0:
+        raise ValueError("no reference has a word, so there is no word error rate")
+    differences = errors - others
+    seeds, count = differences.shape
+    random = np.random.default_rng(seed)
+    drawn = random.multinomial(count, np.full(count, 1 / count), size=resamples)
+    drawn_seeds = random.multinomial(seeds, np.full(seeds, 1 / seeds), size=resamples)
+    sums = np.einsum("rs,rs->r", drawn_seeds, drawn @ differences.T)
+    spoken = drawn @ words
+    rates = sums[spoken > 0] / (seeds * spoken[spoken > 0])
+    tail = (1 - confidence) / 2
+    low, high = np.quantile(rates, [tail, 1 - tail])
+    return RateDifference(float(differences.sum() / (seeds * words.sum())), float(low), float(high))
 
 
 def _bootstrap(

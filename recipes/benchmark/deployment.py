@@ -22,7 +22,13 @@ from typing import Any
 from recipes.benchmark import compression
 from recipes.benchmark.compression import HIGHER_RATE_BITS, RATE_BITS
 from recipes.benchmark.grid import Study, axis, threads_option
-from recipes.benchmark.recipe_runs import RecipeRun, compressed, summary_of, training
+from recipes.benchmark.recipe_runs import (
+    AN4_RNNT,
+    RecipeRun,
+    compressed,
+    summary_of,
+    training,
+)
 from recipes.benchmark.report import Fields, line, met, percent
 from recipes.benchmark.rows import Row, read_rows, select
 
@@ -141,7 +147,7 @@ class DeploymentRun(RecipeRun):
             self.trained_folder,
             f"model.network.encoder_size={SIZES[self.model]}",
             *_TRAINED_BY[self.method],
-            start=self.float_folder / "checkpoints" / "last.ckpt",
+            start=replace(AN4_RNNT, weights=self.float_folder / "checkpoints" / "last.ckpt"),
         )
 
     def rows(self) -> Iterator[Row]:

@@ -1,17 +1,25 @@
-"""Runs of recipes on AN4 that the studies of compression share: start, budget, summary, row."""
+"""Runs of recipes that the studies of compression share: start, budget, summary, row."""
 
 from __future__ import annotations
 
+import base64
 import json
 import runpy
 import sys
 import time
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import yaml
+
+from recipes.asr.scoring import RateDifference, paired_difference
+from recipes.asr.spoken_words import SpokenWords
 from recipes.benchmark.grid import Run
 from recipes.benchmark.rows import Row
 
@@ -21,8 +29,68 @@ SEEDS = (1, 2, 3)
 START = Path("recipes/pretrained/an4_rnnt.safetensors")
 #: Optimizer steps of a run.
 STEPS = 480
-#: Four epochs of 120 batches: some methods act after each epoch.
-BUDGET = ("trainer.max_epochs=4", f"+trainer.limit_train_batches={STEPS // 4}")
+#: Batches of an epoch of the smallest corpus.
+_LARGEST_EPOCH = 700
+#: Epochs of a run, at least: some methods act after each epoch.
+_EPOCHS = 4
+
+
+def budget(steps: int) -> tuple[str, str]:
+    """Return the overrides that train for a number of steps.
+
+    Example:
+        >>> budget(480)
+        ('trainer.max_epochs=4', '+trainer.limit_train_batches=120')
+
+    Raises:
+        ValueError: If the steps are not a multiple of the number of epochs that they need.
+    """
+    epochs = max(_EPOCHS, -(-steps // _LARGEST_EPOCH))
+    if steps % epochs:
+        raise ValueError(f"{steps} steps are no multiple of {epochs} epochs")
+    return f"trainer.max_epochs={epochs}", f"+trainer.limit_train_batches={steps // epochs}"
+
+
+#: Four epochs of 120 batches.
+BUDGET = budget(STEPS)
+
+
+@dataclass(frozen=True)
+class Start:
+    """A float recognizer that the methods of a study start from.
+
+    Attributes:
+        title: Name in tables.
+        experiment: Experiment that trains it further.
+        weights: Its weights.
+        corpus: Corpus.
+        model: Kind of the network.
+    """
+
+    title: str
+    experiment: str
+    weights: Path
+    corpus: str
+    model: str
+
+
+_PRETRAINED = Path("recipes/pretrained")
+AN4_RNNT = Start("AN4, RNN-T", "an4_rnnt_finetune", START, "an4", "rnnt")
+COMMANDS_RNNT = Start(
+    "commands, RNN-T",
+    "commands_finetune",
+    _PRETRAINED / "commands_rnnt.safetensors",
+    "commands",
+    "rnnt",
+)
+COMMANDS_CONFORMER = Start(
+    "commands, Conformer",
+    "commands_conformer_finetune",
+    _PRETRAINED / "commands_conformer.safetensors",
+    "commands",
+    "conformer",
+)
+STARTS = {"rnnt": COMMANDS_RNNT, "conformer": COMMANDS_CONFORMER}
 
 #: Preset of the published rows.
 PRESET = "litert-int8"
@@ -67,21 +135,24 @@ def compressed(compression: str) -> list[str]:
     return [f"compression={compression}", *preset]
 
 
-def training(seed: int, folder: Path, *settings: str, start: Path = START) -> list[str]:
-    """Build module and overrides of a training run of the shared budget.
+def training(
+    seed: int, folder: Path, *settings: str, start: Start = AN4_RNNT, steps: int = STEPS
+) -> list[str]:
+    """Build module and overrides of a training run.
 
     Args:
         seed: Seed of the training.
         folder: Run folder.
         settings: Overrides that say what is trained.
-        start: Float weights that it starts from.
+        start: Float recognizer that it starts from.
+        steps: Number of optimizer steps.
     """
     return [
         "recipes.train",
-        "experiment=an4_rnnt_finetune",
+        f"experiment={start.experiment}",
         f"seed={seed}",
-        f"init_from={start}",
-        *BUDGET,
+        f"init_from={start.weights}",
+        *budget(steps),
         "+trainer.limit_val_batches=0",
         "beam_width=1",
         *settings,
@@ -89,9 +160,9 @@ def training(seed: int, folder: Path, *settings: str, start: Path = START) -> li
     ]
 
 
-def evaluation(folder: Path, *settings: str) -> list[str]:
+def evaluation(folder: Path, *settings: str, start: Start = AN4_RNNT) -> list[str]:
     """Build module and overrides of a run that scores the float weights without training."""
-    scored = ["recipes.evaluate", f"ckpt={START}", "beam_width=1"]
+    scored = ["recipes.evaluate", f"ckpt={start.weights}", "beam_width=1"]
     return [*scored, *settings, f"hydra.run.dir={folder}"]
 
 
@@ -146,3 +217,68 @@ def metrics_of(summary: Mapping[str, Any]) -> dict[str, Any]:
         **{name: summary[name] for name in required},
         **{name: summary.get(name) for name in optional},
     }
+
+
+def packed_errors(folder: Path) -> str:
+    """Read the word errors of each utterance of a run, in the order of their names.
+
+    Args:
+        folder: Folder of a run that was tested.
+
+    Returns:
+        One byte for an utterance, compressed by zlib, in base64; see :func:`utterance_errors`.
+    """
+    lines = (folder / "transcripts.tsv").read_text(encoding="utf-8").splitlines()[1:]
+    errors = bytes(int(line.split("\t")[1]) for line in sorted(lines))
+    return base64.b64encode(zlib.compress(errors, 9)).decode()
+
+
+def utterance_errors(row: Row) -> np.ndarray:
+    """Unpack the word errors of each utterance of a row, shape ``(utterances,)``."""
+    packed = zlib.decompress(base64.b64decode(row["utterance_errors"]))
+    return np.frombuffer(packed, dtype=np.uint8).astype(int)
+
+
+@cache
+def commands_words(part: str = "test") -> np.ndarray:
+    """Count the words of each utterance of the commands, in the order of their names.
+
+    Args:
+        part: Name of the part, ``"validation"`` or ``"test"``.
+
+    Returns:
+        Numbers of words, shape ``(utterances,)``.
+    """
+    settings = yaml.safe_load(Path("conf/data/commands.yaml").read_text(encoding="utf-8"))
+    corpus = SpokenWords(
+        vocabulary=settings["vocabulary"],
+        validation_size=settings["validation_size"],
+        test_size=settings["test_size"],
+        max_words=settings["max_words"],
+        corpus_seed=settings["corpus_seed"],
+    )
+    takes = sorted(corpus.takes(part), key=lambda take: take.id)
+    return np.array([len(take.words) for take in takes])
+
+
+def wer_difference(
+    rows: Sequence[Row], others: Sequence[Row], part: str = "test"
+) -> RateDifference | None:
+    """Compare the word errors of two methods on the commands, over utterances and seeds.
+
+    Args:
+        rows: Rows of the one method; those with a seed of the other are compared.
+        others: Rows of the other method. One that was not trained is compared with every seed.
+        part: Part of the corpus that both were scored on.
+
+    Returns:
+        Difference with its paired bootstrap interval; None where no seed is in both.
+    """
+    untrained = next((row for row in others if row["train_seconds"] is None), None)
+    by_seed = {row["seed"]: row for row in others}
+    pairs = [(row, by_seed.get(row["seed"], untrained)) for row in rows]
+    both = [(utterance_errors(a), utterance_errors(b)) for a, b in pairs if b is not None]
+    if not both:
+        return None
+    errors, other = (np.stack(column) for column in zip(*both, strict=True))
+    return paired_difference(errors, other, commands_words(part))

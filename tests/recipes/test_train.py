@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from recipes.evaluate import evaluate
@@ -154,6 +155,30 @@ def test_a_checkpoint_scores_as_its_run_did(
     assert scored["wer"] == trained["wer"]
     assert scored["loss_per_token"] == pytest.approx(trained["loss_per_token"], rel=1e-6)
     assert (tmp_path / "evaluation" / "summary.json").is_file()
+    heard = [run / "transcripts.tsv" for run in (tmp_path / "run", tmp_path / "evaluation")]
+    assert heard[0].read_text() == heard[1].read_text()
+    counts = [line.split("\t") for line in heard[0].read_text().splitlines()]
+    assert counts[0] == ["utterance", "errors", "words", "reference", "hypothesis"]
+    assert sum(int(line[1]) for line in counts[1:]) == scored["errors"]
+    assert sum(int(line[2]) for line in counts[1:]) == scored["words"]
+
+
+def test_settings_can_be_chosen_on_the_validation_part(
+    compose_config: Compose, overrides: list[str], tmp_path: Path
+) -> None:
+    settings = [*overrides, "data.test_part=validation", "trainer.max_epochs=1"]
+    train(compose_config("train", "experiment=an4_rnnt", *settings))
+    lines = (tmp_path / "run" / "transcripts.tsv").read_text().splitlines()[1:]
+    config = compose_config("train", "experiment=an4_rnnt", *settings)
+    data = instantiate(config.data)
+    data.setup()
+    batches = list(data.val_dataloader())
+    assert [line.split("\t")[0] for line in lines] == sorted(i for b in batches for i in b.ids)
+    # A checkpoint that was chosen so is scored on the test part all the same.
+    ckpt = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    evaluate(compose_config("evaluate", f"ckpt='{ckpt}'", f"run_dir={tmp_path / 'evaluation'}"))
+    scored = (tmp_path / "evaluation" / "transcripts.tsv").read_text().splitlines()[1:]
+    assert not {line.split("\t")[0] for line in lines} & {line.split("\t")[0] for line in scored}
 
 
 def test_saving_half_precision_weights_again_changes_nothing(

@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 
 from recipes.asr.batches import Batch, BatchLoader
 from recipes.asr.corpora import CorpusError
-from recipes.asr.data import SpeechDataModule, an4, digits, librispeech
+from recipes.asr.data import SpeechDataModule, an4, librispeech, spoken_words
 from recipes.asr.features import SpecAugment
 from recipes.asr.vocabulary import Vocabulary
 from tests.recipes.asr.small_corpus import truncate, write_an4
@@ -257,14 +257,18 @@ class TestInLightning:
 @pytest.mark.parametrize("name", sorted(path.stem for path in CONF.glob("*.yaml")))
 def test_every_configuration_makes_a_module(name: str, tmp_path: Path) -> None:
     config = OmegaConf.load(CONF / f"{name}.yaml")
-    data = instantiate(config, root=str(tmp_path)) if name != "digits" else instantiate(config)
+    data = (
+        instantiate(config, root=str(tmp_path))
+        if name not in ("commands", "digits")
+        else instantiate(config)
+    )
     assert isinstance(data, SpeechDataModule)
     assert isinstance(data.spec_augment, SpecAugment)
     assert data.cache_dir == Path(".cache/lightning-nna")
 
 
 def test_spoken_digits(tmp_path: Path) -> None:
-    data = digits(
+    data = spoken_words(
         train_size=12, validation_size=2, test_size=2, units="word", cache_dir=tmp_path, num_mels=40
     )
     data.setup()

@@ -9,7 +9,7 @@ import pytest
 from scipy.stats import bootstrap
 from torchmetrics.functional.text import word_error_rate
 
-from recipes.asr.scoring import word_errors
+from recipes.asr.scoring import paired_difference, utterance_errors, word_errors
 
 
 @pytest.fixture
@@ -83,3 +83,62 @@ def test_texts_without_a_rate_are_an_error(
 def test_confidence_is_a_fraction(confidence: float) -> None:
     with pytest.raises(ValueError, match=f"got {confidence}"):
         word_errors(["a"], ["a"], confidence=confidence)
+
+
+def test_errors_by_utterance_add_up(texts: tuple[list[str], list[str]]) -> None:
+    counts = [utterance_errors(h, r) for h, r in zip(*texts, strict=True)]
+    score = word_errors(*texts)
+    assert sum(each.errors for each in counts) == score.errors
+    assert sum(each.words for each in counts) == score.words
+
+
+def test_paired_interval_is_that_of_scipy() -> None:
+    random = np.random.default_rng(0)
+    words = random.integers(1, 9, size=300)
+    errors, others = random.binomial(words, 0.12), random.binomial(words, 0.10)
+    expected = bootstrap(
+        (errors - others, words),
+        lambda changes, words, axis: changes.sum(axis) / words.sum(axis),
+        paired=True,
+        vectorized=True,
+        method="percentile",
+        n_resamples=100_000,
+        rng=np.random.default_rng(1),
+    ).confidence_interval
+    found = paired_difference(errors[None], others[None], words, resamples=100_000)
+    assert found.mean == pytest.approx((errors - others).sum() / words.sum())
+    # Two independent bootstraps; the interval is 0.047 wide.
+    assert found.low == pytest.approx(expected.low, abs=0.001)
+    assert found.high == pytest.approx(expected.high, abs=0.001)
+
+
+def test_seeds_that_disagree_widen_the_interval() -> None:
+    random = np.random.default_rng(0)
+    words = np.full(300, 5)
+    changes = random.integers(-1, 2, size=(1, 300)).repeat(3, axis=0)
+    apart = changes + np.array([[-1], [0], [1]])
+    alike = paired_difference(changes, np.zeros_like(changes), words)
+    differing = paired_difference(apart, np.zeros_like(apart), words)
+    assert differing.mean == pytest.approx(alike.mean)
+    # The variance of the mean of three seeds, 2/3 of an error in 5 words and 1/3 of it, is added.
+    expected = np.hypot(alike.high - alike.low, 2 * 1.96 * np.sqrt(2 / 9) / 5)
+    assert differing.high - differing.low == pytest.approx(expected, rel=0.1)
+
+
+def test_the_interval_contains_no_difference_as_often_as_it_says() -> None:
+    random = np.random.default_rng(0)
+    words = random.integers(1, 6, size=400)
+    tied = 0
+    for trial in range(200):
+        errors, others = random.binomial(words, 0.1), random.binomial(words, 0.1)
+        found = paired_difference(errors[None], others[None], words, resamples=1000, seed=trial)
+        tied += found.is_tied
+    # 95 % of 200 are 190, with a standard deviation of 3.
+    assert 180 <= tied <= 199
+
+
+def test_errors_of_other_shapes_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"got \(2, 4\), \(1, 4\) and \(4,\)"):
+        paired_difference(np.zeros((2, 4)), np.zeros((1, 4)), np.ones(4))
+    with pytest.raises(ValueError, match="no reference has a word"):
+        paired_difference(np.zeros((1, 4)), np.zeros((1, 4)), np.zeros(4))

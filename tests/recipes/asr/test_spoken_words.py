@@ -11,13 +11,21 @@ import numpy as np
 import pytest
 
 from recipes.asr.corpora import CorpusError, Splits, read_audio
-from recipes.asr.digits import ACCENTS, DIGITS, VARIANTS, Digits, colored_noise, mix
 from recipes.asr.espeak import Speech, synthesize
+from recipes.asr.spoken_words import (
+    ACCENTS,
+    VARIANTS,
+    VOCABULARIES,
+    SpokenWords,
+    Vocabulary,
+    colored_noise,
+    mix,
+)
 
-SMALL = Digits(train_size=6, validation_size=2, test_size=3)
+SMALL = SpokenWords(train_size=6, validation_size=2, test_size=3)
 
 
-def load(corpus: Digits, folder: Path) -> Splits:
+def load(corpus: SpokenWords, folder: Path) -> Splits:
     return corpus.load(cache_dir=folder, sample_rate_hz=16000, max_bad_fraction=0.0)
 
 
@@ -40,12 +48,12 @@ def test_the_same_seed_makes_the_same_bytes(made: Path, tmp_path: Path) -> None:
 
 
 def test_another_seed_says_something_else() -> None:
-    first, other = SMALL.takes("train"), Digits(train_size=6, corpus_seed=1).takes("train")
+    first, other = SMALL.takes("train"), SpokenWords(train_size=6, corpus_seed=1).takes("train")
     assert all(a.speech != b.speech for a, b in zip(first, other, strict=True))
 
 
 def test_the_test_part_does_not_depend_on_the_size_of_training(made: Path, tmp_path: Path) -> None:
-    load(Digits(train_size=1, validation_size=1, test_size=3), tmp_path)
+    load(SpokenWords(train_size=1, validation_size=1, test_size=3), tmp_path)
     [part], [expected] = made.glob("digits/*/test"), tmp_path.glob("digits/*/test")
     assert contents(part) == contents(expected)
 
@@ -56,17 +64,17 @@ def test_it_is_synthesized_once(made: Path) -> None:
     assert {path: path.stat().st_mtime_ns for path in made.rglob("*")} == stamps
 
 
-def test_manifests_have_the_spoken_digits(made: Path) -> None:
+def test_manifests_have_the_spoken_words(made: Path) -> None:
     for part, cuts in load(SMALL, made)._asdict().items():
         for cut, take in zip(cuts, SMALL.takes(part), strict=True):
             [supervision] = cut.supervisions
             assert cut.id == take.id
-            assert supervision.text == " ".join(take.digits)
+            assert supervision.text == " ".join(take.words)
             assert supervision.speaker == take.speech.voice
             audio = read_audio(cut.recording.sources[0].source)
             assert len(audio) == round(cut.duration * 16000)
-            # Even a fast voice needs a tenth of a second for a digit.
-            assert cut.duration > sum(take.pauses_s) + 0.1 * len(take.digits)
+            # Even a fast voice needs a tenth of a second for a word.
+            assert cut.duration > sum(take.pauses_s) + 0.1 * len(take.words)
 
 
 def test_a_cache_can_be_moved(made: Path, tmp_path: Path) -> None:
@@ -125,10 +133,15 @@ def test_an_unknown_voice_is_named() -> None:
         list(synthesize(jobs, seed=1))
 
 
-def test_strings_have_the_set_length() -> None:
-    takes = Digits(train_size=300, max_digits=3).takes("train")
-    assert {len(take.digits) for take in takes} == {1, 2, 3}
-    assert {digit for take in takes for digit in take.digits} == set(DIGITS)
+@pytest.mark.parametrize("vocabulary", VOCABULARIES)
+def test_strings_have_the_set_length(vocabulary: Vocabulary) -> None:
+    takes = SpokenWords(vocabulary=vocabulary, train_size=300, max_words=3).takes("train")
+    assert {len(take.words) for take in takes} == {1, 2, 3}
+    assert {word for take in takes for word in take.words} == set(VOCABULARIES[vocabulary])
+
+
+def test_no_word_is_in_a_vocabulary_twice() -> None:
+    assert all(len(set(words)) == len(words) for words in VOCABULARIES.values())
 
 
 @pytest.mark.parametrize("index", range(6))
@@ -160,11 +173,17 @@ def test_the_noise_has_the_set_slope(slope: float) -> None:
 
 @pytest.mark.parametrize(
     "setting",
-    [{"train_size": 0}, {"max_digits": 0}, {"snr_db": (9.0, 5.0)}, {"level_db": (0.0, -9.0)}],
+    [
+        {"train_size": 0},
+        {"vocabulary": "colors"},
+        {"max_words": 0},
+        {"snr_db": (9.0, 5.0)},
+        {"level_db": (0.0, -9.0)},
+    ],
 )
 def test_impossible_settings_are_an_error(setting: dict[str, int]) -> None:
     with pytest.raises(ValueError, match="got"):
-        Digits(**setting)  # type: ignore[arg-type]
+        SpokenWords(**setting)  # type: ignore[arg-type]
 
 
 def test_a_stop_in_the_middle_leaves_nothing(

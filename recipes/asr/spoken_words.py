@@ -1,9 +1,9 @@
-"""Connected digits, synthesized by espeak-ng: the corpus that needs no download.
+"""Connected words, synthesized by espeak-ng: the corpora that need no download.
 
-Every utterance is a string of one to seven digits in one of many voices (an accent of English
-and a variant of the vocal tract), with random rate, pitch, pitch range and level, in noise of
-random color. Training, validation and test have different voices. The corpus is synthesized once,
-as FLAC files with Lhotse manifests, and the same seed gives the same bytes.
+Every utterance is a string of random words of a vocabulary (digits or commands) in one of many
+voices (an accent of English and a variant of the vocal tract), with random rate, pitch, pitch range
+and level, in noise of random color. Training, validation and test have different voices. A corpus
+is synthesized once, as FLAC files with Lhotse manifests, and the same seed gives the same bytes.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import soundfile
@@ -30,6 +30,19 @@ from recipes.asr.corpora import Splits, Utterance, make_cut
 from recipes.asr.espeak import Speech, synthesize
 
 DIGITS = ("ZERO", "ONE", "TWO", "THREE", "FOUR", "FIVE", "SIX", "SEVEN", "EIGHT", "NINE")
+
+COMMANDS = (
+    *DIGITS,
+    *("ON", "OFF", "UP", "DOWN", "LEFT", "RIGHT", "OPEN", "CLOSE", "START", "STOP", "GO", "NO"),
+    *("YES", "LIGHT", "NIGHT", "HEAT", "SEAT", "WHITE", "RED", "BED", "BATH", "PATH", "DOOR"),
+    *("FLOOR", "MORE", "LESS", "LOW", "SLOW", "HIGH", "DRY", "COLD", "HOLD", "FAN", "PAN", "LOCK"),
+    *("CLOCK", "ROOM", "MOON", "PLAY", "DAY"),
+)
+"""Words of a home's controls; many differ in one sound."""
+
+Vocabulary = Literal["digits", "commands"]
+VOCABULARIES: dict[Vocabulary, tuple[str, ...]] = {"digits": DIGITS, "commands": COMMANDS}
+"""Words that utterances are drawn from, by the name of the vocabulary."""
 
 ACCENTS = ("en-us", "en")
 """Accents of all parts; the parts differ in the variants."""
@@ -51,14 +64,14 @@ VARIANTS = {
 }
 
 # Increased with every change of the synthesis, so that an old cache is not used.
-_FORMAT = 5
+_FORMAT = 6
 
 
 class Take(NamedTuple):
     """All random settings of one utterance."""
 
     id: str
-    digits: tuple[str, ...]
+    words: tuple[str, ...]
     speech: Speech
     level_db: float
     """Root mean square of the speech, relative to full scale."""
@@ -73,31 +86,37 @@ class Take(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Digits:
-    """The corpus of connected digits.
+class SpokenWords:
+    """A corpus of connected words.
 
     Args:
+        vocabulary: Name of the vocabulary, a key of `VOCABULARIES`.
         train_size: Number of training utterances.
         validation_size: Number of validation utterances.
         test_size: Number of test utterances.
-        max_digits: Largest number of digits in an utterance, positive.
+        max_words: Largest number of words in an utterance, positive.
         level_db: Lowest and highest root mean square of the speech, in dB of full scale. A wide
             range makes training of a small model slow: the features depend on the level.
         snr_db: Lowest and highest signal-to-noise ratio, in dB.
         corpus_seed: Seed of all random settings.
     """
 
+    vocabulary: Vocabulary = "digits"
     train_size: int = 6000
     validation_size: int = 200
     test_size: int = 400
-    max_digits: int = 7
+    max_words: int = 7
     level_db: tuple[float, float] = (-28.0, -20.0)
     snr_db: tuple[float, float] = (10.0, 30.0)
     corpus_seed: int = 0
 
     def __post_init__(self) -> None:
-        if min(self.train_size, self.validation_size, self.test_size, self.max_digits) < 1:
-            raise ValueError(f"sizes and max_digits must be at least 1, got {self}")
+        if self.vocabulary not in VOCABULARIES:
+            raise ValueError(
+                f"data.vocabulary is one of {sorted(VOCABULARIES)}, got {self.vocabulary!r}"
+            )
+        if min(self.train_size, self.validation_size, self.test_size, self.max_words) < 1:
+            raise ValueError(f"sizes and max_words must be at least 1, got {self}")
         for name in ("level_db", "snr_db"):
             lowest, highest = getattr(self, name)
             if lowest > highest:
@@ -105,7 +124,7 @@ class Digits:
 
     def load(self, *, cache_dir: Path, sample_rate_hz: int, max_bad_fraction: float) -> Splits:
         """Load the three manifests, synthesized first if missing; see `Corpus.load`."""
-        folder = cache_dir / "digits" / self._hash(sample_rate_hz)
+        folder = cache_dir / self.vocabulary / self._hash(sample_rate_hz)
         if not folder.is_dir():
             with complete_folder(folder) as temporary:
                 self.make(temporary, sample_rate_hz=sample_rate_hz)
@@ -124,7 +143,9 @@ class Digits:
             sample_rate_hz: Sample rate of the files, in Hz.
         """
         total = self.train_size + self.validation_size + self.test_size
-        with tqdm(total=total, desc="synthesizing digits", delay=2, mininterval=1) as progress:
+        with tqdm(
+            total=total, desc=f"synthesizing {self.vocabulary}", delay=2, mininterval=1
+        ) as progress:
             for part in Splits._fields:
                 takes = self.takes(part)
                 with CutSet.open_writer(folder / f"{part}.jsonl", overwrite=True) as manifest:
@@ -139,8 +160,8 @@ class Digits:
             part: Name of the part, ``"train"``, ``"validation"`` or ``"test"``.
 
         Example:
-            >>> takes = Digits(train_size=2, corpus_seed=1).takes("train")
-            >>> takes == Digits(train_size=5, corpus_seed=1).takes("train")[:2]
+            >>> takes = SpokenWords(train_size=2, corpus_seed=1).takes("train")
+            >>> takes == SpokenWords(train_size=5, corpus_seed=1).takes("train")[:2]
             True
         """
         index = Splits._fields.index(part)
@@ -151,12 +172,14 @@ class Digits:
         ]
 
     def _draw(self, name: str, part: str, random: np.random.Generator) -> Take:
-        digits = tuple(random.choice(DIGITS, size=random.integers(1, self.max_digits + 1)).tolist())
+        vocabulary = VOCABULARIES[self.vocabulary]
+        size = random.integers(1, self.max_words + 1)
+        words = tuple(random.choice(vocabulary, size=size).tolist())
         return Take(
             id=name,
-            digits=digits,
+            words=words,
             speech=Speech(
-                text=_punctuate(digits, random),
+                text=_punctuate(words, random),
                 voice=f"{random.choice(ACCENTS)}+{random.choice(VARIANTS[part])}",
                 rate=int(random.integers(120, 211)),
                 pitch=int(random.integers(25, 76)),
@@ -185,7 +208,7 @@ class Digits:
             flac = io.BytesIO()
             soundfile.write(flac, audio, sample_rate_hz, format="FLAC", subtype="PCM_16")
             path.write_bytes(flac.getvalue())
-            utterance = Utterance(take.id, speaker, " ".join(take.digits), path)
+            utterance = Utterance(take.id, speaker, " ".join(take.words), path)
             cut = make_cut(utterance, sample_rate_hz=sample_rate_hz)
             # Relative, so that the manifest does not depend on the folder of the cache.
             cut.recording.sources[0].source = str(path.relative_to(folder))
@@ -259,8 +282,8 @@ def _resampler(from_hz: int, to_hz: int) -> torch.nn.Module:
     return torchaudio.transforms.Resample(from_hz, to_hz)
 
 
-def _punctuate(digits: tuple[str, ...], random: np.random.Generator) -> str:
-    """Write the digits as a sentence; espeak-ng pauses at a comma."""
-    pauses = random.random(len(digits)) < 0.15
-    words = (f"{digit.lower()}{',' if p else ''}" for digit, p in zip(digits, pauses, strict=True))
-    return " ".join(words).rstrip(",")
+def _punctuate(words: tuple[str, ...], random: np.random.Generator) -> str:
+    """Write the words as a sentence; espeak-ng pauses at a comma."""
+    pauses = random.random(len(words)) < 0.15
+    spelt = (f"{word.lower()}{',' if p else ''}" for word, p in zip(words, pauses, strict=True))
+    return " ".join(spelt).rstrip(",")
