@@ -43,8 +43,11 @@ class HardCompression(S8BQATMethod):
             ``overrides``.
 
     Logs ``nna/hard_compression/distance`` (root of the mean square of the distance of weights
-    and centroids, relative to the weights; mean over tensors), ``…/distance_max`` and
-    ``…/compressions``.
+    and centroids, relative to the weights; mean over tensors), ``…/distance_max``,
+    ``…/compressions`` and ``…/changed``: the fraction of weights that went to another centroid in
+    the last compression than in the one before. Where it stays near 0, the steps between two
+    compressions are too few, or too small, for a weight to reach the next region: each compression
+    undoes what was learned since the one before, and only what is not compressed is trained.
 
     Raises:
         ValueError: If an argument is out of range, a pattern matches nothing, or a callback that
@@ -85,6 +88,9 @@ class HardCompression(S8BQATMethod):
         self.compressions = 0
         # Step of the last compression; None before the first.
         self._compressed: int | None = None
+        # Indices of the centroids in the last compression, by name.
+        self._indices: dict[str, Tensor] = {}
+        self._changed = 0.0
 
     @override
     def transforms(self) -> dict[str, WeightTransform]:
@@ -99,10 +105,14 @@ class HardCompression(S8BQATMethod):
         self.compressions += 1
         self._compressed = self.steps
         require_finite_weights(self._parameters)  # It would become a centroid.
+        before, self._indices = self._indices, {}
         for name, parameter in self._parameters.items():
-            parameter.copy_(self.centroids[name].codebook.project(parameter))
+            book = self.centroids[name].codebook
+            self._indices[name] = book.indices(parameter).to(torch.uint8)
+            parameter.copy_(book.project(parameter))
             if self.momentum == "reset":
                 self._forget(parameter)
+        self._changed = _fraction_changed(before, self._indices)
 
     @override
     def missed(self) -> list[str]:
@@ -117,6 +127,7 @@ class HardCompression(S8BQATMethod):
     def forget(self) -> None:
         super().forget()
         self.compressions, self._compressed = 0, None
+        self._indices, self._changed = {}, 0.0
 
     @override
     def metrics(self) -> dict[str, float]:
@@ -128,11 +139,17 @@ class HardCompression(S8BQATMethod):
             "distance": sum(distances) / len(distances),
             "distance_max": max(distances),
             "compressions": float(self.compressions),
+            "changed": self._changed,
         }
 
     @override
     def state_dict(self) -> dict[str, object]:
-        own = {"compressions": self.compressions, "compressed": self._compressed}
+        own = {
+            "compressions": self.compressions,
+            "compressed": self._compressed,
+            "indices": dict(self._indices),
+            "changed": self._changed,
+        }
         return {**super().state_dict(), **own}
 
     @override
@@ -141,6 +158,9 @@ class HardCompression(S8BQATMethod):
         self.compressions = int(str(state_dict["compressions"]))
         compressed = state_dict.get("compressed")
         self._compressed = None if compressed is None else int(str(compressed))
+        # Checkpoints of earlier versions have neither.
+        self._indices = dict(state_dict.get("indices", {}))  # type: ignore[call-overload]
+        self._changed = float(str(state_dict.get("changed", 0.0)))
 
     def _due(self) -> float:
         """Return the step of the next compression; infinite without an end of the run."""
@@ -156,3 +176,13 @@ class HardCompression(S8BQATMethod):
                 mean = optimizer.state.get(parameter, {}).get(name)
                 if mean is not None:
                     mean.zero_()
+
+
+def _fraction_changed(before: dict[str, Tensor], now: dict[str, Tensor]) -> float:
+    """Compute the fraction of weights with another index than before; 0 without indices before."""
+    changed = sum(
+        int((index != before[name].to(index.device)).sum())
+        for name, index in now.items()
+        if name in before
+    )
+    return changed / max(sum(index.numel() for index in now.values()), 1)

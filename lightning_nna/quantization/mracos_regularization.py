@@ -7,6 +7,7 @@ Reference:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -40,7 +41,11 @@ class MRACosRegularization(S8BQATMethod):
             ``refresh_every_n_steps``, ``max_entropy_bits``, ``codebook``, ``targets`` and
             ``overrides``.
 
-    Logs ``nna/mracos_regularization/penalty`` (:math:`\sum R(w)`) and ``…/strength``.
+    Logs ``nna/mracos_regularization/penalty`` (:math:`\sum R(w)`), ``…/strength``, and
+    ``…/pull``: the norm of the regularizer's gradient relative to that of the loss, over the
+    selected weights, in the last step. Adam divides a gradient by its root mean square, so that
+    this ratio is what counts: far below 1 the regularizer moves nothing that the loss moves, far
+    above 1 each weight goes to its nearest centroid whatever the loss.
 
     Raises:
         ValueError: If an argument is out of range, a pattern matches nothing, or a callback that
@@ -75,11 +80,15 @@ class MRACosRegularization(S8BQATMethod):
             raise ValueError(f"strength must not be negative, got {strength}")
         self.strength, self.schedule = strength, Schedule.of(schedule)
         self.scaled = scaled
+        # Norms of the regularizer's gradient and of the loss's in the last step, by tensor.
+        self._norms: dict[str, tuple[Tensor, Tensor]] = {}
 
     @override
     @torch.no_grad()
     def step_begins(self, optimizer: Optimizer) -> None:
         factor = self._factor()
+        if factor == 0:
+            self._norms = {}
         require_finite_weights(self._parameters)
         stepping = {id(p) for group in optimizer.param_groups for p in group["params"]}
         for name, parameter in self._parameters.items():
@@ -88,6 +97,7 @@ class MRACosRegularization(S8BQATMethod):
             pull = self._gradient(name, parameter).mul_(factor).to(parameter.grad.dtype)
             if parameter.grad.is_sparse:
                 pull = pull.sparse_mask(parameter.grad.coalesce())
+            self._norms[name] = (pull.norm(), parameter.grad.norm())
             parameter.grad = parameter.grad + pull
 
     @override
@@ -95,10 +105,15 @@ class MRACosRegularization(S8BQATMethod):
         self.refresh()
 
     @override
+    def forget(self) -> None:
+        super().forget()
+        self._norms = {}
+
+    @override
     @torch.no_grad()
     def metrics(self) -> dict[str, float]:
         penalty = sum(float(self._penalty(n, p).sum()) for n, p in self._parameters.items())
-        return {"penalty": penalty, "strength": self._factor()}
+        return {"penalty": penalty, "strength": self._factor(), "pull": self._relative_pull()}
 
     @override
     def missed(self) -> list[str]:
@@ -108,6 +123,14 @@ class MRACosRegularization(S8BQATMethod):
         if abs(last - now) <= 0.01 * reach:
             return []
         return [f"the strength is {now:.3g}, not {last:.3g}"]
+
+    def _relative_pull(self) -> float:
+        """Norm of the regularizer's gradient relative to the loss's; 0 if either is 0."""
+        pull, grad = (
+            math.hypot(*(float(norms[which]) for norms in self._norms.values()))
+            for which in (0, 1)
+        )
+        return pull / grad if grad else 0.0
 
     def _factor(self) -> float:
         return self.strength * self.schedule.at(self.steps, total=self._total_steps)

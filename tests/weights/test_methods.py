@@ -371,6 +371,54 @@ def test_compression_at_its_steps_and_what_becomes_of_momentum(momentum: str) ->
     assert bool(means.any()) is (momentum == "keep")
 
 
+class Moved(pl.Callback):
+    """Multiply weights by a factor after three steps."""
+
+    def __init__(self, factor: float) -> None:
+        self.factor = factor
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: object
+    ) -> None:
+        if trainer.global_step == 3:
+            pl_module.get_parameter("head.first.weight").data.mul_(self.factor)
+
+
+@pytest.mark.parametrize(("factor", "is_changed"), [(-1.0, True), (1.001, False)])
+def test_weights_that_take_another_centroid_are_counted(factor: float, is_changed: bool) -> None:
+    fitted, callback = module(), hard(every_n_steps=2, targets=["head.first.weight"])
+    fitted.learning_rate = 0.0
+    trainer(callback, steps=2).fit(fitted)
+    before = fitted.head.first.weight.detach().clone()
+    again, callback = module(), hard(every_n_steps=2, targets=["head.first.weight"])
+    again.learning_rate = 0.0
+    trainer(Moved(factor), callback, steps=4).fit(again)
+    assert callback.compressions == 2
+    changed = float((again.head.first.weight != before).float().mean())
+    assert callback.metrics()["changed"] == pytest.approx(changed)
+    assert (changed > 0) is is_changed
+
+
+def test_the_pull_is_logged_relative_to_the_gradient_of_the_loss() -> None:
+    class Watch(pl.Callback):
+        norms: ClassVar[list[Tensor]] = []
+
+        def on_before_optimizer_step(
+            self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: object
+        ) -> None:
+            grad = pl_module.get_parameter("head.first.weight").grad
+            assert grad is not None
+            self.norms.append(grad.clone())
+
+    before, after = Watch(), Watch()
+    before.norms, after.norms = [], []  # type: ignore[misc]
+    callback = pull(strength=0.3, targets=["head.first.weight"])
+    trainer(before, callback, after, steps=2).fit(module())
+    added = after.norms[-1] - before.norms[-1]
+    expected = float(added.norm() / before.norms[-1].norm())
+    assert callback.metrics()["pull"] == pytest.approx(expected, rel=1e-5)
+
+
 class Failing(SmallRecurrentModule):
     def training_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> Tensor:
         loss = super().training_step(batch, batch_index)
