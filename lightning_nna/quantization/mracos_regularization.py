@@ -127,8 +127,7 @@ class MRACosRegularization(S8BQATMethod):
     def _relative_pull(self) -> float:
         """Norm of the regularizer's gradient relative to the loss's; 0 if either is 0."""
         pull, grad = (
-            math.hypot(*(float(norms[which]) for norms in self._norms.values()))
-            for which in (0, 1)
+            math.hypot(*(float(norms[which]) for norms in self._norms.values())) for which in (0, 1)
         )
         return pull / grad if grad else 0.0
 
