@@ -78,6 +78,10 @@ class Method:
 
 _PRUNE = "+callbacks.prune"
 _BY_LAYER = "callbacks.prune.scope=layer"
+# Every layer and every error counts the same, and the remaining weights stay what they are.
+_PLAIN = (f"{_PRUNE}.weighting=equal", f"{_PRUNE}.refit=false")
+# Fractions of zeros of the ladder.
+_LADDER = (0.7, 0.8, 0.9)
 METHODS: dict[str, Method] = {
     "float": Method("float", "none", sparsities=(0.0,)),
     "nna8": Method("dense, emulated and trained", "nna8", sparsities=(0.0,)),
@@ -85,7 +89,21 @@ METHODS: dict[str, Method] = {
     "csp_identity": Method("CSP, identity", "csp", (f"{_PRUNE}.measurement=identity",)),
     "csp_random": Method("CSP, random projections", "csp", (f"{_PRUNE}.measurement=random",)),
     "csp_100": Method("CSP, activations, every 100 steps", "csp", (f"{_PRUNE}.every_n_steps=100",)),
-    "csp_unfitted": Method("CSP, survivors unchanged", "csp", (f"{_PRUNE}.refit=false",), (0.5,)),
+    "csp_identity_plain": Method(
+        "CSP, identity, no gradients", "csp", (f"{_PRUNE}.measurement=identity", *_PLAIN), _LADDER
+    ),
+    "csp_random_plain": Method(
+        "CSP, random projections, no gradients, survivors unchanged",
+        "csp",
+        (f"{_PRUNE}.measurement=random", *_PLAIN),
+        _LADDER,
+    ),
+    "csp_plain": Method(
+        "CSP, activations, no gradients, survivors unchanged", "csp", _PLAIN, _LADDER
+    ),
+    "csp_unfitted": Method(
+        "CSP, activations, survivors unchanged", "csp", (f"{_PRUNE}.refit=false",), (0.5, *_LADDER)
+    ),
     "csp_layer": Method("CSP, same fraction in each layer", "csp", (_BY_LAYER,), (0.5,)),
     "gmp": Method("gradual magnitude", "gmp"),
     "gmp_global": Method("gradual magnitude, global budget", "gmp", (f"{_PRUNE}.scope=global",)),
