@@ -1,12 +1,22 @@
 """Choose the bits of every weight of a trained recognizer from the loss of training batches.
 
-python -m recipes.allocate ckpt=runs/an4_rnnt/seed1/checkpoints/last.ckpt target_mean_bits=4
-python -m recipes.train experiment=an4_rnnt_finetune compression=gq bit_overrides=<run>/bits.json
+    python -m recipes.allocate ckpt=runs/an4_rnnt/seed1/checkpoints/last.ckpt target_mean_bits=4
+    python -m recipes.allocate ckpt=... budget=cycles target_price_ratio=0.6
+    python -m recipes.train experiment=an4_rnnt_finetune compression=gq bit_overrides=RUN/bits.json
+
+With ``budget`` bits have prices, which Vela measures on the weights' layers: cycles of a mean
+utterance of the calibration batches in greedy decoding, or bytes of memory. With ``zeros``, too,
+what a zero of each weight saves is measured instead, for pruning with that budget.
+
+    python -m recipes.allocate ckpt=... budget=cycles zeros=0.8
+    python -m recipes.train experiment=an4_rnnt_finetune compression=csp sparsity=0.8
+        +callbacks.prune.prices=RUN/zero_prices.json
 """
 
 from __future__ import annotations
 
 import itertools
+import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,8 +26,12 @@ import torch
 from omegaconf import DictConfig
 from torch import nn
 
+from lightning_nna.deploy import VelaPrice
+from lightning_nna.files import write_whole
+from lightning_nna.pruning.zero_prices import prices_of_zeros
 from lightning_nna.weights.allocation import BitAllocation, allocate_bits
 from recipes.asr.batches import Batch
+from recipes.asr.deployed import run_utterance
 from recipes.asr.recognizer import TransducerRecognizer
 from recipes.preparation import prepare_process, rebuild
 from recipes.weights import load_weights
@@ -27,8 +41,12 @@ _log = logging.getLogger(__name__)
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="allocate")
 def main(config: DictConfig) -> None:
-    """Run :func:`allocate` and print its table."""
-    _log.info("\n%s", allocate(config))
+    """Run :func:`allocate`, or :func:`price_zeros` with ``zeros``, and print its table."""
+    if config.zeros is None:
+        _log.info("\n%s", allocate(config))
+        return
+    for name, saving in price_zeros(config).items():
+        _log.info("%s: a zero saves %.4g", name, saving)
 
 
 def allocate(config: DictConfig) -> BitAllocation:
@@ -44,15 +62,16 @@ def allocate(config: DictConfig) -> BitAllocation:
         FileNotFoundError: If ``ckpt`` does not exist.
         ValueError: See :func:`.allocate_bits`.
     """
-    prepare_process(config, "allocate")
-    _, datamodule, recognizer = rebuild(load_weights(config.ckpt), config)
-    torch.manual_seed(0)  # Augmentation draws from it.
-    batches = list(itertools.islice(datamodule.train_dataloader(), config.batches))
+    recognizer, batches = _prepared(config)
+    price = None if config.budget is None else vela_price(recognizer, batches, config)
     allocation = allocate_bits(
         recognizer,
         lambda module: _loss(module, batches),
         target_bytes=config.target_bytes,
         target_mean_bits=config.target_mean_bits,
+        price=price,
+        target_price=config.target_price,
+        target_price_ratio=config.target_price_ratio,
         targets=list(config.targets),
         candidates=list(config.candidates),
         granularity=config.granularity,
@@ -61,6 +80,63 @@ def allocate(config: DictConfig) -> BitAllocation:
     )
     allocation.save(Path(config.run_dir) / "bits.json")
     return allocation
+
+
+def price_zeros(config: DictConfig) -> dict[str, float]:
+    """Measure what a zero of each weight saves, and write ``zero_prices.json`` into the run folder.
+
+    Args:
+        config: Composed configuration ``allocate`` of ``conf/``, with ``zeros`` and ``budget``.
+
+    Raises:
+        FileNotFoundError: If ``ckpt`` does not exist.
+        ValueError: If ``budget`` is null, or see :func:`.prices_of_zeros`.
+    """
+    if config.budget is None:
+        raise ValueError("zeros needs a budget: add budget=cycles or budget=memory")
+    recognizer, batches = _prepared(config)
+    prices = prices_of_zeros(
+        recognizer,
+        vela_price(recognizer, batches, config),
+        config.zeros,
+        pattern=config.zeros_pattern,
+        targets=list(config.targets),
+    )
+    write_whole(Path(config.run_dir) / "zero_prices.json", json.dumps(prices, indent=1) + "\n")
+    return prices
+
+
+def vela_price(
+    recognizer: TransducerRecognizer, batches: Sequence[Batch], config: DictConfig
+) -> VelaPrice:
+    """Price the recognizer's weights for a mean utterance of the batches.
+
+    Args:
+        recognizer: Trained recognizer.
+        batches: Batches whose mean numbers of frames and labels count.
+        config: Composed configuration ``allocate``, with ``budget``.
+    """
+    utterances = sum(len(batch.ids) for batch in batches)
+    frames = sum(int(batch.feature_lengths.sum()) for batch in batches) // utterances
+    labels = sum(int(batch.target_lengths.sum()) for batch in batches) // utterances
+    sound = batches[0].features[:1, :1].expand(1, frames, -1)
+    return VelaPrice(
+        recognizer,
+        [sound],
+        forward=lambda module, sound: run_utterance(module, sound, labels, config.chunk_steps),
+        budget=config.budget,
+        accelerator=config.accelerator,
+        system=config.system,
+        memory_mode=config.memory_mode,
+        cache=config.price_cache,
+    )
+
+
+def _prepared(config: DictConfig) -> tuple[TransducerRecognizer, list[Batch]]:
+    prepare_process(config, "allocate")
+    _, datamodule, recognizer = rebuild(load_weights(config.ckpt), config)
+    torch.manual_seed(0)  # Augmentation draws from it.
+    return recognizer, list(itertools.islice(datamodule.train_dataloader(), config.batches))
 
 
 def _loss(module: nn.Module, batches: Sequence[Batch]) -> float:

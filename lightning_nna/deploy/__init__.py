@@ -6,6 +6,7 @@ from lightning_nna.deploy.decode import CompressedTensor
 from lightning_nna.deploy.graph import CaptureError
 from lightning_nna.deploy.micro import export_micro
 from lightning_nna.deploy.micro_export import MicroExport
+from lightning_nna.deploy.price import VelaPrice
 from lightning_nna.deploy.program import Program, run_tflite
 from lightning_nna.deploy.report import layer_figures, write_report
 from lightning_nna.deploy.runtimes import (
@@ -39,6 +40,7 @@ __all__ = [
     "UnsupportedProgramError",
     "VelaError",
     "VelaOperator",
+    "VelaPrice",
     "VelaProgram",
     "VelaReport",
     "export_micro",

@@ -13,14 +13,21 @@ Reference:
 from __future__ import annotations
 
 import csv
+import hashlib
+import json
 import shlex
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
+
+from lightning_nna.files import write_whole
+from lightning_nna.settings_files import read_json
 
 #: System whose weights are in flash, and its memory mode, by the family of the accelerator.
 _DEFAULTS = {
@@ -30,6 +37,8 @@ _DEFAULTS = {
 }
 _CONFIGURATION = "Arm/vela.ini"
 _LONGEST_SECONDS = 600
+# Of the files of a cache.
+_CACHE_FORMAT = 1
 _MEMORIES = ("sram", "dram", "on_chip_flash", "off_chip_flash")
 
 
@@ -129,6 +138,7 @@ def vela_report(
     accelerator: str = "ethos-u55-128",
     system: str | None = None,
     memory_mode: str | None = None,
+    cache: str | Path | None = None,
 ) -> VelaReport:
     """Compile a .tflite program with Vela and return its estimate.
 
@@ -139,6 +149,8 @@ def vela_report(
             the family's system with weights in flash.
         memory_mode: Name of the memory mode, Vela's ``--memory-mode``; None for weights in flash
             and the rest in SRAM.
+        cache: Folder of estimates, one file for each program, target and version of Vela; one that
+            is there is read instead of compiling again. None for no folder.
 
     Returns:
         Vela's estimate.
@@ -160,10 +172,25 @@ def vela_report(
         >>> report.system, report.cpu_operators, report.is_bandwidth_bound
         ('Ethos_U55_High_End_Embedded', (), True)
     """
+    path, entry = Path(path), None
+    if cache is not None and path.is_file() and find_spec("ethosu") is not None:
+        target = (accelerator, system, memory_mode, version("ethos-u-vela"))
+        contents = path.read_bytes() + json.dumps([_CACHE_FORMAT, *target]).encode()
+        entry = Path(cache) / f"{hashlib.sha256(contents).hexdigest()}.json"
+        if entry.exists():
+            return _from_json(read_json(entry))
     with tempfile.TemporaryDirectory() as folder:
-        return compile_with_vela(
+        report = compile_with_vela(
             path, folder, accelerator=accelerator, system=system, memory_mode=memory_mode
         ).report
+    if entry is not None:
+        write_whole(entry, json.dumps(asdict(report)) + "\n")
+    return report
+
+
+def _from_json(content: Mapping[str, Any]) -> VelaReport:
+    operators = tuple(VelaOperator(**operator) for operator in content["operators"])
+    return VelaReport(**{**content, "operators": operators})
 
 
 @dataclass(frozen=True)

@@ -197,8 +197,11 @@ def global_sparsities(
     shapes: Mapping[str, tuple[int, int]],
     *,
     relative: bool = True,
+    prices: Mapping[str, float] | None = None,
 ) -> dict[str, float]:
     """Compute the sparsity of each layer under one budget: the least scores of all layers go.
+
+    With prices, the units with the least score for what they save go.
 
     Args:
         scores: Importance scores of the units of each layer, not negative.
@@ -207,9 +210,11 @@ def global_sparsities(
         shapes: Numbers of rows and columns of the layers.
         relative: Divide scores by their layer's sum, so that each layer is worth the same; False if
             the scores of all layers are in one unit.
+        prices: What a zero of each layer saves, not negative; None or empty if all save the same.
+            The budget is what the sparsities of all layers would save.
 
     Returns:
-        Sparsities by layer, at most 0.99 each.
+        Sparsities by layer, at most 0.99 each; 0 where zeros save nothing.
 
     Example:
         >>> scores = {"a": torch.tensor([[1.0, 2.0]]), "b": torch.tensor([[3.0, 4.0]])}
@@ -217,8 +222,23 @@ def global_sparsities(
         >>> pattern = SparsityPattern.of("unstructured")
         >>> global_sparsities(scores, half, pattern, shapes, relative=False)
         {'a': 0.99, 'b': 0.0}
+
+        A zero of ``b`` saves ten times as much: 3 / 10 and 4 / 10 are less than 1 and 2.
+
+        >>> global_sparsities(scores, half, pattern, shapes, relative=False,
+        ...     prices={"a": 1.0, "b": 10.0})
+        {'a': 0.0, 'b': 0.5}
     """
-    weights = {name: rows * columns for name, (rows, columns) in shapes.items()}
+    if prices:
+        dearest = max(prices.values()) or 1.0
+        prices = {name: price / dearest for name, price in prices.items()}
+        scores = {name: of_layer for name, of_layer in scores.items() if prices[name] > 0}
+        unpaid = {name: 0.0 for name in shapes if name not in scores}
+        if not scores:
+            return unpaid
+    else:
+        prices, unpaid = dict.fromkeys(scores, 1.0), {}
+    weights = {name: rows * columns * prices[name] for name, (rows, columns) in shapes.items()}
     budget = sum(sparsities[name] * weights[name] for name in scores)
     worths, sizes, owners = [], [], []
     for owner, (name, of_layer) in enumerate(scores.items()):
@@ -231,7 +251,7 @@ def global_sparsities(
         owners.append(torch.full_like(flat, owner, dtype=torch.int64))
     pruned = _least(torch.cat(worths), torch.cat(sizes), budget)
     counts = torch.bincount(torch.cat(owners)[pruned], minlength=len(scores))
-    return {
+    return unpaid | {
         name: min(int(count) / scores[name].numel(), 0.99)
         for name, count in zip(scores, counts, strict=True)
     }

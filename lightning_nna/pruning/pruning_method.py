@@ -20,7 +20,7 @@ from lightning_nna.resumed_settings import require_same
 from lightning_nna.schedule import Schedule, require_time, step_of
 from lightning_nna.weights.method import WeightMethod
 from lightning_nna.weights.pipeline import WeightTransform, unseen
-from lightning_nna.weights.selection import Sparsities
+from lightning_nna.weights.selection import Sparsities, candidates_of, matches_path, read_numbers
 
 Scope = Literal["layer", "global"]
 
@@ -48,6 +48,11 @@ class PruningMethod(WeightMethod, ABC):
             weights of all tensors to the same mean, and keeps a hundredth of each. A weight that
             cannot be compared with others, as one without gradients if these decide, has its own
             sparsity.
+        prices: What a zero of each weight saves, in one unit, with ``scope="global"``: numbers by
+            pattern, or the path of a JSON file with them, as :func:`.prices_of_zeros` measures
+            them. The budget is then what ``sparsity`` of each tensor would save, and is taken where
+            it costs least; a tensor whose zeros save nothing keeps all of its weights. None for one
+            price of all weights.
         revives: Whether zeroed weights are trained and may return until masks freeze.
         targets: Patterns of the selected weights: globs or ``re:…`` on the names of parameters, or
             of modules that have them. See :mod:`lightning_nna.weights.selection`.
@@ -82,6 +87,7 @@ class PruningMethod(WeightMethod, ABC):
         freeze_step: int | float = 0.75,
         pattern: str | SparsityPattern = "unstructured",
         scope: Scope = "layer",
+        prices: Mapping[str, float] | str | Path | None = None,
         revives: bool = False,
         targets: Sequence[str] = ("*",),
         overrides: Mapping[str, float] | str | Path = {},  # noqa: B006
@@ -106,11 +112,24 @@ class PruningMethod(WeightMethod, ABC):
                 f"pattern {self.pattern.name!r} fixes the fraction of every group, which leaves no "
                 f"budget to be shared: set scope='layer'"
             )
+        if isinstance(prices, str | Path):
+            prices = read_numbers(prices)
+        if prices is not None and scope != "global":
+            raise ValueError(
+                f"prices share a budget, and scope={scope!r} has one for each tensor: set "
+                f"scope='global'"
+            )
+        for pattern, price in (prices or {}).items():
+            if isinstance(price, bool) or not isinstance(price, int | float) or not price >= 0:
+                raise ValueError(f"prices[{pattern!r}] must not be negative, got {price!r}")
+        self.prices = None if prices is None else dict(prices)
         self.scope, self.revives = scope, revives
         self.masks: dict[str, MaskTransform] = {}
         #: Layout of each selected weight as a matrix, once a run has started.
         self.layouts: dict[str, MatrixLayout] = {}
         self._saved: dict[str, Any] = {}
+        # What a zero of each selected weight saves; empty without prices.
+        self._price_of: dict[str, float] = {}
         # The last mask update has been done; masks stay.
         self._is_final = False
 
@@ -196,6 +215,8 @@ class PruningMethod(WeightMethod, ABC):
 
     @override
     def missed(self) -> list[str]:
+        if self._price_of:
+            return self._missed_price()
         wanted = sum(
             self.numbers[n] * transform.mask.numel() for n, transform in self.masks.items()
         )
@@ -213,6 +234,17 @@ class PruningMethod(WeightMethod, ABC):
             return []
         return [f"sparsity is {zeros / weights:.1%}, not {wanted / weights:.1%}"]
 
+    def _missed_price(self) -> list[str]:
+        wanted = saved = units = 0.0
+        for name, transform in self.masks.items():
+            price, count = self._price_of[name], transform.mask.numel()
+            wanted += self.schedule.last * self.numbers[name] * count * price
+            saved += (count - transform.kept_count) * price
+            units += price * count / self.pattern.units(self.layouts[name].matrix_shape)
+        if wanted - saved <= units:
+            return []
+        return [f"zeros save {saved:.4g} of the prices, not {wanted:.4g}"]
+
     @override
     def prepare(self) -> None:
         assert self._module is not None, "a run has started"
@@ -222,6 +254,7 @@ class PruningMethod(WeightMethod, ABC):
             owner = self._module.get_submodule(name.rpartition(".")[0])
             self.layouts[name] = MatrixLayout.of(owner, parameter)
         self._require_fit()
+        self._price_of = self._prices_by_name()
         self.masks = {
             name: MaskTransform(self.method, parameter, revives=self.revives)
             for name, parameter in self._parameters.items()
@@ -319,6 +352,33 @@ class PruningMethod(WeightMethod, ABC):
                 f"it does not divide, or choose another pattern"
             )
 
+    def _prices_by_name(self) -> dict[str, float]:
+        """Look up what a zero of each selected weight saves; nothing without prices."""
+        if self.prices is None:
+            return {}
+        assert self._module is not None, "a run has started"
+        names = list(self._parameters)
+        by_name: dict[str, float] = {}
+        for pattern, price in self.prices.items():
+            fitting = [n for n in candidates_of(self._module) if matches_path(pattern, n)]
+            if not fitting:
+                raise ValueError(
+                    f"prices has {pattern!r}, which matches no weight; there are: "
+                    f"{', '.join(names[:8])}{', …' if names[8:] else ''}"
+                )
+            by_name |= dict.fromkeys(fitting, float(price))
+        unpriced = [name for name in names if name not in by_name]
+        if unpriced:
+            raise ValueError(
+                f"prices has none for {', '.join(unpriced)}: add them, or exclude these weights"
+            )
+        if not any(by_name[name] for name in names):
+            raise ValueError(
+                "no zero saves anything by these prices: choose another unit, such as memory, or "
+                "leave prices out"
+            )
+        return {name: by_name[name] for name in names}
+
     def _is_frozen(self) -> bool:
         return self._is_final or self.steps >= self._freezes()
 
@@ -364,7 +424,12 @@ class PruningMethod(WeightMethod, ABC):
             shapes = {name: (w.shape[0], w.shape[1]) for name, w in sharing.items()}
             if sharing:
                 wanted = wanted | global_sparsities(
-                    scores, wanted, self.pattern, shapes, relative=not self.is_comparable
+                    scores,
+                    wanted,
+                    self.pattern,
+                    shapes,
+                    relative=not self.is_comparable,
+                    prices=self._price_of,
                 )
         for name, weight in weights.items():
             mask = self.select_mask(name, weight, wanted[name])

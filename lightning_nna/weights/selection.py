@@ -141,7 +141,7 @@ class ByTensor(ABC, Generic[V]):
             one = [patterns_or_one] if isinstance(patterns_or_one, str) else list(patterns_or_one)
             object.__setattr__(self, patterns, one)
         if isinstance(self.overrides, str | Path):
-            object.__setattr__(self, "overrides", _read(Path(self.overrides)))
+            object.__setattr__(self, "overrides", read_numbers(self.overrides))
         object.__setattr__(self, "overrides", dict(self.overrides))  # type: ignore[arg-type]
         self.require(self.quantity, self.default)
         for pattern, number in dict(self.overrides).items():  # type: ignore[arg-type]
@@ -374,8 +374,16 @@ def _is_operator_weight(owner: nn.Module, name: str, parameter: nn.Parameter) ->
     return isinstance(owner, _MULTIPLIERS) or (longer[0] and sum(longer) > 1)
 
 
-def _read(path: Path) -> dict[str, Any]:
-    """Numbers by pattern from a JSON file."""
+def read_numbers(path: str | Path) -> dict[str, Any]:
+    """Read numbers by pattern from a JSON file.
+
+    Args:
+        path: File with such a mapping, or with one as its entry ``overrides``.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it has none.
+    """
     content = read_json(path)
     numbers = content.get("overrides", content) if isinstance(content, dict) else None
     if not isinstance(numbers, dict):

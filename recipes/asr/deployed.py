@@ -171,6 +171,38 @@ def _conformer_frames(encoder: ConformerEncoder, utterance_frames: int | None) -
     return -(-utterance_frames // encoder.frames_per_step) * encoder.frames_per_step
 
 
+@torch.no_grad()
+def run_utterance(
+    recognizer: TransducerRecognizer, sound: Tensor, labels: int, chunk_steps: int
+) -> None:
+    """Call every part as often as greedy decoding of an utterance calls its program.
+
+    Args:
+        recognizer: Recognizer, in float.
+        sound: Features of shape ``(1, frames, mels)``.
+        labels: Number of labels of the utterance.
+        chunk_steps: See :func:`export_transducer`.
+    """
+    model = recognizer.model
+    encoder = model.encoder
+    assert isinstance(encoder, Encoder | ConformerEncoder)
+    if isinstance(encoder, Encoder):
+        state: State | None = None
+        for chunk in _padded(sound[0], chunk_steps * encoder.frames_per_step)[None].split(
+            chunk_steps * encoder.frames_per_step, 1
+        ):
+            encodings, _, state = model.transcribe_streaming(chunk, _length(chunk), state)
+    else:
+        encodings, _ = model.transcribe(sound, _length(sound))
+    steps = -(-sound.shape[1] // encoder.frames_per_step)
+    label, one = torch.full((1, 1), BLANK), torch.ones(1, dtype=torch.long)
+    state = None
+    for _ in range(labels + 1):
+        prediction, _, state = model.predict(label, one, state)
+    for _ in range(steps + labels):
+        model.join(encodings[:, :1], one, prediction, one)
+
+
 def encode(recognizer: TransducerRecognizer, chunk: Tensor, state: State) -> tuple[Tensor, State]:
     """Run the encoder's program on a chunk."""
     encodings, _, after = recognizer.model.transcribe_streaming(chunk, _length(chunk), state)

@@ -108,3 +108,28 @@ def test_the_least_of_all_layers_go(patterns: str, relative: bool) -> None:
             break
         gone[name] += size
     assert found == {name: gone[name] / weights[name].numel() for name in weights}
+
+
+def test_a_price_is_saved_with_the_least_loss_of_scores() -> None:
+    """All pairs of sparsities that save as much lose no less; with equal prices nothing changes."""
+    torch.manual_seed(0)
+    scores = {"a": torch.rand(4, 8), "b": 3 * torch.rand(4, 8), "c": torch.rand(4, 8)}
+    shapes, pattern = dict.fromkeys(scores, (4, 8)), SparsityPattern.of("unstructured")
+    prices, wanted = {"a": 1.0, "b": 7.0, "c": 0.0}, dict.fromkeys(scores, 0.6)
+    found = global_sparsities(scores, wanted, pattern, shapes, relative=False, prices=prices)
+    assert found["c"] == 0.0
+    counts = {name: round(32 * fraction) for name, fraction in found.items()}
+    saved = sum(counts[name] * prices[name] for name in scores)
+    assert 0.6 * 32 * 8 - 7.0 <= saved <= 0.6 * 32 * 8
+    lost = {
+        name: [0.0, *x.flatten().sort().values.cumsum(0).tolist()] for name, x in scores.items()
+    }
+    mine = lost["a"][counts["a"]] + lost["b"][counts["b"]]
+    for a in range(33):
+        for b in range(33):
+            assert a + 7 * b < saved or lost["a"][a] + lost["b"][b] >= mine - 1e-6
+    plain = global_sparsities(scores, wanted, pattern, shapes)
+    equal = dict.fromkeys(scores, 0.1)
+    assert global_sparsities(scores, wanted, pattern, shapes, prices=equal) == plain
+    free = dict.fromkeys(scores, 0.0)
+    assert global_sparsities(scores, wanted, pattern, shapes, prices=free) == free

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from lightning_nna.callbacks import (
 )
 from lightning_nna.emulation.weight_grids import on_grid
 from lightning_nna.pruning.pruning_method import PruningMethod
+from lightning_nna.pruning.zero_prices import prices_of_zeros
 from lightning_nna.schedule import Schedule
 from lightning_nna.testing import SmallRecurrentModule
 from lightning_nna.testing.contract import CHECKS, assert_same, module, trainer
@@ -191,6 +193,96 @@ def test_a_global_budget_takes_from_layers_that_can_spare() -> None:
     assert callback.sparsity == pytest.approx(0.5, abs=0.01)
     shares = {name: transform.sparsity for name, transform in callback.masks.items()}
     assert shares["head.first.weight"] == max(shares.values()) > 0.5
+
+
+def priced(callback: PruningMethod, prices: dict[str, float]) -> tuple[dict[str, float], float]:
+    """Train, and return zeros by name and the fraction of the price that they save."""
+    fitted = module()
+    trainer(callback).fit(fitted)
+    fractions = {name: zeros(fitted.get_parameter(name)) for name in callback.selected}
+    sizes = {name: fitted.get_parameter(name).numel() for name in callback.selected}
+    saved = sum(fractions[name] * sizes[name] * prices[name] for name in fractions)
+    return fractions, saved / sum(sizes[name] * prices[name] for name in fractions)
+
+
+@pytest.mark.parametrize("method", ["csp", "magnitude"])
+def test_a_price_moves_the_zeros_to_where_they_save(method: str, tmp_path: Path) -> None:
+    names = made(method, scope="global")
+    trainer(names).fit(module())
+    prices = {name: 8.0 if "lstm" in name else 1.0 for name in names.selected}
+    equal, _ = priced(made(method, scope="global", prices={"*": 3.0}), dict.fromkeys(prices, 1.0))
+    plain, _ = priced(made(method, scope="global"), dict.fromkeys(prices, 1.0))
+    assert equal == plain
+    path = tmp_path / "prices.json"
+    path.write_text(json.dumps(prices))
+    fractions, saved = priced(made(method, scope="global", prices=path), prices)
+    assert saved == pytest.approx(0.75, abs=0.02)
+    assert fractions != plain
+    free = dict.fromkeys(prices, 1.0) | {names.selected[0]: 0.0}
+    fractions, saved = priced(made(method, scope="global", prices=free), free)
+    assert fractions[names.selected[0]] == 0.0
+    assert saved == pytest.approx(0.75, abs=0.02)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"prices": {"*": 1.0}}, "prices share a budget, and scope='layer'"),
+        ({"prices": {"*": -1.0}, "scope": "global"}, r"prices\['\*'\] must not be negative"),
+    ],
+)
+def test_prices_that_are_wrong(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        made("magnitude", **settings)
+
+
+@pytest.mark.parametrize(
+    ("prices", "message"),
+    [
+        ({"lstm": 1.0}, "prices has none for head"),
+        ({"*": 1.0, "nowhere": 1.0}, "'nowhere', which matches no weight; there are: "),
+        ({"*": 0.0}, "no zero saves anything"),
+    ],
+)
+def test_prices_that_do_not_fit_the_module(prices: dict[str, float], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        trainer(made("magnitude", scope="global", prices=prices)).fit(module())
+
+
+def test_a_price_that_is_missed_is_told() -> None:
+    callback = made("magnitude", scope="global", prices={"*": 1.0}, freeze_step=4)
+    with pytest.warns(UserWarning, match=r"missed its target: zeros save .* of the prices, not"):
+        trainer(callback).fit(module())
+
+
+class Blocks:
+    """A closed form: bytes of blocks of four, and a surcharge for a weight with any zero."""
+
+    unit = "bytes"
+
+    def __init__(self, surcharge: str = "") -> None:
+        self.surcharge = surcharge
+
+    def __call__(self, name: str, weight: Tensor, grid: Any = None) -> float:
+        blocks = weight.reshape(-1, 4).any(1).sum()
+        dear = 100.0 * weight.numel() * bool((weight == 0).any()) * (name == self.surcharge)
+        return 4.0 * float(blocks) + dear
+
+
+def test_prices_of_zeros_are_what_they_save() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(16, 8), nn.Linear(8, 4))
+    before = copy.deepcopy(net.state_dict())
+    assert prices_of_zeros(net, Blocks(), 0.5, pattern="1x4") == {"0.weight": 1.0, "1.weight": 1.0}
+    anywhere = prices_of_zeros(net, Blocks(), 0.5)
+    assert all(0 <= price < 0.5 for price in anywhere.values())
+    assert list(prices_of_zeros(net, Blocks(), 0.5, exclude=["0"])) == ["1.weight"]
+    with pytest.warns(UserWarning, match=r"'1x4' make these dearer, in bytes: 1.weight \(32 ->"):
+        dear = prices_of_zeros(net, Blocks("1.weight"), 0.5, pattern="1x4")
+    assert dear == {"0.weight": 1.0, "1.weight": 0.0}
+    assert all(torch.equal(before[name], x) for name, x in net.state_dict().items())
+    with pytest.raises(ValueError, match="sparsity must be above 0 and below 1, got 0"):
+        prices_of_zeros(net, Blocks(), 0.0)
 
 
 def test_zeroed_weights_may_return_until_masks_freeze() -> None:
