@@ -18,6 +18,7 @@ from lightning_nna.deploy.runtimes import (
 from lightning_nna.deploy.tflite import TFLiteModel, export_tflite
 from lightning_nna.deploy.tosa import export_tosa
 from lightning_nna.deploy.vela import (
+    SlowedOperator,
     VelaError,
     VelaOperator,
     VelaProgram,
@@ -36,6 +37,7 @@ __all__ = [
     "PackedReport",
     "Program",
     "Runtime",
+    "SlowedOperator",
     "TFLiteModel",
     "UnsupportedProgramError",
     "VelaError",

@@ -248,6 +248,7 @@ class VelaPrice:
                     system=self.system,
                     memory_mode=self.memory_mode,
                     cache=self.cache,
+                    compare_dense=False,
                 )
             if self.budget == "cycles":
                 total += call.count * report.cycles

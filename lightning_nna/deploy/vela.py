@@ -3,7 +3,8 @@
 Vela compresses weights (a tensor of at most 32 values comes down to its entropy), so that the bytes
 which it reports, and on a system that reads weights from flash the time as well, are those of the
 compressed network. On an Ethos-U85 zeros make a layer faster if they are 2 of 4 along the input
-channel; convolutions with zeros elsewhere may take longer than dense ones. Times are estimates of
+channel; convolutions whose weights are compressed in any other way, by zeros or by few values, may
+take longer than dense ones, and a warning names those that do. Times are estimates of
 operators on the NPU; there are none for those on the CPU, which are counted apart.
 
 Reference:
@@ -20,12 +21,15 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from lightning.pytorch.utilities import rank_zero_warn
+
+from lightning_nna.deploy.dense_twin import dense_twin
 from lightning_nna.files import write_whole
 from lightning_nna.settings_files import read_json
 
@@ -39,6 +43,10 @@ _CONFIGURATION = "Arm/vela.ini"
 _LONGEST_SECONDS = 600
 # Of the files of a cache.
 _CACHE_FORMAT = 1
+# The family that computes layers in another way if their weights are compressed, and the factor
+# from which on an operator is slower.
+_CHANGES_ITS_WAY = "ethos-u85"
+_SLOWER = 1.05
 _MEMORIES = ("sram", "dram", "on_chip_flash", "off_chip_flash")
 
 
@@ -68,6 +76,24 @@ class VelaOperator:
 
 
 @dataclass(frozen=True)
+class SlowedOperator:
+    """An operator that takes longer because its weights are compressed.
+
+    Args:
+        name: Name of the operator, see :class:`VelaOperator`.
+        cycles: Cycles of it.
+        dense_cycles: Cycles of it with as many weights that cannot be compressed.
+    """
+
+    name: str
+    cycles: int
+    dense_cycles: int
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.dense_cycles} -> {self.cycles} cycles)"
+
+
+@dataclass(frozen=True)
 class VelaReport:
     """Vela's estimate for one inference.
 
@@ -85,6 +111,7 @@ class VelaReport:
         compute_cycles: Cycles of its computation alone.
         memory_cycles: Cycles of the busiest memory.
         inference_ms: Milliseconds of one inference, without operators on the CPU.
+        slowed: Operators that take longer than with dense weights, if they were compared.
     """
 
     accelerator: str
@@ -100,6 +127,7 @@ class VelaReport:
     compute_cycles: int
     memory_cycles: int
     inference_ms: float
+    slowed: tuple[SlowedOperator, ...] = ()
 
     @property
     def npu_operators(self) -> int:
@@ -124,11 +152,13 @@ class VelaReport:
     def __str__(self) -> str:
         cpu = ", ".join(self.cpu_operators) or "none"
         bound = "bandwidth" if self.is_bandwidth_bound else "computation"
+        slowed = ", ".join(map(str, self.slowed))
+        slower = f"; slower than with dense weights: {slowed}" if slowed else ""
         return (
             f"{self.accelerator}, {self.system}, {self.memory_mode}: {self.inference_ms:.3f} ms, "
             f"bound by {bound}; weights {self.weight_bytes} -> {self.encoded_bytes} bytes, memory "
             f"{self.memory_bytes} bytes; {self.npu_operators} operators on the NPU, on the CPU: "
-            f"{cpu}"
+            f"{cpu}{slower}"
         )
 
 
@@ -139,8 +169,12 @@ def vela_report(
     system: str | None = None,
     memory_mode: str | None = None,
     cache: str | Path | None = None,
+    compare_dense: bool = True,
 ) -> VelaReport:
     """Compile a .tflite program with Vela and return its estimate.
+
+    For an Ethos-U85 a program with zeros or few values among its weights is compiled again with
+    weights that cannot be compressed; operators that these make faster are in a warning.
 
     Args:
         path: Path of the program.
@@ -151,6 +185,7 @@ def vela_report(
             and the rest in SRAM.
         cache: Folder of estimates, one file for each program, target and version of Vela; one that
             is there is read instead of compiling again. None for no folder.
+        compare_dense: Whether to look for operators that compressed weights slow down.
 
     Returns:
         Vela's estimate.
@@ -172,25 +207,25 @@ def vela_report(
         >>> report.system, report.cpu_operators, report.is_bandwidth_bound
         ('Ethos_U55_High_End_Embedded', (), True)
     """
+    target = _Target.of(accelerator, system, memory_mode)
     path, entry = Path(path), None
     if cache is not None and path.is_file() and find_spec("ethosu") is not None:
-        target = (accelerator, system, memory_mode, version("ethos-u-vela"))
-        contents = path.read_bytes() + json.dumps([_CACHE_FORMAT, *target]).encode()
+        contents = path.read_bytes() + repr((_CACHE_FORMAT, target)).encode()
+        contents += version("ethos-u-vela").encode()
         entry = Path(cache) / f"{hashlib.sha256(contents).hexdigest()}.json"
-        if entry.exists():
-            return _from_json(read_json(entry))
-    with tempfile.TemporaryDirectory() as folder:
-        report = compile_with_vela(
-            path, folder, accelerator=accelerator, system=system, memory_mode=memory_mode
-        ).report
-    if entry is not None:
-        write_whole(entry, json.dumps(asdict(report)) + "\n")
-    return report
+    if entry is not None and entry.exists():
+        report = _from_json(read_json(entry))
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            report = _compiled(path, Path(folder), target).report
+        if entry is not None:
+            write_whole(entry, json.dumps(asdict(report)) + "\n")
+    return _compared(report, path, target, cache) if compare_dense else report
 
 
 def _from_json(content: Mapping[str, Any]) -> VelaReport:
     operators = tuple(VelaOperator(**operator) for operator in content["operators"])
-    return VelaReport(**{**content, "operators": operators})
+    return VelaReport(**{**content, "operators": operators, "slowed": ()})
 
 
 @dataclass(frozen=True)
@@ -230,32 +265,85 @@ def compile_with_vela(
         ValueError: If the accelerator is of no family that is known.
         VelaError: If Vela is missing, or rejects the program or the system.
     """
-    if not Path(path).is_file():
+    target = _Target.of(accelerator, system, memory_mode)
+    program = _compiled(Path(path), Path(folder), target)
+    return replace(program, report=_compared(program.report, Path(path), target, None))
+
+
+@dataclass(frozen=True)
+class _Target:
+    """Accelerator, system and memory mode, by Vela's names."""
+
+    accelerator: str
+    system: str
+    memory_mode: str
+
+    @classmethod
+    def of(cls, accelerator: str, system: str | None, memory_mode: str | None) -> _Target:
+        family = "-".join(accelerator.split("-")[:2])
+        if family not in _DEFAULTS:
+            raise ValueError(
+                f"accelerator must be of {', '.join(_DEFAULTS)}, as 'ethos-u55-128', got "
+                f"{accelerator!r}"
+            )
+        default_system, default_mode = _DEFAULTS[family]
+        return cls(accelerator, system or default_system, memory_mode or default_mode)
+
+
+def _compiled(path: Path, folder: Path, target: _Target) -> VelaProgram:
+    if not path.is_file():
         raise FileNotFoundError(f"there is no program {path}")
     if find_spec("ethosu") is None:
         raise VelaError(
             "ethos-u-vela is not installed: pip install 'lightning-nna[deploy]' (Python before "
             "3.14), or leave the report out"
         )
-    family = "-".join(accelerator.split("-")[:2])
-    if family not in _DEFAULTS:
-        raise ValueError(
-            f"accelerator must be of {', '.join(_DEFAULTS)}, as 'ethos-u55-128', got "
-            f"{accelerator!r}"
-        )
-    system = system or _DEFAULTS[family][0]
-    memory_mode = memory_mode or _DEFAULTS[family][1]
-    folder, path = Path(folder), Path(path)
-    options = ["--config", _CONFIGURATION, "--accelerator-config", accelerator]
-    options += ["--system-config", system, "--memory-mode", memory_mode]
+    options = ["--config", _CONFIGURATION, "--accelerator-config", target.accelerator]
+    options += ["--system-config", target.system, "--memory-mode", target.memory_mode]
     _compile(path, folder, options)
     summary = _table(folder, "*_summary_*.csv")[-1]
     layers = _table(folder, "*_per-layer.csv")
     return VelaProgram(
         folder / f"{path.stem}_vela.tflite",
         shlex.join(["vela", path.name, *options]),
-        _report(accelerator, system, memory_mode, summary, layers),
+        _report(target, summary, layers),
     )
+
+
+def _compared(
+    report: VelaReport, path: Path, target: _Target, cache: str | Path | None
+) -> VelaReport:
+    """Return a report with the operators that compressed weights slow down, and warn of them."""
+    if not target.accelerator.startswith(_CHANGES_ITS_WAY) or path.suffix != ".tflite":
+        return report
+    twin = dense_twin(path.read_bytes())
+    if twin is None:
+        return report
+    with tempfile.TemporaryDirectory() as folder:
+        other = Path(folder) / "dense.tflite"
+        other.write_bytes(twin)
+        dense = vela_report(other, **asdict(target), cache=cache, compare_dense=False)
+    dense_cycles = _cycles_by_name(dense)
+    slowed = tuple(
+        SlowedOperator(name, cycles, dense_cycles[name])
+        for name, cycles in _cycles_by_name(report).items()
+        if cycles > _SLOWER * dense_cycles.get(name, cycles)
+    )
+    if slowed:
+        rank_zero_warn(
+            f"compressed weights cost time on {target.accelerator}: {', '.join(map(str, slowed))}. "
+            f"There only zeros of pattern '2:4' save time in a convolution: choose it, or leave "
+            f"these layers dense and in 8 bits"
+        )
+    return replace(report, slowed=slowed)
+
+
+def _cycles_by_name(report: VelaReport) -> dict[str, int]:
+    """Add up the cycles of parts of one name."""
+    cycles: dict[str, int] = {}
+    for operator in report.operators:
+        cycles[operator.name] = cycles.get(operator.name, 0) + operator.cycles
+    return cycles
 
 
 def _compile(path: Path, folder: Path, options: Sequence[str]) -> None:
@@ -282,18 +370,14 @@ def _table(folder: Path, pattern: str) -> list[dict[str, str]]:
 
 
 def _report(
-    accelerator: str,
-    system: str,
-    memory_mode: str,
+    target: _Target,
     summary: dict[str, str],
     layers: list[dict[str, str]],
 ) -> VelaReport:
     used = {name: round(1024 * float(summary[f"{name}_memory_used"])) for name in _MEMORIES}
     memory_cycles = (float(summary[f"cycles_{name}_access"]) for name in _MEMORIES)
     return VelaReport(
-        accelerator=accelerator,
-        system=system,
-        memory_mode=memory_mode,
+        **asdict(target),
         operators=tuple(
             VelaOperator(
                 name=layer["Name"].strip(),

@@ -6,15 +6,20 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from lightning_nna import calibrate
 from lightning_nna.deploy import VelaError, export_tflite, vela_report
+from lightning_nna.deploy.dense_twin import dense_twin
 from lightning_nna.pruning.masks import MatrixLayout
 from lightning_nna.pruning.sparsity_pattern import SparsityPattern
 from tests.deploy.networks import POORER_SPECS
+
+#: An accelerator that may compute a layer with compressed weights in another way.
+U85: Any = {"accelerator": "ethos-u85-256", "system": "Ethos_U85_SYS_DRAM_High"}
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("ethosu") is None, reason="ethos-u-vela is not installed"
@@ -69,10 +74,62 @@ def test_two_of_four_along_the_input_channel_are_time_saved_on_a_u85(tmp_path: P
         mask = pattern.mask(pattern.importance_scores(matrix), 0.5, layout.matrix_shape)
         net.weight.data *= layout.from_matrix(mask)
         path = program(tmp_path, net, torch.randn(1, 64, 16, 16))
-        report = vela_report(path, accelerator="ethos-u85-256", system="Ethos_U85_SYS_DRAM_High")
+        report = vela_report(path, **U85, compare_dense=False)
         cycles.append(report.compute_cycles)
     along_the_kernel, along_the_channels = cycles
     assert along_the_channels < 0.6 * along_the_kernel
+
+
+@pytest.mark.parametrize("cause", ["zeros", "few values"])
+def test_weights_that_cost_time_on_a_u85_are_warned_of(cause: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net = nn.Conv2d(64, 64, 3, padding=1)
+    weight = net.weight.data
+    if cause == "zeros":
+        weight *= torch.rand(weight.shape) < 0.5
+    else:
+        weight.copy_(weight.sign() * weight.abs().max())
+    path = program(tmp_path, net, torch.randn(1, 64, 16, 16))
+    with pytest.warns(UserWarning, match=r"cost time on ethos-u85-256: .* cycles\)\. There"):
+        report = vela_report(path, **U85)
+    (slowed,) = report.slowed
+    assert slowed.cycles > 1.5 * slowed.dense_cycles
+    assert f"slower than with dense weights: {slowed}" in str(report)
+    # The same layer with weights of its own is as fast as the twin says.
+    torch.manual_seed(0)
+    nn.init.normal_(net.weight)
+    dense = vela_report(program(tmp_path, net, torch.randn(1, 64, 16, 16)), **U85)
+    cycles = sum(each.cycles for each in dense.operators if each.name == slowed.name)
+    assert cycles == pytest.approx(slowed.dense_cycles, rel=0.02)
+    assert dense.slowed == ()
+    # Other families compute a layer in one way.
+    assert vela_report(path).slowed == ()
+
+
+def test_two_of_four_and_dense_weights_are_not_warned_of(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(64, 64, 3, padding=1), nn.Conv2d(64, 64, 1))
+    x = torch.randn(1, 64, 32, 32)
+    assert dense_twin(program(tmp_path, net, x).read_bytes()) is None
+    for conv in net:
+        layout, pattern = MatrixLayout.of(conv, conv.weight), SparsityPattern.of("2:4")
+        scores = pattern.importance_scores(layout.to_matrix(conv.weight))
+        mask = pattern.mask(scores, 0.5, layout.matrix_shape)
+        conv.weight.data *= layout.from_matrix(mask)
+    assert vela_report(program(tmp_path, net, x), **U85).slowed == ()
+
+
+def test_a_twin_has_the_same_instructions_and_other_weights(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net = nn.Linear(64, 64)
+    net.weight.data *= torch.rand(64, 64) < 0.5
+    contents = program(tmp_path, net, torch.randn(1, 64)).read_bytes()
+    twin = dense_twin(contents)
+    assert twin is not None
+    assert twin == dense_twin(contents)
+    changed = np.frombuffer(contents, np.int8) != np.frombuffer(twin, np.int8)
+    assert 0.9 * 4096 < changed.sum() <= 4096
+    assert dense_twin(twin) is None
 
 
 def test_an_embedding_stays_on_the_cpu(tmp_path: Path) -> None:
