@@ -62,7 +62,7 @@ def allocate(config: DictConfig) -> BitAllocation:
         FileNotFoundError: If ``ckpt`` does not exist.
         ValueError: See :func:`.allocate_bits`.
     """
-    recognizer, batches = _prepared(config)
+    recognizer, batches = calibration_of(config)
     price = None if config.budget is None else vela_price(recognizer, batches, config)
     allocation = allocate_bits(
         recognizer,
@@ -94,7 +94,7 @@ def price_zeros(config: DictConfig) -> dict[str, float]:
     """
     if config.budget is None:
         raise ValueError("zeros needs a budget: add budget=cycles or budget=memory")
-    recognizer, batches = _prepared(config)
+    recognizer, batches = calibration_of(config)
     prices = prices_of_zeros(
         recognizer,
         vela_price(recognizer, batches, config),
@@ -132,7 +132,12 @@ def vela_price(
     )
 
 
-def _prepared(config: DictConfig) -> tuple[TransducerRecognizer, list[Batch]]:
+def calibration_of(config: DictConfig) -> tuple[TransducerRecognizer, list[Batch]]:
+    """Return the trained recognizer and the batches whose loss is measured.
+
+    Args:
+        config: Composed configuration ``allocate``.
+    """
     prepare_process(config, "allocate")
     _, datamodule, recognizer = rebuild(load_weights(config.ckpt), config)
     torch.manual_seed(0)  # Augmentation draws from it.

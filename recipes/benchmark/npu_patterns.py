@@ -9,6 +9,7 @@ trained.
 
 from __future__ import annotations
 
+import functools
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -17,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from lightning_nna import calibrate
@@ -24,9 +27,16 @@ from lightning_nna.deploy import VelaReport, export_tflite, vela_report
 from lightning_nna.pruning.masks import MatrixLayout
 from lightning_nna.pruning.sparsity_pattern import SparsityPattern
 from lightning_nna.weights.codebook import Codebook
+from lightning_nna.weights.pipeline import WeightGrid
+from lightning_nna.weights.selection import operator_weights
+from recipes.allocate import calibration_of, vela_price
+from recipes.asr.batches import Batch
+from recipes.asr.recognizer import TransducerRecognizer
 from recipes.benchmark.grid import Run, Study, axis
+from recipes.benchmark.recipe_runs import START
 from recipes.benchmark.report import Fields, line
 from recipes.benchmark.rows import Row, select
+from recipes.settings import CONF
 
 
 @dataclass(frozen=True)
@@ -65,6 +75,8 @@ LAYERS = {
         "LSTM, 320 units, one step", lambda: nn.LSTM(320, 320, batch_first=True), (1, 1, 320)
     ),
 }
+#: Name and title of a whole network: cycles of its layers for an utterance, see :func:`vela_price`.
+NETWORK = ("an4_rnnt", "RNN-T of AN4, mean utterance")
 #: Accelerators with a system: name in tables, accelerator, system.
 TARGETS = {
     "u55": ("U55-128, slow flash", "ethos-u55-128", "Ethos_U55_Deep_Embedded"),
@@ -102,11 +114,13 @@ class PatternRun(Run):
 
     def rows(self) -> Iterator[Row]:
         """Compile, and yield the row."""
+        key = {"layer": self.layer, "target": self.target, "pattern": self.pattern}
+        if self.layer == NETWORK[0]:
+            yield {**key, "cycles": self._cycles_of_network(), "slowed": False}
+            return
         report = self._report()
         yield {
-            "layer": self.layer,
-            "target": self.target,
-            "pattern": self.pattern,
+            **key,
             "cycles": report.cycles,
             "compute_cycles": report.compute_cycles,
             "encoded_bytes": report.encoded_bytes,
@@ -129,6 +143,22 @@ class PatternRun(Run):
             return vela_report(path, accelerator=accelerator, system=system)
 
     @torch.no_grad()
+    def _cycles_of_network(self) -> float:
+        _, accelerator, system = TARGETS[self.target]
+        config, recognizer, batches = _recognizer()
+        config.accelerator, config.system = accelerator, system
+        price = vela_price(recognizer, batches, config)
+        changed: dict[str, tuple[Tensor, WeightGrid | None]] = {}
+        for name, weight in operator_weights(recognizer.model).items():
+            full_name = f"model.{name}"
+            if self.pattern in LOW_BITS:
+                book = Codebook.fit(weight, LOW_BITS[self.pattern])
+                changed[full_name] = book.project(weight), book.grid
+            else:
+                changed[full_name] = self._pruned(recognizer, full_name, weight), None
+        return price.together(changed)
+
+    @torch.no_grad()
     def _compress(self, module: nn.Module, name: str, weight: Tensor) -> None:
         if self.pattern in LOW_BITS:
             book = Codebook.fit(weight, LOW_BITS[self.pattern])
@@ -137,24 +167,38 @@ class PatternRun(Run):
             rows = weight.flatten(1)
             rows[:, 0] = float(book.scaled_centroids.abs().max())
             return
+        weight.copy_(self._pruned(module, name, weight))
+
+    def _pruned(self, module: nn.Module, name: str, weight: Tensor) -> Tensor:
+        """Zero the least weights, where the pattern divides the weight."""
         pattern_name, sparsity = PATTERNS[self.pattern]
         pattern = SparsityPattern.of(pattern_name)
-        owner = module.get_submodule(name.rpartition(".")[0])
-        layout = MatrixLayout.of(owner, weight)
+        layout = MatrixLayout.of(module.get_submodule(name.rpartition(".")[0]), weight)
+        if not pattern.fits(layout.matrix_shape, layout.channels):
+            return weight.detach()
         scores = pattern.importance_scores(layout.to_matrix(weight))
-        weight.mul_(layout.from_matrix(pattern.mask(scores, sparsity, layout.matrix_shape)))
+        mask = pattern.mask(scores, sparsity, layout.matrix_shape)
+        return weight.detach() * layout.from_matrix(mask)
+
+
+@functools.cache
+def _recognizer() -> tuple[DictConfig, TransducerRecognizer, list[Batch]]:
+    """Load the pretrained recognizer, and batches for the length of an utterance."""
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        config = compose("allocate", [f"ckpt={START}", "budget=cycles", "batches=2", "run_dir=."])
+    return config, *calibration_of(config)
 
 
 def runs(
     *,
-    layers: Sequence[str] = tuple(LAYERS),
+    layers: Sequence[str] = (*LAYERS, NETWORK[0]),
     targets: Sequence[str] = tuple(TARGETS),
     patterns: Sequence[str] = (*PATTERNS, *LOW_BITS),
 ) -> list[PatternRun]:
     """List the grid, or a part of it.
 
     Args:
-        layers: Keys of :data:`LAYERS`.
+        layers: Keys of :data:`LAYERS`, and that of :data:`NETWORK`.
         targets: Keys of :data:`TARGETS`.
         patterns: Keys of :data:`PATTERNS` and :data:`LOW_BITS`.
     """
@@ -168,14 +212,15 @@ def runs(
 
 def report(rows: Sequence[Row]) -> Fields:
     """Make the fields of the report."""
+    titles = {**{key: layer.title for key, layer in LAYERS.items()}, NETWORK[0]: NETWORK[1]}
     tables: dict[str, Any] = {}
     for target in TARGETS:
         tables[target] = [
-            line(name, *(_cell(rows, layer, target, name) for layer in LAYERS))
+            line(name, *(_cell(rows, layer, target, name) for layer in titles))
             for name in (*PATTERNS, *LOW_BITS)
         ]
-    heads = " | ".join(layer.title for layer in LAYERS.values())
-    return {**tables, "heads": heads, "rules": "|".join(["---"] * (1 + len(LAYERS)))}
+    heads = " | ".join(titles.values())
+    return {**tables, "heads": heads, "rules": "|".join(["---"] * (1 + len(titles)))}
 
 
 def _cell(rows: Sequence[Row], layer: str, target: str, pattern: str) -> str:
@@ -185,7 +230,7 @@ def _cell(rows: Sequence[Row], layer: str, target: str, pattern: str) -> str:
     if not found or not dense:
         return "-"
     ratio = found[0]["cycles"] / dense[0]["cycles"]
-    text = f"{found[0]['cycles']:,} ({ratio:.2f})"
+    text = f"{found[0]['cycles']:,.0f} ({ratio:.2f})"
     return f"**{text}**" if found[0]["slowed"] else text
 
 
@@ -194,7 +239,7 @@ STUDY = Study(
     runs=runs,
     report=report,
     options={
-        "layers": axis(LAYERS),
+        "layers": axis((*LAYERS, NETWORK[0])),
         "targets": axis(TARGETS),
         "patterns": axis((*PATTERNS, *LOW_BITS)),
     },

@@ -53,6 +53,28 @@ BASELINES = ("gmp", "gmp_global", "gmp_global_100", "l1", "lth", "random", "mode
 MEASUREMENTS = ("csp_identity", "csp_random")
 #: Patterns of zeros, each with its baseline.
 PATTERNS = (("csp_2:4", "gmp_2:4"), ("csp_1x16", "gmp_1x16"))
+#: From magnitude to CSP, one thing at a time: a method, and what it adds to the one above it.
+LADDER = {
+    "gmp_global": "magnitude, one budget",
+    "csp_identity_plain": "CSP, identity: zeroed weights may return",
+    "csp_random_plain": "random projections instead of the identity",
+    "csp_plain": "input moments instead of projections",
+    "csp_unfitted": "and gradients",
+    "csp": "and the fit of the survivors: CSP of the recipes",
+    "csp_identity": "aside: identity and gradients",
+    "csp_random": "aside: random projections, gradients and fit",
+}
+#: Pairs of methods that differ in one thing, and what it is.
+STEPS_OF_LADDER = (
+    ("csp_identity_plain", "gmp_global", "Zeroed weights may return"),
+    ("csp_random_plain", "csp_identity_plain", "Random projections instead of the identity"),
+    ("csp_plain", "csp_random_plain", "Input moments instead of random projections"),
+    ("csp_unfitted", "csp_plain", "Gradients"),
+    ("csp", "csp_unfitted", "The fit of the survivors"),
+    ("csp_identity", "gmp_global", "Identity with gradients instead of magnitude"),
+    ("csp_random", "gmp_global", "Random projections with gradients and fit instead of magnitude"),
+    ("csp", "csp_random", "Input moments instead of random projections, with gradients and fit"),
+)
 #: From this sparsity on CSP is to be clearly better, below it no worse.
 CLEAR_FROM = 0.8
 # A method that misses the fraction of zeros by more is no rival there.
@@ -270,8 +292,39 @@ def report(rows: Sequence[Row]) -> Fields:
             for sparsity in _sparsities(rows, method)
         ],
         "checks": checks(rows),
+        "ladder": ladder(rows),
+        "steps": ladder_steps(rows),
         "runs": [run_line(row) for row in each],
     }
+
+
+def ladder(rows: Sequence[Row]) -> list[str]:
+    """Format a line of each rung of :data:`LADDER` that has rows."""
+    lines = []
+    for method, title in LADDER.items():
+        cells = []
+        for sparsity in _LADDER:
+            if selected := select(rows, method=method, sparsity=sparsity):
+                words, loss = word_errors(selected)[0], mean_loss(selected)
+                cells.append(f"{words}, {loss:.3f} ({len(selected)})")
+            else:
+                cells.append("-")
+        if set(cells) != {"-"}:
+            lines.append(line(title, *cells))
+    return lines
+
+
+def ladder_steps(rows: Sequence[Row]) -> list[str]:
+    """Compare the pairs of :data:`STEPS_OF_LADDER` on the seeds that both have."""
+    lines = []
+    for method, other, change in STEPS_OF_LADDER:
+        for sparsity in _LADDER:
+            selected, others = (select(rows, method=m, sparsity=sparsity) for m in (method, other))
+            if pairs := paired(selected, others):
+                words = wer_change(*difference(paired(selected, others, "wer")))
+                loss = loss_change(*difference(pairs))
+                lines.append(f"- {change}, {sparsity:.0%}: {words}; {loss}; {len(pairs)} seed(s).")
+    return lines
 
 
 def checks(rows: Sequence[Row]) -> list[str]:
