@@ -44,7 +44,7 @@ from recipes.benchmark.report import (
     wer_change,
     word_errors,
 )
-from recipes.benchmark.rows import Row, select, spread
+from recipes.benchmark.rows import Row, read_rows, select, spread
 
 RUNS = Path("runs/pruning")
 SPARSITIES = (0.5, 0.7, 0.8, 0.9, 0.95)
@@ -74,6 +74,22 @@ STEPS_OF_LADDER = (
     ("csp_identity", "gmp_global", "Identity with gradients instead of magnitude"),
     ("csp_random", "gmp_global", "Random projections with gradients and fit instead of magnitude"),
     ("csp", "csp_random", "Input moments instead of random projections, with gradients and fit"),
+)
+#: Rows of cycles by pattern.
+NPU_ROWS = Path("docs/results/npu_patterns.jsonl")
+#: Methods at a sparsity, with the pattern of zeros whose cycles are theirs.
+FORMS = (
+    ("nna8", 0.0, "dense"),
+    ("gmp_global", 0.5, "unstructured 50 %"),
+    ("csp", 0.5, "unstructured 50 %"),
+    ("gmp_2:4", 0.5, "2:4"),
+    ("csp_2:4", 0.5, "2:4"),
+    ("gmp_1x16", 0.5, "1x16 50 %"),
+    ("csp_1x16", 0.5, "1x16 50 %"),
+    ("gmp_global", 0.8, "unstructured 80 %"),
+    ("csp", 0.8, "unstructured 80 %"),
+    ("gmp_1x16", 0.8, "1x16 80 %"),
+    ("csp_1x16", 0.8, "1x16 80 %"),
 )
 #: From this sparsity on CSP is to be clearly better, below it no worse.
 CLEAR_FROM = 0.8
@@ -294,6 +310,7 @@ def report(rows: Sequence[Row]) -> Fields:
         "checks": checks(rows),
         "ladder": ladder(rows),
         "steps": ladder_steps(rows),
+        "forms": forms(rows, read_rows(NPU_ROWS)),
         "runs": [run_line(row) for row in each],
     }
 
@@ -324,6 +341,32 @@ def ladder_steps(rows: Sequence[Row]) -> list[str]:
                 words = wer_change(*difference(paired(selected, others, "wer")))
                 loss = loss_change(*difference(pairs))
                 lines.append(f"- {change}, {sparsity:.0%}: {words}; {loss}; {len(pairs)} seed(s).")
+    return lines
+
+
+def forms(rows: Sequence[Row], npu_rows: Sequence[Row]) -> list[str]:
+    """Format words and cycles of each form of zeros.
+
+    Args:
+        rows: Rows of this study.
+        npu_rows: Rows of ``recipes.benchmark.npu_patterns``.
+    """
+    lines = []
+    for method, sparsity, pattern in FORMS:
+        selected = select(rows, method=method, sparsity=sparsity)
+        if not selected:
+            continue
+        cycles = []
+        for target in ("u85", "u55"):
+            key = {"layer": "an4_rnnt", "target": target}
+            found = select(npu_rows, **key, pattern=pattern)
+            dense = select(npu_rows, **key, pattern="dense")
+            ratio = f"{found[0]['cycles'] / dense[0]['cycles']:.2f}" if found and dense else "-"
+            cycles.append(ratio)
+        words, loss = word_errors(selected)[0], f"{mean_loss(selected):.3f}"
+        lines.append(
+            line(METHODS[method].title, f"{sparsity:.0%}", len(selected), words, loss, *cycles)
+        )
     return lines
 
 

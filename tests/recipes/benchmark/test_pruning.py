@@ -16,6 +16,8 @@ from recipes.benchmark.pruning import (
     STUDY,
     PruningRun,
     checks,
+    ladder,
+    ladder_steps,
     nonzero_counts,
     packed_bytes,
     runs,
@@ -121,6 +123,28 @@ def test_patterns_are_judged_beside_their_own_baseline() -> None:
         in line
     )
     assert "seed(s), missed; " in line
+
+
+def test_the_ladder_has_the_rungs_with_rows_and_their_differences() -> None:
+    rungs = [
+        _row("gmp_global", 0.8, 0.23) | {"wer": 0.25},
+        _row("csp_plain", 0.8, 0.2) | {"wer": 0.2},
+        _row("csp_unfitted", 0.5, 0.2),
+        *(_row("csp", 0.8, loss, seed) | {"wer": 0.18} for seed, loss in ((1, 0.18), (2, 0.19))),
+    ]
+    assert ladder(rungs) == [
+        "| magnitude, one budget | - | 25.0 %, 0.230 (1) | - |",
+        "| input moments instead of projections | - | 20.0 %, 0.200 (1) | - |",
+        "| and the fit of the survivors: CSP of the recipes | - | 18.0 %, 0.185 (2) | - |",
+    ]
+    assert ladder_steps(rungs) == []
+    fitted = _row("csp_unfitted", 0.8, 0.19) | {"wer": 0.19}
+    assert ladder_steps([*rungs, fitted]) == [
+        "- Gradients, 80%: -1.0 ± 0.0 points of WER; loss per token -0.0100 ± 0.0000 nats; "
+        "1 seed(s).",
+        "- The fit of the survivors, 80%: -1.0 ± 0.0 points of WER; loss per token -0.0100 ± "
+        "0.0000 nats; 1 seed(s).",
+    ]
 
 
 def test_what_has_fewer_zeros_is_no_rival() -> None:
