@@ -39,7 +39,8 @@ class GeneralQuantizer(CodebookMethod):
         bits: Bits of the index of a weight, 1 to 8, of every selected tensor.
         mu: Strength of the µ-law's compression, at least 0; 0 for none.
         sharpness: Sharpness of the soft assignment over the run, a :class:`.Schedule` or its keys:
-            about 1 is soft, 32 nearly hard.
+            about 1 is soft, 32 nearly hard; with few bits a gap to hard weights of a tenth of them
+            is left at 32, and none to speak of at 300.
         hard_from: Time from which weights are at their centroids in training, too: a step (int) or
             a fraction of the run (float); the soft assignment gives their gradient.
         gradient_sharpness: Greatest sharpness of the assignment that gives the gradient of hard
@@ -82,8 +83,12 @@ class GeneralQuantizer(CodebookMethod):
         >>> len(module.lstm.weight_hh_l0.unique()) <= 4
         True
 
-    Differs from the paper: the schedule of the sharpness, hard weights with a soft gradient, the
-    start at Lloyd-Max points and the integer centroids are ours.
+    The defaults are those of the recipe ``compression=gq``, chosen on validation speakers
+    (``docs/results/low_bits.md``).
+
+    Differs from the paper: the schedule of the sharpness, that the second half of a run is hard
+    with gradients straight through, the start at Lloyd-Max points and the integer centroids are
+    ours.
     """
 
     method = "general_quantizer"
@@ -92,12 +97,12 @@ class GeneralQuantizer(CodebookMethod):
         self,
         bits: int,
         *,
-        mu: float = 15.0,
+        mu: float = 7.0,
         sharpness: Schedule | Mapping[str, Any] | float = Schedule(  # noqa: B008
-            1.0, 32.0, until=0.5, shape="geometric"
+            4.0, 300.0, until=0.5, shape="geometric"
         ),
         hard_from: int | float = 0.5,
-        gradient_sharpness: float | None = 2.0,
+        gradient_sharpness: float | None = None,
         train_sharpness: bool = False,
         power: int = 2,
         start: Start = "lloyd_max",

@@ -45,6 +45,8 @@ class SpeechDataModule(pl.LightningDataModule):
             wait for it, so use 0 for recordings that end in a pause.
         spec_augment: Masks of the training features, or None.
         batch_seconds: Upper bound of the audio in a batch, in seconds, padding included.
+        scoring_batch_seconds: The same for validation and test, where large batches are fast; None
+            for ``batch_seconds``.
         num_buckets: Number of groups by duration, positive.
         curriculum_epochs: Number of first epochs in which short utterances come before long ones.
         seed: Seed of the order and of the masks.
@@ -75,6 +77,7 @@ class SpeechDataModule(pl.LightningDataModule):
         tail_padding_ms: float = 0.0,
         spec_augment: SpecAugment | None = None,
         batch_seconds: float = 200.0,
+        scoring_batch_seconds: float | None = None,
         num_buckets: int = 10,
         curriculum_epochs: int = 0,
         seed: int = 0,
@@ -99,6 +102,7 @@ class SpeechDataModule(pl.LightningDataModule):
         self.tail_padding_ms = tail_padding_ms
         self.spec_augment = spec_augment
         self.batch_seconds, self.num_buckets, self.seed = batch_seconds, num_buckets, seed
+        self.scoring_batch_seconds = scoring_batch_seconds or batch_seconds
         self.curriculum_epochs = curriculum_epochs
         self.cache_dir = Path(cache_dir)
         self.max_bad_fraction, self.num_workers = max_bad_fraction, num_workers
@@ -198,7 +202,7 @@ class SpeechDataModule(pl.LightningDataModule):
         part = self._parts[name]
         plan = BatchPlan(
             part.examples(),
-            batch_seconds=self.batch_seconds,
+            batch_seconds=self.batch_seconds if shuffle else self.scoring_batch_seconds,
             num_buckets=self.num_buckets,
             shuffle=shuffle,
             curriculum_epochs=self.curriculum_epochs if shuffle else 0,

@@ -85,7 +85,7 @@ class Method:
     widths: tuple[int | str, ...] = BITS
 
 
-_GQ = "callbacks.gq"
+_CODEBOOK = "callbacks.codebook"
 #: Entropies of a 5-bit weight: one that saves a third of the accelerator's memory and time with a
 #: margin, and one that saves hardly more than a third.
 RATE_BITS, HIGHER_RATE_BITS = 4.25, 4.4
@@ -100,20 +100,24 @@ METHODS: dict[str, Method] = {
     "lsq": Method("LSQ", "lsq", widths=(*BITS, MIXED)),
     "parq": Method("PARQ (torchao)", "parq"),
     "s8bqat": Method("S8BQAT", "s8bqat"),
-    "gq": Method("GQ", "gq", widths=(*BITS, MIXED, ONE_BIT, SMALL_ONE_BIT)),
-    "gq_distilled": Method(
-        "GQ with distillation", "gq", settings=("callbacks=distillation",), widths=(3, 2)
+    "gq": Method("GQ", "gq"),
+    "codebook": Method("fixed codebook", "codebook", widths=(*BITS, MIXED, ONE_BIT, SMALL_ONE_BIT)),
+    "codebook_distilled": Method(
+        "fixed codebook with distillation",
+        "codebook",
+        settings=("callbacks=distillation",),
+        widths=(3, 2),
     ),
-    "gq_rate": Method(
-        f"GQ, entropy of at most {RATE_BITS} bits",
-        "gq",
-        settings=(f"{_GQ}.max_entropy_bits={RATE_BITS}",),
+    "codebook_rate": Method(
+        f"fixed codebook, entropy of at most {RATE_BITS} bits",
+        "codebook",
+        settings=(f"{_CODEBOOK}.max_entropy_bits={RATE_BITS}",),
         widths=(5,),
     ),
-    "gq_higher_rate": Method(
-        f"GQ, entropy of at most {HIGHER_RATE_BITS} bits",
-        "gq",
-        settings=(f"{_GQ}.max_entropy_bits={HIGHER_RATE_BITS}",),
+    "codebook_higher_rate": Method(
+        f"fixed codebook, entropy of at most {HIGHER_RATE_BITS} bits",
+        "codebook",
+        settings=(f"{_CODEBOOK}.max_entropy_bits={HIGHER_RATE_BITS}",),
         widths=(5,),
     ),
     "mracos_only": Method(
@@ -128,43 +132,51 @@ METHODS: dict[str, Method] = {
         settings=("callbacks.mracos.strength=0.0",),
         widths=(2,),
     ),
-    "gq_trained": Method(
-        "GQ, trained centroids",
-        "gq",
+    "codebook_trained": Method(
+        "fixed codebook, trained centroids",
+        "codebook",
         settings=(
-            f"{_GQ}.train_centroids=true",
-            f"+{_GQ}.centroid_lr={{start: 1.0e-4, end: 0.0}}",
+            f"{_CODEBOOK}.train_centroids=true",
+            f"+{_CODEBOOK}.centroid_lr={{start: 1.0e-4, end: 0.0}}",
         ),
         widths=(4, 2),
     ),
-    "gq_annealed": Method(
-        "GQ, soft and annealed up to 40 %, soft gradient",
-        "gq",
+    "codebook_annealed": Method(
+        "fixed codebook, soft and annealed up to 40 %, soft gradient",
+        "codebook",
         settings=(
-            f"{_GQ}.hard_from=0.4",
-            f"{_GQ}.sharpness={{start: 1.0, end: 16.0, until: 0.4, shape: geometric}}",
-            f"{_GQ}.gradient_sharpness=2.0",
+            f"{_CODEBOOK}.hard_from=0.4",
+            f"{_CODEBOOK}.sharpness={{start: 1.0, end: 16.0, until: 0.4, shape: geometric}}",
+            f"{_CODEBOOK}.gradient_sharpness=2.0",
         ),
         widths=(4, 2),
     ),
-    "gq_soft_gradient": Method(
-        "GQ, soft gradient", "gq", settings=(f"{_GQ}.gradient_sharpness=1.0",), widths=(2,)
+    "codebook_soft_gradient": Method(
+        "fixed codebook, soft gradient",
+        "codebook",
+        settings=(f"{_CODEBOOK}.gradient_sharpness=1.0",),
+        widths=(2,),
     ),
-    "gq_no_zero": Method(
-        "GQ, no centroid pinned at zero", "gq", settings=(f"{_GQ}.pin_zero=false",), widths=(3, 2)
+    "codebook_no_zero": Method(
+        "fixed codebook, no centroid pinned at zero",
+        "codebook",
+        settings=(f"{_CODEBOOK}.pin_zero=false",),
+        widths=(3, 2),
     ),
-    "gq_mu15": Method(
-        "GQ, µ = 15, no centroid pinned at zero",
-        "gq",
-        settings=(f"{_GQ}.mu=15.0", f"{_GQ}.pin_zero=false"),
+    "codebook_mu15": Method(
+        "fixed codebook, µ = 15, no centroid pinned at zero",
+        "codebook",
+        settings=(f"{_CODEBOOK}.mu=15.0", f"{_CODEBOOK}.pin_zero=false"),
         widths=(*BITS, MIXED),
     ),
-    "gq_mu255": Method("GQ, µ = 255", "gq", settings=(f"{_GQ}.mu=255.0",), widths=(2,)),
+    "codebook_mu255": Method(
+        "fixed codebook, µ = 255", "codebook", settings=(f"{_CODEBOOK}.mu=255.0",), widths=(2,)
+    ),
 }
 
 
 #: Methods that the figure and the acceptance checks compare.
-_COMPARED = ("rtn", "lloyd", "ste", "lsq", "parq", "s8bqat", "gq")
+_COMPARED = ("rtn", "lloyd", "ste", "lsq", "parq", "s8bqat", "codebook", "gq")
 
 
 @dataclass(frozen=True)
@@ -319,7 +331,7 @@ def checks(rows: Sequence[Row]) -> list[str]:
         "8 bits, accelerator-aware": select(rows, method="nna8"),
     }
     lines = []
-    for method, name in (("s8bqat", "S8BQAT"), ("gq", "GQ")):
+    for method, name in (("s8bqat", "S8BQAT"), ("codebook", "fixed codebook"), ("gq", "GQ")):
         for title, reference in references.items():
             if pairs := paired(select(rows, method=method, bits=5), reference):
                 change, error = difference(pairs)
@@ -329,7 +341,7 @@ def checks(rows: Sequence[Row]) -> list[str]:
                     f"{error / mean:.1%} over {len(pairs)} seed(s), {outcome(change, error)}."
                 )
     # What the accelerator saves at 5 bits is to cost no words.
-    for method in ("gq", "gq_higher_rate", "gq_rate"):
+    for method in ("gq", "codebook", "codebook_higher_rate", "codebook_rate"):
         reference = references["8 bits, accelerator-aware"]
         if pairs := paired(select(rows, method=method, bits=5), reference, "wer"):
             change, error = difference(pairs)
@@ -339,7 +351,8 @@ def checks(rows: Sequence[Row]) -> list[str]:
                 f"{outcome(change, error)}."
             )
     for bits, metric in itertools.product((4, 3, 2), _METRICS):
-        lines += _check_rivals(rows, bits, metric)
+        for method in ("gq", "codebook"):
+            lines += _check_rivals(rows, method, bits, metric)
     start = references["float before training"]
     gq, lsq = (paired(select(rows, method=m, bits=2), start) for m in ("gq", "lsq"))
     if gq and lsq:
@@ -349,26 +362,27 @@ def checks(rows: Sequence[Row]) -> list[str]:
             f"- At 2 bits at most half of LSQ's increase of the loss: GQ {relative(gq):+.1%}, "
             f"LSQ {relative(lsq):+.1%}, {outcome(relative(gq) - bound)}."
         )
-    mixed = [row for row in select(rows, method="gq") if row["one_bit_tensors"]]
+    mixed = [row for row in select(rows, method="codebook") if row["one_bit_tensors"]]
     for allocation in dict.fromkeys(row["bits"] for row in mixed):
         for title, reference in references.items():
             lines += _check_mixed(select(mixed, bits=allocation), title, reference)
     return lines
 
 
-def _check_rivals(rows: Sequence[Row], bits: int, metric: str) -> list[str]:
-    gq = select(rows, method="gq", bits=bits)
+def _check_rivals(rows: Sequence[Row], method: str, bits: int, metric: str) -> list[str]:
+    own = select(rows, method=method, bits=bits)
     others = {
-        method: pairs
-        for method in _COMPARED
-        if method != "gq" and (pairs := paired(gq, select(rows, method=method, bits=bits), metric))
+        other: pairs
+        for other in _COMPARED
+        if other != method and (pairs := paired(own, select(rows, method=other, bits=bits), metric))
     }
     if not others:
         return []
     rival = hardest_rival(others)
     change, error = difference(others[rival])
     return [
-        f"- GQ best or tied at {bits} bits: {_METRICS[metric](change, error)} against the best "
+        f"- {METHODS[method].title} best or tied at {bits} bits: "
+        f"{_METRICS[metric](change, error)} against the best "
         f"other ({METHODS[rival].title}) over {len(others[rival])} seed(s), "
         f"{outcome(change, error)}."
     ]

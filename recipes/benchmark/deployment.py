@@ -45,11 +45,11 @@ SYSTEMS = (
 )
 TITLES = {
     "nna8": "8 bits, accelerator-aware",
-    "gq": "GQ",
-    "gq_rate": f"GQ, entropy of at most {RATE_BITS} bits",
-    "gq_higher_rate": f"GQ, entropy of at most {HIGHER_RATE_BITS} bits",
+    "codebook": "fixed codebook",
+    "codebook_rate": f"fixed codebook, entropy of at most {RATE_BITS} bits",
+    "codebook_higher_rate": f"fixed codebook, entropy of at most {HIGHER_RATE_BITS} bits",
     "csp": "CSP",
-    "csp_gq": "CSP and GQ",
+    "csp_codebook": "CSP and fixed codebook",
 }
 #: Units of the encoder by model.
 SIZES = {"rnnt_small": 256, "rnnt": 320, "rnnt_large": 400}
@@ -59,7 +59,11 @@ PAIRS = (("rnnt_large", "rnnt"), ("rnnt", "rnnt_small"))
 MEMORY_SAVED, TIME_SAVED = 0.31, 0.3175
 _TARGET_SYSTEM = "Ethos_U55_High_End_Embedded"
 _TRAINED_BY = {
-    "gq_rate": (*compressed("gq"), "bits=5", f"callbacks.gq.max_entropy_bits={RATE_BITS}"),
+    "codebook_rate": (
+        *compressed("codebook"),
+        "bits=5",
+        f"callbacks.codebook.max_entropy_bits={RATE_BITS}",
+    ),
     "nna8": compressed("nna8"),
 }
 
@@ -196,21 +200,37 @@ class DeploymentRun(RecipeRun):
 
 _COMPRESSION, _PRUNING = "recipes.benchmark.compression", "recipes.benchmark.pruning"
 _SIZES = "recipes.benchmark.deployment --sizes"
-_ONE_BIT, _HIGHER = compression.SMALL_ONE_BIT, "gq_higher_rate"
+_ONE_BIT, _HIGHER = compression.SMALL_ONE_BIT, "codebook_higher_rate"
 #: Networks of one seed.
 NETWORKS = (
     DeploymentRun("nna8", 8, 0.0, "compression/nna8_8", f"{_COMPRESSION} --methods nna8"),
-    DeploymentRun("gq", 5, 0.0, "compression/gq_5", f"{_COMPRESSION} --methods gq --bits 5"),
-    DeploymentRun("gq_rate", 5, 0.0, "compression/gq_rate_5", f"{_COMPRESSION} --methods gq_rate"),
+    DeploymentRun(
+        "codebook", 5, 0.0, "compression/codebook_5", f"{_COMPRESSION} --methods codebook --bits 5"
+    ),
+    DeploymentRun(
+        "codebook_rate",
+        5,
+        0.0,
+        "compression/codebook_rate_5",
+        f"{_COMPRESSION} --methods codebook_rate",
+    ),
     DeploymentRun(
         _HIGHER, 5, 0.0, f"compression/{_HIGHER}_5", f"{_COMPRESSION} --methods {_HIGHER}"
     ),
     DeploymentRun(
-        "gq", "mixed", 0.0, f"compression/gq_{_ONE_BIT}", f"{_COMPRESSION} --bits {_ONE_BIT}"
+        "codebook",
+        "mixed",
+        0.0,
+        f"compression/codebook_{_ONE_BIT}",
+        f"{_COMPRESSION} --bits {_ONE_BIT}",
     ),
     DeploymentRun("csp", 8, 0.8, "pruning/csp_80", f"{_PRUNING} --methods csp --sparsities 0.8"),
-    DeploymentRun("csp_gq", 5, 0.8, "pruning/csp_5bits_80", f"{_PRUNING} --methods csp_5bits"),
-    DeploymentRun("gq_rate", 5, 0.0, "sizes/rnnt_large_gq_rate_5", _SIZES, model="rnnt_large"),
+    DeploymentRun(
+        "csp_codebook", 5, 0.8, "pruning/csp_5bits_80", f"{_PRUNING} --methods csp_5bits"
+    ),
+    DeploymentRun(
+        "codebook_rate", 5, 0.0, "sizes/rnnt_large_codebook_rate_5", _SIZES, model="rnnt_large"
+    ),
     DeploymentRun("nna8", 8, 0.0, "sizes/rnnt_small_nna8_8", _SIZES, model="rnnt_small"),
 )
 
@@ -390,7 +410,7 @@ def _pairs(rows: Sequence[Row]) -> list[tuple[Row, Row]]:
     return [
         (row, base)
         for larger, smaller in PAIRS
-        for row in select(rows, model=larger, method="gq_rate", sparsity=0.0)
+        for row in select(rows, model=larger, method="codebook_rate", sparsity=0.0)
         if (base := _base(rows, row, model=smaller)) is not None
     ]
 

@@ -161,7 +161,7 @@ METHODS: dict[str, Method] = {
     "gmp_2:4": Method("gradual magnitude, 2:4", "gmp", ("pattern='2:4'",), (0.5,)),
     "csp_1x16": Method("CSP, blocks of 16", "csp", ("pattern=1x16",), (0.5, 0.8)),
     "gmp_1x16": Method("gradual magnitude, blocks of 16", "gmp", ("pattern=1x16",), (0.5, 0.8)),
-    "csp_5bits": Method("CSP and 5 bits (GQ)", "csp_gq", ("bits=5",), (0.7, 0.8)),
+    "csp_5bits": Method("CSP and 5 bits (codebook)", "csp_codebook", ("bits=5",), (0.7, 0.8)),
 }
 
 

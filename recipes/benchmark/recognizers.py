@@ -35,8 +35,13 @@ MODELS = {"rnnt": "RNN-T", "conformer": "Conformer"}
 #: Overrides, bits, zeros and title by method.
 METHODS: dict[str, tuple[tuple[str, ...], int, float, str]] = {
     "nna8": (("compression=nna8",), 8, 0.0, "8 bits"),
-    "gq": (("compression=gq", "bits=4"), 4, 0.0, "GQ"),
-    "csp_gq": (("compression=csp_gq", "bits=4", "sparsity=0.8"), 4, 0.8, "CSP and GQ"),
+    "codebook": (("compression=codebook", "bits=4"), 4, 0.0, "fixed codebook"),
+    "csp_codebook": (
+        ("compression=csp_codebook", "bits=4", "sparsity=0.8"),
+        4,
+        0.8,
+        "CSP and fixed codebook",
+    ),
 }
 #: Float weights that the fine-tuning starts from.
 STARTS = {"rnnt": START, "conformer": Path("runs/an4_conformer/seed1/checkpoints/last.ckpt")}

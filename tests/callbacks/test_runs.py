@@ -117,7 +117,7 @@ class StopAfterThree(Callback):
     ("callback", "missed"),
     [
         (MagnitudePruning(0.5), r"MagnitudePruning ended at .* 3 .*: sparsity is 0.0%, not 50.0%"),
-        (GeneralQuantizer(3), r"from step 8 on \(hard_from\), and the sharpness is .*, not 32"),
+        (GeneralQuantizer(3), r"from step 8 on \(hard_from\), and the sharpness is .*, not 300"),
         (
             GeneralQuantizer(3, hard_from=99, sharpness={"start": 1.0, "end": 32.0, "until": 2}),
             r"training from step 99 on \(hard_from\)$",
@@ -149,8 +149,8 @@ def test_a_target_that_is_missed_is_warned_of(callback: WeightMethod, missed: st
         ),
         (
             GeneralQuantizer(3, hard_from=2),
-            GeneralQuantizer(3, hard_from=2, mu=7.0, granularity="per_channel"),
-            "mu is 15.0 there and 7.0 here, granularity is 'per_tensor' there and 'per_channel' "
+            GeneralQuantizer(3, hard_from=2, mu=15.0, granularity="per_channel"),
+            "mu is 7.0 there and 15.0 here, granularity is 'per_tensor' there and 'per_channel' "
             "here",
         ),
         (

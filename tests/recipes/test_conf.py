@@ -11,7 +11,10 @@ from typing import Any
 import pytest
 import yaml
 from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
+
+from lightning_nna.callbacks import GeneralQuantizer
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 GROUPS = ("callbacks", "data", "model", "trainer", "nna", "compression", "logger", "sweep")
@@ -112,6 +115,28 @@ def test_every_logger_includes_the_csv() -> None:
     assert files == ["csv", "tensorboard", "wandb"]
     for name in files:
         assert "csv" in _composed(f"logger={name}")["logger"]
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_the_recipe_of_the_general_quantizer_is_the_callbacks_defaults(bits: int) -> None:
+    node = _composed("compression=gq", f"bits={bits}")["callbacks"]["gq"]
+    assert node["sharpness"]["end"] > node["sharpness"]["start"]
+    assert node["mu"] > 0
+    assert node["train_centroids"]
+    by_default = GeneralQuantizer(bits, targets=["model"])
+    built = instantiate(node)
+    assert isinstance(built, GeneralQuantizer)
+    settings = vars(by_default).keys() - {"bits", "_adam", "_counter"}
+    assert {name: vars(built)[name] for name in settings} == {
+        name: vars(by_default)[name] for name in settings
+    }
+
+
+def test_the_codebook_has_no_part_of_the_general_quantizer() -> None:
+    built = instantiate(_composed("compression=codebook", "bits=2")["callbacks"]["codebook"])
+    assert isinstance(built, GeneralQuantizer)
+    assert (built.hard_from, built.train_centroids, built.mu) == (0.0, False, 0.0)
+    assert built.gradient_sharpness is None
 
 
 def test_no_configuration_points_into_the_benchmarks() -> None:

@@ -51,7 +51,7 @@ ROWS = [
     _row("lsq", 2, 0.175),
     _row("ste", 2, 0.1705),
     _row("s8bqat", 5, 0.2, seed=2),
-    _row("gq", ONE_BIT, 0.17, one_bit_tensors=["encoder"]),
+    _row("codebook", ONE_BIT, 0.17, one_bit_tensors=["encoder"]),
     _row("nna8", 8, 0.159),
 ]
 
@@ -122,7 +122,7 @@ def test_the_report_has_every_row_and_a_figure(tmp_path: Path) -> None:
     text = path.with_suffix(".md").read_text()
     assert text == STUDY.render(ROWS)
     assert all(row["command"] in text for row in ROWS)
-    assert "| GQ | mixed, 3.00, 1 bit too | 1 | 15.0 % |" in text
+    assert "| fixed codebook | mixed, 3.00, 1 bit too | 1 | 15.0 % |" in text
     assert path.with_suffix(".png").stat().st_size > 10_000
 
 

@@ -129,12 +129,13 @@ def test_targets_are_judged(size: int, time: float, word: str) -> None:
 
 def test_the_best_row_without_loss_is_the_one_that_is_judged() -> None:
     both = [*rows(700, 42.0), *of_rate(650, 40.0, 0.14)]
-    assert "*GQ, entropy of at most 4.25 bits*: 35.0% and 33.3%, WER 14.0 % against" in "".join(
-        checks(both)
+    assert (
+        "*fixed codebook, entropy of at most 4.25 bits*: 35.0% and 33.3%, WER 14.0 % against"
+        in "".join(checks(both))
     )
     # What saves more but loses words does not count.
     worse = "".join(checks([*rows(700, 42.0), *of_rate(650, 40.0, 0.16)]))
-    assert "*GQ*: 30.0% and 30.0%, WER 15.0 % against 15.0 %, missed" in worse
+    assert "*fixed codebook*: 30.0% and 30.0%, WER 15.0 % against 15.0 %, missed" in worse
     only = "".join(checks([*rows(700, 42.0)[: len(SYSTEMS)], *of_rate(650, 40.0, 0.16)]))
     assert "35.0% and 33.3%, WER 16.0 % against 15.0 %, missed" in only
 
@@ -149,11 +150,10 @@ def test_a_larger_network_is_to_be_faster_and_better(time: float, wer: float, wo
     assert last.endswith(f"{word}.")
     text = rendered(both, float_wer=0.168)
     assert "| 320 | 8 bits, accelerator-aware | 8 | 1 | 16.8 % | 15.0 % |" in text
-    assert (
-        f"| 400 | GQ, entropy of at most 4.25 bits | 5 | 1 | 14.0 % | {100 * wer:.1f} % |" in text
-    )
+    title = "fixed codebook, entropy of at most 4.25 bits"
+    assert f"| 400 | {title} | 5 | 1 | 14.0 % | {100 * wer:.1f} % |" in text
     # It stands in no table of the usual size.
-    assert text.count("GQ, entropy of at most 4.25 bits") == len(SYSTEMS)
+    assert text.count("fixed codebook, entropy of at most 4.25 bits") == len(SYSTEMS)
     smaller = runs()[-1].system_rows(summary(900, 55.0, 0.2))
     last = checks([*both, *of_rate(650, 54.0, 0.19), *smaller])[-1]
     assert "A network of 320 units at 5 bits at least as fast as one of 256 at 8" in last

@@ -13,7 +13,7 @@ from recipes.settings import check_settings
 
 def row(spec: str, model: str = "rnnt", equal: float = 1.0) -> dict[str, Any]:
     return {
-        **{"model": model, "method": "gq", "spec": spec, "bits": 4, "sparsity": 0.0},
+        **{"model": model, "method": "codebook", "spec": spec, "bits": 4, "sparsity": 0.0},
         **dict.fromkeys(("wer_float", "wer_emulated", "wer", "wer_low", "wer_high"), 0.1),
         **{"tflite_bytes": 2_000_000, "runtime": "TFLite-Micro", "outputs": 1000},
         **{"equal_outputs": equal, "equal_transcripts": 1.0, "utterances": 130},
@@ -57,5 +57,5 @@ def test_the_page_adds_up_what_is_equal() -> None:
         "`tflm-int8`, LSTM of elementary operators",
         "`tosa-int8`",
     ]
-    assert "| RNN-T | GQ | 4 | 0% | 100 | 75 | 25.0% | 10 | 10 | 10 |" in page
+    assert "| RNN-T | fixed codebook | 4 | 0% | 100 | 75 | 25.0% | 10 | 10 | 10 |" in page
     assert "| 999 of 1,000 | 130 of 130 |" in lines[2]

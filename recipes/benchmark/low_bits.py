@@ -1,0 +1,411 @@
+"""Low-bit weights on 10,000 test words: every method, width and budget, and the parts of GQ.
+
+    python -m recipes.benchmark.low_bits --workers 2          # run what is missing, then report
+    python -m recipes.benchmark.low_bits --models rnnt --bits 2 --seeds 1
+    python -m recipes.benchmark.low_bits --page-only
+
+Each run is one of ``recipes.train`` on the synthetic commands, from the weights in
+``recipes/pretrained``, or of ``recipes.evaluate`` (rounding without training). PARQ needs the extra
+``bench``.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from recipes.asr.scoring import RateDifference
+from recipes.benchmark.grid import Study, axis, threads_option
+from recipes.benchmark.plots import saved_figure
+from recipes.benchmark.recipe_runs import (
+    SEEDS,
+    STARTS,
+    STEPS,
+    RecipeRun,
+    compressed,
+    evaluation,
+    metrics_of,
+    packed_errors,
+    training,
+    wer_difference,
+)
+from recipes.benchmark.report import Fields, interval, line, mean_loss, percent, word_errors
+from recipes.benchmark.rows import Row, select, spread
+
+RUNS = Path("runs/low_bits")
+#: Budgets of training, in optimizer steps.
+BUDGETS = (STEPS, 1500, 5000)
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method of low-bit weights.
+
+    Attributes:
+        title: Name in tables.
+        compression: Choice of the configuration group ``compression``.
+        settings: Overrides of the configuration.
+        trains: Whether the weights are trained; else they are rounded.
+    """
+
+    title: str
+    compression: str
+    settings: tuple[str, ...] = ()
+    trains: bool = True
+
+
+def _gq(title: str, **settings: object) -> Method:
+    """Return the General Quantizer with other settings than its recipe's."""
+    overrides = tuple(f"callbacks.gq.{name}={value}" for name, value in settings.items())
+    return Method(title, "gq", overrides)
+
+
+def _codebook(title: str, **settings: object) -> Method:
+    """Return the fixed codebook with a part of the General Quantizer."""
+    overrides = tuple(f"++callbacks.codebook.{name}={value}" for name, value in settings.items())
+    return Method(title, "codebook", overrides)
+
+
+#: Without low-bit weights.
+BASELINES = {
+    "float": Method("float", "none", trains=False),
+    "float_tuned": Method("float, trained further", "none"),
+    "chip": Method("8 bits, untrained", "nna8", trains=False),
+    "nna8": Method("8 bits, accelerator-aware", "nna8"),
+}
+COMPARED = {
+    "lloyd": Method("rounded, Lloyd-Max", "s8bqat", trains=False),
+    "ste": Method("straight-through, uniform", "ste"),
+    "lsq": Method("LSQ", "lsq"),
+    "parq": Method("PARQ (torchao)", "parq"),
+    "dkm": Method("DKM", "dkm"),
+    "s8bqat": Method("S8BQAT", "s8bqat"),
+    "codebook": Method("fixed codebook, straight-through", "codebook"),
+    "gq": Method("GQ", "gq"),
+}
+_ANNEALING = "{start: %s, end: %s, until: %s, shape: geometric}"
+
+
+def _annealed(title: str, *, start: float, end: float, until: float, **more: object) -> Method:
+    sharpness = _ANNEALING % (start, end, until)
+    return _gq(title, sharpness=sharpness, hard_from=until, **more)
+
+
+#: Parts of GQ, one at a time, in place of the recipe's.
+PARTS = {
+    "gq_p1": _gq("distance of power 1", power=1),
+    "gq_mu0": _gq("no µ-law", mu=0.0),
+    "gq_mu15": _gq("µ = 15", mu=15.0),
+    "gq_mu63": _gq("µ = 63", mu=63.0),
+    "gq_mu255": _gq("µ = 255", mu=255.0),
+    "gq_uniform": _gq("uniform start", start="uniform"),
+    "gq_every4": _gq("quantized in every fourth step", every_n_steps=4),
+    "gq_fixed": _gq("centroids stay", train_centroids="false"),
+    "gq_zero": _gq("a centroid stays at zero", pin_zero="true"),
+    "gq_own": _gq("sharpness trained", train_sharpness="true"),
+    "gq_decay": _gq("centroids' rate falls to 0", centroid_lr="{start: 1.0e-3, end: 0.0}"),
+    "gq_fast": _gq("centroids trained at 1e-2", centroid_lr=1.0e-2),
+    "gq_soft_gradient": _gq("soft gradient of hard weights", gradient_sharpness=2.0),
+    "gq_until25": _annealed("annealed up to 25 %", start=4.0, end=300.0, until=0.25),
+    "gq_until75": _annealed("annealed up to 75 %", start=4.0, end=300.0, until=0.75),
+    "gq_until90": _annealed("annealed up to 90 %", start=4.0, end=300.0, until=0.9),
+    "gq_from1": _annealed("annealed from 1", start=1.0, end=300.0, until=0.5),
+    "gq_from16": _annealed("annealed from 16", start=16.0, end=300.0, until=0.5),
+    "gq_to32": _annealed("annealed to 32 only", start=4.0, end=32.0, until=0.5),
+}
+#: Parts of GQ, one at a time, added to the fixed codebook.
+ADDED = {
+    "codebook_mu": _codebook("and the µ-law", mu=7.0),
+    "codebook_trained": _codebook("and trained centroids", train_centroids="true"),
+    "codebook_soft": _codebook(
+        "and annealing",
+        sharpness=_ANNEALING % (4.0, 300.0, 0.5),
+        hard_from=0.5,
+    ),
+    "codebook_free": _codebook("without the zero", pin_zero="false"),
+}
+METHODS = {**BASELINES, **COMPARED, **PARTS, **ADDED}
+
+
+@dataclass(frozen=True)
+class LowBitsRun(RecipeRun):
+    """One method at one width, with one budget.
+
+    Attributes:
+        model: A key of :data:`STARTS`.
+        method: A key of :data:`METHODS`.
+        bits: Bits of every weight; 8 and 32 for the baselines.
+        steps: Optimizer steps; 0 without training.
+        seed: Seed of the training.
+        part: Part of the corpus that is scored.
+    """
+
+    model: str
+    method: str
+    bits: int
+    steps: int
+    seed: int
+    part: str
+
+    @property
+    def folder(self) -> Path:
+        """Run folder."""
+        name = f"{self.method}_{self.bits}_{self.steps}"
+        return RUNS / self.part / self.model / name / f"seed{self.seed}"
+
+    @property
+    def command(self) -> list[str]:
+        """Module and overrides of the run."""
+        method, start = METHODS[self.method], STARTS[self.model]
+        settings = [*compressed(method.compression), *method.settings]
+        if self.method not in BASELINES:
+            settings.append(f"bits={self.bits}")
+        if method.compression == "parq":
+            settings.append(f"parq_steps={self.steps}")
+        settings.append(f"data.test_part={self.part}")
+        if not method.trains:
+            return evaluation(self.folder, *settings, start=start)
+        return training(self.seed, self.folder, *settings, start=start, steps=self.steps)
+
+    def row(self, summary: Mapping[str, Any]) -> Row:
+        """Make the row of a finished run from its summary."""
+        return {
+            "model": self.model,
+            "method": self.method,
+            "bits": self.bits,
+            "steps": self.steps,
+            "seed": self.seed,
+            "part": self.part,
+            **metrics_of(summary),
+            "packed_bytes": summary["packed_bytes"],
+            "utterance_errors": packed_errors(self.folder),
+        }
+
+
+def runs(
+    *,
+    models: Sequence[str] = tuple(STARTS),
+    methods: Sequence[str] = (*BASELINES, *COMPARED),
+    bits: Sequence[int] = (4, 3, 2, 1),
+    steps: Sequence[int] = (STEPS,),
+    seeds: Sequence[int] = SEEDS,
+    part: str = "test",
+    threads: int = 1,
+) -> list[LowBitsRun]:
+    """List the grid, or a part of it, seed by seed; without training there is one seed.
+
+    Args:
+        models: Keys of :data:`STARTS`.
+        methods: Keys of :data:`METHODS`.
+        bits: Bits of a weight, of the methods that have few.
+        steps: Optimizer steps.
+        seeds: Seeds of the training.
+        part: Part of the corpus that is scored: ``"test"``, or ``"validation"`` to choose settings.
+        threads: Number of CPU threads of each run.
+    """
+    widths = {"float": [32], "float_tuned": [32], "chip": [8], "nna8": [8]}
+    grid = itertools.product(seeds, steps, models, methods)
+    return list(
+        dict.fromkeys(
+            LowBitsRun(model, method, width, budget, seed, part, threads=threads)
+            if METHODS[method].trains
+            else LowBitsRun(model, method, width, 0, SEEDS[0], part, threads=threads)
+            for seed, budget, model, method in grid
+            for width in widths.get(method, bits)
+        )
+    )
+
+
+def report(rows: Sequence[Row]) -> Fields:
+    """Make the fields of the report."""
+    tested = select(rows, part="test")
+    return {
+        "starts": [
+            line(STARTS[row["model"]].title, percent(row["wer"]), interval(row))
+            for row in select(tested, method="float")
+        ],
+        **{
+            f"methods_{model}": [
+                mean_line(tested, model, method, bits, STEPS)
+                for method in (*BASELINES, *COMPARED)
+                for bits in _widths(tested, model, method)
+            ]
+            for model in STARTS
+        },
+        "budgets": [
+            mean_line(tested, model, method, bits, steps)
+            for model, bits, method in itertools.product(STARTS, (4, 3, 2, 1), COMPARED)
+            for steps in BUDGETS[1:]
+            if select(tested, model=model, method=method, bits=bits, steps=steps)
+        ],
+        "parts": parts(rows),
+        "checks": checks(tested),
+        "runs": [run_line(row) for row in sorted(rows, key=_position)],
+    }
+
+
+def mean_line(rows: Sequence[Row], model: str, method: str, bits: int, steps: int) -> str:
+    """Format the line of a method: means over seeds, and its difference to GQ."""
+    selected = _selected(rows, model, method, bits, steps)
+    own = _selected(rows, model, "gq", bits, steps)
+    found = None if method in ("gq", *BASELINES) else wer_difference(own, selected)
+    budget = [steps] if steps != STEPS else []
+    start = [STARTS[model].title] if steps != STEPS else []
+    return line(
+        *start,
+        METHODS[method].title,
+        bits,
+        *budget,
+        len(selected),
+        *word_errors(selected),
+        f"{mean_loss(selected):.4f}",
+        "-" if found is None else points(found),
+        f"{selected[0]['packed_bytes'] / 1e6:.3f} MB",
+    )
+
+
+def points(found: RateDifference) -> str:
+    """Format a difference of word error rates in points, with its interval and verdict.
+
+    Example:
+        >>> points(RateDifference(-0.012, -0.02, -0.004))
+        '-1.2 (-2.0 to -0.4)'
+        >>> points(RateDifference(0.001, -0.02, 0.004))
+        '+0.1 (-2.0 to +0.4), tied'
+    """
+    mean, low, high = (f"{100 * each:+.1f}" for each in found)
+    return f"{mean} ({low} to {high})" + (", tied" if found.is_tied else "")
+
+
+def parts(rows: Sequence[Row]) -> list[str]:
+    """Make the lines of GQ's parts: each variant against GQ on the validation part."""
+    validated = select(rows, part="validation", model="rnnt")
+    lines = []
+    for bits, steps in itertools.product((4, 3, 2, 1), BUDGETS):
+        cell = select(validated, bits=bits, steps=steps)
+        own = select(cell, method="gq")
+        for method in ("gq", *PARTS, "codebook", *ADDED):
+            if not (selected := select(cell, method=method)) or not own:
+                continue
+            found = None if method == "gq" else wer_difference(selected, own, "validation")
+            lines.append(
+                line(
+                    METHODS[method].title,
+                    bits,
+                    steps,
+                    len(selected),
+                    word_errors(selected)[0],
+                    f"{mean_loss(selected):.4f}",
+                    "-" if found is None else points(found),
+                )
+            )
+    return lines
+
+
+def checks(rows: Sequence[Row]) -> list[str]:
+    """Run the acceptance checks: GQ no worse than every other method at each width."""
+    lines = []
+    for model, bits, steps in itertools.product(STARTS, (4, 3, 2, 1), BUDGETS):
+        own = _selected(rows, model, "gq", bits, steps)
+        for method in COMPARED:
+            if method in ("gq", "lloyd"):
+                continue
+            found = wer_difference(own, _selected(rows, model, method, bits, steps))
+            if found is None:
+                continue
+            seeds = len(
+                {row["seed"] for row in own}
+                & {row["seed"] for row in _selected(rows, model, method, bits, steps)}
+            )
+            verdict = "tied" if found.is_tied else "met" if found.mean < 0 else "missed"
+            lines.append(
+                f"- {STARTS[model].title}, {bits} bit(s), {steps} steps, {seeds} seed(s): GQ no "
+                f"worse than {METHODS[method].title}: {points(found).removesuffix(', tied')} "
+                f"points, {verdict}."
+            )
+    return lines
+
+
+def run_line(row: Row) -> str:
+    """Format the line of one run."""
+    return line(
+        STARTS[row["model"]].title,
+        METHODS[row["method"]].title,
+        row["bits"],
+        row["steps"],
+        row["seed"],
+        row["part"],
+        percent(row["wer"]),
+        interval(row),
+        f"{row['loss_per_token']:.4f}",
+    )
+
+
+def plot(rows: Sequence[Row], path: Path) -> None:
+    """Plot the word error rate over the width, a panel for each start."""
+    tested = [row for row in select(rows, part="test") if row["steps"] in (0, STEPS)]
+    models = [model for model in STARTS if select(tested, model=model)]
+    with saved_figure(path, (4.5 * len(models), 3.8)) as figure:
+        panels = figure.subplots(1, len(models), squeeze=False)[0]
+        for axes, model in zip(panels, models, strict=True):
+            for method in COMPARED:
+                widths = _widths(tested, model, method)
+                rates = [_mean_wer(_selected(tested, model, method, b, STEPS)) for b in widths]
+                width, color = (2.5, "black") if method == "gq" else (1.2, None)
+                label = METHODS[method].title
+                axes.plot(widths, rates, marker="o", ms=3, label=label, lw=width, color=color)
+            for dashes, method in (("-", "float_tuned"), (":", "nna8")):
+                if selected := select(tested, model=model, method=method):
+                    label = METHODS[method].title
+                    axes.axhline(_mean_wer(selected), ls=dashes, color="gray", label=label)
+            axes.set(title=STARTS[model].title, xlabel="bits of a weight", xticks=[1, 2, 3, 4])
+            axes.set_yscale("log")
+        panels[0].set_ylabel("word error rate, %")
+        panels[-1].legend(fontsize=7)
+
+
+def _mean_wer(rows: Sequence[Row]) -> float:
+    """Average the word error rate over seeds, in percent."""
+    return 100 * spread(row["wer"] for row in rows)[0]
+
+
+def _selected(rows: Sequence[Row], model: str, method: str, bits: int, steps: int) -> list[Row]:
+    """Select the rows of a cell; what is not trained has no steps."""
+    trained = METHODS[method].trains
+    return select(rows, model=model, method=method, bits=bits, steps=steps if trained else 0)
+
+
+def _widths(rows: Sequence[Row], model: str, method: str) -> list[int]:
+    """List the widths that a method has rows of, with the shortest budget, from large to small."""
+    trained = METHODS[method].trains
+    selected = select(rows, model=model, method=method, steps=STEPS if trained else 0)
+    return sorted({row["bits"] for row in selected}, reverse=True)
+
+
+def _position(row: Row) -> tuple[str, str, int, int, int, int]:
+    order = list(METHODS).index(row["method"])
+    return row["part"], row["model"], row["steps"], order, -row["bits"], row["seed"]
+
+
+STUDY = Study(
+    name="low_bits",
+    runs=runs,
+    report=report,
+    plot=plot,
+    options={
+        "models": axis(STARTS),
+        "methods": {**axis(METHODS), "default": [*BASELINES, *COMPARED]},
+        "bits": axis((4, 3, 2, 1)),
+        "steps": {**axis(BUDGETS), "default": [STEPS]},
+        "seeds": axis(SEEDS, is_open=True),
+        "part": {"choices": ["test", "validation"], "default": "test"},
+        "threads": threads_option(),
+    },
+    workers=1,
+)
+
+if __name__ == "__main__":
+    STUDY.main()

@@ -1,0 +1,181 @@
+"""The grid of low-bit weights on commands: its runs, its rows, its report."""
+
+from __future__ import annotations
+
+import base64
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hydra import compose, initialize
+
+from recipes.benchmark.low_bits import (
+    BASELINES,
+    METHODS,
+    STUDY,
+    LowBitsRun,
+    checks,
+    parts,
+    points,
+    runs,
+)
+from recipes.benchmark.recipe_runs import (
+    STARTS,
+    STEPS,
+    budget,
+    commands_words,
+    packed_errors,
+    utterance_errors,
+    wer_difference,
+)
+from recipes.benchmark.rows import append_row
+from recipes.settings import check_settings
+
+WORDS = commands_words()
+
+
+def _row(method: str, bits: int, errors: np.ndarray, **more: Any) -> dict[str, Any]:
+    packed = base64.b64encode(zlib.compress(errors.astype(np.uint8).tobytes())).decode()
+    trained = METHODS[method].trains
+    return {
+        "model": "rnnt",
+        "method": method,
+        "bits": bits,
+        "steps": STEPS if trained else 0,
+        "seed": 1,
+        "part": "test",
+        "command": f"python -m recipes.train {method} {bits}",
+        "wer": errors.sum() / WORDS.sum(),
+        "wer_low": 0.1,
+        "wer_high": 0.2,
+        "loss_per_token": 0.4,
+        "packed_bytes": 1e6,
+        "train_seconds": 60.0 if trained else None,
+        "utterance_errors": packed,
+    } | more
+
+
+def _errors(rate: float, seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).binomial(WORDS, rate)
+
+
+def test_the_commands_have_ten_thousand_words_to_test_on() -> None:
+    assert (len(WORDS), WORDS.sum()) == (3400, 10350)
+    assert (len(commands_words("validation")), commands_words("validation").sum()) == (700, 2100)
+
+
+@pytest.mark.parametrize("steps", [480, 1500, 5000])
+def test_a_budget_has_its_steps(steps: int) -> None:
+    epochs, batches = (int(override.split("=")[1]) for override in budget(steps))
+    assert epochs * batches == steps
+
+
+def test_a_budget_that_does_not_divide_is_refused() -> None:
+    with pytest.raises(ValueError, match="481 steps are no multiple of 4 epochs"):
+        budget(481)
+
+
+def test_every_run_has_a_folder_of_its_own() -> None:
+    grid = runs(methods=list(METHODS), steps=(480, 1500))
+    assert len({run.folder for run in grid}) == len(grid)
+    assert runs(models=["rnnt"], methods=["chip", "gq"], bits=[2], seeds=[1, 2]) == [
+        LowBitsRun("rnnt", "chip", 8, 0, 1, "test"),
+        LowBitsRun("rnnt", "gq", 2, STEPS, 1, "test"),
+        LowBitsRun("rnnt", "gq", 2, STEPS, 2, "test"),
+    ]
+
+
+@pytest.mark.parametrize("model", STARTS)
+@pytest.mark.parametrize("method", METHODS)
+def test_every_command_composes(model: str, method: str) -> None:
+    [run] = runs(models=[model], methods=[method], bits=[2], seeds=[1], part="validation")
+    module, *overrides = run.command
+    name = module.removeprefix("recipes.")
+    settings = [word for word in overrides if not word.startswith("hydra.")]
+    with initialize(version_base="1.3", config_path="../../../conf"):
+        config = compose(config_name=name, overrides=settings)
+    check_settings(config, name)
+    assert config.data.test_part == "validation"
+    assert config.bits == (None if method in BASELINES else 2)
+    assert STARTS[model].weights.is_file()
+
+
+def test_errors_of_utterances_survive_packing(tmp_path: Path) -> None:
+    lines = [
+        "utterance\terrors\twords\treference\thypothesis",
+        "b\t2\t3\tx y z\tx",
+        "a\t0\t1\tx\tx",
+    ]
+    (tmp_path / "transcripts.tsv").write_text("\n".join(lines) + "\n")
+    row = {"utterance_errors": packed_errors(tmp_path)}
+    assert utterance_errors(row).tolist() == [0, 2]
+
+
+def test_methods_are_compared_seed_by_seed() -> None:
+    few, many = _errors(0.10, 0), _errors(0.12, 1)
+    rows = [_row("gq", 2, few), _row("gq", 2, few, seed=2)]
+    others = [_row("lsq", 2, many), _row("lsq", 2, few, seed=3)]
+    found = wer_difference(rows, others)
+    assert found is not None
+    assert found.mean == pytest.approx((few.sum() - many.sum()) / WORDS.sum())
+    assert not found.is_tied
+    assert wer_difference(rows, others[1:]) is None
+    # What was not trained is compared with every seed.
+    untrained = wer_difference(rows, [_row("lloyd", 2, few)])
+    assert untrained is not None
+    assert untrained.is_tied
+
+
+def test_checks_say_met_tied_and_missed() -> None:
+    few, many = _errors(0.10, 0), _errors(0.12, 1)
+    rows = [
+        *(_row("gq", bits, errors) for bits, errors in ((4, few), (3, few), (2, many))),
+        *(_row("lsq", bits, errors) for bits, errors in ((4, many), (3, few), (2, few))),
+    ]
+    first, second, third = checks(rows)
+    assert "commands, RNN-T, 4 bit(s), 480 steps, 1 seed(s): GQ no worse than LSQ: -" in first
+    assert first.endswith("points, met.")
+    assert second.endswith("+0.0 (+0.0 to +0.0) points, tied.")
+    assert third.endswith("points, missed.")
+
+
+def test_parts_are_compared_on_the_validation_part() -> None:
+    words = commands_words("validation")
+    errors = np.random.default_rng(0).binomial(words, 0.2)
+    rows = [
+        _row(method, 2, errors, part="validation", wer=errors.sum() / words.sum())
+        for method in ("gq", "gq_mu15", "codebook")
+    ]
+    own, other, codebook = parts(rows)
+    rate = f"{100 * errors.sum() / words.sum():.1f} %"
+    assert own == f"| GQ | 2 | 480 | 1 | {rate} | 0.4000 | - |"
+    assert other == f"| µ = 15 | 2 | 480 | 1 | {rate} | 0.4000 | +0.0 (+0.0 to +0.0), tied |"
+    assert codebook.startswith("| fixed codebook, straight-through | 2 | 480 |")
+
+
+def test_the_report_has_every_row_and_a_figure(tmp_path: Path) -> None:
+    path = tmp_path / "low_bits.jsonl"
+    rows = [
+        _row("float", 32, _errors(0.1, 0)),
+        _row("nna8", 8, _errors(0.1, 1)),
+        _row("gq", 2, _errors(0.1, 2)),
+        _row("gq", 2, _errors(0.1, 2), steps=1500),
+        _row("lsq", 2, _errors(0.13, 3)),
+    ]
+    for row in rows:
+        append_row(path, row)
+    STUDY.write_report(path)
+    text = path.with_suffix(".md").read_text()
+    assert all(row["command"] in text for row in rows)
+    assert "## Conformer" not in text
+    assert f"| LSQ | 2 | 1 | {100 * rows[4]['wer']:.1f} % |" in text
+    assert "| commands, RNN-T | GQ | 2 | 1500 | 1 |" in text
+    assert path.with_suffix(".png").stat().st_size > 10_000
+
+
+def test_points_have_signs() -> None:
+    found = wer_difference([_row("gq", 2, _errors(0.1, 0))], [_row("lsq", 2, _errors(0.2, 1))])
+    assert found is not None
+    assert points(found).startswith("-")
