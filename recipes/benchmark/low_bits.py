@@ -352,7 +352,8 @@ def plot(rows: Sequence[Row], path: Path) -> None:
         panels = figure.subplots(1, len(models), squeeze=False)[0]
         for axes, model in zip(panels, models, strict=True):
             for method in COMPARED:
-                widths = _widths(tested, model, method)
+                if not (widths := _widths(tested, model, method)):
+                    continue
                 rates = [_mean_wer(_selected(tested, model, method, b, STEPS)) for b in widths]
                 width, color = (2.5, "black") if method == "gq" else (1.2, None)
                 label = METHODS[method].title
@@ -362,9 +363,11 @@ def plot(rows: Sequence[Row], path: Path) -> None:
                     label = METHODS[method].title
                     axes.axhline(_mean_wer(selected), ls=dashes, color="gray", label=label)
             axes.set(title=STARTS[model].title, xlabel="bits of a weight", xticks=[1, 2, 3, 4])
-            axes.set_yscale("log")
+            if axes.lines:
+                axes.set_yscale("log")
         panels[0].set_ylabel("word error rate, %")
-        panels[-1].legend(fontsize=7)
+        if panels[-1].lines:
+            panels[-1].legend(fontsize=7)
 
 
 def _mean_wer(rows: Sequence[Row]) -> float:
