@@ -1,15 +1,21 @@
 r"""Learn under drift: the estimate of the newest risk as a loss, ``WaveletRisk``.
 
 Losses :math:`\ell_1 \dots \ell_n` of one model, in the order of time, are a noisy series whose
-newest value is the risk that the model has now. One training minimizes the Haar estimate of it;
+newest value is the risk that the model has now. One training minimizes the wavelet estimate of it;
 to select a window takes a training for each.
 
-The value is the estimate. Its own derivative has two flaws. If a fine detail is above its threshold
-and a coarser one is not, an old loss has a negative weight, and the model can lower the estimate
-without end by raising it. And the losses that a model was fitted to are lower than the rest, which
-looks like a drift and confirms itself. So by default the gradient is that of the mean over a
-window, :math:`\nabla \hat L = \nabla m_w`, which begins with all losses and narrows while the model
-is trained: whenever the newest part of the window does worse than all of it,
+**The paper's objective**, ``objective="paper"``, is that estimate itself: details of the losses are
+soft-thresholded at :math:`\lambda = c\,\sigma \sqrt{2 \log(\log n / \delta)}` with :math:`c = 2`
+and natural logarithms, and the newest value of the inverse transform is minimized by its own
+derivative, which soft thresholding has almost everywhere.
+
+**Ours.** That derivative has two flaws. If a fine detail is above its threshold and a coarser one
+is not, an old loss has a negative weight, and the model can lower the estimate without end by
+raising it. And the losses that a model was fitted to are lower than the rest, which looks like a
+drift and confirms itself. So by default, ``objective="narrowing"``, the value is the Haar estimate
+and the gradient is that of the mean over a window, :math:`\nabla \hat L = \nabla m_w`, which begins
+with all losses and narrows while the model is trained: whenever the newest part of the window does
+worse than all of it,
 
 .. math:: m_{r_{k-1}} - m_{r_k} > \lambda s_k, \quad r_k \le w \quad \Rightarrow \quad w = r_{k-1}
 
@@ -18,48 +24,64 @@ differ by noise alone.
 
 Reference:
     Baby et al., "Adaptive estimation and learning under temporal distribution shift", ICML 2025,
-    arXiv 2505.15803.
+    arXiv 2505.15803; its threshold second hand, see :mod:`~lightning_nna.drift.bounds`.
 
-Differs from the paper: the narrowing window; and the noise, which is the root mean square of the
-differences of neighbors, because losses are skewed and their median difference says little.
+Differs from the paper: the narrowing window; and the noise, where it is measured, which is the root
+mean square of the differences of neighbors, because losses are skewed and their median difference
+says little. Of ``objective="paper"``: averages of the coarsest level are not thresholded, which
+would change the value of Haar by a constant and leave its derivative; Haar windows for an :math:`n`
+that is not a power of two are ours.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.utils.data import Sampler
 
+from lightning_nna.drift.bounds import nested_windows, theory_threshold
 from lightning_nna.drift.estimators import noise_quantile, threshold_details, validate_settings
+from lightning_nna.drift.wavelets import Boundary, wavelet_estimator
+
+#: What is minimized, see the module.
+Objective: TypeAlias = Literal["narrowing", "window", "paper"]
+
+#: Factor of the threshold where none is given: as published, and for the other objectives.
+_PUBLISHED_CONSTANT, _CONSTANT = 2.0, 0.6
 
 
 class WaveletRisk:
     """A reduction of losses to one, in place of their mean.
 
     Args:
+        objective: What is minimized: ``"narrowing"``, see the module; ``"window"``, of which the
+            gradient is that of the mean over the smallest window whose detail is above the
+            threshold in this very call, be the newer part better or worse; ``"paper"`` for the
+            estimate with its own derivative.
         period: Number of losses in a row that count as one, by their mean; the oldest losses that
             fill no period are dropped. It should be long enough to average over correlated
             examples, such as a day's.
-        constant: Factor of the threshold, at least 0.
+        constant: Factor of the threshold, at least 0; None for 2 with ``"paper"``, else 0.6.
         delta: Probability that noise passes the threshold, for a constant of 1.
-        sigma: Standard deviation of a period's loss around its risk; None to measure it.
-        gradient: Kind of gradient: ``"narrowing"``, see the module; ``"window"`` for that of the
-            mean over the smallest window whose detail is above the threshold in this very call, be
-            the newer part better or worse; ``"exact"`` for the estimate's own derivative.
+        sigma: Standard deviation of a period's loss around its risk; None to measure it. A loss
+            between 0 and 1 has at most 0.5, and a mean of ``period`` independent ones at most
+            ``0.5 / period ** 0.5``.
         every: Number of calls from one test of the window to the next, with ``"narrowing"``.
+        wavelet: Wavelet of ``"paper"``, see
+            :func:`~lightning_nna.drift.wavelets.wavelet_estimator`.
+        boundary: Treatment of the newest end by ``wavelet``, ``"symmetric"`` or ``"interval"``.
 
     With ``"narrowing"`` it has a state, :attr:`window`, as a fraction of the losses: build a new
     one, or :meth:`reset` it, for every training. Small batches are noisy, and each test may narrow:
     take large ones, or ``"window"``.
 
     Raises:
-        ValueError: If a setting is out of range.
+        ValueError: If a setting is out of range, or a wavelet other than Haar is given to an
+            objective that has none.
 
     Example:
         >>> risk = WaveletRisk(sigma=0.1)
@@ -67,25 +89,43 @@ class WaveletRisk:
         >>> risk(losses).backward()
         >>> losses.grad, risk.window
         (tensor([0.00, 0.00, 0.00, 0.00, 0.25, 0.25, 0.25, 0.25]), 0.5)
+        >>> (gradient,) = torch.autograd.grad(
+        ...     WaveletRisk(objective="paper", sigma=0.1)(losses), losses
+        ... )
+        >>> gradient
+        tensor([0.00, 0.00, 0.00, 0.00, 0.25, 0.25, 0.25, 0.25])
     """
 
     def __init__(
         self,
         *,
+        objective: Objective = "narrowing",
         period: int = 1,
-        constant: float = 0.6,
+        constant: float | None = None,
         delta: float = 0.1,
         sigma: float | None = None,
-        gradient: Literal["narrowing", "window", "exact"] = "narrowing",
         every: int = 5,
+        wavelet: str = "haar",
+        boundary: Boundary = "symmetric",
     ) -> None:
+        if objective not in ("narrowing", "window", "paper"):
+            raise ValueError(
+                f"objective must be 'narrowing', 'window' or 'paper', got {objective!r}"
+            )
+        if constant is None:
+            constant = _PUBLISHED_CONSTANT if objective == "paper" else _CONSTANT
         validate_settings(sigma=sigma, delta=delta, constant=constant)
-        if gradient not in ("narrowing", "window", "exact"):
-            raise ValueError(f"gradient must be 'narrowing', 'window' or 'exact', got {gradient!r}")
         if period < 1 or every < 1:
             raise ValueError(f"period and every must be at least 1, got {period} and {every}")
+        if wavelet not in ("haar", "db1") and objective != "paper":
+            raise ValueError(
+                f"objective {objective!r} is of Haar windows and has no wavelet {wavelet!r}: take "
+                "objective='paper'"
+            )
+        wavelet_estimator(wavelet, boundary=boundary)
+        self.objective: Objective = objective
         self.period, self.constant, self.delta, self.sigma = period, constant, delta, sigma
-        self.gradient, self.every = gradient, every
+        self.every, self.wavelet, self.boundary = every, wavelet, boundary
         self.reset()
 
     def reset(self) -> None:
@@ -108,11 +148,11 @@ class WaveletRisk:
                 "batch or a shorter period"
             )
         losses = losses[len(losses) % self.period :].unflatten(0, (-1, self.period)).mean(1)
+        if self.objective == "paper":
+            return self._published(losses)
         _, means, details = self._details(losses)
         value = means[-1] + details.sum()
-        if self.gradient == "exact":
-            return value
-        if self.gradient == "window":
+        if self.objective == "window":
             active = details.detach().nonzero()
             mean = means[int(active[0])] if len(active) else means[-1]
         else:
@@ -121,6 +161,21 @@ class WaveletRisk:
             self._calls += 1
             mean = losses[-self._length(losses) :].mean()
         return value.detach() + mean - mean.detach()
+
+    def _published(self, losses: Tensor) -> Tensor:
+        """Return the wavelet estimate at the threshold of the theory, with its own derivative."""
+        n = len(losses)
+        published = theory_threshold(n, delta=self.delta) * self.constant / _PUBLISHED_CONSTANT
+        # The estimator's threshold has a logarithm to base 2.
+        ours = float(noise_quantile(torch.tensor(float(n), dtype=torch.float64), self.delta))
+        estimator = wavelet_estimator(
+            self.wavelet,
+            boundary=self.boundary,
+            sigma=float(self._noise(losses)),
+            constant=published / ours,
+            delta=self.delta,
+        )
+        return torch.as_tensor(estimator.latest(losses).value)
 
     def _length(self, losses: Tensor) -> int:
         return max(round(self.window * len(losses)), 1)
@@ -152,24 +207,6 @@ class WaveletRisk:
         if len(losses) < 2:
             return 0.0  # There is no detail to compare with it.
         return (losses.detach().diff().square().mean() / 2).sqrt()
-
-
-def nested_windows(n: int) -> list[int]:
-    """List the windows of the Haar estimate, the smallest first.
-
-    Args:
-        n: Number of values of the series.
-
-    Example:
-        >>> nested_windows(8), nested_windows(11)
-        ([1, 2, 4, 8], [1, 3, 7, 11])
-    """
-    windows, size, left = [0], 1, n
-    while left:
-        count = 2 - left % 2
-        windows += [windows[-1] + size * number for number in range(1, count + 1)]
-        left, size = (left - count) // 2, 2 * size
-    return windows[1:]
 
 
 class TimeOrderedBatches(Sampler[list[int]]):
@@ -209,72 +246,3 @@ class TimeOrderedBatches(Sampler[list[int]]):
     def set_epoch(self, epoch: int) -> None:
         """Continue with the order of an epoch."""
         self.epoch = epoch
-
-
-@dataclass(frozen=True)
-class RiskBound:
-    r"""The bound of the error of an estimated risk, with probability :math:`1 - \delta`.
-
-    Args:
-        estimation: Bound for one model, in the unit of the risk.
-        excess: Bound of the model with the least estimate over the best model: twice
-            ``estimation``, if that holds for every model.
-        oracle: Error :math:`\min_r \max(\text{bias within } r, \sigma / \sqrt r)` of the best
-            window.
-        window: Best window, in values.
-    """
-
-    estimation: float
-    excess: float
-    oracle: float
-    window: int
-
-
-def excess_risk_bound(
-    risks: Float[Tensor, " n"], *, sigma: float, constant: float = 2.0, delta: float = 0.1
-) -> RiskBound:
-    r"""Bound the error of the Haar estimate for a known course of the true risk.
-
-    On the event that no noise passes its threshold a soft-thresholded detail is off by at most
-    twice the threshold and by at most itself, so that
-
-    .. math:: |\hat\theta - \theta_n| \le \frac{\lambda}{c\sqrt n}
-        + \sum_k \min(|\theta_k|, 2 \lambda s_k)
-
-    with :math:`\theta_k` the true details. The event needs :math:`c \ge 1`.
-
-    Args:
-        risks: True risks in the order of time, shape ``(n,)``, the newest last.
-        sigma: Standard deviation of an observed loss around its risk.
-        constant: Factor :math:`c` of the threshold, at least 1.
-        delta: Probability of failure, between 0 and 1.
-
-    Raises:
-        ValueError: If a setting is out of range.
-
-    Differs from the paper: its constants are not known to us; these follow from the event above.
-
-    Example:
-        >>> bound = excess_risk_bound(torch.cat([torch.zeros(56), torch.ones(8)]), sigma=0.1)
-        >>> bound.window, round(bound.oracle, 3)
-        (8, 0.035)
-    """
-    validate_settings(sigma=sigma, delta=delta, constant=constant)
-    if constant < 1 or not len(risks):
-        raise ValueError(
-            f"a bound needs a risk and a constant of at least 1, got {len(risks)} and {constant}"
-        )
-    risks = risks.double()
-    windows = torch.tensor(nested_windows(len(risks)))
-    every = torch.arange(1, len(risks) + 1)
-    means = risks.flip(0).cumsum(0) / every
-    bias = (means - risks[-1]).abs().cummax(0).values
-    oracles = torch.maximum(bias, sigma / every.double().sqrt())
-    r = windows.double()
-    unit = float(noise_quantile(r[-1:], delta)) * sigma
-    details = (means[windows[:-1] - 1] - means[windows[1:] - 1]).abs()
-    excess = (1 / r[:-1] - 1 / r[1:]).sqrt()
-    rest = torch.minimum(details, 2 * constant * unit * excess).sum()
-    estimation = unit / math.sqrt(len(risks)) + float(rest)
-    best = int(oracles.argmin())
-    return RiskBound(estimation, 2 * estimation, float(oracles[best]), best + 1)

@@ -2,22 +2,26 @@
 
 A stream is cut into periods. Before each, models are trained again on all earlier examples,
 standardized by them, and predict the labels of the period; the error is the fraction of wrong ones
-over all periods except the first. A training is 60 steps of Adam over all its examples.
+over all periods except the first. A training is 60 steps of Adam over all its examples. It may
+start at the model of the period before (warm) and end with the mean of the weights of its newer
+half (averaged).
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path
 from statistics import mean
+from typing import cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
+from torch.optim.swa_utils import AveragedModel
 
 from lightning_nna.drift.model_selection import tournament
 from lightning_nna.drift.risk import WaveletRisk
@@ -48,65 +52,157 @@ class History:
         y: Labels, 0 or 1, shape ``(examples,)``.
         period: Number of examples of a period.
         build: Function that makes an untrained model.
+        previous: What was learned before the period before; None before the first.
     """
 
     x: Tensor
     y: Tensor
     period: int
     build: Callable[[], nn.Module]
+    previous: Learned | None = None
 
-    def fit(self, rows: Tensor | slice, reduction: Reduction) -> nn.Module:
-        """Train on some of the examples."""
+    def fit(
+        self,
+        rows: Tensor | slice,
+        reduction: Reduction,
+        *,
+        start: nn.Module | None = None,
+        averaged: bool = False,
+    ) -> nn.Module:
+        """Train on some of the examples.
+
+        Args:
+            rows: Examples that are trained on.
+            reduction: Function from their losses, in the order of time, to what is minimized.
+            start: Model whose weights the training starts at; None for an untrained one.
+            averaged: Whether the result has the mean weights of the newer half of the steps.
+        """
         model = self.build()
+        if start is not None:
+            model.load_state_dict(start.state_dict())
+        average = AveragedModel(model)
         x, y = self.x[rows], self.y[rows]
         optimizer = torch.optim.AdamW(model.parameters(), lr=_RATE, weight_decay=_DECAY)
-        for _ in range(_STEPS):
+        for step in range(_STEPS):
             optimizer.zero_grad()
             losses = binary_cross_entropy_with_logits(model(x)[:, 0], y, reduction="none")
             reduction(losses).backward()
             optimizer.step()
-        return model
+            if averaged and step >= _STEPS // 2:
+                average.update_parameters(model)
+        trained = average.module if averaged else model
+        return cast(nn.Module, trained)
 
 
-#: Function from a history to a model and the number of trainings that it took.
-Learner = Callable[[History], tuple[nn.Module, int]]
+@dataclass(frozen=True)
+class Learned:
+    """What a learner has learned from a history.
+
+    Attributes:
+        model: Model that predicts the period.
+        trainings: Number of trainings that it took.
+        starts: Models that the trainings of the next period may start at, by the number of periods
+            that they were trained on; 0 for all.
+        window: Number of the newest examples that counted at the end; None for a learner that does
+            not say.
+    """
+
+    model: nn.Module
+    trainings: int = 1
+    starts: Mapping[int, nn.Module] = field(default_factory=dict)
+    window: int | None = None
 
 
-def fixed(history: History, periods: int | None) -> tuple[nn.Module, int]:
+#: Function from a history to what is learned from it.
+Learner = Callable[[History], Learned]
+
+
+def fixed(history: History, periods: int | None) -> Learned:
     """Train on the newest periods; None for all."""
     first = 0 if periods is None else -periods * history.period
-    return history.fit(slice(first, None), torch.mean), 1
+    return Learned(history.fit(slice(first, None), torch.mean))
 
 
-def rolling(history: History, constant: float) -> tuple[nn.Module, int]:
+def rolling(
+    history: History, constant: float, *, warm: bool = False, averaged: bool = False
+) -> Learned:
     """Train on 1, 2, 4, … periods and choose by ARW on validation examples."""
     count = len(history.x) // history.period
     every = torch.arange(len(history.x))
     validation = every % _VALIDATION == _VALIDATION - 1
-    models, windows = [], [2**power for power in range(count.bit_length())]
-    for window in [*windows, *([count] if count not in windows else [])]:
+    windows = [2**power for power in range(count.bit_length())]
+    windows += [count] if count not in windows else []
+    previous = history.previous.starts if warm and history.previous is not None else {}
+    starts = {}
+    for window in windows:
         rows = ~validation & (every >= len(every) - window * history.period)
-        models.append(history.fit(rows, torch.mean))
+        # The window of all periods grows with them.
+        key = 0 if window == count else window
+        start = previous.get(key, previous.get(0))
+        starts[key] = history.fit(rows, torch.mean, start=start, averaged=averaged)
+    models = list(starts.values())
     losses = torch.stack(
         [_losses(model, history.x[validation], history.y[validation]) for model in models]
     )
     periods = losses.double().unflatten(1, (count, -1)).mean(2)
     estimator = AdaptiveRollingWindow(constant=constant)
-    return models[tournament(periods, estimator=estimator).winner], len(models)
+    winner = tournament(periods, estimator=estimator).winner
+    return Learned(models[winner], len(models), starts)
 
 
-def risk(history: History) -> tuple[nn.Module, int]:
-    """Train once on the estimated newest risk."""
-    return history.fit(slice(None), WaveletRisk(period=history.period)), 1
+def risk(
+    history: History, *, warm: bool = False, averaged: bool = False, carried: bool = False
+) -> Learned:
+    """Train once on the estimated newest risk, with the narrowing window.
+
+    Args:
+        history: Examples before a period.
+        warm: Whether the training starts at the model of the period before.
+        averaged: Whether the weights of the newer half of the steps are averaged.
+        carried: Whether the window starts at that of the period before and the new period, in
+            place of all examples.
+    """
+    reduction = WaveletRisk(period=history.period)
+    count, previous = len(history.x), history.previous
+    if carried and previous is not None and previous.window is not None:
+        reduction.window = (previous.window + history.period) / count
+    start = previous.model if warm and previous is not None else None
+    model = history.fit(slice(None), reduction, start=start, averaged=averaged)
+    return Learned(model, window=round(reduction.window * count))
+
+
+def published(history: History, *, constant: float | None = None, wavelet: str = "haar") -> Learned:
+    """Train once on the paper's objective."""
+    reduction = WaveletRisk(
+        objective="paper", period=history.period, constant=constant, wavelet=wavelet
+    )
+    return Learned(history.fit(slice(None), reduction))
 
 
 LEARNERS: dict[str, tuple[str, Learner]] = {
     "risk": ("WaveletRisk", risk),
+    "risk_warm": ("WaveletRisk, warm", partial(risk, warm=True)),
+    "risk_averaged": ("WaveletRisk, averaged", partial(risk, averaged=True)),
+    "risk_warm_averaged": (
+        "WaveletRisk, warm, averaged",
+        partial(risk, warm=True, averaged=True),
+    ),
+    "risk_carried": (
+        "WaveletRisk, warm, averaged, window carried",
+        partial(risk, warm=True, averaged=True, carried=True),
+    ),
+    "paper": ("the paper's objective, constant 2", published),
+    "paper_small": ("the paper's objective, constant 0.6", partial(published, constant=0.6)),
+    "paper_db4": ("the paper's objective, db4", partial(published, wavelet="db4")),
     "whole": ("whole history", partial(fixed, periods=None)),
     "window_1": ("1 period", partial(fixed, periods=1)),
     "window_4": ("4 periods", partial(fixed, periods=4)),
     "window_16": ("16 periods", partial(fixed, periods=16)),
     "arw": ("window by ARW", partial(rolling, constant=0.4)),
+    "arw_warm_averaged": (
+        "window by ARW, warm, averaged",
+        partial(rolling, constant=0.4, warm=True, averaged=True),
+    ),
 }
 
 
@@ -144,7 +240,7 @@ def runs() -> list[LearningRun]:
     ]
 
 
-def learned(rows: Sequence[Row]) -> list[Row]:
+def learning_rows(rows: Sequence[Row]) -> list[Row]:
     """Select the rows whose seed is one of the grid: a part of another is no comparison."""
     return [row for row in select(rows, table="learning") if row["seed"] in SEEDS[row["case"]]]
 
@@ -154,7 +250,8 @@ def checks(rows: Sequence[Row]) -> list[str]:
     lines = []
     for case, model in itertools.product(SEEDS, MODELS):
         risk_rows, arw_rows = (
-            select(learned(rows), case=case, model=model, method=name) for name in ("risk", "arw")
+            select(learning_rows(rows), case=case, model=model, method=name)
+            for name in ("risk", "arw")
         )
         if risk_rows and arw_rows:
             error, rival = (mean(row["error"] for row in each) for each in (risk_rows, arw_rows))
@@ -169,7 +266,7 @@ def lines(rows: Sequence[Row]) -> list[str]:
     """Format one line a learner: mean error over seeds, and trainings a period."""
     formatted = []
     for name, (title, _) in LEARNERS.items():
-        if not (selected := select(learned(rows), method=name)):
+        if not (selected := select(learning_rows(rows), method=name)):
             continue
         columns = []
         for case, model in itertools.product(SEEDS, MODELS):
@@ -186,16 +283,17 @@ def prequential(case: str, seed: int, model: str, learner: Learner) -> tuple[flo
     period = PERIODS[case]
     wrong = trainings = 0
     count = len(x) // period
+    learned: Learned | None = None
     for number in range(1, count):
         known = number * period
         center, deviation = x[:known].mean(0), x[:known].std(0) + 1e-6
         standard = (x[: known + period] - center) / deviation
         build = partial(_build, model, x.shape[1], seed)
-        trained, count_trained = learner(History(standard[:known], y[:known], period, build))
+        learned = learner(History(standard[:known], y[:known], period, build, learned))
         with torch.no_grad():
-            predicted = trained(standard[known:])[:, 0] > 0
+            predicted = learned.model(standard[known:])[:, 0] > 0
         wrong += int((predicted != (y[known : known + period] > 0.5)).sum())
-        trainings += count_trained
+        trainings += learned.trainings
     return wrong / ((count - 1) * period), trainings / (count - 1)
 
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import lightning.pytorch as pl
 import numpy as np
 import pytest
+import pywt
 import torch
 from torch import nn
 from torch.nn.functional import binary_cross_entropy_with_logits
@@ -12,7 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_nna.drift.estimators import LatestEstimator
 from lightning_nna.drift.model_selection import compare, tournament
-from lightning_nna.drift.risk import TimeOrderedBatches, WaveletRisk, excess_risk_bound
+from lightning_nna.drift.risk import TimeOrderedBatches, WaveletRisk
 from lightning_nna.drift.wavelets import HaarEstimator
 from lightning_nna.drift.windows import AdaptiveRollingWindow, WholeAverage
 from lightning_nna.testing.contract import trainer
@@ -24,22 +28,57 @@ def losses(*parts: tuple[int, float], noise: float = 0.1, seed: int = 0) -> torc
     return torch.from_numpy(drawn).requires_grad_()
 
 
-@pytest.mark.parametrize("gradient", ["narrowing", "window", "exact"])
-def test_the_value_is_the_estimate(gradient: str) -> None:
+@pytest.mark.parametrize("objective", ["narrowing", "window"])
+def test_the_value_is_the_estimate(objective: str) -> None:
     series = losses((64, 0.2), (8, 1.0))
-    found = WaveletRisk(sigma=0.1, constant=0.7, gradient=gradient)(series)  # type: ignore[arg-type]
+    found = WaveletRisk(objective=objective, sigma=0.1, constant=0.7)(series)  # type: ignore[arg-type]
     expected = HaarEstimator(sigma=0.1, constant=0.7).latest(series.detach()).value
     torch.testing.assert_close(found.detach(), expected)
 
 
-def test_the_exact_gradient_is_that_of_the_value() -> None:
-    series = losses((64, 0.2), (7, 1.0))
-    risk = WaveletRisk(sigma=0.1, gradient="exact")
-    assert torch.autograd.gradcheck(risk, series)
-    estimate = HaarEstimator(sigma=0.1, constant=risk.constant).latest(series).value
-    (expected,) = torch.autograd.grad(torch.as_tensor(estimate), series)
-    (found,) = torch.autograd.grad(risk(series), series)
-    torch.testing.assert_close(found, expected)
+def with_pywavelets(
+    y: np.ndarray, threshold: float, *, wavelet: str = "haar", mode: str = "symmetric"
+) -> float:
+    """Shrink the details of a series with PyWavelets; return its newest value."""
+    smooth, *details = pywt.wavedec(y, wavelet, mode=mode)
+    shrunk = [pywt.threshold(each, threshold, "soft") for each in details]
+    return float(pywt.waverec([smooth, *shrunk], wavelet, mode=mode)[len(y) - 1])
+
+
+@pytest.mark.parametrize("constant", [2.0, 0.5])
+@pytest.mark.parametrize(("wavelet", "n"), [("haar", 64), ("db4", 64), ("db8", 100), ("sym5", 77)])
+def test_the_published_objective_is_the_estimate_of_pywavelets(
+    wavelet: str, n: int, constant: float
+) -> None:
+    y = losses((n - 8, 0.2), (8, 1.0))
+    risk = WaveletRisk(objective="paper", sigma=0.1, delta=0.2, constant=constant, wavelet=wavelet)
+    threshold = constant * 0.1 * math.sqrt(2 * math.log(math.log(n) / 0.2))
+    expected = with_pywavelets(y.detach().numpy(), threshold, wavelet=wavelet)
+    assert float(risk(y).detach()) == pytest.approx(expected, abs=1e-10)
+
+
+@pytest.mark.parametrize("settings", [{}, {"wavelet": "db4"}, {"sigma": 0.02, "constant": 0.5}])
+@pytest.mark.parametrize("n", [1, 2, 16, 71])
+def test_the_gradient_of_the_published_objective_is_that_of_its_value(
+    settings: dict[str, Any], n: int
+) -> None:
+    risk = WaveletRisk(**{"objective": "paper", "sigma": 0.1, **settings})
+    assert torch.autograd.gradcheck(risk, losses((n - n // 4, 0.2), (n // 4, 1.0)))
+
+
+def test_the_published_objective_may_weigh_old_losses_negatively() -> None:
+    # Fine detail 0.1, coarse one 0: the older half of the newest pair counts against the newer.
+    y = torch.tensor([0.55, 0.55, 0.1, 1.0], dtype=torch.float64, requires_grad=True)
+    (gradient,) = torch.autograd.grad(WaveletRisk(objective="paper", sigma=0.1, constant=0.5)(y), y)
+    assert gradient.tolist() == pytest.approx([0.25, 0.25, -0.25, 0.75])
+    (ours,) = torch.autograd.grad(WaveletRisk(sigma=0.1, constant=0.5)(y), y)
+    assert (ours >= 0).all()
+
+
+def test_constants_depend_on_the_objective() -> None:
+    assert WaveletRisk(objective="paper").constant == 2.0
+    assert WaveletRisk().constant == WaveletRisk(objective="window").constant == 0.6
+    assert WaveletRisk(objective="paper", constant=0.0).constant == 0.0
 
 
 def test_the_window_narrows_where_the_newest_part_does_worse() -> None:
@@ -65,7 +104,7 @@ def test_what_does_better_narrows_nothing() -> None:
     risk = WaveletRisk(sigma=0.1)
     risk(losses((56, 1.0), (8, 0.2)))
     assert risk.window == 1.0
-    both = WaveletRisk(sigma=0.1, gradient="window")
+    both = WaveletRisk(objective="window", sigma=0.1)
     series = losses((56, 1.0), (8, 0.2))
     both(series).backward()
     assert series.grad is not None
@@ -159,29 +198,6 @@ def test_batches_are_samples_of_all_of_time_in_order() -> None:
         TimeOrderedBatches(100, batch_size=101)
 
 
-@pytest.mark.parametrize("n", [1, 7, 64, 500])
-def test_the_bound_holds(n: int) -> None:
-    sigma, truth = 0.3, torch.from_numpy(np.random.default_rng(n).standard_normal(n).cumsum() / 20)
-    bound = excess_risk_bound(truth, sigma=sigma, constant=1.0, delta=0.1)
-    noise = torch.randn(500, n, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    found = HaarEstimator(sigma=sigma, constant=1.0, delta=0.1).latest(truth + sigma * noise)
-    covered = (found.value - truth[-1]).abs() <= bound.estimation
-    assert float(covered.double().mean()) >= 0.9
-    assert bound.excess == 2 * bound.estimation
-    assert bound.oracle <= sigma
-
-
-def test_the_oracle_is_the_best_window() -> None:
-    truth = torch.cat([torch.zeros(900), torch.ones(100)])
-    bound = excess_risk_bound(truth, sigma=1.0)
-    means = torch.cumsum(truth.flip(0), 0) / torch.arange(1, 1001)
-    every = [max(1 - float(means[r - 1]), r**-0.5) for r in range(1, 1001)]
-    assert bound.oracle == pytest.approx(min(every))
-    assert bound.window == 1 + int(np.argmin(every)) == 110
-    with pytest.raises(ValueError, match="a constant of at least 1"):
-        excess_risk_bound(truth, sigma=1.0, constant=0.5)
-
-
 @pytest.mark.parametrize("estimator", [None, AdaptiveRollingWindow(constant=0.5)])
 def test_the_model_that_is_best_now_wins(estimator: LatestEstimator | None) -> None:
     rng = np.random.default_rng(0)
@@ -202,7 +218,10 @@ def test_the_model_that_is_best_now_wins(estimator: LatestEstimator | None) -> N
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"gradient": "none"}, "gradient must be"),
+        ({"objective": "none"}, "objective must be"),
+        ({"wavelet": "db4"}, "has no wavelet 'db4': take objective='paper'"),
+        ({"objective": "paper", "wavelet": "db40"}, "no discrete wavelet 'db40'"),
+        ({"objective": "paper", "wavelet": "db9", "boundary": "interval"}, "got 9"),
         ({"period": 0}, "period and every must be at least 1"),
         ({"delta": 2.0}, "delta must lie"),
     ],

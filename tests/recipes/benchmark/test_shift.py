@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -71,15 +72,52 @@ def test_learners_take_as_many_trainings_as_they_say(
     fitted = []
 
     class Counted(shift_learning.History):
-        def fit(self, rows: Any, reduction: Any) -> torch.nn.Module:
+        def fit(self, rows: Any, reduction: Any, **settings: Any) -> torch.nn.Module:
             fitted.append(rows)
-            return super().fit(rows, reduction)
+            return super().fit(rows, reduction, **settings)
 
     x, y = shift_learning.stream("rotating", 1)
     history = Counted(x[:1500], y[:1500], 250, lambda: torch.nn.Linear(6, 1))
-    model, trainings = shift_learning.LEARNERS[learner][1](history)
-    assert len(fitted) == trainings
-    assert model(x[:3]).shape == (3, 1)
+    first = shift_learning.LEARNERS[learner][1](history)
+    assert len(fitted) == first.trainings
+    assert first.model(x[:3]).shape == (3, 1)
+    longer = Counted(x[:1750], y[:1750], 250, lambda: torch.nn.Linear(6, 1), first)
+    second = shift_learning.LEARNERS[learner][1](longer)
+    assert len(fitted) == first.trainings + second.trainings
+
+
+def test_a_training_starts_where_it_is_told_and_averages_its_newer_half(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    x, y = shift_learning.stream("rotating", 1)
+
+    def build() -> torch.nn.Linear:
+        torch.manual_seed(0)
+        return torch.nn.Linear(6, 1)
+
+    history = shift_learning.History(x[:500], y[:500], 250, build)
+    weights = []
+    for steps in range(5):
+        monkeypatch.setattr(shift_learning, "_STEPS", steps)
+        weights.append(history.fit(slice(None), torch.mean).weight)
+    averaged = history.fit(slice(None), torch.mean, averaged=True)
+    torch.testing.assert_close(averaged.weight, (weights[3] + weights[4]) / 2)
+    monkeypatch.setattr(shift_learning, "_STEPS", 0)
+    again = history.fit(slice(None), torch.mean, start=averaged)
+    torch.testing.assert_close(again.weight, averaged.weight, rtol=0, atol=0)
+    assert again is not averaged
+
+
+def test_a_carried_window_starts_at_that_of_the_period_before() -> None:
+    x, y = shift_learning.stream("rotating", 1)
+    learner = shift_learning.LEARNERS["risk_carried"][1]
+    history = shift_learning.History(x[:3000], y[:3000], 250, lambda: torch.nn.Linear(6, 1))
+    first = learner(history)
+    assert first.window is not None
+    assert first.window < 3000
+    second = learner(replace(history, x=x[:3250], y=y[:3250], previous=first))
+    assert second.window is not None
+    assert second.window <= first.window + 250
 
 
 def test_streaming_and_rates_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
