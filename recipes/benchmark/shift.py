@@ -16,7 +16,13 @@ from statistics import geometric_mean
 import torch
 from matplotlib.axes import Axes
 
-from recipes.benchmark import shift_detection, shift_latest, shift_learning, shift_streaming
+from recipes.benchmark import (
+    shift_detection,
+    shift_doppler,
+    shift_latest,
+    shift_learning,
+    shift_streaming,
+)
 from recipes.benchmark.grid import Run, Study, axis
 from recipes.benchmark.plots import saved_figure
 from recipes.benchmark.report import Fields, line
@@ -25,6 +31,7 @@ from recipes.benchmark.rows import Row, select
 #: Grids of the tables.
 TABLES: dict[str, Callable[[], Sequence[Run]]] = {
     "latest": shift_latest.runs,
+    "doppler": shift_doppler.runs,
     "detection": shift_detection.runs,
     "learning": shift_learning.runs,
     "streaming": shift_streaming.streaming_runs,
@@ -55,6 +62,16 @@ def report(rows: Sequence[Row]) -> Fields:
         ),
         "latest": shift_latest.method_lines(rows),
         "latest_cases": shift_latest.case_lines(rows),
+        "doppler_sigmas": " / ".join(str(sigma) for sigma in shift_doppler.SIGMAS),
+        "doppler_lengths": f"{shift_doppler.LENGTHS['newest'][0]} to "
+        f"{shift_doppler.LENGTHS['newest'][-1]}",
+        "doppler_draws": shift_doppler.DRAWS["newest"],
+        "doppler_tolerance": f"{shift_doppler.TOLERANCE:.0%}",
+        "doppler_single": shift_doppler.single_lines(rows),
+        "doppler_joint_setting": shift_doppler.joint_setting(rows),
+        "doppler_joint": shift_doppler.joint_lines(rows),
+        "doppler_theory_setting": shift_doppler.joint_setting(rows, theory=True),
+        "doppler_theory": shift_doppler.joint_lines(rows, theory=True),
         "epochs": shift_detection.EPOCHS,
         "noise": shift_detection.NOISE,
         "trials": len(shift_detection.TRIALS),
@@ -79,7 +96,7 @@ def checks(rows: Sequence[Row]) -> list[str]:
     """Run every acceptance check on the rows that exist."""
     return [
         check
-        for table in (shift_latest, shift_detection, shift_learning)
+        for table in (shift_latest, shift_doppler, shift_detection, shift_learning)
         for check in table.checks(rows)
     ]
 

@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path
 from statistics import mean
-from typing import cast
 
 import numpy as np
 import torch
@@ -90,8 +89,7 @@ class History:
             optimizer.step()
             if averaged and step >= _STEPS // 2:
                 average.update_parameters(model)
-        trained = average.module if averaged else model
-        return cast(nn.Module, trained)
+        return average.module if averaged else model
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 import torch
 
+from lightning_nna.drift.bounds import theory_threshold
 from lightning_nna.drift.windows import FixedWindow, WholeAverage
 from recipes.benchmark import (
     shift_detection,
+    shift_doppler,
     shift_latest,
     shift_learning,
     shift_streaming,
@@ -138,6 +140,58 @@ def test_denoised_is_nearer_to_the_truth(method: str) -> None:
     assert 0 < row["error"] < 0.5 * 512 * 0.5**2
 
 
+@pytest.mark.parametrize("mode", shift_doppler.MODES)
+@pytest.mark.parametrize(("wavelet", "n"), [("haar", 50), ("haar", 64), ("db8", 64), ("db8", 100)])
+def test_doppler_weighs_the_coefficients_of_the_newest_value(
+    wavelet: str, n: int, mode: str
+) -> None:
+    transform = shift_doppler.Transform(wavelet, mode, n)
+    y = np.random.default_rng(0).standard_normal((3, n))
+    parts = transform.analyze(y)
+    np.testing.assert_allclose(transform.synthesize(parts), y, atol=1e-8)
+    shrunk = [shift_doppler.soft(part, 0.5) for part in parts]
+    weights = shift_doppler.newest_weights(transform)
+    found = sum(part @ weight for part, weight in zip(shrunk, weights, strict=True))
+    np.testing.assert_allclose(found, transform.synthesize(shrunk)[:, -1], atol=1e-12)
+
+
+@pytest.mark.parametrize("scored", shift_doppler.SCORED)
+@pytest.mark.parametrize("case", shift_doppler.CASES)
+def test_doppler_is_scaled_by_the_published_average(case: str, scored: str) -> None:
+    theta, scale = shift_doppler.scaled(case, 256, scored)
+    errors = [row["mse"] for row in shift_doppler._average_lines(theta, scored)]
+    assert errors[0][0] == pytest.approx(0.511, rel=0.02)
+    assert theta / scale == pytest.approx(shift_doppler.course(case, 256))
+
+
+def test_doppler_searches_thresholds_and_ends() -> None:
+    found = shift_doppler.search("newest", shift_doppler.CASES[0], 64)
+    (best, measured) = shift_doppler._nearest_lines(found, "haar")
+    assert (best["sigma_known"], measured["sigma_known"]) == (True, False)
+    chosen = found["haar", best["mode"]][best["averages"], best["threshold"], True]
+    assert best["mse"] == chosen
+    joint = shift_doppler._joint(found, theory=False)
+    assert len(joint["lines"]) == 4
+    assert joint["distance"] == pytest.approx(
+        np.mean([line["distance"] for line in joint["lines"]])
+    )
+    theory = shift_doppler._joint(found, theory=True)
+    assert theory["threshold"] == pytest.approx(theory_threshold(64, delta=0.1))
+    assert theory["distance"] >= joint["distance"]
+    # What is published is at no distance from itself.
+    published = shift_doppler.PUBLISHED["haar", True]
+    assert shift_doppler.distance(published, published) == 0
+    # An estimate that is the newest value itself has the error of the noise.
+    raw = shift_doppler.errors_of_transform(
+        shift_doppler.Transform("haar", "symmetric", 64),
+        np.zeros(64),
+        np.random.default_rng(0).standard_normal((4000, 64)),
+        "newest",
+    )[False, 7.0, True]
+    # All details are below 7 standard deviations: the mean of 64 values.
+    assert raw == pytest.approx([sigma**2 / 64 for sigma in shift_doppler.SIGMAS], rel=0.1)
+
+
 def small_rows() -> list[dict[str, Any]]:
     """A few rows of each table, with figures that are known."""
     rows: list[dict[str, Any]] = []
@@ -146,6 +200,20 @@ def small_rows() -> list[dict[str, Any]]:
             figure = {"mse": 0.1 + 0.01 * number, "mse_error": 0.001, "window": 8}
             key = {"case": case, "sigma": 0.5, "sigma_known": True, "method": method}
             rows.append({"table": "latest", **key, **figure})
+    place = {"table": "doppler", "scored": "newest", "n": 256, "case": "sin(4/t)", "scale": 1.2}
+    setting = {"mode": "symmetric", "threshold": 4.0, "averages": False}
+    found = [
+        {"method": method, "sigma_known": known, "mse": [1.05 * x for x in mse], "distance": 0.05}
+        for (method, known), mse in shift_doppler.PUBLISHED.items()
+    ]
+    for each in found:
+        rows.append({**place, "method": each["method"], "lines": [{**setting, **each}]})
+    lines = [each for each in found if each["method"] in shift_doppler.WAVELETS]
+    lines[0] = {**lines[0], "mse": [0.1, 0.2, 0.3]}
+    rows += [
+        {**place, **setting, "method": method, "distance": 0.1, "lines": lines}
+        for method in ("joint", "theory")
+    ]
     for method in shift_detection.METHODS:
         for case, onset in shift_detection.ONSETS.items():
             figure = {"detected": None if onset is None else 0.97, "delay": 1.5}
@@ -165,6 +233,8 @@ def small_rows() -> list[dict[str, Any]]:
 def test_targets_are_judged() -> None:
     text = "\n".join(checks(small_rows()))
     assert "first or tied in 8 of 8 cases (100%; target 80%, met)" in text
+    assert "8 of 8 lines within 10% in every cell" in text
+    assert "3 of 4 lines of the wavelets with one setting for all (not reproduced)" in text
     assert "97.0% of the steps detected within 5 epochs (target 95 %, met)" in text
     assert "False alarms on flat runs: 8.0% (target 5 %, missed)" in text
     assert "False alarms on falling runs: 1.0% (target 5 %, met)" in text
@@ -177,6 +247,13 @@ def test_targets_are_judged() -> None:
 def test_the_report_has_every_table_and_a_figure(tmp_path: Path) -> None:
     text = STUDY.render(small_rows())
     assert "| **mixture of wavelets** | - | " in text
+    assert (
+        "| DB8, noise known | 0.007 / 0.032 / 0.129 | 0.007 / 0.034 / 0.135 | +5% / +5% / +5% |"
+        in text
+    )
+    assert (
+        "newest value, sin(4/t), n = 256, scale 1.20, threshold 4.00 (c = 1.41), symmetric" in text
+    )
     assert "| ours, Haar | 97.0% | 1.5 | 1.0% | 97.0% | 1.5 | 8.0% | 1.0% | 97.0% |" in text
     assert "| WaveletRisk | - | - | - | - | - | 20.00% | 1.0 |" in text
     assert "| StreamingHaar.update | 12.3 µs | - | - | - |" in text
