@@ -68,10 +68,14 @@ def report(rows: Sequence[Row]) -> Fields:
         "doppler_draws": shift_doppler.DRAWS["newest"],
         "doppler_tolerance": f"{shift_doppler.TOLERANCE:.0%}",
         "doppler_single": shift_doppler.single_lines(rows),
-        "doppler_joint_setting": shift_doppler.joint_setting(rows),
-        "doppler_joint": shift_doppler.joint_lines(rows),
-        "doppler_theory_setting": shift_doppler.joint_setting(rows, theory=True),
-        "doppler_theory": shift_doppler.joint_lines(rows, theory=True),
+        **{
+            f"doppler_{method}_setting": shift_doppler.joint_setting(rows, method)
+            for method in shift_doppler.TOGETHER
+        },
+        **{
+            f"doppler_{method}": shift_doppler.joint_lines(rows, method)
+            for method in shift_doppler.TOGETHER
+        },
         "epochs": shift_detection.EPOCHS,
         "noise": shift_detection.NOISE,
         "trials": len(shift_detection.TRIALS),

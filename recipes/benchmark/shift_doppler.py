@@ -39,6 +39,12 @@ PUBLISHED: dict[tuple[str, bool], tuple[float, float, float]] = {
     ("haar", False): (0.053, 0.065, 0.088),
     ("db8", False): (0.020, 0.044, 0.129),
 }
+#: Settings that serve all lines of the wavelets.
+TOGETHER = {
+    "joint": "one setting for all",
+    "separate": "a threshold of its own for measured noise",
+    "theory": "the threshold of the theory",
+}
 _TITLES = {
     "average": "whole average",
     "haar": "Haar",
@@ -263,9 +269,16 @@ RIVALS: dict[str, list[tuple[dict[str, float], Callable[[], Any]]]] = {
             {"constant": constant, "bound": bound},
             partial(AdaptiveRollingWindow, constant=constant, bound=bound),
         )
-        for constant, bound in (*((c, 0.0) for c in (0.5, 1.0, 2.0, 4.0)), (1.0, 1.0), (1.0, 3.0))
+        for constant, bound in (
+            *((c, 0.0) for c in (0.5, 1.0, 2.0, 4.0)),
+            (1.0, 1.0),
+            (1.0, 3.0),
+            (1.0, 10.0),
+        )
     ],
-    "aligator": [({"rate": rate}, partial(Aligator, rate=rate)) for rate in (0.02, 0.1, 0.5, 2.0)],
+    "aligator": [
+        ({"rate": rate}, partial(Aligator, rate=rate)) for rate in (0.005, 0.02, 0.1, 0.5)
+    ],
 }
 
 
@@ -286,7 +299,7 @@ class DopplerRun(Run):
     @property
     def keys(self) -> list[dict[str, Any]]:
         """Values that identify the rows of this run, one mapping for each signal and method."""
-        methods = ["average", *WAVELETS, "joint", "theory"]
+        methods = ["average", *WAVELETS, *TOGETHER]
         methods += RIVALS if self.n in _SLOW_LENGTHS and self.scored != "series" else []
         shared = super().keys[0]
         return [{**shared, "case": case, "method": name} for case in CASES for name in methods]
@@ -303,7 +316,7 @@ class DopplerRun(Run):
             elif key["method"] in RIVALS:
                 row = {"lines": _rival_lines(key["method"], theta, self.scored)}
             else:
-                row = _joint(found, theory=key["method"] == "theory")
+                row = _joint(found, key["method"], self.n)
             yield {**key, "scale": scale, **row}
 
 
@@ -344,24 +357,34 @@ def _nearest_lines(found: Found, wavelet: str) -> list[dict[str, Any]]:
     return lines
 
 
-def _joint(found: Found, *, theory: bool) -> dict[str, Any]:
-    """Return the choice that is nearest in all four lines of the wavelets together."""
-    choices = list(next(iter(found.values())))
-    # The last threshold is that of the theory.
-    last = choices[-1][1]
+def _joint(found: Found, method: str, n: int) -> dict[str, Any]:
+    """Return the choice that is nearest in all four lines of the wavelets together.
+
+    Args:
+        found: Errors of all choices.
+        method: Key of :data:`TOGETHER`.
+        n: Number of values of the series.
+    """
+    every = thresholds(n)
+    pairs: dict[str, list[tuple[float, float]]] = {
+        "joint": [(threshold, threshold) for threshold in every],
+        "separate": list(itertools.product(every, repeat=2)),
+        "theory": [(every[-1], every[-1])],
+    }
     best: dict[str, Any] = {}
-    for mode, (averages, threshold, known) in itertools.product(MODES, choices):
-        if not known or (theory and threshold != last):
-            continue
+    for mode, averages, pair in itertools.product(MODES, (False, True), pairs[method]):
         lines = [
-            {"method": name, **_line(name, told, found[name, mode][averages, threshold, told])}
+            {
+                "method": name,
+                "threshold": threshold,
+                **_line(name, known, found[name, mode][averages, threshold, known]),
+            }
             for name in WAVELETS
-            for told in (True, False)
+            for known, threshold in zip((True, False), pair, strict=True)
         ]
         total = float(np.mean([each["distance"] for each in lines]))
         if not best or total < best["distance"]:
-            setting = {"mode": mode, "threshold": threshold, "averages": averages}
-            best = {"distance": total, **setting, "lines": lines}
+            best = {"distance": total, "mode": mode, "averages": averages, "lines": lines}
     return best
 
 
@@ -386,7 +409,7 @@ def _lines(rows: Sequence[Row]) -> list[dict[str, Any]]:
     return [
         {**{name: row[name] for name in ("scored", "case", "n", "scale", "method")}, **each}
         for row in select(rows, table="doppler")
-        if row["method"] not in ("joint", "theory")
+        if row["method"] not in TOGETHER
         for each in row["lines"]
     ]
 
@@ -413,9 +436,16 @@ def _setting(row: Row) -> str:
         return f"constant {row['constant']:g}, M = {row['bound']:g}"
     if "threshold" not in row:
         return "-"
-    constant = 2 * row["threshold"] / theory_threshold(row["n"], delta=_DELTA)
-    averages = "too" if row["averages"] else "not"
-    return f"{row['threshold']:.2f} (c = {constant:.2f}), {row['mode']}, averages {averages}"
+    return f"{_threshold(row['threshold'], row['n'])}, {_ends(row)}"
+
+
+def _threshold(threshold: float, n: int) -> str:
+    constant = 2 * threshold / theory_threshold(n, delta=_DELTA)
+    return f"{threshold:.2f} (c = {constant:.2f})"
+
+
+def _ends(row: Row) -> str:
+    return f"{row['mode']}, averages {'too' if row['averages'] else 'not'}"
 
 
 def _title(method: str, known: bool) -> str:
@@ -440,33 +470,49 @@ def single_lines(rows: Sequence[Row]) -> list[str]:
     return formatted
 
 
-def joint_lines(rows: Sequence[Row], *, theory: bool = False) -> list[str]:
-    """Format the setting that is nearest in all lines of the wavelets, and the others at it."""
-    method = "theory" if theory else "joint"
+def _nearest(rows: Sequence[Row], method: str) -> Row | None:
+    """Return the row of all signals and lengths that is nearest."""
     every = select(rows, table="doppler", method=method)
-    if not every:
+    return min(every, key=lambda each: float(each["distance"])) if every else None
+
+
+def joint_lines(rows: Sequence[Row], method: str) -> list[str]:
+    """Format the setting that is nearest in all lines of the wavelets, and the others at it.
+
+    Args:
+        rows: All rows.
+        method: Key of :data:`TOGETHER`.
+    """
+    best = _nearest(rows, method)
+    if best is None:
         return []
-    best = min(every, key=lambda each: float(each["distance"]))
     formatted = ruled(["line", "published", "here", "relative errors"])
-    place = {name: best[name] for name in ("scored", "case", "n")}
-    others = select(_lines(rows), **place)
+    others = [
+        each
+        for each in select(_lines(rows), **{name: best[name] for name in ("scored", "case", "n")})
+        if each["method"] not in WAVELETS
+    ]
     for name, known in PUBLISHED:
-        lines = [each for each in best["lines"] if each["method"] == name]
-        lines += [each for each in others if each["method"] == name and name not in WAVELETS]
-        for each in select(lines, sigma_known=known):
+        for each in select([*best["lines"], *others], method=name, sigma_known=known):
             formatted.append(line(_title(name, known), *_cells(each, name)))
     return formatted
 
 
-def joint_setting(rows: Sequence[Row], *, theory: bool = False) -> str:
+def joint_setting(rows: Sequence[Row], method: str) -> str:
     """Describe the setting of :func:`joint_lines`."""
-    every = select(rows, table="doppler", method="theory" if theory else "joint")
-    if not every:
+    best = _nearest(rows, method)
+    if best is None:
         return "-"
-    best = min(every, key=lambda each: float(each["distance"]))
+    known, measured = (
+        next(each["threshold"] for each in best["lines"] if each["sigma_known"] == told)
+        for told in (True, False)
+    )
+    limits = _threshold(known, best["n"])
+    if measured != known:
+        limits += f" where the noise is known, else {_threshold(measured, best['n'])}"
     return (
         f"{SCORED[best['scored']]}, {best['case']}, n = {best['n']}, scale {best['scale']:.2f}, "
-        f"threshold {_setting(best)}"
+        f"threshold {limits}, {_ends(best)}"
     )
 
 
@@ -481,13 +527,16 @@ def checks(rows: Sequence[Row]) -> list[str]:
         if (selected := select(every, method=method, sigma_known=known))
     ]
     near = sum(_is_near(each, each["method"]) for each in best)
-    joint = min(
-        select(rows, table="doppler", method="joint"), key=lambda each: float(each["distance"])
-    )
-    together = sum(_is_near(each, each["method"]) for each in joint["lines"])
-    verdict = "reproduced" if together == len(joint["lines"]) else "not reproduced"
+    found = {method: _nearest(rows, method) for method in TOGETHER}
+    counts = {
+        method: sum(_is_near(each, each["method"]) for each in row["lines"])
+        for method, row in found.items()
+        if row is not None
+    }
+    verdict = "reproduced" if 4 in counts.values() else "not reproduced"
+    texts = [f"{counts[method]} of 4 with {TOGETHER[method]}" for method in counts]
     return [
         f"- The published Doppler table: {near} of {len(best)} lines within {TOLERANCE:.0%} in "
-        f"every cell with a setting of their own; {together} of {len(joint['lines'])} lines of the "
-        f"wavelets with one setting for all ({verdict})."
+        f"every cell with a setting of their own; lines of the wavelets: {'; '.join(texts)} "
+        f"({verdict})."
     ]
