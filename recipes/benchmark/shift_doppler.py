@@ -368,7 +368,7 @@ def _joint(found: Found, method: str, n: int) -> dict[str, Any]:
     every = thresholds(n)
     pairs: dict[str, list[tuple[float, float]]] = {
         "joint": [(threshold, threshold) for threshold in every],
-        "separate": list(itertools.product(every, repeat=2)),
+        "separate": list(itertools.product(every, every)),
         "theory": [(every[-1], every[-1])],
     }
     best: dict[str, Any] = {}
