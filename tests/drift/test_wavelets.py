@@ -10,6 +10,7 @@ import pytest
 import pywt
 import torch
 
+from lightning_nna.drift.bounds import nested_windows
 from lightning_nna.drift.estimators import noise_level, running_noise_level
 from lightning_nna.drift.interval_estimator import IntervalWaveletEstimator
 from lightning_nna.drift.interval_wavelets import (
@@ -17,7 +18,6 @@ from lightning_nna.drift.interval_wavelets import (
     interval_transform,
     inverse_interval_transform,
 )
-from lightning_nna.drift.risk import nested_windows
 from lightning_nna.drift.streaming_haar import StreamingHaar
 from lightning_nna.drift.symmetric_wavelets import SymmetricWaveletEstimator, newest_rows
 from lightning_nna.drift.wavelets import (
