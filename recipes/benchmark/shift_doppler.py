@@ -58,7 +58,7 @@ SCORED = {"newest": "newest value", "prefixes": "all prefixes", "series": "whole
 LENGTHS: dict[str, tuple[int, ...]] = {
     "newest": (100, 128, 200, 256, 500, 512, 1000, 1024, 2048),
     "prefixes": (256, 512, 1024),
-    "series": (100, 128, 200, 256, 500, 512, 1000, 1024, 2048),
+    "series": (256, 512, 1024),
 }
 #: Draws of the noise.
 DRAWS = {"newest": 500, "prefixes": 20, "series": 10}

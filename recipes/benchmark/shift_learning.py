@@ -296,7 +296,9 @@ def lines(rows: Sequence[Row]) -> list[str]:
         columns = []
         for case, model in itertools.product(SEEDS, MODELS):
             each = select(selected, case=case, model=model)
-            columns.append(f"{mean(row['error'] for row in each):.2%}" if each else "-")
+            # A part of the seeds is no comparison.
+            complete = len(each) == len(SEEDS[case])
+            columns.append(f"{mean(row['error'] for row in each):.2%}" if complete else "-")
         trainings = mean(row["trainings"] for row in selected)
         formatted.append(line(title, *columns, f"{trainings:.1f}"))
     return formatted
