@@ -39,6 +39,8 @@ PUBLISHED: dict[tuple[str, bool], tuple[float, float, float]] = {
     ("haar", False): (0.053, 0.065, 0.088),
     ("db8", False): (0.020, 0.044, 0.129),
 }
+# The whole average has no setting: the scale is chosen by it.
+_SEARCHED = tuple(key for key in PUBLISHED if key[0] != "average")
 #: Settings that serve all lines of the wavelets.
 TOGETHER = {
     "joint": "one setting for all",
@@ -459,8 +461,7 @@ def single_lines(rows: Sequence[Row]) -> list[str]:
         return []
     titles = ["line", "published", "nearest", "relative errors", "scored", "signal", "n", "scale"]
     formatted = ruled([*titles, "threshold and ends"])
-    for method, known in PUBLISHED:
-        # The scale is chosen by the average, whose errors are the same for both.
+    for method, known in _SEARCHED:
         if selected := select(every, method=method, sigma_known=known):
             best = min(selected, key=lambda each: float(each["distance"]))
             setting = [SCORED[best["scored"]], best["case"], best["n"], f"{best['scale']:.2f}"]
@@ -523,7 +524,7 @@ def checks(rows: Sequence[Row]) -> list[str]:
         return []
     best = [
         min(selected, key=lambda each: float(each["distance"]))
-        for method, known in PUBLISHED
+        for method, known in _SEARCHED
         if (selected := select(every, method=method, sigma_known=known))
     ]
     near = sum(_is_near(each, each["method"]) for each in best)
