@@ -143,6 +143,7 @@ METHODS: dict[str, Method] = {
         "CSP, activations, survivors unchanged", "csp", (f"{_PRUNE}.refit=false",), (0.5, *_LADDER)
     ),
     "csp_layer": Method("CSP, same fraction in each layer", "csp", (_BY_LAYER,), (0.5,)),
+    "csp_kept": Method("CSP, zeros stay zero", "csp", (f"{_PRUNE}.revives=false",), (0.5,)),
     "gmp": Method("gradual magnitude", "gmp"),
     "gmp_global": Method("gradual magnitude, global budget", "gmp", (f"{_PRUNE}.scope=global",)),
     "gmp_global_100": Method(
@@ -159,6 +160,12 @@ METHODS: dict[str, Method] = {
     "model_pruning": Method("Lightning's ModelPruning", "model_pruning"),
     "csp_2:4": Method("CSP, 2:4", "csp", ("pattern='2:4'", _BY_LAYER), (0.5,)),
     "gmp_2:4": Method("gradual magnitude, 2:4", "gmp", ("pattern='2:4'",), (0.5,)),
+    "csp_2:4_unfitted": Method(
+        "CSP, 2:4, survivors unchanged",
+        "csp",
+        ("pattern='2:4'", _BY_LAYER, f"{_PRUNE}.refit=false"),
+        (0.5,),
+    ),
     "csp_1x16": Method("CSP, blocks of 16", "csp", ("pattern=1x16",), (0.5, 0.8)),
     "gmp_1x16": Method("gradual magnitude, blocks of 16", "gmp", ("pattern=1x16",), (0.5, 0.8)),
     "csp_5bits": Method("CSP and 5 bits (codebook)", "csp_codebook", ("bits=5",), (0.7, 0.8)),
