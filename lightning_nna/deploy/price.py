@@ -54,7 +54,7 @@ class _Call:
         self._leaves, self._structure = tree_flatten(_with_ranges(arguments))
         self._tensors = [i for i, leaf in enumerate(self._leaves) if isinstance(leaf, Tensor)]
         self._spec = spec
-        self._layer = strip(copy.deepcopy(layer)).eval()
+        self._layer = strip(copy.deepcopy(layer)).cpu().eval()
         self._is_calibrated = False
 
     @torch.no_grad()
@@ -80,7 +80,7 @@ class _Call:
             for name, (weight, grid) in changed.items():
                 parameters[name].copy_(weight)
                 if grid is not None:
-                    claimed.append(_OnGrid(grid))
+                    claimed.append(_OnGrid(WeightGrid(grid.scales.cpu(), grid.maximum)))
                     pipeline.claim(name, parameters[name], claimed[-1])
             return export_tflite(self._layer, example, path, forward=self._run)
         finally:
@@ -103,12 +103,12 @@ class _Layer:
 
     Attributes:
         path: Name in the module.
-        names: Names of its weights in the whole module.
+        names: Names of its weights in the layer, by their names in the whole module.
         calls: Its calls, one for each combination of shapes.
     """
 
     path: str
-    names: Sequence[str]
+    names: Mapping[str, str]
     calls: Sequence[_Call]
 
 
@@ -194,27 +194,20 @@ class VelaPrice:
             CaptureError: See :meth:`__call__`.
             VelaError: See :meth:`__call__`.
         """
+        for name in weights:
+            if not any(name in layer.names for layer in self._layers):
+                raise ValueError(
+                    f"{name} has no price: no module that has it was called with the example "
+                    f"inputs; give a forward that calls it, or leave it out of targets"
+                )
         total = 0.0
-        by_layer: dict[str, dict[str, WeightAndGrid]] = {}
-        layers = {layer.path: layer for layer in map(self._layer_of, weights)}
-        for name, weight in weights.items():
-            by_layer.setdefault(self._layer_of(name).path, {})[name] = weight
-        for path, changed in by_layer.items():
-            layer = layers[path]
-            rest = 1 - len(changed) / len(layer.names)
-            total += self._cost(layer, changed)
-            if rest:
-                total -= rest * self._cost(layer, {})
-        return total
-
-    def _layer_of(self, name: str) -> _Layer:
         for layer in self._layers:
-            if name in layer.names:
-                return layer
-        raise ValueError(
-            f"{name} has no price: no module that has it was called with the example inputs; give "
-            f"a forward that calls it, or leave it out of targets"
-        )
+            # A weight that is tied belongs to several layers.
+            changed = {layer.names[name]: weights[name] for name in layer.names if name in weights}
+            if changed:
+                rest = 1 - len(changed) / len(layer.names)
+                total += self._cost(layer, changed) - (rest and rest * self._cost(layer, {}))
+        return total
 
     def _cost(self, layer: _Layer, changed: Mapping[str, WeightAndGrid]) -> float:
         """Return the cost of a layer in which some weights are others."""
@@ -226,9 +219,7 @@ class VelaPrice:
             ),
         )
         if key not in self._costs:
-            prefix = f"{layer.path}." if layer.path else ""
-            own = {name.removeprefix(prefix): weight for name, weight in changed.items()}
-            self._costs[key] = self._measured(layer, own)
+            self._costs[key] = self._measured(layer, changed)
         return self._costs[key]
 
     def _measured(self, layer: _Layer, changed: Mapping[str, WeightAndGrid]) -> float:
@@ -304,18 +295,22 @@ def _layers_of(
             handle.remove()
         for part, mode in modes.items():
             part.training = mode
-    names_by_path: dict[str, list[str]] = {}
-    for name in operator_weights(module):
-        parts = name.split(".")[:-1]
-        paths = (".".join(parts[:end]) for end in range(len(parts), -1, -1))
-        called = next((path for path in paths if path in seen), None)
-        if called is not None:
-            names_by_path.setdefault(called, []).append(name)
+    names = {id(module.get_parameter(name)): name for name in operator_weights(module)}
+    names_by_path: dict[str, dict[str, str]] = {}
+    for own_name, parameter in module.named_parameters(remove_duplicate=False):
+        if id(parameter) not in names:
+            continue
+        parts = own_name.split(".")
+        ends = range(len(parts) - 1, -1, -1)
+        end = next((end for end in ends if ".".join(parts[:end]) in seen), None)
+        if end is not None:
+            in_layer = names_by_path.setdefault(".".join(parts[:end]), {})
+            in_layer.setdefault(names[id(parameter)], ".".join(parts[end:]))
     layers = []
-    for path, names in names_by_path.items():
+    for path, in_layer in names_by_path.items():
         part = module.get_submodule(path)
         calls = [_Call(part, arguments, count, spec) for count, arguments in seen[path].values()]
-        layers.append(_Layer(path, names, calls))
+        layers.append(_Layer(path, in_layer, calls))
     return layers
 
 

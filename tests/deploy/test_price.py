@@ -114,6 +114,20 @@ def test_the_module_is_as_it_was_and_may_be_emulated() -> None:
         assert torch.equal(net(x), outputs)
 
 
+def test_a_tied_weight_is_paid_wherever_it_is_used() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(32, 32), nn.Embedding(32, 32), nn.Linear(32, 32))
+    net[1].weight = net[2].weight = net[0].weight
+
+    def forward(module: nn.Module, x: Tensor, tokens: Tensor) -> Tensor:
+        return module[2](module[0](x) + module[1](tokens))
+
+    inputs = [torch.randn(1, 32), torch.zeros(1, dtype=torch.long)]
+    price = VelaPrice(net, inputs, forward=forward)
+    alone = VelaPrice(nn.Linear(32, 32), inputs[:1])("weight", net[0].weight)
+    assert price("0.weight", net[0].weight) == 2 * alone
+
+
 def test_attention_is_one_layer() -> None:
     torch.manual_seed(0)
     net = nn.MultiheadAttention(16, 2, batch_first=True)
@@ -137,7 +151,7 @@ def test_reports_are_read_from_the_disk(tmp_path: Path, monkeypatch: pytest.Monk
     def fail(*_: Any, **__: Any) -> None:
         raise AssertionError("compiled again")
 
-    monkeypatch.setattr("lightning_nna.deploy.vela.compile_with_vela", fail)
+    monkeypatch.setattr("lightning_nna.deploy.vela._compiled", fail)
     again = VelaPrice(net, [x], cache=tmp_path / "vela")
     assert again("weight", net.weight) == price
     memory = VelaPrice(net, [x], cache=tmp_path / "vela", budget="memory")
