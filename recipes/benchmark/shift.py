@@ -2,6 +2,7 @@
 
     python -m recipes.benchmark.shift                      # run what is missing, then report
     python -m recipes.benchmark.shift --tables latest      # a part
+    python -m recipes.benchmark.shift --tables learning --learners risk paper
     python -m recipes.benchmark.shift --page-only
 
 Each table has a module of its own. Detectors of river come with the extra ``bench``.
@@ -39,10 +40,19 @@ TABLES: dict[str, Callable[[], Sequence[Run]]] = {
 }
 
 
-def runs(*, tables: Sequence[str] = tuple(TABLES)) -> list[Run]:
-    """List the grids of some tables; all are measured on one thread."""
+def runs(
+    *,
+    tables: Sequence[str] = tuple(TABLES),
+    learners: Sequence[str] = tuple(shift_learning.LEARNERS),
+) -> list[Run]:
+    """List the grids of some tables, of some learners; all are measured on one thread."""
     torch.set_num_threads(1)
-    return [run for table in tables for run in TABLES[table]()]
+    return [
+        run
+        for table in tables
+        for run in TABLES[table]()
+        if not isinstance(run, shift_learning.LearningRun) or run.method in learners
+    ]
 
 
 def report(rows: Sequence[Row]) -> Fields:
@@ -154,7 +164,13 @@ def _head(*titles: str) -> str:
     return f"{line(*titles)}\n|{'---|' * len(titles)}"
 
 
-STUDY = Study(name="shift", runs=runs, report=report, plot=plot, options={"tables": axis(TABLES)})
+STUDY = Study(
+    name="shift",
+    runs=runs,
+    report=report,
+    plot=plot,
+    options={"tables": axis(TABLES), "learners": axis(shift_learning.LEARNERS)},
+)
 
 if __name__ == "__main__":
     STUDY.main()

@@ -20,7 +20,7 @@ from recipes.benchmark import (
     shift_streaming,
 )
 from recipes.benchmark.rows import append_row, read_rows
-from recipes.benchmark.shift import STUDY, checks, plot
+from recipes.benchmark.shift import STUDY, checks, plot, runs
 from recipes.benchmark.shift_latest import is_first
 
 
@@ -120,6 +120,13 @@ def test_a_carried_window_starts_at_that_of_the_period_before() -> None:
     second = learner(replace(history, x=x[:3250], y=y[:3250], previous=first))
     assert second.window is not None
     assert second.window <= first.window + 250
+
+
+def test_a_grid_has_the_learners_that_are_asked_for() -> None:
+    assert {run.method for run in runs(tables=["learning"], learners=["paper"])} == {"paper"}  # type: ignore[attr-defined]
+    methods = [run.method for run in runs(tables=["learning"])]  # type: ignore[attr-defined]
+    assert set(methods) == set(shift_learning.LEARNERS)
+    assert len(runs(tables=["doppler"], learners=["paper"])) == len(shift_doppler.runs())
 
 
 def test_streaming_and_rates_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
