@@ -52,7 +52,11 @@ SPARSITIES = (0.5, 0.7, 0.8, 0.9, 0.95)
 BASELINES = ("gmp", "gmp_global", "gmp_global_100", "l1", "lth", "random", "model_pruning")
 MEASUREMENTS = ("csp_identity", "csp_random")
 #: Patterns of zeros, each with its baseline.
-PATTERNS = (("csp_2:4", "gmp_2:4"), ("csp_1x16", "gmp_1x16"))
+PATTERNS = (
+    ("csp_2:4", "gmp_2:4"),
+    ("csp_2:4_unfitted", "gmp_2:4"),
+    ("csp_1x16", "gmp_1x16"),
+)
 #: From magnitude to CSP, one thing at a time: a method, and what it adds to the one above it.
 LADDER = {
     "gmp_global": "magnitude, one budget",
@@ -84,6 +88,7 @@ FORMS = (
     ("csp", 0.5, "unstructured 50 %"),
     ("gmp_2:4", 0.5, "2:4"),
     ("csp_2:4", 0.5, "2:4"),
+    ("csp_2:4_unfitted", 0.5, "2:4"),
     ("gmp_1x16", 0.5, "1x16 50 %"),
     ("csp_1x16", 0.5, "1x16 50 %"),
     ("gmp_global", 0.8, "unstructured 80 %"),
