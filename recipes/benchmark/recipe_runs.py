@@ -264,12 +264,25 @@ def commands_words(part: str = "test") -> np.ndarray:
 def wer_difference(
     rows: Sequence[Row], others: Sequence[Row], part: str = "test"
 ) -> RateDifference | None:
-    """Compare the word errors of two methods on the commands, over utterances and seeds.
+    """Compare the word errors of two methods on the commands; see :func:`error_difference`.
 
     Args:
         rows: Rows of the one method; those with a seed of the other are compared.
         others: Rows of the other method. One that was not trained is compared with every seed.
         part: Part of the corpus that both were scored on.
+    """
+    return error_difference(rows, others, commands_words(part))
+
+
+def error_difference(
+    rows: Sequence[Row], others: Sequence[Row], words: np.ndarray
+) -> RateDifference | None:
+    """Compare the word errors of two methods on the same utterances, over utterances and seeds.
+
+    Args:
+        rows: Rows of the one method; those with a seed of the other are compared.
+        others: Rows of the other method. One that was not trained is compared with every seed.
+        words: Numbers of words, shape ``(utterances,)``.
 
     Returns:
         Difference with its paired bootstrap interval; None where no seed is in both.
@@ -281,4 +294,4 @@ def wer_difference(
     if not both:
         return None
     errors, other = (np.stack(column) for column in zip(*both, strict=True))
-    return paired_difference(errors, other, commands_words(part))
+    return paired_difference(errors, other, words)

@@ -1,0 +1,1 @@
+"""Keyword spotting: one spoken word among many, by a small convolutional network."""
