@@ -8,6 +8,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch import Callback
+from torch.utils.data import DataLoader
 
 from lightning_nna import coverage
 from lightning_nna.callbacks import NNAEmulation
@@ -110,7 +111,8 @@ def test_a_spotter_learns_its_words(cache: Path, callbacks: list[Callback]) -> N
         enable_model_summary=False,
     )
     trainer.fit(spotter, data)
-    metrics = trainer.test(spotter, list(data.train_dataloader()), verbose=False)[0]
+    known = DataLoader(list(data.train_dataloader()), batch_size=None)
+    metrics = trainer.test(spotter, known, verbose=False)[0]
     assert metrics["test/error_rate"] <= 0.25
     assert len(spotter.errors) == 8
     assert sum(spotter.errors) / 8 == pytest.approx(metrics["test/error_rate"])
