@@ -174,12 +174,25 @@ def check(rows: Sequence[Row], model: str) -> str:
     if not loss:
         return f"- {MODELS[model]}: no float run of the same seeds to compare with."
     change = sum(loss.values()) / sum(float_loss[seed] for seed in loss) - 1
-    by_seed = ", ".join(f"{100 * (loss[s] / float_loss[s] - 1):+.1f} %" for s in sorted(loss))
+    by_seed = _changes(loss, float_loss)
+    untrained = {row["seed"]: row["loss_per_token"] for row in _of(rows, model, "chip")}
+    shares = ""
+    if untrained.keys() >= loss.keys():
+        shares = (
+            f"; of these, emulating the float weights changes it by "
+            f"{_changes({seed: untrained[seed] for seed in loss}, float_loss)}, and the training "
+            f"by {_changes(loss, untrained)}"
+        )
     return (
         f"- {MODELS[model]}, emulated and trained: the loss per token changes by "
-        f"{100 * change:+.1f} % against float (by seed: {by_seed}); the target, at most "
+        f"{100 * change:+.1f} % against float (by seed: {by_seed}{shares}); the target, at most "
         f"+{100 * TARGET:.0f} % in the mean, is {met(change <= TARGET)}."
     )
+
+
+def _changes(loss: Mapping[int, float], reference: Mapping[int, float]) -> str:
+    """Format the relative changes of a loss by seed."""
+    return ", ".join(f"{100 * (loss[s] / reference[s] - 1):+.1f} %" for s in sorted(loss))
 
 
 def plot(rows: Sequence[Row], path: Path) -> None:

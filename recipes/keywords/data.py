@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 
 import lightning.pytorch as pl
 import torch
 from jaxtyping import Float, Int64
-from lhotse import CutSet
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from typing_extensions import override
@@ -67,27 +67,13 @@ class KeywordData(pl.LightningDataModule):
 
     @override
     def setup(self, stage: str | None = None) -> None:
-        if self._parts:
-            return
-        splits = self.corpus.load(
-            cache_dir=self.cache_dir,
-            sample_rate_hz=LOG_MEL.sample_rate_hz,
-            max_bad_fraction=0.0,
-        )
-        stores = {
-            name: FeatureStore.build(
-                cuts, log_mel=LOG_MEL, cache_dir=self.cache_dir, name=f"keywords {name}"
-            )
-            for name, cuts in splits._asdict().items()
-        }
-        normalize = stores["train"].normalization
-        for name, store in stores.items():
-            words = [normalize(store[position]) for position in range(len(store))]
-            labels = self._labels(splits._asdict()[name], store)
-            if name == "train":
-                self._parts[name] = _ShiftedWords(words, labels, self.num_frames, self.seed)
-            else:
-                self._parts[name] = _Words(words, labels, self.num_frames)
+        if not self._parts:
+            for name, (words, labels) in _features(self.corpus, self.cache_dir).items():
+                if name == "train":
+                    part: _Words = _ShiftedWords(words, labels, self.num_frames, self.seed)
+                else:
+                    part = _Words(words, labels, self.num_frames)
+                self._parts[name] = part
 
     @override
     def train_dataloader(self) -> DataLoader[Word]:
@@ -111,10 +97,28 @@ class KeywordData(pl.LightningDataModule):
             generator=order,
         )
 
-    def _labels(self, cuts: CutSet, store: FeatureStore) -> Int64[Tensor, " words"]:
-        texts = {cut.id: cut.supervisions[0].text for cut in cuts}
-        words = [texts[example.utterance] for example in store.examples]
-        return torch.tensor([self.labels.index(word) for word in words])
+
+@cache
+def _features(corpus: SpokenWords, cache_dir: Path) -> dict[str, tuple[list[Tensor], Tensor]]:
+    """Load normalized frames and positions of the words of each part, once a process."""
+    splits = corpus.load(
+        cache_dir=cache_dir, sample_rate_hz=LOG_MEL.sample_rate_hz, max_bad_fraction=0.0
+    )._asdict()
+    stores = {
+        name: FeatureStore.build(
+            cuts, log_mel=LOG_MEL, cache_dir=cache_dir, name=f"keywords {name}"
+        )
+        for name, cuts in splits.items()
+    }
+    normalize = stores["train"].normalization
+    positions = {word: label for label, word in enumerate(VOCABULARIES[corpus.vocabulary])}
+    parts = {}
+    for name, store in stores.items():
+        texts = {cut.id: cut.supervisions[0].text for cut in splits[name]}
+        labels = [positions[texts[example.utterance]] for example in store.examples]
+        words = [normalize(store[position]) for position in range(len(store))]
+        parts[name] = words, torch.tensor(labels)
+    return parts
 
 
 class _Words(Dataset[Word]):
