@@ -124,7 +124,7 @@ class Budget:
 
 
 #: Optimizer steps of a fine-tuning.
-STEPS = {"rnnt": 480, "conformer": 240, "keywords": 186}
+STEPS = {"rnnt": 480, "conformer": 240, "keywords": 93}
 #: Batches of a test are large: exact arithmetic does not depend on it.
 _LARGE_BATCHES = "data.scoring_batch_seconds=400"
 #: Batches of the test set whose outputs are compared with the programs'.
