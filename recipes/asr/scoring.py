@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -225,15 +226,22 @@ def paired_difference(
         raise ValueError("no reference has a word, so there is no word error rate")
     differences = errors - others
     seeds, count = differences.shape
-    random = np.random.default_rng(seed)
-    drawn = random.multinomial(count, np.full(count, 1 / count), size=resamples)
-    drawn_seeds = random.multinomial(seeds, np.full(seeds, 1 / seeds), size=resamples)
+    drawn, drawn_seeds = _draws(count, seeds, resamples, seed)
     sums = np.einsum("rs,rs->r", drawn_seeds, drawn @ differences.T)
     spoken = drawn @ words
     rates = sums[spoken > 0] / (seeds * spoken[spoken > 0])
     tail = (1 - confidence) / 2
     low, high = np.quantile(rates, [tail, 1 - tail])
     return RateDifference(float(differences.sum() / (seeds * words.sum())), float(low), float(high))
+
+
+@lru_cache(maxsize=4)
+def _draws(count: int, seeds: int, resamples: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Draw how often each utterance and each seed is in each sample; the same for all methods."""
+    random = np.random.default_rng(seed)
+    drawn = random.multinomial(count, np.full(count, 1 / count), size=resamples)
+    drawn_seeds = random.multinomial(seeds, np.full(seeds, 1 / seeds), size=resamples)
+    return drawn.astype(np.int32), drawn_seeds
 
 
 def _bootstrap(

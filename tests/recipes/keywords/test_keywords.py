@@ -20,6 +20,9 @@ from recipes.keywords.spotter import KeywordSpotter
 SMALL = SpokenWords(vocabulary="digits", train_size=8, validation_size=2, test_size=3, max_words=1)
 
 
+STEPS = 120
+
+
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("keywords")
@@ -97,11 +100,11 @@ def test_a_spotter_learns_its_words(cache: Path, callbacks: list[Callback]) -> N
     data = small_data(cache)
     spotter = KeywordSpotter(
         KeywordNetwork(len(data.labels), channels=8, widths=(16,)),
-        learning_rate=0.03,
-        total_steps=40,
+        learning_rate=0.02,
+        total_steps=STEPS,
     )
     trainer = pl.Trainer(
-        max_steps=40,
+        max_steps=STEPS,
         num_sanity_val_steps=0,
         accelerator="cpu",
         callbacks=callbacks,
