@@ -227,21 +227,23 @@ def paired_difference(
     differences = errors - others
     seeds, count = differences.shape
     drawn, drawn_seeds = _draws(count, seeds, resamples, seed)
-    sums = np.einsum("rs,rs->r", drawn_seeds, drawn @ differences.T)
-    spoken = drawn @ words
+    # float32 holds these whole numbers, and its products are fast.
+    often = drawn.astype(np.float32)
+    sums = np.einsum("rs,rs->r", drawn_seeds, (often @ differences.T.astype(np.float32)))
+    spoken = (often @ words.astype(np.float32)).astype(np.int64)
     rates = sums[spoken > 0] / (seeds * spoken[spoken > 0])
     tail = (1 - confidence) / 2
     low, high = np.quantile(rates, [tail, 1 - tail])
     return RateDifference(float(differences.sum() / (seeds * words.sum())), float(low), float(high))
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=8)
 def _draws(count: int, seeds: int, resamples: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Draw how often each utterance and each seed is in each sample; the same for all methods."""
     random = np.random.default_rng(seed)
     drawn = random.multinomial(count, np.full(count, 1 / count), size=resamples)
     drawn_seeds = random.multinomial(seeds, np.full(seeds, 1 / seeds), size=resamples)
-    return drawn.astype(np.int32), drawn_seeds
+    return drawn.astype(np.uint16), drawn_seeds
 
 
 def _bootstrap(

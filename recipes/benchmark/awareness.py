@@ -193,7 +193,21 @@ def report(rows: Sequence[Row]) -> Fields:
             if "cpu_sites" in row and row["model"] == model
         ],
         "channels": channel_text(scored),
+        "missing": missing_lines(rows),
     }
+
+
+def missing_lines(rows: Sequence[Row]) -> list[str]:
+    """List the runs of the grid that have no row yet, with the seeds of each."""
+    seeds: dict[tuple[str, str, str], list[str]] = {}
+    for run in runs():
+        if isinstance(run, AwarenessRun) and run.missing_keys(rows):
+            seeds.setdefault((run.model, run.chip, run.method), []).append(str(run.seed))
+    return [
+        f"- {MODELS[model]}, {CHIPS[chip].title if chip in CHIPS else 'float'}, "
+        f"{METHODS[method]}: seed {', '.join(numbers)}."
+        for (model, chip, method), numbers in seeds.items()
+    ]
 
 
 def network_line(rows: Sequence[Row], model: str, chip: str) -> str | None:

@@ -150,4 +150,6 @@ def test_the_page_has_every_part() -> None:
     assert "convolution by convolution: 2.0, 5.0." in page
     assert "| 14 | 3 | 20 | 12,346 | lstm, tanh |" in page
     assert "+0.0 (+0.0 to +0.0, tied)" in page
+    assert "- RNN-T, `shift`, emulated, untrained: seed 1." in page
+    assert "- keyword spotter, 8 bits, `tflm-int8`, emulated, untrained" not in page
     assert set(MODELS) == set(TRAINED)
