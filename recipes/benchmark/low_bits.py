@@ -112,6 +112,12 @@ PARTS = {
     "gq_until25": _annealed("annealed up to 25 %", start=4.0, end=300.0, until=0.25),
     "gq_until75": _annealed("annealed up to 75 %", start=4.0, end=300.0, until=0.75),
     "gq_until90": _annealed("annealed up to 90 %", start=4.0, end=300.0, until=0.9),
+    "gq_until75_p1": _annealed(
+        "annealed up to 75 %, distance of power 1", start=4.0, end=300.0, until=0.75, power=1
+    ),
+    "gq_until90_p1": _annealed(
+        "annealed up to 90 %, distance of power 1", start=4.0, end=300.0, until=0.9, power=1
+    ),
     "gq_from1": _annealed("annealed from 1", start=1.0, end=300.0, until=0.5),
     "gq_from16": _annealed("annealed from 16", start=16.0, end=300.0, until=0.5),
     "gq_to32": _annealed("annealed to 32 only", start=4.0, end=32.0, until=0.5),
