@@ -86,7 +86,7 @@ class GeneralQuantizer(CodebookMethod):
     The defaults are those of the recipe ``compression=gq``, chosen on validation speakers
     (``docs/results/low_bits.md``).
 
-    Differs from the paper: the schedule of the sharpness, that the second half of a run is hard
+    Differs from the paper: the schedule of the sharpness, that the last quarter of a run is hard
     with gradients straight through, the start at Lloyd-Max points and the integer centroids are
     ours.
     """
@@ -99,9 +99,9 @@ class GeneralQuantizer(CodebookMethod):
         *,
         mu: float = 7.0,
         sharpness: Schedule | Mapping[str, Any] | float = Schedule(  # noqa: B008
-            4.0, 300.0, until=0.5, shape="geometric"
+            4.0, 300.0, until=0.75, shape="geometric"
         ),
-        hard_from: int | float = 0.5,
+        hard_from: int | float = 0.75,
         gradient_sharpness: float | None = None,
         train_sharpness: bool = False,
         power: int = 2,

@@ -89,12 +89,14 @@ COMPARED = {
 _ANNEALING = "{start: %s, end: %s, until: %s, shape: geometric}"
 
 
-def _annealed(title: str, *, start: float, end: float, until: float, **more: object) -> Method:
+def _annealed(
+    title: str, *, start: float = 4.0, end: float = 300.0, until: float = 0.75, **more: object
+) -> Method:
     sharpness = _ANNEALING % (start, end, until)
     return _gq(title, sharpness=sharpness, hard_from=until, **more)
 
 
-#: Parts of GQ, one at a time, in place of the recipe's.
+#: Parts of GQ in place of the recipe's: one at a time, then with an annealing that ends earlier.
 PARTS = {
     "gq_p1": _gq("distance of power 1", power=1),
     "gq_mu0": _gq("no µ-law", mu=0.0),
@@ -109,18 +111,17 @@ PARTS = {
     "gq_decay": _gq("centroids' rate falls to 0", centroid_lr="{start: 1.0e-3, end: 0.0}"),
     "gq_fast": _gq("centroids trained at 1e-2", centroid_lr=1.0e-2),
     "gq_soft_gradient": _gq("soft gradient of hard weights", gradient_sharpness=2.0),
-    "gq_until25": _annealed("annealed up to 25 %", start=4.0, end=300.0, until=0.25),
-    "gq_until75": _annealed("annealed up to 75 %", start=4.0, end=300.0, until=0.75),
-    "gq_until90": _annealed("annealed up to 90 %", start=4.0, end=300.0, until=0.9),
-    "gq_until75_p1": _annealed(
-        "annealed up to 75 %, distance of power 1", start=4.0, end=300.0, until=0.75, power=1
-    ),
-    "gq_until90_p1": _annealed(
-        "annealed up to 90 %, distance of power 1", start=4.0, end=300.0, until=0.9, power=1
-    ),
-    "gq_from1": _annealed("annealed from 1", start=1.0, end=300.0, until=0.5),
-    "gq_from16": _annealed("annealed from 16", start=16.0, end=300.0, until=0.5),
-    "gq_to32": _annealed("annealed to 32 only", start=4.0, end=32.0, until=0.5),
+    "gq_from1": _annealed("annealed from 1", start=1.0),
+    "gq_from16": _annealed("annealed from 16", start=16.0),
+    "gq_to32": _annealed("annealed to 32 only", end=32.0),
+    "gq_until25": _annealed("annealed up to 25 %", until=0.25),
+    "gq_until50": _annealed("annealed up to 50 %", until=0.5),
+    "gq_until90": _annealed("annealed up to 90 %", until=0.9),
+    "gq_until90_p1": _annealed("annealed up to 90 %, distance of power 1", until=0.9, power=1),
+    "gq_until50_p1": _annealed("annealed up to 50 %, distance of power 1", until=0.5, power=1),
+    "gq_until50_mu0": _annealed("annealed up to 50 %, no µ-law", until=0.5, mu=0.0),
+    "gq_until50_mu15": _annealed("annealed up to 50 %, µ = 15", until=0.5, mu=15.0),
+    "gq_until50_from16": _annealed("annealed up to 50 %, from 16", start=16.0, until=0.5),
 }
 #: Parts of GQ, one at a time, added to the fixed codebook.
 ADDED = {
@@ -128,8 +129,8 @@ ADDED = {
     "codebook_trained": _codebook("and trained centroids", train_centroids="true"),
     "codebook_soft": _codebook(
         "and annealing",
-        sharpness=_ANNEALING % (4.0, 300.0, 0.5),
-        hard_from=0.5,
+        sharpness=_ANNEALING % (4.0, 300.0, 0.75),
+        hard_from=0.75,
     ),
     "codebook_free": _codebook("without the zero", pin_zero="false"),
 }
