@@ -117,7 +117,7 @@ class StopAfterThree(Callback):
     ("callback", "missed"),
     [
         (MagnitudePruning(0.5), r"MagnitudePruning ended at .* 3 .*: sparsity is 0.0%, not 50.0%"),
-        (GeneralQuantizer(3), r"from step 8 on \(hard_from\), and the sharpness is .*, not 300"),
+        (GeneralQuantizer(3), r"from step 12 on \(hard_from\), and the sharpness is .*, not 300"),
         (
             GeneralQuantizer(3, hard_from=99, sharpness={"start": 1.0, "end": 32.0, "until": 2}),
             r"training from step 99 on \(hard_from\)$",
