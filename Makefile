@@ -27,6 +27,7 @@ install: .venv/.installed .cache/runtimes/.made  ## Create .venv, environments o
 # Packages that ask for other versions than ours, each in an environment of its own.
 RUNTIMES := .cache/runtimes/.made
 $(RUNTIMES): .venv/.installed $(wildcard lightning_nna/deploy/runtimes/*_requirements.txt)
+	mkdir -p $(@D)
 	$(BIN)/python lightning_nna/deploy/runtimes/environment.py
 	touch $@
 
