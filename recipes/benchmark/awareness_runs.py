@@ -340,7 +340,7 @@ def channel_ratios(network: nn.Module) -> list[float]:
         >>> channel_ratios(layer)
         [4.0]
     """
-    ranges = [weights.abs().amax(1) for weights in folded_weights(network)]
+    ranges = [weights.detach().abs().amax(1) for weights in folded_weights(network)]
     return [round(float(each.max() / each.median()), 1) for each in ranges]
 
 

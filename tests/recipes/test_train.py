@@ -104,12 +104,13 @@ def test_the_folder_of_another_run_is_an_error(
 def test_every_experiment_runs(
     experiment: str, compose_config: Compose, overrides: list[str], tmp_path: Path
 ) -> None:
+    settings = [*overrides, "data.alphabet=' ABEGINOPSTY'", "data.units=character"]
     start: list[str] = []
     if "finetune" in experiment:
-        kind = "an4_conformer" if "conformer" in experiment else "an4_rnnt"
-        start = [f"init_from={_small_weights(compose_config, overrides, tmp_path, kind)}"]
-    fast = ["+trainer.fast_dev_run=2", "data.alphabet=' ABEGINOPSTY'", "data.units=character"]
-    config = compose_config("train", f"experiment={experiment}", *overrides, *fast, *start)
+        first = experiment.removesuffix("_finetune")
+        start = [f"init_from={_small_weights(compose_config, settings, tmp_path, first)}"]
+    fast = [*settings, "+trainer.fast_dev_run=2", *start]
+    config = compose_config("train", f"experiment={experiment}", *fast)
     summary = train(config)
     assert summary["wer"] >= 0
     assert summary["experiment"] == experiment

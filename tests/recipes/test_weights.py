@@ -145,5 +145,6 @@ def test_data_settings_of_a_checkpoint_are_changed_by_name(name: str, compose_co
     weights = TrainedWeights({}, {"data": {"root": "a", "cache_dir": "b", "num_mels": 8}}, {})
     same = recipe_of(weights, compose_config(name, "ckpt=x"))
     moved = recipe_of(weights, compose_config(name, "ckpt=x", "data.root=c", "+data.num_mels=9"))
-    assert same.data == {"root": "a", "cache_dir": "b", "num_mels": 8}
-    assert moved.data == {"root": "c", "cache_dir": "b", "num_mels": 9}
+    # Whatever part a run was scored on, its checkpoint is scored on the test part.
+    assert same.data == {"root": "a", "cache_dir": "b", "num_mels": 8, "test_part": "test"}
+    assert moved.data == {"root": "c", "cache_dir": "b", "num_mels": 9, "test_part": "test"}
