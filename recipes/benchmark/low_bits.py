@@ -358,11 +358,11 @@ def plot(rows: Sequence[Row], path: Path) -> None:
     with saved_figure(path, (4.5 * len(models), 3.8)) as figure:
         panels = figure.subplots(1, len(models), squeeze=False)[0]
         for axes, model in zip(panels, models, strict=True):
-            for method in COMPARED:
+            for number, method in enumerate(COMPARED):
                 if not (widths := _widths(tested, model, method)):
                     continue
                 rates = [_mean_wer(_selected(tested, model, method, b, STEPS)) for b in widths]
-                width, color = (2.5, "black") if method == "gq" else (1.2, None)
+                width, color = (2.5, "black") if method == "gq" else (1.2, f"C{number}")
                 label = METHODS[method].title
                 axes.plot(widths, rates, marker="o", ms=3, label=label, lw=width, color=color)
             for dashes, method in (("-", "float_tuned"), (":", "nna8")):
@@ -372,9 +372,11 @@ def plot(rows: Sequence[Row], path: Path) -> None:
             axes.set(title=STARTS[model].title, xlabel="bits of a weight", xticks=[1, 2, 3, 4])
             if axes.lines:
                 axes.set_yscale("log")
+                for axis_format in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+                    axis_format("{x:.3g}")
         panels[0].set_ylabel("word error rate, %")
-        if panels[-1].lines:
-            panels[-1].legend(fontsize=7)
+        if panels[0].lines:
+            panels[0].legend(fontsize=7)
 
 
 def _mean_wer(rows: Sequence[Row]) -> float:
