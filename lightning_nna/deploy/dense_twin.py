@@ -44,7 +44,7 @@ def dense_twin(contents: bytes) -> bytes | None:
     altered = bytearray(contents)
     model = schema.Model.GetRootAs(altered)
     graph = model.Subgraphs(0)
-    generator, found = np.random.default_rng(0), False
+    generator, is_altered = np.random.default_rng(0), False
     for index in range(graph.TensorsLength()):
         tensor = graph.Tensors(index)
         if tensor.Type() != schema.TensorType.INT8 or tensor.ShapeLength() < 2:
@@ -57,5 +57,5 @@ def dense_twin(contents: bytes) -> bytes | None:
             continue
         drawn = generator.normal(0, _DEVIATION, len(weights)).round().clip(-127, 127)
         weights[:] = drawn.astype(np.int8).view(weights.dtype)
-        found = True
-    return bytes(altered) if found else None
+        is_altered = True
+    return bytes(altered) if is_altered else None

@@ -42,7 +42,7 @@ from recipes.benchmark.recipe_runs import (
     error_difference,
     utterance_errors,
 )
-from recipes.benchmark.report import Fields, line, percent
+from recipes.benchmark.report import Fields, line, percent, points
 from recipes.benchmark.rows import Row, select
 from recipes.keywords.data import LOG_MEL
 from recipes.keywords.network import KeywordNetwork
@@ -221,13 +221,13 @@ def network_line(rows: Sequence[Row], model: str, chip: str) -> str | None:
         CHIPS[chip].title,
         percent(start[0]["wer"]),
         percent(untrained[0]["wer"]),
-        _points(difference(untrained, start)),
+        points(difference(untrained, start)),
         _mean(control),
         _mean(trained),
         len(trained) or "-",
-        _points(difference(trained, start)),
-        _points(difference(trained, untrained)),
-        _points(difference(trained, control)),
+        points(difference(trained, start)),
+        points(difference(trained, untrained)),
+        points(difference(trained, control)),
     )
 
 
@@ -242,21 +242,21 @@ def verdict(rows: Sequence[Row], model: str, chip: str) -> str | None:
     aware = difference(trained, control)
     assert cost is not None
     is_harmed = cost.low > 0
-    harm = f"costs {_points(cost)}" if is_harmed else f"costs nothing that shows ({_points(cost)})"
+    harm = f"costs {points(cost)}" if is_harmed else f"costs nothing that shows ({points(cost)})"
     if gain is None:
         return f"{name} {harm}; not trained."
     rest = difference(trained, start)
     assert rest is not None
     if gain.is_tied:
-        outcome = f"training is tied with none ({_points(gain)})"
+        outcome = f"training is tied with none ({points(gain)})"
     else:
-        outcome = f"training {'wins' if gain.mean < 0 else 'loses'} {_points(gain)}"
+        outcome = f"training {'wins' if gain.mean < 0 else 'loses'} {points(gain)}"
         if is_harmed and gain.mean < 0:
             outcome += f", {-gain.mean / cost.mean:.0%} of the cost"
-    text = f"{name} {harm}; {outcome}; against float {_points(rest)}"
+    text = f"{name} {harm}; {outcome}; against float {points(rest)}"
     if aware is not None:
         seeds = len({row["seed"] for row in control} & {row["seed"] for row in trained})
-        text += f"; against the control {_points(aware)} ({seeds} seed{'s' * (seeds > 1)})"
+        text += f"; against the control {points(aware)} ({seeds} seed{'s' * (seeds > 1)})"
     return f"{text}."
 
 
@@ -309,15 +309,6 @@ def _of(rows: Sequence[Row], model: str, chip: str, method: str) -> list[Row]:
 
 def _mean(rows: Sequence[Row]) -> str:
     return percent(fmean(row["wer"] for row in rows)) if rows else "-"
-
-
-def _points(change: RateDifference | None) -> str:
-    """Format a difference in points, with its interval, and whether it is tied."""
-    if change is None:
-        return "-"
-    mean, low, high = (100 * value for value in (change.mean, change.low, change.high))
-    tied = ", tied" if change.is_tied else ""
-    return f"{mean:+.1f} ({low:+.1f} to {high:+.1f}{tied})"
 
 
 STUDY = Study(

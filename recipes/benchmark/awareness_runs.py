@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import base64
 import itertools
 import time
-import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -33,6 +31,7 @@ from recipes.benchmark.recipe_runs import (
     STARTS,
     Start,
     evaluation,
+    pack_errors,
     packed_errors,
     summary_of,
     training,
@@ -297,7 +296,7 @@ class KeywordRun(AwarenessRun):
         return {
             "wer": sum(errors) / len(errors),
             "loss_per_token": metrics["test/loss"],
-            "utterance_errors": base64.b64encode(zlib.compress(bytes(errors), 9)).decode(),
+            "utterance_errors": pack_errors(errors),
             "train_seconds": seconds,
             **(_program_of(spotter, data, self.folder) if self.has_program else {}),
             **({"channel_ratios": channel_ratios(network)} if self.chip == "none" else {}),

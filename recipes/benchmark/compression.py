@@ -26,6 +26,7 @@ from recipes.benchmark.recipe_runs import (
     SEEDS,
     START,
     STEPS,
+    Method,
     RecipeRun,
     compressed,
     evaluation,
@@ -67,21 +68,13 @@ _SMALLEST_COST = {"model.predictor.lstm.weight_ih_l0": 1}
 
 
 @dataclass(frozen=True)
-class Method:
+class WidthsMethod(Method):
     """A method of low-bit weights.
 
     Attributes:
-        title: Name in tables.
-        compression: Choice of the configuration group ``compression``.
-        trains: Whether the weights are trained; else they are rounded.
-        settings: Overrides of the configuration.
         widths: Bits of a weight, or names of allocations, that it is run at.
     """
 
-    title: str
-    compression: str
-    trains: bool = True
-    settings: tuple[str, ...] = ()
     widths: tuple[int | str, ...] = BITS
 
 
@@ -89,50 +82,52 @@ _CODEBOOK = "callbacks.codebook"
 #: Entropies of a 5-bit weight: one that saves a third of the accelerator's memory and time with a
 #: margin, and one that saves hardly more than a third.
 RATE_BITS, HIGHER_RATE_BITS = 4.25, 4.4
-METHODS: dict[str, Method] = {
-    "float": Method("float", "none", trains=False, widths=(32,)),
-    "float_tuned": Method("float, trained further", "none", widths=(32,)),
-    "chip": Method("8 bits, untrained", "nna8", trains=False, widths=(8,)),
-    "nna8": Method("8 bits, accelerator-aware", "nna8", widths=(8,)),
-    "rtn": Method("rounded, uniform", "ste", trains=False),
-    "lloyd": Method("rounded, Lloyd-Max", "s8bqat", trains=False, widths=(*BITS, MIXED)),
-    "ste": Method("straight-through, uniform", "ste"),
-    "lsq": Method("LSQ", "lsq", widths=(*BITS, MIXED)),
-    "parq": Method("PARQ (torchao)", "parq"),
-    "s8bqat": Method("S8BQAT", "s8bqat"),
-    "gq": Method("GQ", "gq"),
-    "codebook": Method("fixed codebook", "codebook", widths=(*BITS, MIXED, ONE_BIT, SMALL_ONE_BIT)),
-    "codebook_distilled": Method(
+METHODS: dict[str, WidthsMethod] = {
+    "float": WidthsMethod("float", "none", trains=False, widths=(32,)),
+    "float_tuned": WidthsMethod("float, trained further", "none", widths=(32,)),
+    "chip": WidthsMethod("8 bits, untrained", "nna8", trains=False, widths=(8,)),
+    "nna8": WidthsMethod("8 bits, accelerator-aware", "nna8", widths=(8,)),
+    "rtn": WidthsMethod("rounded, uniform", "ste", trains=False),
+    "lloyd": WidthsMethod("rounded, Lloyd-Max", "s8bqat", trains=False, widths=(*BITS, MIXED)),
+    "ste": WidthsMethod("straight-through, uniform", "ste"),
+    "lsq": WidthsMethod("LSQ", "lsq", widths=(*BITS, MIXED)),
+    "parq": WidthsMethod("PARQ (torchao)", "parq"),
+    "s8bqat": WidthsMethod("S8BQAT", "s8bqat"),
+    "gq": WidthsMethod("GQ", "gq"),
+    "codebook": WidthsMethod(
+        "fixed codebook", "codebook", widths=(*BITS, MIXED, ONE_BIT, SMALL_ONE_BIT)
+    ),
+    "codebook_distilled": WidthsMethod(
         "fixed codebook with distillation",
         "codebook",
         settings=("callbacks=distillation",),
         widths=(3, 2),
     ),
-    "codebook_rate": Method(
+    "codebook_rate": WidthsMethod(
         f"fixed codebook, entropy of at most {RATE_BITS} bits",
         "codebook",
         settings=(f"{_CODEBOOK}.max_entropy_bits={RATE_BITS}",),
         widths=(5,),
     ),
-    "codebook_higher_rate": Method(
+    "codebook_higher_rate": WidthsMethod(
         f"fixed codebook, entropy of at most {HIGHER_RATE_BITS} bits",
         "codebook",
         settings=(f"{_CODEBOOK}.max_entropy_bits={HIGHER_RATE_BITS}",),
         widths=(5,),
     ),
-    "mracos_only": Method(
+    "mracos_only": WidthsMethod(
         "S8BQAT, compressed at the end only",
         "s8bqat",
         settings=("callbacks.hard.start_step=1.0",),
         widths=(2,),
     ),
-    "hard_only": Method(
+    "hard_only": WidthsMethod(
         "S8BQAT without MRACos",
         "s8bqat",
         settings=("callbacks.mracos.strength=0.0",),
         widths=(2,),
     ),
-    "codebook_trained": Method(
+    "codebook_trained": WidthsMethod(
         "fixed codebook, trained centroids",
         "codebook",
         settings=(
@@ -141,7 +136,7 @@ METHODS: dict[str, Method] = {
         ),
         widths=(4, 2),
     ),
-    "codebook_annealed": Method(
+    "codebook_annealed": WidthsMethod(
         "fixed codebook, soft and annealed up to 40 %, soft gradient",
         "codebook",
         settings=(
@@ -151,25 +146,25 @@ METHODS: dict[str, Method] = {
         ),
         widths=(4, 2),
     ),
-    "codebook_soft_gradient": Method(
+    "codebook_soft_gradient": WidthsMethod(
         "fixed codebook, soft gradient",
         "codebook",
         settings=(f"{_CODEBOOK}.gradient_sharpness=1.0",),
         widths=(2,),
     ),
-    "codebook_no_zero": Method(
+    "codebook_no_zero": WidthsMethod(
         "fixed codebook, no centroid pinned at zero",
         "codebook",
         settings=(f"{_CODEBOOK}.pin_zero=false",),
         widths=(3, 2),
     ),
-    "codebook_mu15": Method(
+    "codebook_mu15": WidthsMethod(
         "fixed codebook, µ = 15, no centroid pinned at zero",
         "codebook",
         settings=(f"{_CODEBOOK}.mu=15.0", f"{_CODEBOOK}.pin_zero=false"),
         widths=(*BITS, MIXED),
     ),
-    "codebook_mu255": Method(
+    "codebook_mu255": WidthsMethod(
         "fixed codebook, µ = 255", "codebook", settings=(f"{_CODEBOOK}.mu=255.0",), widths=(2,)
     ),
 }

@@ -17,13 +17,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from recipes.asr.scoring import RateDifference
 from recipes.benchmark.grid import Study, axis, threads_option
 from recipes.benchmark.plots import saved_figure
 from recipes.benchmark.recipe_runs import (
     SEEDS,
     STARTS,
     STEPS,
+    Method,
     RecipeRun,
     compressed,
     evaluation,
@@ -32,29 +32,12 @@ from recipes.benchmark.recipe_runs import (
     training,
     wer_difference,
 )
-from recipes.benchmark.report import Fields, interval, line, mean_loss, percent, word_errors
+from recipes.benchmark.report import Fields, interval, line, mean_loss, percent, points, word_errors
 from recipes.benchmark.rows import Row, select, spread
 
 RUNS = Path("runs/low_bits")
 #: Budgets of training, in optimizer steps.
 BUDGETS = (STEPS, 1500, 5000)
-
-
-@dataclass(frozen=True)
-class Method:
-    """A method of low-bit weights.
-
-    Attributes:
-        title: Name in tables.
-        compression: Choice of the configuration group ``compression``.
-        settings: Overrides of the configuration.
-        trains: Whether the weights are trained; else they are rounded.
-    """
-
-    title: str
-    compression: str
-    settings: tuple[str, ...] = ()
-    trains: bool = True
 
 
 def _gq(title: str, **settings: object) -> Method:
@@ -258,7 +241,7 @@ def mean_line(rows: Sequence[Row], model: str, method: str, bits: int, steps: in
     """Format the line of a method: means over seeds, and its difference to GQ."""
     selected = _selected(rows, model, method, bits, steps)
     own = _selected(rows, model, "gq", bits, steps)
-    found = None if method in ("gq", *BASELINES) else wer_difference(own, selected)
+    change = None if method in ("gq", *BASELINES) else wer_difference(own, selected)
     budget = [steps] if steps != STEPS else []
     start = [STARTS[model].title] if steps != STEPS else []
     return line(
@@ -269,22 +252,9 @@ def mean_line(rows: Sequence[Row], model: str, method: str, bits: int, steps: in
         len(selected),
         *word_errors(selected),
         f"{mean_loss(selected):.4f}",
-        "-" if found is None else points(found),
+        points(change),
         f"{selected[0]['packed_bytes'] / 1e6:.3f} MB",
     )
-
-
-def points(found: RateDifference) -> str:
-    """Format a difference of word error rates in points, with its interval and verdict.
-
-    Example:
-        >>> points(RateDifference(-0.012, -0.02, -0.004))
-        '-1.2 (-2.0 to -0.4)'
-        >>> points(RateDifference(0.001, -0.02, 0.004))
-        '+0.1 (-2.0 to +0.4), tied'
-    """
-    mean, low, high = (f"{100 * each:+.1f}" for each in found)
-    return f"{mean} ({low} to {high})" + (", tied" if found.is_tied else "")
 
 
 def parts(rows: Sequence[Row]) -> list[str]:
@@ -297,7 +267,7 @@ def parts(rows: Sequence[Row]) -> list[str]:
         for method in ("gq", *PARTS, "codebook", *ADDED):
             if not (selected := select(cell, method=method)) or not own:
                 continue
-            found = None if method == "gq" else wer_difference(selected, own, "validation")
+            change = None if method == "gq" else wer_difference(selected, own, "validation")
             lines.append(
                 line(
                     METHODS[method].title,
@@ -306,7 +276,7 @@ def parts(rows: Sequence[Row]) -> list[str]:
                     len(selected),
                     word_errors(selected)[0],
                     f"{mean_loss(selected):.4f}",
-                    "-" if found is None else points(found),
+                    points(change),
                 )
             )
     return lines
@@ -320,18 +290,15 @@ def checks(rows: Sequence[Row]) -> list[str]:
         for method in COMPARED:
             if method in ("gq", "lloyd"):
                 continue
-            found = wer_difference(own, _selected(rows, model, method, bits, steps))
-            if found is None:
+            others = _selected(rows, model, method, bits, steps)
+            change = wer_difference(own, others)
+            if change is None:
                 continue
-            seeds = len(
-                {row["seed"] for row in own}
-                & {row["seed"] for row in _selected(rows, model, method, bits, steps)}
-            )
-            verdict = "tied" if found.is_tied else "met" if found.mean < 0 else "missed"
+            seeds = len({row["seed"] for row in own} & {row["seed"] for row in others})
+            verdict = "tied" if change.is_tied else "met" if change.mean < 0 else "missed"
             lines.append(
                 f"- {STARTS[model].title}, {bits} bit(s), {steps} steps, {seeds} seed(s): GQ no "
-                f"worse than {METHODS[method].title}: {points(found).removesuffix(', tied')} "
-                f"points, {verdict}."
+                f"worse than {METHODS[method].title}: {points(change)} points, {verdict}."
             )
     return lines
 

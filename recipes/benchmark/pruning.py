@@ -22,6 +22,7 @@ from recipes.benchmark.grid import Study, axis, threads_option
 from recipes.benchmark.plots import plot_losses
 from recipes.benchmark.recipe_runs import (
     SEEDS,
+    Method,
     RecipeRun,
     compressed,
     evaluation,
@@ -103,19 +104,13 @@ _SHORTFALL = 0.02
 
 
 @dataclass(frozen=True)
-class Method:
+class SparsitiesMethod(Method):
     """A method of pruning.
 
     Attributes:
-        title: Name in tables.
-        compression: Choice of the configuration group ``compression``.
-        settings: Overrides of the configuration.
         sparsities: Fractions of zeros that it is run at.
     """
 
-    title: str
-    compression: str
-    settings: tuple[str, ...] = ()
     sparsities: tuple[float, ...] = SPARSITIES
 
 
@@ -125,55 +120,67 @@ _BY_LAYER = "callbacks.prune.scope=layer"
 _PLAIN = (f"{_PRUNE}.weighting=equal", f"{_PRUNE}.refit=false")
 # Fractions of zeros of the ladder.
 _LADDER = (0.7, 0.8, 0.9)
-METHODS: dict[str, Method] = {
-    "float": Method("float", "none", sparsities=(0.0,)),
-    "nna8": Method("dense, emulated and trained", "nna8", sparsities=(0.0,)),
-    "csp": Method("CSP, activations", "csp"),
-    "csp_identity": Method("CSP, identity", "csp", (f"{_PRUNE}.measurement=identity",)),
-    "csp_random": Method("CSP, random projections", "csp", (f"{_PRUNE}.measurement=random",)),
-    "csp_100": Method("CSP, activations, every 100 steps", "csp", (f"{_PRUNE}.every_n_steps=100",)),
-    "csp_identity_plain": Method(
+METHODS: dict[str, SparsitiesMethod] = {
+    "float": SparsitiesMethod("float", "none", sparsities=(0.0,)),
+    "nna8": SparsitiesMethod("dense, emulated and trained", "nna8", sparsities=(0.0,)),
+    "csp": SparsitiesMethod("CSP, activations", "csp"),
+    "csp_identity": SparsitiesMethod("CSP, identity", "csp", (f"{_PRUNE}.measurement=identity",)),
+    "csp_random": SparsitiesMethod(
+        "CSP, random projections", "csp", (f"{_PRUNE}.measurement=random",)
+    ),
+    "csp_100": SparsitiesMethod(
+        "CSP, activations, every 100 steps", "csp", (f"{_PRUNE}.every_n_steps=100",)
+    ),
+    "csp_identity_plain": SparsitiesMethod(
         "CSP, identity, no gradients", "csp", (f"{_PRUNE}.measurement=identity", *_PLAIN), _LADDER
     ),
-    "csp_random_plain": Method(
+    "csp_random_plain": SparsitiesMethod(
         "CSP, random projections, no gradients, survivors unchanged",
         "csp",
         (f"{_PRUNE}.measurement=random", *_PLAIN),
         _LADDER,
     ),
-    "csp_plain": Method(
+    "csp_plain": SparsitiesMethod(
         "CSP, activations, no gradients, survivors unchanged", "csp", _PLAIN, _LADDER
     ),
-    "csp_unfitted": Method(
+    "csp_unfitted": SparsitiesMethod(
         "CSP, activations, survivors unchanged", "csp", (f"{_PRUNE}.refit=false",), (0.5, *_LADDER)
     ),
-    "csp_layer": Method("CSP, same fraction in each layer", "csp", (_BY_LAYER,), (0.5,)),
-    "csp_kept": Method("CSP, zeros stay zero", "csp", (f"{_PRUNE}.revives=false",), (0.5,)),
-    "gmp": Method("gradual magnitude", "gmp"),
-    "gmp_global": Method("gradual magnitude, global budget", "gmp", (f"{_PRUNE}.scope=global",)),
-    "gmp_global_100": Method(
+    "csp_layer": SparsitiesMethod("CSP, same fraction in each layer", "csp", (_BY_LAYER,), (0.5,)),
+    "csp_kept": SparsitiesMethod(
+        "CSP, zeros stay zero", "csp", (f"{_PRUNE}.revives=false",), (0.5,)
+    ),
+    "gmp": SparsitiesMethod("gradual magnitude", "gmp"),
+    "gmp_global": SparsitiesMethod(
+        "gradual magnitude, global budget", "gmp", (f"{_PRUNE}.scope=global",)
+    ),
+    "gmp_global_100": SparsitiesMethod(
         "gradual magnitude, global budget, every 100 steps",
         "gmp",
         (f"{_PRUNE}.scope=global", f"{_PRUNE}.every_n_steps=100"),
         (0.5, 0.7, 0.8),
     ),
-    "l1": Method("L1, proximal", "l1"),
-    "lth": Method(
+    "l1": SparsitiesMethod("L1, proximal", "l1"),
+    "lth": SparsitiesMethod(
         "lottery ticket", "lottery", (f"{_PRUNE}.every_n_steps=120", f"{_PRUNE}.freeze_step=0.5")
     ),
-    "random": Method("random", "random_pruning", sparsities=(0.5, 0.8)),
-    "model_pruning": Method("Lightning's ModelPruning", "model_pruning"),
-    "csp_2:4": Method("CSP, 2:4", "csp", ("pattern='2:4'", _BY_LAYER), (0.5,)),
-    "gmp_2:4": Method("gradual magnitude, 2:4", "gmp", ("pattern='2:4'",), (0.5,)),
-    "csp_2:4_unfitted": Method(
+    "random": SparsitiesMethod("random", "random_pruning", sparsities=(0.5, 0.8)),
+    "model_pruning": SparsitiesMethod("Lightning's ModelPruning", "model_pruning"),
+    "csp_2:4": SparsitiesMethod("CSP, 2:4", "csp", ("pattern='2:4'", _BY_LAYER), (0.5,)),
+    "gmp_2:4": SparsitiesMethod("gradual magnitude, 2:4", "gmp", ("pattern='2:4'",), (0.5,)),
+    "csp_2:4_unfitted": SparsitiesMethod(
         "CSP, 2:4, survivors unchanged",
         "csp",
         ("pattern='2:4'", _BY_LAYER, f"{_PRUNE}.refit=false"),
         (0.5,),
     ),
-    "csp_1x16": Method("CSP, blocks of 16", "csp", ("pattern=1x16",), (0.5, 0.8)),
-    "gmp_1x16": Method("gradual magnitude, blocks of 16", "gmp", ("pattern=1x16",), (0.5, 0.8)),
-    "csp_5bits": Method("CSP and 5 bits (codebook)", "csp_codebook", ("bits=5",), (0.7, 0.8)),
+    "csp_1x16": SparsitiesMethod("CSP, blocks of 16", "csp", ("pattern=1x16",), (0.5, 0.8)),
+    "gmp_1x16": SparsitiesMethod(
+        "gradual magnitude, blocks of 16", "gmp", ("pattern=1x16",), (0.5, 0.8)
+    ),
+    "csp_5bits": SparsitiesMethod(
+        "CSP and 5 bits (codebook)", "csp_codebook", ("bits=5",), (0.7, 0.8)
+    ),
 }
 
 

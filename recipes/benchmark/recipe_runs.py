@@ -8,9 +8,9 @@ import runpy
 import sys
 import time
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -53,6 +53,23 @@ def budget(steps: int) -> tuple[str, str]:
 
 #: Four epochs of 120 batches.
 BUDGET = budget(STEPS)
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method of compression.
+
+    Attributes:
+        title: Name in tables.
+        compression: Choice of the configuration group ``compression``.
+        settings: Overrides of the configuration.
+        trains: Whether the weights are trained; else they are rounded.
+    """
+
+    title: str
+    compression: str
+    settings: tuple[str, ...] = ()
+    trains: bool = field(default=True, kw_only=True)
 
 
 @dataclass(frozen=True)
@@ -226,11 +243,20 @@ def packed_errors(folder: Path) -> str:
         folder: Folder of a run that was tested.
 
     Returns:
-        One byte for an utterance, compressed by zlib, in base64; see :func:`utterance_errors`.
+        What :func:`pack_errors` makes of them.
     """
     lines = (folder / "transcripts.tsv").read_text(encoding="utf-8").splitlines()[1:]
-    errors = bytes(int(line.split("\t")[1]) for line in sorted(lines))
-    return base64.b64encode(zlib.compress(errors, 9)).decode()
+    return pack_errors(int(line.split("\t")[1]) for line in sorted(lines))
+
+
+def pack_errors(errors: Iterable[int]) -> str:
+    """Pack the word errors of utterances for a row: a byte each, compressed by zlib, in base64.
+
+    Example:
+        >>> utterance_errors({"utterance_errors": pack_errors([0, 2])})
+        array([0, 2])
+    """
+    return base64.b64encode(zlib.compress(bytes(errors), 9)).decode()
 
 
 def utterance_errors(row: Row) -> np.ndarray:

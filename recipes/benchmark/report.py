@@ -8,6 +8,7 @@ from pathlib import Path
 from statistics import fmean, median, stdev
 from string import Template
 
+from recipes.asr.scoring import RateDifference
 from recipes.benchmark.rows import Row, spread
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -159,6 +160,21 @@ def outcome(increase: float, error: float = 0.0) -> str:
         ('met', 'tied', 'missed')
     """
     return "met" if increase <= 0 else "tied" if increase <= error else "missed"
+
+
+def points(change: RateDifference | None) -> str:
+    """Format a difference of error rates in points, with its interval and whether it is tied.
+
+    Example:
+        >>> points(RateDifference(-0.012, -0.02, -0.004))
+        '-1.2 (-2.0 to -0.4)'
+        >>> points(RateDifference(0.001, -0.02, 0.004)), points(None)
+        ('+0.1 (-2.0 to +0.4, tied)', '-')
+    """
+    if change is None:
+        return "-"
+    mean, low, high = (f"{100 * each:+.1f}" for each in change)
+    return f"{mean} ({low} to {high}{', tied' if change.is_tied else ''})"
 
 
 def met(is_met: bool) -> str:

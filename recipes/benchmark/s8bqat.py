@@ -43,7 +43,7 @@ from recipes.benchmark.recipe_runs import (
     training,
     wer_difference,
 )
-from recipes.benchmark.report import Fields, line, mean_loss, met, percent, word_errors
+from recipes.benchmark.report import Fields, line, mean_loss, met, percent, points, word_errors
 from recipes.benchmark.rows import Row, select
 from recipes.deploy import compare, compile_for, cost, trained_callbacks
 from recipes.evaluate import restore_or_calibrate
@@ -480,7 +480,7 @@ def claim_lines(rows: Sequence[Row]) -> list[str]:
                     len(selected),
                     *word_errors(selected),
                     f"{mean_loss(selected):.4f}",
-                    "-" if compared is None else _points(_negative(compared)),
+                    "-" if compared is None else points(_negative(compared)),
                 )
             )
     return lines
@@ -488,12 +488,6 @@ def claim_lines(rows: Sequence[Row]) -> list[str]:
 
 def _negative(difference: RateDifference) -> RateDifference:
     return RateDifference(-difference.mean, -difference.high, -difference.low)
-
-
-def _points(difference: RateDifference) -> str:
-    mean, low, high = (100 * each for each in difference)
-    tied = ", tied" if difference.is_tied else ""
-    return f"{mean:+.2f} points ({low:+.2f} to {high:+.2f}{tied})"
 
 
 def size_lines(rows: Sequence[Row]) -> list[str]:
@@ -561,8 +555,8 @@ def _check_larger(rows: Sequence[Row], bits: int, system: str) -> str:
     return (
         f"- {SIZES['pretrained']} units at {bits} bits better in WER than {SIZES['small']} at 8 "
         f"and at least {TIME_SAVED:.0%} faster on {system}, {len(large)} seeds: "
-        f"{_points(difference)}, {relative:+.0%} relative, {saved:.1%} of time and {memory:.1%} of "
-        f"memory saved, {met(better and saved >= TIME_SAVED)}."
+        f"{points(difference)} points, {relative:+.0%} relative, {saved:.1%} of time and "
+        f"{memory:.1%} of memory saved, {met(better and saved >= TIME_SAVED)}."
     )
 
 

@@ -95,7 +95,7 @@ class History:
 
 @dataclass(frozen=True)
 class Learned:
-    """What a learner has learned from a history.
+    """Model that a learner made of a history.
 
     Attributes:
         model: Model that predicts the period.

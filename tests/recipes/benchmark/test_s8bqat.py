@@ -113,7 +113,7 @@ def test_the_report_has_every_table(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = [*of_size(small, 0.2, 10.0), *of_size(five, 0.18, 9.4), *of_size(four, 0.18, 9.6)]
     text = STUDY.render([*settings, *sizes])
     assert "| 2 | 10.0 %, 0.200 |" in text
-    assert "-2.00 points (-3.00 to -1.00)" in text
+    assert "-2.0 (-3.0 to -1.0)" in text
     assert text.count("met.") == 1 + len(SYSTEMS)
     assert text.count("missed.") == len(SYSTEMS)
     assert "-6.0%" in text
