@@ -571,9 +571,9 @@ def plot(rows: Sequence[Row], path: Path) -> None:
         for panel, name, label in zip(axes, ("loss_per_token", "distance"), labels, strict=True):
             for bits in BITS:
                 selected = [row for row in select(plain, bits=bits) if row["strength"] is not None]
-                points = sorted((max(row["strength"], smallest), row[name]) for row in selected)
-                if points:
-                    panel.plot(*zip(*points, strict=True), marker="o", ms=4, label=f"{bits} bits")
+                curve = sorted((max(row["strength"], smallest), row[name]) for row in selected)
+                if curve:
+                    panel.plot(*zip(*curve, strict=True), marker="o", ms=4, label=f"{bits} bits")
             panel.set_xscale("log")
             panel.set_xlabel("strength of the regularizer")
             panel.set_ylabel(label)
