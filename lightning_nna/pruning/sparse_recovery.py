@@ -165,6 +165,19 @@ class _Settings:
     tolerance: float
 
 
+def _eigendecomposition(moment: Tensor) -> tuple[Tensor, Tensor]:
+    """Decompose a symmetric matrix into eigenvalues and eigenvectors.
+
+    Single precision does not converge on many matrices with rows of zeros, which inputs that never
+    fire leave; double precision does.
+    """
+    try:
+        values, vectors = torch.linalg.eigh(moment)
+    except torch.linalg.LinAlgError:
+        values, vectors = torch.linalg.eigh(moment.double())
+    return values.to(moment.dtype), vectors.to(moment.dtype)
+
+
 @dataclass(frozen=True)
 class _Problem:
     """A weight, its measurement, and both with columns of unit norm.
@@ -247,7 +260,7 @@ class _Problem:
         """ADMM; ends when the support has stayed for some iterations."""
         assert self.scaled_moment is not None, "without a moment there is nothing to solve"
         v, effort = self.scaled_weight, settings.effort
-        values, vectors = torch.linalg.eigh(self.scaled_moment)
+        values, vectors = _eigendecomposition(self.scaled_moment)
         values.clamp_min_(0)  # Their rounding errors are far below rho.
         rho = effort.first_rho
         mask, z, u = start, v * start, torch.zeros_like(v)

@@ -179,6 +179,23 @@ def test_inputs_that_say_nothing() -> None:
     assert found.nmse < 1e-3
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_inputs_that_never_fire(seed: int) -> None:
+    # 20 of 192 inputs fire, in 8 examples. Single precision has no eigenvalues of most of these.
+    generator = torch.Generator().manual_seed(seed)
+    inputs = torch.zeros(8, 192)
+    live = torch.randperm(192, generator=generator)[:20]
+    inputs[:, live] = torch.randn(8, 20, generator=generator)
+    moment = inputs.T @ inputs
+    weight = torch.randn(6, 192, generator=generator)
+    solution = recover_sparse_weight(weight, moment, sparsity=0.95)
+    away = (solution.weight - weight).double()
+    largest = weight * (weight.abs() >= weight.abs().flatten().kthvalue(1095).values)
+    naive = (largest - weight).double()
+    error, of_largest = (((d @ moment.double()) * d).sum() for d in (away, naive))
+    assert error < 0.5 * of_largest
+
+
 def test_equal_candidates_are_decided_by_their_place() -> None:
     found = recover_sparse_weight(torch.ones(2, 4), torch.eye(4), sparsity=0.625)
     assert found.mask.tolist() == [[True, True, True, False], [False] * 4]

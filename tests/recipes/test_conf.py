@@ -139,6 +139,12 @@ def test_the_codebook_has_no_part_of_the_general_quantizer() -> None:
     assert built.gradient_sharpness is None
 
 
+@pytest.mark.parametrize(("group", "key"), [("csp_gq", "gq"), ("csp_codebook", "codebook")])
+def test_pruned_weights_have_a_centroid_of_their_own(group: str, key: str) -> None:
+    node = _composed(f"compression={group}", "bits=4", "sparsity=0.8")["callbacks"][key]
+    assert node["pin_zero"] is True
+
+
 def test_no_configuration_points_into_the_benchmarks() -> None:
     for path in CONF.rglob("*.yaml"):
         targets = {node["_target_"] for node in _targets(yaml.safe_load(path.read_text()))}
