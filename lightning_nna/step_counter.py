@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
@@ -30,7 +31,6 @@ class StepCounter:
         self.total = math.inf
         self._stepped = stepped
         self._counts: list[int] = []
-        self._indices: dict[int, int] = {}
         self._handles: list[Any] = []
         # Batches that have begun, and the Trainer's two counts when the callback joined.
         self._batches = 0
@@ -99,11 +99,12 @@ class StepCounter:
     def attach(self, optimizers: Iterable[Optimizer]) -> None:
         """Count the steps of these from now on, besides those counted before."""
         optimizers = list(optimizers)
-        self._indices = {id(optimizer): index for index, optimizer in enumerate(optimizers)}
         if len(self._counts) != len(optimizers):
             self._counts = [self.steps] * len(optimizers)
-        for optimizer in optimizers:
-            self._handles.append(optimizer.register_step_post_hook(self._count))
+        for index, optimizer in enumerate(optimizers):
+            # By position: an optimizer that wraps another may pass the hook on to it.
+            hook = partial(self._count, index)
+            self._handles.append(optimizer.register_step_post_hook(hook))
 
     def detach(self) -> None:
         """Take the hooks off."""
@@ -138,10 +139,10 @@ class StepCounter:
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy or pickle counts on, but hangs on no optimizer."""
-        return {**self.__dict__, "_indices": {}, "_handles": []}
+        return {**self.__dict__, "_handles": []}
 
-    def _count(self, optimizer: Optimizer, *_: Any) -> None:
-        self._counts[self._indices[id(optimizer)]] += 1
+    def _count(self, index: int, *_: Any) -> None:
+        self._counts[index] += 1
         advanced = max(self._counts) > self.steps
         self.steps = max(self._counts)
         self._stepped(advanced)

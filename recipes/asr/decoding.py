@@ -69,9 +69,35 @@ def greedy_decode(
     Raises:
         ValueError: If ``max_labels_per_step`` is not positive.
     """
+    return greedy_search(
+        model, *model.transcribe(features, lengths), max_labels_per_step=max_labels_per_step
+    )
+
+
+@torch.no_grad()
+def greedy_search(
+    model: Decodable,
+    encodings: Float[Tensor, "batch steps dim"],
+    steps: Int[Tensor, " batch"],
+    *,
+    max_labels_per_step: int = 10,
+) -> list[list[int]]:
+    """Decode encodings that are there already; see :func:`greedy_decode`.
+
+    Args:
+        model: Transducer, or its programs.
+        encodings: Encodings of the utterances, padded.
+        steps: Number of valid steps of each utterance.
+        max_labels_per_step: See :func:`greedy_decode`.
+
+    Returns:
+        Labels of each utterance, without blanks.
+
+    Raises:
+        ValueError: If ``max_labels_per_step`` is not positive.
+    """
     if max_labels_per_step < 1:
         raise ValueError(f"max_labels_per_step must be at least 1, got {max_labels_per_step}")
-    encodings, steps = model.transcribe(features, lengths)
     batch = torch.arange(len(steps), device=steps.device)
     ones = torch.ones_like(steps)
     prediction, _, state = model.predict(torch.full_like(steps, BLANK).unsqueeze(1), ones, None)

@@ -23,7 +23,7 @@ from typing_extensions import override
 
 from recipes.asr.batches import Batch, seed_of
 from recipes.asr.beam import beam_decode
-from recipes.asr.decoding import Decodable, greedy_decode
+from recipes.asr.decoding import Decodable, greedy_decode, greedy_search
 from recipes.asr.rnnt import Transducer
 from recipes.asr.scoring import Scored, WordErrors, gather_scored, word_errors, word_rate
 from recipes.asr.vocabulary import BLANK, Vocabulary
@@ -93,14 +93,9 @@ class TransducerRecognizer(LightningModule):
 
     def losses(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return the transducer's and the CTC's negative log-likelihood of ``batch``, in nats."""
-        transducer, ctc = self._losses(batch)
-        return transducer.sum(), ctc
-
-    def _losses(self, batch: Batch) -> tuple[Float[Tensor, " batch"], Float[Tensor, ""]]:
-        """Return the transducer's loss of each utterance, and the CTC's of all together."""
         encodings, _, logits, steps = score_references(self.model, batch)
         transducer = transducer_losses(logits, batch.targets, steps, batch.target_lengths)
-        return transducer, self._ctc(encodings, steps, batch)
+        return transducer.sum(), self._ctc(encodings, steps, batch)
 
     def decode(self, batch: Batch, *, beam_width: int = 1) -> list[str]:
         """Recognize ``batch``, greedily or with a beam search."""
@@ -213,8 +208,10 @@ class TransducerRecognizer(LightningModule):
 
     def _score(self, batch: Batch, *, beam_width: int) -> None:
         """Store loss and transcripts of each utterance of ``batch``."""
-        losses, _ = self._losses(batch)
-        greedy = self.decode(batch)
+        encodings, _, logits, steps = score_references(self.model, batch)
+        losses = transducer_losses(logits, batch.targets, steps, batch.target_lengths)
+        labels = greedy_search(self.model, encodings, steps)
+        greedy = [self.vocabulary.decode(sequence) for sequence in labels]
         texts = greedy if beam_width == 1 else self.decode(batch, beam_width=beam_width)
         rows = zip(
             batch.ids,
