@@ -7,11 +7,14 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
+from lightning.pytorch.utilities import rank_zero_warn
 from typing_extensions import override
 
 from lightning_nna.quantization.entropy_constrained import require_rate
 from lightning_nna.weights.codebook import CodebookSettings
 from lightning_nna.weights.method import BitsArguments, BitsMethod
+from lightning_nna.weights.pipeline import Masking
 from lightning_nna.weights.selection import Granularity
 
 
@@ -74,6 +77,24 @@ class CodebookMethod(BitsMethod):
         self.codebook_settings = CodebookSettings(
             granularity, grid_bits, power_of_two_scales, pin_zero, max_entropy_bits, codebook
         )
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        beyond = [
+            f"{name} ({2 ** self.bits[name] + 1} values of {self.bits[name]} bit(s))"
+            for name in self.transforms()
+            if not (self.codebook_settings.pin_zero and self.bits[name] > 1)
+            and any(
+                isinstance(transform, Masking)
+                for transform in self.pipeline.transforms_of(self._parameters[name])
+            )
+        ]
+        if beyond:
+            rank_zero_warn(
+                f"{type(self).__name__}: pruned weights are zero, which is a value beyond the "
+                f"centroids of {', '.join(beyond)}; pass pin_zero=True, from 2 bits on"
+            )
 
     @override
     def settings(self) -> dict[str, Any]:

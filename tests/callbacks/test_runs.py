@@ -97,6 +97,37 @@ def test_the_length_of_a_run_in_manual_optimization(kind: Any, limits: dict[str,
     assert prune.steps == pytest.approx(prune._total_steps, abs=1)
 
 
+class Wrapping(torch.optim.Optimizer):
+    """An optimizer around another that has all its attributes, as torchao's PARQ is."""
+
+    def __init__(self, inner: torch.optim.Optimizer) -> None:
+        self.inner = inner
+
+    def __getattribute__(self, name: str) -> Any:
+        try:
+            return super(torch.optim.Optimizer, self).__getattribute__(name)
+        except AttributeError:
+            return getattr(self.inner, name)
+
+    def step(self, closure: Any = None) -> Any:
+        return self.inner.step(closure)
+
+
+class WrappedOptimizer(SmallRecurrentModule):
+    """Trained by an optimizer around another."""
+
+    def configure_optimizers(self) -> Any:
+        return Wrapping(super().configure_optimizers())
+
+
+@pytest.mark.parametrize("kind", [MagnitudePruning, CompressedSensingPruning])
+def test_steps_of_an_optimizer_around_another_count(kind: Any) -> None:
+    torch.manual_seed(0)
+    fitted, prune, nna = WrappedOptimizer(), kind(0.5), NNAEmulation(calibration_steps=2)
+    trainer(prune, nna, steps=6).fit(fitted)
+    assert (prune.steps, nna.steps, zeros(fitted)) == (6, 6, 0.5)
+
+
 def test_a_freeze_step_that_is_jumped_over_is_made_up_for(tmp_path: Path) -> None:
     long = {"start": 0.0, "end": 1.0, "until": 30}
     with pytest.warns(UserWarning, match=r"missed its target: sparsity is 0.0%, not 50.0%"):

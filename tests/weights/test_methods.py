@@ -675,3 +675,22 @@ def test_one_bit_has_no_pinned_zero(method: str) -> None:
     assert len(one.unique()) == 2
     assert float(one.detach().min()) < 0 < float(one.detach().max())
     assert bool((fitted.get_parameter("lstm.weight_hh_l0") == 0).any())
+
+
+@pytest.mark.parametrize("method", ["gq", "hard"])
+def test_zeros_of_pruning_beyond_the_codebook_are_warned_of(method: str) -> None:
+    callback = METHODS[method](bits=2, targets=["head.first"])
+    with pytest.warns(UserWarning, match=r"head.first.weight \(5 values of 2 bit"):
+        trainer(callback, MagnitudePruning(0.5), steps=4).fit(module())
+
+
+@pytest.mark.parametrize("settings", [{"pin_zero": True}, {"targets": ["lstm"]}])
+@pytest.mark.parametrize("method", ["gq", "hard"])
+@pytest.mark.filterwarnings("error:.*pruned weights:UserWarning")
+def test_zeros_of_pruning_in_the_codebook_or_beside_it_are_not(
+    method: str, settings: dict[str, Any]
+) -> None:
+    callback, fitted = METHODS[method](bits=2, **settings), module()
+    trainer(callback, MagnitudePruning(0.5, targets=["head.first"]), steps=4).fit(fitted)
+    weight = fitted.get_parameter("head.first.weight").detach()
+    assert bool((weight == 0).any())
