@@ -330,18 +330,18 @@ def settings_runs() -> dict[str, list[SettingRun]]:
         "hard": [
             SettingRun(bits, strength, hard=hard)
             for bits, hard, strength in itertools.product(
-                (4, 2), ("often", "rarely", "late"), (0.0, 1e-4)
+                (4, 2), ("often", "rarely", "late"), (0.0, 1e-3, 1e-2)
             )
         ],
         "unscaled": [
             SettingRun(bits, strength, scaled=False)
-            for bits, strength in itertools.product((4, 2), (1e-6, 1e-5, 1e-4))
+            for bits, strength in itertools.product((4, 2), (1e-5, 1e-4, 1e-3))
         ],
         "schedule": [
-            SettingRun(bits, 1e-4, schedule=schedule)
+            SettingRun(bits, 1e-2, schedule=schedule)
             for bits, schedule in itertools.product((4, 2), ("constant", "off"))
         ],
-        "rate": [SettingRun(2, strength, rate=1e-3) for strength in (0.0, 1e-4, 1e-3)],
+        "rate": [SettingRun(2, strength, rate=1e-3) for strength in (0.0, 1e-3, 1e-2)],
     }
 
 
