@@ -12,11 +12,13 @@ Each run is one of ``recipes.train`` on the synthetic commands, from the weights
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lightning_nna.files import write_whole
 from recipes.benchmark.grid import Study, axis, threads_option
 from recipes.benchmark.plots import saved_figure
 from recipes.benchmark.recipe_runs import (
@@ -29,6 +31,7 @@ from recipes.benchmark.recipe_runs import (
     evaluation,
     metrics_of,
     packed_errors,
+    run_recipe,
     training,
     wer_difference,
 )
@@ -117,7 +120,37 @@ ADDED = {
     ),
     "codebook_free": _codebook("without the zero", pin_zero="false"),
 }
-METHODS = {**BASELINES, **COMPARED, **PARTS, **ADDED}
+#: Together with others of the project's methods, and not the same width everywhere.
+COMBINED = {
+    "gq_distilled": Method("GQ and distillation", "gq", ("callbacks=distillation",)),
+    "gq_ones": Method("GQ, 1 bit in the tensors that allow it", "gq"),
+    "gq_mixed": Method("GQ, bits of each tensor allocated, mean", "gq"),
+    "csp50": Method("CSP, 50 % zeros", "csp", ("sparsity=0.5",)),
+    "csp70": Method("CSP, 70 % zeros", "csp", ("sparsity=0.7",)),
+    "csp80": Method("CSP, 80 % zeros", "csp", ("sparsity=0.8",)),
+    "csp50_gq": Method("CSP, 50 % zeros, and GQ", "csp_gq", ("sparsity=0.5",)),
+    "csp80_gq": Method("CSP, 80 % zeros, and GQ", "csp_gq", ("sparsity=0.8",)),
+}
+METHODS = {**BASELINES, **COMPARED, **PARTS, **ADDED, **COMBINED}
+#: Widths of the methods that do not have those of the grid.
+WIDTHS: dict[str, Sequence[int]] = {
+    "float": (32,),
+    "float_tuned": (32,),
+    "chip": (8,),
+    "nna8": (8,),
+    "gq_distilled": (3, 2),
+    "gq_ones": (4, 3),
+    "gq_mixed": (3, 2),
+    "csp50": (8,),
+    "csp70": (8,),
+    "csp80": (8,),
+    "csp50_gq": (4,),
+    "csp80_gq": (4,),
+}
+#: Compressions whose weights have the 8 bits of the accelerator, or none.
+_WITHOUT_BITS = ("none", "nna8", "csp")
+#: Mean bits of the allocation whose tensors of 1 bit ``gq_ones`` takes.
+_ONES_OF = 2
 
 
 @dataclass(frozen=True)
@@ -151,14 +184,31 @@ class LowBitsRun(RecipeRun):
         """Module and overrides of the run."""
         method, start = METHODS[self.method], STARTS[self.model]
         settings = [*compressed(method.compression), *method.settings]
-        if self.method not in BASELINES:
+        if method.compression not in _WITHOUT_BITS:
             settings.append(f"bits={self.bits}")
+        if self.allocation is not None:
+            settings.append(f"bit_overrides={self.allocation}")
         if method.compression == "parq":
             settings.append(f"parq_steps={self.steps}")
         settings.append(f"data.test_part={self.part}")
         if not method.trains:
             return evaluation(self.folder, *settings, start=start)
         return training(self.seed, self.folder, *settings, start=start, steps=self.steps)
+
+    @property
+    def allocation(self) -> Path | None:
+        """File of the bits of each tensor, which :meth:`prepare` makes; None for one width."""
+        if self.method == "gq_mixed":
+            return allocation_folder(self.model, self.bits) / "bits.json"
+        if self.method == "gq_ones":
+            return allocation_folder(self.model, _ONES_OF) / "ones.json"
+        return None
+
+    def prepare(self) -> None:
+        """Allocate bits to tensors, where the method needs it."""
+        if self.allocation is not None and not self.allocation.exists():
+            bits = self.bits if self.method == "gq_mixed" else _ONES_OF
+            allocate(self.model, bits, threads=self.threads)
 
     def row(self, summary: Mapping[str, Any]) -> Row:
         """Make the row of a finished run from its summary."""
@@ -173,6 +223,39 @@ class LowBitsRun(RecipeRun):
             "packed_bytes": summary["packed_bytes"],
             "utterance_errors": packed_errors(self.folder),
         }
+
+
+def allocation_folder(model: str, mean_bits: int) -> Path:
+    """Return the folder of an allocation of bits.
+
+    Args:
+        model: A key of :data:`STARTS`.
+        mean_bits: Largest mean bits of a weight.
+    """
+    return RUNS / "allocations" / model / str(mean_bits)
+
+
+def allocate(model: str, mean_bits: int, *, threads: int | None) -> None:
+    """Run ``recipes.allocate``: write ``bits.json``, and ``ones.json`` with the tensors of 1 bit.
+
+    Args:
+        model: A key of :data:`STARTS`.
+        mean_bits: Largest mean bits of a weight.
+        threads: Number of CPU threads; None leaves the recipe's own.
+    """
+    folder = allocation_folder(model, mean_bits)
+    run_recipe(
+        "recipes.allocate",
+        f"ckpt={STARTS[model].weights}",
+        f"target_mean_bits={mean_bits}",
+        f"run_dir={folder}",
+        f"hydra.run.dir={folder}",
+        *([] if threads is None else [f"threads={threads}"]),
+        log=folder / "run.log",
+    )
+    bits = json.loads((folder / "bits.json").read_text(encoding="utf-8"))
+    ones = {name: each for name, each in bits.items() if each == 1}
+    write_whole(folder / "ones.json", json.dumps(ones, indent=1))
 
 
 def runs(
@@ -196,7 +279,6 @@ def runs(
         part: Part of the corpus that is scored: ``"test"``, or ``"validation"`` to choose settings.
         threads: Number of CPU threads of each run.
     """
-    widths = {"float": [32], "float_tuned": [32], "chip": [8], "nna8": [8]}
     grid = itertools.product(seeds, steps, models, methods)
     return list(
         dict.fromkeys(
@@ -204,7 +286,7 @@ def runs(
             if METHODS[method].trains
             else LowBitsRun(model, method, width, 0, SEEDS[0], part, threads=threads)
             for seed, budget, model, method in grid
-            for width in widths.get(method, bits)
+            for width in WIDTHS.get(method, bits)
         )
     )
 
@@ -231,6 +313,7 @@ def report(rows: Sequence[Row]) -> Fields:
             for steps in BUDGETS[1:]
             if select(tested, model=model, method=method, bits=bits, steps=steps)
         ],
+        "combined": combined(tested),
         "parts": parts(rows),
         "checks": checks(tested),
         "runs": [run_line(row) for row in sorted(rows, key=_position)],
@@ -255,6 +338,34 @@ def mean_line(rows: Sequence[Row], model: str, method: str, bits: int, steps: in
         points(change),
         f"{selected[0]['packed_bytes'] / 1e6:.3f} MB",
     )
+
+
+def combined(rows: Sequence[Row]) -> list[str]:
+    """Make the lines of small networks: differences to float and to GQ, and sizes."""
+    rows = [row for row in rows if row["steps"] in (0, STEPS)]
+    lines = []
+    for model, method in itertools.product(STARTS, ("float_tuned", "nna8", "gq", *COMBINED)):
+        baseline = select(rows, model=model, method="float")
+        found = select(rows, model=model, method=method)
+        for bits in sorted({row["bits"] for row in found}, reverse=True):
+            selected = select(found, bits=bits)
+            plain = select(rows, model=model, method="gq", bits=bits)
+            gq = None if method not in COMBINED else wer_difference(selected, plain)
+            packed = selected[0]["packed_bytes"]
+            lines.append(
+                line(
+                    STARTS[model].title,
+                    METHODS[method].title,
+                    bits,
+                    len(selected),
+                    *word_errors(selected),
+                    points(wer_difference(selected, baseline)),
+                    points(gq),
+                    f"{packed / 1e6:.3f} MB",
+                    f"{baseline[0]['packed_bytes'] / packed:.1f}",
+                )
+            )
+    return lines
 
 
 def parts(rows: Sequence[Row]) -> list[str]:
@@ -377,7 +488,7 @@ STUDY = Study(
     options={
         "models": axis(STARTS),
         "methods": {**axis(METHODS), "default": [*BASELINES, *COMPARED]},
-        "bits": axis((4, 3, 2, 1)),
+        "bits": {**axis((8, 5, 4, 3, 2, 1)), "default": [4, 3, 2, 1]},
         "steps": {**axis(BUDGETS), "default": [STEPS]},
         "seeds": axis(SEEDS, is_open=True),
         "part": {"choices": ["test", "validation"], "default": "test"},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,12 @@ import pytest
 from hydra import compose, initialize
 
 from recipes.benchmark.low_bits import (
-    BASELINES,
     METHODS,
     STUDY,
     LowBitsRun,
+    allocation_folder,
     checks,
+    combined,
     parts,
     runs,
 )
@@ -85,10 +87,11 @@ def test_every_run_has_a_folder_of_its_own() -> None:
     ]
 
 
-@pytest.mark.parametrize("model", STARTS)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    ("model", "method"), [*(("rnnt", each) for each in METHODS), ("conformer", "gq")]
+)
 def test_every_command_composes(model: str, method: str) -> None:
-    [run] = runs(models=[model], methods=[method], bits=[2], seeds=[1], part="validation")
+    run, *_ = runs(models=[model], methods=[method], bits=[2], seeds=[1], part="validation")
     module, *overrides = run.command
     name = module.removeprefix("recipes.")
     settings = [word for word in overrides if not word.startswith("hydra.")]
@@ -96,7 +99,8 @@ def test_every_command_composes(model: str, method: str) -> None:
         config = compose(config_name=name, overrides=settings)
     check_settings(config, name)
     assert config.data.test_part == "validation"
-    assert config.bits == (None if method in BASELINES else 2)
+    assert config.bits in (None, run.bits)
+    assert (config.bits is None) == (METHODS[method].compression in ("none", "nna8", "csp"))
     assert STARTS[model].weights.is_file()
 
 
@@ -151,6 +155,47 @@ def test_parts_are_compared_on_the_validation_part() -> None:
     assert own == f"| GQ | 2 | 480 | 1 | {rate} | 0.4000 | - |"
     assert other == f"| µ = 15 | 2 | 480 | 1 | {rate} | 0.4000 | +0.0 (+0.0 to +0.0, tied) |"
     assert codebook.startswith("| fixed codebook, straight-through | 2 | 480 |")
+
+
+def test_small_networks_are_compared_with_float_and_with_gq() -> None:
+    few, many = _errors(0.10, 0), _errors(0.12, 1)
+    rows = [
+        _row("float", 32, few, packed_bytes=8e6),
+        _row("gq", 4, many),
+        _row("gq_ones", 4, many),
+        _row("csp50", 8, few, packed_bytes=2e6),
+    ]
+    gq, ones, sparse = combined(rows)
+    tied = "+0.0 (+0.0 to +0.0, tied)"
+    assert gq.startswith("| commands, RNN-T | GQ | 4 | 1 |")
+    assert gq.endswith("| - | 1.000 MB | 8.0 |")
+    assert ones.endswith(f"| {tied} | 1.000 MB | 8.0 |")
+    assert sparse.endswith(f"| {tied} | - | 2.000 MB | 4.0 |")
+
+
+def test_bits_of_tensors_are_allocated_once_for_all_runs(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    bits, asked = {"model.a.weight": 1, "model.b.weight": 4}, []
+
+    def run_recipe(module: str, *overrides: str, log: Path) -> None:
+        asked.append((module, *overrides))
+        log.parent.mkdir(parents=True, exist_ok=True)
+        log.with_name("bits.json").write_text(json.dumps(bits))
+
+    monkeypatch.setattr("recipes.benchmark.low_bits.run_recipe", run_recipe)
+    monkeypatch.chdir(tmp_path)
+    grid = runs(models=["rnnt"], methods=["gq_ones", "gq_mixed"], seeds=[1])
+    for run in grid:
+        run.prepare()
+    assert [run.bits for run in grid] == [4, 3, 3, 2]
+    assert ["target_mean_bits=2" in each for each in asked] == [True, False]
+    folder = allocation_folder("rnnt", 2)
+    files = [run.allocation for run in grid]
+    assert files[:2] == [folder / "ones.json", folder / "ones.json"]
+    assert files[2:] == [allocation_folder("rnnt", 3) / "bits.json", folder / "bits.json"]
+    assert json.loads((folder / "ones.json").read_text()) == {"model.a.weight": 1}
+    assert f"bit_overrides={files[0]}" in grid[0].command
 
 
 def test_the_report_has_every_row_and_a_figure(tmp_path: Path) -> None:
