@@ -13,7 +13,6 @@ import lightning.pytorch as pl
 import numpy as np
 import torch
 from lightning.pytorch import Callback, Trainer
-from omegaconf import DictConfig, OmegaConf
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -23,8 +22,7 @@ from lightning_nna.callbacks import NNAEmulation
 from lightning_nna.deploy import Program, export_tflite
 from lightning_nna.emulation.attachment import attached
 from lightning_nna.emulation.spec import NNASpec
-from recipes.asr.deployed import DeployedTransducer, export_transducer
-from recipes.asr.rnnt import Encoder
+from recipes.benchmark.exported import export_checkpoint
 from recipes.benchmark.grid import Run
 from recipes.benchmark.recipe_runs import (
     SEEDS,
@@ -37,12 +35,9 @@ from recipes.benchmark.recipe_runs import (
     training,
 )
 from recipes.benchmark.rows import Row
-from recipes.deploy import compare, trained_callbacks
 from recipes.keywords.data import KeywordData
 from recipes.keywords.network import KeywordNetwork, folded_weights
 from recipes.keywords.spotter import KeywordSpotter
-from recipes.preparation import rebuild
-from recipes.weights import load_weights
 
 RUNS = Path("runs/awareness")
 
@@ -235,26 +230,9 @@ class RecognizerRun(AwarenessRun):
     def program(self) -> Row:
         """Export the three programs, and compare them on batches of the test set."""
         checkpoint = self.trained_folder / "checkpoints" / "last.ckpt"
-        config = OmegaConf.create(
-            {"ckpt": str(checkpoint), "callbacks": {}, "data": {}, "beam_width": 1}
+        _, models, deployed, _, comparison = export_checkpoint(
+            checkpoint, self.folder / "programs", batches=_COMPARED_BATCHES
         )
-        assert isinstance(config, DictConfig)
-        weights = load_weights(checkpoint)
-        _, datamodule, recognizer = rebuild(weights, config)
-        callbacks = trained_callbacks(weights, config)
-        for callback in callbacks:
-            if isinstance(callback, NNAEmulation):
-                callback.load_state_dict(weights.callbacks[callback.state_key])
-        trainer = _trainer(callbacks, limit_test_batches=1)
-        trainer.test(recognizer, datamodule, verbose=False)
-        recognizer.eval()
-        batches = list(itertools.islice(datamodule.test_dataloader(), _COMPARED_BATCHES))
-        is_recurrent = isinstance(recognizer.model.encoder, Encoder)
-        frames = None if is_recurrent else max(int(b.feature_lengths.max()) for b in batches)
-        programs = self.folder / "programs"
-        models = export_transducer(recognizer, programs, utterance_frames=frames)
-        deployed = DeployedTransducer(programs)
-        comparison = compare(recognizer, deployed, batches)
         return {
             "runtime": deployed.programs["joint"].runtime.title,
             "outputs": comparison.outputs,

@@ -19,15 +19,12 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
-from lightning.pytorch import Trainer
 from matplotlib.ticker import FixedLocator
-from omegaconf import OmegaConf
 
-from lightning_nna.callbacks import NNAEmulation
 from recipes.asr.decoding import greedy_decode
-from recipes.asr.deployed import DeployedTransducer, export_transducer
 from recipes.asr.scoring import RateDifference
 from recipes.benchmark.deployment import SYSTEMS
+from recipes.benchmark.exported import export_checkpoint
 from recipes.benchmark.grid import Study, axis, threads_option
 from recipes.benchmark.plots import saved_figure
 from recipes.benchmark.recipe_runs import (
@@ -45,10 +42,7 @@ from recipes.benchmark.recipe_runs import (
 )
 from recipes.benchmark.report import Fields, line, mean_loss, met, percent, points, word_errors
 from recipes.benchmark.rows import Row, select
-from recipes.deploy import compare, compile_for, cost, trained_callbacks
-from recipes.evaluate import restore_or_calibrate
-from recipes.preparation import rebuild
-from recipes.weights import load_weights
+from recipes.deploy import compile_for, cost
 
 RUNS = Path("runs/s8bqat")
 BITS = (5, 4, 3, 2)
@@ -290,24 +284,9 @@ def compiled(checkpoint: Path, folder: Path) -> list[dict[str, Any]]:
         Vela's estimates for each of :data:`SYSTEMS`, with the fraction of equal outputs on some
         batches.
     """
-    weights = load_weights(checkpoint)
-    config = OmegaConf.create(
-        {"ckpt": str(checkpoint), "data": {}, "callbacks": {}, "beam_width": 1}
+    datamodule, models, deployed, batches, comparison = export_checkpoint(
+        checkpoint, folder / "programs", batches=_COMPARED_BATCHES
     )
-    _, datamodule, recognizer = rebuild(weights, config)
-    callbacks = trained_callbacks(weights, config)
-    emulation = next(each for each in callbacks if isinstance(each, NNAEmulation))
-    restore_or_calibrate(recognizer, datamodule, emulation, weights, batches=1)
-    trainer = Trainer(
-        accelerator="cpu", devices=1, logger=False, callbacks=callbacks, limit_test_batches=1
-    )
-    trainer.test(recognizer, datamodule, verbose=False)
-    recognizer.eval()
-    models = export_transducer(recognizer, folder / "programs")
-    deployed = DeployedTransducer(folder / "programs")
-    batches = list(itertools.islice(datamodule.test_dataloader(), _COMPARED_BATCHES))
-    comparison = compare(recognizer, deployed, batches)
-    deployed.calls.clear()
     for batch in batches:
         greedy_decode(deployed, batch.features, batch.feature_lengths)
     frames = sum(float(batch.feature_lengths.sum()) for batch in batches)
