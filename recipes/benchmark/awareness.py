@@ -61,8 +61,8 @@ OPERATORS: dict[str, tuple[str, ...] | None] = {
 }
 #: Accelerators that each network is trained for; on the others it loses next to nothing untrained.
 TRAINED = {
-    "rnnt": ("weights4", "shift", "accumulator16"),
-    "conformer": ("weights4", "shift", "accumulator16"),
+    "rnnt": ("weights4", "weights4_per_tensor", "accumulator16"),
+    "conformer": ("weights4", "weights4_per_tensor", "accumulator16"),
     "keywords": ("per_tensor", "weights4", "weights4_per_tensor", "shift", "accumulator16"),
 }
 
