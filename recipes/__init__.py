@@ -1,4 +1,4 @@
-"""Scripts that are launched, `python -m recipes.train` first of all; not part of the wheel."""
+"""Programs that are launched: ``python -m recipes.train``, or ``lightning-nna train``."""
 
 from importlib.util import find_spec
 
@@ -27,8 +27,6 @@ def require_extra(extra: str, *modules: str) -> None:
 
 
 require_extra(
-    *("asr", "espeakng_loader", "hydra", "lhotse", "matplotlib", "omegaconf", "safetensors"),
-    *("soundfile", "torchaudio", "tqdm"),
+    *("asr", "ai_edge_litert", "espeakng_loader", "flatbuffers", "hydra", "lhotse", "matplotlib"),
+    *("omegaconf", "safetensors", "soundfile", "torchaudio", "tqdm"),
 )
-# The size of what was trained is that of its packed file.
-require_extra("deploy", "ai_edge_litert", "flatbuffers")

@@ -39,7 +39,7 @@ from recipes.weights import load_weights
 _log = logging.getLogger(__name__)
 
 
-@hydra.main(version_base="1.3", config_path="../conf", config_name="allocate")
+@hydra.main(version_base="1.3", config_path="conf", config_name="allocate")
 def main(config: DictConfig) -> None:
     """Run :func:`allocate`, or :func:`price_zeros` with ``zeros``, and print its table."""
     if config.zeros is None:
@@ -53,7 +53,7 @@ def allocate(config: DictConfig) -> BitAllocation:
     """Measure the loss, allocate bits, and write ``bits.json`` into the run folder.
 
     Args:
-        config: Composed configuration ``allocate`` of ``conf/``.
+        config: Composed configuration ``allocate`` of ``recipes/conf``.
 
     Returns:
         Bits of every selected tensor.
@@ -86,7 +86,8 @@ def price_zeros(config: DictConfig) -> dict[str, float]:
     """Measure what a zero of each weight saves, and write ``zero_prices.json`` into the run folder.
 
     Args:
-        config: Composed configuration ``allocate`` of ``conf/``, with ``zeros`` and ``budget``.
+        config: Composed configuration ``allocate`` of ``recipes/conf``, with ``zeros``
+            and ``budget``.
 
     Raises:
         FileNotFoundError: If ``ckpt`` does not exist.

@@ -31,7 +31,7 @@ from recipes.deploy import table as deployment
 from recipes.evaluate import evaluate
 from recipes.train import train
 
-CONF = Path(__file__).resolve().parents[1] / "conf"
+CONF = Path(__file__).resolve().parent / "conf"
 FOLDER = Path("runs/demo")
 TITLES = {
     "float": "float",

@@ -57,7 +57,7 @@ from recipes.weights import TrainedWeights, load_weights
 _log = logging.getLogger(__name__)
 
 
-@hydra.main(version_base="1.3", config_path="../conf", config_name="deploy")
+@hydra.main(version_base="1.3", config_path="conf", config_name="deploy")
 def main(config: DictConfig) -> None:
     """Run :func:`deploy` and print its table."""
     _log.info("\n%s", table(deploy(config)))
@@ -88,7 +88,7 @@ def deploy(config: DictConfig) -> dict[str, Any]:
     """Export ``config.ckpt``, score its programs, and estimate their cost.
 
     Args:
-        config: Composed configuration ``deploy`` of ``conf/``.
+        config: Composed configuration ``deploy`` of ``recipes/conf``.
 
     Returns:
         Content of ``summary.json`` in the run folder. The folder also has the programs in

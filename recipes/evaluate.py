@@ -39,7 +39,7 @@ from recipes.train import build_callbacks, score_test
 from recipes.weights import TrainedWeights, load_weights
 
 
-@hydra.main(version_base="1.3", config_path="../conf", config_name="evaluate")
+@hydra.main(version_base="1.3", config_path="conf", config_name="evaluate")
 def main(config: DictConfig) -> None:
     """Run :func:`evaluate` and print its summary."""
     log_summary(evaluate(config))
@@ -49,7 +49,7 @@ def evaluate(config: DictConfig) -> dict[str, Any]:
     """Score ``config.ckpt`` on the test set.
 
     Args:
-        config: Composed configuration ``evaluate`` of ``conf/``.
+        config: Composed configuration ``evaluate`` of ``recipes/conf``.
 
     Returns:
         Content of ``summary.json`` in the run folder.

@@ -32,7 +32,7 @@ def prepare_process(config: DictConfig, name: str) -> None:
     """Validate the settings of a recipe, then set threads and seed of this process.
 
     Args:
-        config: Composed configuration of ``conf/``; ``seed`` is optional.
+        config: Composed configuration of ``recipes/conf``; ``seed`` is optional.
         name: Name of the configuration, such as ``"train"``.
 
     Raises:

@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from lightning_nna.emulation.spec import DEFAULT_PRESET
 
-CONF = Path(__file__).resolve().parents[1] / "conf"
+CONF = Path(__file__).resolve().parent / "conf"
 
 #: Settings that the groups of compression read; each group gives a value to those that it uses.
 METHOD_SETTINGS = ("bits", "sparsity", "pattern", "bit_overrides", "parq_steps")
@@ -25,7 +25,7 @@ def check_settings(config: DictConfig, name: str) -> None:
     """Raise unless every setting of ``config`` has a value and is used.
 
     Args:
-        config: Composed configuration of ``conf/``.
+        config: Composed configuration of ``recipes/conf``.
         name: Name of the configuration, such as ``"train"``.
 
     Raises:

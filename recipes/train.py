@@ -42,7 +42,7 @@ from recipes.settings import instantiate_all
 from recipes.weights import load_weights, put_into
 
 
-@hydra.main(version_base="1.3", config_path="../conf", config_name="train")
+@hydra.main(version_base="1.3", config_path="conf", config_name="train")
 def main(config: DictConfig) -> None:
     """Run :func:`train` and print its summary."""
     log_summary(train(config))
@@ -52,7 +52,7 @@ def train(config: DictConfig) -> dict[str, Any]:
     """Train a recognizer, and score it on the test set.
 
     Args:
-        config: Composed configuration ``train`` of ``conf/``.
+        config: Composed configuration ``train`` of ``recipes/conf``.
 
     Returns:
         Content of ``summary.json`` in the run folder.

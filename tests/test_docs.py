@@ -44,8 +44,8 @@ def test_paths_of_the_makefile_exist() -> None:
 def test_configurations_exist(page: Path) -> None:
     commands = re.findall(r"^.*-m recipes[.]\w+ (.*)$", page.read_text("utf-8"), re.MULTILINE)
     choices = re.findall(r"(?<![\w.])([a-z_]+)=([\w-]+)(?=\s|`|$)", " ".join(commands))
-    groups = {path.name for path in (ROOT / "conf").iterdir() if path.is_dir()}
-    files = [ROOT / "conf" / group / f"{option}.yaml" for group, option in choices]
+    groups = {path.name for path in (ROOT / "recipes" / "conf").iterdir() if path.is_dir()}
+    files = [ROOT / "recipes" / "conf" / group / f"{option}.yaml" for group, option in choices]
     assert [path for path in files if path.parent.name in groups and not path.exists()] == []
 
 

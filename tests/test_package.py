@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from packaging.requirements import Requirement
 import lightning_nna
 from tests.conftest import ROOT
 
-SOURCE_FOLDERS = ("conf", "docs", "lightning_nna", "recipes", "tests", ".ci")
+SOURCE_FOLDERS = ("docs", "lightning_nna", "recipes", "tests", ".ci")
 TEXT_SUFFIXES = {
     "",
     ".cfg",
@@ -41,14 +42,44 @@ def committed_text() -> list[Path]:
     return [path for path in files if path.suffix in TEXT_SUFFIXES]
 
 
-def test_wheel_ships_the_package_alone(tmp_path: Path) -> None:
-    (wheel,) = WheelBuilder(str(ROOT)).build(directory=str(tmp_path), versions=["standard"])
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with what the wheel has."""
+    folder = tmp_path_factory.mktemp("wheel")
+    (wheel,) = WheelBuilder(str(ROOT)).build(directory=str(folder), versions=["standard"])
+    zipfile.ZipFile(wheel).extractall(folder / "site")
+    return folder / "site"
 
-    names = zipfile.ZipFile(wheel).namelist()
 
+def test_wheel_ships_package_and_recipes_alone(installed: Path) -> None:
     metadata = f"lightning_nna-{lightning_nna.__version__}.dist-info"
-    assert {name.split("/")[0] for name in names} == {"lightning_nna", metadata}
-    assert "lightning_nna/py.typed" in names
+    assert {path.name for path in installed.iterdir()} == {"lightning_nna", "recipes", metadata}
+    assert (installed / "lightning_nna" / "py.typed").is_file()
+    assert (installed / "recipes" / "conf" / "train.yaml").is_file()
+    assert not (installed / "recipes" / "benchmark").exists()
+
+
+def test_recipes_of_the_wheel_find_their_settings_and_the_users(
+    installed: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "mine" / "experiment").mkdir(parents=True)
+    (tmp_path / "mine" / "experiment" / "own.yaml").write_text(
+        "# @package _global_\ndefaults:\n  - commands\n  - _self_\nname: own\n"
+    )
+    script = "from recipes.command_line import main; main()"
+    done = subprocess.run(
+        [
+            *(sys.executable, "-c", script, "train", "--config-dir", "mine", "experiment=own"),
+            *("--cfg", "job"),
+        ],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(installed), "PYTHONSAFEPATH": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "name: own\n" in done.stdout
+    assert "train_size: 8000" in done.stdout
 
 
 def test_core_imports_without_the_speech_stack() -> None:

@@ -2,7 +2,7 @@
 
 `SpeechDataModule` turns a corpus into batches: manifests, vocabulary, cached features at several
 speeds, SpecAugment, buckets of similar duration. `spoken_words`, `an4` and `librispeech` build it
-for one corpus each; they are the targets of the files in ``conf/data``.
+for one corpus each; they are the targets of the files in ``recipes/conf/data``.
 """
 
 from __future__ import annotations

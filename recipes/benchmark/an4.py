@@ -54,7 +54,7 @@ class AN4Run(RecipeRun):
 
     @property
     def experiment(self) -> str:
-        """Name of the configuration in ``conf/experiment``."""
+        """Name of the configuration in ``recipes/conf/experiment``."""
         return f"an4_{self.model}" + ("_finetune" if self.method == "nna8" else "")
 
     @property

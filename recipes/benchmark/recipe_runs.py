@@ -22,6 +22,7 @@ from recipes.asr.scoring import RateDifference, paired_difference
 from recipes.asr.spoken_words import SpokenWords
 from recipes.benchmark.grid import Run
 from recipes.benchmark.rows import Row
+from recipes.settings import CONF
 
 #: Seeds of the training; the float weights that all runs start from are the same.
 SEEDS = (1, 2, 3)
@@ -275,7 +276,7 @@ def commands_words(part: str = "test") -> np.ndarray:
     Returns:
         Numbers of words, shape ``(utterances,)``.
     """
-    settings = yaml.safe_load(Path("conf/data/commands.yaml").read_text(encoding="utf-8"))
+    settings = yaml.safe_load((CONF / "data" / "commands.yaml").read_text(encoding="utf-8"))
     corpus = SpokenWords(
         vocabulary=settings["vocabulary"],
         validation_size=settings["validation_size"],

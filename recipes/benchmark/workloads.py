@@ -79,7 +79,7 @@ def _conformer_batch() -> tuple[Tensor, ...]:
 
 
 class _Transducer(nn.Module):
-    """The RNN-T of ``conf/model/an4.yaml``."""
+    """The RNN-T of ``recipes/conf/model/an4.yaml``."""
 
     def __init__(self) -> None:
         super().__init__()

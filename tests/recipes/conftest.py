@@ -11,7 +11,7 @@ import soundfile
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
-CONF = Path(__file__).resolve().parents[2] / "conf"
+CONF = Path(__file__).resolve().parents[2] / "recipes" / "conf"
 TEXTS = ("YES", "NO", "GO ON", "STOP", "A B", "NINE")
 
 SMALL_NETWORK = (
@@ -22,7 +22,7 @@ SMALL_NETWORK = (
     "model.network.predictor_size=16",
     "model.network.joint_size=16",
 )
-"""Overrides that make any model of conf/ quick to train."""
+"""Overrides that make any model of recipes/conf quick to train."""
 
 
 @pytest.fixture(scope="session")
@@ -45,7 +45,7 @@ def small_an4(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def compose_config(tmp_path: Path) -> Callable[..., DictConfig]:
-    """Compose a configuration of conf/ with its run folder and cache in the test's folder."""
+    """Compose a configuration with its run folder and cache in the test's folder."""
 
     def composed(name: str, *overrides: str) -> DictConfig:
         with initialize_config_dir(str(CONF), version_base="1.3"):

@@ -1,4 +1,4 @@
-"""Every file of conf/ composes, and names only what the code it builds takes."""
+"""Every file of recipes/conf composes, and names only what the code it builds takes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from lightning_nna.callbacks import GeneralQuantizer
 
-CONF = Path(__file__).resolve().parents[2] / "conf"
+CONF = Path(__file__).resolve().parents[2] / "recipes" / "conf"
 GROUPS = ("callbacks", "data", "model", "trainer", "nna", "compression", "logger", "sweep")
 EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
 CHOICES = sorted(

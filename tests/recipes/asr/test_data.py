@@ -20,7 +20,7 @@ from recipes.asr.features import SpecAugment
 from recipes.asr.vocabulary import Vocabulary
 from tests.recipes.asr.small_corpus import truncate, write_an4
 
-CONF = Path(__file__).resolve().parents[3] / "conf" / "data"
+CONF = Path(__file__).resolve().parents[3] / "recipes" / "conf" / "data"
 SETTINGS = {
     "num_mels": 20,
     "batch_seconds": 3.0,

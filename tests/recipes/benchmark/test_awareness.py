@@ -54,7 +54,7 @@ SCORED = [run for run in RECOGNIZERS if run.method != "trained"]
 
 def composed(name: str, command: list[str]) -> DictConfig:
     settings = [each for each in command[1:] if "hydra." not in each]
-    with initialize(version_base="1.3", config_path="../../../conf"):
+    with initialize(version_base="1.3", config_path="../../../recipes/conf"):
         config = compose(name, [*settings, "run_dir=somewhere"])
     check_settings(config, name)
     return config

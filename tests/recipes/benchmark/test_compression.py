@@ -69,7 +69,7 @@ def test_every_command_composes(run: CompressionRun) -> None:
     module, *overrides = run.command
     name = module.removeprefix("recipes.")
     settings = [word for word in overrides if not word.startswith("hydra.")]
-    with initialize(version_base="1.3", config_path="../../../conf"):
+    with initialize(version_base="1.3", config_path="../../../recipes/conf"):
         config = compose(config_name=name, overrides=settings)
     check_settings(config, name)
     expected = {SMALL_ONE_BIT: 4} | dict.fromkeys(ALLOCATIONS, 8)

@@ -86,7 +86,7 @@ def test_rows_have_the_keys_of_the_table() -> None:
 
 
 def test_every_command_composes() -> None:
-    with initialize(version_base="1.3", config_path="../../../conf"):
+    with initialize(version_base="1.3", config_path="../../../recipes/conf"):
         for run in runs(seeds=(1, 2)):
             module, *overrides = run.command
             config = compose("deploy", overrides=[o for o in overrides if "hydra." not in o])
@@ -103,7 +103,7 @@ def test_other_sizes_are_trained_into_the_folders_that_are_deployed(
 ) -> None:
     configs = []
     run = next(run for run in runs() if run.model == model)
-    with initialize(version_base="1.3", config_path="../../../conf"):
+    with initialize(version_base="1.3", config_path="../../../recipes/conf"):
         for command in (run.float_command, run.fine_tuning_command):
             module, *overrides = command
             assert module == "recipes.train"

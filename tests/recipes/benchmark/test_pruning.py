@@ -65,7 +65,7 @@ def test_every_command_composes_and_its_callback_can_be_made(method: str) -> Non
     run = runs(methods=[method])[0]
     module, *overrides = run.command
     settings = [word for word in overrides if not word.startswith("hydra.")]
-    with initialize(version_base="1.3", config_path="../../../conf"):
+    with initialize(version_base="1.3", config_path="../../../recipes/conf"):
         config = compose(config_name=module.removeprefix("recipes."), overrides=settings)
     check_settings(config, module.removeprefix("recipes."))
     prune = instantiate(config.callbacks.get("prune"))

@@ -25,7 +25,7 @@ def _row(method: str, number: int, seconds: float, peak: int) -> dict[str, Any]:
 def test_every_command_composes_in_float(method: str) -> None:
     module, *overrides = CostRun(method, 2).command
     settings = [word for word in overrides if not word.startswith("hydra.")]
-    with initialize(version_base="1.3", config_path="../../../conf"):
+    with initialize(version_base="1.3", config_path="../../../recipes/conf"):
         config = compose(config_name=module.removeprefix("recipes."), overrides=settings)
     assert config.callbacks.get("nna") is None
     assert ("prune" in config.callbacks) == (method != "float")

@@ -32,7 +32,7 @@ def test_the_grid_has_each_network_on_each_runtime() -> None:
 
 def test_every_command_composes() -> None:
     deployed, trained = set(), set()
-    with initialize(version_base="1.3", config_path="../../../conf"):
+    with initialize(version_base="1.3", config_path="../../../recipes/conf"):
         for run in runs():
             module, *overrides = run.command
             config = compose("deploy", [each for each in overrides if "hydra." not in each])

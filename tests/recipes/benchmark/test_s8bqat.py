@@ -57,7 +57,7 @@ def of_size(run: SizeRun, wer: float, milliseconds: float) -> list[dict[str, Any
 
 
 def test_every_command_composes() -> None:
-    with initialize(version_base="1.3", config_path="../../../conf"):
+    with initialize(version_base="1.3", config_path="../../../recipes/conf"):
         for run in {run.folder: run for run in runs(seeds=(1,))}.values():
             module, *overrides = run.command
             name = module.removeprefix("recipes.")
@@ -67,7 +67,7 @@ def test_every_command_composes() -> None:
 
 def test_a_setting_is_that_of_the_callbacks() -> None:
     run = SettingRun(3, 1e-2, scaled=False, schedule="off", hard="late", rate=1e-3)
-    with initialize(version_base="1.3", config_path="../../../conf"):
+    with initialize(version_base="1.3", config_path="../../../recipes/conf"):
         config = compose("train", [o for o in run.command[1:] if "hydra." not in o])
     mracos, hard = config.callbacks.mracos, config.callbacks.hard
     assert (mracos.strength, mracos.scaled, mracos.bits, hard.bits) == (1e-2, False, 3, 3)
@@ -79,7 +79,7 @@ def test_a_setting_is_that_of_the_callbacks() -> None:
 
 
 def test_sizes_have_the_chosen_settings_of_their_width() -> None:
-    with initialize(version_base="1.3", config_path="../../../conf"):
+    with initialize(version_base="1.3", config_path="../../../recipes/conf"):
         for run in size_runs((2,)):
             config = compose("train", [o for o in run.command[1:] if "hydra." not in o])
             assert config.seed == 2

@@ -1,0 +1,71 @@
+"""The command ``lightning-nna``: the recipes of an installed package.
+
+    lightning-nna train experiment=commands compression=nna8
+    lightning-nna train --config-dir my_conf experiment=mine
+    lightning-nna evaluate --help
+
+A checkout runs the same programs by their modules, as ``python -m recipes.train``.
+"""
+
+from __future__ import annotations
+
+import difflib
+import runpy
+import sys
+from collections.abc import Sequence
+
+#: Modules by command, and what each does.
+COMMANDS = {
+    "train": ("recipes.train", "train a recognizer and score it"),
+    "evaluate": ("recipes.evaluate", "score a checkpoint, in float or emulated"),
+    "deploy": ("recipes.deploy", "export a checkpoint, score its programs, estimate their cost"),
+    "allocate": ("recipes.allocate", "choose the bits of every weight"),
+    "drift-replay": ("recipes.drift_replay", "score a stored sequence with the drift detector"),
+    "demo": ("recipes.demo", "train, emulate and deploy on synthetic speech"),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the recipe that the first argument names, with the arguments after it.
+
+    Args:
+        arguments: Arguments of the command; None for those of the process.
+
+    Raises:
+        SystemExit: With status 2 if there is no such command.
+    """
+    name, *rest = [*(sys.argv[1:] if arguments is None else arguments), ""]
+    if name in ("", "-h", "--help"):
+        print(usage())
+        return
+    if name not in COMMANDS:
+        close = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        raise SystemExit(_refusal(f"there is no command {name!r}{hint}"))
+    module, _ = COMMANDS[name]
+    sys.argv = [module, *rest[:-1]]
+    # As ``python -m`` does, so that Hydra and Lightning's processes find the module.
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
+
+
+def usage() -> str:
+    """Describe the command and what it takes."""
+    width = max(map(len, COMMANDS))
+    return "\n".join(
+        [
+            "usage: lightning-nna COMMAND [key=value ...] [--config-dir FOLDER] [--help]",
+            "",
+            *(f"  {name:<{width}}  {text}" for name, (_, text) in COMMANDS.items()),
+            "",
+            "lightning-nna COMMAND --help lists the settings of a command.",
+        ]
+    )
+
+
+def _refusal(message: str) -> int:
+    print(f"lightning-nna: {message}\n\n{usage()}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    main()
