@@ -370,10 +370,10 @@ def combined(rows: Sequence[Row]) -> list[str]:
 
 def parts(rows: Sequence[Row]) -> list[str]:
     """Make the lines of GQ's parts: each variant against GQ on the validation part."""
-    validated = select(rows, part="validation", model="rnnt")
+    validated = select(rows, part="validation")
     lines = []
-    for bits, steps in itertools.product((4, 3, 2, 1), BUDGETS):
-        cell = select(validated, bits=bits, steps=steps)
+    for model, bits, steps in itertools.product(STARTS, (4, 3, 2, 1), BUDGETS):
+        cell = select(validated, model=model, bits=bits, steps=steps)
         own = select(cell, method="gq")
         for method in ("gq", *PARTS, "codebook", *ADDED):
             if not (selected := select(cell, method=method)) or not own:
@@ -381,6 +381,7 @@ def parts(rows: Sequence[Row]) -> list[str]:
             change = None if method == "gq" else wer_difference(selected, own, "validation")
             lines.append(
                 line(
+                    STARTS[model].title,
                     METHODS[method].title,
                     bits,
                     steps,

@@ -152,9 +152,12 @@ def test_parts_are_compared_on_the_validation_part() -> None:
     ]
     own, other, codebook = parts(rows)
     rate = f"{100 * errors.sum() / words.sum():.1f} %"
-    assert own == f"| GQ | 2 | 480 | 1 | {rate} | 0.4000 | - |"
-    assert other == f"| µ = 15 | 2 | 480 | 1 | {rate} | 0.4000 | +0.0 (+0.0 to +0.0, tied) |"
-    assert codebook.startswith("| fixed codebook, straight-through | 2 | 480 |")
+    start = "commands, RNN-T"
+    assert own == f"| {start} | GQ | 2 | 480 | 1 | {rate} | 0.4000 | - |"
+    assert (
+        other == f"| {start} | µ = 15 | 2 | 480 | 1 | {rate} | 0.4000 | +0.0 (+0.0 to +0.0, tied) |"
+    )
+    assert codebook.startswith(f"| {start} | fixed codebook, straight-through | 2 | 480 |")
 
 
 def test_small_networks_are_compared_with_float_and_with_gq() -> None:
