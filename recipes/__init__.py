@@ -28,5 +28,5 @@ def require_extra(extra: str, *modules: str) -> None:
 
 require_extra(
     *("asr", "ai_edge_litert", "espeakng_loader", "flatbuffers", "hydra", "lhotse", "matplotlib"),
-    *("omegaconf", "safetensors", "soundfile", "torchaudio", "tqdm"),
+    *("omegaconf", "safetensors", "sentencepiece", "soundfile", "torchaudio", "tqdm"),
 )

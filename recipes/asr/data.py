@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast
 
 import lightning.pytorch as pl
 from lhotse import CutSet, MonoCut
@@ -19,6 +19,7 @@ from lhotse import CutSet, MonoCut
 from recipes.asr.batches import Batch, BatchLoader, BatchPlan, Item, seed_of
 from recipes.asr.corpora import AN4, BadFiles, Corpus, LibriSpeech, Splits
 from recipes.asr.features import FeatureStore, LogMel, Normalization, SpecAugment, check_speeds
+from recipes.asr.pieces import AnyVocabulary, PieceVocabulary, vocabulary_from_dict
 from recipes.asr.spoken_words import SpokenWords
 from recipes.asr.spoken_words import Vocabulary as WordList
 from recipes.asr.vocabulary import UnitKind, Vocabulary
@@ -35,8 +36,10 @@ class SpeechDataModule(pl.LightningDataModule):
 
     Args:
         corpus: Corpus of the utterances.
-        units: Units of the vocabulary, ``"character"`` or ``"word"``.
+        units: Units of the vocabulary: ``"character"``, ``"word"``, or ``"piece"`` for those that
+            SentencePiece finds in the training transcripts.
         alphabet: Allowed characters; None for those of the training transcripts.
+        num_pieces: Number of labels with ``units="piece"``, blank included.
         num_mels: Number of mel bands.
         sample_rate_hz: Sample rate of all recordings, in Hz.
         speeds: Speed factors; an epoch has each training utterance once at each of them.
@@ -62,15 +65,16 @@ class SpeechDataModule(pl.LightningDataModule):
         num_mels: Number of features per frame.
     """
 
-    vocabulary: Vocabulary
+    vocabulary: AnyVocabulary
     normalization: Normalization
 
     def __init__(
         self,
         *,
         corpus: Corpus,
-        units: UnitKind = "character",
+        units: UnitKind | Literal["piece"] = "character",
         alphabet: str | None = None,
+        num_pieces: int | None = None,
         num_mels: int = 80,
         sample_rate_hz: int = 16000,
         speeds: Sequence[float] = (1.0,),
@@ -92,10 +96,17 @@ class SpeechDataModule(pl.LightningDataModule):
             raise ValueError(f"data.test_part is test or validation, got {test_part!r}")
         if alphabet is not None and units != "character":
             raise ValueError(f"data.alphabet goes with units=character, not with units={units}")
+        if (num_pieces is not None) != (units == "piece"):
+            raise ValueError(
+                f"data.num_pieces and units=piece go together, got num_pieces={num_pieces} and "
+                f"units={units}"
+            )
         # Validate these settings now, not after hours of reading.
-        Vocabulary((), units)
+        if units != "piece":
+            Vocabulary((), units)
         BadFiles(of="corpus", max_fraction=max_bad_fraction)
         self.corpus, self.units, self.alphabet = corpus, units, alphabet
+        self.num_pieces = num_pieces
         self.num_mels = num_mels
         self.log_mel = LogMel(num_mels=num_mels, sample_rate_hz=sample_rate_hz)
         self.speeds = tuple(float(speed) for speed in speeds)
@@ -164,10 +175,10 @@ class SpeechDataModule(pl.LightningDataModule):
                 if value != trained.get(key)
             )
             raise ValueError(f"the model was trained on other features than data has: {differing}")
-        self.vocabulary = Vocabulary.from_dict(state_dict["vocabulary"])
+        self.vocabulary = vocabulary_from_dict(state_dict["vocabulary"])
         self.normalization = Normalization.from_dict(state_dict["normalization"])
 
-    def _load(self) -> tuple[dict[str, _Part], Vocabulary]:
+    def _load(self) -> tuple[dict[str, _Part], AnyVocabulary]:
         splits = self.corpus.load(
             cache_dir=self.cache_dir,
             sample_rate_hz=self.log_mel.sample_rate_hz,
@@ -178,12 +189,16 @@ class SpeechDataModule(pl.LightningDataModule):
             name: self._make_part(name, cuts, vocabulary) for name, cuts in splits._asdict().items()
         }, vocabulary
 
-    def _make_vocabulary(self, splits: Splits) -> Vocabulary:
+    def _make_vocabulary(self, splits: Splits) -> AnyVocabulary:
+        texts = (_text(cut) for cut in splits.train)
+        if self.num_pieces is not None:
+            return PieceVocabulary.from_texts(texts, size=self.num_pieces)
+        units = cast(UnitKind, self.units)
         if self.alphabet is not None:
-            return Vocabulary(tuple(sorted(set(self.alphabet))), self.units)
-        return Vocabulary.from_texts((_text(cut) for cut in splits.train), self.units)
+            return Vocabulary(tuple(sorted(set(self.alphabet))), units)
+        return Vocabulary.from_texts(texts, units)
 
-    def _make_part(self, name: str, cuts: CutSet, vocabulary: Vocabulary) -> _Part:
+    def _make_part(self, name: str, cuts: CutSet, vocabulary: AnyVocabulary) -> _Part:
         name = f"{type(self.corpus).__name__} {name}"
         store = FeatureStore.build(
             _encodable(cuts, vocabulary, BadFiles(of=name, max_fraction=self.max_bad_fraction)),
@@ -310,7 +325,7 @@ def _text(cut: MonoCut) -> str:
     return str(cut.supervisions[0].text)
 
 
-def _encodable(cuts: CutSet, vocabulary: Vocabulary, bad: BadFiles) -> CutSet:
+def _encodable(cuts: CutSet, vocabulary: AnyVocabulary, bad: BadFiles) -> CutSet:
     """Select the cuts whose transcripts have units of the vocabulary only."""
     encodable = []
     for cut in cuts:

@@ -24,9 +24,10 @@ from typing_extensions import override
 from recipes.asr.batches import Batch, seed_of
 from recipes.asr.beam import beam_decode
 from recipes.asr.decoding import Decodable, greedy_decode, greedy_search
+from recipes.asr.pieces import AnyVocabulary
 from recipes.asr.rnnt import Transducer
 from recipes.asr.scoring import Scored, WordErrors, gather_scored, word_errors, word_rate
-from recipes.asr.vocabulary import BLANK, Vocabulary
+from recipes.asr.vocabulary import BLANK
 
 
 class TransducerRecognizer(LightningModule):
@@ -62,7 +63,7 @@ class TransducerRecognizer(LightningModule):
         self,
         *,
         network: Callable[..., Transducer],
-        vocabulary: Vocabulary,
+        vocabulary: AnyVocabulary,
         num_mels: int,
         optimizer: Callable[..., torch.optim.Optimizer],
         schedule: Callable[..., torch.optim.lr_scheduler.LRScheduler] | None = None,

@@ -17,6 +17,7 @@ from recipes.asr.batches import Batch, BatchLoader
 from recipes.asr.corpora import CorpusError
 from recipes.asr.data import SpeechDataModule, an4, librispeech, spoken_words
 from recipes.asr.features import SpecAugment
+from recipes.asr.pieces import PieceVocabulary
 from recipes.asr.vocabulary import Vocabulary
 from tests.recipes.asr.small_corpus import truncate, write_an4
 
@@ -113,6 +114,14 @@ class TestBatches:
         assert data.vocabulary == Vocabulary(("A", "B", "BB", "C", "CB", "D", "DB"), "word")
         assert all((batch.target_lengths == 2).all() for batch in data.test_dataloader())
 
+    def test_pieces_as_units_are_those_of_the_training_transcripts(self, make: Make) -> None:
+        data = make(units="piece", num_pieces=8, speeds=(1.0,))
+        texts = [text for batch in _unpadded(data) for text in batch.texts]
+        assert data.vocabulary == PieceVocabulary.from_texts(texts, size=8)
+        restored = make()
+        restored.load_state_dict(data.state_dict())
+        assert restored.vocabulary == data.vocabulary
+
     def test_an_alphabet_fixes_the_vocabulary(self, make: Make) -> None:
         data = make(alphabet="DCBA Z")
         assert data.vocabulary == Vocabulary(tuple(" ABCDZ"))
@@ -157,6 +166,8 @@ class TestErrors:
         [
             ({"speeds": ()}, r"data\.speeds"),
             ({"units": "word", "alphabet": "AB"}, r"data\.alphabet"),
+            ({"units": "piece"}, r"data\.num_pieces and units=piece go together"),
+            ({"num_pieces": 9}, r"got num_pieces=9 and units=character"),
             ({"max_bad_fraction": 2.0}, r"data\.max_bad_fraction"),
             ({"units": "phoneme"}, r"'phoneme'; set data\.units"),
         ],
