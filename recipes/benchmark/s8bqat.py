@@ -184,7 +184,11 @@ SIZES = {"small": 160, "pretrained": 192}
 #: Epochs of the float training of every size.
 FLOAT_EPOCHS = 22
 #: Settings that were chosen on the validation part, by width, as they are claimed.
-CHOSEN = {bits: SettingRun(bits, 1e-3, part="test", emulated=True) for bits in (5, 4, 3, 2)}
+_CHOSEN = {5: (1e-3, "end"), 4: (1e-3, "end"), 3: (1e-2, "end"), 2: (1e-2, "often")}
+CHOSEN = {
+    bits: SettingRun(bits, strength, hard=hard, part="test", emulated=True)
+    for bits, (strength, hard) in _CHOSEN.items()
+}
 #: Batches of the test part that are decoded through the programs.
 _COMPARED_BATCHES = 4
 
