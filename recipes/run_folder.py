@@ -6,15 +6,18 @@ A run folder holds ``config.yaml`` (every setting, resolved), ``metrics/`` (CSV)
 
 from __future__ import annotations
 
+import fcntl
 import importlib.metadata
 import json
 import logging
+import os
 import platform
 import shlex
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +66,39 @@ def record_config(run_dir: Path, config: DictConfig) -> None:
             )
     run_dir.mkdir(parents=True, exist_ok=True)
     write_whole(path, OmegaConf.to_yaml(OmegaConf.create(settings)))
+
+
+@contextmanager
+def sole_run(run_dir: Path) -> Iterator[None]:
+    """Keep other processes from running in a folder, until the context ends or the process does.
+
+    Args:
+        run_dir: Run folder; created if it does not exist.
+
+    Raises:
+        ValueError: If another process runs there; names it.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder, sole_run(Path(folder)):
+        ...     [path.name for path in Path(folder).iterdir()]
+        ['.lock']
+    """
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with (run_dir / ".lock").open("a+", encoding="utf-8") as file:
+        try:
+            # The system lifts the lock with the process, however it ends.
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise ValueError(
+                f"{run_dir} is in use by {file.read().strip() or 'another process'}: wait for it, "
+                "or choose another hydra.run.dir"
+            ) from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {platform.node()}\n")
+        file.flush()
+        yield
 
 
 def _without_run_dir(settings: dict[str, Any]) -> dict[str, Any]:

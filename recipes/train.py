@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from recipes.run_folder import (
     provenance,
     record_config,
     size_of,
+    sole_run,
     weight_metrics,
     write_summary,
     write_transcripts,
@@ -58,10 +60,17 @@ def train(config: DictConfig) -> dict[str, Any]:
         Content of ``summary.json`` in the run folder.
 
     Raises:
-        ValueError: If the run folder holds a run with other settings; see :func:`.check_settings`
-            too.
+        ValueError: If the run folder holds a run with other settings, or another process runs
+            there; see :func:`.check_settings` too.
     """
     prepare_process(config, "train")
+    # The other processes of the run are in the folder of the first.
+    is_first = getattr(rank_zero_only, "rank", 0) == 0
+    with sole_run(Path(config.run_dir)) if is_first else nullcontext():
+        return _train(config)
+
+
+def _train(config: DictConfig) -> dict[str, Any]:
     rank_zero_only(record_config)(Path(config.run_dir), config)
     # Read now: by the end of training the checkout may be at another commit.
     origin = provenance(config.seed)

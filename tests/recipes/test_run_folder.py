@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,9 +16,11 @@ from recipes.run_folder import (
     provenance,
     record_config,
     size_of,
+    sole_run,
     write_summary,
     write_whole,
 )
+from tests.conftest import ROOT
 
 
 def test_settings_that_do_not_change_the_result_may_differ(tmp_path: Path) -> None:
@@ -39,6 +43,30 @@ def test_a_summary_is_json_and_the_only_file(tmp_path: Path) -> None:
     path = write_summary(tmp_path, {"wer": 0.25, "versions": {"torch": torch.__version__}})
     assert json.loads(path.read_text())["wer"] == 0.25
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_second_run_in_a_folder_is_refused(tmp_path: Path) -> None:
+    script = (
+        "import sys; from pathlib import Path; from recipes.run_folder import sole_run\n"
+        f"with sole_run(Path({str(tmp_path)!r})):\n"
+        "    print('runs', flush=True); sys.stdin.read()\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", script],
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as first:
+        assert first.stdout is not None
+        assert first.stdout.readline() == "runs\n"
+        with pytest.raises(ValueError, match=f"in use by process {first.pid} on .*hydra.run.dir"):
+            sole_run(tmp_path).__enter__()
+        first.kill()  # What is killed leaves no lock behind.
+    with sole_run(tmp_path):
+        pass
+    with sole_run(tmp_path):
+        pass
 
 
 def test_writing_replaces_the_file(tmp_path: Path) -> None:
