@@ -9,8 +9,12 @@ from weakref import ReferenceType, ref
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info
+from typing_extensions import override
 
 from lightning_nna.weights.pipeline import digest_of
+
+#: Strategies whose processes have a part of the parameters each.
+_SHARDING = ("FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy")
 
 
 class ModuleBoundCallback(Callback):
@@ -59,6 +63,20 @@ class ModuleBoundCallback(Callback):
         return {name: digest_of(parameter) for name, parameter in module.named_parameters()}
 
     # --- meeting a module ---------------------------------------------------------------------
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Raise if the Trainer's strategy splits parameters among processes.
+
+        Raises:
+            ValueError: Names the callback and the strategy.
+        """
+        strategy = type(trainer.strategy).__name__
+        if strategy in _SHARDING:
+            raise ValueError(
+                f"{type(self).__name__} works on whole parameters, and {strategy} splits them "
+                f"among processes: use strategy='ddp'"
+            )
 
     def _meet(self, pl_module: pl.LightningModule) -> bool:
         """Bind the callback to the module of a run that starts.

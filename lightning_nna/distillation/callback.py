@@ -27,9 +27,6 @@ from lightning_nna.lifecycle import ModuleBoundCallback
 from lightning_nna.resumed_settings import require_same
 from lightning_nna.weights.selection import is_loss_or_metric, select
 
-#: Strategies whose processes have a part of the parameters each.
-_SHARDING = ("FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy")
-
 
 class Distillation(ModuleBoundCallback):
     r"""Add the distance between outputs of modules and of their frozen float copies to the loss.
@@ -117,17 +114,12 @@ class Distillation(ModuleBoundCallback):
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
         # Before a checkpoint is loaded, since its state belongs to this module.
         self._meet(pl_module)
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        strategy = type(trainer.strategy).__name__
-        if strategy in _SHARDING:
-            raise ValueError(
-                f"Distillation copies whole modules, and {strategy} splits their parameters among "
-                f"processes: use strategy='ddp'"
-            )
         children = self._children_of(pl_module)
         if self._saved is not None:
             saved, now = sorted(self._saved), sorted(children)

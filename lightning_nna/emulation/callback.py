@@ -182,6 +182,7 @@ class NNAEmulation(ModuleBoundCallback):
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
         # Before a checkpoint is loaded, since its state belongs to this module.
         self._meet(pl_module)
 

@@ -11,11 +11,13 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_nna.callbacks import (
     CompressedSensingPruning,
+    Distillation,
     GeneralQuantizer,
     HardCompression,
     LotteryTicketPruning,
@@ -442,3 +444,22 @@ def test_a_file_of_weights_alone_is_warned_of(tmp_path: Path) -> None:
         UserWarning, match="save_weights_only=True.* writes the latent weights alone"
     ):
         trainer(MagnitudePruning(0.5), writer, steps=4, enable_checkpointing=True).fit(module())
+
+
+@pytest.mark.parametrize(
+    "callback",
+    [
+        NNAEmulation(),
+        GeneralQuantizer(4),
+        CompressedSensingPruning(0.5),
+        MRACosRegularization(4),
+        Distillation(["lstm"]),
+    ],
+    ids=lambda callback: type(callback).__name__,
+)
+@pytest.mark.parametrize("run", ["fit", "test"])
+def test_a_strategy_that_splits_parameters_is_refused(callback: Callback, run: str) -> None:
+    split = trainer(callback, strategy=ModelParallelStrategy())
+    name = type(callback).__name__
+    with pytest.raises(ValueError, match=f"{name} works on whole parameters, and ModelParallel"):
+        getattr(split, run)(module())
