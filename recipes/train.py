@@ -130,13 +130,25 @@ def check_processes(trainer: Trainer) -> None:
 
     Raises:
         ValueError: If a sweep is to be run by several processes: each of those that Lightning
-            starts would run the whole sweep again.
+            starts would run the whole sweep again. If torchrun, SLURM or another program has
+            started the processes and each would choose a run folder by its own clock.
     """
     sweeps = HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
     if sweeps and trainer.world_size > 1:
         raise ValueError(
             f"a sweep cannot be run by {trainer.world_size} processes: start its runs one by one, "
             "or set trainer.devices=1"
+        )
+    environment = getattr(trainer.strategy, "cluster_environment", None)
+    if (
+        trainer.world_size > 1
+        and getattr(environment, "creates_processes_externally", False)
+        and HydraConfig.initialized()
+        and not any(each.startswith("hydra.run.dir=") for each in HydraConfig.get().overrides.hydra)
+    ):
+        raise ValueError(
+            f"{trainer.world_size} processes were started from outside, and each would have a run "
+            "folder of its own: add hydra.run.dir=<folder> to the command"
         )
 
 

@@ -24,6 +24,25 @@ from tests.recipes.conftest import SMALL_NETWORK
 ROOT = Path(__file__).resolve().parents[2]
 
 
+def test_processes_that_others_start_need_one_run_folder(tmp_path: Path) -> None:
+    write_an4(tmp_path / "an4")
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"),
+            *("-m", "recipes.train", "experiment=an4_rnnt", *SMALL_NETWORK, "trainer=ddp_cpu"),
+            *("data.num_mels=8", "data.speeds=[1.0]", f"data.root={tmp_path / 'an4'}"),
+            *(f"data.cache_dir={tmp_path / 'cache'}", "threads=1"),
+        ],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode != 0
+    assert "2 processes were started from outside" in done.stderr
+    assert "add hydra.run.dir=<folder> to the command" in done.stderr
+
+
 def test_two_processes_score_every_utterance_once(
     compose_config: Callable[..., DictConfig], tmp_path: Path
 ) -> None:
@@ -35,8 +54,12 @@ def test_two_processes_score_every_utterance_once(
     command = [
         *(sys.executable, "-m", "recipes.train", "experiment=an4_rnnt", *SMALL_NETWORK, *data),
         *("data.num_mels=8", "data.speeds=[1.0]", "data.batch_seconds=0.1", "data.num_buckets=1"),
-        *("trainer.accelerator=cpu", "trainer.devices=2", "trainer.strategy=ddp"),
-        *("trainer.max_epochs=1", "+trainer.enable_progress_bar=false", "callbacks.progress=null"),
+        *(
+            "trainer=ddp_cpu",
+            "trainer.max_epochs=1",
+            "+trainer.enable_progress_bar=false",
+            "callbacks.progress=null",
+        ),
         *("callbacks.average=null", "threads=1", "beam_width=1", f"hydra.run.dir={run}"),
     ]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
