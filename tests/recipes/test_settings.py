@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import pytest
 from hydra import compose, initialize_config_dir
@@ -145,7 +145,7 @@ def test_a_sweep_of_several_processes_is_an_error(monkeypatch: pytest.MonkeyPatc
     mode = SimpleNamespace(mode=RunMode.MULTIRUN)
     monkeypatch.setattr(HydraConfig, "initialized", lambda: True)
     monkeypatch.setattr(HydraConfig, "get", lambda: mode)
-    one, two = (cast(Trainer, SimpleNamespace(world_size=size)) for size in (1, 2))
+    one, two = (Trainer(accelerator="cpu", devices=size, logger=False) for size in (1, 2))
     check_processes(one)
     with pytest.raises(ValueError, match="a sweep cannot be run by 2 processes"):
         check_processes(two)
