@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from lightning_nna.files import flush
-from recipes.asr.corpora import CorpusError
+from recipes.asr.audio import CorpusError
 
 CONTENTS = "contents.json"
 """File in every folder: size and CRC-32 of each of its other files."""
@@ -82,12 +82,15 @@ def check_folder(folder: Path, *read: str) -> None:
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise CorpusError(f"{folder / CONTENTS} is missing or damaged: {remedy}") from error
     for name, (size, checksum) in entries.items():
-        path = folder / name
-        actual = path.stat().st_size if path.is_file() else None
+        # A corpus has tens of thousands of files: paths as objects would take most of the time.
+        path = f"{folder}/{name}"
+        try:
+            actual = os.stat(path).st_size
+        except OSError:
+            raise CorpusError(f"{path} is missing: {remedy}") from None
         if actual != size:
-            wrong = f"has {actual} bytes and was written with {size}"
-            raise CorpusError(f"{path} {'is missing' if actual is None else wrong}: {remedy}")
-        if name in read and _checksum(path) != checksum:
+            raise CorpusError(f"{path} has {actual} bytes and was written with {size}: {remedy}")
+        if name in read and _checksum(folder / name) != checksum:
             raise CorpusError(f"{path} has changed since it was written: {remedy}")
     if unknown := sorted(set(read) - entries.keys()):
         raise CorpusError(f"{folder} has no {', '.join(unknown)}: {remedy}")

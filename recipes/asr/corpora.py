@@ -19,20 +19,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-import numpy as np
-import soundfile
 from lhotse import CutSet, MonoCut, Recording, SupervisionSegment
 from lhotse.audio import AudioSource
-from tqdm import tqdm
 
+from recipes.asr.audio import AudioFormat, Clip, CorpusError, Header, read_header, read_headers
+from recipes.asr.manifest_cache import known_headers
 from recipes.asr.vocabulary import normalize_text
-
-# A recording in floating point may pass full scale by a little; beyond this it has another unit.
-LOUDEST = 8.0
-
-
-class CorpusError(ValueError):
-    """A corpus, or a file of it, cannot be used; the message names the file and the remedy."""
 
 
 class Splits(NamedTuple):
@@ -46,14 +38,24 @@ class Splits(NamedTuple):
 class Corpus(Protocol):
     """A corpus, as `recipes.asr.data.SpeechDataModule` uses it."""
 
-    def load(self, *, cache_dir: Path, sample_rate_hz: int, max_bad_fraction: float) -> Splits:
+    def load(
+        self,
+        *,
+        cache_dir: Path,
+        sample_rate_hz: int,
+        max_bad_fraction: float,
+        resample: bool = False,
+        mono: bool = False,
+    ) -> Splits:
         """Load the manifests of the three parts.
 
         Args:
             cache_dir: Folder for files that the corpus creates.
-            sample_rate_hz: Sample rate of every recording, in Hz.
+            sample_rate_hz: Sample rate of the features, in Hz.
             max_bad_fraction: Largest fraction of unusable utterances that causes a warning and no
                 error, in [0, 1].
+            resample: True to accept recordings of other rates, which are resampled later.
+            mono: True to accept recordings of several channels, which are averaged later.
 
         Raises:
             CorpusError: If the corpus is missing, or if a larger fraction is unusable.
@@ -62,14 +64,29 @@ class Corpus(Protocol):
 
 
 class Utterance(NamedTuple):
-    """One line of a corpus's transcripts, with the path of its audio."""
+    """One line of a corpus's transcripts, with the place of its audio."""
 
     id: str
     speaker: str
     text: str
-    path: Path
+    path: Path | str
     source: str = ""
     """File and line of the transcript, for messages."""
+    start_s: float | None = None
+    """Start in the recording, in seconds; None if the utterance is the entire recording."""
+    duration_s: float | None = None
+    """Duration that a manifest tells, in seconds; None reads the header of the audio."""
+    rate_hz: int | None = None
+    """Sample rate that a manifest tells, in Hz; None for the required one."""
+    channels: int | None = None
+    """Number of channels that a manifest tells; None for one."""
+    packed: tuple[int, int] | None = None
+    """First byte and number of bytes of the audio in the archive ``path``."""
+
+    @property
+    def clip(self) -> Clip:
+        """Place of the audio."""
+        return Clip(str(self.path), self.start_s, self.duration_s, self.packed)
 
 
 @dataclass
@@ -85,7 +102,7 @@ class BadFiles:
         >>> bad.add("a.flac", "is empty")
         >>> bad.report(total=10)
         Traceback (most recent call last):
-        recipes.asr.corpora.CorpusError: 1 of 10 files of corpus (10.0 %) cannot be used...
+        recipes.asr.audio.CorpusError: 1 of 10 files of corpus (10.0 %) cannot be used...
     """
 
     of: str
@@ -130,100 +147,82 @@ class BadFiles:
         warnings.warn(f"{message}. They are left out", stacklevel=2)
 
 
-def read_audio(path: str | Path) -> np.ndarray:
-    """Decode a mono recording to float32 samples in [-1, 1].
-
-    Raises:
-        CorpusError: If the file is missing, unreadable or truncated, or if samples are NaN,
-            infinite or far above full scale. One of them would damage the normalization of the
-            entire corpus. The message names the file.
-    """
-    if not Path(path).is_file():
-        raise CorpusError(f"{path} is missing")
-    try:
-        with soundfile.SoundFile(path) as file:
-            expected = file.frames
-            samples = file.read(dtype="float32")
-    except (soundfile.LibsndfileError, OSError) as error:
-        raise CorpusError(f"{path} is unreadable or truncated ({error})") from error
-    if len(samples) != expected:
-        raise CorpusError(
-            f"{path} is unreadable or truncated (its header tells of {expected} samples, "
-            f"{len(samples)} are there)"
-        )
-    if not np.isfinite(samples).all():
-        (positions,) = np.nonzero(~np.isfinite(samples.reshape(len(samples), -1)).all(axis=1))
-        raise CorpusError(
-            f"{path} has {len(positions)} samples that are NaN or infinite, the first at "
-            f"{positions[0]}"
-        )
-    if samples.size and (peak := float(np.abs(samples).max())) > LOUDEST:
-        raise CorpusError(
-            f"{path} reaches {peak:g}, and full scale is 1: divide its samples by their full scale"
-        )
-    return samples
-
-
-def make_cut(utterance: Utterance, *, sample_rate_hz: int) -> MonoCut:
-    """Create the manifest of one utterance from its file's header.
+def make_cut(
+    utterance: Utterance, audio_format: AudioFormat, header: Header | None = None
+) -> MonoCut:
+    """Create the manifest of one utterance.
 
     Args:
-        utterance: Transcript, speaker and path.
-        sample_rate_hz: Required sample rate, in Hz.
+        utterance: Transcript, speaker, and place of the audio.
+        audio_format: Required format of the audio.
+        header: Header of the file; None reads it, unless the utterance has a duration.
 
     Returns:
-        A cut over the entire recording with one supervision; all three ids are the utterance's.
+        A cut over the utterance with one supervision; all three ids are the utterance's.
 
     Raises:
         CorpusError: If the file is missing, is unreadable, has another rate or more than one
             channel, is empty, or if the transcript is.
     """
-    name = str(utterance.path)
-    if not utterance.path.is_file():
-        raise CorpusError(f"{name} is missing")
-    try:
-        header = soundfile.info(name)
-    except soundfile.LibsndfileError as error:
-        raise CorpusError(f"{name} is unreadable or truncated ({error})") from error
-    if header.samplerate != sample_rate_hz:
-        raise CorpusError(
-            f"{name} has a sample rate of {header.samplerate} Hz, not {sample_rate_hz} Hz; "
-            "resample it or set data.sample_rate_hz"
-        )
-    if header.channels != 1:
-        raise CorpusError(f"{name} has {header.channels} channels, not one; mix it down")
-    if header.frames == 0:
-        raise CorpusError(f"{name} has no audio")
+    clip = utterance.clip
+    if utterance.duration_s is None:
+        header = header or read_header(utterance.path)
+        rate_hz, channels = header.rate_hz, header.channels
+        first, num_samples = clip.span(rate_hz=rate_hz, frames=header.frames)
+    else:
+        # What is trusted here is compared with the file when that is decoded.
+        rate_hz = utterance.rate_hz or audio_format.sample_rate_hz
+        channels = utterance.channels or 1
+        first = round((utterance.start_s or 0.0) * rate_hz)
+        num_samples = round(utterance.duration_s * rate_hz)
+    audio_format.check(clip.name, rate_hz=rate_hz, channels=channels)
     text = normalize_text(utterance.text)
     if not text:
-        raise CorpusError(f"{name} has an empty transcript")
-    return _recording_cut(utterance._replace(text=text), sample_rate_hz, header.frames)
+        raise CorpusError(f"{clip.name} has an empty transcript")
+    return file_cut(
+        utterance._replace(text=text), rate_hz=rate_hz, num_samples=num_samples, first=first
+    )
 
 
-def make_cuts(utterances: Sequence[Utterance], *, sample_rate_hz: int, bad: BadFiles) -> CutSet:
+def make_cuts(
+    utterances: Sequence[Utterance],
+    audio_format: AudioFormat,
+    *,
+    bad: BadFiles,
+    headers: dict[str, Header] | None = None,
+) -> CutSet:
     """Create the manifest of many utterances; unusable ones are added to ``bad`` and left out.
 
     Of several utterances with one id the first is used and the others are added to ``bad``.
 
     Args:
         utterances: Utterances of one part.
-        sample_rate_hz: Required sample rate, in Hz.
+        audio_format: Required format of the audio.
         bad: List of unusable files, extended and reported here.
+        headers: Headers by path that were read before, replaced by those that are read now.
     """
+    known = {} if headers is None else headers
+    paths = (str(one.path) for one in utterances if one.duration_s is None)
+    read = read_headers(paths, known, of=bad.of)
+    known.clear()
+    known.update((path, one) for path, one in read.items() if isinstance(one, Header))
     cuts = []
     sources: dict[str, str] = {}
-    for utterance in tqdm(utterances, desc=f"reading headers of {bad.of}", delay=2, mininterval=1):
-        source = utterance.source or str(utterance.path)
+    for utterance in utterances:
+        path = str(utterance.path)
+        source = utterance.source or path
         if utterance.id in sources:
             first = sources[utterance.id]
             bad.add(source, f"has the utterance id {utterance.id!r} again, first in {first}")
             continue
         sources[utterance.id] = source
+        header = read.get(path)
         try:
-            cuts.append(make_cut(utterance, sample_rate_hz=sample_rate_hz))
+            if isinstance(header, CorpusError):
+                raise header
+            cuts.append(make_cut(utterance, audio_format, header))
         except CorpusError as error:
-            name = str(utterance.path)
-            bad.add(name, str(error).removeprefix(name).strip())
+            bad.add(path, str(error).removeprefix(path).strip())
     bad.report(len(utterances))
     return CutSet.from_cuts(cuts)
 
@@ -256,14 +255,24 @@ class AN4:
                 f"data.validation_fraction is a fraction in (0, 1), got {self.validation_fraction}"
             )
 
-    def load(self, *, cache_dir: Path, sample_rate_hz: int, max_bad_fraction: float) -> Splits:
+    def load(
+        self,
+        *,
+        cache_dir: Path,
+        sample_rate_hz: int,
+        max_bad_fraction: float,
+        resample: bool = False,
+        mono: bool = False,
+    ) -> Splits:
         """Load the manifests of the three parts; see `Corpus.load`."""
+        audio_format = AudioFormat(sample_rate_hz=sample_rate_hz, resample=resample, mono=mono)
         root = _existing_folder(self.root, of="AN4")
         parts = {}
         for part in ("train", "test"):
             bad = BadFiles(of=f"AN4 {part}", max_fraction=max_bad_fraction)
             utterances = list(_read_tsv(root / f"{part}.tsv", audio=root / part))
-            parts[part] = make_cuts(utterances, sample_rate_hz=sample_rate_hz, bad=bad)
+            with known_headers(cache_dir, "AN4", root, part) as headers:
+                parts[part] = make_cuts(utterances, audio_format, bad=bad, headers=headers)
         train, validation = hold_out_speakers(
             parts["train"], fraction=self.validation_fraction, seed=self.split_seed
         )
@@ -293,19 +302,31 @@ class LibriSpeech:
     validation: str | Sequence[str] = "dev-clean"
     test: str | Sequence[str] = "test-clean"
 
-    def load(self, *, cache_dir: Path, sample_rate_hz: int, max_bad_fraction: float) -> Splits:
+    def load(
+        self,
+        *,
+        cache_dir: Path,
+        sample_rate_hz: int,
+        max_bad_fraction: float,
+        resample: bool = False,
+        mono: bool = False,
+    ) -> Splits:
         """Load the manifests of the three parts; see `Corpus.load`."""
+        audio_format = AudioFormat(sample_rate_hz=sample_rate_hz, resample=resample, mono=mono)
         root = _existing_folder(self.root, of="LibriSpeech")
         parts = []
         for subsets in (self.train, self.validation, self.test):
             names = [subsets] if isinstance(subsets, str) else list(subsets)
             utterances = [u for name in names for u in _read_subset(root, name)]
             bad = BadFiles(of=f"LibriSpeech {' '.join(names)}", max_fraction=max_bad_fraction)
-            parts.append(make_cuts(utterances, sample_rate_hz=sample_rate_hz, bad=bad))
+            with known_headers(cache_dir, "LibriSpeech", root, *names) as headers:
+                parts.append(make_cuts(utterances, audio_format, bad=bad, headers=headers))
         return Splits(*parts)
 
 
-def hold_out_speakers(cuts: CutSet, *, fraction: float, seed: int) -> tuple[CutSet, CutSet]:
+def hold_out_speakers(
+    cuts: CutSet, *, fraction: float, seed: int, setting: str = "data.validation_fraction"
+) -> tuple[CutSet, CutSet]:
     """Split utterances in two without a speaker in both.
 
     Args:
@@ -313,6 +334,7 @@ def hold_out_speakers(cuts: CutSet, *, fraction: float, seed: int) -> tuple[CutS
         fraction: Least fraction of the utterances to hold out, in (0, 1); entire speakers are added
             until it is reached.
         seed: Seed of the random order of speakers.
+        setting: Name of the setting that asks for it, for the message.
 
     Returns:
         The larger part and the held-out part, each in the order of ``cuts``.
@@ -323,13 +345,17 @@ def hold_out_speakers(cuts: CutSet, *, fraction: float, seed: int) -> tuple[CutS
     sizes = Counter(cut.supervisions[0].speaker for cut in cuts)
     speakers = sorted(sizes)
     random.Random(seed).shuffle(speakers)
+    enough = fraction * sum(sizes.values())
     held_out: set[str] = set()
-    while sum(sizes[speaker] for speaker in held_out) < fraction * sum(sizes.values()):
-        held_out.add(speakers.pop())
+    size = 0
+    while speakers and size < enough:
+        speaker = speakers.pop()
+        held_out.add(speaker)
+        size += sizes[speaker]
     if not speakers:
         raise CorpusError(
             f"holding out {fraction:.0%} of the utterances by entire speakers takes all "
-            f"{len(sizes)} speakers; lower data.validation_fraction"
+            f"{len(sizes)} speakers; lower {setting}"
         )
     training: list[MonoCut] = []
     validation: list[MonoCut] = []
@@ -338,14 +364,23 @@ def hold_out_speakers(cuts: CutSet, *, fraction: float, seed: int) -> tuple[CutS
     return CutSet.from_cuts(training), CutSet.from_cuts(validation)
 
 
-def _recording_cut(utterance: Utterance, sample_rate_hz: int, num_samples: int) -> MonoCut:
-    duration = num_samples / sample_rate_hz
+def file_cut(utterance: Utterance, *, rate_hz: int, num_samples: int, first: int = 0) -> MonoCut:
+    """Create the cut of an utterance whose audio is known; nothing is read.
+
+    Args:
+        utterance: Transcript, speaker, and place of the audio.
+        rate_hz: Sample rate of the recording, in Hz.
+        num_samples: Number of samples of the utterance.
+        first: Index of its first sample in the recording.
+    """
+    duration = num_samples / rate_hz
     recording = Recording(
         id=utterance.id,
+        # All channels, if there are several, are averaged when they are read.
         sources=[AudioSource(type="file", channels=[0], source=str(utterance.path))],
-        sampling_rate=sample_rate_hz,
-        num_samples=num_samples,
-        duration=duration,
+        sampling_rate=rate_hz,
+        num_samples=first + num_samples,
+        duration=(first + num_samples) / rate_hz,
     )
     supervision = SupervisionSegment(
         id=utterance.id,
@@ -355,13 +390,16 @@ def _recording_cut(utterance: Utterance, sample_rate_hz: int, num_samples: int) 
         text=utterance.text,
         speaker=utterance.speaker,
     )
+    clip = utterance.clip
+    is_plain = clip[1:] == (None, None, None)
     return MonoCut(
         id=utterance.id,
-        start=0.0,
+        start=first / rate_hz,
         duration=duration,
         channel=0,
         recording=recording,
         supervisions=[supervision],
+        custom=None if is_plain else {"clip": clip},
     )
 
 

@@ -2,7 +2,8 @@
 
 `SpeechDataModule` turns a corpus into batches: manifests, vocabulary, cached features at several
 speeds, SpecAugment, buckets of similar duration. `spoken_words`, `an4` and `librispeech` build it
-for one corpus each; they are the targets of the files in ``recipes/conf/data``.
+for one corpus each, `manifest` for a corpus of one's own; they are the targets of the files in
+``recipes/conf/data``.
 """
 
 from __future__ import annotations
@@ -14,17 +15,20 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import lightning.pytorch as pl
-from lhotse import CutSet, MonoCut
+from lhotse import MonoCut, SupervisionSegment
+from lhotse.utils import perturb_num_samples
 
+from recipes.asr.audio import clip_of
 from recipes.asr.batches import Batch, BatchLoader, BatchPlan, Item, seed_of
-from recipes.asr.corpora import AN4, BadFiles, Corpus, LibriSpeech, Splits
+from recipes.asr.corpora import AN4, BadFiles, Corpus, LibriSpeech
 from recipes.asr.features import FeatureStore, LogMel, Normalization, SpecAugment, check_speeds
+from recipes.asr.manifests import Manifest, Sources
 from recipes.asr.pieces import AnyVocabulary, PieceVocabulary, vocabulary_from_dict
 from recipes.asr.spoken_words import SpokenWords
 from recipes.asr.spoken_words import Vocabulary as WordList
 from recipes.asr.vocabulary import UnitKind, Vocabulary
 
-__all__ = ["Batch", "SpeechDataModule", "an4", "librispeech", "spoken_words"]
+__all__ = ["Batch", "SpeechDataModule", "an4", "librispeech", "manifest", "spoken_words"]
 
 
 class SpeechDataModule(pl.LightningDataModule):
@@ -41,7 +45,9 @@ class SpeechDataModule(pl.LightningDataModule):
         alphabet: Allowed characters; None for those of the training transcripts.
         num_pieces: Number of labels with ``units="piece"``, blank included.
         num_mels: Number of mel bands.
-        sample_rate_hz: Sample rate of all recordings, in Hz.
+        sample_rate_hz: Sample rate of the features, in Hz.
+        resample: True to resample recordings of other rates; False makes them an error.
+        mono: True to average the channels of a recording; False makes several an error.
         speeds: Speed factors; an epoch has each training utterance once at each of them.
         tail_padding_ms: Length of digital silence after each utterance, in ms, for recordings that
             end too early for a streaming model. It also marks the end: a transducer may learn to
@@ -77,6 +83,8 @@ class SpeechDataModule(pl.LightningDataModule):
         num_pieces: int | None = None,
         num_mels: int = 80,
         sample_rate_hz: int = 16000,
+        resample: bool = False,
+        mono: bool = False,
         speeds: Sequence[float] = (1.0,),
         tail_padding_ms: float = 0.0,
         spec_augment: SpecAugment | None = None,
@@ -109,6 +117,7 @@ class SpeechDataModule(pl.LightningDataModule):
         self.num_pieces = num_pieces
         self.num_mels = num_mels
         self.log_mel = LogMel(num_mels=num_mels, sample_rate_hz=sample_rate_hz)
+        self.resample, self.mono = resample, mono
         self.speeds = tuple(float(speed) for speed in speeds)
         self.tail_padding_ms = tail_padding_ms
         self.spec_augment = spec_augment
@@ -183,14 +192,18 @@ class SpeechDataModule(pl.LightningDataModule):
             cache_dir=self.cache_dir,
             sample_rate_hz=self.log_mel.sample_rate_hz,
             max_bad_fraction=self.max_bad_fraction,
+            resample=self.resample,
+            mono=self.mono,
         )
-        vocabulary = self._make_vocabulary(splits)
+        # A lazy set of Lhotse reads its manifest at every iteration.
+        parts = {name: list(cuts) for name, cuts in splits._asdict().items()}
+        vocabulary = self._make_vocabulary(parts["train"])
         return {
-            name: self._make_part(name, cuts, vocabulary) for name, cuts in splits._asdict().items()
+            name: self._make_part(name, cuts, vocabulary) for name, cuts in parts.items()
         }, vocabulary
 
-    def _make_vocabulary(self, splits: Splits) -> AnyVocabulary:
-        texts = (_text(cut) for cut in splits.train)
+    def _make_vocabulary(self, train: Sequence[MonoCut]) -> AnyVocabulary:
+        texts = (_text(cut) for cut in train)
         if self.num_pieces is not None:
             return PieceVocabulary.from_texts(texts, size=self.num_pieces)
         units = cast(UnitKind, self.units)
@@ -198,16 +211,19 @@ class SpeechDataModule(pl.LightningDataModule):
             return Vocabulary(tuple(sorted(set(self.alphabet))), units)
         return Vocabulary.from_texts(texts, units)
 
-    def _make_part(self, name: str, cuts: CutSet, vocabulary: AnyVocabulary) -> _Part:
+    def _make_part(self, name: str, cuts: Sequence[MonoCut], vocabulary: AnyVocabulary) -> _Part:
         name = f"{type(self.corpus).__name__} {name}"
+        bad = BadFiles(of=name, max_fraction=self.max_bad_fraction)
         store = FeatureStore.build(
-            _encodable(cuts, vocabulary, BadFiles(of=name, max_fraction=self.max_bad_fraction)),
+            _encodable(cuts, vocabulary, bad),
             log_mel=self.log_mel,
             cache_dir=self.cache_dir,
             speeds=self.speeds if name.endswith("train") else (1.0,),
             tail_padding_ms=self.tail_padding_ms,
             max_bad_fraction=self.max_bad_fraction,
             name=name,
+            resample=self.resample,
+            mono=self.mono,
         )
         return _Part(store, {cut.id: cut for cut in cuts})
 
@@ -249,10 +265,19 @@ class _Part:
     def examples(self) -> list[MonoCut]:
         """Return one cut per example of the store, with its duration at its speed."""
         return [
-            cut if example.speed == 1.0 else cut.perturb_speed(example.speed)
+            _at_speed(self.cuts[example.utterance], example.speed)
             for example in self.store.examples
-            for cut in [self.cuts[example.utterance]]
         ]
+
+
+def _at_speed(cut: MonoCut, speed: float) -> MonoCut:
+    """Return a cut of the duration at a speed; Lhotse would copy the recording, too."""
+    if speed == 1.0:
+        return cut
+    duration = perturb_num_samples(cut.num_samples, speed) / cut.sampling_rate
+    name = f"{cut.id}_sp{speed}"
+    supervision = SupervisionSegment(name, recording_id=cut.id, start=0.0, duration=duration)
+    return MonoCut(name, start=0.0, duration=duration, channel=0, supervisions=[supervision])
 
 
 def spoken_words(
@@ -316,6 +341,31 @@ def librispeech(
     return SpeechDataModule(corpus=corpus, **settings)
 
 
+def manifest(
+    *,
+    train: Sources,
+    validation: Sources | None = None,
+    test: Sources | None = None,
+    validation_fraction: float | None = None,
+    test_fraction: float | None = None,
+    split_seed: int = 0,
+    **settings: Any,
+) -> SpeechDataModule:
+    """Build the data of a corpus of one's own.
+
+    See `recipes.asr.manifests.Manifest` for the arguments, `SpeechDataModule` for ``settings``.
+    """
+    corpus = Manifest(
+        train=train,
+        validation=validation,
+        test=test,
+        validation_fraction=validation_fraction,
+        test_fraction=test_fraction,
+        split_seed=split_seed,
+    )
+    return SpeechDataModule(corpus=corpus, **settings)
+
+
 def _range(bounds: Sequence[float]) -> tuple[float, float]:
     lowest, highest = bounds
     return float(lowest), float(highest)
@@ -325,14 +375,13 @@ def _text(cut: MonoCut) -> str:
     return str(cut.supervisions[0].text)
 
 
-def _encodable(cuts: CutSet, vocabulary: AnyVocabulary, bad: BadFiles) -> CutSet:
+def _encodable(cuts: Sequence[MonoCut], vocabulary: AnyVocabulary, bad: BadFiles) -> list[MonoCut]:
     """Select the cuts whose transcripts have units of the vocabulary only."""
     encodable = []
     for cut in cuts:
         if unknown := vocabulary.unknown(_text(cut)):
-            source = str(cut.recording.sources[0].source)
-            bad.add(source, f"has {vocabulary.kind}s outside the vocabulary: {unknown}")
+            bad.add(clip_of(cut).name, f"has {vocabulary.kind}s outside the vocabulary: {unknown}")
         else:
             encodable.append(cut)
     bad.report(len(cuts))
-    return CutSet.from_cuts(encodable)
+    return encodable

@@ -26,12 +26,13 @@ import numpy as np
 import torch
 import torchaudio
 from jaxtyping import Float
-from lhotse import CutSet
+from lhotse import MonoCut
 from torch import Tensor
 from tqdm import tqdm
 
 from recipes.asr.atomic import check_folder, complete_folder
-from recipes.asr.corpora import BadFiles, CorpusError, read_audio
+from recipes.asr.audio import AudioFormat, Clip, CorpusError, clip_of, read_audio
+from recipes.asr.corpora import BadFiles
 
 # About the power of the rounding to 16-bit samples in a mel band: lower powers are no content of
 # the recording, and digital silence gets a value near that of a quiet room.
@@ -241,7 +242,7 @@ class FeatureStore:
     @classmethod
     def build(
         cls,
-        cuts: CutSet,
+        cuts: Iterable[MonoCut],
         *,
         log_mel: LogMel,
         cache_dir: Path,
@@ -249,11 +250,13 @@ class FeatureStore:
         tail_padding_ms: float = 0.0,
         max_bad_fraction: float = 0.0,
         name: str = "corpus",
+        resample: bool = False,
+        mono: bool = False,
     ) -> FeatureStore:
         """Open the store of these cuts and settings; compute it first if it does not exist.
 
         Args:
-            cuts: Utterances; each cut spans its entire recording.
+            cuts: Utterances, read once.
             log_mel: Settings of the features.
             cache_dir: Folder of all stores, which are named by a hash of cuts and settings.
             speeds: Factors of the speed of speech; 1.1 is ten percent faster and higher.
@@ -262,18 +265,24 @@ class FeatureStore:
             max_bad_fraction: Largest fraction of undecodable files that causes a warning and no
                 error, in [0, 1].
             name: Name of the cuts in the progress bar and in messages.
+            resample: True to resample recordings of other rates than ``log_mel`` takes.
+            mono: True to average the channels of a recording.
 
         Raises:
-            CorpusError: If there are no cuts, or if too many files are undecodable or shorter
-                than one spectrum.
+            CorpusError: If there are no cuts, or if too many files are undecodable, of another
+                format, or shorter than one spectrum.
             OSError: If the disk has no room for the store.
         """
         check_speeds(speeds)
-        paths = _audio_paths(cuts)
-        if not paths:
+        cuts = list(cuts)
+        clips = {cut.id: clip_of(cut) for cut in cuts}
+        if not clips:
             raise CorpusError(f"{name} has no utterances")
-        if len(paths) < len(cuts):
-            raise CorpusError(f"{name} has {len(cuts)} utterances and {len(paths)} ids for them")
+        if len(clips) < len(cuts):
+            raise CorpusError(f"{name} has {len(cuts)} utterances and {len(clips)} ids for them")
+        audio_format = AudioFormat(
+            sample_rate_hz=log_mel.sample_rate_hz, resample=resample, mono=mono
+        )
         padding = round(tail_padding_ms * log_mel.sample_rate_hz / 1000)
         settings = {
             "log_mel": asdict(log_mel),
@@ -281,21 +290,23 @@ class FeatureStore:
             "padding": padding,
             "format": _FORMAT,
         }
-        folder = cache_dir / "features" / _hash(settings, paths)
+        # What is off by default is left out: a store of before has the same name.
+        settings |= {key: True for key, is_on in (("resample", resample), ("mono", mono)) if is_on}
+        folder = cache_dir / "features" / _hash(settings, clips)
         bad = BadFiles(of=name, max_fraction=max_bad_fraction)
         if not folder.is_dir():
             _check_room(cuts, log_mel, speeds, cache_dir)
             with complete_folder(folder) as temporary:
-                writer = _Writer(temporary, log_mel, speeds, padding)
+                writer = _Writer(temporary, log_mel, speeds, padding, audio_format)
                 writer.write(
-                    tqdm(paths.items(), desc=f"features of {name}", delay=2, mininterval=1), bad
+                    tqdm(clips.items(), desc=f"features of {name}", delay=2, mininterval=1), bad
                 )
-                bad.report(len(paths))
+                bad.report(len(clips))
         store = cls(folder)
         # An existing store must warn like a new one.
         if not bad.reasons:
             bad.reasons = store.reasons
-            bad.report(len(paths))
+            bad.report(len(clips))
         return store
 
 
@@ -303,21 +314,27 @@ class _Writer:
     """Compute features utterance by utterance, and accumulate their moments."""
 
     def __init__(
-        self, folder: Path, log_mel: LogMel, speeds: Sequence[float], padding: int
+        self,
+        folder: Path,
+        log_mel: LogMel,
+        speeds: Sequence[float],
+        padding: int,
+        audio_format: AudioFormat,
     ) -> None:
         self.folder, self.log_mel, self.padding = folder, log_mel, padding
+        self.audio_format = audio_format
         self.resamplers = {float(speed): _resampler(speed) for speed in speeds}
         self.examples: list[Example] = []
         self.num_frames = 0
         self.sums = np.zeros((2, log_mel.num_mels))
 
-    def write(self, paths: Iterable[tuple[str, str]], bad: BadFiles) -> None:
+    def write(self, clips: Iterable[tuple[str, Clip]], bad: BadFiles) -> None:
         with (self.folder / "frames.f16").open("wb") as file:
-            for utterance, path in paths:
+            for utterance, clip in clips:
                 try:
-                    rows = self.features(path)
+                    rows = self.features(clip)
                 except CorpusError as error:
-                    bad.add(path, str(error).removeprefix(path).strip())
+                    bad.add(clip.name, str(error).removeprefix(clip.name).strip())
                     continue
                 for speed, row in zip(self.resamplers, rows, strict=True):
                     position = (self.num_frames, len(row), zlib.crc32(row.data))
@@ -331,16 +348,16 @@ class _Writer:
         }
         (self.folder / "index.json").write_text(json.dumps(index))
 
-    def features(self, path: str) -> list[np.ndarray]:
-        samples = torch.from_numpy(read_audio(path))
+    def features(self, clip: Clip) -> list[np.ndarray]:
+        samples = torch.from_numpy(read_audio(clip, self.audio_format))
         rows = []
         for resample in self.resamplers.values():
             audio = torch.nn.functional.pad(resample(samples), (0, self.padding))
             if audio.numel() < self.log_mel.fft_size:
-                raise CorpusError(f"{path} is too short ({samples.numel()} samples)")
+                raise CorpusError(f"{clip.name} is too short ({samples.numel()} samples)")
             row = self.log_mel(audio).numpy().astype(np.float16)
             if not np.isfinite(row).all():
-                raise CorpusError(f"{path} has features that are NaN or infinite")
+                raise CorpusError(f"{clip.name} has features that are NaN or infinite")
             rows.append(row)
         return rows
 
@@ -379,22 +396,23 @@ def _resampler(speed: float) -> torch.nn.Module:
     return torchaudio.transforms.Resample(ratio.numerator, ratio.denominator)
 
 
-def _audio_paths(cuts: CutSet) -> dict[str, str]:
-    return {cut.id: str(cut.recording.sources[0].source) for cut in cuts}
-
-
-def _hash(settings: dict[str, Any], paths: dict[str, str]) -> str:
-    stamps = []
-    for utterance, path in paths.items():
-        # A missing file is reported when it is decoded.
-        status = os.stat(path) if os.path.exists(path) else None
-        stamp = [status.st_size, status.st_mtime_ns] if status else []
-        stamps.append([utterance, path, *stamp])
+def _hash(settings: dict[str, Any], clips: dict[str, Clip]) -> str:
+    stamps: list[list[Any]] = []
+    for utterance, clip in clips.items():
+        path, *rest = clip
+        part = [] if rest == [None, None, None] else [rest]
+        try:
+            status = os.stat(path)
+            stamps.append([utterance, path, status.st_size, status.st_mtime_ns, *part])
+        except OSError:  # A missing file is reported when it is decoded.
+            stamps.append([utterance, path, *part])
     text = json.dumps([settings, stamps], sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
-def _check_room(cuts: CutSet, log_mel: LogMel, speeds: Sequence[float], cache_dir: Path) -> None:
+def _check_room(
+    cuts: Sequence[MonoCut], log_mel: LogMel, speeds: Sequence[float], cache_dir: Path
+) -> None:
     seconds = sum(cut.duration for cut in cuts) * sum(1 / speed for speed in speeds)
     size_bytes = int(seconds * 1000 / log_mel.hop_ms) * log_mel.num_mels * 2
     cache_dir.mkdir(parents=True, exist_ok=True)

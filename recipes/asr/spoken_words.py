@@ -26,7 +26,8 @@ from lhotse import CutSet, MonoCut
 from tqdm import tqdm
 
 from recipes.asr.atomic import check_folder, complete_folder
-from recipes.asr.corpora import Splits, Utterance, make_cut
+from recipes.asr.audio import AudioFormat
+from recipes.asr.corpora import Splits, Utterance, file_cut, make_cut
 from recipes.asr.espeak import Speech, synthesize
 
 DIGITS = ("ZERO", "ONE", "TWO", "THREE", "FOUR", "FIVE", "SIX", "SEVEN", "EIGHT", "NINE")
@@ -122,15 +123,22 @@ class SpokenWords:
             if lowest > highest:
                 raise ValueError(f"data.{name} is (lowest, highest), got {getattr(self, name)}")
 
-    def load(self, *, cache_dir: Path, sample_rate_hz: int, max_bad_fraction: float) -> Splits:
+    def load(
+        self,
+        *,
+        cache_dir: Path,
+        sample_rate_hz: int,
+        max_bad_fraction: float,
+        resample: bool = False,
+        mono: bool = False,
+    ) -> Splits:
         """Load the three manifests, synthesized first if missing; see `Corpus.load`."""
         folder = cache_dir / self.vocabulary / self._hash(sample_rate_hz)
         if not folder.is_dir():
             with complete_folder(folder) as temporary:
                 self.make(temporary, sample_rate_hz=sample_rate_hz)
         check_folder(folder, *(f"{part}.jsonl" for part in Splits._fields))
-        manifests = (CutSet.from_file(folder / f"{part}.jsonl") for part in Splits._fields)
-        return Splits(*(cuts.with_recording_path_prefix(folder) for cuts in manifests))
+        return Splits(*(_read_manifest(folder, part) for part in Splits._fields))
 
     def make(self, folder: Path, *, sample_rate_hz: int) -> None:
         """Synthesize the corpus into ``folder``: FLAC files and one manifest per part.
@@ -209,7 +217,7 @@ class SpokenWords:
             soundfile.write(flac, audio, sample_rate_hz, format="FLAC", subtype="PCM_16")
             path.write_bytes(flac.getvalue())
             utterance = Utterance(take.id, speaker, " ".join(take.words), path)
-            cut = make_cut(utterance, sample_rate_hz=sample_rate_hz)
+            cut = make_cut(utterance, AudioFormat(sample_rate_hz=sample_rate_hz))
             # Relative, so that the manifest does not depend on the folder of the cache.
             cut.recording.sources[0].source = str(path.relative_to(folder))
             yield cut
@@ -219,6 +227,20 @@ class SpokenWords:
         settings["espeak"] = version("espeakng-loader")
         text = json.dumps(settings, sort_keys=True)
         return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+def _read_manifest(folder: Path, part: str) -> CutSet:
+    """Read a manifest that `SpokenWords.make` has written, ten times as fast as Lhotse does."""
+    cuts = []
+    with (folder / f"{part}.jsonl").open(encoding="utf-8") as lines:
+        for line in lines:
+            row = json.loads(line)
+            recording, [supervision] = row["recording"], row["supervisions"]
+            path = f"{folder}/{recording['sources'][0]['source']}"
+            utterance = Utterance(row["id"], supervision["speaker"], supervision["text"], path)
+            rate_hz, num_samples = recording["sampling_rate"], recording["num_samples"]
+            cuts.append(file_cut(utterance, rate_hz=rate_hz, num_samples=num_samples))
+    return CutSet.from_cuts(cuts)
 
 
 def resample(samples: np.ndarray, from_hz: int, to_hz: int) -> np.ndarray:

@@ -6,29 +6,30 @@ import shutil
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import pytest
 import soundfile
 from lhotse import CutSet
 
+from recipes.asr.audio import CorpusError, read_audio
 from recipes.asr.corpora import (
     AN4,
     BadFiles,
     Corpus,
-    CorpusError,
     LibriSpeech,
     Splits,
     hold_out_speakers,
-    read_audio,
 )
 from tests.recipes.asr.small_corpus import truncate, write_an4, write_noise
 
 
 def load(corpus: Corpus, *, max_bad_fraction: float = 0.0) -> Splits:
-    return corpus.load(
-        cache_dir=Path("unused"), sample_rate_hz=16000, max_bad_fraction=max_bad_fraction
-    )
+    with TemporaryDirectory() as cache:
+        return corpus.load(
+            cache_dir=Path(cache), sample_rate_hz=16000, max_bad_fraction=max_bad_fraction
+        )
 
 
 def speakers(cuts: CutSet) -> set[str]:
@@ -150,8 +151,8 @@ DAMAGES = [
     (_missing, "is missing"),
     (_no_audio_format, "is unreadable or truncated"),
     (_empty, "is unreadable or truncated"),
-    (_other_rate, r"has a sample rate of 8000 Hz, not 16000 Hz; resample it or set data\.sample"),
-    (_stereo, "has 2 channels"),
+    (_other_rate, r"has a sample rate of 8000 Hz, not 16000 Hz; set data\.resample=true, resampl"),
+    (_stereo, r"has 2 channels, not one; set data\.mono=true"),
     (_no_samples, "has no audio"),
 ]
 

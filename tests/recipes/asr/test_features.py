@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from lhotse import CutSet
 from scipy.signal import get_window, stft
 
-from recipes.asr.corpora import CorpusError, Utterance, make_cut
+from recipes.asr.audio import AudioFormat, CorpusError
+from recipes.asr.corpora import Utterance, make_cut
 from recipes.asr.features import POWER_FLOOR, FeatureStore, LogMel, Normalization, SpecAugment
 from tests.recipes.asr.small_corpus import truncate, write_noise
 
@@ -26,7 +27,7 @@ def cuts_of(folder: Path, count: int = 3) -> CutSet:
     for i in range(count):
         path = folder / f"u{i}.flac"
         write_noise(path, seconds=0.5 + 0.1 * i, seed=i)
-        cuts.append(make_cut(Utterance(f"u{i}", "s", "A", path), sample_rate_hz=16000))
+        cuts.append(make_cut(Utterance(f"u{i}", "s", "A", path), AudioFormat()))
     return CutSet.from_cuts(cuts)
 
 
@@ -113,7 +114,7 @@ class TestStore:
     def test_faster_is_higher(self, tmp_path: Path, build: Build) -> None:
         path = tmp_path / "tone.flac"
         soundfile.write(path, 0.1 * np.sin(2 * np.pi * 1000 * np.arange(16000) / 16000), 16000)
-        cut = make_cut(Utterance("tone", "s", "A", path), sample_rate_hz=16000)
+        cut = make_cut(Utterance("tone", "s", "A", path), AudioFormat())
         store = build(CutSet.from_cuts([cut]), speeds=(0.5, 1.0, 2.0), log_mel=LogMel())
         corners = np.linspace(mel_of(np.float64(20)), mel_of(np.float64(8000)), 82)
         for i, frequency in enumerate((500.0, 1000.0, 2000.0)):
@@ -187,7 +188,7 @@ class TestStore:
     def test_a_recording_shorter_than_a_window_is_bad(self, tmp_path: Path, build: Build) -> None:
         write_noise(tmp_path / "short.flac", seconds=0.02, seed=0)
         utterance = Utterance("short", "s", "A", tmp_path / "short.flac")
-        cuts = CutSet.from_cuts([make_cut(utterance, sample_rate_hz=16000)])
+        cuts = CutSet.from_cuts([make_cut(utterance, AudioFormat())])
         with pytest.raises(CorpusError, match=r"short\.flac is too short \(320 samples\)"):
             build(cuts)
 

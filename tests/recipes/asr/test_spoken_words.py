@@ -10,7 +10,8 @@ import espeakng_loader
 import numpy as np
 import pytest
 
-from recipes.asr.corpora import CorpusError, Splits, read_audio
+from recipes.asr.audio import CorpusError, read_audio
+from recipes.asr.corpora import Splits
 from recipes.asr.espeak import Speech, synthesize
 from recipes.asr.spoken_words import (
     ACCENTS,
