@@ -14,7 +14,7 @@ from __future__ import annotations
 import random
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -23,7 +23,7 @@ from lhotse import CutSet, MonoCut, Recording, SupervisionSegment
 from lhotse.audio import AudioSource
 
 from recipes.asr.audio import AudioFormat, Clip, CorpusError, Header, read_header, read_headers
-from recipes.asr.manifest_cache import known_headers
+from recipes.asr.manifest_cache import known_headers, lasting_objects
 from recipes.asr.vocabulary import normalize_text
 
 
@@ -206,6 +206,18 @@ def make_cuts(
     read = read_headers(paths, known, of=bad.of)
     known.clear()
     known.update((path, one) for path, one in read.items() if isinstance(one, Header))
+    with lasting_objects():
+        cuts = _usable_cuts(utterances, audio_format, read, bad)
+    bad.report(len(utterances))
+    return CutSet.from_cuts(cuts)
+
+
+def _usable_cuts(
+    utterances: Sequence[Utterance],
+    audio_format: AudioFormat,
+    headers: Mapping[str, Header | CorpusError],
+    bad: BadFiles,
+) -> list[MonoCut]:
     cuts = []
     sources: dict[str, str] = {}
     for utterance in utterances:
@@ -216,15 +228,14 @@ def make_cuts(
             bad.add(source, f"has the utterance id {utterance.id!r} again, first in {first}")
             continue
         sources[utterance.id] = source
-        header = read.get(path)
+        header = headers.get(path)
         try:
             if isinstance(header, CorpusError):
                 raise header
             cuts.append(make_cut(utterance, audio_format, header))
         except CorpusError as error:
             bad.add(path, str(error).removeprefix(path).strip())
-    bad.report(len(utterances))
-    return CutSet.from_cuts(cuts)
+    return cuts
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,6 +22,7 @@ from recipes.asr.audio import clip_of
 from recipes.asr.batches import Batch, BatchLoader, BatchPlan, Item, seed_of
 from recipes.asr.corpora import AN4, BadFiles, Corpus, LibriSpeech
 from recipes.asr.features import FeatureStore, LogMel, Normalization, SpecAugment, check_speeds
+from recipes.asr.manifest_cache import lasting_objects
 from recipes.asr.manifests import Manifest, Sources
 from recipes.asr.pieces import AnyVocabulary, PieceVocabulary, vocabulary_from_dict
 from recipes.asr.spoken_words import SpokenWords
@@ -264,10 +265,11 @@ class _Part:
 
     def examples(self) -> list[MonoCut]:
         """Return one cut per example of the store, with its duration at its speed."""
-        return [
-            _at_speed(self.cuts[example.utterance], example.speed)
-            for example in self.store.examples
-        ]
+        with lasting_objects():
+            return [
+                _at_speed(self.cuts[example.utterance], example.speed)
+                for example in self.store.examples
+            ]
 
 
 def _at_speed(cut: MonoCut, speed: float) -> MonoCut:

@@ -33,6 +33,7 @@ from tqdm import tqdm
 from recipes.asr.atomic import check_folder, complete_folder
 from recipes.asr.audio import AudioFormat, Clip, CorpusError, clip_of, read_audio
 from recipes.asr.corpora import BadFiles
+from recipes.asr.manifest_cache import lasting_objects
 
 # About the power of the rounding to 16-bit samples in a mel band: lower powers are no content of
 # the recording, and digital silence gets a value near that of a quiet room.
@@ -214,7 +215,8 @@ class FeatureStore:
         check_folder(folder, "index.json")
         self._folder = folder
         index = json.loads((folder / "index.json").read_text())
-        self.examples = [Example(*fields) for fields in index["examples"]]
+        with lasting_objects():
+            self.examples = [Example(*fields) for fields in index["examples"]]
         self.normalization = Normalization.from_dict(index["normalization"])
         self.reasons: dict[str, str] = index["reasons"]
         self._frames = np.memmap(folder / "frames.f16", dtype=np.float16, mode="r").reshape(

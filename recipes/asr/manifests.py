@@ -19,7 +19,13 @@ from lhotse import CutSet
 
 from recipes.asr.audio import AudioFormat, CorpusError
 from recipes.asr.corpora import BadFiles, Splits, Utterance, hold_out_speakers, make_cuts
-from recipes.asr.manifest_cache import digest, known_headers, read_checked, write_checked
+from recipes.asr.manifest_cache import (
+    digest,
+    known_headers,
+    lasting_objects,
+    read_checked,
+    write_checked,
+)
 from recipes.asr.manifest_forms import find_form
 
 Sources = str | Path | Sequence[str | Path]
@@ -116,6 +122,11 @@ class Manifest:
 
 def _read(source: str, *, setting: str, cache_dir: Path) -> list[Utterance]:
     """Read the utterances of one manifest, from the cache if its files are the same."""
+    with lasting_objects():
+        return _read_or_kept(source, setting=setting, cache_dir=cache_dir)
+
+
+def _read_or_kept(source: str, *, setting: str, cache_dir: Path) -> list[Utterance]:
     form = find_form(source, setting=setting, cache_dir=cache_dir)
     stamps = [
         [str(path), status.st_size, status.st_mtime_ns]

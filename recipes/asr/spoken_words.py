@@ -29,6 +29,7 @@ from recipes.asr.atomic import check_folder, complete_folder
 from recipes.asr.audio import AudioFormat
 from recipes.asr.corpora import Splits, Utterance, file_cut, make_cut
 from recipes.asr.espeak import Speech, synthesize
+from recipes.asr.manifest_cache import lasting_objects
 
 DIGITS = ("ZERO", "ONE", "TWO", "THREE", "FOUR", "FIVE", "SIX", "SEVEN", "EIGHT", "NINE")
 
@@ -232,7 +233,7 @@ class SpokenWords:
 def _read_manifest(folder: Path, part: str) -> CutSet:
     """Read a manifest that `SpokenWords.make` has written, ten times as fast as Lhotse does."""
     cuts = []
-    with (folder / f"{part}.jsonl").open(encoding="utf-8") as lines:
+    with lasting_objects(), (folder / f"{part}.jsonl").open(encoding="utf-8") as lines:
         for line in lines:
             row = json.loads(line)
             recording, [supervision] = row["recording"], row["supervisions"]
