@@ -91,6 +91,14 @@ def test_every_key_of_an_experiment_is_taken_by_its_target(experiment: str) -> N
         _bind(node)
 
 
+@pytest.mark.parametrize("experiment", ["an4_rnnt", "commands", "librispeech_conformer"])
+def test_experiments_go_with_a_corpus_of_ones_own(experiment: str) -> None:
+    config = _composed(f"experiment={experiment}", "data=manifest", "data.train=a.json")
+    assert config["data"]["_target_"] == "recipes.asr.data.manifest"
+    for node in _targets(config):
+        _bind(node)
+
+
 def test_a_misspelt_key_is_an_error() -> None:
     config = _composed("+model.network.encoder_sise=3")
     with pytest.raises(TypeError, match="encoder_sise"):

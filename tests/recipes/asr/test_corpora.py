@@ -100,6 +100,15 @@ class TestLibriSpeech:
         assert speakers(splits.train) == {"12", "99"}
         assert splits.test[0].supervisions[0].text == "LINE NUMBER A"
 
+    def test_headers_are_read_once(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        write_librispeech(tmp_path, "a")
+        corpus = LibriSpeech(root=tmp_path, train="a", validation="a", test="a")
+        settings = {"sample_rate_hz": 16000, "max_bad_fraction": 0.0}
+        expected = corpus.load(cache_dir=tmp_path / "cache", **settings)
+        monkeypatch.delattr("recipes.asr.audio.read_header")
+        again = corpus.load(cache_dir=tmp_path / "cache", **settings)
+        assert list(again.train) == list(expected.train)
+
     def test_a_missing_subset_is_named_with_those_that_are_there(self, tmp_path: Path) -> None:
         write_librispeech(tmp_path, "dev-clean")
         with pytest.raises(CorpusError, match=r"no subset .*train-clean-100; .*\['dev-clean'\]"):
