@@ -140,6 +140,8 @@ class BatchPlan:
             # needs it, too: otherwise Lhotse may stop at an empty bucket while others are not.
             sync_buckets=True,
         )
+        # The newest plan, by what it depends on: of 100,000 utterances one takes seconds.
+        self._planned: tuple[tuple[int, bool], list[list[int]]] | None = None
         self._length = len(self.epoch(0))
 
     def __len__(self) -> int:
@@ -148,6 +150,12 @@ class BatchPlan:
 
     def epoch(self, epoch: int) -> list[list[int]]:
         """Return the batches of an epoch, as positions in ``cuts``."""
+        key = (epoch if self.shuffle else 0, epoch < self.curriculum_epochs)
+        if self._planned is None or self._planned[0] != key:
+            self._planned = key, self._plan(epoch)
+        return [*self._planned[1]]
+
+    def _plan(self, epoch: int) -> list[list[int]]:
         self._sampler.set_epoch(epoch if self.shuffle else 0)
         # Lhotse may repeat a cut under a new id; the id of its supervision stays.
         batches = [[self._positions[c.supervisions[0].id] for c in cuts] for cuts in self._sampler]

@@ -276,7 +276,8 @@ def _at_speed(cut: MonoCut, speed: float) -> MonoCut:
     """Return a cut of the duration at a speed; Lhotse would copy the recording, too."""
     if speed == 1.0:
         return cut
-    duration = perturb_num_samples(cut.num_samples, speed) / cut.sampling_rate
+    num_samples = round(cut.duration * cut.sampling_rate)
+    duration = perturb_num_samples(num_samples, speed) / cut.sampling_rate
     name = f"{cut.id}_sp{speed}"
     supervision = SupervisionSegment(name, recording_id=cut.id, start=0.0, duration=duration)
     return MonoCut(name, start=0.0, duration=duration, channel=0, supervisions=[supervision])

@@ -78,6 +78,14 @@ class TestBatches:
         assert len(set(validation)) == len(validation) == 3
         assert not set(train) & set(validation)
 
+    def test_durations_at_a_speed_are_those_of_lhotse(self, make: Make) -> None:
+        part = make()._parts["train"]
+        examples = zip(part.examples(), part.store.examples, strict=True)
+        for cut, example in examples:
+            expected = part.cuts[example.utterance].perturb_speed(example.speed)
+            assert cut.duration == expected.duration
+            assert cut.supervisions[0].id == expected.supervisions[0].id
+
     def test_another_module_gives_the_same_epoch(self, make: Make) -> None:
         for epoch in (0, 3):
             loaders = [make().train_dataloader() for _ in range(2)]
