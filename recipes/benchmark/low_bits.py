@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_nna.files import write_whole
+from lightning_nna.weights.allocation import BitAllocation
 from recipes.benchmark.grid import Study, axis, threads_option
 from recipes.benchmark.plots import saved_figure
 from recipes.benchmark.recipe_runs import (
@@ -253,9 +254,11 @@ def allocate(model: str, mean_bits: int, *, threads: int | None) -> None:
         *([] if threads is None else [f"threads={threads}"]),
         log=folder / "run.log",
     )
-    bits = json.loads((folder / "bits.json").read_text(encoding="utf-8"))
+    bits = BitAllocation.load(folder / "bits.json").bits
     ones = {name: each for name, each in bits.items() if each == 1}
-    write_whole(folder / "ones.json", json.dumps(ones, indent=1))
+    if not ones:
+        raise ValueError(f"at a mean of {mean_bits} bits no tensor of {model} has 1 bit")
+    write_whole(folder / "ones.json", json.dumps({"overrides": ones}, indent=1))
 
 
 def runs(

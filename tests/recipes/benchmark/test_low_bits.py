@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,8 @@ import numpy as np
 import pytest
 from hydra import compose, initialize
 
+from lightning_nna.callbacks import GeneralQuantizer
+from lightning_nna.weights.allocation import BitAllocation
 from recipes.benchmark.low_bits import (
     METHODS,
     STUDY,
@@ -180,11 +181,14 @@ def test_bits_of_tensors_are_allocated_once_for_all_runs(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     bits, asked = {"model.a.weight": 1, "model.b.weight": 4}, []
+    widths = {name: {1: 0.5, 4: 0.1} for name in bits}
+    sizes = {name: {1: 2, 4: 8} for name in bits}
+    allocation = BitAllocation(bits, widths, sizes, dict.fromkeys(bits, 16), 0.1)
 
     def run_recipe(module: str, *overrides: str, log: Path) -> None:
         asked.append((module, *overrides))
         log.parent.mkdir(parents=True, exist_ok=True)
-        log.with_name("bits.json").write_text(json.dumps(bits))
+        allocation.save(log.with_name("bits.json"))
 
     monkeypatch.setattr("recipes.benchmark.low_bits.run_recipe", run_recipe)
     monkeypatch.chdir(tmp_path)
@@ -197,7 +201,9 @@ def test_bits_of_tensors_are_allocated_once_for_all_runs(
     files = [run.allocation for run in grid]
     assert files[:2] == [folder / "ones.json", folder / "ones.json"]
     assert files[2:] == [allocation_folder("rnnt", 3) / "bits.json", folder / "bits.json"]
-    assert json.loads((folder / "ones.json").read_text()) == {"model.a.weight": 1}
+    assert GeneralQuantizer(4, overrides=folder / "ones.json").selection.overrides == {
+        "model.a.weight": 1
+    }
     assert f"bit_overrides={files[0]}" in grid[0].command
 
 
