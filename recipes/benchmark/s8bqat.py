@@ -181,8 +181,11 @@ def logged(folder: Path) -> dict[str, float | None]:
 
 #: Units of each layer of the encoder, by the name of the network.
 SIZES = {"small": 160, "pretrained": 192}
-#: Epochs of the float training of every size.
-FLOAT_EPOCHS = 22
+#: Float weights of each size, trained for the same number of epochs.
+_STARTS = {
+    "small": COMMANDS_RNNT.weights.with_name("commands_rnnt_160.safetensors"),
+    "pretrained": COMMANDS_RNNT.weights,
+}
 #: Settings that were chosen on the validation part, by width, as they are claimed.
 _CHOSEN = {5: (1e-3, "end"), 4: (1e-3, "end"), 3: (1e-2, "end"), 2: (1e-2, "often")}
 CHOSEN = {
@@ -219,32 +222,6 @@ class SizeRun(RecipeRun):
         return RUNS / f"{self.network}_{self.bits}" / f"seed{self.seed}"
 
     @property
-    def float_folder(self) -> Path:
-        """Run folder of the float training."""
-        return Path(f"runs/commands_{SIZES[self.network]}/seed1")
-
-    @property
-    def start_weights(self) -> Path:
-        """Float weights that the training starts from."""
-        if self.network == "pretrained":
-            return COMMANDS_RNNT.weights
-        return self.float_folder / "checkpoints" / "last.ckpt"
-
-    @property
-    def float_command(self) -> list[str]:
-        """Module and overrides of the float training."""
-        return [
-            "recipes.train",
-            "experiment=commands",
-            "seed=1",
-            f"trainer.max_epochs={FLOAT_EPOCHS}",
-            f"model.network.encoder_size={SIZES[self.network]}",
-            f"name=commands_{SIZES[self.network]}",
-            "+trainer.limit_val_batches=0",
-            f"hydra.run.dir={self.float_folder}",
-        ]
-
-    @property
     def command(self) -> list[str]:
         """Module and overrides of the training for the accelerator."""
         settings = [f"model.network.encoder_size={SIZES[self.network]}"]
@@ -256,13 +233,8 @@ class SizeRun(RecipeRun):
                 for each in CHOSEN[self.bits].command
                 if each.startswith(("compression=", "nna=", "bits=", "callbacks", "++callbacks"))
             ]
-        start = replace(COMMANDS_RNNT, weights=self.start_weights)
+        start = replace(COMMANDS_RNNT, weights=_STARTS[self.network])
         return training(self.seed, self.folder, *settings, start=start)
-
-    def prepare(self) -> None:
-        """Train the float weights that all seeds start from."""
-        if not self.start_weights.exists() or not self.start_weights.is_file():
-            summary_of(self.float_folder, self.float_command, threads=self.threads)
 
     def rows(self) -> Iterator[Row]:
         """Train, export and compile the network, and yield a row for every system."""
