@@ -21,7 +21,6 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-import hydra
 import torch
 from omegaconf import DictConfig
 from torch import nn
@@ -34,12 +33,13 @@ from recipes.asr.batches import Batch
 from recipes.asr.deployed import run_utterance
 from recipes.asr.recognizer import TransducerRecognizer
 from recipes.preparation import prepare_process, rebuild
+from recipes.program import as_program
 from recipes.weights import load_weights
 
 _log = logging.getLogger(__name__)
 
 
-@hydra.main(version_base="1.3", config_path="conf", config_name="allocate")
+@as_program("allocate")
 def main(config: DictConfig) -> None:
     """Run :func:`allocate`, or :func:`price_zeros` with ``zeros``, and print its table."""
     if config.zeros is None:

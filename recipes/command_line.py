@@ -9,10 +9,11 @@ A checkout runs the same programs by their modules, as ``python -m recipes.train
 
 from __future__ import annotations
 
-import difflib
 import runpy
 import sys
 from collections.abc import Sequence
+
+from recipes.nearest import did_you_mean
 
 #: Modules by command, and what each does.
 COMMANDS = {
@@ -21,6 +22,7 @@ COMMANDS = {
     "deploy": ("recipes.deploy", "export a checkpoint, score its programs, estimate their cost"),
     "allocate": ("recipes.allocate", "choose the bits of every weight"),
     "drift-replay": ("recipes.drift_replay", "score a stored sequence with the drift detector"),
+    "sweep-table": ("recipes.sweep_table", "compare the runs of a sweep"),
     "demo": ("recipes.demo", "train, emulate and deploy on synthetic speech"),
 }
 
@@ -39,8 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(usage())
         return
     if name not in COMMANDS:
-        close = difflib.get_close_matches(name, COMMANDS, n=1)
-        hint = f"; did you mean {close[0]}?" if close else ""
+        hint = did_you_mean(name, COMMANDS)
         raise SystemExit(_refusal(f"there is no command {name!r}{hint}"))
     module, _ = COMMANDS[name]
     sys.argv = [module, *rest[:-1]]

@@ -21,7 +21,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
-import hydra
 import torch
 from hydra.utils import instantiate
 from lightning.pytorch import Callback, Trainer
@@ -49,6 +48,7 @@ from recipes.asr.rnnt import Encoder
 from recipes.asr.scoring import word_errors
 from recipes.evaluate import restore_or_calibrate
 from recipes.preparation import prepare_process, rebuild
+from recipes.program import as_program
 from recipes.run_folder import provenance, size_of, weight_metrics, write_summary
 from recipes.settings import METHOD_SETTINGS
 from recipes.train import score_test
@@ -57,7 +57,7 @@ from recipes.weights import TrainedWeights, load_weights
 _log = logging.getLogger(__name__)
 
 
-@hydra.main(version_base="1.3", config_path="conf", config_name="deploy")
+@as_program("deploy")
 def main(config: DictConfig) -> None:
     """Run :func:`deploy` and print its table."""
     _log.info("\n%s", table(deploy(config)))
@@ -439,6 +439,7 @@ def cost(parts: Mapping[str, VelaReport], calls_per_second: Mapping[str, float])
         "encoded_bytes": sum(report.encoded_bytes for report in reports),
         "memory_bytes": sum(report.memory_bytes for report in reports),
         "sram_bytes": max(report.sram_bytes for report in reports),
+        "cycles": sum(parts[p].cycles * calls_per_second.get(p, 0.0) for p in parts),
         "inference_ms": sum(parts[p].inference_ms * calls_per_second.get(p, 0.0) for p in parts),
         "part_ms": {part: report.inference_ms for part, report in parts.items()},
         "bound": {

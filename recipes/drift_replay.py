@@ -21,6 +21,7 @@ from pathlib import Path
 from lightning_nna.drift.detector import DriftDetector, DriftReading
 from lightning_nna.drift.plot import draw
 from lightning_nna.files import whole_file, write_whole
+from recipes.program import short_errors
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -38,6 +39,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--min-delta", type=float, default=0.0)
     parser.add_argument("--plot", type=Path, help="PNG to write; by default next to the source")
     options = parser.parse_args(arguments)
+    with short_errors("drift_replay"):
+        _replay_and_write(options)
+
+
+def _replay_and_write(options: argparse.Namespace) -> None:
+    """Score the sequence that the command names, and write plot and readings."""
     column, values = read_column(options.source, options.column)
     detector = DriftDetector(
         wavelet=options.wavelet,

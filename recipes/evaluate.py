@@ -14,7 +14,6 @@ import itertools
 from pathlib import Path
 from typing import Any
 
-import hydra
 from lightning.pytorch import Trainer
 from omegaconf import DictConfig
 from torch import nn
@@ -27,6 +26,7 @@ from recipes.asr.batches import Batch
 from recipes.asr.data import SpeechDataModule
 from recipes.asr.recognizer import TransducerRecognizer
 from recipes.preparation import prepare_process, rebuild
+from recipes.program import as_program
 from recipes.run_folder import (
     log_summary,
     provenance,
@@ -39,7 +39,7 @@ from recipes.train import build_callbacks, score_test
 from recipes.weights import TrainedWeights, load_weights
 
 
-@hydra.main(version_base="1.3", config_path="conf", config_name="evaluate")
+@as_program("evaluate")
 def main(config: DictConfig) -> None:
     """Run :func:`evaluate` and print its summary."""
     log_summary(evaluate(config))

@@ -21,6 +21,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from torch import Tensor, nn
 
@@ -31,11 +32,12 @@ from lightning_nna.weights.codebook import index_bits
 from lightning_nna.weights.pipeline import pipeline_of
 from recipes.asr.recognizer import TransducerRecognizer
 from recipes.asr.scoring import utterance_errors
+from recipes.run_name import INDIFFERENT
 
 _log = logging.getLogger(__name__)
 
 # Settings that do not change what is learned; a resumed run may have others.
-_MAY_CHANGE = frozenset({"run_dir", "threads", "resume", "logger", "test", "beam_width"})
+_MAY_CHANGE = INDIFFERENT | {"test", "beam_width"}
 
 
 def record_config(run_dir: Path, config: DictConfig) -> None:
@@ -52,19 +54,15 @@ def record_config(run_dir: Path, config: DictConfig) -> None:
     path = run_dir / "config.yaml"
     settings = settings_of(config)
     if path.exists():
-        before = _without_run_dir(settings_of(OmegaConf.load(path)))
-        now = _without_run_dir(settings)
-        differing = sorted(
-            key
-            for key in (before.keys() | now.keys()) - _MAY_CHANGE
-            if before.get(key) != now.get(key)
-        )
+        differing = _differing(path, settings) - _MAY_CHANGE
         if differing:
             raise ValueError(
-                f"{run_dir} holds a run with other settings of {', '.join(differing)}; "
+                f"{run_dir} holds a run with other settings of {', '.join(sorted(differing))}; "
                 "resume it with its own, or choose another hydra.run.dir"
             )
     run_dir.mkdir(parents=True, exist_ok=True)
+    # The results of an earlier end are not those of these settings.
+    (run_dir / "summary.json").unlink(missing_ok=True)
     write_whole(path, OmegaConf.to_yaml(OmegaConf.create(settings)))
 
 
@@ -99,6 +97,32 @@ def sole_run(run_dir: Path) -> Iterator[None]:
         file.write(f"process {os.getpid()} on {platform.node()}\n")
         file.flush()
         yield
+
+
+def finished_summary(run_dir: Path, config: DictConfig) -> dict[str, Any] | None:
+    """Return the summary of a run that was finished with the same settings.
+
+    Args:
+        run_dir: Run folder.
+        config: All settings of the run.
+
+    Returns:
+        Content of ``summary.json``; None if the run was not finished, or with other settings.
+    """
+    config_file, summary_file = run_dir / "config.yaml", run_dir / "summary.json"
+    if not (config_file.is_file() and summary_file.is_file()):
+        return None
+    if _differing(config_file, settings_of(config)) - INDIFFERENT:
+        return None
+    summary: dict[str, Any] = json.loads(summary_file.read_text(encoding="utf-8"))
+    return summary
+
+
+def _differing(path: Path, settings: dict[str, Any]) -> set[str]:
+    """Return the settings that differ from those in a file."""
+    before = _without_run_dir(settings_of(OmegaConf.load(path)))
+    now = _without_run_dir(settings)
+    return {key for key in before.keys() | now.keys() if before.get(key) != now.get(key)}
 
 
 def _without_run_dir(settings: dict[str, Any]) -> dict[str, Any]:
@@ -138,6 +162,11 @@ def provenance(seed: int | None) -> dict[str, Any]:
         "seed": seed,
         "versions": versions,
     }
+
+
+def task_overrides() -> list[str]:
+    """Return the overrides of this run; none outside of a program of Hydra."""
+    return list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
 
 
 def command_line() -> str:

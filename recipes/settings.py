@@ -14,8 +14,8 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from lightning_nna.emulation.spec import DEFAULT_PRESET
-
-CONF = Path(__file__).resolve().parent / "conf"
+from recipes.nearest import did_you_mean
+from recipes.program import CONF
 
 #: Settings that the groups of compression read; each group gives a value to those that it uses.
 METHOD_SETTINGS = ("bits", "sparsity", "pattern", "bit_overrides", "parq_steps")
@@ -40,7 +40,8 @@ def check_settings(config: DictConfig, name: str) -> None:
             f"{', '.join(missing)} must be set: add {missing[0]}=<value> to the command"
         )
     if unknown := sorted({str(key) for key in config} - _known(name)):
-        raise ValueError(f"recipes.{name} has no setting {', '.join(unknown)}")
+        hint = did_you_mean(unknown[0], (path for path, _ in leaves if path not in unknown))
+        raise ValueError(f"recipes.{name} has no setting {', '.join(unknown)}{hint}")
     read = "\n".join(str(value) for _, value in leaves)
     for key in METHOD_SETTINGS:
         if plain.get(key) is not None and f"${{{key}}}" not in read:

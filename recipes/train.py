@@ -9,6 +9,7 @@ run resumes it.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Mapping
 from contextlib import nullcontext
@@ -16,7 +17,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import hydra
 import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
@@ -29,13 +29,17 @@ from omegaconf import DictConfig
 from lightning_nna.checkpoints import load_checkpoint
 from recipes.asr.data import SpeechDataModule
 from recipes.asr.recognizer import TransducerRecognizer
+from recipes.objective import check_objective, objective_of
 from recipes.preparation import build_recognizer, prepare_process
+from recipes.program import as_program
 from recipes.run_folder import (
+    finished_summary,
     log_summary,
     provenance,
     record_config,
     size_of,
     sole_run,
+    task_overrides,
     weight_metrics,
     write_summary,
     write_transcripts,
@@ -43,11 +47,15 @@ from recipes.run_folder import (
 from recipes.settings import instantiate_all
 from recipes.weights import load_weights, put_into
 
+_log = logging.getLogger(__name__)
 
-@hydra.main(version_base="1.3", config_path="conf", config_name="train")
-def main(config: DictConfig) -> None:
-    """Run :func:`train` and print its summary."""
-    log_summary(train(config))
+
+@as_program("train")
+def main(config: DictConfig) -> float | tuple[float, ...] | None:
+    """Run :func:`train`, print its summary, and return what a sweep makes small."""
+    summary = train(config)
+    log_summary(summary)
+    return objective_of(summary, config.objective)
 
 
 def train(config: DictConfig) -> dict[str, Any]:
@@ -64,6 +72,15 @@ def train(config: DictConfig) -> dict[str, Any]:
             there; see :func:`.check_settings` too.
     """
     prepare_process(config, "train")
+    check_objective(config.objective)
+    if config.resume and (finished := finished_summary(Path(config.run_dir), config)) is not None:
+        _log.info(
+            "%s has the results of these settings, trained at commit %s: nothing runs again "
+            "(resume=false trains anew)",
+            config.run_dir,
+            finished.get("commit"),
+        )
+        return finished
     # The other processes of the run are in the folder of the first.
     is_first = getattr(rank_zero_only, "rank", 0) == 0
     with sole_run(Path(config.run_dir)) if is_first else nullcontext():
@@ -96,6 +113,7 @@ def _train(config: DictConfig) -> dict[str, Any]:
         "experiment": config.name,
         "method": config.method,
         **origin,
+        "overrides": task_overrides(),
         **size_of(recognizer.model),
         "epochs": trainer.current_epoch,
         "train_seconds": round(seconds, 1),

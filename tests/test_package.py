@@ -17,7 +17,7 @@ from packaging.requirements import Requirement
 import lightning_nna
 from tests.conftest import ROOT
 
-SOURCE_FOLDERS = ("docs", "lightning_nna", "recipes", "tests", ".ci")
+SOURCE_FOLDERS = ("docs", "hydra_plugins", "lightning_nna", "recipes", "tests", ".ci")
 TEXT_SUFFIXES = {
     "",
     ".cfg",
@@ -53,7 +53,12 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_wheel_ships_package_and_recipes_alone(installed: Path) -> None:
     metadata = f"lightning_nna-{lightning_nna.__version__}.dist-info"
-    assert {path.name for path in installed.iterdir()} == {"lightning_nna", "recipes", metadata}
+    packages = {"hydra_plugins", "lightning_nna", "recipes"}
+    assert {path.name for path in installed.iterdir()} == {*packages, metadata}
+    # Other packages have plugins of Hydra in the same folder.
+    assert [path.name for path in (installed / "hydra_plugins").glob("*.py")] == [
+        "lightning_nna_study.py"
+    ]
     assert (installed / "lightning_nna" / "py.typed").is_file()
     assert (installed / "recipes" / "conf" / "train.yaml").is_file()
     assert not (installed / "recipes" / "benchmark").exists()

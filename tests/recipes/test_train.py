@@ -25,6 +25,7 @@ SUMMARY = {
     *("experiment", "method", "command", "commit", "seed", "versions", "parameters", "size_bytes"),
     *("epochs", "train_seconds", "threads", "wer", "wer_low", "wer_high", "errors", "words"),
     *("loss_per_token", "beam_width", "wer_greedy", "bits", "sparsity", "packed_bytes"),
+    "overrides",
 }
 
 
@@ -88,6 +89,26 @@ def test_a_stopped_run_resumes_to_the_same_weights(
     assert expected.keys() == resumed.keys()
     for name, weight in expected.items():
         torch.testing.assert_close(resumed[name], weight, rtol=0, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory")
+def test_a_run_that_is_finished_is_not_run_again(
+    compose_config: Compose, overrides: list[str], tmp_path: Path
+) -> None:
+    settings = ["experiment=an4_rnnt", *overrides, "trainer.max_epochs=1"]
+    summary = train(compose_config("train", *settings))
+    last = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    saved = last.stat().st_mtime_ns
+    assert train(compose_config("train", *settings, "threads=1", "objective=[bits]")) == summary
+    assert last.stat().st_mtime_ns == saved
+    assert not (tmp_path / "run" / "metrics" / "version_1").exists()
+    # How it is scored makes another result, of the same weights.
+    again = train(compose_config("train", *settings, "test=false"))
+    assert "wer" not in again
+    assert last.stat().st_mtime_ns == saved
+    anew = train(compose_config("train", *settings, "test=false", "resume=false"))
+    assert anew["commit"] == summary["commit"]
+    assert last.stat().st_mtime_ns > saved
 
 
 def test_the_folder_of_another_run_is_an_error(
