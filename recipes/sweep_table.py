@@ -210,7 +210,7 @@ def draw(runs: Sequence[Run]) -> Figure:
         axes = figure.subplots()
         axes.errorbar(sizes, rates, yerr=[below, above], fmt="o", color="#9aa7b4", capsize=3)
         on_front = [sizes[index] for index in best], [rates[index] for index in best]
-        axes.plot(*on_front, "o-", color="#b8442c", label="no other run beats it")
+        axes.plot(*on_front, "o-", color="#b8442c", label="no other run beats it", zorder=3)
         for index in best:
             label = ", ".join(str(shown[index].settings.get(key, "")) for key in keys)
             axes.annotate(
@@ -272,6 +272,7 @@ def _cells(rows: Sequence[Mapping[str, Any]]) -> Iterator[list[str]]:
 
 
 _HEADS = {
+    "bits": "mean bits",
     "packed_bytes": "packed bytes",
     "cycles": "cycles per second of speech",
     "wer": "WER, %",
