@@ -43,6 +43,7 @@ def overrides(small_an4: Path, tmp_path: Path) -> list[str]:
         "data.spec_augment.frequency_width=2",
         "data.batch_seconds=2",
         "data.num_buckets=2",
+        "data.num_workers=0",
         "trainer.max_epochs=2",
         "trainer.check_val_every_n_epoch=1",
         "trainer.accelerator=cpu",
@@ -125,7 +126,8 @@ def test_the_folder_of_another_run_is_an_error(
 def test_every_experiment_runs(
     experiment: str, compose_config: Compose, overrides: list[str], tmp_path: Path
 ) -> None:
-    settings = [*overrides, "data.alphabet=' ABEGINOPSTY'", "data.units=character"]
+    characters = ("data.units=character", "data.num_pieces=null", "data.alphabet=' ABEGINOPSTY'")
+    settings = [*overrides, *characters]
     start: list[str] = []
     if "finetune" in experiment:
         first = experiment.removesuffix("_finetune")
