@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 
 from recipes.command_line import COMMANDS, main
@@ -26,6 +28,8 @@ def test_a_command_runs_its_recipe(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("sys.argv", ["lightning-nna"])
+    # As in a new process: other tests may have imported it.
+    monkeypatch.delitem(sys.modules, "recipes.drift_replay", raising=False)
     with pytest.raises(SystemExit) as done:
         main(["drift-replay", "--help"])
     assert done.value.code == 0
