@@ -457,8 +457,10 @@ def plot(rows: Sequence[Row], path: Path) -> None:
                 for axis_format in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
                     axis_format("{x:.3g}")
         panels[0].set_ylabel("word error rate, %")
-        if panels[0].lines:
-            panels[0].legend(fontsize=7)
+        # One legend: a line may be in one panel alone.
+        shown = {line.get_label(): line for axes in panels for line in axes.lines}
+        if shown:
+            panels[0].legend(list(shown.values()), list(shown), fontsize=7)
 
 
 def _mean_wer(rows: Sequence[Row]) -> float:
