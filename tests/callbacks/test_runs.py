@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -446,6 +448,18 @@ def test_a_file_of_weights_alone_is_warned_of(tmp_path: Path) -> None:
         trainer(MagnitudePruning(0.5), writer, steps=4, enable_checkpointing=True).fit(module())
 
 
+@pytest.fixture
+def own_process_group() -> Iterator[None]:
+    """Take down the process group, and the variables of it, that a strategy sets up."""
+    before = dict(os.environ)
+    yield
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    for name in os.environ.keys() - before.keys():
+        del os.environ[name]
+
+
+@pytest.mark.usefixtures("own_process_group")
 @pytest.mark.parametrize(
     "callback",
     [

@@ -394,7 +394,7 @@ def together(order: slice) -> list[Callback]:
     rising = {"start": 0.0, "end": 1.0, "until": 4}
     return [
         NNAEmulation(calibration_steps=2),
-        GeneralQuantizer(3, hard_from=3, sharpness=4.0),
+        GeneralQuantizer(3, hard_from=3, sharpness=4.0, pin_zero=True),
         CompressedSensingPruning(0.5, schedule=rising, every_n_steps=2),
         Distillation(["lstm", "head"], weight=0.5),
     ][order]
