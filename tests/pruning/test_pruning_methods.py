@@ -389,6 +389,7 @@ def test_errors_count_what_they_cost_the_loss() -> None:
     assert kept_by_output(weighting="equal") == dict.fromkeys(("loud", "quiet", *rows), 16)
 
 
+@pytest.mark.filterwarnings("ignore:.*pruned weights are zero")
 @pytest.mark.parametrize("quantizer", ["gq", "s8bqat"])
 def test_it_composes_with_few_bits_and_the_chip_in_any_order(quantizer: str) -> None:
     def callbacks() -> list[pl.Callback]:
@@ -622,6 +623,7 @@ def test_weights_that_are_not_finite() -> None:
         trainer(made("magnitude"), steps=2).fit(fitted)
 
 
+@pytest.mark.filterwarnings("ignore:.*pruned weights are zero")
 def test_the_report_knows_of_masks(tmp_path: Path) -> None:
     watch = CompressionReport(tmp_path, figures=False)
     fitted = module()
