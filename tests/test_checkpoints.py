@@ -28,7 +28,9 @@ from lightning_nna.testing.contract import assert_same, module, trainer
 
 def pruned_and_quantized() -> list[Callback]:
     return [
-        GeneralQuantizer(3, hard_from=2, granularity="per_channel", learn_scale=True),
+        GeneralQuantizer(
+            3, hard_from=2, granularity="per_channel", learn_scale=True, pin_zero=True
+        ),
         MagnitudePruning(0.5, every_n_steps=2),
     ]
 
