@@ -108,6 +108,7 @@ def test_sizes_are_those_of_bits() -> None:
     assert str(report).splitlines()[-1].split()[1] == str(report.packed_bytes)
 
 
+@pytest.mark.filterwarnings("ignore:.*pruned weights are zero")
 def test_a_pruned_and_quantized_network(tmp_path: Path) -> None:
     fitted = module()
     prune = CompressedSensingPruning(0.75, every_n_steps=2, freeze_step=8)
