@@ -44,5 +44,5 @@ def did_you_mean(word: str, words: Iterable[str]) -> str:
         >>> did_you_mean("gqq", ["codebook", "gq"])
         '; did you mean gq?'
     """
-    found = nearest(word, words)
-    return "" if found is None else f"; did you mean {found}?"
+    suggestion = nearest(word, words)
+    return "" if suggestion is None else f"; did you mean {suggestion}?"

@@ -7,8 +7,8 @@ traceback of everything.
 
 from __future__ import annotations
 
-import dis
 import functools
+import linecache
 import os
 import re
 import sys
@@ -181,10 +181,10 @@ def _not_composed(error: ConfigCompositionException, name: str) -> str:
             _composed(name, fixed)
         except ConfigCompositionException as cause:
             return explanation(cause, name) or str(cause)
-    found = re.match(r"Could not (override|delete)[^']*'([^']+)'", str(error))
-    if found is None:
+    missing = re.match(r"Could not (override|delete)[^']*'([^']+)'", str(error))
+    if missing is None:
         return str(error)
-    key = found[2].split("@")[0]
+    key = missing[2].split("@")[0]
     groups = [one for one in fixed if re.match(r"[a-z]+=\w+$", one) and key not in one]
     hint = f"; recipes.{name} --help lists them"
     with suppress(Exception):
@@ -229,12 +229,10 @@ def _is_check(error: BaseException) -> bool:
     is_own = type(error).__module__.split(".")[0] in _PACKAGES
     if error.__traceback__ is None or not (is_own or isinstance(error, _CHECKS)):
         return False
-    last = error.__traceback__
-    while last.tb_next is not None:
-        last = last.tb_next
-    code = last.tb_frame.f_code.co_code
-    is_raised = code[last.tb_lasti] == dis.opmap["RAISE_VARARGS"]
-    return is_raised and _module_of(last.tb_frame).split(".")[0] in _PACKAGES
+    *_, (frame, line) = traceback.walk_tb(error.__traceback__)
+    # Of our own code, only a statement that raises is a check.
+    is_raised = linecache.getline(frame.f_code.co_filename, line).lstrip().startswith("raise ")
+    return is_raised and _module_of(frame).split(".")[0] in _PACKAGES
 
 
 def _module_of(frame: FrameType) -> str:

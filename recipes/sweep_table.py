@@ -184,11 +184,11 @@ def front(points: Sequence[tuple[float, float]]) -> list[int]:
         >>> front([(4.0, 0.3), (2.0, 0.5), (3.0, 0.6), (8.0, 0.3)])
         [1, 0]
     """
-    chosen: list[int] = []
+    unbeaten: list[int] = []
     for index in sorted(range(len(points)), key=lambda index: points[index]):
-        if not chosen or points[index][1] < points[chosen[-1]][1]:
-            chosen.append(index)
-    return chosen
+        if not unbeaten or points[index][1] < points[unbeaten[-1]][1]:
+            unbeaten.append(index)
+    return unbeaten
 
 
 def draw(runs: Sequence[Run]) -> Figure:

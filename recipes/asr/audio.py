@@ -272,12 +272,13 @@ def _converted(samples: np.ndarray, rate_hz: int, audio_format: AudioFormat) -> 
         samples = samples.mean(axis=1)
     if rate_hz == audio_format.sample_rate_hz:
         return samples
-    resampler = _resampler(rate_hz, audio_format.sample_rate_hz)
-    return resampler(torch.from_numpy(samples)).numpy()
+    convert = resampler(rate_hz, audio_format.sample_rate_hz)
+    return convert(torch.from_numpy(samples)).numpy()
 
 
 @cache
-def _resampler(from_hz: int, to_hz: int) -> torch.nn.Module:
+def resampler(from_hz: int, to_hz: int) -> torch.nn.Module:
+    """Return the module that converts samples between two rates, in Hz; made once a process."""
     return torchaudio.transforms.Resample(from_hz, to_hz)
 
 

@@ -11,8 +11,10 @@ Both name the files.
 
 from __future__ import annotations
 
+import gzip
 import random
 import warnings
+import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -42,20 +44,17 @@ class Corpus(Protocol):
         self,
         *,
         cache_dir: Path,
-        sample_rate_hz: int,
+        audio_format: AudioFormat,
         max_bad_fraction: float,
-        resample: bool = False,
-        mono: bool = False,
     ) -> Splits:
         """Load the manifests of the three parts.
 
         Args:
             cache_dir: Folder for files that the corpus creates.
-            sample_rate_hz: Sample rate of the features, in Hz.
+            audio_format: Format of the audio; what it converts is converted later, with the
+                features.
             max_bad_fraction: Largest fraction of unusable utterances that causes a warning and no
                 error, in [0, 1].
-            resample: True to accept recordings of other rates, which are resampled later.
-            mono: True to accept recordings of several channels, which are averaged later.
 
         Raises:
             CorpusError: If the corpus is missing, or if a larger fraction is unusable.
@@ -270,13 +269,10 @@ class AN4:
         self,
         *,
         cache_dir: Path,
-        sample_rate_hz: int,
+        audio_format: AudioFormat,
         max_bad_fraction: float,
-        resample: bool = False,
-        mono: bool = False,
     ) -> Splits:
         """Load the manifests of the three parts; see `Corpus.load`."""
-        audio_format = AudioFormat(sample_rate_hz=sample_rate_hz, resample=resample, mono=mono)
         root = _existing_folder(self.root, of="AN4")
         parts = {}
         for part in ("train", "test"):
@@ -317,13 +313,10 @@ class LibriSpeech:
         self,
         *,
         cache_dir: Path,
-        sample_rate_hz: int,
+        audio_format: AudioFormat,
         max_bad_fraction: float,
-        resample: bool = False,
-        mono: bool = False,
     ) -> Splits:
         """Load the manifests of the three parts; see `Corpus.load`."""
-        audio_format = AudioFormat(sample_rate_hz=sample_rate_hz, resample=resample, mono=mono)
         root = _existing_folder(self.root, of="LibriSpeech")
         parts = []
         for subsets in (self.train, self.validation, self.test):
@@ -424,20 +417,29 @@ def _existing_folder(root: str | Path, *, of: str) -> Path:
     return folder
 
 
-def _read_lines(path: Path) -> Iterator[tuple[int, str]]:
+def read_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Yield the lines of a text that are not empty, with their numbers.
+
+    Args:
+        path: Path of a file in UTF-8, compressed if it ends in ``.gz``.
+
+    Raises:
+        CorpusError: If the file cannot be read.
+    """
     try:
-        # Spreadsheets begin a file with a byte-order mark.
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise CorpusError(f"the transcripts {path} cannot be read ({error})") from error
-    # Not splitlines: that breaks a transcript at a form feed or a Unicode line separator, too.
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            yield number, line
+        # Spreadsheets begin a file with a byte-order mark. A line ends at a line feed alone: a
+        # transcript may have a form feed or a Unicode line separator, too.
+        opened = gzip.open if path.suffix == ".gz" else open
+        with opened(path, "rt", encoding="utf-8-sig", newline="\n") as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    yield number, line.rstrip("\r\n")
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
+        raise CorpusError(f"the text {path} cannot be read ({error})") from error
 
 
 def _read_tsv(path: Path, *, audio: Path) -> Iterable[Utterance]:
-    for number, line in _read_lines(path):
+    for number, line in read_lines(path):
         fields = line.split("\t")
         if len(fields) not in (2, 3) or not all(fields[:2]):
             raise CorpusError(
@@ -458,7 +460,7 @@ def _read_subset(root: Path, name: str) -> list[Utterance]:
         raise CorpusError(f"there is no subset {subset}; {root} has the folders {folders}")
     utterances: list[Utterance] = []
     for transcripts in sorted(subset.rglob("*.trans.txt")):
-        for number, line in _read_lines(transcripts):
+        for number, line in read_lines(transcripts):
             name, _, text = line.partition(" ")
             source = f"{transcripts}, line {number}"
             _require_plain(name, f"{source}: the utterance id")

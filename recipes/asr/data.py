@@ -18,7 +18,7 @@ import lightning.pytorch as pl
 from lhotse import MonoCut, SupervisionSegment
 from lhotse.utils import perturb_num_samples
 
-from recipes.asr.audio import clip_of
+from recipes.asr.audio import AudioFormat, clip_of
 from recipes.asr.batches import Batch, BatchLoader, BatchPlan, Item, seed_of
 from recipes.asr.corpora import AN4, BadFiles, Corpus, LibriSpeech
 from recipes.asr.features import FeatureStore, LogMel, Normalization, SpecAugment, check_speeds
@@ -118,7 +118,7 @@ class SpeechDataModule(pl.LightningDataModule):
         self.num_pieces = num_pieces
         self.num_mels = num_mels
         self.log_mel = LogMel(num_mels=num_mels, sample_rate_hz=sample_rate_hz)
-        self.resample, self.mono = resample, mono
+        self.audio_format = AudioFormat(sample_rate_hz=sample_rate_hz, resample=resample, mono=mono)
         self.speeds = tuple(float(speed) for speed in speeds)
         self.tail_padding_ms = tail_padding_ms
         self.spec_augment = spec_augment
@@ -191,10 +191,8 @@ class SpeechDataModule(pl.LightningDataModule):
     def _load(self) -> tuple[dict[str, _Part], AnyVocabulary]:
         splits = self.corpus.load(
             cache_dir=self.cache_dir,
-            sample_rate_hz=self.log_mel.sample_rate_hz,
+            audio_format=self.audio_format,
             max_bad_fraction=self.max_bad_fraction,
-            resample=self.resample,
-            mono=self.mono,
         )
         # A lazy set of Lhotse reads its manifest at every iteration.
         parts = {name: list(cuts) for name, cuts in splits._asdict().items()}
@@ -223,8 +221,7 @@ class SpeechDataModule(pl.LightningDataModule):
             tail_padding_ms=self.tail_padding_ms,
             max_bad_fraction=self.max_bad_fraction,
             name=name,
-            resample=self.resample,
-            mono=self.mono,
+            audio_format=self.audio_format,
         )
         return _Part(store, {cut.id: cut for cut in cuts})
 

@@ -252,8 +252,7 @@ class FeatureStore:
         tail_padding_ms: float = 0.0,
         max_bad_fraction: float = 0.0,
         name: str = "corpus",
-        resample: bool = False,
-        mono: bool = False,
+        audio_format: AudioFormat | None = None,
     ) -> FeatureStore:
         """Open the store of these cuts and settings; compute it first if it does not exist.
 
@@ -267,8 +266,8 @@ class FeatureStore:
             max_bad_fraction: Largest fraction of undecodable files that causes a warning and no
                 error, in [0, 1].
             name: Name of the cuts in the progress bar and in messages.
-            resample: True to resample recordings of other rates than ``log_mel`` takes.
-            mono: True to average the channels of a recording.
+            audio_format: Format of the audio, of the sample rate of ``log_mel``; None converts
+                nothing to it.
 
         Raises:
             CorpusError: If there are no cuts, or if too many files are undecodable, of another
@@ -282,9 +281,7 @@ class FeatureStore:
             raise CorpusError(f"{name} has no utterances")
         if len(clips) < len(cuts):
             raise CorpusError(f"{name} has {len(cuts)} utterances and {len(clips)} ids for them")
-        audio_format = AudioFormat(
-            sample_rate_hz=log_mel.sample_rate_hz, resample=resample, mono=mono
-        )
+        audio_format = audio_format or AudioFormat(sample_rate_hz=log_mel.sample_rate_hz)
         padding = round(tail_padding_ms * log_mel.sample_rate_hz / 1000)
         settings = {
             "log_mel": asdict(log_mel),
@@ -293,7 +290,7 @@ class FeatureStore:
             "format": _FORMAT,
         }
         # What is off by default is left out: a store of before has the same name.
-        settings |= {key: True for key, is_on in (("resample", resample), ("mono", mono)) if is_on}
+        settings |= {key: True for key in ("resample", "mono") if getattr(audio_format, key)}
         folder = cache_dir / "features" / _hash(settings, clips)
         bad = BadFiles(of=name, max_fraction=max_bad_fraction)
         if not folder.is_dir():

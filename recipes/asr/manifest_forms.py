@@ -18,13 +18,11 @@ folder of the manifest.
 
 from __future__ import annotations
 
-import gzip
 import io
 import json
 import math
 import os
 import tarfile
-import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -37,7 +35,7 @@ from lightning_nna.files import whole_file
 from recipes import require_extra
 from recipes.asr.atomic import complete_folder
 from recipes.asr.audio import CorpusError
-from recipes.asr.corpora import Utterance
+from recipes.asr.corpora import Utterance, read_lines
 from recipes.asr.manifest_cache import digest
 
 FORMS = (
@@ -107,11 +105,11 @@ def _form_of_folder(path: Path, setting: str) -> Form | None:
 
 
 def _form_of_file(path: Path) -> Form | None:
-    _, line = next(_lines(path), (0, ""))
+    _, line = next(read_lines(path), (0, ""))
     if line.lstrip().startswith("{"):
         row = _json_object(line, f"{path}, line 1")
         if "audio_filepath" in row:
-            return Form((path,), lambda _: _read_json_lines(path))
+            return Form((path,), lambda _: _read_jsonread_lines(path))
         if "supervisions" in row:
             return Form((path,), lambda _: _read_cuts(path))
     elif {"path", "text"} <= set(line.split("\t")):
@@ -119,17 +117,17 @@ def _form_of_file(path: Path) -> Form | None:
     return None
 
 
-def _read_json_lines(path: Path) -> list[Utterance]:
+def _read_jsonread_lines(path: Path) -> list[Utterance]:
     rows = (
         (where, _json_object(line, where))
-        for number, line in _lines(path)
+        for number, line in read_lines(path)
         for where in [f"{path}, line {number}"]
     )
     return _utterances(rows, audio="audio_filepath", folder=path.parent)
 
 
 def _read_table(path: Path) -> list[Utterance]:
-    lines = _lines(path)
+    lines = read_lines(path)
     columns = next(lines)[1].split("\t")
 
     def rows() -> Iterator[tuple[str, dict[str, Any]]]:
@@ -188,7 +186,7 @@ def _with_ids(utterances: list[Utterance]) -> list[Utterance]:
 
 def _read_cuts(path: Path) -> list[Utterance]:
     utterances = []
-    for number, line in _lines(path):
+    for number, line in read_lines(path):
         where = f"{path}, line {number}"
         cut = _json_object(line, where)
         recording = cut.get("recording")
@@ -234,10 +232,10 @@ def _of_valid_cut(
             f"{name} has audio of type {[source.get('type') for source in sources]}, and one "
             f"{kind} is read; save its audio with CutSet.save_audios"
         )
-    channels, chosen = sources[0]["channels"], cut.get("channel", 0)
-    if sorted(channels) != sorted(chosen if isinstance(chosen, list) else [chosen]):
+    channels, channel = sources[0]["channels"], cut.get("channel", 0)
+    if sorted(channels) != sorted(channel if isinstance(channel, list) else [channel]):
         raise CorpusError(
-            f"{name} has channel {chosen} of the channels {channels}; save its audio with "
+            f"{name} has channel {channel} of the channels {channels}; save its audio with "
             "CutSet.save_audios"
         )
     rate_hz, num_samples = recording["sampling_rate"], recording["num_samples"]
@@ -271,7 +269,7 @@ def _shar(folder: Path) -> Form:
 
 def _read_shard(cuts: Path, recordings: Path) -> Iterator[Utterance]:
     members = _members(recordings)
-    for number, line in _lines(cuts):
+    for number, line in read_lines(cuts):
         where = f"{cuts}, line {number}"
         cut = _json_object(line, where)
         name, packed, recording = next(members, ("", None, {}))
@@ -363,7 +361,7 @@ def _read_kaldi(folder: Path) -> list[Utterance]:
 
 
 def _kaldi_table(path: Path) -> Iterator[tuple[str, str, str]]:
-    for number, line in _lines(path):
+    for number, line in read_lines(path):
         name, *rest = line.split(maxsplit=1)
         yield name, (rest[0].strip() if rest else ""), f"{path}, line {number}"
 
@@ -440,20 +438,6 @@ def _packed(utterance: Utterance, data: bytes, first: int) -> Utterance:
             )
     except soundfile.LibsndfileError as error:
         raise CorpusError(f"{utterance.source} has unreadable audio ({error})") from error
-
-
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Yield the lines of a text that are not empty, with their numbers."""
-    try:
-        # Spreadsheets begin a file with a byte-order mark. A line ends at a line feed alone: a
-        # transcript may have a form feed or a Unicode line separator, too.
-        opened = gzip.open if path.suffix == ".gz" else open
-        with opened(path, "rt", encoding="utf-8-sig", newline="\n") as file:
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    yield number, line.rstrip("\r\n")
-    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
-        raise CorpusError(f"the manifest {path} cannot be read ({error})") from error
 
 
 def _json_object(line: str, where: str) -> dict[str, Any]:

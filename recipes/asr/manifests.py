@@ -78,13 +78,10 @@ class Manifest:
         self,
         *,
         cache_dir: Path,
-        sample_rate_hz: int,
+        audio_format: AudioFormat,
         max_bad_fraction: float,
-        resample: bool = False,
-        mono: bool = False,
     ) -> Splits:
         """Load the manifests of the three parts; see `recipes.asr.corpora.Corpus.load`."""
-        audio_format = AudioFormat(sample_rate_hz=sample_rate_hz, resample=resample, mono=mono)
         parts: dict[str, CutSet] = {}
         for part in Splits._fields:
             sources = _listed(getattr(self, part))
@@ -120,13 +117,9 @@ class Manifest:
         }
 
 
+@lasting_objects()
 def _read(source: str, *, setting: str, cache_dir: Path) -> list[Utterance]:
     """Read the utterances of one manifest, from the cache if its files are the same."""
-    with lasting_objects():
-        return _read_or_kept(source, setting=setting, cache_dir=cache_dir)
-
-
-def _read_or_kept(source: str, *, setting: str, cache_dir: Path) -> list[Utterance]:
     form = find_form(source, setting=setting, cache_dir=cache_dir)
     stamps = [
         [str(path), status.st_size, status.st_mtime_ns]
@@ -134,10 +127,10 @@ def _read_or_kept(source: str, *, setting: str, cache_dir: Path) -> list[Utteran
         for status in [path.stat()]
     ]
     name = digest(_absolute(source), stamps)
-    kept = Path(os.path.abspath(cache_dir)) / "manifests" / f"{name}.json"
-    pack = kept.with_suffix(".audio")
-    if kept.is_file():
-        content = read_checked(kept)
+    listing = Path(os.path.abspath(cache_dir)) / "manifests" / f"{name}.json"
+    pack = listing.with_suffix(".audio")
+    if listing.is_file():
+        content = read_checked(listing)
         if not content["packed"] or pack.is_file():
             # In JSON, a pair is a list.
             return [
@@ -147,7 +140,7 @@ def _read_or_kept(source: str, *, setting: str, cache_dir: Path) -> list[Utteran
     utterances = form.read(pack)
     if not utterances:
         raise CorpusError(f"{setting}={source} has no utterances")
-    write_checked(kept, {"packed": pack.is_file(), "utterances": utterances})
+    write_checked(listing, {"packed": pack.is_file(), "utterances": utterances})
     return utterances
 
 

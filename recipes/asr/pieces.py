@@ -94,8 +94,8 @@ class PieceVocabulary:
 
     def unknown(self, text: str) -> list[str]:
         """Return the parts of ``text`` that no piece has, sorted."""
-        found = {p for p in self.split(text) if self._processor.piece_to_id(p) == BLANK}
-        return sorted({piece.strip(_WORD_BEGINS) for piece in found})
+        unknown = {p for p in self.split(text) if self._processor.piece_to_id(p) == BLANK}
+        return sorted({piece.strip(_WORD_BEGINS) for piece in unknown})
 
     def encode(self, text: str) -> list[int]:
         """Return the indices of the pieces of ``text``.

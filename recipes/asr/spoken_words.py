@@ -13,7 +13,6 @@ import io
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -21,12 +20,11 @@ from typing import Literal, NamedTuple
 import numpy as np
 import soundfile
 import torch
-import torchaudio
 from lhotse import CutSet, MonoCut
 from tqdm import tqdm
 
 from recipes.asr.atomic import check_folder, complete_folder
-from recipes.asr.audio import AudioFormat
+from recipes.asr.audio import AudioFormat, resampler
 from recipes.asr.corpora import Splits, Utterance, file_cut, make_cut
 from recipes.asr.espeak import Speech, synthesize
 from recipes.asr.manifest_cache import lasting_objects
@@ -128,12 +126,11 @@ class SpokenWords:
         self,
         *,
         cache_dir: Path,
-        sample_rate_hz: int,
+        audio_format: AudioFormat,
         max_bad_fraction: float,
-        resample: bool = False,
-        mono: bool = False,
     ) -> Splits:
         """Load the three manifests, synthesized first if missing; see `Corpus.load`."""
+        sample_rate_hz = audio_format.sample_rate_hz
         folder = cache_dir / self.vocabulary / self._hash(sample_rate_hz)
         if not folder.is_dir():
             with complete_folder(folder) as temporary:
@@ -252,7 +249,7 @@ def resample(samples: np.ndarray, from_hz: int, to_hz: int) -> np.ndarray:
         from_hz: Sample rate of ``samples``, in Hz.
         to_hz: Sample rate of the result, in Hz.
     """
-    audio = _resampler(from_hz, to_hz)(torch.from_numpy(samples / np.float32(2**15))).numpy()
+    audio = resampler(from_hz, to_hz)(torch.from_numpy(samples / np.float32(2**15))).numpy()
     (loud,) = np.nonzero(np.abs(audio) > 0.01 * np.abs(audio).max())
     return audio[loud[0] : loud[-1] + 1]
 
@@ -298,11 +295,6 @@ def colored_noise(num_samples: int, slope: float, seed: int) -> np.ndarray:
     frequencies = np.maximum(np.arange(len(spectrum)), size / 320)
     noise = np.fft.irfft(spectrum * frequencies ** (-slope / 2), size)[:num_samples]
     return noise / np.sqrt(np.mean(np.square(noise)))
-
-
-@cache
-def _resampler(from_hz: int, to_hz: int) -> torch.nn.Module:
-    return torchaudio.transforms.Resample(from_hz, to_hz)
 
 
 def _punctuate(words: tuple[str, ...], random: np.random.Generator) -> str:

@@ -349,9 +349,9 @@ def combined(rows: Sequence[Row]) -> list[str]:
     lines = []
     for model, method in itertools.product(STARTS, ("float_tuned", "nna8", "gq", *COMBINED)):
         baseline = select(rows, model=model, method="float")
-        found = select(rows, model=model, method=method)
-        for bits in sorted({row["bits"] for row in found}, reverse=True):
-            selected = select(found, bits=bits)
+        of_method = select(rows, model=model, method=method)
+        for bits in sorted({row["bits"] for row in of_method}, reverse=True):
+            selected = select(of_method, bits=bits)
             plain = select(rows, model=model, method="gq", bits=bits)
             gq = None if method not in COMBINED else wer_difference(selected, plain)
             packed = selected[0]["packed_bytes"]

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from typing_extensions import override
 
+from recipes.asr.audio import AudioFormat
 from recipes.asr.features import FeatureStore, LogMel
 from recipes.asr.spoken_words import VOCABULARIES, SpokenWords
 
@@ -102,7 +103,9 @@ class KeywordData(pl.LightningDataModule):
 def _features(corpus: SpokenWords, cache_dir: Path) -> dict[str, tuple[list[Tensor], Tensor]]:
     """Load normalized frames and positions of the words of each part, once a process."""
     splits = corpus.load(
-        cache_dir=cache_dir, sample_rate_hz=LOG_MEL.sample_rate_hz, max_bad_fraction=0.0
+        cache_dir=cache_dir,
+        audio_format=AudioFormat(sample_rate_hz=LOG_MEL.sample_rate_hz),
+        max_bad_fraction=0.0,
     )._asdict()
     stores = {
         name: FeatureStore.build(

@@ -13,7 +13,7 @@ import pytest
 import soundfile
 from lhotse import CutSet
 
-from recipes.asr.audio import CorpusError, read_audio
+from recipes.asr.audio import AudioFormat, CorpusError, read_audio
 from recipes.asr.corpora import (
     AN4,
     BadFiles,
@@ -28,7 +28,7 @@ from tests.recipes.asr.small_corpus import truncate, write_an4, write_noise
 def load(corpus: Corpus, *, max_bad_fraction: float = 0.0) -> Splits:
     with TemporaryDirectory() as cache:
         return corpus.load(
-            cache_dir=Path(cache), sample_rate_hz=16000, max_bad_fraction=max_bad_fraction
+            cache_dir=Path(cache), audio_format=AudioFormat(), max_bad_fraction=max_bad_fraction
         )
 
 
@@ -103,7 +103,7 @@ class TestLibriSpeech:
     def test_headers_are_read_once(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         write_librispeech(tmp_path, "a")
         corpus = LibriSpeech(root=tmp_path, train="a", validation="a", test="a")
-        settings = {"sample_rate_hz": 16000, "max_bad_fraction": 0.0}
+        settings = {"audio_format": AudioFormat(), "max_bad_fraction": 0.0}
         expected = corpus.load(cache_dir=tmp_path / "cache", **settings)
         monkeypatch.delattr("recipes.asr.audio.read_header")
         again = corpus.load(cache_dir=tmp_path / "cache", **settings)

@@ -50,9 +50,8 @@ def load(
     options = {key: parts.pop(key) for key in ("resample", "mono") if key in parts}
     return Manifest(**parts).load(
         cache_dir=tmp_path / "cache",
-        sample_rate_hz=RATE_HZ,
+        audio_format=audio.AudioFormat(sample_rate_hz=RATE_HZ, **options),
         max_bad_fraction=max_bad_fraction,
-        **options,
     )
 
 
@@ -77,10 +76,12 @@ def append(path: Path, line: str) -> None:
 
 class TestForms:
     def test_the_same_audio_gives_the_same_batches(self, rows: Rows, tmp_path: Path) -> None:
-        made = {name: batches(write(rows, tmp_path), tmp_path) for name, write in WRITERS.items()}
-        assert len(made["json"]) >= 10
-        for name in made:
-            for one, other in zip(made[name], made["json"], strict=True):
+        by_form = {
+            name: batches(write(rows, tmp_path), tmp_path) for name, write in WRITERS.items()
+        }
+        assert len(by_form["json"]) >= 10
+        for name in by_form:
+            for one, other in zip(by_form[name], by_form["json"], strict=True):
                 assert (one.ids, one.texts) == (other.ids, other.texts), name
                 assert torch.equal(one.features, other.features), name
                 assert torch.equal(one.targets, other.targets), name
@@ -136,8 +137,10 @@ class TestForms:
             "text": [row.text for row in rows],
             "speaker_id": [row.speaker for row in rows],
         }
-        made = datasets.Dataset.from_dict(table).cast_column("audio", datasets.Audio(decode=False))
-        made.save_to_disk(tmp_path / "table")
+        dataset = datasets.Dataset.from_dict(table).cast_column(
+            "audio", datasets.Audio(decode=False)
+        )
+        dataset.save_to_disk(tmp_path / "table")
         expected = batches(write_table(rows, tmp_path), tmp_path)
         for one, other in zip(batches(tmp_path / "table", tmp_path), expected, strict=True):
             assert (one.ids, one.texts) == (other.ids, other.texts)
@@ -197,8 +200,8 @@ class TestParts:
         with pytest.raises(CorpusError, match=r"lasts 0\.37 s and its manifest says 2\.50 s; corr"):
             batches(path, tmp_path)
         with pytest.warns(UserWarning, match="2 of 12 files of Manifest"):
-            made = batches(path, tmp_path, max_bad_fraction=0.2)
-        assert "u001" not in {name for batch in made for name in batch.ids}
+            remaining = batches(path, tmp_path, max_bad_fraction=0.2)
+        assert "u001" not in {name for batch in remaining for name in batch.ids}
 
     def test_speakers_are_held_out(self, rows: Rows, tmp_path: Path) -> None:
         settings = {"validation_fraction": 0.2, "test_fraction": 0.3}
@@ -405,7 +408,7 @@ class TestWrongManifests:
     def test_a_damaged_archive(self, rows: Rows, tmp_path: Path) -> None:
         path = write_cuts(rows, tmp_path)
         path.write_bytes(path.read_bytes()[:-20])
-        with pytest.raises(CorpusError, match=r"the manifest .*gz cannot be read \("):
+        with pytest.raises(CorpusError, match=r"gz cannot be read \("):
             load(path, tmp_path)
 
     def test_missing_audio_is_one_of_the_unusable_files(self, rows: Rows, tmp_path: Path) -> None:
@@ -510,11 +513,11 @@ class TestCache:
         path = write_table(rows, tmp_path)
         context = multiprocessing.get_context("fork")
         with context.Pool(2) as pool:
-            made = pool.starmap(_ids, [(path, tmp_path)] * 2, chunksize=1)
-        assert made[0] == made[1] == [row.id for row in rows]
+            ids = pool.starmap(_ids, [(path, tmp_path)] * 2, chunksize=1)
+        assert ids[0] == ids[1] == [row.id for row in rows]
         folder = tmp_path / "cache"
         assert sorted(one.parent.name for one in folder.rglob("*.json")) == ["headers", "manifests"]
-        assert [cut.id for cut in load(path, tmp_path).train] == made[0]
+        assert [cut.id for cut in load(path, tmp_path).train] == ids[0]
 
 
 def _ids(path: Path, tmp_path: Path) -> list[str]:

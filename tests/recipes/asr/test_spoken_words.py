@@ -10,7 +10,7 @@ import espeakng_loader
 import numpy as np
 import pytest
 
-from recipes.asr.audio import CorpusError, read_audio
+from recipes.asr.audio import AudioFormat, CorpusError, read_audio
 from recipes.asr.corpora import Splits
 from recipes.asr.espeak import Speech, synthesize
 from recipes.asr.spoken_words import (
@@ -27,7 +27,7 @@ SMALL = SpokenWords(train_size=6, validation_size=2, test_size=3)
 
 
 def load(corpus: SpokenWords, folder: Path) -> Splits:
-    return corpus.load(cache_dir=folder, sample_rate_hz=16000, max_bad_fraction=0.0)
+    return corpus.load(cache_dir=folder, audio_format=AudioFormat(), max_bad_fraction=0.0)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
