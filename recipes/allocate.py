@@ -20,18 +20,16 @@ import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from omegaconf import DictConfig
-from torch import nn
 
 from lightning_nna.deploy import VelaPrice
 from lightning_nna.files import write_whole
 from lightning_nna.pruning.zero_prices import prices_of_zeros
 from lightning_nna.weights.allocation import BitAllocation, allocate_bits
-from recipes.asr.batches import Batch
-from recipes.asr.deployed import run_utterance
-from recipes.asr.recognizer import TransducerRecognizer
+from recipes.adapter import Adapter
 from recipes.preparation import prepare_process, rebuild
 from recipes.program import as_program
 from recipes.weights import load_weights
@@ -62,11 +60,11 @@ def allocate(config: DictConfig) -> BitAllocation:
         FileNotFoundError: If ``ckpt`` does not exist.
         ValueError: See :func:`.allocate_bits`.
     """
-    recognizer, batches = calibration_of(config)
-    price = None if config.budget is None else vela_price(recognizer, batches, config)
+    adapter, batches = calibration_of(config)
+    price = None if config.budget is None else vela_price(adapter, batches, config)
     allocation = allocate_bits(
-        recognizer,
-        lambda module: _loss(module, batches),
+        adapter.module,
+        lambda _: adapter.loss(batches),
         target_bytes=config.target_bytes,
         target_mean_bits=config.target_mean_bits,
         price=price,
@@ -95,10 +93,10 @@ def price_zeros(config: DictConfig) -> dict[str, float]:
     """
     if config.budget is None:
         raise ValueError("zeros needs a budget: add budget=cycles or budget=memory")
-    recognizer, batches = calibration_of(config)
+    adapter, batches = calibration_of(config)
     prices = prices_of_zeros(
-        recognizer,
-        vela_price(recognizer, batches, config),
+        adapter.module,
+        vela_price(adapter, batches, config),
         config.zeros,
         pattern=config.zeros_pattern,
         targets=list(config.targets),
@@ -107,24 +105,19 @@ def price_zeros(config: DictConfig) -> dict[str, float]:
     return prices
 
 
-def vela_price(
-    recognizer: TransducerRecognizer, batches: Sequence[Batch], config: DictConfig
-) -> VelaPrice:
-    """Price the recognizer's weights for a mean utterance of the batches.
+def vela_price(adapter: Adapter, batches: Sequence[Any], config: DictConfig) -> VelaPrice:
+    """Price the module's weights for one unit of its work, such as a mean utterance of the batches.
 
     Args:
-        recognizer: Trained recognizer.
-        batches: Batches whose mean numbers of frames and labels count.
+        adapter: Trained module.
+        batches: Training batches.
         config: Composed configuration ``allocate``, with ``budget``.
     """
-    utterances = sum(len(batch.ids) for batch in batches)
-    frames = sum(int(batch.feature_lengths.sum()) for batch in batches) // utterances
-    labels = sum(int(batch.target_lengths.sum()) for batch in batches) // utterances
-    sound = batches[0].features[:1, :1].expand(1, frames, -1)
+    example, forward = adapter.priced(batches, config)
     return VelaPrice(
-        recognizer,
-        [sound],
-        forward=lambda module, sound: run_utterance(module, sound, labels, config.chunk_steps),
+        adapter.module,
+        example,
+        forward=forward,
         budget=config.budget,
         accelerator=config.accelerator,
         system=config.system,
@@ -133,23 +126,19 @@ def vela_price(
     )
 
 
-def calibration_of(config: DictConfig) -> tuple[TransducerRecognizer, list[Batch]]:
-    """Return the trained recognizer and the batches whose loss is measured.
+def calibration_of(config: DictConfig) -> tuple[Adapter, list[Any]]:
+    """Return the trained module and the batches whose loss is measured.
 
     Args:
-        config: Composed configuration ``allocate``.
+        config: Composed configuration ``allocate``; its ``targets`` are set if they are null.
     """
     prepare_process(config, "allocate")
-    _, datamodule, recognizer = rebuild(load_weights(config.ckpt), config)
+    chosen = config.targets
+    _, adapter = rebuild(load_weights(config.ckpt), config)
+    if chosen is not None:
+        config.targets = chosen
     torch.manual_seed(0)  # Augmentation draws from it.
-    return recognizer, list(itertools.islice(datamodule.train_dataloader(), config.batches))
-
-
-def _loss(module: nn.Module, batches: Sequence[Batch]) -> float:
-    """Return the transducer's loss per token of all batches together, in nats."""
-    assert isinstance(module, TransducerRecognizer)
-    total = sum(float(module.losses(batch)[0]) for batch in batches)
-    return total / sum(int(batch.target_lengths.sum()) for batch in batches)
+    return adapter, list(itertools.islice(adapter.datamodule.train_dataloader(), config.batches))
 
 
 if __name__ == "__main__":

@@ -1,57 +1,50 @@
-"""Deploy a trained recognizer: export its programs, score them, and estimate their cost.
+"""Deploy a trained module: export its programs, test them, and estimate their cost.
 
     python -m recipes.deploy ckpt=runs/an4_rnnt_finetune/seed1/checkpoints/last.ckpt
     python -m recipes.deploy ckpt=recipes/pretrained/an4_rnnt.safetensors
 
-Exports encoder, predictor and joint network, decodes the test set through them on the runtime that
-the spec names, compares every output with the emulation, and compiles them with Vela for memory and
-time. ``target=tflm`` and ``target=ethos-u55-128`` write what the firmware of a microcontroller
-needs, too: the one with the default spec, the other with ``nna=ethos-u``. A checkpoint that was
-trained emulated brings its ranges and its weight methods; a float one is calibrated on training
-batches first. ``recalibrate=true nna=tosa-int8`` deploys one that was trained emulated on another
-device than it was trained for: its weights stay, and its ranges are observed again.
+Exports the networks (of a recognizer: encoder, predictor and joint network), runs the test set
+through their programs on the runtime that the spec names, compares every output with the emulation,
+and compiles them with Vela for memory and time. ``target=tflm`` and ``target=ethos-u55-128`` write
+what the firmware of a microcontroller needs, too: the one with the default spec, the other with
+``nna=ethos-u``. A checkpoint that was trained emulated brings its ranges and its weight methods; a
+float one is calibrated on training batches first. ``recalibrate=true nna=tosa-int8`` deploys one
+that was trained emulated on another device than it was trained for: its weights stay, and its
+ranges are observed again.
 """
 
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from hydra.utils import instantiate
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback
 from omegaconf import DictConfig, OmegaConf
-from torch import Tensor
-from tqdm import tqdm
+from torch import nn
 
-from lightning_nna import emulate
 from lightning_nna.callbacks import NNAEmulation
-from lightning_nna.deploy import TFLiteModel, VelaReport, vela_report, write_report
-from lightning_nna.emulation.attachment import attached
+from lightning_nna.deploy import (
+    Program,
+    TFLiteModel,
+    VelaReport,
+    export_micro,
+    export_tflite,
+    vela_report,
+    write_report,
+)
 from lightning_nna.emulation.spec import DEFAULT_PRESET, resolve_spec
 from lightning_nna.weights.method import WeightMethod
-from recipes.asr.batches import Batch
-from recipes.asr.beam import beam_decode
-from recipes.asr.data import SpeechDataModule
-from recipes.asr.decoding import Decodable, greedy_decode
-from recipes.asr.deployed import DeployedTransducer, export_firmware, export_transducer
-from recipes.asr.recognizer import (
-    TransducerRecognizer,
-    score_references,
-    transducer_losses,
-)
-from recipes.asr.rnnt import Encoder
-from recipes.asr.scoring import word_errors
+from recipes.adapter import Part
 from recipes.evaluate import restore_or_calibrate
 from recipes.preparation import prepare_process, rebuild
 from recipes.program import as_program
 from recipes.run_folder import provenance, size_of, weight_metrics, write_summary
 from recipes.settings import METHOD_SETTINGS
-from recipes.train import score_test
 from recipes.weights import TrainedWeights, load_weights
 
 _log = logging.getLogger(__name__)
@@ -61,27 +54,6 @@ _log = logging.getLogger(__name__)
 def main(config: DictConfig) -> None:
     """Run :func:`deploy` and print its table."""
     _log.info("\n%s", table(deploy(config)))
-
-
-@dataclass
-class Comparison:
-    """A deployed recognizer compared with the emulated one, on the same utterances.
-
-    Args:
-        outputs: Number of activations that the programs returned.
-        equal_outputs: Number of them that equal the emulation in every bit.
-        loss: Negative log-likelihood of all references through the programs, in nats.
-        labels: Number of labels of the references.
-        hypotheses: Recognized texts, by utterance id.
-        references: Reference texts, by utterance id.
-    """
-
-    outputs: int
-    equal_outputs: int
-    loss: float
-    labels: int
-    hypotheses: dict[str, str]
-    references: dict[str, str]
 
 
 def deploy(config: DictConfig) -> dict[str, Any]:
@@ -105,49 +77,52 @@ def deploy(config: DictConfig) -> dict[str, Any]:
         weights = for_spec(weights, config.nna.spec)
     check_method(weights, config)
     check_target(weights, config)
-    recipe, datamodule, recognizer = rebuild(weights, config)
-    float_score = _score(recognizer, datamodule, []) if config.score_float else None
+    recipe, adapter = rebuild(weights, config)
+    module, targets = adapter.module, list(recipe.targets)
+    float_results = adapter.test() if config.score_float else None
     callbacks = trained_callbacks(weights, config)
     emulation = next(c for c in callbacks if isinstance(c, NNAEmulation))
-    batches = config.calibration_batches
-    restore_or_calibrate(recognizer, datamodule, emulation, weights, batches=batches)
-    frames = utterance_frames(recognizer, datamodule, config.utterance_frames)
-    emulated_score = _score(recognizer, datamodule, callbacks)
-    transcripts = {id_: each.hypothesis for id_, each in recognizer.tested.items()}
-    metrics = weight_metrics(recognizer)
-    recognizer.eval()
+    restore_or_calibrate(adapter, emulation, weights, batches=config.calibration_batches)
+    emulated = adapter.test(callbacks)
+    metrics = weight_metrics(module, targets)
+    module.eval()
     run_dir = Path(config.run_dir)
-    models = export_transducer(
-        recognizer,
-        run_dir / "programs",
-        chunk_steps=config.chunk_steps,
-        utterance_frames=frames,
-    )
-    deployed = DeployedTransducer(run_dir / "programs")
-    firmware = write_firmware(recognizer, run_dir / "firmware", config, frames)
-    comparison = compare(recognizer, deployed, datamodule.test_dataloader())
-    speech = speed(recognizer, run_dir / "programs", datamodule)
+    parts = adapter.programs(config)
+    programs = run_dir / "programs"
+    models = {
+        name: export_tflite(module, example, programs / f"{name}.tflite", forward=forward)
+        for name, (example, forward) in parts.items()
+    }
+    firmware = write_firmware(module, parts, run_dir / "firmware", config.target)
+    deployed = adapter.test_deployed(programs, callbacks)
+    speed = adapter.speed(programs)
     compiled = [compile_for(models, *system) for system in config.systems]
-    reports = [cost(parts, speech["calls_per_second"]) for parts in compiled]
-    write_report(recognizer, run_dir, list(compiled[0].values()) if compiled else [])
+    write_report(module, run_dir, list(compiled[0].values()) if compiled else [])
     summary = {
         "ckpt": str(config.ckpt),
         "experiment": recipe.name,
         "method": _method(weights),
         **provenance(recipe.seed),
-        **size_of(recognizer.model),
+        **size_of(module, targets),
         "threads": torch.get_num_threads(),
-        **_deployed_metrics(comparison, transcripts),
-        "float": float_score,
-        "emulated": emulated_score,
+        "titles": adapter.titles_of(emulated),
+        **deployed.results,
+        "outputs": deployed.outputs,
+        "equal_outputs": deployed.equal_outputs / deployed.outputs,
+        "examples": deployed.examples,
+        "float": float_results,
+        "emulated": emulated,
         **metrics,
         "tflite_bytes": sum(model.size_bytes for model in models.values()),
-        "programs": {part: model.size_bytes for part, model in models.items()},
+        "programs": {name: model.size_bytes for name, model in models.items()},
         "target": config.target,
-        "runtime": deployed.programs["joint"].runtime.title,
+        "runtime": Program(next(iter(models.values())).path).runtime.title,
         "firmware": firmware,
-        **speech,
-        "systems": reports,
+        **speed.figures,
+        "speed": speed.text,
+        "calls_per_unit": speed.calls,
+        "unit": adapter.unit,
+        "systems": [cost(reports, speed.calls) for reports in compiled],
     }
     write_summary(run_dir, summary)
     return summary
@@ -240,53 +215,40 @@ def check_target(weights: TrainedWeights, config: DictConfig) -> None:
         )
 
 
-def utterance_frames(
-    recognizer: TransducerRecognizer, datamodule: SpeechDataModule, frames: int | None
-) -> int | None:
-    """Return the frames of the longest utterance that is encoded; None for a recurrent encoder.
-
-    Args:
-        recognizer: Recognizer that is exported.
-        datamodule: Data module with the test set.
-        frames: Number of frames that the configuration names; None for the longest utterance of
-            the test set.
-    """
-    if isinstance(recognizer.model.encoder, Encoder) or frames is not None:
-        return frames
-    return max(int(batch.feature_lengths.max()) for batch in datamodule.test_dataloader())
-
-
 def write_firmware(
-    recognizer: TransducerRecognizer, folder: Path, config: DictConfig, frames: int | None
+    module: nn.Module, parts: Mapping[str, Part], folder: Path, target: str | None
 ) -> dict[str, dict[str, Any]]:
     """Write the programs for a microcontroller, and return their figures; none without a device.
 
     Args:
-        recognizer: Emulated recognizer.
+        module: Emulated module.
+        parts: Arguments and function of each program, by its name.
         folder: Folder of one folder a program.
-        config: Composed configuration ``deploy``.
-        frames: Number of frames of a Conformer's program, see :func:`utterance_frames`.
+        target: Device of the configuration: null, ``tflm``, whose processor decodes compressed
+            constants, or an Ethos-U, for which Vela compiles.
     """
-    target = config.target
     if target is None:
         return {}
-    exports = export_firmware(
-        recognizer,
-        folder,
-        chunk_steps=config.chunk_steps,
-        utterance_frames=frames,
-        accelerator=None if target == "tflm" else target,
-    )
-    return {
-        part: {
+    is_processor = target == "tflm"
+    figures = {}
+    for name, (example, forward) in parts.items():
+        export = export_micro(
+            module,
+            example,
+            folder / name,
+            name=name,
+            forward=forward,
+            compress=is_processor,
+            accelerator=None if is_processor else target,
+        )
+        figures[name] = {
             "flash_bytes": export.flash_bytes,
             "plain_flash_bytes": export.plain_flash_bytes,
             "arena_bytes": export.arena_bytes,
             "plain_arena_bytes": export.plain_arena_bytes,
             "equal_outputs": None if export.agreement is None else float(export.agreement),
         }
-        for part, export in exports.items()
-    }
+    return figures
 
 
 def trained_callbacks(weights: TrainedWeights, config: DictConfig) -> list[Callback]:
@@ -324,93 +286,6 @@ def _with_bits_path(node: dict[str, Any], ckpt: Path) -> dict[str, Any]:
     return node
 
 
-def compare(
-    recognizer: TransducerRecognizer, deployed: DeployedTransducer, batches: Any
-) -> Comparison:
-    """Score and decode batches through the programs, and compare every output.
-
-    Args:
-        recognizer: Emulated recognizer.
-        deployed: Programs of the recognizer.
-        batches: Batches of the test set.
-    """
-    comparison = Comparison(0, 0, 0.0, 0, {}, {})
-    for batch in tqdm(batches, desc="through the programs", delay=2):
-        emulated = _emulated_scores(recognizer, batch)
-        encodings, predictions, logits, steps = _reference_scores(deployed, batch)
-        valid = _valid(batch, steps)
-        for actual, expected, mask in zip(
-            (encodings, predictions, logits), emulated[:3], valid, strict=True
-        ):
-            comparison.outputs += int(mask.expand(actual.shape).sum())
-            equal = (actual == expected[:, : actual.shape[1]]) & mask
-            comparison.equal_outputs += int(equal.sum())
-        losses = transducer_losses(logits, batch.targets, steps, batch.target_lengths)
-        comparison.loss += float(losses.sum())
-        comparison.labels += int(batch.target_lengths.sum())
-        features, width = batch.features, recognizer.beam_width
-        if width == 1:
-            labels = greedy_decode(deployed, features, batch.feature_lengths)
-        else:
-            labels = beam_decode(deployed, features, batch.feature_lengths, beam_width=width)
-        texts = [recognizer.vocabulary.decode(sequence) for sequence in labels]
-        comparison.hypotheses.update(zip(batch.ids, texts, strict=True))
-        comparison.references.update(zip(batch.ids, batch.texts, strict=True))
-    return comparison
-
-
-def _emulated_scores(
-    recognizer: TransducerRecognizer, batch: Batch
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Score the references of a batch with the emulated network."""
-    emulator = attached(recognizer)
-    assert emulator is not None
-    with emulate(recognizer, emulator.spec, targets=emulator.targets):
-        return _reference_scores(recognizer.model, batch)
-
-
-@torch.no_grad()
-def _reference_scores(model: Decodable, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Score the references of a batch without gradients; see :func:`.score_references`."""
-    return score_references(model, batch)
-
-
-def _valid(batch: Batch, steps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Mask the padding of encodings, predictions and logits; True where an entry is valid."""
-    sounds = torch.arange(int(steps.max())) < steps[:, None]
-    labels = torch.arange(batch.targets.shape[1] + 1) <= batch.target_lengths[:, None]
-    pairs = sounds[:, :, None] & labels[:, None, :]
-    return sounds[..., None], labels[..., None], pairs[..., None]
-
-
-def speed(
-    recognizer: TransducerRecognizer, folder: Path, datamodule: SpeechDataModule
-) -> dict[str, Any]:
-    """Measure the time of LiteRT's fast kernels per second of speech, in greedy decoding.
-
-    Args:
-        recognizer: Recognizer that was exported.
-        folder: Folder of its programs.
-        datamodule: Data module with the test set.
-
-    Returns:
-        ``speech_seconds``, ``real_time_factor`` (seconds of computation per second of speech) and
-        ``calls_per_second`` (calls of each program per second of speech).
-    """
-    fast = DeployedTransducer(folder, runtime="litert-xnnpack")
-    seconds = spent = 0.0
-    for batch in datamodule.test_dataloader():
-        began = time.perf_counter()
-        greedy_decode(fast, batch.features, batch.feature_lengths)
-        spent += time.perf_counter() - began
-        seconds += float(batch.feature_lengths.sum()) * datamodule.log_mel.hop_ms / 1000
-    return {
-        "speech_seconds": seconds,
-        "real_time_factor": spent / seconds,
-        "calls_per_second": {part: count / seconds for part, count in fast.calls.items()},
-    }
-
-
 def compile_for(
     models: Mapping[str, TFLiteModel], accelerator: str, system: str, memory_mode: str
 ) -> dict[str, VelaReport]:
@@ -423,12 +298,12 @@ def compile_for(
     }
 
 
-def cost(parts: Mapping[str, VelaReport], calls_per_second: Mapping[str, float]) -> dict[str, Any]:
-    """Add up Vela's estimates of all programs for a second of speech.
+def cost(parts: Mapping[str, VelaReport], calls: Mapping[str, float]) -> dict[str, Any]:
+    """Add up Vela's estimates of all programs for a unit of work, such as a second of speech.
 
     Args:
         parts: Vela's report of each program by its name, all for one system.
-        calls_per_second: Calls of each program per second of speech, by its name.
+        calls: Calls of each program for a unit, by its name.
     """
     reports = parts.values()
     first = next(iter(reports))
@@ -439,8 +314,8 @@ def cost(parts: Mapping[str, VelaReport], calls_per_second: Mapping[str, float])
         "encoded_bytes": sum(report.encoded_bytes for report in reports),
         "memory_bytes": sum(report.memory_bytes for report in reports),
         "sram_bytes": max(report.sram_bytes for report in reports),
-        "cycles": sum(parts[p].cycles * calls_per_second.get(p, 0.0) for p in parts),
-        "inference_ms": sum(parts[p].inference_ms * calls_per_second.get(p, 0.0) for p in parts),
+        "cycles": sum(parts[p].cycles * calls.get(p, 0.0) for p in parts),
+        "inference_ms": sum(parts[p].inference_ms * calls.get(p, 0.0) for p in parts),
         "part_ms": {part: report.inference_ms for part, report in parts.items()},
         "bound": {
             part: "bandwidth" if report.is_bandwidth_bound else "computation"
@@ -452,20 +327,21 @@ def cost(parts: Mapping[str, VelaReport], calls_per_second: Mapping[str, float])
 
 def table(summary: Mapping[str, Any]) -> str:
     """Format the summary as text."""
-    lines = [f"{'':20}{'WER':>8}{'loss per token':>16}"]
+    titles = summary["titles"]
+    lines = [f"{'':20}" + "".join(f"{title:>16}" for title in titles.values())]
     rows = [("float", summary["float"]), ("emulated", summary["emulated"])]
-    for name, metrics in [*rows, ("deployed", summary)]:
-        if metrics is not None:
-            rate, loss = 100 * metrics["wer"], metrics["loss_per_token"]
-            lines.append(f"{name:22}{rate:5.2f} %{loss:16.4f}")
+    for name, results in [*rows, ("deployed", summary)]:
+        if results is not None:
+            lines.append(
+                f"{name:20}" + "".join(_number(results[key], titles[key]) for key in titles)
+            )
     lines.append(
         f"{summary['runtime']}: outputs equal {summary['equal_outputs']:.6%} of "
-        f"{summary['outputs']}, transcripts {summary['equal_transcripts']:.2%} of "
-        f"{summary['utterances']}"
+        f"{summary['outputs']}, from {summary['examples']} examples"
     )
     sizes = ", ".join(f"{part} {size}" for part, size in summary["programs"].items())
     lines.append(f"programs {summary['tflite_bytes']} bytes ({sizes})")
-    lines.append(f"real-time factor on this CPU {summary['real_time_factor']:.4f}")
+    lines.append(summary["speed"])
     for part, each in summary["firmware"].items():
         lines.append(
             f"firmware of the {part} for {summary['target']}: flash {each['flash_bytes']} bytes "
@@ -474,37 +350,14 @@ def table(summary: Mapping[str, Any]) -> str:
     for report in summary["systems"]:
         lines.append(
             f"{report['accelerator']}, {report['system']}: weights {report['encoded_bytes']} bytes,"
-            f" memory {report['memory_bytes']} bytes, {report['inference_ms']:.1f} ms per second of"
-            f" speech; on the CPU: {', '.join(report['cpu_operators']) or 'nothing'}"
+            f" memory {report['memory_bytes']} bytes, {report['inference_ms']:.2f} ms per "
+            f"{summary['unit']}; on the CPU: {', '.join(report['cpu_operators']) or 'nothing'}"
         )
     return "\n".join(lines)
 
 
-def _score(
-    recognizer: TransducerRecognizer, datamodule: SpeechDataModule, callbacks: list[Callback]
-) -> dict[str, Any]:
-    """Score a recognizer on the test set."""
-    trainer = Trainer(accelerator="cpu", devices=1, logger=False, callbacks=callbacks)
-    return score_test(trainer, recognizer, datamodule)
-
-
-def _deployed_metrics(comparison: Comparison, emulated: Mapping[str, str]) -> dict[str, Any]:
-    hypotheses, references = comparison.hypotheses, comparison.references
-    ids = sorted(hypotheses)
-    score = asdict(word_errors([hypotheses[k] for k in ids], [references[k] for k in ids]))
-    equal = sum(hypotheses[k] == emulated[k] for k in ids)
-    return {
-        "wer": score["rate"],
-        "wer_low": score["low"],
-        "wer_high": score["high"],
-        "errors": score["errors"],
-        "words": score["words"],
-        "loss_per_token": comparison.loss / comparison.labels,
-        "outputs": comparison.outputs,
-        "equal_outputs": comparison.equal_outputs / comparison.outputs,
-        "utterances": len(ids),
-        "equal_transcripts": equal / len(ids),
-    }
+def _number(value: float, title: str) -> str:
+    return f"{100 * value:16.2f}" if title.endswith("%") else f"{value:16.4f}"
 
 
 def _method(weights: TrainedWeights) -> str:

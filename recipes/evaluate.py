@@ -1,4 +1,4 @@
-"""Score a checkpoint on the test set, in float or emulated.
+"""Test a checkpoint, in float or emulated.
 
     python -m recipes.evaluate ckpt=runs/an4_rnnt/seed1/checkpoints/last.ckpt
     python -m recipes.evaluate ckpt=recipes/pretrained/an4_rnnt.safetensors compression=nna8
@@ -14,17 +14,13 @@ import itertools
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import Trainer
 from omegaconf import DictConfig
-from torch import nn
 from tqdm import tqdm
 
 from lightning_nna import calibrate
 from lightning_nna.callbacks import NNAEmulation
 from lightning_nna.weights.method import WeightMethod
-from recipes.asr.batches import Batch
-from recipes.asr.data import SpeechDataModule
-from recipes.asr.recognizer import TransducerRecognizer
+from recipes.adapter import Adapter
 from recipes.preparation import prepare_process, rebuild
 from recipes.program import as_program
 from recipes.run_folder import (
@@ -33,9 +29,8 @@ from recipes.run_folder import (
     size_of,
     weight_metrics,
     write_summary,
-    write_transcripts,
 )
-from recipes.train import build_callbacks, score_test
+from recipes.train import build_callbacks
 from recipes.weights import TrainedWeights, load_weights
 
 
@@ -46,7 +41,7 @@ def main(config: DictConfig) -> None:
 
 
 def evaluate(config: DictConfig) -> dict[str, Any]:
-    """Score ``config.ckpt`` on the test set.
+    """Test ``config.ckpt`` on the test set.
 
     Args:
         config: Composed configuration ``evaluate`` of ``recipes/conf``.
@@ -61,47 +56,37 @@ def evaluate(config: DictConfig) -> dict[str, Any]:
     """
     prepare_process(config, "evaluate")
     weights = load_weights(config.ckpt)
-    recipe, datamodule, recognizer = rebuild(weights, config)
+    recipe, adapter = rebuild(weights, config)
     callbacks = build_callbacks(config)
     for callback in callbacks.values():
         if isinstance(callback, WeightMethod) and callback.state_key in weights.callbacks:
             callback.load_state_dict(weights.callbacks[callback.state_key])
     emulation = callbacks.get("nna")
     if isinstance(emulation, NNAEmulation):
-        batches = config.calibration_batches
-        restore_or_calibrate(recognizer, datamodule, emulation, weights, batches=batches)
-    trainer = Trainer(
-        accelerator="auto", devices=1, logger=False, callbacks=list(callbacks.values())
-    )
+        restore_or_calibrate(adapter, emulation, weights, batches=config.calibration_batches)
     summary = {
         "ckpt": str(config.ckpt),
         "experiment": recipe.name,
         "method": _method(config, weights),
         **provenance(recipe.seed),
-        **size_of(recognizer.model),
-        **score_test(trainer, recognizer, datamodule),
-        **weight_metrics(recognizer),
+        **size_of(adapter.module, recipe.targets),
+        **adapter.test(list(callbacks.values())),
+        **weight_metrics(adapter.module, recipe.targets),
     }
     run_dir = Path(config.run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
-    write_transcripts(run_dir, recognizer)
+    adapter.write_results(run_dir)
     write_summary(run_dir, summary)
     return summary
 
 
 def restore_or_calibrate(
-    recognizer: TransducerRecognizer,
-    datamodule: SpeechDataModule,
-    emulation: NNAEmulation,
-    weights: TrainedWeights,
-    *,
-    batches: int,
+    adapter: Adapter, emulation: NNAEmulation, weights: TrainedWeights, *, batches: int
 ) -> None:
     """Restore the ranges of ``emulation`` from a checkpoint, or calibrate on training batches.
 
     Args:
-        recognizer: Recognizer of the coming test run.
-        datamodule: Source of the training batches.
+        adapter: Module of the coming test run, and its data.
         emulation: Callback of the coming test run.
         weights: Checkpoint, with or without ranges.
         batches: Number of training batches to observe if the checkpoint has no ranges, positive.
@@ -109,21 +94,14 @@ def restore_or_calibrate(
     if emulation.state_key in weights.callbacks:
         emulation.load_state_dict(weights.callbacks[emulation.state_key])
         return
-    examples = itertools.islice(datamodule.train_dataloader(), batches)
+    examples = itertools.islice(adapter.datamodule.train_dataloader(), batches)
     calibrate(
-        recognizer,
+        adapter.module,
         tqdm(examples, total=batches, desc="observing ranges", delay=2),
-        forward=_score_and_decode,
+        forward=lambda _, batch: adapter.run(batch),
         spec=emulation.spec,
         targets=emulation.targets,
     )
-
-
-def _score_and_decode(module: nn.Module, batch: Batch) -> None:
-    """Score and decode a batch: decoding calls predictor and joint label by label, other sites."""
-    assert isinstance(module, TransducerRecognizer)
-    module.losses(batch)
-    module.decode(batch)
 
 
 def _method(config: DictConfig, weights: TrainedWeights) -> str:

@@ -1,31 +1,27 @@
-"""Prepare a process, and the data and the recognizer that every recipe starts from."""
+"""Prepare a process, and the data and the module that every recipe starts from."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from hydra.utils import instantiate
-from lightning.pytorch import seed_everything
+from lightning.pytorch import LightningDataModule, LightningModule, seed_everything
 from omegaconf import DictConfig, OmegaConf
 
 from lightning_nna.checkpoints import deploy_weights
-from recipes.asr.data import SpeechDataModule
-from recipes.asr.recognizer import TransducerRecognizer
-from recipes.run_folder import settings_of
+from recipes.adapter import Adapter, adapter_of
 from recipes.settings import check_settings
 from recipes.weights import TrainedWeights, put_into
 
 
 class Rebuilt(NamedTuple):
-    """A trained recognizer with the data that it is used on."""
+    """A trained module with the data that it is used on."""
 
     recipe: DictConfig
     """The settings that trained it, with the changes that the command asks for."""
-    datamodule: SpeechDataModule
-    """Its data, read from disk."""
-    recognizer: TransducerRecognizer
-    """The recognizer with the trained weights as they are deployed."""
+    adapter: Adapter
+    """The module with the trained weights as they are deployed, and its data."""
 
 
 def prepare_process(config: DictConfig, name: str) -> None:
@@ -46,18 +42,19 @@ def prepare_process(config: DictConfig, name: str) -> None:
 
 
 def rebuild(weights: TrainedWeights, config: DictConfig) -> Rebuilt:
-    """Build data and recognizer again as ``weights`` were trained.
+    """Build data and module again as ``weights`` were trained.
 
     Args:
         weights: Trained weights with their settings.
-        config: Configuration whose ``data`` and ``beam_width`` change these settings.
+        config: Configuration whose ``data`` and ``beam_width`` change these settings; its
+            ``targets`` become theirs.
 
     Raises:
         ValueError: If ``data`` asks for other features than the weights were trained on.
     """
     recipe = recipe_of(weights, config)
-    datamodule = instantiate(recipe.data)
-    return Rebuilt(recipe, datamodule, build_recognizer(recipe, datamodule, weights))
+    config.targets = recipe.targets
+    return Rebuilt(recipe, build(recipe, weights))
 
 
 def recipe_of(weights: TrainedWeights, config: DictConfig) -> DictConfig:
@@ -65,38 +62,51 @@ def recipe_of(weights: TrainedWeights, config: DictConfig) -> DictConfig:
     recipe = OmegaConf.create(weights.recipe)
     assert isinstance(recipe, DictConfig)
     changes = {key: value for key, value in config.data.items() if value is not None}
+    if "test_part" not in recipe.data and changes.get("test_part") == "test":
+        del changes["test_part"]  # Data of one's own may have a test part alone.
     recipe.data = OmegaConf.merge(recipe.data, changes)
     if config.get("beam_width") is not None:
         recipe.beam_width = config.beam_width
     return recipe
 
 
-def build_recognizer(
-    config: DictConfig, datamodule: SpeechDataModule, weights: TrainedWeights | None = None
-) -> TransducerRecognizer:
-    """Build the recognizer of ``config.model`` for what ``datamodule`` delivers.
+def build(config: DictConfig, weights: TrainedWeights | None = None) -> Adapter:
+    """Build the data of ``config.data``, and the module of ``config.model`` for what it delivers.
+
+    A data module may have ``model_settings()``: arguments of the module that follow from the data,
+    such as the number of labels.
 
     Args:
-        config: Settings of the run; the recognizer stores them in its checkpoints.
-        datamodule: Data module, read from disk here.
-        weights: Weights to start from; their vocabulary and normalization become the data's.
+        config: Settings of the run.
+        weights: Weights to start from; the state of their data, such as a vocabulary, becomes the
+            data's.
 
     Raises:
+        TypeError: If ``data`` or ``model`` builds something else than a Lightning module of its
+            kind.
         ValueError: If the weights are those of another network.
     """
+    datamodule = instantiate(config.data)
+    _require(datamodule, LightningDataModule, "data", config)
     datamodule.prepare_data()
     datamodule.setup("fit")
     if weights is not None:
         datamodule.load_state_dict(weights.data)
-    recognizer: TransducerRecognizer = instantiate(
-        config.model,
-        vocabulary=datamodule.vocabulary,
-        num_mels=datamodule.num_mels,
-        beam_width=config.beam_width,
-    )
-    recognizer.recipe = settings_of(config)
+    follows: dict[str, Any] = getattr(datamodule, "model_settings", dict)()
+    module = instantiate(config.model, **follows)
+    _require(module, LightningModule, "model", config)
+    adapter = adapter_of(module, datamodule, config.targets)
+    adapter.configure(config)
     if weights is not None:
-        put_into(recognizer.model, weights)
+        put_into(module, weights, config.targets)
         # A checkpoint may hold latent weights; a run that was compressed is used as deployed.
-        deploy_weights(recognizer, weights.callbacks)
-    return recognizer
+        deploy_weights(module, weights.callbacks)
+    return adapter
+
+
+def _require(built: object, kind: type, group: str, config: DictConfig) -> None:
+    if not isinstance(built, kind):
+        raise TypeError(
+            f"{group}._target_={config[group].get('_target_')} builds a {type(built).__name__}, "
+            f"and must build a {kind.__name__}"
+        )

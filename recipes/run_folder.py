@@ -1,7 +1,8 @@
 """The files of a run: its settings, its summary, and the metrics of its weights.
 
 A run folder holds ``config.yaml`` (every setting, resolved), ``metrics/`` (CSV),
-``checkpoints/``, ``summary.json`` and, if it was tested, ``transcripts.tsv``.
+``checkpoints/``, ``summary.json`` and, if it was tested, what its adapter writes, such as
+``transcripts.tsv``.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import shlex
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -30,8 +31,7 @@ from lightning_nna.emulation.attachment import attached
 from lightning_nna.files import write_whole
 from lightning_nna.weights.codebook import index_bits
 from lightning_nna.weights.pipeline import pipeline_of
-from recipes.asr.recognizer import TransducerRecognizer
-from recipes.asr.scoring import utterance_errors
+from recipes.adapter import EVERYTHING, names_within
 from recipes.run_name import INDIFFERENT
 
 _log = logging.getLogger(__name__)
@@ -192,36 +192,41 @@ def git_commit() -> str | None:
     return result.stdout.strip()
 
 
-def size_of(module: nn.Module) -> dict[str, int]:
-    """Count the parameters of ``module`` and their bytes in the present dtype.
+def size_of(module: nn.Module, targets: Sequence[str] = EVERYTHING) -> dict[str, int]:
+    """Count the parameters of the networks of a module, and their bytes in the present dtype.
+
+    Args:
+        module: Module.
+        targets: Patterns of its networks.
 
     Example:
         >>> size_of(nn.Linear(3, 2))
         {'parameters': 8, 'size_bytes': 32}
     """
-    parameters = list(module.parameters())
+    parameters = list(_parameters_of(module, targets).values())
     return {
         "parameters": sum(parameter.numel() for parameter in parameters),
         "size_bytes": sum(parameter.numel() * parameter.element_size() for parameter in parameters),
     }
 
 
-def weight_metrics(recognizer: TransducerRecognizer) -> dict[str, float]:
-    """Measure bits, zeros and bytes of the network as it is deployed now.
+def weight_metrics(module: nn.Module, targets: Sequence[str] = EVERYTHING) -> dict[str, float]:
+    """Measure bits, zeros and bytes of the networks as they are deployed now.
 
     Args:
-        recognizer: Recognizer that has run; emulated weights count as the accelerator stores them.
+        module: Module that has run; emulated weights count as the accelerator stores them.
+        targets: Patterns of its networks.
 
     Returns:
         ``bits`` (mean over the weights of all matrices; of the index of a centroid, or of the
         number where neither emulation nor a weight method restricts it), ``sparsity`` (fraction of
-        these weights that are zero) and ``packed_bytes`` (of the whole network in the file that
+        these weights that are zero) and ``packed_bytes`` (of the networks in the file that
         :func:`.save_packed` writes, without its header).
     """
-    emulator, pipeline = attached(recognizer), pipeline_of(recognizer)
+    emulator, pipeline = attached(module), pipeline_of(module)
     matrices: list[Tensor] = []
     bits = 0
-    for parameter in recognizer.model.parameters():
+    for parameter in _parameters_of(module, targets).values():
         if parameter.ndim < 2:
             continue
         rows = None if emulator is None else emulator.state.rows_of(parameter)
@@ -238,9 +243,9 @@ def weight_metrics(recognizer: TransducerRecognizer) -> dict[str, float]:
     weights = sum(matrix.numel() for matrix in matrices)
     with tempfile.TemporaryDirectory() as folder:
         is_emulated = emulator is not None and bool(emulator.state.used_weights)
-        source = recognizer if is_emulated else _deployed_tensors(recognizer)
+        source = module if is_emulated else _deployed_tensors(module)
         report = save_packed(source, Path(folder) / "packed.safetensors")
-    packed = [size for name, size in report.packed.items() if name.startswith("model.")]
+    packed = [report.packed[name] for name in names_within(report.packed, targets)]
     return {
         "bits": round(bits / weights, 4),
         "sparsity": sum(int((matrix == 0).sum()) for matrix in matrices) / weights,
@@ -248,11 +253,16 @@ def weight_metrics(recognizer: TransducerRecognizer) -> dict[str, float]:
     }
 
 
-def _deployed_tensors(recognizer: TransducerRecognizer) -> dict[str, Tensor]:
-    """Return parameters and buffers of a recognizer that is not emulated, as deployed."""
-    pipeline = pipeline_of(recognizer)
-    parameters = {n: pipeline.deployed(p) for n, p in recognizer.named_parameters()}
-    return {**dict(recognizer.named_buffers()), **parameters}
+def _parameters_of(module: nn.Module, targets: Sequence[str]) -> dict[str, nn.Parameter]:
+    parameters = dict(module.named_parameters())
+    return {name: parameters[name] for name in names_within(parameters, targets)}
+
+
+def _deployed_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Return parameters and buffers of a module that is not emulated, as deployed."""
+    pipeline = pipeline_of(module)
+    parameters = {n: pipeline.deployed(p) for n, p in module.named_parameters()}
+    return {**dict(module.named_buffers()), **parameters}
 
 
 def log_summary(summary: Mapping[str, Any]) -> None:
@@ -264,25 +274,4 @@ def write_summary(run_dir: Path, summary: Mapping[str, Any]) -> Path:
     """Write ``summary.json`` into ``run_dir`` and return its path."""
     path = run_dir / "summary.json"
     write_whole(path, json.dumps(dict(summary), indent=2) + "\n")
-    return path
-
-
-def write_transcripts(run_dir: Path, recognizer: TransducerRecognizer) -> Path:
-    """Write what a tested recognizer understood into ``run_dir``: a line for each utterance.
-
-    Args:
-        run_dir: Run folder.
-        recognizer: Recognizer after a test run.
-
-    Returns:
-        Path of ``transcripts.tsv``, with the columns ``utterance``, ``errors`` and ``words``
-        (numbers of words), ``reference`` and ``hypothesis``.
-    """
-    lines = ["utterance\terrors\twords\treference\thypothesis"]
-    for id_, result in recognizer.tested.items():
-        counts = utterance_errors(result.hypothesis, result.reference)
-        columns = (id_, counts.errors, counts.words, result.reference, result.hypothesis)
-        lines.append("\t".join(map(str, columns)))
-    path = run_dir / "transcripts.tsv"
-    write_whole(path, "\n".join(lines) + "\n")
     return path

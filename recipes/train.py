@@ -1,4 +1,4 @@
-"""Train a recognizer and score it.
+"""Train a module and test it.
 
     python -m recipes.train experiment=an4_rnnt compression=nna8 seed=2
 
@@ -11,9 +11,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -27,25 +26,23 @@ from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig
 
 from lightning_nna.checkpoints import load_checkpoint
-from recipes.asr.data import SpeechDataModule
-from recipes.asr.recognizer import TransducerRecognizer
 from recipes.objective import check_objective, objective_of
-from recipes.preparation import build_recognizer, prepare_process
+from recipes.preparation import build, prepare_process
 from recipes.program import as_program
 from recipes.run_folder import (
     finished_summary,
     log_summary,
     provenance,
     record_config,
+    settings_of,
     size_of,
     sole_run,
     task_overrides,
     weight_metrics,
     write_summary,
-    write_transcripts,
 )
 from recipes.settings import instantiate_all
-from recipes.weights import load_weights, put_into
+from recipes.weights import RecipeInCheckpoint, load_weights, put_into
 
 _log = logging.getLogger(__name__)
 
@@ -59,7 +56,7 @@ def main(config: DictConfig) -> float | tuple[float, ...] | None:
 
 
 def train(config: DictConfig) -> dict[str, Any]:
-    """Train a recognizer, and score it on the test set.
+    """Train a module, and test it on the test set.
 
     Args:
         config: Composed configuration ``train`` of ``recipes/conf``.
@@ -91,40 +88,41 @@ def _train(config: DictConfig) -> dict[str, Any]:
     rank_zero_only(record_config)(Path(config.run_dir), config)
     # Read now: by the end of training the checkout may be at another commit.
     origin = provenance(config.seed)
-    datamodule = instantiate(config.data)
     weights = None if config.init_from is None else load_weights(config.init_from)
-    recognizer = build_recognizer(config, datamodule, weights)
+    adapter = build(config, weights)
+    module, targets = adapter.module, config.targets
     callbacks = build_callbacks(config)
-    trainer = build_trainer(config, callbacks)
+    recipe = RecipeInCheckpoint(settings_of(config))
+    trainer = build_trainer(config, [*callbacks.values(), recipe])
     check_processes(trainer)
     start = _last_checkpoint(config) if config.resume else None
     if start is not None:
         load_checkpoint(start)  # Raises its own message if the file is damaged.
     began = time.monotonic()
-    trainer.fit(recognizer, datamodule, ckpt_path=start, weights_only=True)
+    trainer.fit(module, adapter.datamodule, ckpt_path=start, weights_only=True)
     # The timer's clock alone includes the time before a run was resumed.
     timer = callbacks.get("timer")
     seconds = timer.time_elapsed() if isinstance(timer, Timer) else time.monotonic() - began
     # Score the weights of the checkpoint: of a run that was finished before, only its checkpoint
     # has the average of the weights.
     if (last := _last_checkpoint(config)) is not None:
-        put_into(recognizer.model, load_weights(last))
+        put_into(module, load_weights(last), targets)
     summary: dict[str, Any] = {
         "experiment": config.name,
         "method": config.method,
         **origin,
         "overrides": task_overrides(),
-        **size_of(recognizer.model),
+        **size_of(module, targets),
         "epochs": trainer.current_epoch,
         "train_seconds": round(seconds, 1),
         "threads": torch.get_num_threads(),
     }
     if config.test:
-        summary |= score_test(trainer, recognizer, datamodule)
-    summary |= weight_metrics(recognizer)
+        summary |= adapter.tested(trainer)
+    summary |= weight_metrics(module, targets)
     if trainer.is_global_zero:
         if config.test:
-            write_transcripts(Path(config.run_dir), recognizer)
+            adapter.write_results(Path(config.run_dir))
         write_summary(Path(config.run_dir), summary)
     return summary
 
@@ -134,12 +132,10 @@ def build_callbacks(config: DictConfig) -> dict[str, Callback]:
     return instantiate_all(config.callbacks, "callbacks")
 
 
-def build_trainer(config: DictConfig, callbacks: Mapping[str, Callback]) -> Trainer:
+def build_trainer(config: DictConfig, callbacks: Sequence[Callback]) -> Trainer:
     """Build the trainer of ``config.trainer`` with the loggers that are not null."""
     loggers = list(instantiate_all(config.logger, "logger").values())
-    trainer: Trainer = instantiate(
-        config.trainer, callbacks=list(callbacks.values()), logger=loggers
-    )
+    trainer: Trainer = instantiate(config.trainer, callbacks=list(callbacks), logger=loggers)
     return trainer
 
 
@@ -174,31 +170,6 @@ def _last_checkpoint(config: DictConfig) -> str | None:
     """Return the path of the newest checkpoint in the run folder, if there is one."""
     path = Path(config.run_dir) / "checkpoints" / "last.ckpt"
     return str(path) if path.is_file() else None
-
-
-def score_test(
-    trainer: Trainer, recognizer: TransducerRecognizer, datamodule: SpeechDataModule
-) -> dict[str, Any]:
-    """Score ``recognizer`` on the test set, with its current weights.
-
-    Returns:
-        ``wer``, ``wer_low``, ``wer_high`` (fractions), ``errors``, ``words``, ``beam_width``,
-        ``wer_greedy`` (of the greedy search) and ``loss_per_token``.
-    """
-    metrics = trainer.test(recognizer, datamodule, verbose=False)[0]
-    score = recognizer.score
-    assert score is not None, "a test run sets a score"
-    counts = asdict(score)
-    return {
-        "wer": counts["rate"],
-        "wer_low": counts["low"],
-        "wer_high": counts["high"],
-        "errors": counts["errors"],
-        "words": counts["words"],
-        "beam_width": recognizer.beam_width,
-        "wer_greedy": metrics["test/wer_greedy"],
-        "loss_per_token": metrics["test/loss_per_token"],
-    }
 
 
 if __name__ == "__main__":

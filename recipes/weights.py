@@ -1,30 +1,36 @@
-"""Weights of a recognizer with everything that their use needs, in one file.
+"""Weights of a module with everything that their use needs, in one file.
 
 Two kinds of file are read: a Lightning checkpoint of ``recipes.train``, and a ``.safetensors`` file
-with the network's weights in half precision and, in its header, the settings and the vocabulary.
+with the networks' weights in half precision and, in its header, the settings and the state of the
+data, such as a vocabulary.
 """
 
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from typing_extensions import override
 
 from lightning_nna.checkpoints import load_checkpoint
-from recipes.asr.data import SpeechDataModule
-from recipes.asr.rnnt import Transducer
+from recipes.adapter import names_within
 
-# Settings in the header of a small file: those that build the data and the recognizer again.
+#: Folder of the package; relative paths of weights that it brings are also looked for there.
+_PACKAGE = Path(__file__).resolve().parent
+# Settings in the header of a small file: those that build the data and the module again.
 # The others name folders of the training machine, and the speed of the run.
-_HEADER_SETTINGS = ("name", "method", "seed", "beam_width", "data", "model")
-_NETWORK = "model."
-_DATA = SpeechDataModule.__qualname__  # Lightning's key for the state of the data module.
+_HEADER_SETTINGS = ("name", "method", "seed", "beam_width", "targets", "data", "model")
+# Small files of older versions name no targets, and their weights have no names of networks.
+_FORMER_TARGETS = ["model"]
+_RECIPE, _DATA = "recipe", "recipe_data"
 
 
 @dataclass(frozen=True)
@@ -32,9 +38,9 @@ class TrainedWeights:
     """Content of a weights file.
 
     Attributes:
-        network: Weights of the transducer, float32, by parameter name.
+        network: Weights and buffers of the networks, by their names in the module.
         recipe: All settings of the run that trained them.
-        data: State of the data module: vocabulary and normalization as plain dictionaries.
+        data: State of the data module, such as vocabulary and normalization, as plain values.
         callbacks: State of the run's callbacks by key; empty for a ``.safetensors`` file.
     """
 
@@ -44,37 +50,50 @@ class TrainedWeights:
     callbacks: dict[str, Any] = field(default_factory=dict)
 
 
+class RecipeInCheckpoint(Callback):
+    """Put the settings of a run and the state of its data into every checkpoint.
+
+    Args:
+        recipe: All settings of the run, plain values.
+    """
+
+    def __init__(self, recipe: dict[str, Any]) -> None:
+        self.recipe = recipe
+
+    @override
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        datamodule: LightningDataModule = trainer.datamodule  # type: ignore[attr-defined]
+        checkpoint |= {_RECIPE: self.recipe, _DATA: datamodule.state_dict()}
+
+
 def load_weights(path: str | Path) -> TrainedWeights:
     """Read a checkpoint or a ``.safetensors`` file.
 
     Args:
-        path: Path of the file.
+        path: Path of the file; a relative one that begins with ``recipes/`` may be that of a file
+            in the package.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If the file was not written by this recipe, is damaged, or contains objects
+        ValueError: If the file was not written by the recipes, is damaged, or contains objects
             that could run code.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no weights file {path}; train one with recipes.train")
+    path = _found(Path(path))
     if path.suffix == ".safetensors":
         return _load_safetensors(path)
     checkpoint = load_checkpoint(path)
-    if not {"state_dict", "recipe", _DATA} <= checkpoint.keys():
+    if not {"state_dict", _RECIPE, _DATA} <= checkpoint.keys():
         raise ValueError(f"{path} was not written by recipes.train: it names no recipe")
-    network = {
-        name.removeprefix(_NETWORK): tensor
-        for name, tensor in checkpoint["state_dict"].items()
-        if name.startswith(_NETWORK)
-    }
-    return TrainedWeights(
-        network, checkpoint["recipe"], checkpoint[_DATA], checkpoint.get("callbacks", {})
-    )
+    recipe = checkpoint[_RECIPE]
+    names = names_within(checkpoint["state_dict"], recipe["targets"])
+    network = {name: checkpoint["state_dict"][name] for name in names}
+    return TrainedWeights(network, recipe, checkpoint[_DATA], checkpoint.get("callbacks", {}))
 
 
 def save_weights(path: str | Path, weights: TrainedWeights, *, command: str) -> None:
-    """Write the network in half precision, with the settings of data and model in the header.
+    """Write the networks in half precision, with the settings of data and model in the header.
 
     Args:
         path: Path of a ``.safetensors`` file; its folder is created.
@@ -83,9 +102,13 @@ def save_weights(path: str | Path, weights: TrainedWeights, *, command: str) -> 
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    tensors = {name: tensor.half().contiguous() for name, tensor in weights.network.items()}
+    tensors = {
+        name: (tensor.half() if tensor.is_floating_point() else tensor).contiguous()
+        for name, tensor in weights.network.items()
+    }
+    recipe = {key: weights.recipe[key] for key in _HEADER_SETTINGS if key in weights.recipe}
     header = {
-        "recipe": json.dumps({key: weights.recipe[key] for key in _HEADER_SETTINGS}),
+        "recipe": json.dumps(recipe),
         "data": json.dumps(weights.data),
         "command": command,
     }
@@ -94,27 +117,53 @@ def save_weights(path: str | Path, weights: TrainedWeights, *, command: str) -> 
     unfinished.replace(path)
 
 
-def put_into(model: Transducer, weights: TrainedWeights) -> None:
-    """Copy ``weights`` into ``model``.
+def put_into(module: LightningModule, weights: TrainedWeights, targets: Sequence[str]) -> None:
+    """Copy ``weights`` into the networks of a module.
+
+    Args:
+        module: Module of the networks.
+        weights: Weights of all of its networks.
+        targets: Patterns of its networks.
 
     Raises:
-        ValueError: If a weight's name or shape is another in ``model``.
+        ValueError: If a weight's name or shape is another in ``module``.
     """
+    # What is no network, such as a loss with parameters, keeps its own.
+    own = module.state_dict()
+    kept = own.keys() - set(names_within(own, targets))
     try:
-        model.load_state_dict(weights.network)
+        module.load_state_dict({**{name: own[name] for name in kept}, **weights.network})
     except RuntimeError as error:
         raise ValueError(
             f"these weights are of another network, set model.network as in their recipe: {error}"
         ) from error
 
 
+def _found(path: Path) -> Path:
+    """Return the path of a file, or of the file of that name in the package."""
+    if path.is_file():
+        return path
+    own = _PACKAGE.parent / path
+    if not path.is_absolute() and path.parts[:1] == (_PACKAGE.name,) and own.is_file():
+        return own
+    raise FileNotFoundError(f"there is no weights file {path}; train one with recipes.train")
+
+
 def _load_safetensors(path: Path) -> TrainedWeights:
     try:
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
-            network = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
+            network = {name: _whole(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged or no safetensors file: {error}") from error
     if not {"recipe", "data"} <= header.keys():
-        raise ValueError(f"{path} was not written by this recipe: its header names none")
-    return TrainedWeights(network, json.loads(header["recipe"]), json.loads(header["data"]))
+        raise ValueError(f"{path} was not written by the recipes: its header names none")
+    recipe = json.loads(header["recipe"])
+    if "targets" not in recipe:
+        recipe["targets"] = _FORMER_TARGETS
+        network = {f"{_FORMER_TARGETS[0]}.{name}": tensor for name, tensor in network.items()}
+    return TrainedWeights(network, recipe, json.loads(header["data"]))
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.is_floating_point() else tensor

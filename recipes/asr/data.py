@@ -156,6 +156,10 @@ class SpeechDataModule(pl.LightningDataModule):
         """Return unchanged utterances of the tested part, always in the same batches."""
         return self._loader(self.test_part, shuffle=False)
 
+    def model_settings(self) -> dict[str, Any]:
+        """Return the arguments of a recognizer that follow from the data; after ``setup``."""
+        return {"vocabulary": self.vocabulary, "num_mels": self.num_mels}
+
     def state_dict(self) -> dict[str, Any]:
         """Return vocabulary and normalization, with the settings of their features."""
         return {

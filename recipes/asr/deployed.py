@@ -9,7 +9,7 @@ decoders work with both.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,21 +20,18 @@ from torch import Tensor, nn
 
 from lightning_nna import emulate
 from lightning_nna.deploy import (
-    MicroExport,
     Program,
     TFLiteModel,
-    export_micro,
     export_tflite,
 )
 from lightning_nna.emulation.attachment import attached
+from recipes.adapter import Part
 from recipes.asr.conformer import ConformerEncoder
 from recipes.asr.recognizer import TransducerRecognizer
 from recipes.asr.rnnt import Encoder, State
 from recipes.asr.vocabulary import BLANK
 
 PARTS = ("encoder", "predictor", "joint")
-#: Arguments of a program, and the function of the recognizer and them that it computes.
-Part = tuple[list[Any], Callable[..., Any]]
 
 
 def export_transducer(
@@ -63,47 +60,6 @@ def export_transducer(
     """
     return {
         part: export_tflite(recognizer, example, folder / f"{part}.tflite", forward=forward)
-        for part, (example, forward) in transducer_parts(
-            recognizer, chunk_steps, utterance_frames
-        ).items()
-    }
-
-
-def export_firmware(
-    recognizer: TransducerRecognizer,
-    folder: Path,
-    *,
-    chunk_steps: int = 1,
-    utterance_frames: int | None = None,
-    accelerator: str | None = None,
-) -> dict[str, MicroExport]:
-    """Write the three programs for a microcontroller, each into a folder of its name.
-
-    Args:
-        recognizer: Emulated recognizer, calibrated, with a spec of TFLite-Micro.
-        folder: Folder of the folders.
-        chunk_steps: See :func:`export_transducer`.
-        utterance_frames: See :func:`export_transducer`.
-        accelerator: Name of an Ethos-U for which Vela compiles them; None for the processor, which
-            decodes compressed constants.
-
-    Returns:
-        Each export by its name.
-
-    Raises:
-        ValueError: See :func:`export_transducer` and :func:`.export_micro`.
-        VelaError: If Vela is missing or rejects a program.
-    """
-    return {
-        part: export_micro(
-            recognizer,
-            example,
-            folder / part,
-            name=part,
-            forward=forward,
-            compress=accelerator is None,
-            accelerator=accelerator,
-        )
         for part, (example, forward) in transducer_parts(
             recognizer, chunk_steps, utterance_frames
         ).items()

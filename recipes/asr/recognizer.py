@@ -7,9 +7,8 @@ outside of it, since only training needs them.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import torch
 import torchaudio
@@ -49,15 +48,17 @@ class TransducerRecognizer(LightningModule):
         ctc_weight: Weight of the auxiliary CTC loss on the encodings; 0 leaves the layer out.
         beam_width: Number of hypotheses of the beam search in testing; 1 decodes greedily.
         seed: Seed of the dropout; with the step it determines the masks, also of a resumed run.
-        recipe: Settings of the run, saved in every checkpoint so that it can be loaded alone.
 
     Attributes:
+        beam_width: Number of hypotheses of the beam search in testing.
         score: Word errors of the last test run, of all processes.
         hypotheses: Texts of the last test run by utterance id, of all processes.
 
     Raises:
         ValueError: If ``ctc_weight`` is negative or ``beam_width`` is not positive.
     """
+
+    recipe_adapter = "recipes.asr.adapter.TransducerAdapter"
 
     def __init__(
         self,
@@ -70,27 +71,33 @@ class TransducerRecognizer(LightningModule):
         ctc_weight: float = 0.0,
         beam_width: int = 1,
         seed: int = 0,
-        recipe: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
         if ctc_weight < 0:
             raise ValueError(f"ctc_weight must not be negative, got {ctc_weight}; 0 leaves CTC out")
-        if beam_width < 1:
-            raise ValueError(f"beam_width must be at least 1, got {beam_width}; 1 is greedy")
         self.model = network(num_mels=num_mels, num_labels=len(vocabulary))
         self.vocabulary = vocabulary
         self.optimizer = optimizer
         self.schedule = schedule
         self.ctc_weight = ctc_weight
-        self.beam_width = beam_width
+        self.set_beam_width(beam_width)
         self.seed = seed
-        self.recipe = dict(recipe or {})
         size = self.model.joint.output.in_features
         self.ctc_output = nn.Linear(size, len(vocabulary)) if ctc_weight else None
         self.score: WordErrors | None = None
         self.tested: dict[str, Scored] = {}
         # By utterance id: processes may have the same utterance, which counts once.
         self._scored: dict[str, Scored] = {}
+
+    def set_beam_width(self, beam_width: int) -> None:
+        """Choose the number of hypotheses of the beam search in testing; 1 decodes greedily.
+
+        Raises:
+            ValueError: If it is not positive.
+        """
+        if beam_width < 1:
+            raise ValueError(f"beam_width must be at least 1, got {beam_width}; 1 is greedy")
+        self.beam_width = beam_width
 
     def losses(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return the transducer's and the CTC's negative log-likelihood of ``batch``, in nats."""
@@ -176,10 +183,6 @@ class TransducerRecognizer(LightningModule):
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
         }
-
-    @override
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["recipe"] = self.recipe
 
     def _unfused(self) -> dict[str, bool]:
         """Return further arguments of the optimizer: ``fused=False`` if it cannot be fused.

@@ -19,11 +19,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from lightning_nna import coverage
 from lightning_nna.emulation.coverage import Coverage
+from recipes.asr.adapter import TransducerAdapter
 from recipes.asr.scoring import RateDifference
 from recipes.benchmark.awareness_runs import (
     CHIPS,
@@ -46,7 +46,7 @@ from recipes.benchmark.report import Fields, line, percent, points
 from recipes.benchmark.rows import Row, select
 from recipes.keywords.data import LOG_MEL
 from recipes.keywords.network import KeywordNetwork
-from recipes.preparation import build_recognizer
+from recipes.preparation import build
 from recipes.weights import load_weights
 
 _PRODUCTS = (
@@ -110,8 +110,9 @@ def _recognizer_coverage(model: str, spec: dict[str, Any]) -> tuple[float, Cover
     weights = load_weights(STARTS[model].weights)
     recipe = OmegaConf.create(weights.recipe)
     assert isinstance(recipe, DictConfig)
-    datamodule = instantiate(recipe.data)
-    recognizer = build_recognizer(recipe, datamodule, weights).eval()
+    adapter = build(recipe, weights)
+    assert isinstance(adapter, TransducerAdapter)
+    datamodule, recognizer = adapter.speech, adapter.recognizer.eval()
     batch = next(iter(datamodule.test_dataloader()))
     frames = int(batch.feature_lengths[0])
     features, lengths = batch.features[:1, :frames], batch.feature_lengths[:1]

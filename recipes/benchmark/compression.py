@@ -228,7 +228,8 @@ class CompressionRun(RecipeRun):
 
     def row(self, summary: Mapping[str, Any]) -> Row:
         """Make the row of a finished run from its summary."""
-        shapes = {name: x.shape for name, x in load_weights(START).network.items()}
+        weights = load_weights(START).network
+        shapes = {name.removeprefix("model."): x.shape for name, x in weights.items()}
         overrides, default = {}, self.bits
         if self.bits in ALLOCATIONS:
             overrides = json.loads(self.allocation.read_text())["overrides"]

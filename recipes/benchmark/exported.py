@@ -12,11 +12,12 @@ from omegaconf import OmegaConf
 
 from lightning_nna.callbacks import NNAEmulation
 from lightning_nna.deploy import TFLiteModel
+from recipes.asr.adapter import Comparison, TransducerAdapter, compare
 from recipes.asr.batches import Batch
 from recipes.asr.data import SpeechDataModule
 from recipes.asr.deployed import DeployedTransducer, export_transducer
 from recipes.asr.rnnt import Encoder
-from recipes.deploy import Comparison, compare, trained_callbacks
+from recipes.deploy import trained_callbacks
 from recipes.preparation import rebuild
 from recipes.weights import load_weights
 
@@ -46,7 +47,9 @@ def export_checkpoint(checkpoint: Path, folder: Path, *, batches: int) -> Export
     config = OmegaConf.create(
         {"ckpt": str(checkpoint), "data": {}, "callbacks": {}, "beam_width": 1}
     )
-    _, datamodule, recognizer = rebuild(weights, config)
+    _, adapter = rebuild(weights, config)
+    assert isinstance(adapter, TransducerAdapter)
+    datamodule, recognizer = adapter.speech, adapter.recognizer
     callbacks = trained_callbacks(weights, config)
     for callback in callbacks:
         if isinstance(callback, NNAEmulation):

@@ -28,10 +28,9 @@ from lightning_nna.pruning.masks import MatrixLayout
 from lightning_nna.pruning.sparsity_pattern import SparsityPattern
 from lightning_nna.weights.codebook import Codebook
 from lightning_nna.weights.pipeline import WeightGrid
-from lightning_nna.weights.selection import operator_weights
+from lightning_nna.weights.selection import Sparsities
+from recipes.adapter import Adapter
 from recipes.allocate import calibration_of, vela_price
-from recipes.asr.batches import Batch
-from recipes.asr.recognizer import TransducerRecognizer
 from recipes.benchmark.grid import Run, Study, axis
 from recipes.benchmark.recipe_runs import START
 from recipes.benchmark.report import Fields, line
@@ -145,12 +144,13 @@ class PatternRun(Run):
     @torch.no_grad()
     def _cycles_of_network(self) -> float:
         _, accelerator, system = TARGETS[self.target]
-        config, recognizer, batches = _recognizer()
+        config, adapter, batches = _recognizer()
         config.accelerator, config.system = accelerator, system
-        price = vela_price(recognizer, batches, config)
+        price = vela_price(adapter, batches, config)
+        recognizer = adapter.module
         changed: dict[str, tuple[Tensor, WeightGrid | None]] = {}
-        for name, weight in operator_weights(recognizer.model).items():
-            full_name = f"model.{name}"
+        for full_name in Sparsities(0.5, config.targets).of(recognizer):
+            weight = recognizer.get_parameter(full_name)
             if self.pattern in LOW_BITS:
                 book = Codebook.fit(weight, LOW_BITS[self.pattern])
                 changed[full_name] = book.project(weight), book.grid
@@ -182,7 +182,7 @@ class PatternRun(Run):
 
 
 @functools.cache
-def _recognizer() -> tuple[DictConfig, TransducerRecognizer, list[Batch]]:
+def _recognizer() -> tuple[DictConfig, Adapter, list[Any]]:
     """Load the pretrained recognizer, and batches for the length of an utterance."""
     with initialize_config_dir(str(CONF), version_base="1.3"):
         config = compose("allocate", [f"ckpt={START}", "budget=cycles", "batches=2", "run_dir=."])

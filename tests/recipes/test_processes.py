@@ -11,12 +11,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from hydra.utils import instantiate
 from lightning.pytorch import Trainer
 from omegaconf import DictConfig
 
 from recipes.evaluate import evaluate
-from recipes.preparation import build_recognizer
+from recipes.preparation import build
 from recipes.weights import load_weights
 from tests.recipes.asr.small_corpus import write_an4
 from tests.recipes.conftest import SMALL_NETWORK
@@ -80,10 +79,9 @@ def test_two_processes_score_every_utterance_once(
 
     weights = load_weights(run / "checkpoints" / "last.ckpt")
     recipe = DictConfig(weights.recipe)
-    datamodule = instantiate(recipe.data)
-    recognizer = build_recognizer(recipe, datamodule, weights)
+    adapter = build(recipe, weights)
     trainer = Trainer(accelerator="cpu", devices=1, logger=False, enable_progress_bar=False)
-    [expected] = trainer.validate(recognizer, datamodule, verbose=False)
+    [expected] = trainer.validate(adapter.module, adapter.datamodule, verbose=False)
     with (run / "metrics" / "version_0" / "metrics.csv").open() as file:
         logged = {k: float(v) for row in csv.DictReader(file) for k, v in row.items() if v}
     for name in ("val/loss", "val/loss_per_token", "val/wer"):

@@ -164,7 +164,7 @@ def _small_weights(
     path = tmp_path / "small.safetensors"
     weights = load_weights(run / "checkpoints" / "last.ckpt")
     # So little trained, it would emit as many labels per step as it may.
-    weights.network["joint.output.bias"][0] += 3
+    weights.network["model.joint.output.bias"][0] += 3
     save_weights(path, weights, command="a test")
     return path
 

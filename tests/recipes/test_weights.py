@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 import torch
 from hydra.utils import instantiate
+from lightning.pytorch import LightningModule
 from omegaconf import DictConfig
 from safetensors.torch import save_file
+from torch import nn
 
 from recipes.asr.rnnt import transducer
 from recipes.preparation import recipe_of
@@ -20,13 +22,18 @@ from recipes.weights import TrainedWeights, load_weights, put_into, save_weights
 PRETRAINED = Path(__file__).resolve().parents[2] / "recipes/pretrained/an4_rnnt.safetensors"
 
 
+class Recognizer(LightningModule):
+    def __init__(self, size: int = 8) -> None:
+        super().__init__()
+        self.model = transducer(num_mels=4, num_labels=5, encoder_size=size, joint_size=8)
+
+
 @pytest.fixture
 def weights() -> TrainedWeights:
-    network = transducer(num_mels=4, num_labels=5, encoder_size=8, joint_size=8)
     recipe: dict[str, Any] = {"name": "x", "method": "float", "seed": 1, "beam_width": 2}
-    recipe |= {"data": {}, "model": {}}
+    recipe |= {"targets": ["model"], "data": {}, "model": {}}
     data = {"vocabulary": {"kind": "character", "units": ["A"]}, "normalization": {"mean": [0.1]}}
-    return TrainedWeights(network.state_dict(), {**recipe, "run_dir": "somewhere"}, data)
+    return TrainedWeights(Recognizer().state_dict(), {**recipe, "run_dir": "somewhere"}, data)
 
 
 def test_half_precision_comes_back_with_its_settings(
@@ -55,7 +62,7 @@ def test_committed_weights_fit_the_code() -> None:
         num_mels=datamodule.num_mels,
         beam_width=1,
     )
-    put_into(recognizer.model, weights)
+    put_into(recognizer, weights, ["model"])
     assert len(datamodule.normalization.mean) == datamodule.num_mels == 64
 
 
@@ -135,16 +142,51 @@ def test_truncated_small_weights_are_named(weights: TrainedWeights, tmp_path: Pa
 
 
 def test_another_network_is_an_error(weights: TrainedWeights) -> None:
-    other = transducer(num_mels=4, num_labels=6, encoder_size=8, joint_size=8)
     with pytest.raises(ValueError, match=r"(?s)another network.*size mismatch"):
-        put_into(other, weights)
+        put_into(Recognizer(size=16), weights, ["model"])
 
 
 @pytest.mark.parametrize("name", ["deploy", "evaluate"])
 def test_data_settings_of_a_checkpoint_are_changed_by_name(name: str, compose_config: Any) -> None:
-    weights = TrainedWeights({}, {"data": {"root": "a", "cache_dir": "b", "num_mels": 8}}, {})
+    data = {"root": "a", "cache_dir": "b", "num_mels": 8, "test_part": "validation"}
+    weights = TrainedWeights({}, {"data": data}, {})
     same = recipe_of(weights, compose_config(name, "ckpt=x"))
     moved = recipe_of(weights, compose_config(name, "ckpt=x", "data.root=c", "+data.num_mels=9"))
     # Whatever part a run was scored on, its checkpoint is scored on the test part.
     assert same.data == {"root": "a", "cache_dir": "b", "num_mels": 8, "test_part": "test"}
     assert moved.data == {"root": "c", "cache_dir": "b", "num_mels": 9, "test_part": "test"}
+
+
+def test_data_without_parts_is_not_asked_for_one(compose_config: Any) -> None:
+    weights = TrainedWeights({}, {"data": {"_target_": "mine.Data"}}, {})
+    assert recipe_of(weights, compose_config("evaluate", "ckpt=x")).data == {
+        "_target_": "mine.Data"
+    }
+
+
+def test_files_of_the_package_are_found_from_any_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert load_weights("recipes/pretrained/an4_rnnt.safetensors").recipe["name"]
+    with pytest.raises(FileNotFoundError, match="no weights file recipes/pretrained/none"):
+        load_weights("recipes/pretrained/none.safetensors")
+
+
+def test_integers_and_what_is_no_network_are_kept(tmp_path: Path) -> None:
+    class Classifier(LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.network = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+            self.temperature = nn.Parameter(torch.rand(1))
+
+    trained, fresh = Classifier(), Classifier()
+    trained.network[1].num_batches_tracked += 70_000
+    network = {f"network.{k}": v for k, v in trained.network.state_dict().items()}
+    recipe = {"targets": ["network"], "name": "x", "data": {}, "model": {}}
+    save_weights(tmp_path / "a.safetensors", TrainedWeights(network, recipe, {}), command="a test")
+    temperature = fresh.temperature.clone()
+    put_into(fresh, load_weights(tmp_path / "a.safetensors"), ["network"])
+    assert int(fresh.network[1].num_batches_tracked) == 70_000
+    assert torch.equal(fresh.temperature, temperature)
+    assert torch.equal(fresh.network[0].weight, trained.network[0].weight.half().float())

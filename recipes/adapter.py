@@ -1,0 +1,507 @@
+"""What the recipes need of a LightningModule, and how they find it out for any module.
+
+The recipes train and test with Lightning's Trainer. Whatever else they do with a module goes
+through an :class:`Adapter`: the results of a test, calibration, the loss that bits are allocated
+by, the programs. It has answers for every module whose networks take tensors with the examples
+along their first axis. A module with other needs names a subclass in its attribute
+``recipe_adapter``, the class or its dotted path.
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from hydra.utils import get_class
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from omegaconf import DictConfig
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from lightning_nna import emulate
+from lightning_nna.deploy import Program
+from lightning_nna.emulation.attachment import attached
+from lightning_nna.weights.selection import matches_path
+
+#: Arguments of a program, and the function of the module and them that it computes.
+Part = tuple[list[Any], Callable[..., Any]]
+
+EVERYTHING = ("*",)
+_STAGES = ("test/", "test_")
+_XNNPACK = "litert-xnnpack"
+
+
+@dataclass(frozen=True)
+class DeployedResults:
+    """What the programs of a module computed on the test set.
+
+    Attributes:
+        outputs: Number of activations that the programs returned.
+        equal_outputs: Number of them that equal the emulation in every bit.
+        examples: Number of examples.
+        results: Results of the test, see :meth:`Adapter.results`, through the programs.
+    """
+
+    outputs: int
+    equal_outputs: int
+    examples: int
+    results: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Speed:
+    """How fast the programs of a module are on this CPU, and how often they run.
+
+    Attributes:
+        calls: Calls of each program for a unit of work, see :attr:`Adapter.unit`, by its name.
+        figures: What was measured, for ``summary.json``.
+        text: The same for a reader.
+    """
+
+    calls: dict[str, float]
+    figures: dict[str, float]
+    text: str
+
+
+class Adapter:
+    """What the recipes do with a module, for any module.
+
+    Args:
+        module: Module to train, test or deploy.
+        datamodule: Its data.
+        targets: Patterns of the networks that run on the accelerator, see ``targets`` of
+            :class:`.NNAEmulation`: they are compressed, counted and deployed.
+
+    Example:
+        >>> from lightning.pytorch.demos.boring_classes import BoringDataModule, BoringModel
+        >>> adapter = Adapter(BoringModel(), BoringDataModule())
+        >>> adapter.names, adapter.results({"test/loss": 0.5, "val/loss": 0.4})
+        (['layer.weight', 'layer.bias'], {'loss': 0.5})
+    """
+
+    known_results: ClassVar[tuple[str, ...]] = ()
+    """Names of the results of every test; none where only a test tells."""
+    titles: ClassVar[Mapping[str, str]] = {}
+    """Titles of the results that a table shows, those of fractions with ", %"; none for all."""
+    unit: ClassVar[str] = "example"
+    """What the time and the cycles of a deployment are for."""
+
+    def __init__(
+        self,
+        module: LightningModule,
+        datamodule: LightningDataModule,
+        targets: Sequence[str] = EVERYTHING,
+    ) -> None:
+        self.module, self.datamodule, self.targets = module, datamodule, list(targets)
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the tensors in the module's state that belong to its networks."""
+        return names_within(self.module.state_dict(), self.targets)
+
+    def configure(self, config: DictConfig) -> None:
+        """Take settings of a recipe that belong neither to the model nor to the data.
+
+        Args:
+            config: Settings of the run.
+        """
+
+    # Tests
+
+    def results(self, logged: Mapping[str, float]) -> dict[str, Any]:
+        """Return the results of the last test, as ``summary.json`` has them.
+
+        Args:
+            logged: What the module has logged in the test, by name. ``test/`` or ``test_`` is cut
+                off; what was logged for other stages is left out.
+        """
+        return {
+            name.removeprefix(stage): value
+            for name, value in logged.items()
+            for stage in _STAGES
+            if name.startswith(stage)
+        }
+
+    def titles_of(self, results: Mapping[str, Any]) -> dict[str, str]:
+        """Return the titles of the results that a table shows.
+
+        Args:
+            results: Results of a test.
+        """
+        numbers = {key: key for key, value in results.items() if isinstance(value, float)}
+        return dict(self.titles) or numbers
+
+    def write_results(self, run_dir: Path) -> None:
+        """Write what is worth a file of its own about the last test; nothing by default.
+
+        Args:
+            run_dir: Run folder.
+        """
+
+    # Calibration and allocation
+
+    def inputs_of(self, batch: Any) -> tuple[Any, ...]:
+        """Return the arguments of the module's forward in a batch of its data.
+
+        Args:
+            batch: Batch of a data loader: a tensor, or a tuple or list that begins with one.
+
+        Raises:
+            TypeError: If it is anything else.
+        """
+        first = batch[0] if isinstance(batch, list | tuple) and batch else batch
+        if not isinstance(first, Tensor):
+            raise TypeError(
+                f"a batch of {type(self.datamodule).__name__} is {_described(batch)}, and which of "
+                f"it is the input of {type(self.module).__name__} is not known: name a subclass of "
+                "recipes.adapter.Adapter with inputs_of(batch) in the attribute recipe_adapter of "
+                "the module"
+            )
+        return (first,)
+
+    def run(self, batch: Any) -> Any:
+        """Run the networks on a batch as they are used, on every path that will be deployed.
+
+        Args:
+            batch: Batch of the data.
+        """
+        return self.module(*self.inputs_of(batch))
+
+    def loss(self, batches: Sequence[Any]) -> float:
+        """Return the loss of batches by which bits are allocated: the mean of the training loss.
+
+        Args:
+            batches: Training batches.
+        """
+        losses, weights = [], []
+        with warnings.catch_warnings():
+            # The module logs its loss, and there is no Trainer.
+            warnings.filterwarnings("ignore", message=".*self.trainer. reference is not registered")
+            for position, batch in enumerate(batches):
+                step = self.module.training_step(batch, position)
+                loss = step["loss"] if isinstance(step, Mapping) else step
+                losses.append(float(torch.as_tensor(loss)))
+                weights.append(_size_of(batch))
+        return float(np.average(losses, weights=weights))
+
+    def priced(self, batches: Sequence[Any], config: DictConfig) -> Part:
+        """Return arguments and a function that call every layer as often as the unit takes.
+
+        Args:
+            batches: Training batches.
+            config: Configuration ``allocate`` of ``recipes/conf``.
+        """
+        inputs = self.inputs_of(batches[0])
+        return [_first(each) for each in inputs], lambda module, *arguments: module(*arguments)
+
+    # Deployment
+
+    def programs(self, config: DictConfig) -> dict[str, Part]:
+        """Return the parts of the emulated module that become programs, by their names.
+
+        Args:
+            config: Configuration ``deploy`` of ``recipes/conf``.
+
+        Raises:
+            ValueError: If ``targets`` names no children, or one of them takes no tensors.
+        """
+        _refuse(config, type(self.module).__name__)
+        networks = self.networks()
+        calls: dict[str, tuple[Any, ...]] = {}
+        batch = next(iter(self.datamodule.test_dataloader()))
+        emulator = attached(self.module)
+        if emulator is None:
+            raise ValueError("the module has no ranges: calibrate it first")
+        with ExitStack() as stack:
+            for name, network in networks.items():
+                handle = network.register_forward_pre_hook(partial(_keep_call, calls, name))
+                stack.callback(handle.remove)
+            stack.enter_context(torch.no_grad())
+            stack.enter_context(emulate(self.module, emulator.spec, targets=emulator.targets))
+            self.run(batch)
+            parts: dict[str, Part] = {}
+            for name, network in networks.items():
+                if name not in calls:
+                    raise ValueError(
+                        f"{name} did not run on a batch of the test set: targets names it, and "
+                        f"the forward of {type(self.module).__name__} does not call it"
+                    )
+                example = []
+                for value in calls[name]:
+                    one = _first(value)
+                    if isinstance(one, Tensor):
+                        qparams = emulator.state.qparams_of(value)
+                        if qparams is not None:
+                            emulator.state.set_qparams(one, qparams)
+                    example.append(one)
+                path = _path_of(self.module, network)
+                parts[name] = example, partial(_call_child, path)
+        return parts
+
+    def networks(self) -> dict[str, nn.Module]:
+        """Return the networks that become programs by their names: ``targets``, or the module.
+
+        Raises:
+            ValueError: If ``targets`` is a pattern, and not the name of a child.
+        """
+        if list(self.targets) == list(EVERYTHING):
+            return {"network": self.module}
+        children = dict(self.module.named_modules())
+        if unknown := [name for name in self.targets if name not in children]:
+            raise ValueError(
+                f"targets={list(self.targets)} has {unknown[0]}, which names no child of "
+                f"{type(self.module).__name__}: a program is made of each, so name children as "
+                f"{', '.join(list(dict(self.module.named_children()))[:4])}"
+            )
+        return {name.replace(".", "_"): children[name] for name in self.targets}
+
+    def test(self, callbacks: Sequence[Callback] = ()) -> dict[str, Any]:
+        """Test the module, and return the results.
+
+        Args:
+            callbacks: Callbacks of the test, such as the emulation.
+        """
+        trainer = Trainer(accelerator="auto", devices=1, logger=False, callbacks=list(callbacks))
+        return self.tested(trainer)
+
+    def tested(self, trainer: Trainer) -> dict[str, Any]:
+        """Test the module with a Trainer, and return the results.
+
+        Args:
+            trainer: Trainer with callbacks.
+        """
+        return self.results(trainer.test(self.module, self.datamodule, verbose=False)[0])
+
+    def test_deployed(self, folder: Path, callbacks: Sequence[Callback]) -> DeployedResults:
+        """Test the programs, and compare their outputs with the emulation's.
+
+        Every network runs emulated, then its program with the same arguments, example by example;
+        the module goes on with the program's outputs.
+
+        Args:
+            folder: Folder of the programs.
+            callbacks: Emulation and weight methods.
+        """
+        programs = {name: _Replaced(Program(folder / f"{name}.tflite")) for name in self.networks()}
+        with _replaced(self.module, self.networks(), programs):
+            results = self.test(callbacks)
+        return DeployedResults(
+            sum(each.outputs for each in programs.values()),
+            sum(each.equal_outputs for each in programs.values()),
+            next(iter(programs.values())).calls,
+            results,
+        )
+
+    def speed(self, folder: Path) -> Speed:
+        """Measure the time of LiteRT's fast kernels for the first batch of the test set.
+
+        Args:
+            folder: Folder of the programs.
+        """
+        programs = {
+            name: _Timed(Program(folder / f"{name}.tflite", runtime=_XNNPACK))
+            for name in self.networks()
+        }
+        batch = next(iter(self.datamodule.test_dataloader()))
+        with torch.no_grad(), _replaced(self.module, self.networks(), programs):
+            self.run(batch)
+        examples = _size_of(batch)
+        seconds = sum(each.seconds for each in programs.values()) / examples
+        return Speed(
+            {name: each.calls / examples for name, each in programs.items()},
+            {"seconds_per_example": seconds},
+            f"{1000 * seconds:.3f} ms per example on this CPU",
+        )
+
+
+def adapter_of(
+    module: LightningModule,
+    datamodule: LightningDataModule,
+    targets: Sequence[str] = EVERYTHING,
+) -> Adapter:
+    """Build the adapter that a module names, or the one for every module.
+
+    Args:
+        module: Module; its attribute ``recipe_adapter`` is a subclass of :class:`Adapter` or its
+            dotted path.
+        datamodule: Data of the module.
+        targets: Patterns of the networks that run on the accelerator.
+    """
+    return adapter_class(type(module))(module, datamodule, targets)
+
+
+def adapter_class(module: type | Callable[..., Any]) -> type[Adapter]:
+    """Return the class of the adapter that a class of modules names.
+
+    Args:
+        module: Class of the module, or a function that builds it.
+
+    Raises:
+        TypeError: If it names something else.
+
+    Example:
+        >>> adapter_class(LightningModule)
+        <class 'recipes.adapter.Adapter'>
+    """
+    named = getattr(module, "recipe_adapter", Adapter)
+    found = get_class(named) if isinstance(named, str) else named
+    if not (isinstance(found, type) and issubclass(found, Adapter)):
+        raise TypeError(
+            f"recipe_adapter of {getattr(module, '__name__', module)} is {named!r}, and must be a "
+            "subclass of recipes.adapter.Adapter or its dotted path"
+        )
+    return found
+
+
+def names_within(names: Any, targets: Sequence[str]) -> list[str]:
+    """Return the names that belong to the networks of ``targets``.
+
+    Args:
+        names: Names of parameters and buffers.
+        targets: Patterns, see ``targets`` of :class:`.NNAEmulation`.
+
+    Example:
+        >>> names_within(["model.a.weight", "ctc.weight"], ["model"])
+        ['model.a.weight']
+    """
+    return [name for name in names if any(matches_path(target, name) for target in targets)]
+
+
+@dataclass
+class _Replaced:
+    """A program in the place of an emulated network; compares each output with the network's."""
+
+    program: Program
+    calls: int = 0
+    outputs: int = 0
+    equal_outputs: int = 0
+
+    def __call__(self, inputs: tuple[Any, ...], emulated: Any) -> Any:
+        leaves, structure = tree_flatten(emulated)
+        results = self.run(inputs)
+        for result, expected in zip(results, leaves, strict=True):
+            self.outputs += result.size
+            self.equal_outputs += int((result == expected.numpy(force=True)).sum())
+        tensors = [
+            torch.from_numpy(result).to(leaf.device)
+            for result, leaf in zip(results, leaves, strict=True)
+        ]
+        return tree_unflatten(tensors, structure)
+
+    def run(self, inputs: tuple[Any, ...]) -> list[Any]:
+        """Run the program on each example, and join the results along the first axis."""
+        calls = _examples(inputs)
+        self.calls += len(calls)
+        rows = self.program.run_all(calls)
+        return [np.concatenate(each) for each in zip(*rows, strict=True)]
+
+
+@dataclass
+class _Timed(_Replaced):
+    """A program in the place of a network, whose time counts."""
+
+    seconds: float = 0.0
+
+    def __call__(self, inputs: tuple[Any, ...], emulated: Any) -> Any:
+        _, structure = tree_flatten(emulated)
+        began = time.perf_counter()
+        results = self.run(inputs)
+        self.seconds += time.perf_counter() - began
+        return tree_unflatten([torch.from_numpy(result) for result in results], structure)
+
+
+@contextmanager
+def _replaced(
+    module: LightningModule,
+    networks: Mapping[str, nn.Module],
+    programs: Mapping[str, _Replaced],
+) -> Iterator[None]:
+    """Let programs answer in the place of networks."""
+    with ExitStack() as stack:
+        for name, network in networks.items():
+            handle = network.register_forward_hook(partial(_answer, module, programs[name]))
+            stack.callback(handle.remove)
+        yield
+
+
+def _answer(
+    module: LightningModule,
+    program: _Replaced,
+    network: nn.Module,
+    inputs: tuple[Any, ...],
+    output: Any,
+) -> Any:
+    """Replace the output of a network by its program's, with the same quantization parameters."""
+    answer = program(inputs, output)
+    emulator = attached(module)
+    if emulator is not None:
+        for leaf, emulated in zip(tree_flatten(answer)[0], tree_flatten(output)[0], strict=True):
+            qparams = emulator.state.qparams_of(emulated)
+            if qparams is not None:
+                emulator.state.set_qparams(leaf, qparams)
+    return answer
+
+
+def _keep_call(
+    calls: dict[str, tuple[Any, ...]], name: str, network: nn.Module, inputs: tuple[Any, ...]
+) -> None:
+    calls.setdefault(name, inputs)
+
+
+def _call_child(path: str, module: nn.Module, *arguments: Any) -> Any:
+    """Call a child of a module by its path; the module itself for none."""
+    return module.get_submodule(path)(*arguments)
+
+
+def _path_of(module: nn.Module, child: nn.Module) -> str:
+    return next(path for path, each in module.named_modules() if each is child)
+
+
+def _first(value: Any) -> Any:
+    """Return the first example of a tensor of a batch; anything else as it is."""
+    return value[:1] if isinstance(value, Tensor) and value.ndim else value
+
+
+def _examples(inputs: tuple[Any, ...]) -> list[list[Any]]:
+    """Split the arguments of a batch into those of each example."""
+    count = _size_of(inputs)
+    return [
+        [
+            each[row : row + 1].numpy(force=True)
+            if isinstance(each, Tensor) and each.ndim and len(each) == count
+            else each
+            for each in inputs
+        ]
+        for row in range(count)
+    ]
+
+
+def _size_of(batch: Any) -> int:
+    """Return the number of examples in a batch."""
+    leaves = [leaf for leaf in tree_flatten(batch)[0] if isinstance(leaf, Tensor) and leaf.ndim]
+    return len(leaves[0]) if leaves else 1
+
+
+def _described(batch: Any) -> str:
+    if isinstance(batch, Mapping):
+        return f"a {type(batch).__name__} with {', '.join(map(str, batch))}"
+    if isinstance(batch, list | tuple) and batch:
+        return f"a {type(batch).__name__} that begins with a {type(batch[0]).__name__}"
+    return f"a {type(batch).__name__}"
+
+
+def _refuse(config: DictConfig, name: str) -> None:
+    """Raise if the configuration has settings that only other modules read."""
+    for key in ("chunk_steps", "utterance_frames", "beam_width"):
+        if config.get(key) is not None:
+            raise ValueError(
+                f"{key}={config[key]} is not used: {name} is no transducer; leave it out"
+            )
