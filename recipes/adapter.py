@@ -112,7 +112,12 @@ class Adapter:
 
         Args:
             config: Settings of the run.
+
+        Raises:
+            ValueError: If it has settings that this module does not use.
         """
+        if config.get("beam_width") not in (None, 1):
+            self._refuse("beam_width", config.beam_width)
 
     # Tests
 
@@ -213,7 +218,9 @@ class Adapter:
         Raises:
             ValueError: If ``targets`` names no children, or one of them takes no tensors.
         """
-        _refuse(config, type(self.module).__name__)
+        for key in ("chunk_steps", "utterance_frames"):
+            if config.get(key) is not None:
+                self._refuse(key, config[key])
         networks = self.networks()
         calls: dict[str, tuple[Any, ...]] = {}
         batch = next(iter(self.datamodule.test_dataloader()))
@@ -319,6 +326,12 @@ class Adapter:
             {name: each.calls / examples for name, each in programs.items()},
             {"seconds_per_example": seconds},
             f"{1000 * seconds:.3f} ms per example on this CPU",
+        )
+
+    def _refuse(self, key: str, value: object) -> None:
+        raise ValueError(
+            f"{key}={value} is not used: {type(self.module).__name__} is no transducer; leave it "
+            "out"
         )
 
 
@@ -496,12 +509,3 @@ def _described(batch: Any) -> str:
     if isinstance(batch, list | tuple) and batch:
         return f"a {type(batch).__name__} that begins with a {type(batch[0]).__name__}"
     return f"a {type(batch).__name__}"
-
-
-def _refuse(config: DictConfig, name: str) -> None:
-    """Raise if the configuration has settings that only other modules read."""
-    for key in ("chunk_steps", "utterance_frames", "beam_width"):
-        if config.get(key) is not None:
-            raise ValueError(
-                f"{key}={config[key]} is not used: {name} is no transducer; leave it out"
-            )

@@ -12,14 +12,15 @@ from __future__ import annotations
 import runpy
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from recipes.nearest import did_you_mean
 
 #: Modules by command, and what each does.
 COMMANDS = {
-    "train": ("recipes.train", "train a recognizer and score it"),
-    "evaluate": ("recipes.evaluate", "score a checkpoint, in float or emulated"),
-    "deploy": ("recipes.deploy", "export a checkpoint, score its programs, estimate their cost"),
+    "train": ("recipes.train", "train a module and test it"),
+    "evaluate": ("recipes.evaluate", "test a checkpoint, in float or emulated"),
+    "deploy": ("recipes.deploy", "export a checkpoint, test its programs, estimate their cost"),
     "allocate": ("recipes.allocate", "choose the bits of every weight"),
     "drift-replay": ("recipes.drift_replay", "score a stored sequence with the drift detector"),
     "sweep-table": ("recipes.sweep_table", "compare the runs of a sweep"),
@@ -45,7 +46,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise SystemExit(_refusal(f"there is no command {name!r}{hint}"))
     module, _ = COMMANDS[name]
     sys.argv = [module, *rest[:-1]]
-    # As ``python -m`` does, so that Hydra and Lightning's processes find the module.
+    # As ``python -m`` does: modules of the user's are found in the present folder, and so is the
+    # module of the command, by Hydra and by the processes that Lightning starts.
+    sys.path.insert(0, str(Path.cwd()))
     runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 

@@ -290,7 +290,7 @@ class Study:
         if None in values or not all(math.isfinite(value) for value in values):
             raise ValueError(
                 f"a run returned {returned} for {', '.join(self.objective)}: a finite number each "
-                "is needed; metrics of testing need test=true"
+                "is needed; metrics of testing need test=true, and summary.json has their names"
             )
         return [float(value) for value in values]
 

@@ -19,13 +19,14 @@ from typing import Any
 import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from hydra.utils import instantiate
+from hydra.utils import get_object, instantiate
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig
 
 from lightning_nna.checkpoints import load_checkpoint
+from recipes.adapter import adapter_class
 from recipes.objective import check_objective, objective_of
 from recipes.preparation import build, prepare_process
 from recipes.program import as_program
@@ -69,7 +70,8 @@ def train(config: DictConfig) -> dict[str, Any]:
             there; see :func:`.check_settings` too.
     """
     prepare_process(config, "train")
-    check_objective(config.objective)
+    model = adapter_class(get_object(config.model._target_))
+    check_objective(config.objective, model.known_results)
     if config.resume and (finished := finished_summary(Path(config.run_dir), config)) is not None:
         _log.info(
             "%s has the results of these settings, trained at commit %s: nothing runs again "

@@ -17,7 +17,6 @@ from typing_extensions import override
 
 from lightning_nna import emulate
 from lightning_nna.emulation.attachment import attached
-from lightning_nna.files import write_whole
 from recipes.adapter import Adapter, DeployedResults, Part, Speed
 from recipes.asr.batches import Batch
 from recipes.asr.beam import beam_decode
@@ -26,7 +25,8 @@ from recipes.asr.decoding import Decodable, greedy_decode
 from recipes.asr.deployed import DeployedTransducer, run_utterance, transducer_parts
 from recipes.asr.recognizer import TransducerRecognizer, score_references, transducer_losses
 from recipes.asr.rnnt import Encoder
-from recipes.asr.scoring import utterance_errors, word_errors
+from recipes.asr.scored_recognizer import ScoredRecognizer
+from recipes.asr.scoring import word_errors, write_transcripts
 
 _XNNPACK = "litert-xnnpack"
 
@@ -52,14 +52,47 @@ class Comparison:
     references: dict[str, str]
 
 
-class TransducerAdapter(Adapter):
-    """What the recipes do with a :class:`.TransducerRecognizer`; see :class:`.Adapter`."""
+class RecognizerAdapter(Adapter):
+    """What the recipes do with a :class:`.ScoredRecognizer`; see :class:`.Adapter`."""
 
     known_results: ClassVar[tuple[str, ...]] = (
-        *("wer", "wer_low", "wer_high", "errors", "words", "beam_width", "wer_greedy"),
-        "loss_per_token",
+        *("wer", "wer_low", "wer_high", "errors", "words", "wer_greedy", "loss_per_token"),
     )
     titles: ClassVar[Mapping[str, str]] = {"wer": "WER, %", "loss_per_token": "loss per token"}
+    unit: ClassVar[str] = "utterance"
+
+    @override
+    def results(self, logged: Mapping[str, float]) -> dict[str, Any]:
+        """Return ``wer`` with its interval (fractions), counts, and the loss.
+
+        Args:
+            logged: What the recognizer has logged in the test.
+        """
+        assert isinstance(self.module, ScoredRecognizer)
+        score = self.module.score
+        assert score is not None, "a test run sets a score"
+        return {
+            "wer": score.rate,
+            "wer_low": score.low,
+            "wer_high": score.high,
+            "errors": score.errors,
+            "words": score.words,
+            "wer_greedy": logged["test/wer_greedy"],
+            "loss_per_token": logged["test/loss_per_token"],
+        }
+
+    @override
+    def write_results(self, run_dir: Path) -> None:
+        """Write ``transcripts.tsv``: what the recognizer understood, a line for each utterance."""
+        assert isinstance(self.module, ScoredRecognizer)
+        results = self.module.tested.items()
+        write_transcripts(run_dir, ((id_, r.reference, r.hypothesis) for id_, r in results))
+
+
+class TransducerAdapter(RecognizerAdapter):
+    """What the recipes do with a :class:`.TransducerRecognizer`; see :class:`.Adapter`."""
+
+    known_results: ClassVar[tuple[str, ...]] = (*RecognizerAdapter.known_results, "beam_width")
     unit: ClassVar[str] = "second of speech"
 
     @property
@@ -81,38 +114,12 @@ class TransducerAdapter(Adapter):
 
     @override
     def results(self, logged: Mapping[str, float]) -> dict[str, Any]:
-        """Return ``wer`` with its interval (fractions), counts, and the loss.
+        """Return ``wer`` with its interval (fractions), counts, beam width, and the loss.
 
         Args:
             logged: What the recognizer has logged in the test.
         """
-        score = self.recognizer.score
-        assert score is not None, "a test run sets a score"
-        counts = asdict(score)
-        return {
-            "wer": counts["rate"],
-            "wer_low": counts["low"],
-            "wer_high": counts["high"],
-            "errors": counts["errors"],
-            "words": counts["words"],
-            "beam_width": self.recognizer.beam_width,
-            "wer_greedy": logged["test/wer_greedy"],
-            "loss_per_token": logged["test/loss_per_token"],
-        }
-
-    @override
-    def write_results(self, run_dir: Path) -> None:
-        """Write ``transcripts.tsv``: what the recognizer understood, a line for each utterance.
-
-        The columns are ``utterance``, ``errors`` and ``words`` (numbers of words), ``reference``
-        and ``hypothesis``.
-        """
-        lines = ["utterance\terrors\twords\treference\thypothesis"]
-        for id_, result in self.recognizer.tested.items():
-            counts = utterance_errors(result.hypothesis, result.reference)
-            columns = (id_, counts.errors, counts.words, result.reference, result.hypothesis)
-            lines.append("\t".join(map(str, columns)))
-        write_whole(run_dir / "transcripts.tsv", "\n".join(lines) + "\n")
+        return {**super().results(logged), "beam_width": self.recognizer.beam_width}
 
     @override
     def run(self, batch: Batch) -> None:

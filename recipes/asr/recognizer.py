@@ -6,17 +6,11 @@ outside of it, since only training needs them.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Iterator
 
 import torch
 import torchaudio
 from jaxtyping import Float, Int
-from lightning.pytorch import LightningModule
-from lightning.pytorch.plugins.precision import MixedPrecision
-from lightning.pytorch.utilities import rank_zero_info
-from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from typing_extensions import override
 
@@ -25,18 +19,18 @@ from recipes.asr.beam import beam_decode
 from recipes.asr.decoding import Decodable, greedy_decode, greedy_search
 from recipes.asr.pieces import AnyVocabulary
 from recipes.asr.rnnt import Transducer
-from recipes.asr.scoring import Scored, WordErrors, gather_scored, word_errors, word_rate
+from recipes.asr.scored_recognizer import ScoredRecognizer
+from recipes.asr.scoring import Scored
 from recipes.asr.vocabulary import BLANK
 
 
-class TransducerRecognizer(LightningModule):
+class TransducerRecognizer(ScoredRecognizer):
     """Train and score a transducer.
 
     Logs ``train/loss`` (loss per token in nats, with the CTC part; the mean over the processes),
     ``val/loss`` and ``val/loss_per_token`` (the transducer's negative log-likelihood in nats over
     the number of labels), ``val/wer``, ``test/loss_per_token``, ``test/wer`` (a fraction), and
-    ``test/wer_greedy``. Metrics of validation and test count every utterance once, for any number
-    of processes and any padding of their parts.
+    ``test/wer_greedy``; see :class:`.ScoredRecognizer`.
 
     Args:
         network: Function of ``num_mels`` and ``num_labels`` that builds the transducer.
@@ -51,8 +45,6 @@ class TransducerRecognizer(LightningModule):
 
     Attributes:
         beam_width: Number of hypotheses of the beam search in testing.
-        score: Word errors of the last test run, of all processes.
-        hypotheses: Texts of the last test run by utterance id, of all processes.
 
     Raises:
         ValueError: If ``ctc_weight`` is negative or ``beam_width`` is not positive.
@@ -72,22 +64,15 @@ class TransducerRecognizer(LightningModule):
         beam_width: int = 1,
         seed: int = 0,
     ) -> None:
-        super().__init__()
+        super().__init__(vocabulary=vocabulary, optimizer=optimizer, schedule=schedule)
         if ctc_weight < 0:
             raise ValueError(f"ctc_weight must not be negative, got {ctc_weight}; 0 leaves CTC out")
         self.model = network(num_mels=num_mels, num_labels=len(vocabulary))
-        self.vocabulary = vocabulary
-        self.optimizer = optimizer
-        self.schedule = schedule
         self.ctc_weight = ctc_weight
         self.set_beam_width(beam_width)
         self.seed = seed
         size = self.model.joint.output.in_features
         self.ctc_output = nn.Linear(size, len(vocabulary)) if ctc_weight else None
-        self.score: WordErrors | None = None
-        self.tested: dict[str, Scored] = {}
-        # By utterance id: processes may have the same utterance, which counts once.
-        self._scored: dict[str, Scored] = {}
 
     def set_beam_width(self, beam_width: int) -> None:
         """Choose the number of hypotheses of the beam search in testing; 1 decodes greedily.
@@ -143,63 +128,6 @@ class TransducerRecognizer(LightningModule):
         self.log("train/loss", loss, prog_bar=True, batch_size=len(batch.texts), sync_dist=True)
         return loss
 
-    @override
-    def on_validation_epoch_start(self) -> None:
-        self._scored = {}
-
-    @override
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        self._score(batch, beam_width=1)
-
-    @override
-    def on_validation_epoch_end(self) -> None:
-        self._log_scored("val")
-
-    @override
-    def on_test_epoch_start(self) -> None:
-        self._scored = {}
-
-    @override
-    def test_step(self, batch: Batch, batch_idx: int) -> None:
-        self._score(batch, beam_width=self.beam_width)
-
-    @override
-    def on_test_epoch_end(self) -> None:
-        scored = self._log_scored("test")
-        references = [result.reference for result in scored.values()]
-        greedy = word_rate([result.greedy for result in scored.values()], references)
-        self._log_once("test/wer_greedy", greedy)
-        self.tested = scored
-        self.score = word_errors([result.hypothesis for result in scored.values()], references)
-
-    @override
-    def configure_optimizers(self) -> OptimizerLRScheduler:
-        optimizer = self.optimizer(self.parameters(), **self._unfused())
-        if self.schedule is None:
-            return {"optimizer": optimizer}
-        total_steps = int(self.trainer.estimated_stepping_batches)
-        scheduler = self.schedule(optimizer, total_steps=total_steps)
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
-        }
-
-    def _unfused(self) -> dict[str, bool]:
-        """Return further arguments of the optimizer: ``fused=False`` if it cannot be fused.
-
-        Lightning assumes that every fused optimizer unscales its gradients itself, and does not
-        clip gradients for it in mixed precision.
-        """
-        mixed = isinstance(self.trainer.precision_plugin, MixedPrecision)
-        fused = isinstance(self.optimizer, partial) and self.optimizer.keywords.get("fused")
-        if not (mixed and fused and self.trainer.gradient_clip_val):
-            return {}
-        rank_zero_info(
-            "the optimizer is not fused in this run: in mixed precision Lightning clips the "
-            "gradients of a fused one not at all"
-        )
-        return {"fused": False}
-
     def _ctc(self, encodings: Tensor, steps: Tensor, batch: Batch) -> Tensor:
         if self.ctc_output is None:
             return encodings.new_zeros(())
@@ -210,15 +138,15 @@ class TransducerRecognizer(LightningModule):
             scores, batch.targets, steps, batch.target_lengths, BLANK, "sum", zero_infinity=True
         )
 
-    def _score(self, batch: Batch, *, beam_width: int) -> None:
-        """Store loss and transcripts of each utterance of ``batch``."""
+    @override
+    def scored(self, batch: Batch, *, test: bool) -> Iterator[Scored]:
+        beam_width = self.beam_width if test else 1
         encodings, _, logits, steps = score_references(self.model, batch)
         losses = transducer_losses(logits, batch.targets, steps, batch.target_lengths)
         labels = greedy_search(self.model, encodings, steps)
         greedy = [self.vocabulary.decode(sequence) for sequence in labels]
         texts = greedy if beam_width == 1 else self.decode(batch, beam_width=beam_width)
         rows = zip(
-            batch.ids,
             batch.texts,
             greedy,
             texts,
@@ -226,26 +154,7 @@ class TransducerRecognizer(LightningModule):
             batch.target_lengths.tolist(),
             strict=True,
         )
-        for id_, *values in rows:
-            self._scored[id_] = Scored(*values)
-
-    def _log_scored(self, stage: str) -> dict[str, Scored]:
-        """Log loss and word error rate of all utterances of all processes; return them by id."""
-        scored = gather_scored(self._scored)
-        results = scored.values()
-        loss = math.fsum(result.loss for result in results) / sum(r.labels for r in results)
-        rate = word_rate(
-            [result.hypothesis for result in results], [result.reference for result in results]
-        )
-        self._log_once(f"{stage}/loss", loss)
-        self._log_once(f"{stage}/loss_per_token", loss, prog_bar=True)
-        self._log_once(f"{stage}/wer", rate, prog_bar=stage == "val")
-        return scored
-
-    def _log_once(self, name: str, value: float, *, prog_bar: bool = False) -> None:
-        """Log a value that is equal in all processes."""
-        # The maximum of equal values is the value, to the bit; their mean may differ.
-        self.log(name, value, prog_bar=prog_bar, sync_dist=True, reduce_fx="max")
+        return (Scored(*row) for row in rows)
 
 
 def score_references(

@@ -13,14 +13,17 @@ Reference:
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from torch import distributed
 from torchaudio.functional import edit_distance
+
+from lightning_nna.files import write_whole
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,24 @@ def gather_scored(scored: Mapping[str, Scored]) -> dict[str, Scored]:
         distributed.all_gather_object(parts, dict(scored))
     merged = {id_: result for part in parts for id_, result in part.items()}
     return dict(sorted(merged.items()))
+
+
+def write_transcripts(run_dir: Path, texts: Iterable[tuple[str, str, str]]) -> None:
+    """Write ``transcripts.tsv``, a line for each utterance.
+
+    The columns are ``utterance``, ``errors`` and ``words`` (numbers of words), ``reference`` and
+    ``hypothesis``.
+
+    Args:
+        run_dir: Run folder.
+        texts: Id, reference and recognized text of each utterance.
+    """
+    lines = ["utterance\terrors\twords\treference\thypothesis"]
+    for id_, reference, hypothesis in texts:
+        counts = utterance_errors(hypothesis, reference)
+        columns = (id_, counts.errors, counts.words, reference, hypothesis)
+        lines.append("\t".join(map(str, columns)))
+    write_whole(run_dir / "transcripts.tsv", "\n".join(lines) + "\n")
 
 
 def word_rate(hypotheses: Sequence[str], references: Sequence[str]) -> float:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -256,7 +257,7 @@ class KeywordRun(AwarenessRun):
         if self.method == "control":
             path = RUNS / "keywords" / "control" / f"seed{self.seed}.safetensors"
             seconds = train_once(network, path, _FINE_TUNING, seed=self.seed)
-        spotter = KeywordSpotter(network, **asdict(_FINE_TUNING))
+        spotter = _spotter(network, data, _FINE_TUNING)
         callbacks: list[Callback] = []
         if self.chip != "none":
             spec, targets = self.accelerator.spec, ["network"]
@@ -268,7 +269,7 @@ class KeywordRun(AwarenessRun):
                 batches = itertools.islice(data.train_dataloader(), _CALIBRATION_STEPS)
                 calibrate(spotter, [batch[0] for batch in batches], spec=spec, targets=targets)
         if self.method == "trained":
-            seconds = _fit(spotter, data, callbacks, self.seed)
+            seconds = _fit(spotter, data, callbacks, _FINE_TUNING, self.seed)
         metrics = _trainer(callbacks).test(spotter, data, verbose=False)[0]
         errors = spotter.errors
         return {
@@ -296,7 +297,7 @@ def train_once(network: KeywordNetwork, path: Path, budget: Budget, *, seed: int
     if not path.exists():
         data = KeywordData(seed=seed)
         data.setup()
-        seconds = _fit(KeywordSpotter(network, **asdict(budget)), data, [], seed)
+        seconds = _fit(_spotter(network, data, budget), data, [], budget, seed)
         path.parent.mkdir(parents=True, exist_ok=True)
         save_file(network.state_dict(), path, metadata={"train_seconds": str(seconds)})
     network.load_state_dict(load_file(path))
@@ -321,11 +322,25 @@ def channel_ratios(network: nn.Module) -> list[float]:
     return [round(float(each.max() / each.median()), 1) for each in ranges]
 
 
-def _fit(spotter: KeywordSpotter, data: KeywordData, callbacks: list[Callback], seed: int) -> float:
-    """Train a spotter for the steps of its schedule; return the seconds."""
+def _spotter(network: nn.Module, data: KeywordData, budget: Budget) -> KeywordSpotter:
+    """Return a spotter with a network, and the optimizer of a budget."""
+    return KeywordSpotter(
+        network=lambda num_labels: network,
+        labels=data.labels,
+        optimizer=partial(torch.optim.AdamW, lr=budget.learning_rate, weight_decay=0.01),
+        schedule=partial(
+            torch.optim.lr_scheduler.OneCycleLR, max_lr=budget.learning_rate, pct_start=0.15
+        ),
+    )
+
+
+def _fit(
+    spotter: KeywordSpotter, data: KeywordData, callbacks: list[Callback], budget: Budget, seed: int
+) -> float:
+    """Train a spotter for the steps of a budget; return the seconds."""
     pl.seed_everything(seed, verbose=False)
     begun = time.monotonic()
-    _trainer(callbacks, max_steps=spotter.total_steps).fit(spotter, data)
+    _trainer(callbacks, max_steps=budget.total_steps).fit(spotter, data)
     return round(time.monotonic() - begun, 1)
 
 

@@ -8,10 +8,13 @@ from typing import Any
 import pytest
 from omegaconf import DictConfig
 
+from recipes.asr.adapter import TransducerAdapter
 from recipes.objective import check_objective
 from recipes.program import as_program, known_keys
 
 QUIET = ("hydra/job_logging=disabled", "hydra/hydra_logging=disabled")
+
+KNOWN = TransducerAdapter.known_results
 
 
 def _started(
@@ -66,7 +69,7 @@ def test_a_mistyped_override_names_the_right_one(
 
 
 def _checked(config: DictConfig) -> None:
-    check_objective(config.objective)
+    check_objective(config.objective, KNOWN)
 
 
 def test_a_check_of_ours_is_one_message(
@@ -107,6 +110,7 @@ def test_keys_have_those_of_groups() -> None:
     ],
 )
 def test_an_objective_is_a_metric(names: list[str], complaint: str) -> None:
-    check_objective(["wer", "packed_bytes"])
+    check_objective(["wer", "packed_bytes"], KNOWN)
+    check_objective(["accuracy"], ())  # Only a test tells.
     with pytest.raises(ValueError, match=complaint):
-        check_objective(names)
+        check_objective(names, KNOWN)

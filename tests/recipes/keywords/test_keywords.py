@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch import Callback
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_nna import coverage
@@ -44,15 +46,23 @@ def test_labels_are_positions_of_the_spoken_words(cache: Path) -> None:
 
 def test_words_lie_in_the_middle_in_tests_and_anywhere_in_training(cache: Path) -> None:
     data = small_data(cache, num_frames=200)
-    sounds, _ = next(iter(data.test_dataloader()))
+    sounds = next(iter(data.test_dataloader())).spectrograms
     for sound in sounds[:, 0]:
         spoken = sound.abs().sum(1).nonzero()[:, 0]
         assert abs(int(spoken[0]) - (199 - int(spoken[-1]))) <= 1
-    first, second = (next(iter(data.train_dataloader()))[0] for _ in range(2))
+    first, second = (_spectrograms(data, epoch) for epoch in range(2))
+    torch.testing.assert_close(_spectrograms(data, 0), first, rtol=0, atol=0)
     starts = [
         int(sound.abs().sum(1).nonzero()[0]) for batch in (first, second) for sound in batch[:, 0]
     ]
     assert len(set(starts)) > 4
+
+
+def _spectrograms(data: KeywordData, epoch: int) -> Tensor:
+    """Return the words of a first batch of training."""
+    loader = data.train_dataloader()
+    loader.sampler.set_epoch(epoch)  # type: ignore[attr-defined]  # As Lightning does.
+    return next(iter(loader))[0]
 
 
 def test_the_same_seed_gives_the_same_batches(cache: Path) -> None:
@@ -99,9 +109,10 @@ def test_all_of_the_network_is_emulated() -> None:
 def test_a_spotter_learns_its_words(cache: Path, callbacks: list[Callback]) -> None:
     data = small_data(cache)
     spotter = KeywordSpotter(
-        KeywordNetwork(len(data.labels), channels=8, widths=(16,)),
-        learning_rate=0.02,
-        total_steps=STEPS,
+        network=partial(KeywordNetwork, channels=8, widths=(16,)),
+        labels=data.labels,
+        optimizer=partial(torch.optim.AdamW, lr=0.02),
+        schedule=partial(torch.optim.lr_scheduler.OneCycleLR, max_lr=0.02),
     )
     trainer = pl.Trainer(
         max_steps=STEPS,
