@@ -1,4 +1,4 @@
-"""Compare the runs of a sweep: a table, the same as CSV and Markdown, and word errors over bytes.
+"""Compare the runs of a sweep: a table, the same as CSV and Markdown, and errors over bytes.
 
     python -m recipes.sweep_table runs/digits
     python -m recipes.sweep_table runs/digits runs/commands --output runs/both
@@ -26,11 +26,17 @@ from lightning_nna.files import whole_file, write_whole
 from recipes.program import short_errors
 from recipes.run_name import INDIFFERENT
 
-METRICS = (
-    *("method", "bits", "sparsity", "packed_bytes", "cycles", "wer", "wer_low", "wer_high"),
-    *("loss_per_token", "train_seconds"),
-)
-"""Columns of the table after those of the settings; cycles are those of a second of speech."""
+_TITLES = {
+    "method": "method",
+    "bits": "mean bits",
+    "sparsity": "sparsity",
+    "packed_bytes": "packed bytes",
+    "cycles": "cycles",
+}
+"""Titles of the columns after those of the settings; the results of the test come after them."""
+_LAST_TITLES = {"train_seconds": "training, s"}
+_ENDS = ("_low", "_high")
+"""Ends of the names of an interval's bounds."""
 
 FILES = ("sweep.csv", "sweep.md", "sweep.png")
 
@@ -42,12 +48,35 @@ class Run:
     Args:
         name: Its folder, relative to the folder of the sweep.
         settings: Overrides of its command by key.
-        metrics: Metrics by column; None for a run that is unfinished.
+        metrics: Metrics by name; None for a run that is unfinished.
+        titles: Titles of the results of its test, the first of them first.
+        unit: What its cycles are for.
     """
 
     name: str
     settings: Mapping[str, str] = field(default_factory=dict)
     metrics: Mapping[str, Any] | None = None
+    titles: Mapping[str, str] = field(default_factory=dict)
+    unit: str | None = None
+
+    @property
+    def result(self) -> float:
+        """First result of its test; infinite without one."""
+        name = next(iter(self.titles), "")
+        return float((self.metrics or {}).get(name, float("inf")))
+
+
+@dataclass(frozen=True)
+class Table:
+    """A row a run.
+
+    Args:
+        rows: Values by column, with the bounds of intervals in columns of their own.
+        titles: Titles of the columns of metrics, in order.
+    """
+
+    rows: Sequence[Mapping[str, Any]]
+    titles: Mapping[str, str]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -61,10 +90,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with short_errors("sweep_table"):
         runs = [run for folder in options.folders for run in read_runs(folder)]
         output = options.output or options.folders[0]
-        rows = table(runs)
-        print(as_text(rows))
-        write_whole(output / "sweep.csv", as_csv(rows))
-        write_whole(output / "sweep.md", as_markdown(rows))
+        compared = table(runs)
+        print(as_text(compared))
+        write_whole(output / "sweep.csv", as_csv(compared))
+        write_whole(output / "sweep.md", as_markdown(compared))
         with whole_file(output / "sweep.png") as unfinished:
             draw(runs).savefig(unfinished, dpi=150, format="png", metadata={"Software": None})
         print("\n" + " ".join(str(output / name) for name in FILES) + " written")
@@ -131,34 +160,47 @@ def _run(
         override.lstrip("+").split("=", 1) if "=" in override else (override, "")
         for override in summary.get("overrides", [])
     )
-    metrics = {key: summary[key] for key in METRICS if key in summary}
+    titles = summary.get("titles", {})
+    results = [f"{key}{end}" for key in titles for end in ("", *_ENDS)]
+    names = (*_TITLES, *results, *_LAST_TITLES)
+    metrics = {key: summary[key] for key in names if key in summary}
+    unit = None
     if deployment is not None and deployment["systems"]:
-        metrics["cycles"] = deployment["systems"][0].get("cycles")
-    return Run(name, settings, metrics)
+        metrics["cycles"], unit = deployment["systems"][0].get("cycles"), deployment.get("unit")
+    return Run(name, settings, metrics, titles, unit)
 
 
-def table(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """Return a row a run: its name, the settings that differ among the runs, and its metrics.
+def table(runs: Sequence[Run]) -> Table:
+    """Compare runs: the name, the settings that differ among them, and the metrics of each.
 
     Args:
         runs: Runs; those that are unfinished come last, with ``unfinished`` for their method.
 
     Example:
-        >>> runs = [Run("b", {"bits": "2"}, {"wer": 0.2}), Run("a", {"bits": "4"}, {"wer": 0.1})]
-        >>> rows = table([*runs, Run("c")])
+        >>> titles = {"wer": "WER, %"}
+        >>> runs = [Run("b", {"bits": "2"}, {"wer": 0.2}, titles), Run("c"),
+        ...         Run("a", {"bits": "4"}, {"wer": 0.1}, titles)]
+        >>> rows = table(runs).rows
         >>> [(row["run"], row["setting bits"], row.get("wer")) for row in rows]
         [('a', '4', 0.1), ('b', '2', 0.2), ('c', None, None)]
     """
     keys = swept_keys(runs)
+    units = {run.unit for run in runs if run.unit is not None}
+    titles = dict(_TITLES)
+    if len(units) == 1:
+        titles["cycles"] = f"cycles per {units.pop()}"
+    for run in runs:
+        titles |= run.titles
+    titles |= _LAST_TITLES
     rows = []
     for run in sorted(runs, key=_rank):
         row = {"run": run.name, **{f"setting {key}": run.settings.get(key) for key in keys}}
         if run.metrics is None:
             row["method"] = "unfinished"
         else:
-            row |= {key: run.metrics[key] for key in METRICS if key in run.metrics}
+            row |= run.metrics
         rows.append(row)
-    return rows
+    return Table(rows, titles)
 
 
 def swept_keys(runs: Sequence[Run]) -> list[str]:
@@ -170,8 +212,7 @@ def swept_keys(runs: Sequence[Run]) -> list[str]:
 
 
 def _rank(run: Run) -> tuple[bool, float, str]:
-    metrics = run.metrics or {}
-    return run.metrics is None, metrics.get("wer", float("inf")), run.name
+    return run.metrics is None, run.result, run.name
 
 
 def front(points: Sequence[tuple[float, float]]) -> list[int]:
@@ -192,35 +233,39 @@ def front(points: Sequence[tuple[float, float]]) -> list[int]:
 
 
 def draw(runs: Sequence[Run]) -> Figure:
-    """Plot word error rates over packed bytes; runs that no other beats are marked and labeled.
+    """Plot the first result of the test over packed bytes; runs that no other beats are marked.
 
     Args:
-        runs: Runs; those without both metrics are left out.
+        runs: Runs; those without both metrics, or of another result than the first run's, are left
+            out.
     """
     keys = swept_keys(runs)
-    shown = [run for run in runs if run.metrics and {"wer", "packed_bytes"} <= run.metrics.keys()]
+    name, title = next((item for run in runs for item in run.titles.items()), ("", ""))
+    shown = [run for run in runs if run.metrics and {name, "packed_bytes"} <= run.metrics.keys()]
     metrics = [dict(run.metrics or {}) for run in shown]
+    percent = 100 if _is_fraction(title) else 1
     sizes = [each["packed_bytes"] / 1000 for each in metrics]
-    rates = [100 * each["wer"] for each in metrics]
-    below = [100 * (each["wer"] - each["wer_low"]) for each in metrics]
-    above = [100 * (each["wer_high"] - each["wer"]) for each in metrics]
-    best = front(list(zip(sizes, rates, strict=True)))
+    results = [percent * each[name] for each in metrics]
+    low, high = ([percent * each.get(name + end, each[name]) for each in metrics] for end in _ENDS)
+    below = [result - bound for result, bound in zip(results, low, strict=True)]
+    above = [bound - result for result, bound in zip(results, high, strict=True)]
+    best = front(list(zip(sizes, results, strict=True)))
     with mpl.rc_context({"axes.spines.top": False, "axes.spines.right": False}):
         figure = Figure(figsize=(7, 4.2), layout="constrained")
         axes = figure.subplots()
-        axes.errorbar(sizes, rates, yerr=[below, above], fmt="o", color="#9aa7b4", capsize=3)
-        on_front = [sizes[index] for index in best], [rates[index] for index in best]
+        axes.errorbar(sizes, results, yerr=[below, above], fmt="o", color="#9aa7b4", capsize=3)
+        on_front = [sizes[index] for index in best], [results[index] for index in best]
         axes.plot(*on_front, "o-", color="#b8442c", label="no other run beats it", zorder=3)
         for index in best:
             label = ", ".join(str(shown[index].settings.get(key, "")) for key in keys)
             axes.annotate(
                 label or shown[index].name,
-                (sizes[index], rates[index]),
+                (sizes[index], results[index]),
                 xytext=(6, 6),
                 textcoords="offset points",
             )
         axes.set_xlabel("packed size, kB")
-        axes.set_ylabel("word error rate, %")
+        axes.set_ylabel("word error rate, %" if name == "wer" else title)
         axes.set_ylim(bottom=0)
         axes.margins(x=0.12)
         if best:
@@ -228,25 +273,31 @@ def draw(runs: Sequence[Run]) -> Figure:
     return figure
 
 
-def as_csv(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Format rows as CSV, with all digits."""
+def as_csv(compared: Table) -> str:
+    """Format a table as CSV, with all digits."""
+    columns = [
+        name
+        for column in _columns(compared)
+        for name in (column, *(f"{column}{end}" for end in _ENDS))
+        if name == column or any(name in row for row in compared.rows)
+    ]
     text = io.StringIO()
-    writer = csv.DictWriter(text, _columns(rows), restval="", lineterminator="\n")
+    writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
     writer.writeheader()
-    writer.writerows(rows)
+    writer.writerows(compared.rows)
     return text.getvalue()
 
 
-def as_markdown(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Format rows as a table in Markdown."""
-    heads, *lines = _cells(rows)
+def as_markdown(compared: Table) -> str:
+    """Format a table as Markdown."""
+    heads, *lines = _cells(compared)
     rule = ["---"] * len(heads)
     return "".join(f"| {' | '.join(line)} |\n" for line in (heads, rule, *lines))
 
 
-def as_text(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Format rows for a terminal."""
-    lines = list(_cells(rows))
+def as_text(compared: Table) -> str:
+    """Format a table for a terminal."""
+    lines = list(_cells(compared))
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(
         "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
@@ -254,44 +305,49 @@ def as_text(rows: Sequence[Mapping[str, Any]]) -> str:
     )
 
 
-def _columns(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return the columns that any row has: the settings first, then the metrics in order."""
-    present = dict.fromkeys(key for row in rows for key in row)
+def _columns(compared: Table) -> list[str]:
+    """Return the columns that any row has, without bounds: settings first, then metrics."""
+    present = dict.fromkeys(key for row in compared.rows for key in row)
+    bounds = {f"{key}{end}" for key in compared.titles for end in _ENDS}
     return [
-        *(key for key in present if key not in METRICS),
-        *(key for key in METRICS if key in present),
+        *(key for key in present if key not in compared.titles and key not in bounds),
+        *(key for key in compared.titles if key in present),
     ]
 
 
-def _cells(rows: Sequence[Mapping[str, Any]]) -> Iterator[list[str]]:
+def _cells(compared: Table) -> Iterator[list[str]]:
     """Yield the head and the rows of a table for readers: rates in percent with their interval."""
-    columns = [key for key in _columns(rows) if key not in ("wer_low", "wer_high")]
-    yield [_HEADS.get(key, key.removeprefix("setting ")) for key in columns]
-    for row in rows:
-        yield [_cell(key, row) for key in columns]
+    columns = _columns(compared)
+    titles = compared.titles
+    yield [titles.get(key, key.removeprefix("setting ")) for key in columns]
+    for row in compared.rows:
+        yield [_cell(key, titles.get(key, ""), row) for key in columns]
 
 
-_HEADS = {
-    "bits": "mean bits",
-    "packed_bytes": "packed bytes",
-    "cycles": "cycles per second of speech",
-    "wer": "WER, %",
-    "loss_per_token": "loss per token",
-    "train_seconds": "training, s",
+_FORMATS = {
+    **{"bits": ".3g", "sparsity": ".3f", "train_seconds": ".0f"},
+    **{"packed_bytes": "d", "cycles": ".4g"},
 }
 
 
-def _cell(key: str, row: Mapping[str, Any]) -> str:
+def _is_fraction(title: str) -> bool:
+    """Tell whether a result is a fraction, whose title ends in its unit."""
+    return title.endswith("%")
+
+
+def _cell(key: str, title: str, row: Mapping[str, Any]) -> str:
     """Format an entry of a table for readers."""
     value = row.get(key)
     if value is None:
         return ""
-    if key == "wer":
-        low, high = 100 * row["wer_low"], 100 * row["wer_high"]
-        return f"{100 * value:.2f} ({low:.2f} - {high:.2f})"
-    formats = {"bits": ".3g", "sparsity": ".3f", "loss_per_token": ".4f", "train_seconds": ".0f"}
-    formats |= {"packed_bytes": "d", "cycles": ".4g"}
-    return format(value, formats[key]) if key in formats else str(value)
+    if _is_fraction(title):
+        text = f"{100 * value:.2f}"
+        low, high = (row.get(key + end) for end in _ENDS)
+        if low is not None and high is not None:
+            text += f" ({100 * low:.2f} - {100 * high:.2f})"
+        return text
+    shown = _FORMATS.get(key, ".4f" if isinstance(value, float) else "")
+    return format(value, shown)
 
 
 if __name__ == "__main__":

@@ -120,7 +120,8 @@ def _train(config: DictConfig) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
     }
     if config.test:
-        summary |= adapter.tested(trainer)
+        results = adapter.tested(trainer)
+        summary |= results | {"titles": adapter.titles_of(results)}
     summary |= weight_metrics(module, targets)
     if trainer.is_global_zero:
         if config.test:

@@ -23,7 +23,7 @@ from optuna.trial import TrialState
 from recipes.asr.adapter import TransducerAdapter
 from recipes.program import CONF
 from recipes.settings import check_settings
-from recipes.sweep_table import FILES, as_markdown, as_text, draw, main, read_runs, table
+from recipes.sweep_table import FILES, as_csv, as_markdown, as_text, draw, main, read_runs, table
 from tests.conftest import ROOT
 from tests.recipes.conftest import SMALL_NETWORK
 
@@ -127,6 +127,7 @@ def _example(folder: Path) -> None:
         _summary(
             folder / f"bits={bits}",
             overrides=["compression=gq", f"bits={bits}"],
+            titles={"wer": "WER, %"},
             method="gq",
             bits=float(bits),
             packed_bytes=size,
@@ -136,7 +137,8 @@ def _example(folder: Path) -> None:
             train_seconds=3.0,
         )
     system = {"cycles": 5.0e6}
-    _summary(folder / "bits=4" / "deploy", ckpt="moved/last.ckpt", systems=[system])
+    deployed = folder / "bits=4" / "deploy"
+    _summary(deployed, ckpt="moved/last.ckpt", systems=[system], unit="word")
     _summary(folder / "evaluation", ckpt="a.ckpt", wer=0.3)
     (folder / "bits=1").mkdir()
     (folder / "bits=1" / "config.yaml").touch()
@@ -144,7 +146,7 @@ def _example(folder: Path) -> None:
 
 def test_a_table_has_a_row_a_run(tmp_path: Path) -> None:
     _example(tmp_path)
-    cycles = [row.get("cycles") for row in table(read_runs(tmp_path))]
+    cycles = [row.get("cycles") for row in table(read_runs(tmp_path)).rows]
     assert cycles == [None, 5.0e6, None, None]
     # A deployment elsewhere is known by its checkpoint.
     (tmp_path / "bits=4" / "deploy" / "summary.json").unlink()
@@ -152,15 +154,17 @@ def test_a_table_has_a_row_a_run(tmp_path: Path) -> None:
     checkpoint.parent.mkdir()
     checkpoint.touch()
     _summary(tmp_path / "other", ckpt=str(checkpoint), systems=[{"cycles": 5.0e6}])
-    rows = table(read_runs(tmp_path))
+    compared = table(read_runs(tmp_path))
+    rows = compared.rows
     assert [row["run"] for row in rows] == ["bits=8", "bits=4", "bits=2", "bits=1"]
     assert [row.get("setting bits") for row in rows] == ["8", "4", "2", None]
     assert "setting compression" not in rows[0]
     assert [row.get("cycles") for row in rows] == [None, 5.0e6, None, None]
     assert rows[-1]["method"] == "unfinished"
-    text = as_text(rows)
+    text = as_text(compared)
     assert "12.00 (11.00 - 14.00)" in text
-    assert as_markdown(rows).count("\n") == 2 + len(rows)
+    assert "WER, %" in text
+    assert as_markdown(compared).count("\n") == 2 + len(rows)
 
 
 def test_the_front_is_marked(tmp_path: Path) -> None:
@@ -178,3 +182,19 @@ def test_a_folder_without_runs_is_an_error(
         main([str(tmp_path)])
     assert end.value.code == 1
     assert f"{tmp_path} has no run: give the folder of a sweep" in capsys.readouterr().err
+
+
+def test_results_of_any_module_are_compared(tmp_path: Path) -> None:
+    for error in (0.25, 0.5):
+        _summary(
+            tmp_path / str(error),
+            **{"overrides": [f"bits={error}"], "titles": {"error": "error"}, "error": error},
+            **{"packed_bytes": 100, "train_seconds": 3.0},
+        )
+    runs = read_runs(tmp_path)
+    assert as_csv(table(runs)) == (
+        "run,setting bits,packed_bytes,error,train_seconds\n"
+        "0.25,0.25,100,0.25,3.0\n0.5,0.5,100,0.5,3.0\n"
+    )
+    (axes,) = draw(runs).axes
+    assert axes.get_ylabel() == "error"

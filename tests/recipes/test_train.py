@@ -27,7 +27,7 @@ SUMMARY = {
     *("experiment", "method", "command", "commit", "seed", "versions", "parameters", "size_bytes"),
     *("epochs", "train_seconds", "threads", "wer", "wer_low", "wer_high", "errors", "words"),
     *("loss_per_token", "beam_width", "wer_greedy", "bits", "sparsity", "packed_bytes"),
-    "overrides",
+    *("overrides", "titles"),
 }
 
 
