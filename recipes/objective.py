@@ -11,6 +11,8 @@ from recipes.nearest import did_you_mean
 OF_TRAINING = (
     *("parameters", "size_bytes", "epochs", "train_seconds", "bits", "sparsity", "packed_bytes"),
 )
+#: Metrics of its programs on an Ethos-U, by Vela: the run is deployed for them when it ends.
+OF_DEPLOYMENT = ("cycles", "inference_ms", "encoded_bytes", "memory_bytes", "sram_bytes")
 
 
 def check_objective(names: Sequence[str], of_testing: Sequence[str]) -> None:
@@ -23,7 +25,7 @@ def check_objective(names: Sequence[str], of_testing: Sequence[str]) -> None:
     Raises:
         ValueError: If there is no such metric, or no name; lists the metrics.
     """
-    known = (*of_testing, *OF_TRAINING)
+    known = (*of_testing, *OF_TRAINING, *OF_DEPLOYMENT)
     for name in names:
         if name not in known and of_testing:
             hint = did_you_mean(name, known)

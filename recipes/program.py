@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 
 import hydra
 from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import (
@@ -156,6 +157,21 @@ def known_keys(name: str, overrides: Sequence[str] = ()) -> list[str]:
     plain = OmegaConf.to_container(config, resolve=False)
     groups = (path.name for path in CONF.iterdir() if path.is_dir() and path.name != "hydra")
     return sorted({*_paths(plain), *groups})
+
+
+def composed(name: str, overrides: Sequence[str]) -> DictConfig:
+    """Compose the configuration of another recipe, within a program or without one.
+
+    Args:
+        name: Name of the configuration, such as ``"deploy"``.
+        overrides: Overrides, as on the command line.
+    """
+    if GlobalHydra.instance().is_initialized():  # With the folders of the program's user.
+        config = compose(name, overrides=list(overrides))
+    else:
+        config = _composed(name, overrides)
+    OmegaConf.set_struct(config, False)
+    return config
 
 
 def _composed(name: str, overrides: Sequence[str]) -> DictConfig:

@@ -9,6 +9,7 @@ run resumes it.
 
 from __future__ import annotations
 
+import json
 import logging
 import time
 from collections.abc import Sequence
@@ -27,9 +28,9 @@ from omegaconf import DictConfig
 
 from lightning_nna.checkpoints import load_checkpoint
 from recipes.adapter import adapter_class
-from recipes.objective import check_objective, objective_of
+from recipes.objective import OF_DEPLOYMENT, check_objective, objective_of
 from recipes.preparation import build, prepare_process
-from recipes.program import as_program
+from recipes.program import as_program, composed
 from recipes.run_folder import (
     finished_summary,
     log_summary,
@@ -53,7 +54,33 @@ def main(config: DictConfig) -> float | tuple[float, ...] | None:
     """Run :func:`train`, print its summary, and return what a sweep makes small."""
     summary = train(config)
     log_summary(summary)
+    if set(config.objective) & set(OF_DEPLOYMENT):
+        summary = {**summary, **deployed_metrics(Path(config.run_dir))}
     return objective_of(summary, config.objective)
+
+
+def deployed_metrics(run_dir: Path) -> dict[str, Any]:
+    """Deploy a finished run in the folder ``deploy`` of its own, unless it is, and return the cost.
+
+    Args:
+        run_dir: Run folder.
+
+    Returns:
+        Vela's estimates for the first of the ``systems`` of ``recipes.deploy``.
+    """
+    # It imports this module.
+    from recipes.deploy import deploy
+
+    folder = run_dir / "deploy"
+    ckpt = run_dir / "checkpoints" / "last.ckpt"
+    done = folder / "summary.json"
+    # A run that was trained anew is newer than what was deployed of it.
+    if done.is_file() and done.stat().st_mtime_ns > ckpt.stat().st_mtime_ns:
+        summary = json.loads(done.read_text(encoding="utf-8"))
+    else:
+        paths = [f"ckpt='{ckpt}'", f"run_dir='{folder}'"]
+        summary = deploy(composed("deploy", [*paths, "score_float=false"]))
+    return dict(summary["systems"][0])
 
 
 def train(config: DictConfig) -> dict[str, Any]:

@@ -14,7 +14,9 @@ from omegaconf import DictConfig
 from recipes.allocate import allocate
 from recipes.deploy import deploy, table
 from recipes.evaluate import evaluate
-from recipes.train import train
+from recipes.keywords.adapter import KeywordAdapter
+from recipes.objective import check_objective
+from recipes.train import deployed_metrics, train
 from recipes.weights import load_weights
 from tests.recipes.conftest import CONF, compose_config
 
@@ -111,6 +113,21 @@ def test_it_ends_on_a_microcontroller(
         deploy(compose_config("deploy", ckpt, "chunk_steps=2"))
     with pytest.raises(ValueError, match="beam_width=4 is not used: KeywordSpotter is no transd"):
         evaluate(compose_config("evaluate", ckpt, "beam_width=4"))
+
+
+@pytest.mark.slow
+def test_cycles_of_a_run_are_those_of_its_deployment(
+    small: list[str], compose_config: Compose, tmp_path: Path
+) -> None:
+    pytest.importorskip("ethosu")
+    check_objective(["error_rate", "cycles"], KeywordAdapter.known_results)
+    train(compose_config("train", *small, *_compression("codebook"), "bits=4"))
+    metrics = deployed_metrics(tmp_path / "run")
+    deployed = tmp_path / "run" / "deploy" / "summary.json"
+    assert metrics["cycles"] == json.loads(deployed.read_text())["systems"][0]["cycles"] > 0
+    written = deployed.stat().st_mtime_ns
+    assert deployed_metrics(tmp_path / "run") == metrics
+    assert deployed.stat().st_mtime_ns == written
 
 
 def test_bits_are_allocated_by_its_training_loss(
