@@ -53,7 +53,7 @@ _log = logging.getLogger(__name__)
 def main(config: DictConfig) -> float | tuple[float, ...] | None:
     """Run :func:`train`, print its summary, and return what a sweep makes small."""
     summary = train(config)
-    log_summary(summary)
+    rank_zero_only(log_summary)(summary)
     if set(config.objective) & set(OF_DEPLOYMENT):
         summary = {**summary, **deployed_metrics(Path(config.run_dir))}
     return objective_of(summary, config.objective)
