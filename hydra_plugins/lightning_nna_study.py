@@ -6,7 +6,6 @@ imports this module at every start, so it imports nothing that takes time.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,9 +61,13 @@ class StudySweeper(Sweeper):
         require_extra("sweep", "optuna")
         from recipes.study import Study, search_space
 
+        # Hydra calls setup first.
+        assert self.hydra_context is not None
+        assert self.config is not None
+        assert self.launcher is not None
         parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
         overrides = parser.parse_overrides(
-            [*(f"{key}={value}" for key, value in self.params.items()), *arguments]
+            [*(f"{key!s}={value}" for key, value in self.params.items()), *arguments]
         )
         space, fixed = search_space(overrides)
         folder = Path(self.config.hydra.sweep.dir)
@@ -79,11 +82,8 @@ class StudySweeper(Sweeper):
             max_failures=self.max_failures,
             seed=self.seed,
         )
-        self._validate(study.sample())
+        # Raises before anything is written if the settings of a run do not compose.
+        self.validate_batch_is_legal([study.sample()])
+        folder.mkdir(parents=True, exist_ok=True)
         OmegaConf.save(self.config, folder / "multirun.yaml")
         return study.run(self.launcher.launch)
-
-    def _validate(self, overrides: Sequence[str]) -> None:
-        """Raise before anything is written if the settings of a run do not compose."""
-        self.validate_batch_is_legal([overrides])
-        Path(self.config.hydra.sweep.dir).mkdir(parents=True, exist_ok=True)
