@@ -34,6 +34,7 @@ from recipes.benchmark.recipe_runs import (
     packed_errors,
     run_recipe,
     training,
+    training_from_scratch,
     wer_difference,
 )
 from recipes.benchmark.report import Fields, interval, line, mean_loss, percent, points, word_errors
@@ -132,11 +133,18 @@ COMBINED = {
     "csp50_gq": Method("CSP, 50 % zeros, and GQ", "csp_gq", ("sparsity=0.5",)),
     "csp80_gq": Method("CSP, 80 % zeros, and GQ", "csp_gq", ("sparsity=0.8",)),
 }
-METHODS = {**BASELINES, **COMPARED, **PARTS, **ADDED, **COMBINED}
+#: From random weights, with the method in every step of the training.
+FROM_SCRATCH = {
+    "float_scratch": Method("float", "none", from_scratch=True),
+    "codebook_scratch": Method("fixed codebook, straight-through", "codebook", from_scratch=True),
+    "gq_scratch": Method("GQ", "gq", from_scratch=True),
+}
+METHODS = {**BASELINES, **COMPARED, **PARTS, **ADDED, **COMBINED, **FROM_SCRATCH}
 #: Widths of the methods that do not have those of the grid.
 WIDTHS: dict[str, Sequence[int]] = {
     "float": (32,),
     "float_tuned": (32,),
+    "float_scratch": (32,),
     "chip": (8,),
     "nna8": (8,),
     "gq_distilled": (3, 2),
@@ -194,7 +202,8 @@ class LowBitsRun(RecipeRun):
         settings.append(f"data.test_part={self.part}")
         if not method.trains:
             return evaluation(self.folder, *settings, start=start)
-        return training(self.seed, self.folder, *settings, start=start, steps=self.steps)
+        command = training_from_scratch if method.from_scratch else training
+        return command(self.seed, self.folder, *settings, start=start, steps=self.steps)
 
     @property
     def allocation(self) -> Path | None:
@@ -316,6 +325,7 @@ def report(rows: Sequence[Row]) -> Fields:
             for steps in BUDGETS[1:]
             if select(tested, model=model, method=method, bits=bits, steps=steps)
         ],
+        "from_scratch": from_scratch(tested),
         "combined": combined(tested),
         "parts": parts(rows),
         "checks": checks(tested),
@@ -341,6 +351,30 @@ def mean_line(rows: Sequence[Row], model: str, method: str, bits: int, steps: in
         points(change),
         f"{selected[0]['packed_bytes'] / 1e6:.3f} MB",
     )
+
+
+def from_scratch(rows: Sequence[Row]) -> list[str]:
+    """Make the lines of training from random weights: differences to GQ."""
+    lines = []
+    for model, method in itertools.product(STARTS, FROM_SCRATCH):
+        of_method = select(rows, model=model, method=method)
+        for bits, steps in sorted({(row["bits"], row["steps"]) for row in of_method}, reverse=True):
+            selected = select(of_method, bits=bits, steps=steps)
+            own = select(rows, model=model, method="gq_scratch", bits=bits, steps=steps)
+            change = None if method == "gq_scratch" else wer_difference(own, selected)
+            lines.append(
+                line(
+                    STARTS[model].title,
+                    METHODS[method].title,
+                    bits,
+                    steps,
+                    len(selected),
+                    *word_errors(selected),
+                    f"{mean_loss(selected):.4f}",
+                    points(change),
+                )
+            )
+    return lines
 
 
 def combined(rows: Sequence[Row]) -> list[str]:

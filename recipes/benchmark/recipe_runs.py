@@ -65,12 +65,15 @@ class Method:
         compression: Choice of the configuration group ``compression``.
         settings: Overrides of the configuration.
         trains: Whether the weights are trained; else they are rounded.
+        from_scratch: Whether training starts from random weights, with the method from its first
+            step on.
     """
 
     title: str
     compression: str
     settings: tuple[str, ...] = ()
     trains: bool = field(default=True, kw_only=True)
+    from_scratch: bool = field(default=False, kw_only=True)
 
 
 @dataclass(frozen=True)
@@ -165,11 +168,34 @@ def training(
         start: Float recognizer that it starts from.
         steps: Number of optimizer steps.
     """
+    return _training(
+        seed, folder, f"init_from={start.weights}", *settings, of=start.experiment, steps=steps
+    )
+
+
+def training_from_scratch(
+    seed: int, folder: Path, *settings: str, start: Start, steps: int
+) -> list[str]:
+    """Build module and overrides of a training run from random weights, as the float weights' own.
+
+    Args:
+        seed: Seed of the weights and of the training.
+        folder: Run folder.
+        settings: Overrides that say what is trained.
+        start: Float recognizer of the same network.
+        steps: Number of optimizer steps.
+    """
+    experiment = start.experiment.removesuffix("_finetune")
+    # The trained weights are scored, as in a fine-tuning.
+    return _training(seed, folder, "callbacks.average=null", *settings, of=experiment, steps=steps)
+
+
+def _training(seed: int, folder: Path, *settings: str, of: str, steps: int) -> list[str]:
+    """Build module and overrides of a run of an experiment."""
     return [
         "recipes.train",
-        f"experiment={start.experiment}",
+        f"experiment={of}",
         f"seed={seed}",
-        f"init_from={start.weights}",
         *budget(steps),
         "+trainer.limit_val_batches=0",
         "beam_width=1",
