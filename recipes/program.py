@@ -35,8 +35,10 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import GrammarParseError, InterpolationResolutionError
 
-import recipes.run_name  # noqa: F401  # Registers the resolver that names runs.
+import recipes.debug
+import recipes.run_name  # noqa: F401  # Both register the resolvers of folders.
 from recipes.nearest import did_you_mean
+from recipes.notices import fewer_notices
 
 CONF = Path(__file__).resolve().parent / "conf"
 
@@ -67,7 +69,7 @@ def as_program(name: str) -> Callable[[Callable[[DictConfig], Result]], Callable
     def decorate(task: Callable[[DictConfig], Result]) -> Callable[[], None]:
         @functools.wraps(task)
         def job(config: DictConfig) -> Result:
-            with _without_full_errors():
+            with _without_full_errors(), fewer_notices():
                 try:
                     return task(config)
                 except Exception as error:

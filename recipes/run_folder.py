@@ -53,7 +53,8 @@ def record_config(run_dir: Path, config: DictConfig) -> None:
     """
     path = run_dir / "config.yaml"
     settings = settings_of(config)
-    if path.exists():
+    # A debug run takes the place of the one before.
+    if path.exists() and not settings.get("debug"):
         differing = _differing(path, settings) - _MAY_CHANGE
         if differing:
             raise ValueError(

@@ -23,6 +23,7 @@ import matplotlib as mpl
 from matplotlib.figure import Figure
 
 from lightning_nna.files import whole_file, write_whole
+from recipes.debug import FOLDER as DEBUG_FOLDER
 from recipes.program import short_errors
 from recipes.run_name import INDIFFERENT
 
@@ -112,6 +113,8 @@ def read_runs(folder: Path) -> list[Run]:
     summaries = {path.parent: _read(path) for path in sorted(folder.rglob("summary.json"))}
     paths = {path for path, summary in summaries.items() if "train_seconds" in summary}
     paths |= {path.parent for path in folder.rglob("config.yaml")}
+    # Debug runs are no results, unless their own folder is given.
+    paths = {path for path in paths if DEBUG_FOLDER not in path.relative_to(folder).parts}
     deployments = {
         _run_of(path, summary, paths): summary
         for path, summary in summaries.items()

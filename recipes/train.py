@@ -28,6 +28,7 @@ from omegaconf import DictConfig
 
 from lightning_nna.checkpoints import load_checkpoint
 from recipes.adapter import adapter_class
+from recipes.debug import shortened
 from recipes.objective import OF_DEPLOYMENT, check_objective, objective_of
 from recipes.preparation import build, prepare_process
 from recipes.program import as_program, composed
@@ -99,6 +100,7 @@ def train(config: DictConfig) -> dict[str, Any]:
     prepare_process(config, "train")
     model = adapter_class(get_object(config.model._target_))
     check_objective(config.objective, model.known_results)
+    config = shortened(config)
     if config.resume and (finished := finished_summary(Path(config.run_dir), config)) is not None:
         _log.info(
             "%s has the results of these settings, trained at commit %s: nothing runs again "
@@ -146,6 +148,8 @@ def _train(config: DictConfig) -> dict[str, Any]:
         "train_seconds": round(seconds, 1),
         "threads": torch.get_num_threads(),
     }
+    if config.get("debug"):
+        summary["debug"] = True
     if config.test:
         results = adapter.tested(trainer)
         summary |= results | {"titles": adapter.titles_of(results)}

@@ -34,6 +34,7 @@ from lightning_nna.emulation.spec import DEFAULT_PRESET, NNASpec, resolve_spec
 from lightning_nna.emulation.telemetry import Telemetry
 from lightning_nna.keyed_adam import KeyedAdam
 from lightning_nna.lifecycle import ModuleBoundCallback
+from lightning_nna.name_lists import listed
 from lightning_nna.resumed_settings import require_same
 from lightning_nna.step_counter import StepCounter
 
@@ -394,7 +395,7 @@ class NNAEmulation(ModuleBoundCallback):
                 pl_module, self.spec, targets=self.targets, observer=self.observer
             )
             modules = outermost(self._emulator.paths_in_scope)
-            scope = "the whole module" if modules == [ROOT] else ", ".join(modules)
+            scope = "the whole module" if modules == [ROOT] else listed(modules)
             rank_zero_info(f"NNAEmulation: {scope} is emulated on {self.spec.name}")
         if self._deferred is not None:
             with torch.inference_mode(False):  # Tensors that a test loads may be trained later.

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_nna.distributed import is_distributed
+from lightning_nna.distributed import is_distributed, is_first_process
 from lightning_nna.emulation.dispatch import Dispatch
 from lightning_nna.emulation.forward_hooks import ForwardHooks, SharedHooks
 from lightning_nna.emulation.learned_scales import Learned, LearnedScales
@@ -35,11 +35,10 @@ from lightning_nna.emulation.sites import ROOT, CallSites, SiteTable
 from lightning_nna.emulation.spec import DEFAULT_PRESET, NNASpec, resolve_spec
 from lightning_nna.emulation.state import EmulationState
 from lightning_nna.emulation.telemetry import Telemetry
+from lightning_nna.name_lists import listed
 
 #: Entries that a saved state must have.
 _STATE = frozenset({"calibrated", "fusion", "locations", "observer", "ranges"})
-#: Most sites that a message lists.
-_MOST_SHOWN = 8
 
 log = logging.getLogger(__name__)
 
@@ -101,7 +100,7 @@ class Emulator:
             hooks = ForwardHooks(shared, name)
             self._handles.append(child.register_forward_pre_hook(hooks.before))
             self._handles.append(child.register_forward_hook(hooks.after, always_call=True))
-        log.info("emulating %d modules: %s", len(allowed), ", ".join(sorted(allowed)))
+        log.debug("emulating %d modules: %s", len(allowed), ", ".join(sorted(allowed)))
 
     def detach(self) -> None:
         """Take every hook off the module."""
@@ -275,9 +274,9 @@ class Emulator:
         state = self.state
         if not state.ranges.ranges:
             raise RuntimeError(self._why_no_ranges())
-        if state.fallbacks:
+        if state.fallbacks and is_first_process():
             log.warning("%s", self._what_falls_back())
-            state.fallbacks = {}
+        state.fallbacks = {}
         state.calibrated = True
         state.fusion.freeze()
         state.ranges.widen(margin)
@@ -291,13 +290,13 @@ class Emulator:
         sites = [f"{site} ({remedy})" if remedy else site for site, remedy in fallbacks]
         return (
             f"{self.spec.name!r} has no operator for these sites, which run in float on the CPU: "
-            f"{_first_of(sites)}; coverage(module, x) prints all sites"
+            f"{listed(sites)}; coverage(module, x) prints all sites"
         )
 
     def _why_no_ranges(self) -> str:
         state = self.state
         if state.fallbacks:
-            sites = _first_of(sorted(state.fallbacks))
+            sites = listed(sorted(state.fallbacks))
             return (
                 f"forwards were observed, but {self.spec.name!r} has no operator for any of their "
                 f"functions: {sites} run in float on the CPU, so there is "
@@ -402,12 +401,6 @@ class Emulator:
         emulator.scales.pipeline.adopt(carried.get("transforms", {}))
         emulator.state.used_weights = dict(carried["used_weights"])
         return emulator
-
-
-def _first_of(sites: Sequence[str]) -> str:
-    """List the first sites of many."""
-    more = f" and {len(sites) - _MOST_SHOWN} more" if len(sites) > _MOST_SHOWN else ""
-    return ", ".join(sites[:_MOST_SHOWN]) + more
 
 
 def _renamed(value: Any, sites: Mapping[str, str]) -> Any:

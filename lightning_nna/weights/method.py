@@ -19,6 +19,7 @@ from torch.optim import LBFGS, Optimizer
 from typing_extensions import override
 
 from lightning_nna.lifecycle import ModuleBoundCallback
+from lightning_nna.name_lists import listed
 from lightning_nna.non_finite import require_finite_weights
 from lightning_nna.resumed_settings import require_same
 from lightning_nna.step_counter import StepCounter
@@ -229,7 +230,7 @@ class WeightMethod(ModuleBoundCallback):
         thawed = [name for name in self._left_frozen if candidates[name].requires_grad]
         if thawed:
             rank_zero_warn(
-                f"{type(self).__name__}: {', '.join(thawed)} was frozen when the run began and has "
+                f"{type(self).__name__}: {listed(thawed)} was frozen when the run began and has "
                 f"been left alone, but was trained later: name it in targets"
             )
         missed = self.missed()
@@ -476,13 +477,16 @@ class WeightMethod(ModuleBoundCallback):
     def _say(self, pl_module: pl.LightningModule) -> None:
         """Report the selected tensors, and the others with the reason."""
         name = type(self).__name__
-        shown = ", ".join(f"{tensor} ({number})" for tensor, number in self.numbers.items())
+        tensors: dict[Any, list[str]] = {}
+        for tensor, number in self.numbers.items():
+            tensors.setdefault(number, []).append(tensor)
+        shown = "; ".join(f"{number} for {listed(each)}" for number, each in tensors.items())
         rank_zero_info(f"{name}: {self.selection.quantity} of {len(self.numbers)} tensors: {shown}")
         self._left_frozen = []
         for reason, names in self.selection.left_alone(pl_module, self._frozen).items():
             self._left_frozen += names if reason == "frozen" else []
             rank_zero_info(
-                f"{name}: left alone, since {reason}: {', '.join(names)}; name in targets what is "
+                f"{name}: left alone, since {reason}: {listed(names)}; name in targets what is "
                 f"to be taken"
             )
 

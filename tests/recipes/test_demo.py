@@ -22,7 +22,7 @@ def test_the_demo_trains_emulates_trains_emulated_and_deploys(
         *("data.train_size=24", "data.validation_size=4", "data.test_size=4"),
         *("data.batch_seconds=8", "data.num_buckets=2", "trainer.max_epochs=1"),
         *("trainer.log_every_n_steps=1", "callbacks.progress=null", "threads=1"),
-        "+trainer.enable_progress_bar=false",
+        "trainer.enable_progress_bar=false",
     ]
     results = demo(tmp_path / "demo", overrides)
     assert list(results) == ["float", "chip", "chip_aware", "deployed"]

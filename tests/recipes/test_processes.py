@@ -56,7 +56,7 @@ def test_two_processes_score_every_utterance_once(
         *(
             "trainer=ddp_cpu",
             "trainer.max_epochs=1",
-            "+trainer.enable_progress_bar=false",
+            "trainer.enable_progress_bar=false",
             "callbacks.progress=null",
         ),
         *("callbacks.average=null", "threads=1", "beam_width=1", f"hydra.run.dir={run}"),

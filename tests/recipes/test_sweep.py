@@ -38,8 +38,8 @@ def test_a_sweep_that_is_killed_goes_on_and_has_a_table(
         *("compression=choice(ste,codebook)", "bits=choice(4,2)", "experiment=digits", "threads=1"),
         *("data.train_size=12", "data.validation_size=2", "data.test_size=4", "data.num_mels=8"),
         *("trainer.max_epochs=2", "++callbacks.nna.calibration_steps=1", "callbacks.progress=null"),
-        *("+trainer.enable_progress_bar=false", "+trainer.limit_val_batches=0", *SMALL_NETWORK),
-        *("data.batch_seconds=60", "data.scoring_batch_seconds=2", "+trainer.limit_test_batches=1"),
+        *("trainer.enable_progress_bar=false", "trainer.limit_val_batches=0", *SMALL_NETWORK),
+        *("data.batch_seconds=60", "data.scoring_batch_seconds=2", "trainer.limit_test_batches=1"),
         "+callbacks.killer._target_=tests.recipes.killer.Killer",
         *(f"+callbacks.killer.path={killed_once}", "+callbacks.killer.at=4"),
     ]

@@ -51,7 +51,7 @@ def overrides(small_an4: Path, tmp_path: Path) -> list[str]:
         "trainer.accelerator=cpu",
         "trainer.log_every_n_steps=1",
         "callbacks.progress=null",
-        "+trainer.enable_progress_bar=false",
+        "trainer.enable_progress_bar=false",
     ]
 
 
@@ -134,7 +134,7 @@ def test_every_experiment_of_a_transducer_runs(
     if "finetune" in experiment:
         first = experiment.removesuffix("_finetune")
         start = [f"init_from={_small_weights(compose_config, settings, tmp_path, first)}"]
-    fast = [*settings, "+trainer.fast_dev_run=2", *start]
+    fast = [*settings, "trainer.fast_dev_run=2", *start]
     config = compose_config("train", f"experiment={experiment}", *fast)
     summary = train(config)
     assert summary["wer"] >= 0

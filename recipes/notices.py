@@ -1,0 +1,42 @@
+"""Leave out what Lightning says of every run of the recipes, and nobody can act on."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+_WARNINGS = (
+    # A run that resumes is meant to find its checkpoints.
+    (r"Checkpoint directory .* exists and is not empty", UserWarning),
+    # Lightning 2.6 uses a name that PyTorch 2.11 has deprecated.
+    (r"`isinstance\(treespec, LeafSpec\)` is deprecated", FutureWarning),
+    # data.num_workers=0 is on purpose: features are read from a cache.
+    (r"The '\w+' does not have many workers", UserWarning),
+)
+_ADVERTISEMENT = "Tip: For seamless cloud"
+_LOGGER = "lightning.pytorch.utilities.rank_zero"
+
+
+@contextmanager
+def fewer_notices() -> Iterator[None]:
+    """Hide these warnings and lines of the log in the block, and nothing else.
+
+    Example:
+        >>> with fewer_notices():
+        ...     warnings.warn("Checkpoint directory runs exists and is not empty.", stacklevel=1)
+    """
+    logger = logging.getLogger(_LOGGER)
+    logger.addFilter(_is_no_advertisement)
+    try:
+        with warnings.catch_warnings():
+            for message, category in _WARNINGS:
+                warnings.filterwarnings("ignore", message, category)
+            yield
+    finally:
+        logger.removeFilter(_is_no_advertisement)
+
+
+def _is_no_advertisement(record: logging.LogRecord) -> bool:
+    return _ADVERTISEMENT not in record.getMessage()
