@@ -1,19 +1,20 @@
 """Score a stored sequence with the detector of ``DriftMonitor``, and plot it.
 
-    python -m recipes.drift_replay runs/an4_rnnt/2026-01-01_12-00-00 --column val/wer
-    python -m recipes.drift_replay accuracy.csv --mode max --plot accuracy.png
+    python -m recipes.drift_replay runs/an4_rnnt/2026-01-01_12-00-00 column=val/wer
+    python -m recipes.drift_replay accuracy.csv mode=max plot=accuracy.png
 
 The sequence is a column of a CSV file, or of the metrics in a run folder. Rows without a value are
-skipped. Prints the first position of every drift, and writes the plot and, in the same folder, all
-readings as JSON.
+skipped. Arguments may be options, too (--column val/wer). Prints the first position of every drift,
+and writes the plot and, in the same folder, all readings as JSON.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import math
+import re
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -21,6 +22,7 @@ from pathlib import Path
 from lightning_nna.drift.detector import DriftDetector, DriftReading
 from lightning_nna.drift.plot import draw
 from lightning_nna.files import whole_file, write_whole
+from recipes.csv_column import Column, read_column
 from recipes.program import short_errors
 
 
@@ -30,7 +32,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("source", type=Path, help="a CSV file or a run folder")
-    parser.add_argument("--column", help="name of the sequence; optional if there is one")
+    parser.add_argument(
+        "--column", help="name of the sequence; optional where only one is possible"
+    )
     parser.add_argument("--wavelet", default="haar")
     parser.add_argument("--mode", default="min", choices=["min", "max"])
     parser.add_argument("--constant", type=float, default=0.45)
@@ -38,14 +42,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--warmup", type=int, default=6)
     parser.add_argument("--min-delta", type=float, default=0.0)
     parser.add_argument("--plot", type=Path, help="PNG to write; by default next to the source")
-    options = parser.parse_args(arguments)
+    options = parser.parse_args(
+        [_as_option(each) for each in (sys.argv[1:] if arguments is None else arguments)]
+    )
     with short_errors("drift_replay"):
         _replay_and_write(options)
 
 
+def _as_option(argument: str) -> str:
+    """Return the option of an argument like ``column=val/wer``, as the other recipes have them."""
+    match = re.match(r"(column|wavelet|mode|constant|delta|warmup|min[-_]delta|plot)=", argument)
+    return (
+        argument if match is None else f"--{match[1].replace('_', '-')}={argument[match.end() :]}"
+    )
+
+
 def _replay_and_write(options: argparse.Namespace) -> None:
     """Score the sequence that the command names, and write plot and readings."""
-    column, values = read_column(options.source, options.column)
+    column = read_column(options.source, options.column)
     detector = DriftDetector(
         wavelet=options.wavelet,
         mode=options.mode,
@@ -54,67 +68,32 @@ def _replay_and_write(options: argparse.Namespace) -> None:
         warmup=options.warmup,
         min_delta=options.min_delta,
     )
-    positions, readings = replay(detector, values)
+    positions, readings = replay(detector, column.values)
     if not readings:
-        raise ValueError(f"column {column!r} of {options.source} has no finite value")
-    for line in report(column, positions, readings, left_out=len(values) - len(readings)):
+        raise ValueError(f"column {column.name!r} of {options.source} has no finite value")
+    for line in report(column, positions, readings):
         print(line)
     folder = options.source if options.source.is_dir() else options.source.parent
-    path = options.plot or folder / f"drift_{column.replace('/', '_')}.png"
+    path = options.plot or folder / f"drift_{column.name.replace('/', '_')}.png"
+    times = _times(column, positions)
     with whole_file(path) as unfinished:
-        figure = draw(readings, positions, title=column, xlabel="value")
+        figure = draw(readings, times, title=column.name, xlabel=column.time_name)
         figure.savefig(unfinished, dpi=150, format="png", metadata={"Software": None})
     rows = [
-        {"position": position, **{k: _as_json(v) for k, v in asdict(reading).items()}}
-        for position, reading in zip(positions, readings, strict=True)
+        {
+            "position": position,
+            column.time_name: time,
+            **{k: _as_json(v) for k, v in asdict(reading).items()},
+        }
+        for position, time, reading in zip(positions, times, readings, strict=True)
     ]
     write_whole(path.with_suffix(".json"), json.dumps(rows, indent=1) + "\n")
     print(f"{path} and {path.with_suffix('.json').name} written")
 
 
-def read_column(source: Path, column: str | None) -> tuple[str, list[float]]:
-    """Read a column of a CSV file.
-
-    Args:
-        source: CSV file with a header, or folder with one ``metrics.csv`` in it or below.
-        column: Name of the column; None if there is only one.
-
-    Returns:
-        Name of the column, and its values in the order of rows.
-
-    Raises:
-        FileNotFoundError: If a folder has no metrics.
-        ValueError: If the column is missing, not named or there twice, if a value is no number, or
-            if a folder has several logs; the message names the file and the line.
-    """
-    if source.is_dir():
-        logs = sorted(source.rglob("metrics.csv"))
-        if not logs:
-            raise FileNotFoundError(f"{source} has no metrics.csv in it")
-        if len(logs) > 1:
-            names = ", ".join(str(path.relative_to(source)) for path in logs)
-            raise ValueError(f"{source} has a log for every start of its run; name one: {names}")
-        source = logs[0]
-    # Spreadsheets begin a file with a byte-order mark.
-    with source.open(newline="", encoding="utf-8-sig") as file:
-        reader = csv.DictReader(file)
-        rows = [(reader.line_num, row) for row in reader]
-    columns = list(reader.fieldnames or []) if rows else []
-    if column is None and len(columns) == 1:
-        column = columns[0]
-    if column not in columns:
-        raise ValueError(f"{source} has no column {column!r}; name one of {columns} by --column")
-    assert column is not None, "it is one of the names"
-    if columns.count(column) > 1:
-        raise ValueError(f"{source} has {columns.count(column)} columns {column!r}")
-    return column, [_number(row[column], source, line) for line, row in rows if row[column]]
-
-
-def _number(text: str, source: Path, line: int) -> float:
-    try:
-        return float(text)
-    except ValueError as error:
-        raise ValueError(f"{source}, line {line}: {text!r} is no number") from error
+def _times(column: Column, positions: Sequence[int]) -> list[float]:
+    """Return the times of the values at some positions; their own numbers without times."""
+    return [position if column.times is None else column.times[position] for position in positions]
 
 
 def replay(
@@ -138,17 +117,20 @@ def replay(
     return positions, [detector.update(values[position]) for position in positions]
 
 
-def report(
-    column: str, positions: Sequence[int], readings: Sequence[DriftReading], *, left_out: int
-) -> list[str]:
+def report(column: Column, positions: Sequence[int], readings: Sequence[DriftReading]) -> list[str]:
     """Describe the beginnings of drifts, and the end of the sequence."""
-    lines = [f"{column}: {len(readings)} values, {left_out} not finite and left out"]
+    left_out = len(column.values) - len(readings)
+    lines = [f"{column.name}: {_counted(len(readings))}, {left_out} not finite and left out"]
+    if len(readings) == 1:
+        return [*lines, f"{readings[0].raw:.4g} is the only value: nothing to compare with yet"]
     was_drift = False
     for position, reading in zip(positions, readings, strict=True):
         if reading.drift and not was_drift:
+            time = "" if column.times is None else f" ({column.time_name} "
+            time += "" if column.times is None else f"{column.times[position]:.10g})"
             lines.append(
-                f"drift at {position}: {reading.value:.4g} ± {reading.radius:.2g}, the best before "
-                f"was {reading.reference:.4g} ± {reading.reference_radius:.2g}"
+                f"drift at {position}{time}: {reading.value:.4g} ± {reading.radius:.2g}, the best "
+                f"before was {reading.reference:.4g} ± {reading.reference_radius:.2g}"
             )
         was_drift = reading.drift
     last = readings[-1]
@@ -157,6 +139,10 @@ def report(
         f"{'drifted' if last.drift else 'no drift'}"
     )
     return lines
+
+
+def _counted(count: int) -> str:
+    return f"{count} value" if count == 1 else f"{count} values"
 
 
 def _as_json(value: float) -> float | None:

@@ -21,7 +21,7 @@ def draw(
     Args:
         readings: Readings, in the order of time.
         times: Time of each reading, in the unit of ``xlabel``.
-        title: Name of the metric.
+        title: Name of the metric, for the axis of values.
         xlabel: Unit of time, as ``"optimizer step"``.
     """
     x = np.array(times, dtype=float)
@@ -45,6 +45,6 @@ def draw(
         shown = np.concatenate([raw, level])
         margin = 0.1 * (np.ptp(shown) or 1.0)
         axes.set_ylim(shown.min() - margin, shown.max() + margin)
-        axes.set(title=title, xlabel=xlabel)
+        axes.set(xlabel=xlabel, ylabel=title)
         axes.legend(frameon=False)
     return figure

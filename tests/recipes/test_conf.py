@@ -12,6 +12,7 @@ import pytest
 import yaml
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
+from lightning.pytorch import Trainer
 from omegaconf import DictConfig, OmegaConf
 
 from lightning_nna.callbacks import GeneralQuantizer
@@ -173,3 +174,36 @@ def test_every_file_is_plain_yaml() -> None:
 def test_seed_reaches_data_and_model(compose_config: Callable[..., DictConfig]) -> None:
     config = compose_config("train", "experiment=an4_rnnt", "seed=7")
     assert (config.data.seed, config.model.seed) == (7, 7)
+
+
+# Settings of the trainer that the recipes choose otherwise than Lightning does.
+OWN_TRAINER = {
+    *("devices", "precision", "max_epochs", "check_val_every_n_epoch", "num_sanity_val_steps"),
+    *("gradient_clip_val", "log_every_n_steps", "enable_model_summary", "default_root_dir"),
+}
+
+
+def test_the_trainer_has_lightnings_defaults_but_for_those_of_the_recipes() -> None:
+    defaults = inspect.signature(Trainer.__init__).parameters
+    settings = {k: v for k, v in _composed("model=digits")["trainer"].items() if k != "_target_"}
+    own = {"max_epochs": 6, "check_val_every_n_epoch": 1}  # Of experiment=digits.
+    assert {key: settings[key] for key in own} == own
+    others = settings.keys() - OWN_TRAINER
+    assert {key: settings[key] for key in others} == {key: defaults[key].default for key in others}
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        *("limit_train_batches=3", "limit_val_batches=0.5", "limit_test_batches=1", "max_steps=5"),
+        *("min_steps=1", "min_epochs=1", "max_time='00:00:01:00'", "accumulate_grad_batches=2"),
+        *("val_check_interval=2", "strategy=ddp", "num_nodes=2", "precision=bf16-mixed"),
+        *("deterministic=true", "profiler=simple", "detect_anomaly=true", "overfit_batches=2"),
+        *("fast_dev_run=true", "enable_progress_bar=false", "benchmark=true"),
+        *("gradient_clip_algorithm=norm", "sync_batchnorm=true", "enable_checkpointing=true"),
+    ],
+)
+def test_every_limit_of_the_trainer_is_set_without_a_plus(override: str) -> None:
+    trainer = _composed(f"trainer.{override}")["trainer"]
+    assert trainer[override.split("=")[0]] is not None
+    _bind(trainer)

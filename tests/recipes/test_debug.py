@@ -113,7 +113,7 @@ def test_debug_runs_have_folders_of_their_own(
     def task(config: DictConfig) -> None:
         folders.append(Path(config.run_dir).relative_to(tmp_path))
 
-    quiet = ["hydra/job_logging=disabled", "hydra/hydra_logging=disabled"]
+    quiet = ["hydra/job_logging=none", "hydra/hydra_logging=none"]
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", ["recipes.train", *arguments, *quiet])
     as_program("train")(task)()

@@ -12,7 +12,7 @@ from recipes.asr.adapter import TransducerAdapter
 from recipes.objective import check_objective
 from recipes.program import as_program, known_keys
 
-QUIET = ("hydra/job_logging=disabled", "hydra/hydra_logging=disabled")
+QUIET = ("hydra/job_logging=none", "hydra/hydra_logging=none")
 
 KNOWN = TransducerAdapter.known_results
 
