@@ -7,6 +7,7 @@ ranges that the callbacks know. What the accelerator gets follows from all of th
 from __future__ import annotations
 
 import pickle
+import struct
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import fields
@@ -23,6 +24,12 @@ from lightning_nna.quantization.fixed_centroids import FixedCentroids
 from lightning_nna.quantization.general_quantizer_transform import GeneralQuantizerTransform
 from lightning_nna.weights.codebook import CodebookSettings
 from lightning_nna.weights.pipeline import WeightTransform, pipeline_of
+
+# The reader takes any bytes for instructions, and trips over them in many ways.
+_OF_OTHER_FILES = (
+    *(RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError),
+    *(AssertionError, OverflowError, MemoryError, struct.error),
+)
 
 
 def load_deployed(
@@ -217,8 +224,9 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
             f"{path} is not read: it is damaged, or holds objects other than tensors and plain "
             f"containers, which could run code: {str(error).splitlines()[-1]}"
         ) from error
-    except (RuntimeError, EOFError, ValueError) as error:
-        raise ValueError(f"{path} is damaged or no checkpoint: {error}") from error
+    except _OF_OTHER_FILES as error:
+        reason = str(error) if isinstance(error, RuntimeError) else "it is no file of torch.save"
+        raise ValueError(f"{path} is damaged or no checkpoint: {reason}") from error
     if not isinstance(checkpoint, dict):
         raise ValueError(
             f"{path} is no checkpoint of a Trainer: it holds a {type(checkpoint).__name__}"

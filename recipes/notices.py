@@ -15,7 +15,10 @@ _WARNINGS = (
     # data.num_workers=0 is on purpose: features are read from a cache.
     (r"The '\w+' does not have many workers", UserWarning),
 )
-_ADVERTISEMENT = "Tip: For seamless cloud"
+_LINES = (
+    "Tip: For seamless cloud",  # Of other products.
+    "Ignoring `Trainer(max_time=",  # callbacks.timer has it, and counts all parts of a run.
+)
 _LOGGER = "lightning.pytorch.utilities.rank_zero"
 
 
@@ -28,15 +31,15 @@ def fewer_notices() -> Iterator[None]:
         ...     warnings.warn("Checkpoint directory runs exists and is not empty.", stacklevel=1)
     """
     logger = logging.getLogger(_LOGGER)
-    logger.addFilter(_is_no_advertisement)
+    logger.addFilter(_is_wanted)
     try:
         with warnings.catch_warnings():
             for message, category in _WARNINGS:
                 warnings.filterwarnings("ignore", message, category)
             yield
     finally:
-        logger.removeFilter(_is_no_advertisement)
+        logger.removeFilter(_is_wanted)
 
 
-def _is_no_advertisement(record: logging.LogRecord) -> bool:
-    return _ADVERTISEMENT not in record.getMessage()
+def _is_wanted(record: logging.LogRecord) -> bool:
+    return not any(line in record.getMessage() for line in _LINES)

@@ -141,8 +141,8 @@ def explanation(error: BaseException, name: str) -> str | None:
         return _not_composed(error, name)
     user_errors = (HydraException, GrammarParseError, InterpolationResolutionError)
     if isinstance(error, user_errors) or _is_check(error) or _is_of_trainer(error):
-        return str(error)
-    return None
+        return str(error).strip()
+    return _unwritable(error)
 
 
 def known_keys(name: str, overrides: Sequence[str] = ()) -> list[str]:
@@ -237,8 +237,35 @@ def _missing_choice(error: MissingConfigException) -> str:
 def _not_built(error: InstantiationException) -> str | None:
     """Explain settings that what they build does not take; None if building them is at fault."""
     cause = error.__cause__
-    if cause is None or _is_check(cause) or "unexpected keyword argument" in str(cause):
+    if cause is None:
         return str(error)
+    match = re.search(r"^full_key: (\S+)", str(error), re.MULTILINE)
+    key = "" if match is None else match[1]
+    # What a Trainer and a logger are given is all in the settings.
+    is_of_library = key.split(".")[0] in ("trainer", "logger") and isinstance(cause, _CHECKS)
+    is_of_settings = is_of_library or "unexpected keyword argument" in str(cause)
+    if _is_check(cause) or _is_of_trainer(cause) or is_of_settings:
+        return f"{key}: {cause}" if key else str(cause)
+    return None
+
+
+def _unwritable(error: BaseException) -> str | None:
+    """Explain that a folder or a file cannot be written; None if the error is another one."""
+    cause: BaseException | None = error
+    if str(error).startswith("Unable to configure handler"):
+        cause = error.__cause__  # Of the log file of a run.
+    if not (isinstance(cause, OSError) and cause.filename):
+        return None
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    modules = {_module_of(frame) for frame in frames}
+    has_begun = any(frame.f_code.co_name == "job" for frame in frames)
+    if "hydra.core.utils" in modules and not has_begun:
+        return (
+            f"cannot write into the folder of the run: {cause.filename}: {cause.strerror}; choose "
+            "another one, hydra.run.dir=<folder>"
+        )
+    if "lightning_nna.files" in modules:
+        return f"cannot write {cause.filename}: {cause.strerror}"
     return None
 
 
@@ -260,8 +287,14 @@ def _module_of(frame: FrameType) -> str:
 
 
 def _is_of_trainer(error: BaseException) -> bool:
-    """Tell whether Lightning complains about the arguments of its trainer."""
-    return type(error).__name__ == "MisconfigurationException"
+    """Tell whether Lightning complains about the arguments of its trainer or of a callback."""
+    if type(error).__name__ == "MisconfigurationException":
+        return True
+    if error.__traceback__ is None or not isinstance(error, (ValueError, TypeError)):
+        return False
+    *_, (frame, line) = traceback.walk_tb(error.__traceback__)
+    is_raised = linecache.getline(frame.f_code.co_filename, line).lstrip().startswith("raise ")
+    return is_raised and _module_of(frame).startswith("lightning.pytorch.loops.")
 
 
 def _of_run(config: DictConfig, text: str) -> str:

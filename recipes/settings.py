@@ -6,7 +6,7 @@ without bits. So every recipe validates its configuration first.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,18 @@ from recipes.program import CONF
 
 #: Settings that the groups of compression read; each group gives a value to those that it uses.
 METHOD_SETTINGS = ("bits", "sparsity", "pattern", "bit_overrides", "parq_steps")
+
+_POSITIVE = frozenset({"threads", "beam_width"})
+_NUMBERS = frozenset(
+    {
+        *("seed", "model.optimizer.lr", "trainer.max_epochs", "trainer.min_epochs"),
+        *("trainer.max_steps", "trainer.min_steps", "trainer.limit_train_batches"),
+        *("trainer.limit_val_batches", "trainer.limit_test_batches", "trainer.overfit_batches"),
+        *("trainer.accumulate_grad_batches", "trainer.check_val_every_n_epoch"),
+        *("trainer.log_every_n_steps", "trainer.num_sanity_val_steps", "trainer.num_nodes"),
+        "trainer.gradient_clip_val",
+    }
+)
 
 
 def check_settings(config: DictConfig, name: str) -> None:
@@ -42,6 +54,7 @@ def check_settings(config: DictConfig, name: str) -> None:
     if unknown := sorted({str(key) for key in config} - _known(name)):
         hint = did_you_mean(unknown[0], (path for path, _ in leaves if path not in unknown))
         raise ValueError(f"recipes.{name} has no setting {', '.join(unknown)}{hint}")
+    _check_numbers(leaves)
     read = "\n".join(str(value) for _, value in leaves)
     for key in METHOD_SETTINGS:
         if plain.get(key) is not None and f"${{{key}}}" not in read:
@@ -56,6 +69,21 @@ def check_settings(config: DictConfig, name: str) -> None:
             f"nna={spec} is not used: nothing is emulated; add compression=nna8 or another group "
             "of compression, or leave nna out"
         )
+
+
+def _check_numbers(leaves: Sequence[tuple[str, Any]]) -> None:
+    """Raise if a setting that must be a number is text: what it builds would fail much later."""
+    for path, value in leaves:
+        if path in _POSITIVE and value is not None:
+            is_count = isinstance(value, int) and not isinstance(value, bool) and value > 0
+            if not is_count and not _is_reference(value):
+                raise ValueError(f"{path} must be a positive number, got {value!r}")
+        if path in _NUMBERS and isinstance(value, str) and not _is_reference(value):
+            raise ValueError(f"{path} must be a number, got {value!r}")
+
+
+def _is_reference(value: Any) -> bool:
+    return isinstance(value, str) and "${" in value
 
 
 def instantiate_all(nodes: Mapping[Any, Any] | DictConfig, group: str) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_nna.checkpoints import load_checkpoint
+from lightning_nna.name_lists import listed
 from recipes.adapter import names_within
 
 #: Folder of the package; relative paths of weights that it brings are also looked for there.
@@ -134,8 +135,11 @@ def put_into(module: LightningModule, weights: TrainedWeights, targets: Sequence
     try:
         module.load_state_dict({**{name: own[name] for name in kept}, **weights.network})
     except RuntimeError as error:
+        lines = [line.strip() for line in str(error).splitlines()[1:]]
+        lines = [line if len(line) < 160 else f"{line[:160]} …" for line in lines]
         raise ValueError(
-            f"these weights are of another network, set model.network as in their recipe: {error}"
+            "these weights are of another network, set model and model.network as in their recipe: "
+            f"{listed(lines, 3)}"
         ) from error
 
 

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from omegaconf import DictConfig
 
+from recipes import drift_replay, sweep_table
 from recipes.asr.adapter import TransducerAdapter
+from recipes.evaluate import evaluate
 from recipes.objective import check_objective
 from recipes.program import as_program, known_keys
+from recipes.train import train
+from tests.recipes.conftest import SMALL_NETWORK
 
 QUIET = ("hydra/job_logging=none", "hydra/hydra_logging=none")
 
@@ -114,3 +120,87 @@ def test_an_objective_is_a_metric(names: list[str], complaint: str) -> None:
     check_objective(["accuracy"], ())  # Only a test tells.
     with pytest.raises(ValueError, match=complaint):
         check_objective(names, KNOWN)
+
+
+def _written(folder: Path) -> None:
+    (folder / "file").touch()
+    (folder / "text.ckpt").write_text("hello\n")
+    (folder / "damaged.ckpt").write_bytes(b"PK\x03\x04" + bytes(2000))
+    torch.save({"state_dict": {}}, folder / "other.ckpt")
+
+
+WRONG = [
+    ("evaluate", ["ckpt=missing.ckpt"], "there is no weights file missing.ckpt"),
+    ("evaluate", ["ckpt=text.ckpt"], "text.ckpt is damaged or no checkpoint: it is no file of tor"),
+    ("evaluate", ["ckpt=damaged.ckpt"], "damaged.ckpt is damaged or no checkpoint"),
+    ("evaluate", ["ckpt=other.ckpt"], "other.ckpt was not written by recipes.train"),
+    ("evaluate", ["ckpt=other.ckpt", "beam_width=0"], "beam_width must be a positive number, got"),
+    ("train", ["compression=gq", "bits=-2"], "callbacks.gq: bits must be an int from 1 to 8, got"),
+    ("train", ["compression=gmp", "sparsity=1.5"], "callbacks.prune: sparsity must be at least 0"),
+    ("train", ["compression=gmp", "pattern=diagonal"], "callbacks.prune: unknown pattern 'diagona"),
+    ("train", ["experiment=an4_rnnt", "data.root=none"], "there is no folder none (relative to "),
+    ("train", ["hydra.run.dir=file/x"], "cannot write into the folder of the run: file/x: Not a"),
+    ("train", ["threads=-1"], "threads must be a positive number, got -1"),
+    ("train", ["seed=abc"], "seed must be a number, got 'abc'"),
+    ("train", ["trainer.max_epochs=abc"], "trainer.max_epochs must be a number, got 'abc'"),
+    ("train", ["model.optimizer.lr=abc"], "model.optimizer.lr must be a number, got 'abc'"),
+    ("train", ["trainer.strategy=foo"], "trainer: You selected an invalid strategy name"),
+    ("train", ["trainer.precision=foo"], "trainer: Precision 'foo' is invalid"),
+    ("train", ["trainer.profiler=foo"], "trainer: When passing string value for the `profiler`"),
+    ("train", ["trainer.max_time=soon"], "callbacks.timer: "),
+    ("train", ["trainer.val_check_interval=1000"], "`val_check_interval` (1000) must be less"),
+]
+
+
+@pytest.mark.parametrize(("name", "arguments", "message"), WRONG, ids=lambda one: str(one)[:30])
+def test_what_a_user_gets_wrong_is_one_message(
+    name: str,
+    arguments: list[str],
+    message: str,
+    small_an4: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    _written(tmp_path)
+    small = [
+        *("experiment=an4_rnnt", *SMALL_NETWORK, f"data.root={small_an4}", "data.num_mels=8"),
+        *("data.speeds=[1.0]", "data.spec_augment.frequency_width=2", "data.num_buckets=2"),
+        *("trainer.accelerator=cpu", "callbacks.progress=null", "trainer.max_epochs=1"),
+        *("trainer.enable_progress_bar=false", "data.num_workers=0"),
+    ]
+    recipe = {"train": train, "evaluate": evaluate}[name]
+    settings = [*small, *arguments] if name == "train" else arguments
+    monkeypatch.setattr("sys.argv", [f"recipes.{name}", *settings, *QUIET])
+    with pytest.raises(SystemExit) as end:
+        as_program(name)(recipe)()
+    assert end.value.code == 1
+    text = capsys.readouterr().err
+    assert f"recipes.{name}: {message}" in text
+    assert "Traceback" not in text
+    own = text[text.index(f"recipes.{name}: ") :]
+    assert len(own.splitlines()) <= 3
+
+
+@pytest.mark.parametrize("program", ["drift_replay", "sweep_table"])
+def test_a_path_that_cannot_be_written_is_one_message(
+    program: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    _written(tmp_path)
+    log = tmp_path / "log.csv"
+    log.write_text("wer\n0.5\n0.4\n")
+    (tmp_path / "summary.json").write_text('{"train_seconds": 1.0}')
+    commands = {
+        "drift_replay": lambda: drift_replay.main(
+            [str(log), f"plot={tmp_path / 'file' / 'a.png'}"]
+        ),
+        "sweep_table": lambda: sweep_table.main(
+            [str(tmp_path), "--output", str(tmp_path / "file")]
+        ),
+    }
+    with pytest.raises(SystemExit):
+        commands[program]()
+    text = capsys.readouterr().err
+    assert f"recipes.{program}: cannot write {tmp_path / 'file'}: " in text
+    assert len(text.splitlines()) == 2

@@ -94,6 +94,14 @@ def test_a_stopped_run_resumes_to_the_same_weights(
         torch.testing.assert_close(resumed[name], weight, rtol=0, atol=0)
 
 
+def test_a_run_ends_when_its_time_is_over(compose_config: Compose, overrides: list[str]) -> None:
+    limits = ["trainer.max_epochs=100000", "trainer.max_time='00:00:00:02'", "test=false"]
+    unscored = ["trainer.limit_val_batches=0"]
+    summary = train(compose_config("train", "experiment=an4_rnnt", *overrides, *limits, *unscored))
+    assert summary["epochs"] < 100000
+    assert summary["train_seconds"] >= 2
+
+
 @pytest.mark.filterwarnings("ignore:Checkpoint directory")
 def test_a_run_that_is_finished_is_not_run_again(
     compose_config: Compose, overrides: list[str], tmp_path: Path
