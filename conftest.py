@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import socket
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -17,6 +18,10 @@ from tests import check_packages
 
 # Nothing that a test starts may ask the network or a terminal.
 os.environ.setdefault("WANDB_MODE", "offline")
+
+# Two processes of a test meet on this machine, whatever its name resolves to.
+for _loopback in {"lo", "lo0"} & {name for _, name in socket.if_nameindex()}:
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", _loopback)
 
 # From here on, every annotated shape in these packages is checked at every call.
 check_packages(["lightning_nna", "recipes"])

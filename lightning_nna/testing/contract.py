@@ -15,7 +15,8 @@ import math
 import os
 import pickle
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch import callbacks as lightning_callbacks
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities import rank_zero_only
 from torch import nn
 from torch.utils._pytree import tree_flatten
 
@@ -263,21 +265,14 @@ def logs_under_its_own_names(factory: Factory, folder: Path) -> None:
 def strategy_changes_nothing(factory: Factory, folder: Path) -> None:
     """``ddp`` with one process trains, logs and remembers what ``auto`` does, in every bit."""
     results: list[Any] = []
-    environment = dict(os.environ)
-    try:
-        for strategy in ("auto", "ddp"):
-            fitted, callback = module(), factory()
-            run = trainer(callback, steps=8, strategy=strategy)
-            with warnings.catch_warnings():  # With one process there is nothing to accumulate.
-                warnings.filterwarnings("ignore", message=r".*sync_dist=True")
-                run.fit(fitted)
-            results.append([dict(fitted.state_dict()), callback.state_dict(), run.logged_metrics])
-    finally:
-        if torch.distributed.is_initialized():  # Lightning leaves it to the end of the process.
-            torch.distributed.destroy_process_group()
-        # And its address, which a run in another process would take for its own.
-        os.environ.clear()
-        os.environ.update(environment)
+    for strategy in ("auto", "ddp"):
+        fitted, callback = module(), factory()
+        run = trainer(callback, steps=8, strategy=strategy)
+        with own_process_group(), warnings.catch_warnings():
+            # With one process there is nothing to accumulate.
+            warnings.filterwarnings("ignore", message=r".*sync_dist=True")
+            run.fit(fitted)
+        results.append([dict(fitted.state_dict()), callback.state_dict(), run.logged_metrics])
     assert_same(*results)
 
 
@@ -299,7 +294,7 @@ def copies_carry_on(factory: Factory, folder: Path) -> None:
 def two_processes_agree(factory: Factory, folder: Path) -> None:
     """Two ranks on different data end with equal weights and equal callback state."""
     run = trainer(factory(), _SaveState(str(folder)), steps=3, devices=2, strategy=two_processes())
-    with warnings.catch_warnings():
+    with own_process_group(), warnings.catch_warnings():
         # Lightning advises to synchronize what is logged, also where it is the same on all ranks.
         warnings.filterwarnings("ignore", ".*sync_dist=True.*")
         run.fit(module())
@@ -314,6 +309,30 @@ def two_processes() -> str:
     not survive a fork once it is in use.
     """
     return "ddp_spawn" if torch.cuda.is_available() else "ddp_fork"
+
+
+@contextmanager
+def own_process_group() -> Iterator[None]:
+    """Leave no process group, and no variable that tells its address, behind the block.
+
+    Lightning leaves both to the end of the process. The next run would take the port of this one,
+    which may be another program's by then, and the group of one process for its own.
+
+    Example:
+        >>> with own_process_group():
+        ...     os.environ["MASTER_PORT"] = "29500"
+        >>> "MASTER_PORT" in os.environ
+        False
+    """
+    environment, rank = dict(os.environ), rank_zero_only.rank
+    try:
+        yield
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+        rank_zero_only.rank = rank
+        os.environ.clear()
+        os.environ.update(environment)
 
 
 def several_optimizers_resume(factory: Factory, folder: Path) -> None:

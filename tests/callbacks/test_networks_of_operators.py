@@ -18,6 +18,7 @@ from lightning_nna.testing.contract import (
     _resumes,
     _SaveState,
     assert_same,
+    own_process_group,
     trainer,
     two_processes,
 )
@@ -70,7 +71,8 @@ def test_two_processes_equal_one(spec: str, tmp_path: Path) -> None:
     trainer(alone, steps=5).fit(one)
     both = [NNAEmulation(spec, calibration_steps=2), _SaveState(str(tmp_path))]
     settings = {"devices": 2, "strategy": two_processes(), "use_distributed_sampler": False}
-    trainer(*both, steps=5, **settings).fit(built(Repeated, spec))
+    with own_process_group():
+        trainer(*both, steps=5, **settings).fit(built(Repeated, spec))
     for rank in range(2):
         state = torch.load(tmp_path / f"rank{rank}.pt", weights_only=True)
         assert_same(dict(one.state_dict()), dict(state["weights"]))

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +27,7 @@ from lightning_nna.callbacks import (
 )
 from lightning_nna.checkpoints import load_deployed
 from lightning_nna.testing import SmallRecurrentModule
-from lightning_nna.testing.contract import assert_same, module, trainer
+from lightning_nna.testing.contract import assert_same, module, own_process_group, trainer
 from lightning_nna.testing.modules import RandomSequences, SeveralOptimizersModule
 from lightning_nna.weights.method import WeightMethod
 from lightning_nna.weights.pipeline import pipeline_of
@@ -448,18 +446,6 @@ def test_a_file_of_weights_alone_is_warned_of(tmp_path: Path) -> None:
         trainer(MagnitudePruning(0.5), writer, steps=4, enable_checkpointing=True).fit(module())
 
 
-@pytest.fixture
-def own_process_group() -> Iterator[None]:
-    """Take down the process group, and the variables of it, that a strategy sets up."""
-    before = dict(os.environ)
-    yield
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
-    for name in os.environ.keys() - before.keys():
-        del os.environ[name]
-
-
-@pytest.mark.usefixtures("own_process_group")
 @pytest.mark.parametrize(
     "callback",
     [
@@ -475,5 +461,6 @@ def own_process_group() -> Iterator[None]:
 def test_a_strategy_that_splits_parameters_is_refused(callback: Callback, run: str) -> None:
     split = trainer(callback, strategy=ModelParallelStrategy())
     name = type(callback).__name__
-    with pytest.raises(ValueError, match=f"{name} works on whole parameters, and ModelParallel"):
+    message = f"{name} works on whole parameters, and ModelParallel"
+    with own_process_group(), pytest.raises(ValueError, match=message):
         getattr(split, run)(module())

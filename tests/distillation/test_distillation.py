@@ -31,6 +31,7 @@ from lightning_nna.testing.contract import (
     assert_same,
     is_unhooked,
     module,
+    own_process_group,
     trainer,
     two_processes,
 )
@@ -216,7 +217,7 @@ def test_two_processes_have_the_gradient_of_one(tmp_path: Path) -> None:
     trainer(Distillation(["body", "head"], weight=0.7), steps=5).fit(alone)
     parts = [Distillation(["body", "head"], weight=0.7), SaveWeights(tmp_path)]
     two = {"devices": 2, "strategy": two_processes(), "use_distributed_sampler": False}
-    with warnings.catch_warnings():
+    with own_process_group(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*sync_dist=True.*")
         trainer(*parts, steps=5, **two).fit(HalfBatches())
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
@@ -418,7 +419,7 @@ def test_it_resumes_with_emulation_centroids_and_zeros(tmp_path: Path, batches: 
 
 def test_two_processes_agree_with_emulation_centroids_and_zeros(tmp_path: Path) -> None:
     parts = [*together(slice(None)), SaveWeights(tmp_path)]
-    with warnings.catch_warnings():
+    with own_process_group(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*sync_dist=True.*")
         trainer(*parts, steps=4, devices=2, strategy=two_processes()).fit(module())
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))

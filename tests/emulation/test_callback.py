@@ -27,6 +27,7 @@ from lightning_nna.testing.contract import (
     copies_carry_on,
     is_unhooked,
     module,
+    own_process_group,
     resume_equals_uninterrupted,
     resume_with_dropout,
     resume_within_calibration,
@@ -415,7 +416,8 @@ def test_two_processes_observe_what_one_does(tmp_path: Path) -> None:
     """On the same batches, with weights that stay: the same sites and ranges, to the bit."""
     still, callbacks = module(learning_rate=0.0), [NNAEmulation(calibration_steps=2)]
     saved = _SaveState(str(tmp_path))
-    trainer(*callbacks, saved, steps=3, devices=2, strategy=two_processes()).fit(still)
+    with own_process_group():
+        trainer(*callbacks, saved, steps=3, devices=2, strategy=two_processes()).fit(still)
     one = NNAEmulation(calibration_steps=4)
     trainer(one, steps=5).fit(module(learning_rate=0.0))
     for rank in range(2):

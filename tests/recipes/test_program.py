@@ -18,6 +18,7 @@ from recipes.program import as_program, known_keys
 from recipes.train import train
 from tests.recipes.conftest import SMALL_NETWORK
 
+# Nothing is set up; the choice "disabled" silences every logger of the process for good.
 QUIET = ("hydra/job_logging=none", "hydra/hydra_logging=none")
 
 KNOWN = TransducerAdapter.known_results

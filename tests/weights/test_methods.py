@@ -30,7 +30,14 @@ from lightning_nna.checkpoints import load_deployed
 from lightning_nna.quantization.mracos import mracos
 from lightning_nna.schedule import Schedule
 from lightning_nna.testing import SmallRecurrentModule
-from lightning_nna.testing.contract import CHECKS, assert_same, module, trainer, two_processes
+from lightning_nna.testing.contract import (
+    CHECKS,
+    assert_same,
+    module,
+    own_process_group,
+    trainer,
+    two_processes,
+)
 from lightning_nna.weights.codebook import Codebook
 from lightning_nna.weights.method import WeightMethod
 from lightning_nna.weights.pipeline import pipeline_of
@@ -309,8 +316,9 @@ def test_mracos_equals_autograd_on_an_explicit_term(settings: dict[str, object])
         for name, parameter in explicit.named_parameters()
         if parameter.ndim == 2
     }
-    trainer(pull(strength=1e-2), steps=3, **settings).fit(ours)
-    trainer(steps=3, **settings).fit(explicit)
+    for run, fitted in ((partial(trainer, pull(strength=1e-2)), ours), (trainer, explicit)):
+        with own_process_group():
+            run(steps=3, **settings).fit(fitted)
     for name, parameter in explicit.named_parameters():
         torch.testing.assert_close(ours.get_parameter(name), parameter, rtol=1e-4, atol=1e-5)
 
