@@ -36,8 +36,7 @@ def whole_file(path: Path) -> Iterator[Path]:
         yield unfinished
         flush(unfinished)
         unfinished.replace(path)
-        with suppress(OSError):  # Not every file system can flush a folder, and the file is there.
-            flush(path.parent)
+        _flush_folder(path.parent)
     finally:
         unfinished.unlink(missing_ok=True)
 
@@ -66,11 +65,14 @@ def whole_folder(path: Path) -> Iterator[Path]:
     unfinished.mkdir()
     try:
         yield unfinished
-        for file in unfinished.iterdir():
-            flush(file)
+        for file in unfinished.rglob("*"):
+            if file.is_file():
+                flush(file)
+        _flush_folder(unfinished)
         if path.exists():
             path.rename(replaced)
         unfinished.rename(path)
+        _flush_folder(path.parent)
     finally:
         for leftover in (unfinished, replaced):
             shutil.rmtree(leftover, ignore_errors=True)
@@ -87,6 +89,11 @@ def flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _flush_folder(path: Path) -> None:
+    with suppress(OSError):  # Not every file system can flush a folder, and the files are there.
+        flush(path)
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -11,6 +11,7 @@ import functools
 import linecache
 import os
 import re
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -32,6 +33,7 @@ from hydra.errors import (
     OverrideParseException,
 )
 from hydra.types import RunMode
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import GrammarParseError, InterpolationResolutionError
 
@@ -39,6 +41,7 @@ import recipes.debug
 import recipes.run_name  # noqa: F401  # Both register the resolvers of folders.
 from recipes.nearest import did_you_mean
 from recipes.notices import fewer_notices
+from recipes.parent import end_with
 
 CONF = Path(__file__).resolve().parent / "conf"
 
@@ -47,6 +50,10 @@ _CHECKS = (ValueError, TypeError, OSError, ImportError, RuntimeError)
 _FULL_ERROR = "HYDRA_FULL_ERROR"
 _STARTED_BY = "LIGHTNING_NNA_PROGRAM"
 """Variable with the process that reports errors; processes that a sweep starts inherit it."""
+
+_STOPPED = 128 + signal.SIGTERM
+"""Status of a process that a SIGTERM has ended, as shells have it."""
+_GO_ON = "the same command goes on, from the last checkpoint if it trains"
 
 Result = TypeVar("Result")
 
@@ -69,9 +76,14 @@ def as_program(name: str) -> Callable[[Callable[[DictConfig], Result]], Callable
     def decorate(task: Callable[[DictConfig], Result]) -> Callable[[], None]:
         @functools.wraps(task)
         def job(config: DictConfig) -> Result:
+            _end_with_starter()  # A process of a sweep.
             with _without_full_errors(), fewer_notices():
                 try:
                     return task(config)
+                except SIGTERMException as stop:
+                    # Lightning's own ends the process with status 0, as if the run were finished.
+                    print(f"recipes.{name}: stopped by SIGTERM; {_GO_ON}", file=sys.stderr)
+                    raise SystemExit(_STOPPED) from stop
                 except Exception as error:
                     if _is_full():
                         raise
@@ -86,6 +98,7 @@ def as_program(name: str) -> Callable[[Callable[[DictConfig], Result]], Callable
 
         @functools.wraps(task)
         def main() -> None:
+            _end_with_starter()  # A further process of one run.
             if _is_full():
                 program()
                 return
@@ -307,6 +320,13 @@ def _of_run(config: DictConfig, text: str) -> str:
 def _is_full() -> bool:
     """Tell whether the user wants tracebacks."""
     return os.environ.get(_FULL_ERROR) == "1" and _STARTED_BY not in os.environ
+
+
+@functools.cache
+def _end_with_starter() -> None:
+    """End with the program that has started this process on this machine, if one has."""
+    if os.environ.get(_STARTED_BY) == str(os.getppid()):
+        end_with(os.getppid())
 
 
 @contextmanager

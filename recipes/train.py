@@ -21,6 +21,7 @@ import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from hydra.utils import get_object, instantiate
+from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.utilities import rank_zero_only
@@ -46,6 +47,7 @@ from recipes.run_folder import (
 )
 from recipes.settings import instantiate_all
 from recipes.weights import RecipeInCheckpoint, load_weights, put_into
+from recipes.whole_checkpoints import WholeCheckpointIO
 
 _log = logging.getLogger(__name__)
 
@@ -170,6 +172,8 @@ def build_trainer(config: DictConfig, callbacks: Sequence[Callback]) -> Trainer:
     """Build the trainer of ``config.trainer`` with the loggers that are not null."""
     loggers = list(instantiate_all(config.logger, "logger").values())
     trainer: Trainer = instantiate(config.trainer, callbacks=list(callbacks), logger=loggers)
+    if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # Not a plugin of the user's.
+        trainer.strategy.checkpoint_io = WholeCheckpointIO()
     return trainer
 
 

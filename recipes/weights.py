@@ -8,7 +8,6 @@ data, such as a vocabulary.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +20,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_nna.checkpoints import load_checkpoint
+from lightning_nna.files import whole_file
 from lightning_nna.name_lists import listed
 from recipes.adapter import names_within
 
@@ -102,7 +102,6 @@ def save_weights(path: str | Path, weights: TrainedWeights, *, command: str) -> 
         command: Command that trained them.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {
         name: (tensor.half() if tensor.is_floating_point() else tensor).contiguous()
         for name, tensor in weights.network.items()
@@ -113,9 +112,8 @@ def save_weights(path: str | Path, weights: TrainedWeights, *, command: str) -> 
         "data": json.dumps(weights.data),
         "command": command,
     }
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    save_file(tensors, unfinished, metadata=header)
-    unfinished.replace(path)
+    with whole_file(path) as unfinished:
+        save_file(tensors, unfinished, metadata=header)
 
 
 def put_into(module: LightningModule, weights: TrainedWeights, targets: Sequence[str]) -> None:

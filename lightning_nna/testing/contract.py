@@ -324,13 +324,13 @@ def own_process_group() -> Iterator[None]:
         >>> "MASTER_PORT" in os.environ
         False
     """
-    environment, rank = dict(os.environ), rank_zero_only.rank
+    environment, rank = dict(os.environ), rank_zero_only.rank  # type: ignore[attr-defined]
     try:
         yield
     finally:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
-        rank_zero_only.rank = rank
+        rank_zero_only.rank = rank  # type: ignore[attr-defined]
         os.environ.clear()
         os.environ.update(environment)
 

@@ -23,6 +23,7 @@ from lightning_nna.callbacks import NNAEmulation
 from lightning_nna.deploy import Program, export_tflite
 from lightning_nna.emulation.attachment import attached
 from lightning_nna.emulation.spec import NNASpec
+from lightning_nna.files import whole_file
 from recipes.benchmark.exported import export_checkpoint
 from recipes.benchmark.grid import Run
 from recipes.benchmark.recipe_runs import (
@@ -298,8 +299,8 @@ def train_once(network: KeywordNetwork, path: Path, budget: Budget, *, seed: int
         data = KeywordData(seed=seed)
         data.setup()
         seconds = _fit(_spotter(network, data, budget), data, [], budget, seed)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(network.state_dict(), path, metadata={"train_seconds": str(seconds)})
+        with whole_file(path) as unfinished:
+            save_file(network.state_dict(), unfinished, metadata={"train_seconds": str(seconds)})
     network.load_state_dict(load_file(path))
     with safe_open(path, framework="pt") as file:
         return float(file.metadata()["train_seconds"])

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -20,6 +21,7 @@ from typing import Any
 from lightning_nna.files import write_whole
 from recipes.benchmark.report import Fields, render
 from recipes.benchmark.rows import Row, append_row, has_row, read_rows
+from recipes.parent import end_with
 from recipes.run_folder import command_line, git_commit
 
 RESULTS = Path("docs/results")
@@ -141,6 +143,7 @@ def run_missing(runs: Sequence[Run], results: Path, *, workers: int) -> None:
 
     Raises:
         Exception: The error of the first run that fails; runs that wait are not started.
+        KeyboardInterrupt: At a SIGINT; runs end at once. They do so however this process ends.
     """
     # Taken now: by the end the checkout may have moved on.
     origin = {"command": command_line(), "commit": git_commit()}
@@ -154,11 +157,19 @@ def run_missing(runs: Sequence[Run], results: Path, *, workers: int) -> None:
         return
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["recipes.train", "recipes.evaluate"])
-    with ProcessPoolExecutor(workers, mp_context=context, max_tasks_per_child=1) as pool:
-        for done in as_completed([pool.submit(perform, run, results, origin) for run in missing]):
-            if (error := done.exception()) is not None:
-                pool.shutdown(cancel_futures=True)
-                raise error
+    with ProcessPoolExecutor(
+        workers, context, initializer=end_with, initargs=(os.getpid(),), max_tasks_per_child=1
+    ) as pool:
+        try:
+            submitted = [pool.submit(perform, run, results, origin) for run in missing]
+            for done in as_completed(submitted):
+                if (error := done.exception()) is not None:
+                    pool.shutdown(cancel_futures=True)
+                    raise error
+        except KeyboardInterrupt:
+            for process in multiprocessing.active_children():  # Else the pool waits for its runs.
+                process.kill()
+            raise
 
 
 def perform(run: Run, results: Path, origin: Row) -> None:

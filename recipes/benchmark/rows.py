@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from statistics import mean
@@ -33,6 +34,8 @@ def append_row(path: Path, row: Row) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(dict(row)) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def select(rows: Iterable[Row], **key: Any) -> list[Row]:

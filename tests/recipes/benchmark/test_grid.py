@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +15,7 @@ import pytest
 from recipes.benchmark import grid, report
 from recipes.benchmark.grid import Run, Study, axis, run_missing
 from recipes.benchmark.rows import Row, append_row, read_rows
+from tests.conftest import ROOT
 
 
 @dataclass(frozen=True)
@@ -94,3 +99,21 @@ def test_the_command_line_runs_a_part_and_writes_the_report(
     assert study.results.with_suffix(".md").read_text() == text
     with pytest.raises(SystemExit):
         study.main(["--bases", "4"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_runs_end_with_their_study(number: signal.Signals, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    command = [sys.executable, "-m", "tests.recipes.benchmark.waiting_study", str(tmp_path)]
+    with subprocess.Popen(
+        command, cwd=ROOT, start_new_session=True, stderr=subprocess.PIPE, text=True
+    ) as study:
+        with (tmp_path / "pipe").open() as pipe:
+            workers = {int(pipe.readline()) for _ in range(2)}
+            assert len(workers) == 2
+            study.send_signal(number)
+            # Ends when the last process is gone that has it open to write.
+            assert pipe.read() == ""
+        assert study.wait(60) in (-number, 1, 130)
+    assert not (tmp_path / "results.jsonl").exists()

@@ -1,0 +1,38 @@
+"""Processes that end with the one that started them, however that ends."""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import sys
+import threading
+
+
+def end_with(process: int) -> None:
+    """Kill this process as soon as another one has ended, even if that was killed.
+
+    A worker of a study, a run of a sweep, or the second process of a run works for the one that has
+    started it: it would go on for hours beside the same command started again. Nothing is asked of
+    this process, which may wait for others. Runs are made to be killed anywhere.
+
+    Args:
+        process: Id of the process; its parent on this machine.
+    """
+    if (
+        sys.platform != "linux"
+    ):  # Elsewhere a system cannot be asked for the end of another process.
+        return
+    try:
+        end = os.pidfd_open(process)
+    except ProcessLookupError:
+        os.kill(os.getpid(), signal.SIGKILL)
+        return
+
+    def wait() -> None:
+        poll = select.poll()
+        poll.register(end, select.POLLIN)
+        poll.poll()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=wait, daemon=True, name="end with parent").start()
