@@ -1,0 +1,125 @@
+"""A run that is killed anywhere goes on by the same command, to the results of one that was not."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import multiprocessing
+import os
+import signal
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from recipes.train import main
+from tests.recipes.conftest import SMALL_NETWORK
+
+#: In the order of a run: where it is killed, in which call of that, and how.
+STOPS = {
+    "corpus": ("recipes.asr.spoken_words:mix", 5, signal.SIGKILL),
+    "features": ("recipes.asr.features:_Writer.features", 5, signal.SIGTERM),
+    "first step": ("recipes.asr.recognizer:TransducerRecognizer.training_step", 1, signal.SIGTERM),
+    # Each epoch writes two files, and a file is flushed before it has its name.
+    "checkpoint": ("recipes.whole_checkpoints:torch.save", 4, signal.SIGKILL),
+    "name of a checkpoint": ("lightning_nna.files:os.fsync", 4, signal.SIGKILL),
+    "later step": ("recipes.asr.recognizer:TransducerRecognizer.training_step", 2, signal.SIGKILL),
+    "test": ("recipes.asr.recognizer:TransducerRecognizer.test_step", 1, signal.SIGKILL),
+    "transcripts": ("recipes.run_folder:utterance_errors", 1, signal.SIGKILL),
+    "summary": ("recipes.run_folder:json.dumps", 1, signal.SIGKILL),
+}
+SETTINGS = (
+    *("experiment=digits", "compression=codebook", "bits=4", "threads=1", *SMALL_NETWORK),
+    *("data.train_size=12", "data.validation_size=2", "data.test_size=4", "data.num_mels=8"),
+    *(
+        "data.batch_seconds=10",
+        "beam_width=1",
+        "+trainer.limit_test_batches=1",
+        "trainer.max_epochs=3",
+    ),
+    *("callbacks.nna.calibration_steps=1", "callbacks.progress=null"),
+    *("+trainer.enable_progress_bar=false", "+trainer.limit_val_batches=0"),
+    *("hydra/job_logging=none", "hydra/hydra_logging=none"),
+)
+
+
+def _stop_in(place: str, call: int, number: signal.Signals) -> None:
+    """Send this process a signal in a call of a function, counted from 1."""
+    module, _, path = place.partition(":")
+    *owners, name = path.split(".")
+    owner: Any = importlib.import_module(module)
+    for each in owners:
+        owner = getattr(owner, each)
+    original, calls = getattr(owner, name), 0
+
+    def stopped(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == call:
+            os.kill(os.getpid(), number)
+        return original(*args, **kwargs)
+
+    setattr(owner, name, stopped)
+
+
+def _run(folder: Path, cache: Path, stop: tuple[str, int, signal.Signals] | None) -> None:
+    """Run the recipe as its command does, in a process of its own."""
+    os.chdir(folder.parent)
+    with Path("output.txt").open("a") as output:
+        os.dup2(output.fileno(), 1)
+        os.dup2(output.fileno(), 2)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    warnings.simplefilter("default")
+    if stop is not None:
+        _stop_in(*stop)
+    sys.argv = [
+        *("recipes.train", *SETTINGS, f"hydra.run.dir={folder}", f"data.cache_dir={cache}"),
+    ]
+    main()
+
+
+def _exit_code(folder: Path, cache: Path, stop: Any = None) -> int | None:
+    # Forked, it has imported everything.
+    context = multiprocessing.get_context("fork")
+    process = context.Process(target=_run, args=(folder, cache, stop))
+    process.start()
+    process.join(120)
+    return process.exitcode
+
+
+def _results(folder: Path) -> dict[str, Any]:
+    """Return what must not depend on how often a run was stopped."""
+    summary = json.loads((folder / "summary.json").read_text())
+    for name in ("command", "overrides", "train_seconds"):
+        del summary[name]
+    state = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
+    return {
+        "summary": summary,
+        "transcripts": (folder / "transcripts.tsv").read_text(),
+        "weights": state["state_dict"],
+        "optimizers": state["optimizer_states"],
+        "files": sorted(path.name for path in (folder / "checkpoints").iterdir()),
+        "epoch, step": (state["epoch"], state["global_step"]),
+    }
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_everywhere_ends_as_one_that_was_not(tmp_path: Path) -> None:
+    whole, stopped = tmp_path / "whole" / "run", tmp_path / "stopped" / "run"
+    caches = tmp_path / "cache of whole", tmp_path / "cache of stopped"
+    for folder in (whole, stopped):
+        folder.parent.mkdir()
+    assert _exit_code(whole, caches[0]) == 0, (whole.parent / "output.txt").read_text()
+    for name, stop in STOPS.items():
+        code = _exit_code(stopped, caches[1], stop)
+        assert code in (-stop[2], 128 + stop[2]), name
+        assert not (stopped / "summary.json").exists(), name
+    assert _exit_code(stopped, caches[1]) == 0, (stopped.parent / "output.txt").read_text()
+    expected, results = _results(whole), _results(stopped)
+    for key in ("summary", "transcripts", "files", "epoch, step"):
+        assert results[key] == expected[key], key
+    torch.testing.assert_close(results["weights"], expected["weights"], rtol=0, atol=0)
+    torch.testing.assert_close(results["optimizers"], expected["optimizers"], rtol=0, atol=0)
