@@ -79,7 +79,8 @@ def as_program(name: str) -> Callable[[Callable[[DictConfig], Result]], Callable
             _end_with_starter()  # A process of a sweep.
             with _without_full_errors(), fewer_notices():
                 try:
-                    return task(config)
+                    with _folder_of_its_own(config, name):
+                        return task(config)
                 except SIGTERMException as stop:
                     # Lightning's own ends the process with status 0, as if the run were finished.
                     print(f"recipes.{name}: stopped by SIGTERM; {_GO_ON}", file=sys.stderr)
@@ -320,6 +321,18 @@ def _of_run(config: DictConfig, text: str) -> str:
 def _is_full() -> bool:
     """Tell whether the user wants tracebacks."""
     return os.environ.get(_FULL_ERROR) == "1" and _STARTED_BY not in os.environ
+
+
+@contextmanager
+def _folder_of_its_own(config: DictConfig, name: str) -> Iterator[None]:
+    """Refuse a second recipe in a folder; training does so itself, after looking for results."""
+    if name == "train":
+        yield
+        return
+    from recipes.run_folder import sole_run
+
+    with sole_run(Path(config.run_dir)):
+        yield
 
 
 @functools.cache

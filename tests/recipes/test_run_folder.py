@@ -11,6 +11,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
+from recipes.program import as_program
 from recipes.run_folder import (
     git_commit,
     provenance,
@@ -67,6 +68,23 @@ def test_a_second_run_in_a_folder_is_refused(tmp_path: Path) -> None:
         pass
     with sole_run(tmp_path):
         pass
+
+
+@pytest.mark.parametrize("recipe", ["evaluate", "deploy", "allocate"])
+def test_a_recipe_in_the_folder_of_a_run_that_works_is_refused(
+    recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    quiet = ("hydra/job_logging=none", "hydra/hydra_logging=none")
+    monkeypatch.setattr(sys, "argv", [recipe, "ckpt=a", f"hydra.run.dir={tmp_path}", *quiet])
+    with sole_run(tmp_path), pytest.raises(SystemExit):
+        as_program(recipe)(lambda _: None)()
+    assert f"{tmp_path} is in use by process" in capsys.readouterr().err
+
+
+def test_a_run_is_resumed_with_its_own_number_of_processes(tmp_path: Path) -> None:
+    record_config(tmp_path, OmegaConf.create({"trainer": {"devices": 2}}))
+    with pytest.raises(ValueError, match="other settings of trainer; resume it with its own"):
+        record_config(tmp_path, OmegaConf.create({"trainer": {"devices": 1}}))
 
 
 def test_writing_replaces_the_file(tmp_path: Path) -> None:
