@@ -41,7 +41,7 @@ def budget(steps: int) -> tuple[str, str]:
 
     Example:
         >>> budget(480)
-        ('trainer.max_epochs=4', '+trainer.limit_train_batches=120')
+        ('trainer.max_epochs=4', 'trainer.limit_train_batches=120')
 
     Raises:
         ValueError: If the steps are not a multiple of the number of epochs that they need.
@@ -49,7 +49,7 @@ def budget(steps: int) -> tuple[str, str]:
     epochs = max(_EPOCHS, -(-steps // _LARGEST_EPOCH))
     if steps % epochs:
         raise ValueError(f"{steps} steps are no multiple of {epochs} epochs")
-    return f"trainer.max_epochs={epochs}", f"+trainer.limit_train_batches={steps // epochs}"
+    return f"trainer.max_epochs={epochs}", f"trainer.limit_train_batches={steps // epochs}"
 
 
 #: Four epochs of 120 batches.
@@ -197,7 +197,7 @@ def _training(seed: int, folder: Path, *settings: str, of: str, steps: int) -> l
         f"experiment={of}",
         f"seed={seed}",
         *budget(steps),
-        "+trainer.limit_val_batches=0",
+        "trainer.limit_val_batches=0",
         "beam_width=1",
         *settings,
         f"hydra.run.dir={folder}",

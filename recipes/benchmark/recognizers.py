@@ -80,7 +80,7 @@ class RecognizerRun(RecipeRun):
             "seed=1",
             f"init_from={STARTS[self.model]}",
             *BUDGET,
-            "+trainer.limit_val_batches=0",
+            "trainer.limit_val_batches=0",
             "beam_width=1",
             f"nna={TRAINED_FOR}",
             *METHODS[self.method][0],
