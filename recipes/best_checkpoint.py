@@ -63,7 +63,7 @@ class BestCheckpoint(ModelCheckpoint):
                 logged = ", ".join(sorted(trainer.callback_metrics)) or "nothing"
                 rank_zero_warn(
                     f"no best checkpoint is kept: {self.monitor} is not logged in validation; "
-                    f"logged are {logged}; set callbacks.best.monitor, or callbacks.best=null"
+                    f"logged are {logged}; set monitor, or callbacks.best=null"
                 )
             self._reason = f"{self.monitor} is not logged"
             return

@@ -79,7 +79,9 @@ def test_a_module_of_a_library_trains_emulated_and_is_compressed(
 ) -> None:
     """Lightning's own boring module: one layer, batches that are tensors, no metric logged."""
     settings = ["compression=gq", "bits=3", "callbacks.nna.calibration_steps=4"]
-    config = compose_config("train", *settings, "trainer.max_epochs=1", "callbacks.average=null")
+    config = compose_config(
+        "train", *settings, "trainer.max_epochs=1", "callbacks.average=null", "callbacks.best=null"
+    )
     demos = "lightning.pytorch.demos.boring_classes"
     config.data = OmegaConf.create({"_target_": f"{demos}.BoringDataModule"})
     config.model = OmegaConf.create({"_target_": f"{demos}.BoringModel"})
