@@ -45,7 +45,7 @@ def _validations(run: Path) -> list[tuple[int, float, float]]:
     [
         # An average over a short time, so that it differs from the latest weights.
         (["callbacks.average.decay=0.7"], 0),
-        (["compression=nna8", "callbacks.nna.calibration_steps=12"], 1),
+        (["compression=nna8", "callbacks.nna.calibration_steps=6"], 1),
         (["compression=codebook", "bits=3", "callbacks.nna.calibration_steps=2"], 0),
         (["compression=gmp", "sparsity=0.5", "callbacks.nna.calibration_steps=2"], 1),
     ],
@@ -104,7 +104,7 @@ def test_a_metric_that_is_not_logged_is_a_warning(
     compose_config: Compose, overrides: list[str], tmp_path: Path
 ) -> None:
     config = compose_config(
-        "train", *overrides, "trainer.max_epochs=2", "callbacks.best.monitor=val/accuracy"
+        "train", *overrides, "trainer.max_epochs=2", "monitor=val/accuracy"
     )
     with pytest.warns(
         UserWarning, match="val/accuracy is not logged in validation; .*val/wer"
