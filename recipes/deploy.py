@@ -16,7 +16,7 @@ ranges are observed again.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -37,6 +37,7 @@ from lightning_nna.deploy import (
     vela_report,
     write_report,
 )
+from lightning_nna.deploy.vela import require_accelerator
 from lightning_nna.emulation.spec import DEFAULT_PRESET, resolve_spec
 from lightning_nna.weights.method import WeightMethod
 from recipes.adapter import Part
@@ -77,6 +78,7 @@ def deploy(config: DictConfig) -> dict[str, Any]:
         weights = for_spec(weights, config.nna.spec)
     check_method(weights, config)
     check_target(weights, config)
+    check_systems(config.systems)
     recipe, adapter = rebuild(weights, config)
     module, targets = adapter.module, list(recipe.targets)
     float_results = adapter.test() if config.score_float else None
@@ -193,11 +195,14 @@ def check_target(weights: TrainedWeights, config: DictConfig) -> None:
     target = config.target
     if target is None:
         return
-    if target != "tflm" and not str(target).startswith("ethos-u"):
-        raise ValueError(
-            f"target must be tflm, an Ethos-U as ethos-u55-128, or null for the programs alone; "
-            f"got {target!r}"
-        )
+    if target != "tflm":
+        try:
+            require_accelerator(str(target))
+        except ValueError as error:
+            raise ValueError(
+                f"target={target} is no device: it is tflm, null for the programs alone, or an "
+                f"Ethos-U; {error}"
+            ) from error
     trained = (weights.recipe.get("callbacks") or {}).get("nna")
     spec = (trained or config.nna)["spec"]
     preset = "tflm-int8" if target == "tflm" else "ethos-u"
@@ -213,6 +218,24 @@ def check_target(weights: TrainedWeights, config: DictConfig) -> None:
             f"target={target} has no place for the cell state of the LSTM's kernel, which {spec} "
             f"has: {remedy}, with LSTMs of elementary operators, or leave target out"
         )
+
+
+def check_systems(systems: Sequence[Any]) -> None:
+    """Raise unless Vela may know every system.
+
+    Args:
+        systems: Names of the accelerator, of the system and of the memory mode of each.
+
+    Raises:
+        ValueError: If one is no list of three names, or of an accelerator that Vela has not.
+    """
+    for system in systems:
+        if isinstance(system, str) or len(system) != 3:
+            raise ValueError(
+                f"systems has {system}: each is a list of an accelerator, a system and a memory "
+                "mode, as [[ethos-u55-128,Ethos_U55_High_End_Embedded,Shared_Sram]]"
+            )
+        require_accelerator(system[0])
 
 
 def write_firmware(

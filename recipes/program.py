@@ -331,6 +331,11 @@ def _folder_of_its_own(config: DictConfig, name: str) -> Iterator[None]:
         return
     from recipes.run_folder import sole_run
 
+    if name in ("evaluate", "deploy") and (Path(config.run_dir) / "config.yaml").exists():
+        raise ValueError(
+            f"{config.run_dir} is the folder of a run of training, whose summary.json would be "
+            "replaced: choose another hydra.run.dir"
+        )
     with sole_run(Path(config.run_dir)):
         yield
 

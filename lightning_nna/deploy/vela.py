@@ -39,6 +39,12 @@ _DEFAULTS = {
     "ethos-u65": ("Ethos_U65_Embedded", "Shared_Sram"),
     "ethos-u85": ("Ethos_U85_SYS_Flash_High", "Shared_Sram"),
 }
+#: Multiply-accumulates a cycle, by the family of the accelerator: the ends of the names.
+_SIZES = {
+    "ethos-u55": (32, 64, 128, 256),
+    "ethos-u65": (256, 512),
+    "ethos-u85": (128, 256, 512, 1024, 2048),
+}
 _CONFIGURATION = "Arm/vela.ini"
 _LONGEST_SECONDS = 600
 # Of the files of a cache.
@@ -192,7 +198,7 @@ def vela_report(
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If the accelerator is of no family that is known.
+        ValueError: If there is no such accelerator; lists them.
         VelaError: If Vela is missing, or rejects the program or the system.
 
     Example:
@@ -262,12 +268,29 @@ def compile_with_vela(
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If the accelerator is of no family that is known.
+        ValueError: If there is no such accelerator; lists them.
         VelaError: If Vela is missing, or rejects the program or the system.
     """
     target = _Target.of(accelerator, system, memory_mode)
     program = _compiled(Path(path), Path(folder), target)
     return replace(program, report=_compared(program.report, Path(path), target, None))
+
+
+def require_accelerator(name: str) -> None:
+    """Raise unless Vela compiles for an accelerator.
+
+    Args:
+        name: Name of the accelerator.
+
+    Raises:
+        ValueError: If Vela has no such one; lists them.
+
+    Example:
+        >>> require_accelerator("ethos-u55-128")
+    """
+    names = [f"{family}-{size}" for family, sizes in _SIZES.items() for size in sizes]
+    if name not in names:
+        raise ValueError(f"accelerator must be one of {', '.join(names)}; got {name!r}")
 
 
 @dataclass(frozen=True)
@@ -280,13 +303,8 @@ class _Target:
 
     @classmethod
     def of(cls, accelerator: str, system: str | None, memory_mode: str | None) -> _Target:
-        family = "-".join(accelerator.split("-")[:2])
-        if family not in _DEFAULTS:
-            raise ValueError(
-                f"accelerator must be of {', '.join(_DEFAULTS)}, as 'ethos-u55-128', got "
-                f"{accelerator!r}"
-            )
-        default_system, default_mode = _DEFAULTS[family]
+        require_accelerator(accelerator)
+        default_system, default_mode = _DEFAULTS[accelerator.rpartition("-")[0]]
         return cls(accelerator, system or default_system, memory_mode or default_mode)
 
 

@@ -142,7 +142,8 @@ def test_an_embedding_stays_on_the_cpu(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "kind", "message"),
     [
-        ({"accelerator": "ethos-n78"}, ValueError, "accelerator must be of ethos-u55"),
+        ({"accelerator": "ethos-n78"}, ValueError, "accelerator must be one of ethos-u55-32"),
+        ({"accelerator": "ethos-u55-99"}, ValueError, "ethos-u85-2048; got 'ethos-u55-99'"),
         ({"system": "Ethos_U55_Nowhere"}, VelaError, r"Vela rejects.*Ethos_U55_Nowhere not found"),
     ],
 )

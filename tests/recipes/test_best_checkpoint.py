@@ -103,9 +103,7 @@ def test_a_run_that_never_validates_has_no_best_checkpoint(
 def test_a_metric_that_is_not_logged_is_a_warning(
     compose_config: Compose, overrides: list[str], tmp_path: Path
 ) -> None:
-    config = compose_config(
-        "train", *overrides, "trainer.max_epochs=2", "monitor=val/accuracy"
-    )
+    config = compose_config("train", *overrides, "trainer.max_epochs=2", "monitor=val/accuracy")
     with pytest.warns(
         UserWarning, match="val/accuracy is not logged in validation; .*val/wer"
     ) as w:

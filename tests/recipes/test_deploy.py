@@ -18,7 +18,7 @@ from lightning_nna.emulation import calibrate, emulate
 from lightning_nna.emulation.spec import resolve_spec
 from recipes.asr.deployed import DeployedTransducer, export_transducer
 from recipes.asr.rnnt import Transducer
-from recipes.deploy import check_method, check_target, deploy, table
+from recipes.deploy import check_method, check_systems, check_target, deploy, table
 from recipes.train import train
 from recipes.weights import TrainedWeights
 from tests.recipes.asr.test_emulated import batch, conformer, recurrent
@@ -234,13 +234,27 @@ def test_settings_that_differ_from_the_checkpoint_are_an_error(
 
 
 @pytest.mark.parametrize(
+    ("systems", "complaint"),
+    [
+        (["ethos-u55-128"], r"systems has ethos-u55-128: each is a list"),
+        ([["ethos-u55-128", "Ethos_U55_Deep_Embedded"]], r"each is a list of an accelerator, a"),
+        ([["foo", "bar", "baz"]], "accelerator must be one of ethos-u55-32.*; got 'foo'"),
+    ],
+)
+def test_systems_are_checked_before_anything_runs(systems: list[Any], complaint: str) -> None:
+    with pytest.raises(ValueError, match=complaint):
+        check_systems(systems)
+
+
+@pytest.mark.parametrize(
     ("trained", "overrides", "complaint"),
     [
         (
             None,
             ["target=cmsis"],
-            "target must be tflm, an Ethos-U as ethos-u55-128, or null .*; got 'cmsis'",
+            "target=cmsis is no device: it is tflm, null .*, or an Ethos-U; .* got 'cmsis'",
         ),
+        (None, ["target=ethos-u99"], "target=ethos-u99 is no device.*ethos-u85-2048; got"),
         (
             None,
             ["target=tflm", "nna=litert-int8"],

@@ -81,6 +81,18 @@ def test_a_recipe_in_the_folder_of_a_run_that_works_is_refused(
     assert f"{tmp_path} is in use by process" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("recipe", ["evaluate", "deploy"])
+def test_the_summary_of_a_run_is_not_replaced_by_another_recipe(
+    recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.yaml").touch()
+    quiet = ("hydra/job_logging=none", "hydra/hydra_logging=none")
+    monkeypatch.setattr(sys, "argv", [recipe, "ckpt=a", f"hydra.run.dir={tmp_path}", *quiet])
+    with pytest.raises(SystemExit):
+        as_program(recipe)(lambda _: None)()
+    assert f"{tmp_path} is the folder of a run of training" in capsys.readouterr().err
+
+
 def test_a_run_is_resumed_with_its_own_number_of_processes(tmp_path: Path) -> None:
     record_config(tmp_path, OmegaConf.create({"trainer": {"devices": 2}}))
     with pytest.raises(ValueError, match="other settings of trainer; resume it with its own"):
