@@ -46,8 +46,8 @@ def rebuild(weights: TrainedWeights, config: DictConfig) -> Rebuilt:
 
     Args:
         weights: Trained weights with their settings.
-        config: Configuration whose ``data`` and ``beam_width`` change these settings; its
-            ``targets`` become theirs.
+        config: Configuration whose ``data``, ``beam_width`` and ``max_labels_per_step`` change
+            these settings; its ``targets`` become theirs.
 
     Raises:
         ValueError: If ``data`` asks for other features than the weights were trained on.
@@ -67,6 +67,8 @@ def recipe_of(weights: TrainedWeights, config: DictConfig) -> DictConfig:
     recipe.data = OmegaConf.merge(recipe.data, changes)
     if config.get("beam_width") is not None:
         recipe.beam_width = config.beam_width
+    if config.get("max_labels_per_step") is not None:
+        recipe.model.max_labels_per_step = config.max_labels_per_step
     return recipe
 
 

@@ -19,7 +19,7 @@ from lightning_nna import emulate
 from lightning_nna.emulation.attachment import attached
 from recipes.adapter import Adapter, DeployedResults, Part, Speed
 from recipes.asr.batches import Batch
-from recipes.asr.beam import beam_decode
+from recipes.asr.beam import decode
 from recipes.asr.data import SpeechDataModule
 from recipes.asr.decoding import Decodable, greedy_decode
 from recipes.asr.deployed import DeployedTransducer, run_utterance, transducer_parts
@@ -185,7 +185,9 @@ class TransducerAdapter(RecognizerAdapter):
         seconds = spent = 0.0
         for batch in self.speech.test_dataloader():
             began = time.perf_counter()
-            greedy_decode(fast, batch.features, batch.feature_lengths)
+            features, lengths = batch.features, batch.feature_lengths
+            limit = self.recognizer.max_labels_per_step
+            greedy_decode(fast, features, lengths, max_labels_per_step=limit)
             spent += time.perf_counter() - began
             seconds += float(batch.feature_lengths.sum()) * self.speech.log_mel.hop_ms / 1000
         return Speed(
@@ -235,11 +237,13 @@ def compare(
         losses = transducer_losses(logits, batch.targets, steps, batch.target_lengths)
         comparison.loss += float(losses.sum())
         comparison.labels += int(batch.target_lengths.sum())
-        features, width = batch.features, recognizer.beam_width
-        if width == 1:
-            labels = greedy_decode(deployed, features, batch.feature_lengths)
-        else:
-            labels = beam_decode(deployed, features, batch.feature_lengths, beam_width=width)
+        labels = decode(
+            deployed,
+            batch.features,
+            batch.feature_lengths,
+            beam_width=recognizer.beam_width,
+            max_labels_per_step=recognizer.max_labels_per_step,
+        )
         texts = [recognizer.vocabulary.decode(sequence) for sequence in labels]
         comparison.hypotheses.update(zip(batch.ids, texts, strict=True))
         comparison.references.update(zip(batch.ids, batch.texts, strict=True))

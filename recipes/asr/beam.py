@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from recipes.asr.decoding import Decodable
+from recipes.asr.decoding import Decodable, greedy_decode
 from recipes.asr.rnnt import State
 from recipes.asr.vocabulary import BLANK
 
@@ -91,6 +91,29 @@ class _Beam:
         """Return the best hypotheses at the end of the step."""
         ranked = sorted(self.closed.values(), key=lambda closed: closed.rank, reverse=True)
         return ranked[: self.width]
+
+
+def decode(
+    model: Decodable,
+    features: Float[Tensor, "batch frames mels"],
+    lengths: Int[Tensor, " batch"],
+    *,
+    beam_width: int,
+    max_labels_per_step: int,
+) -> list[list[int]]:
+    """Search greedily or with a beam; see :func:`.greedy_decode` and :func:`beam_decode`.
+
+    Args:
+        model: Transducer, or its programs.
+        features: Features, padded with zeros.
+        lengths: Number of valid frames of each utterance.
+        beam_width: Number of hypotheses; 1 decodes greedily.
+        max_labels_per_step: Largest number of labels per step, positive.
+    """
+    if beam_width == 1:
+        return greedy_decode(model, features, lengths, max_labels_per_step=max_labels_per_step)
+    settings = {"beam_width": beam_width, "max_labels_per_step": max_labels_per_step}
+    return beam_decode(model, features, lengths, **settings)
 
 
 @torch.no_grad()

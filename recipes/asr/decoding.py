@@ -10,7 +10,7 @@ Reference:
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from jaxtyping import Float, Int
@@ -71,7 +71,16 @@ def greedy_decode(
     """
     return greedy_search(
         model, *model.transcribe(features, lengths), max_labels_per_step=max_labels_per_step
-    )
+    ).labels
+
+
+class Found(NamedTuple):
+    """What a greedy search has found."""
+
+    labels: list[list[int]]
+    """Labels of each utterance, without blanks."""
+    is_cut: list[bool]
+    """Whether a step of the utterance had more labels than the search takes."""
 
 
 @torch.no_grad()
@@ -81,7 +90,7 @@ def greedy_search(
     steps: Int[Tensor, " batch"],
     *,
     max_labels_per_step: int = 10,
-) -> list[list[int]]:
+) -> Found:
     """Decode encodings that are there already; see :func:`greedy_decode`.
 
     Args:
@@ -89,9 +98,6 @@ def greedy_search(
         encodings: Encodings of the utterances, padded.
         steps: Number of valid steps of each utterance.
         max_labels_per_step: See :func:`greedy_decode`.
-
-    Returns:
-        Labels of each utterance, without blanks.
 
     Raises:
         ValueError: If ``max_labels_per_step`` is not positive.
@@ -103,11 +109,14 @@ def greedy_search(
     prediction, _, state = model.predict(torch.full_like(steps, BLANK).unsqueeze(1), ones, None)
     clock, emitted = torch.zeros_like(steps), torch.zeros_like(steps)
     hypotheses: list[list[int]] = [[] for _ in steps]
+    is_cut = torch.zeros_like(steps, dtype=torch.bool)
     while bool((clock < steps).any()):
         now = encodings[batch, clock.clamp(max=encodings.shape[1] - 1)].unsqueeze(1)
         logits, _, _ = model.join(now, ones, prediction, ones)
         label = logits[:, 0, 0].argmax(dim=-1)
-        emits = (clock < steps) & (label != BLANK) & (emitted < max_labels_per_step)
+        wants = (clock < steps) & (label != BLANK)
+        emits = wants & (emitted < max_labels_per_step)
+        is_cut |= wants & ~emits
         clock = torch.where(emits, clock, clock + 1)
         emitted = torch.where(emits, emitted + 1, 0)
         if bool(emits.any()):
@@ -116,7 +125,7 @@ def greedy_search(
             state = _select(emits, after, state)
             for index in emits.nonzero()[:, 0].tolist():
                 hypotheses[index].append(int(label[index]))
-    return hypotheses
+    return Found(hypotheses, is_cut.tolist())
 
 
 def _select(mask: Tensor, after: State, before: State) -> State:

@@ -6,6 +6,7 @@ outside of it, since only training needs them.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 
 import torch
@@ -15,13 +16,15 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from recipes.asr.batches import Batch, seed_of
-from recipes.asr.beam import beam_decode
-from recipes.asr.decoding import Decodable, greedy_decode, greedy_search
+from recipes.asr.beam import decode
+from recipes.asr.decoding import Decodable, greedy_search
 from recipes.asr.pieces import AnyVocabulary
 from recipes.asr.rnnt import Transducer
 from recipes.asr.scored_recognizer import ScoredRecognizer
 from recipes.asr.scoring import Scored
 from recipes.asr.vocabulary import BLANK
+
+_log = logging.getLogger(__name__)
 
 
 class TransducerRecognizer(ScoredRecognizer):
@@ -41,13 +44,17 @@ class TransducerRecognizer(ScoredRecognizer):
             schedule, which advances with every optimizer step; None for a constant learning rate.
         ctc_weight: Weight of the auxiliary CTC loss on the encodings; 0 leaves the layer out.
         beam_width: Number of hypotheses of the beam search in testing; 1 decodes greedily.
+        max_labels_per_step: Largest number of labels of the search at one step, positive: it keeps
+            a network that is hardly trained from endless texts. A test that has steps with more
+            logs a warning.
         seed: Seed of the dropout; with the step it determines the masks, also of a resumed run.
 
     Attributes:
         beam_width: Number of hypotheses of the beam search in testing.
 
     Raises:
-        ValueError: If ``ctc_weight`` is negative or ``beam_width`` is not positive.
+        ValueError: If ``ctc_weight`` is negative, or ``beam_width`` or ``max_labels_per_step`` is
+            not positive.
     """
 
     recipe_adapter = "recipes.asr.adapter.TransducerAdapter"
@@ -62,6 +69,7 @@ class TransducerRecognizer(ScoredRecognizer):
         schedule: Callable[..., torch.optim.lr_scheduler.LRScheduler] | None = None,
         ctc_weight: float = 0.0,
         beam_width: int = 1,
+        max_labels_per_step: int = 10,
         seed: int = 0,
     ) -> None:
         super().__init__(vocabulary=vocabulary, optimizer=optimizer, schedule=schedule)
@@ -69,8 +77,12 @@ class TransducerRecognizer(ScoredRecognizer):
             raise ValueError(f"ctc_weight must not be negative, got {ctc_weight}; 0 leaves CTC out")
         self.model = network(num_mels=num_mels, num_labels=len(vocabulary))
         self.ctc_weight = ctc_weight
+        if max_labels_per_step < 1:
+            raise ValueError(f"max_labels_per_step must be at least 1, got {max_labels_per_step}")
+        self.max_labels_per_step = max_labels_per_step
         self.set_beam_width(beam_width)
         self.seed = seed
+        self._cut = 0
         size = self.model.joint.output.in_features
         self.ctc_output = nn.Linear(size, len(vocabulary)) if ctc_weight else None
 
@@ -93,10 +105,13 @@ class TransducerRecognizer(ScoredRecognizer):
     def decode(self, batch: Batch, *, beam_width: int = 1) -> list[str]:
         """Recognize ``batch``, greedily or with a beam search."""
         features, lengths = batch.features, batch.feature_lengths
-        if beam_width == 1:
-            labels = greedy_decode(self.model, features, lengths)
-        else:
-            labels = beam_decode(self.model, features, lengths, beam_width=beam_width)
+        labels = decode(
+            self.model,
+            features,
+            lengths,
+            beam_width=beam_width,
+            max_labels_per_step=self.max_labels_per_step,
+        )
         return [self.vocabulary.decode(sequence) for sequence in labels]
 
     @override
@@ -139,12 +154,31 @@ class TransducerRecognizer(ScoredRecognizer):
         )
 
     @override
+    def on_test_epoch_start(self) -> None:
+        super().on_test_epoch_start()
+        self._cut = 0
+
+    @override
+    def on_test_epoch_end(self) -> None:
+        super().on_test_epoch_end()
+        if self._cut:
+            _log.warning(
+                "%d utterances had more than %d labels at a step, and the search cut them off: a "
+                "network that emits labels late needs a larger max_labels_per_step",
+                self._cut,
+                self.max_labels_per_step,
+            )
+
+    @override
     def scored(self, batch: Batch, *, test: bool) -> Iterator[Scored]:
         beam_width = self.beam_width if test else 1
         encodings, _, logits, steps = score_references(self.model, batch)
         losses = transducer_losses(logits, batch.targets, steps, batch.target_lengths)
-        labels = greedy_search(self.model, encodings, steps)
-        greedy = [self.vocabulary.decode(sequence) for sequence in labels]
+        limit = self.max_labels_per_step
+        found = greedy_search(self.model, encodings, steps, max_labels_per_step=limit)
+        if test:
+            self._cut += sum(found.is_cut)
+        greedy = [self.vocabulary.decode(sequence) for sequence in found.labels]
         texts = greedy if beam_width == 1 else self.decode(batch, beam_width=beam_width)
         rows = zip(
             batch.texts,

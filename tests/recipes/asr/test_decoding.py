@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
 from recipes.asr.beam import beam_decode
-from recipes.asr.decoding import BlankLast, greedy_decode, torchaudio_decode
+from recipes.asr.decoding import BlankLast, greedy_decode, greedy_search, torchaudio_decode
 from recipes.asr.rnnt import Transducer, transducer
 
 
@@ -67,6 +69,21 @@ def test_batched_greedy_equals_plain_greedy(
     ]
     assert together == alone
     assert 0 < sum(len(labels) for labels in together) < LENGTHS.sum() // 2 * limit
+
+
+def test_the_search_tells_which_utterances_it_has_cut(
+    model: Transducer, features: torch.Tensor
+) -> None:
+    encodings, steps = model.transcribe(features, LENGTHS)
+    for limit in (1, 3):
+        found = greedy_search(model, encodings, steps, max_labels_per_step=limit)
+        longer = greedy_search(model, encodings, steps, max_labels_per_step=limit + 1)
+        differ = [one != other for one, other in zip(found.labels, longer.labels, strict=True)]
+        assert found.is_cut == differ
+        assert any(differ)
+    blank = copy.deepcopy(model)
+    blank.joint.output.bias.data[0] += 100
+    assert not any(greedy_search(blank, encodings, steps, max_labels_per_step=1).is_cut)
 
 
 def test_beam_search_finds_nothing_less_likely_than_greedy(
