@@ -14,7 +14,6 @@ import json
 import shutil
 import sys
 import time
-import warnings
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
@@ -29,6 +28,7 @@ from lightning_nna.files import whole_file, write_whole
 from recipes.deploy import deploy
 from recipes.deploy import table as deployment
 from recipes.evaluate import evaluate
+from recipes.notices import fewer_notices
 from recipes.train import train
 
 CONF = Path(__file__).resolve().parent / "conf"
@@ -43,10 +43,10 @@ TITLES = {
 
 def main() -> None:
     """Run the demo, write ``results.json`` and a plot, and print their paths."""
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     began = time.monotonic()
     shutil.rmtree(FOLDER, ignore_errors=True)
-    results = demo(FOLDER, sys.argv[1:])
+    with fewer_notices():
+        results = demo(FOLDER, sys.argv[1:])
     write_whole(FOLDER / "results.json", json.dumps(results, indent=2) + "\n")
     draw(results, FOLDER / "wer.png")
     print(f"\n{table(results)}\n")
