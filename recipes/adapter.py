@@ -9,11 +9,12 @@ along their first axis. A module with other needs names a subclass in its attrib
 
 from __future__ import annotations
 
+import inspect
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -22,9 +23,13 @@ import numpy as np
 import torch
 from hydra.utils import get_class
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.utilities.combined_loader import CombinedLoader
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from omegaconf import DictConfig
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
+from typing_extensions import override
 
 from lightning_nna import emulate
 from lightning_nna.deploy import Program
@@ -121,6 +126,23 @@ class Adapter:
 
     # Tests
 
+    def require_test(self) -> None:
+        """Raise if there is no test, before a training that it would end.
+
+        Raises:
+            ValueError: If the module has no ``test_step``, or the data module no test set.
+        """
+        needed = [
+            ("test_step", self.module, LightningModule),
+            ("test_dataloader", self.datamodule, LightningDataModule),
+        ]
+        for method, instance, parent in needed:
+            if not is_overridden(method, instance, parent=parent):
+                raise ValueError(
+                    f"{type(instance).__name__} has no {method}, and a run ends with a test: "
+                    "define it, or train with test=false"
+                )
+
     def results(self, logged: Mapping[str, float]) -> dict[str, Any]:
         """Return the results of the last test, as ``summary.json`` has them.
 
@@ -172,29 +194,75 @@ class Adapter:
             )
         return (first,)
 
+    def training_batches(self) -> Iterator[Any]:
+        """Yield the training batches as the Trainer does, also of several loaders."""
+        return _batches(self.datamodule.train_dataloader(), "max_size_cycle")
+
+    def test_batches(self) -> Iterator[Any]:
+        """Yield the batches of the test set as the Trainer does, of one loader after another."""
+        return _batches(self.datamodule.test_dataloader(), "sequential")
+
     def run(self, batch: Any) -> Any:
         """Run the networks on a batch as they are used, on every path that will be deployed.
 
         Args:
             batch: Batch of the data.
+
+        Raises:
+            TypeError: If the module has no forward, or one that takes other arguments.
         """
-        return self.module(*self.inputs_of(batch))
+        return self.module(*self._arguments(batch))
+
+    def _arguments(self, batch: Any) -> tuple[Any, ...]:
+        """Return the arguments of the forward in a batch, which it takes."""
+        name = type(self.module).__name__
+        remedy = "name a subclass of recipes.adapter.Adapter in the attribute recipe_adapter"
+        if not is_overridden("forward", self.module, parent=LightningModule):
+            raise TypeError(
+                f"{name} has no forward, which runs its networks on a batch: define it, or "
+                f"{remedy}, with run(batch)"
+            )
+        arguments = self.inputs_of(batch)
+        try:
+            inspect.signature(self.module.forward).bind(*arguments)
+        except TypeError as error:
+            raise TypeError(
+                f"forward of {name} does not take the {len(arguments)} inputs of a batch "
+                f"({error}): {remedy}, with inputs_of(batch)"
+            ) from None
+        return arguments
 
     def loss(self, batches: Sequence[Any]) -> float:
         """Return the loss of batches by which bits are allocated: the mean of the training loss.
 
         Args:
             batches: Training batches.
+
+        Raises:
+            ValueError: If no loss is known without training.
         """
+        name = type(self.module).__name__
+        remedy = (
+            "name a subclass of recipes.adapter.Adapter with loss(batches) in the attribute "
+            "recipe_adapter of the module"
+        )
+        if not self.module.automatic_optimization:
+            raise ValueError(f"training_step of {name} optimizes by itself: {remedy}")
+        takes_index = is_param_in_hook_signature(self.module.training_step, "batch_idx", min_args=2)
         losses, weights = [], []
         with warnings.catch_warnings():
             # The module logs its loss, and there is no Trainer.
             warnings.filterwarnings("ignore", message=".*self.trainer. reference is not registered")
             for position, batch in enumerate(batches):
-                step = self.module.training_step(batch, position)
+                arguments = (batch, position) if takes_index else (batch,)
+                step = self.module.training_step(*arguments)
                 loss = step["loss"] if isinstance(step, Mapping) else step
-                losses.append(float(torch.as_tensor(loss)))
+                if loss is None:  # The Trainer leaves such a batch out.
+                    continue
+                losses.append(float(torch.as_tensor(loss).detach()))
                 weights.append(_size_of(batch))
+        if not losses:
+            raise ValueError(f"training_step of {name} returns no loss: return it, or {remedy}")
         return float(np.average(losses, weights=weights))
 
     def priced(self, batches: Sequence[Any], config: DictConfig) -> Part:
@@ -204,7 +272,7 @@ class Adapter:
             batches: Training batches.
             config: Configuration ``allocate`` of ``recipes/conf``.
         """
-        inputs = self.inputs_of(batches[0])
+        inputs = self._arguments(batches[0])
         return [_first(each) for each in inputs], lambda module, *arguments: module(*arguments)
 
     # Deployment
@@ -222,14 +290,15 @@ class Adapter:
             if config.get(key) is not None:
                 self._refuse(key, config[key])
         networks = self.networks()
-        calls: dict[str, tuple[Any, ...]] = {}
-        batch = next(iter(self.datamodule.test_dataloader()))
+        calls: dict[str, _Call] = {}
+        batch = next(self.test_batches())
         emulator = attached(self.module)
         if emulator is None:
             raise ValueError("the module has no ranges: calibrate it first")
         with ExitStack() as stack:
             for name, network in networks.items():
-                handle = network.register_forward_pre_hook(partial(_keep_call, calls, name))
+                keep = partial(_keep_call, calls, name)
+                handle = network.register_forward_pre_hook(keep, with_kwargs=True)
                 stack.callback(handle.remove)
             stack.enter_context(torch.no_grad())
             stack.enter_context(emulate(self.module, emulator.spec, targets=emulator.targets))
@@ -242,7 +311,7 @@ class Adapter:
                         f"the forward of {type(self.module).__name__} does not call it"
                     )
                 example = []
-                for value in calls[name]:
+                for value in calls[name].inputs:
                     one = _first(value)
                     if isinstance(one, Tensor):
                         qparams = emulator.state.qparams_of(value)
@@ -250,7 +319,7 @@ class Adapter:
                             emulator.state.set_qparams(one, qparams)
                     example.append(one)
                 path = _path_of(self.module, network)
-                parts[name] = example, partial(_call_child, path)
+                parts[name] = example, partial(_call_child, path, calls[name])
         return parts
 
     def networks(self) -> dict[str, nn.Module]:
@@ -285,7 +354,8 @@ class Adapter:
         Args:
             trainer: Trainer with callbacks.
         """
-        return self.results(trainer.test(self.module, self.datamodule, verbose=False)[0])
+        loaders = trainer.test(self.module, self.datamodule, verbose=False)
+        return self.results({name: value for each in loaders for name, value in each.items()})
 
     def test_deployed(self, folder: Path, callbacks: Sequence[Callback]) -> DeployedResults:
         """Test the programs, and compare their outputs with the emulation's.
@@ -297,13 +367,16 @@ class Adapter:
             folder: Folder of the programs.
             callbacks: Emulation and weight methods.
         """
-        programs = {name: _Replaced(Program(folder / f"{name}.tflite")) for name in self.networks()}
+        programs = {
+            name: _Replaced(name, Program(folder / f"{name}.tflite")) for name in self.networks()
+        }
+        counter = _ExampleCounter()
         with _replaced(self.module, self.networks(), programs):
-            results = self.test(callbacks)
+            results = self.test([*callbacks, counter])
         return DeployedResults(
             sum(each.outputs for each in programs.values()),
             sum(each.equal_outputs for each in programs.values()),
-            next(iter(programs.values())).calls,
+            counter.examples,
             results,
         )
 
@@ -314,10 +387,10 @@ class Adapter:
             folder: Folder of the programs.
         """
         programs = {
-            name: _Timed(Program(folder / f"{name}.tflite", runtime=_XNNPACK))
+            name: _Timed(name, Program(folder / f"{name}.tflite", runtime=_XNNPACK))
             for name in self.networks()
         }
-        batch = next(iter(self.datamodule.test_dataloader()))
+        batch = next(self.test_batches())
         with torch.no_grad(), _replaced(self.module, self.networks(), programs):
             self.run(batch)
         examples = _size_of(batch)
@@ -388,19 +461,52 @@ def names_within(names: Any, targets: Sequence[str]) -> list[str]:
     return [name for name in names if any(matches_path(target, name) for target in targets)]
 
 
+class _ExampleCounter(Callback):
+    """Count the examples of a test."""
+
+    def __init__(self) -> None:
+        self.examples = 0
+
+    @override
+    def on_test_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        self.examples += _size_of(batch)
+
+
 @dataclass
 class _Replaced:
     """A program in the place of an emulated network; compares each output with the network's."""
 
+    name: str
     program: Program
     calls: int = 0
     outputs: int = 0
     equal_outputs: int = 0
+    shapes: list[tuple[int, ...]] = field(default_factory=list)
 
     def __call__(self, inputs: tuple[Any, ...], emulated: Any) -> Any:
         leaves, structure = tree_flatten(emulated)
         results = self.run(inputs)
+        if len(results) != len(leaves):
+            raise ValueError(
+                f"the program of {self.name} has {len(results)} outputs, and its network "
+                f"returns {len(leaves)} values: let the network return each tensor that it "
+                "computes once, and nothing else"
+            )
         for result, expected in zip(results, leaves, strict=True):
+            if result.shape != tuple(expected.shape):
+                raise ValueError(
+                    f"{self.name} returns a tensor of the shape {tuple(expected.shape)}, and its "
+                    f"program, example by example, one of {result.shape}: let the network take and "
+                    "return tensors with the examples along the first axis"
+                )
             self.outputs += result.size
             self.equal_outputs += int((result == expected.numpy(force=True)).sum())
         tensors = [
@@ -411,6 +517,14 @@ class _Replaced:
 
     def run(self, inputs: tuple[Any, ...]) -> list[Any]:
         """Run the program on each example, and join the results along the first axis."""
+        shapes = [tuple(each.shape[1:]) for each in inputs if isinstance(each, Tensor)]
+        self.shapes = self.shapes or shapes
+        if shapes != self.shapes:
+            raise ValueError(
+                f"an example of {self.name} has inputs of the shapes {shapes}, and "
+                f"the first had {self.shapes}: a program has one shape, so pad the inputs of all "
+                "examples of the test set to one length, as model.frames of recipes/asr/ctc.py"
+            )
         calls = _examples(inputs)
         self.calls += len(calls)
         rows = self.program.run_all(calls)
@@ -440,7 +554,8 @@ def _replaced(
     """Let programs answer in the place of networks."""
     with ExitStack() as stack:
         for name, network in networks.items():
-            handle = network.register_forward_hook(partial(_answer, module, programs[name]))
+            answer = partial(_answer, module, programs[name])
+            handle = network.register_forward_hook(answer, with_kwargs=True)
             stack.callback(handle.remove)
         yield
 
@@ -449,11 +564,12 @@ def _answer(
     module: LightningModule,
     program: _Replaced,
     network: nn.Module,
-    inputs: tuple[Any, ...],
+    arguments: tuple[Any, ...],
+    named: dict[str, Any],
     output: Any,
 ) -> Any:
     """Replace the output of a network by its program's, with the same quantization parameters."""
-    answer = program(inputs, output)
+    answer = program(_Call(arguments, named).inputs, output)
     emulator = attached(module)
     if emulator is not None:
         for leaf, emulated in zip(tree_flatten(answer)[0], tree_flatten(output)[0], strict=True):
@@ -463,19 +579,52 @@ def _answer(
     return answer
 
 
+@dataclass(frozen=True)
+class _Call:
+    """Arguments of a network, by position and by name."""
+
+    arguments: tuple[Any, ...]
+    named: dict[str, Any]
+
+    @property
+    def tensor_names(self) -> list[str]:
+        """Names of tensors, which are inputs of the program; others are constants of it."""
+        return [name for name, value in self.named.items() if isinstance(value, Tensor)]
+
+    @property
+    def inputs(self) -> tuple[Any, ...]:
+        """Inputs of the program."""
+        return (*self.arguments, *(self.named[name] for name in self.tensor_names))
+
+
 def _keep_call(
-    calls: dict[str, tuple[Any, ...]], name: str, network: nn.Module, inputs: tuple[Any, ...]
+    calls: dict[str, _Call],
+    name: str,
+    network: nn.Module,
+    arguments: tuple[Any, ...],
+    named: dict[str, Any],
 ) -> None:
-    calls.setdefault(name, inputs)
+    calls.setdefault(name, _Call(arguments, named))
 
 
-def _call_child(path: str, module: nn.Module, *arguments: Any) -> Any:
-    """Call a child of a module by its path; the module itself for none."""
-    return module.get_submodule(path)(*arguments)
+def _call_child(path: str, call: _Call, module: nn.Module, *inputs: Any) -> Any:
+    """Call a child of a module by its path, the module itself for none, as ``call`` was."""
+    count = len(call.arguments)
+    named = {**call.named, **dict(zip(call.tensor_names, inputs[count:], strict=True))}
+    return module.get_submodule(path)(*inputs[:count], **named)
 
 
 def _path_of(module: nn.Module, child: nn.Module) -> str:
     return next(path for path, each in module.named_modules() if each is child)
+
+
+def _batches(loaders: Any, mode: Any) -> Iterator[Any]:
+    """Iterate over what a data module returns: a loader, or a list or dict of loaders."""
+    if isinstance(loaders, list | tuple | dict):
+        loaders = CombinedLoader(loaders, mode)
+    if isinstance(loaders, CombinedLoader):
+        return (batch for batch, _, _ in loaders)
+    return iter(loaders)
 
 
 def _first(value: Any) -> Any:

@@ -138,7 +138,7 @@ def calibration_of(config: DictConfig) -> tuple[Adapter, list[Any]]:
     if chosen is not None:
         config.targets = chosen
     torch.manual_seed(0)  # Augmentation draws from it.
-    return adapter, list(itertools.islice(adapter.datamodule.train_dataloader(), config.batches))
+    return adapter, list(itertools.islice(adapter.training_batches(), config.batches))
 
 
 if __name__ == "__main__":

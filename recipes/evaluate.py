@@ -94,7 +94,7 @@ def restore_or_calibrate(
     if emulation.state_key in weights.callbacks:
         emulation.load_state_dict(weights.callbacks[emulation.state_key])
         return
-    examples = itertools.islice(adapter.datamodule.train_dataloader(), batches)
+    examples = itertools.islice(adapter.training_batches(), batches)
     calibrate(
         adapter.module,
         tqdm(examples, total=batches, desc="observing ranges", delay=2),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -10,6 +11,7 @@ from lightning.pytorch import LightningDataModule, LightningModule, seed_everyth
 from omegaconf import DictConfig, OmegaConf
 
 from lightning_nna.checkpoints import deploy_weights
+from lightning_nna.weights.selection import matches_path
 from recipes.adapter import Adapter, adapter_of
 from recipes.settings import check_settings
 from recipes.weights import TrainedWeights, put_into
@@ -54,7 +56,7 @@ def rebuild(weights: TrainedWeights, config: DictConfig) -> Rebuilt:
     """
     recipe = recipe_of(weights, config)
     config.targets = recipe.targets
-    return Rebuilt(recipe, build(recipe, weights))
+    return Rebuilt(recipe, build(recipe, weights, with_rest=True))
 
 
 def recipe_of(weights: TrainedWeights, config: DictConfig) -> DictConfig:
@@ -72,7 +74,9 @@ def recipe_of(weights: TrainedWeights, config: DictConfig) -> DictConfig:
     return recipe
 
 
-def build(config: DictConfig, weights: TrainedWeights | None = None) -> Adapter:
+def build(
+    config: DictConfig, weights: TrainedWeights | None = None, *, with_rest: bool = False
+) -> Adapter:
     """Build the data of ``config.data``, and the module of ``config.model`` for what it delivers.
 
     A data module may have ``model_settings()``: arguments of the module that follow from the data,
@@ -82,11 +86,13 @@ def build(config: DictConfig, weights: TrainedWeights | None = None) -> Adapter:
         config: Settings of the run.
         weights: Weights to start from; the state of their data, such as a vocabulary, becomes the
             data's.
+        with_rest: Whether the module is that of the weights, see :func:`.put_into`.
 
     Raises:
         TypeError: If ``data`` or ``model`` builds something else than a Lightning module of its
             kind.
-        ValueError: If the weights are those of another network.
+        ValueError: If ``targets`` names nothing of the module, or the weights are those of another
+            network.
     """
     datamodule = instantiate(config.data)
     _require(datamodule, LightningDataModule, "data", config)
@@ -97,13 +103,27 @@ def build(config: DictConfig, weights: TrainedWeights | None = None) -> Adapter:
     follows: dict[str, Any] = getattr(datamodule, "model_settings", dict)()
     module = instantiate(config.model, **follows)
     _require(module, LightningModule, "model", config)
+    _require_targets(module, config.targets)
     adapter = adapter_of(module, datamodule, config.targets)
     adapter.configure(config)
     if weights is not None:
-        put_into(module, weights, config.targets)
+        put_into(module, weights, config.targets, with_rest=with_rest)
         # A checkpoint may hold latent weights; a run that was compressed is used as deployed.
         deploy_weights(module, weights.callbacks)
     return adapter
+
+
+def _require_targets(module: LightningModule, targets: Sequence[str]) -> None:
+    if isinstance(targets, str):
+        raise ValueError(f"targets is a list of names of children, as [{targets}]; got {targets!r}")
+    names = [*dict(module.named_modules()), *dict(module.named_parameters())]
+    for target in targets:
+        if not any(matches_path(target, name) for name in names):
+            children = [name for name, _ in module.named_children()]
+            raise ValueError(
+                f"targets={list(targets)} has {target}, which names no child of "
+                f"{type(module).__name__}; there are {', '.join(children) or 'none'}"
+            )
 
 
 def _require(built: object, kind: type, group: str, config: DictConfig) -> None:

@@ -46,7 +46,7 @@ from recipes.parent import end_with
 CONF = Path(__file__).resolve().parent / "conf"
 
 _PACKAGES = ("recipes", "lightning_nna", "__main__")
-_CHECKS = (ValueError, TypeError, OSError, ImportError, RuntimeError)
+_CHECKS = (ValueError, TypeError, OSError, ImportError, RuntimeError, FloatingPointError)
 _FULL_ERROR = "HYDRA_FULL_ERROR"
 _STARTED_BY = "LIGHTNING_NNA_PROGRAM"
 """Variable with the process that reports errors; processes that a sweep starts inherit it."""

@@ -222,7 +222,8 @@ def weight_metrics(module: nn.Module, targets: Sequence[str] = EVERYTHING) -> di
         ``bits`` (mean over the weights of all matrices; of the index of a centroid, or of the
         number where neither emulation nor a weight method restricts it), ``sparsity`` (fraction of
         these weights that are zero) and ``packed_bytes`` (of the networks in the file that
-        :func:`.save_packed` writes, without its header).
+        :func:`.save_packed` writes, without its header). Networks without a matrix have the last
+        alone.
     """
     emulator, pipeline = attached(module), pipeline_of(module)
     matrices: list[Tensor] = []
@@ -247,6 +248,8 @@ def weight_metrics(module: nn.Module, targets: Sequence[str] = EVERYTHING) -> di
         source = module if is_emulated else _deployed_tensors(module)
         report = save_packed(source, Path(folder) / "packed.safetensors")
     packed = [report.packed[name] for name in names_within(report.packed, targets)]
+    if not weights:
+        return {"packed_bytes": sum(packed)}
     return {
         "bits": round(bits / weights, 4),
         "sparsity": sum(int((matrix == 0).sum()) for matrix in matrices) / weights,

@@ -22,7 +22,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from hydra.utils import get_object, instantiate
 from lightning.fabric.plugins import TorchCheckpointIO
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig
@@ -124,6 +124,9 @@ def _train(config: DictConfig) -> dict[str, Any]:
     weights = None if config.init_from is None else load_weights(config.init_from)
     adapter = build(config, weights)
     module, targets = adapter.module, config.targets
+    if config.test:
+        adapter.require_test()
+    check_clipping(module, config)
     callbacks = build_callbacks(config)
     recipe = RecipeInCheckpoint(settings_of(config))
     trainer = build_trainer(config, [*callbacks.values(), recipe])
@@ -139,7 +142,7 @@ def _train(config: DictConfig) -> dict[str, Any]:
     # Score the weights of the checkpoint: of a run that was finished before, only its checkpoint
     # has the average of the weights.
     if (last := _last_checkpoint(config)) is not None:
-        put_into(module, load_weights(last), targets)
+        put_into(module, load_weights(last), targets, with_rest=True)
     summary: dict[str, Any] = {
         "experiment": config.name,
         "method": config.method,
@@ -175,6 +178,25 @@ def build_trainer(config: DictConfig, callbacks: Sequence[Callback]) -> Trainer:
     if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # Not a plugin of the user's.
         trainer.strategy.checkpoint_io = WholeCheckpointIO()
     return trainer
+
+
+def check_clipping(module: LightningModule, config: DictConfig) -> None:
+    """Raise if the trainer is to clip the gradients of a module that optimizes by itself.
+
+    Args:
+        module: Module to train.
+        config: Composed configuration ``train``.
+
+    Raises:
+        ValueError: If it is, as by default.
+    """
+    clipping = config.trainer.get("gradient_clip_val")
+    if clipping and not module.automatic_optimization:
+        raise ValueError(
+            f"trainer.gradient_clip_val={clipping} is not used: {type(module).__name__} optimizes "
+            "by itself (automatic_optimization=False); set it to null, and call "
+            "self.clip_gradients in training_step"
+        )
 
 
 def check_processes(trainer: Trainer) -> None:

@@ -23,6 +23,7 @@ from lightning_nna.checkpoints import load_checkpoint
 from lightning_nna.files import whole_file
 from lightning_nna.name_lists import listed
 from recipes.adapter import names_within
+from recipes.whole_checkpoints import is_plain
 
 #: Folder of the package; relative paths of weights that it brings are also looked for there.
 _PACKAGE = Path(__file__).resolve().parent
@@ -43,12 +44,15 @@ class TrainedWeights:
         recipe: All settings of the run that trained them.
         data: State of the data module, such as vocabulary and normalization, as plain values.
         callbacks: State of the run's callbacks by key; empty for a ``.safetensors`` file.
+        rest: Weights and buffers of the module outside of its networks, by name; empty for a
+            ``.safetensors`` file.
     """
 
     network: dict[str, Tensor]
     recipe: dict[str, Any]
     data: dict[str, Any]
     callbacks: dict[str, Any] = field(default_factory=dict)
+    rest: dict[str, Tensor] = field(default_factory=dict)
 
 
 class RecipeInCheckpoint(Callback):
@@ -60,6 +64,17 @@ class RecipeInCheckpoint(Callback):
 
     def __init__(self, recipe: dict[str, Any]) -> None:
         self.recipe = recipe
+
+    @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        datamodule: LightningDataModule = trainer.datamodule  # type: ignore[attr-defined]
+        for name, value in datamodule.state_dict().items():
+            if not is_plain(value):
+                raise TypeError(
+                    f"state_dict of {type(datamodule).__name__} has {name}, a "
+                    f"{type(value).__name__}: a checkpoint keeps tensors, numbers, text, lists and "
+                    "dicts alone, so that reading it runs no code"
+                )
 
     @override
     def on_save_checkpoint(
@@ -88,9 +103,10 @@ def load_weights(path: str | Path) -> TrainedWeights:
     if not {"state_dict", _RECIPE, _DATA} <= checkpoint.keys():
         raise ValueError(f"{path} was not written by recipes.train: it names no recipe")
     recipe = checkpoint[_RECIPE]
-    names = names_within(checkpoint["state_dict"], recipe["targets"])
-    network = {name: checkpoint["state_dict"][name] for name in names}
-    return TrainedWeights(network, recipe, checkpoint[_DATA], checkpoint.get("callbacks", {}))
+    state, callbacks = checkpoint["state_dict"], checkpoint.get("callbacks", {})
+    network = {name: state[name] for name in names_within(state, recipe["targets"])}
+    rest = {name: tensor for name, tensor in state.items() if name not in network}
+    return TrainedWeights(network, recipe, checkpoint[_DATA], callbacks, rest)
 
 
 def save_weights(path: str | Path, weights: TrainedWeights, *, command: str) -> None:
@@ -116,22 +132,31 @@ def save_weights(path: str | Path, weights: TrainedWeights, *, command: str) -> 
         save_file(tensors, unfinished, metadata=header)
 
 
-def put_into(module: LightningModule, weights: TrainedWeights, targets: Sequence[str]) -> None:
+def put_into(
+    module: LightningModule,
+    weights: TrainedWeights,
+    targets: Sequence[str],
+    *,
+    with_rest: bool = False,
+) -> None:
     """Copy ``weights`` into the networks of a module.
 
     Args:
         module: Module of the networks.
         weights: Weights of all of its networks.
         targets: Patterns of its networks.
+        with_rest: Whether what is outside of the networks is copied, too, such as a layer that runs
+            on the processor; otherwise the module keeps its own, as a loss with parameters when
+            another run starts from these weights.
 
     Raises:
         ValueError: If a weight's name or shape is another in ``module``.
     """
-    # What is no network, such as a loss with parameters, keeps its own.
     own = module.state_dict()
     kept = own.keys() - set(names_within(own, targets))
+    rest = {name: own[name] for name in kept} | (weights.rest if with_rest else {})
     try:
-        module.load_state_dict({**{name: own[name] for name in kept}, **weights.network})
+        module.load_state_dict({**rest, **weights.network})
     except RuntimeError as error:
         lines = [line.strip() for line in str(error).splitlines()[1:]]
         lines = [line if len(line) < 160 else f"{line[:160]} …" for line in lines]

@@ -12,14 +12,20 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.demos.boring_classes import BoringDataModule, BoringModel
 from omegaconf import OmegaConf
 from torch import nn
 
 from recipes.adapter import Adapter, adapter_of
+from recipes.allocate import allocate
+from recipes.deploy import deploy
+from recipes.evaluate import evaluate
+from recipes.program import explanation
 from recipes.train import train
+from recipes.weights import RecipeInCheckpoint
 from tests.conftest import ROOT
+from tests.recipes import own_modules
 
 PAGE = ROOT / "docs" / "tutorials" / "own_model.md"
 _RUN = """
@@ -132,3 +138,157 @@ def test_results_are_those_of_the_test() -> None:
     assert adapter.results(logged) == {"error": 0.1, "loss": 0.2}
     assert adapter.titles_of({"error": 0.1, "words": 3}) == {"error": "error"}
     assert adapter.names == ["network.weight", "network.bias"]
+
+
+@pytest.fixture
+def run_own(compose_config: Any, tmp_path: Path) -> Any:
+    """Train a module of ``own_modules``, and run other recipes on its checkpoint."""
+
+    def run(name: str, *overrides: str, recipe: str = "train", **data: Any) -> Any:
+        if recipe != "train":
+            ckpt = f"ckpt={tmp_path / 'run/checkpoints/last.ckpt'}"
+            config = compose_config(recipe, ckpt, f"run_dir={tmp_path / recipe}", *overrides)
+            return {"evaluate": evaluate, "deploy": deploy, "allocate": allocate}[recipe](config)
+        settings = ["trainer.max_epochs=1", "trainer.accelerator=cpu", "callbacks.progress=null"]
+        config = compose_config("train", *settings, *overrides)
+        config.data = OmegaConf.create({"_target_": f"{own_modules.__name__}.Numbers", **data})
+        config.model = OmegaConf.create({"_target_": f"{own_modules.__name__}.{name}"})
+        if "targets" not in " ".join(overrides):
+            config.targets = ["network"]
+        config.name, config.objective = "own", ["loss"]
+        return train(config)
+
+    return run
+
+
+EMULATED = ("compression=nna8", "callbacks.nna.calibration_steps=1")
+PROGRAMS = ("systems=[]", "score_float=false")
+
+
+def test_what_is_outside_of_the_networks_is_scored_as_it_was_trained(run_own: Any) -> None:
+    """Only ``network`` is a target: the mean and the head come from the checkpoint, too."""
+    trained = run_own("Classifier")
+    assert run_own("Classifier", recipe="evaluate")["loss"] == trained["loss"]
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "outputs", "examples"),
+    [
+        ("NamedArguments", {}, 36, 9),
+        ("CallsTwice", {}, 72, 9),
+        ("Classifier", {"loaders": 2}, 72, 18),
+    ],
+)
+def test_programs_equal_the_emulation(
+    run_own: Any, name: str, data: dict[str, Any], outputs: int, examples: int
+) -> None:
+    trained = run_own(name, *EMULATED, **data)
+    deployed = run_own(name, *PROGRAMS, recipe="deploy")
+    assert deployed["equal_outputs"] == 1.0
+    assert (deployed["outputs"], deployed["examples"]) == (outputs, examples)
+    losses = [key for key in trained if key.startswith("loss")]
+    assert len(losses) == data.get("loaders", 1)
+    assert [deployed[key] for key in losses] == [trained[key] for key in losses]
+
+
+@pytest.mark.parametrize(
+    ("name", "lengths", "message"),
+    [
+        ("ReturnsInput", (1, 1, 1), r"program of network has 1 outputs, and its network returns 2"),
+        ("TimeFirst", (2, 2, 2), "network returns a tensor of .*examples along the first axis"),
+        ("Classifier", (1, 2, 1), r"network has inputs of the shapes .*pad the inputs of all"),
+    ],
+)
+def test_a_network_that_no_program_replaces_is_named(
+    run_own: Any, name: str, lengths: tuple[int, ...], message: str
+) -> None:
+    run_own(name, *EMULATED, lengths=lengths)
+    with pytest.raises(ValueError, match=message):
+        run_own(name, *PROGRAMS, recipe="deploy")
+
+
+def test_hyperparameters_that_are_objects_are_left_out_of_the_checkpoint(
+    run_own: Any, tmp_path: Path
+) -> None:
+    trained = run_own("KeepsObjects")
+    checkpoint = torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)
+    assert checkpoint["hyper_parameters"] == {"width": 4}
+    assert run_own("KeepsObjects", recipe="evaluate")["loss"] == trained["loss"]
+
+
+def test_the_state_of_data_is_plain() -> None:
+    class Holds(BoringDataModule):
+        def state_dict(self) -> dict[str, Any]:
+            return {"mean": torch.zeros(2), "tokenizer": nn.Linear(1, 1)}
+
+    trainer = Trainer(
+        accelerator="cpu",
+        max_steps=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[RecipeInCheckpoint({})],
+    )
+    with pytest.raises(TypeError, match="state_dict of Holds has tokenizer, a Linear"):
+        trainer.fit(BoringModel(), Holds())
+
+
+@pytest.mark.parametrize(
+    ("name", "override", "message"),
+    [
+        ("Classifier", "targets=[netwrok]", r"has netwrok, which names no child.*network, head"),
+        ("Classifier", "targets=network", r"list of names of children, as \[network\]"),
+        ("OptimizesItself", "seed=1", r"gradient_clip_val=5.0 is not used.* set it to null"),
+        ("WithoutTest", "seed=1", "WithoutTest has no test_step.*test=false"),
+    ],
+)
+def test_a_run_that_could_not_end_does_not_begin(
+    run_own: Any, tmp_path: Path, name: str, override: str, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message) as error:
+        run_own(name, override)
+    assert explanation(error.value, "train") is not None
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_networks_without_a_matrix_have_bytes_alone(run_own: Any) -> None:
+    summary = run_own("Classifier", "targets=[network.bias]")
+    assert summary["packed_bytes"] > 0
+    assert not {"bits", "sparsity"} & summary.keys()
+
+
+@pytest.mark.parametrize("name", ["WithoutIndex", "SkipsBatches"])
+def test_the_loss_of_allocation_is_that_of_training(run_own: Any, name: str) -> None:
+    data = own_modules.Numbers()
+    module = getattr(own_modules, name)().eval()
+    batches = list(data.train_dataloader())
+    with torch.no_grad():
+        losses = [float(nn.functional.cross_entropy(module(x), y)) for x, y in batches]
+    used = slice(1, None) if name == "SkipsBatches" else slice(None)
+    sizes = [4, 4, 1][used]
+    mean = sum(a * b for a, b in zip(losses[used], sizes, strict=True)) / sum(sizes)
+    assert Adapter(module, data).loss(batches) == pytest.approx(mean)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("OptimizesItself", r"OptimizesItself optimizes by itself: .*with loss\(batches\)"),
+        ("WithoutLoss", "WithoutLoss returns no loss: return it, or name"),
+    ],
+)
+def test_a_module_without_a_loss_to_allocate_by_is_named(name: str, message: str) -> None:
+    data = own_modules.Numbers()
+    adapter = Adapter(getattr(own_modules, name)(), data)
+    with pytest.raises(ValueError, match=message):
+        adapter.loss(list(data.train_dataloader()))
+
+
+def test_a_forward_that_a_batch_does_not_fit_is_named_with_the_remedy() -> None:
+    data = own_modules.Numbers()
+    batch = next(iter(data.train_dataloader()))
+    with pytest.raises(TypeError, match=r"forward of TwoInputs .*'others'\).*inputs_of\(batch\)"):
+        Adapter(own_modules.TwoInputs(), data).run(batch)
+    with pytest.raises(TypeError, match=r"WithoutTest has no forward.* with run\(batch\)"):
+        Adapter(own_modules.WithoutTest(), data).run(batch)
