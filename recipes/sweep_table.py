@@ -14,6 +14,7 @@ import argparse
 import csv
 import io
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -62,9 +63,10 @@ class Run:
 
     @property
     def result(self) -> float:
-        """First result of its test; infinite without one."""
+        """First result of its test; infinite without a number."""
         name = next(iter(self.titles), "")
-        return float((self.metrics or {}).get(name, float("inf")))
+        value = float((self.metrics or {}).get(name, math.inf))
+        return math.inf if math.isnan(value) else value
 
 
 @dataclass(frozen=True)
@@ -239,12 +241,18 @@ def draw(runs: Sequence[Run]) -> Figure:
     """Plot the first result of the test over packed bytes; runs that no other beats are marked.
 
     Args:
-        runs: Runs; those without both metrics, or of another result than the first run's, are left
-            out.
+        runs: Runs; those without both metrics, with one that is not finite, or of another result
+            than the first run's, are left out.
     """
     keys = swept_keys(runs)
     name, title = next((item for run in runs for item in run.titles.items()), ("", ""))
-    shown = [run for run in runs if run.metrics and {name, "packed_bytes"} <= run.metrics.keys()]
+    shown = [
+        run
+        for run in runs
+        if run.metrics
+        and {name, "packed_bytes"} <= run.metrics.keys()
+        and math.isfinite(run.metrics[name])
+    ]
     metrics = [dict(run.metrics or {}) for run in shown]
     percent = 100 if _is_fraction(title) else 1
     sizes = [each["packed_bytes"] / 1000 for each in metrics]
@@ -260,7 +268,8 @@ def draw(runs: Sequence[Run]) -> Figure:
         on_front = [sizes[index] for index in best], [results[index] for index in best]
         axes.plot(*on_front, "o-", color="#b8442c", label="no other run beats it", zorder=3)
         for index in best:
-            label = ", ".join(str(shown[index].settings.get(key, "")) for key in keys)
+            settings = shown[index].settings
+            label = ", ".join(settings[key] for key in keys if settings.get(key))
             axes.annotate(
                 label or shown[index].name,
                 (sizes[index], results[index]),

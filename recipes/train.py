@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -157,7 +157,7 @@ def _train(config: DictConfig) -> dict[str, Any]:
         summary["debug"] = True
     if config.test:
         results = adapter.tested(trainer)
-        summary |= results | {"titles": adapter.titles_of(results)}
+        summary |= results | {"titles": _objective_first(adapter.titles_of(results), config)}
     summary |= weight_metrics(module, targets)
     if trainer.is_global_zero:
         if config.test:
@@ -224,6 +224,12 @@ def check_processes(trainer: Trainer) -> None:
             f"{trainer.world_size} processes were started from outside, and each would have a run "
             "folder of its own: add hydra.run.dir=<folder> to the command"
         )
+
+
+def _objective_first(titles: Mapping[str, str], config: DictConfig) -> dict[str, str]:
+    """Put what a sweep makes small before other results: tables are ordered by the first."""
+    first = [name for name in config.objective if name in titles]
+    return {name: titles[name] for name in dict.fromkeys([*first, *titles])}
 
 
 def _last_checkpoint(config: DictConfig) -> str | None:

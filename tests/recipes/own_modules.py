@@ -65,6 +65,12 @@ class Classifier(LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
+class TwoResults(Classifier):
+    def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        self.log("test/error", (self(batch[0]).argmax(1) != batch[1]).float().mean())
+        super().test_step(batch, batch_idx)
+
+
 class KeepsObjects(Classifier):
     def __init__(self, optimizer: Any = torch.optim.SGD, width: int = 4) -> None:
         super().__init__()

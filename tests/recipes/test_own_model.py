@@ -252,6 +252,11 @@ def test_a_run_that_could_not_end_does_not_begin(
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
+def test_the_objective_is_the_first_result_of_a_table(run_own: Any) -> None:
+    summary = run_own("TwoResults", "trainer.limit_train_batches=1")
+    assert list(summary["titles"]) == ["loss", "error"]
+
+
 def test_networks_without_a_matrix_have_bytes_alone(run_own: Any) -> None:
     summary = run_own("Classifier", "targets=[network.bias]")
     assert summary["packed_bytes"] > 0

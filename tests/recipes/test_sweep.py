@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import itertools
 import json
+import math
 import os
 import signal
 import subprocess
@@ -198,3 +199,22 @@ def test_results_of_any_module_are_compared(tmp_path: Path) -> None:
     )
     (axes,) = draw(runs).axes
     assert axes.get_ylabel() == "error"
+
+
+def test_runs_without_a_number_or_a_setting_leave_the_figure_readable(tmp_path: Path) -> None:
+    """A diverged run comes last and is not drawn; a run is labelled with the settings it has."""
+    for name, error, overrides in (
+        ("diverged", math.nan, ["compression=gq", "bits=2"]),
+        ("float", 0.1, []),
+        ("gq", 0.2, ["compression=gq", "bits=4"]),
+        ("csp", 0.3, ["compression=csp"]),
+    ):
+        _summary(
+            tmp_path / name,
+            **{"overrides": overrides, "titles": {"error": "error"}, "error": error},
+            **{"packed_bytes": int(100 / error) if error == error else 1, "train_seconds": 3.0},
+        )
+    runs = read_runs(tmp_path)
+    assert [row["run"] for row in table(runs).rows] == ["float", "gq", "csp", "diverged"]
+    (axes,) = draw(runs).axes
+    assert [text.get_text() for text in axes.texts] == ["csp", "gq, 4", "float"]
