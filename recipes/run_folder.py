@@ -32,6 +32,7 @@ from lightning_nna.files import write_whole
 from lightning_nna.weights.codebook import index_bits
 from lightning_nna.weights.pipeline import pipeline_of
 from recipes.adapter import EVERYTHING, names_within
+from recipes.other_processes import with_processes_of
 from recipes.run_name import INDIFFERENT
 
 _log = logging.getLogger(__name__)
@@ -49,7 +50,7 @@ def record_config(run_dir: Path, config: DictConfig) -> None:
 
     Raises:
         ValueError: If the folder's ``config.yaml`` differs in a setting that changes what is
-            learned; lists these settings.
+            learned; lists these settings. Another number of processes is none of them.
     """
     path = run_dir / "config.yaml"
     settings = settings_of(config)
@@ -120,9 +121,9 @@ def finished_summary(run_dir: Path, config: DictConfig) -> dict[str, Any] | None
 
 
 def _differing(path: Path, settings: dict[str, Any]) -> set[str]:
-    """Return the settings that differ from those in a file."""
+    """Return the settings that differ from those in a file; other processes do not count."""
     before = _without_run_dir(settings_of(OmegaConf.load(path)))
-    now = _without_run_dir(settings)
+    now = with_processes_of(before, _without_run_dir(settings))
     return {key for key in before.keys() | now.keys() if before.get(key) != now.get(key)}
 
 

@@ -31,6 +31,7 @@ from lightning_nna.checkpoints import load_checkpoint
 from recipes.adapter import adapter_class
 from recipes.debug import shortened
 from recipes.objective import OF_DEPLOYMENT, check_objective, objective_of
+from recipes.other_processes import OtherProcesses
 from recipes.preparation import build, prepare_process
 from recipes.program import as_program, composed
 from recipes.run_folder import (
@@ -128,8 +129,9 @@ def _train(config: DictConfig) -> dict[str, Any]:
         adapter.require_test()
     check_clipping(module, config)
     callbacks = build_callbacks(config)
-    recipe = RecipeInCheckpoint(settings_of(config))
-    trainer = build_trainer(config, [*callbacks.values(), recipe])
+    settings = settings_of(config)
+    in_checkpoint = [RecipeInCheckpoint(settings), OtherProcesses(settings)]
+    trainer = build_trainer(config, [*callbacks.values(), *in_checkpoint])
     check_processes(trainer)
     start = _last_checkpoint(config) if config.resume else None
     if start is not None:

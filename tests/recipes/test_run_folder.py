@@ -6,10 +6,11 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from recipes.program import as_program
 from recipes.run_folder import (
@@ -93,10 +94,36 @@ def test_the_summary_of_a_run_is_not_replaced_by_another_recipe(
     assert f"{tmp_path} is the folder of a run of training" in capsys.readouterr().err
 
 
-def test_a_run_is_resumed_with_its_own_number_of_processes(tmp_path: Path) -> None:
-    record_config(tmp_path, OmegaConf.create({"trainer": {"devices": 2}}))
-    with pytest.raises(ValueError, match="other settings of trainer; resume it with its own"):
-        record_config(tmp_path, OmegaConf.create({"trainer": {"devices": 1}}))
+def _settings(batch_size: int, **trainer: Any) -> DictConfig:
+    return OmegaConf.create({"trainer": trainer, "data": {"batch_size": batch_size}})
+
+
+def test_a_run_is_resumed_with_any_number_of_processes_and_batches_to_match(tmp_path: Path) -> None:
+    before = _settings(4, devices=2, strategy="ddp", accumulate_grad_batches=2)
+    for now in (
+        _settings(8, devices=1, strategy="auto", accumulate_grad_batches=2),
+        _settings(4, devices=1, strategy="auto", accumulate_grad_batches=4),
+        _settings(4, devices=4, strategy="ddp_spawn", accumulate_grad_batches=1),
+    ):
+        record_config(tmp_path, now)
+        record_config(tmp_path, before)
+
+
+@pytest.mark.parametrize(
+    ("now", "named"),
+    [
+        (_settings(4, devices=1, strategy="ddp", max_epochs=4), "trainer"),
+        (_settings(4, devices=2, strategy="fsdp", max_epochs=3), "trainer"),
+        (_settings(8, devices=2, strategy="ddp", max_epochs=3), "data"),
+    ],
+    ids=["another length", "split parameters", "other batches of the same processes"],
+)
+def test_a_run_is_not_resumed_with_what_changes_it(
+    tmp_path: Path, now: DictConfig, named: str
+) -> None:
+    record_config(tmp_path, _settings(4, devices=2, strategy="ddp", max_epochs=3))
+    with pytest.raises(ValueError, match=f"other settings of {named}; resume it with its own"):
+        record_config(tmp_path, now)
 
 
 def test_writing_replaces_the_file(tmp_path: Path) -> None:
