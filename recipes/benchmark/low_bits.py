@@ -321,7 +321,7 @@ def report(rows: Sequence[Row]) -> Fields:
         },
         "budgets": [
             mean_line(tested, model, method, bits, steps)
-            for model, bits, method in itertools.product(STARTS, (4, 3, 2, 1), COMPARED)
+            for model, bits, method in itertools.product(STARTS, (4, 3, 2, 1), (*COMPARED, *PARTS))
             for steps in BUDGETS[1:]
             if select(tested, model=model, method=method, bits=bits, steps=steps)
         ],
@@ -374,7 +374,7 @@ def from_scratch(rows: Sequence[Row]) -> list[str]:
                     points(change),
                 )
             )
-    return lines
+    return lines or [line("no run is finished", *[""] * 8)]
 
 
 def combined(rows: Sequence[Row]) -> list[str]:

@@ -18,7 +18,7 @@ from recipes.evaluate import evaluate
 from tests.conftest import ROOT
 from tests.recipes.keywords.spotter_runs import GROUPS, PLAIN, run, run_resumed
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:Checkpoint directory")]
 
 
 @pytest.fixture(scope="module")
