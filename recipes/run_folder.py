@@ -50,12 +50,14 @@ def record_config(run_dir: Path, config: DictConfig) -> None:
 
     Raises:
         ValueError: If the folder's ``config.yaml`` differs in a setting that changes what is
-            learned; lists these settings. Another number of processes is none of them.
+            learned, and it has a checkpoint or results; lists these settings. Another number of
+            processes is none of them.
     """
     path = run_dir / "config.yaml"
     settings = settings_of(config)
-    # A debug run takes the place of the one before.
-    if path.exists() and not settings.get("debug"):
+    has_begun = any(run_dir.glob("checkpoints/*.ckpt")) or (run_dir / "summary.json").exists()
+    # A debug run takes the place of the one before, and any run that of one that has not begun.
+    if path.exists() and has_begun and not settings.get("debug"):
         differing = _differing(path, settings) - _MAY_CHANGE
         if differing:
             raise ValueError(

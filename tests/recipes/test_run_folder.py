@@ -25,11 +25,24 @@ from recipes.run_folder import (
 from tests.conftest import ROOT
 
 
+def _begin(run_dir: Path) -> None:
+    """Leave what a run leaves that was stopped after an epoch."""
+    (run_dir / "checkpoints").mkdir()
+    (run_dir / "checkpoints" / "last.ckpt").touch()
+
+
+def test_a_run_that_has_not_begun_gives_way_to_other_settings(tmp_path: Path) -> None:
+    for seed in (1, 2):
+        record_config(tmp_path, OmegaConf.create({"seed": seed}))
+    assert OmegaConf.load(tmp_path / "config.yaml").seed == 2
+
+
 def test_settings_that_do_not_change_the_result_may_differ(tmp_path: Path) -> None:
     settings = OmegaConf.create({"seed": 1, "twice": "${seed}", "threads": 1, "run_dir": "a"})
     record_config(tmp_path, settings)
     assert OmegaConf.load(tmp_path / "config.yaml").twice == 1
     record_config(tmp_path, OmegaConf.merge(settings, {"threads": 2, "run_dir": "b"}))
+    _begin(tmp_path)
     with pytest.raises(ValueError, match="other settings of seed, twice; resume it"):
         record_config(tmp_path, OmegaConf.merge(settings, {"seed": 2}))
 
@@ -38,6 +51,7 @@ def test_a_run_folder_may_be_moved(tmp_path: Path) -> None:
     for run_dir in ("here", "there/deeper"):
         settings = {"run_dir": run_dir, "logger": {}, "callbacks": {"dirpath": "${run_dir}/ckpt"}}
         record_config(tmp_path, OmegaConf.create(settings))
+        (tmp_path / "summary.json").touch()
     assert OmegaConf.load(tmp_path / "config.yaml").callbacks.dirpath == "there/deeper/ckpt"
 
 
@@ -100,6 +114,7 @@ def _settings(batch_size: int, **trainer: Any) -> DictConfig:
 
 def test_a_run_is_resumed_with_any_number_of_processes_and_batches_to_match(tmp_path: Path) -> None:
     before = _settings(4, devices=2, strategy="ddp", accumulate_grad_batches=2)
+    _begin(tmp_path)
     for now in (
         _settings(8, devices=1, strategy="auto", accumulate_grad_batches=2),
         _settings(4, devices=1, strategy="auto", accumulate_grad_batches=4),
@@ -122,6 +137,7 @@ def test_a_run_is_not_resumed_with_what_changes_it(
     tmp_path: Path, now: DictConfig, named: str
 ) -> None:
     record_config(tmp_path, _settings(4, devices=2, strategy="ddp", max_epochs=3))
+    _begin(tmp_path)
     with pytest.raises(ValueError, match=f"other settings of {named}; resume it with its own"):
         record_config(tmp_path, now)
 
