@@ -273,7 +273,10 @@ class TestInLightning:
         assert before + after == uninterrupted
 
 
-@pytest.mark.parametrize("name", sorted(path.stem for path in CONF.glob("*.yaml")))
+SPEECH = sorted({path.stem for path in CONF.glob("*.yaml")} - {"keywords"})
+
+
+@pytest.mark.parametrize("name", SPEECH)
 def test_every_configuration_makes_a_module(name: str, tmp_path: Path) -> None:
     config = OmegaConf.load(CONF / f"{name}.yaml")
     where = {

@@ -9,12 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from omegaconf import DictConfig
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
 
 from recipes.allocate import allocate
 from recipes.deploy import deploy, table
 from recipes.evaluate import evaluate
 from recipes.keywords.adapter import KeywordAdapter
+from recipes.keywords.data import COMMANDS, KeywordData
 from recipes.objective import check_objective
 from recipes.train import deployed_metrics, train
 from recipes.weights import load_weights
@@ -140,6 +142,12 @@ def test_bits_are_allocated_by_its_training_loss(
         *("network.first.0.weight", "network.head.weight"),
         *("network.blocks.0.0.0.weight", "network.blocks.0.1.0.weight"),
     }
+
+
+def test_its_configuration_makes_the_data() -> None:
+    data = instantiate(OmegaConf.load(CONF / "data" / "keywords.yaml"))
+    assert isinstance(data, KeywordData)
+    assert data.corpus == COMMANDS
 
 
 def test_its_trained_weights_fit_the_code(compose_config: Compose) -> None:
