@@ -28,7 +28,7 @@ STOPS = {
     "name of a checkpoint": ("lightning_nna.files:os.fsync", 4, signal.SIGKILL),
     "later step": ("recipes.asr.recognizer:TransducerRecognizer.training_step", 2, signal.SIGKILL),
     "test": ("recipes.asr.recognizer:TransducerRecognizer.test_step", 1, signal.SIGKILL),
-    "transcripts": ("recipes.run_folder:utterance_errors", 1, signal.SIGKILL),
+    "transcripts": ("recipes.asr.adapter:write_transcripts", 1, signal.SIGKILL),
     "summary": ("recipes.run_folder:json.dumps", 1, signal.SIGKILL),
 }
 SETTINGS = (

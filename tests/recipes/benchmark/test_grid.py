@@ -107,7 +107,13 @@ def test_runs_end_with_their_study(number: signal.Signals, tmp_path: Path) -> No
     os.mkfifo(tmp_path / "pipe")
     command = [sys.executable, "-m", "tests.recipes.benchmark.waiting_study", str(tmp_path)]
     with subprocess.Popen(
-        command, cwd=ROOT, start_new_session=True, stderr=subprocess.PIPE, text=True
+        command,
+        cwd=ROOT,
+        start_new_session=True,
+        stderr=subprocess.PIPE,
+        text=True,
+        # What a shell starts in the background ignores it, and so does what that starts.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as study:
         with (tmp_path / "pipe").open() as pipe:
             workers = {int(pipe.readline()) for _ in range(2)}
