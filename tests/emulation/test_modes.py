@@ -285,6 +285,7 @@ def test_ranks_that_take_other_branches_agree_on_sites_and_ranges(
     expected = calibrate(alone, [x, -2 * x, -x, 3 * x]).state_dict()
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: ranks.rank.number)
     monkeypatch.setattr(torch.distributed, "all_gather_object", ranks.all_gather_object)
 
     def observe(number: int) -> None:
