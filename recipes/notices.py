@@ -7,6 +7,8 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from lightning.fabric.utilities.rank_zero import rank_zero_module
+
 _WARNINGS = (
     # A run that resumes is meant to find its checkpoints.
     (r"Checkpoint directory .* exists and is not empty", UserWarning),
@@ -19,7 +21,6 @@ _LINES = (
     "Tip: For seamless cloud",  # Of other products.
     "Ignoring `Trainer(max_time=",  # callbacks.timer has it, and counts all parts of a run.
 )
-_LOGGER = "lightning.pytorch.utilities.rank_zero"
 
 
 @contextmanager
@@ -30,7 +31,8 @@ def fewer_notices() -> Iterator[None]:
         >>> with fewer_notices():
         ...     warnings.warn("Checkpoint directory runs exists and is not empty.", stacklevel=1)
     """
-    logger = logging.getLogger(_LOGGER)
+    # Another name if pytorch_lightning, the package of the older name, was imported, too.
+    logger = rank_zero_module.log
     logger.addFilter(_is_wanted)
     try:
         with warnings.catch_warnings():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib.util
 import logging
 from collections.abc import Callable
 from pathlib import Path, PurePath
@@ -36,13 +37,24 @@ def overrides(small_an4: Path, tmp_path: Path) -> list[str]:
     ]
 
 
+#: A package of the extra `bench`.
+NEEDED = {
+    "parq": pytest.mark.skipif(
+        importlib.util.find_spec("torchao") is None, reason="torchao is not installed"
+    )
+}
+
+
 def _metrics(run: Path) -> list[dict[str, str]]:
     with (run / "metrics" / "version_0" / "metrics.csv").open() as file:
         return list(csv.DictReader(file))
 
 
 @pytest.mark.filterwarnings("ignore:invalid escape sequence")  # In the source of torchao.
-@pytest.mark.parametrize("compression", EMULATED)
+@pytest.mark.parametrize(
+    "compression",
+    [pytest.param(name, marks=NEEDED[name]) if name in NEEDED else name for name in EMULATED],
+)
 def test_a_debug_run_of_every_compression_ends_emulated(
     compression: str, compose_config: Compose, overrides: list[str], tmp_path: Path
 ) -> None:
