@@ -1,4 +1,4 @@
-"""What the recipes need of a LightningModule, and how they find it out for any module.
+"""Adapt a LightningModule to the recipes, any one without an adapter of its own.
 
 The recipes train and test with Lightning's Trainer. Whatever else they do with a module goes
 through an :class:`Adapter`: the results of a test, calibration, the loss that bits are allocated
@@ -40,13 +40,14 @@ from lightning_nna.weights.selection import matches_path
 Part = tuple[list[Any], Callable[..., Any]]
 
 EVERYTHING = ("*",)
+#: Runtime whose time on this CPU is measured.
+FAST_RUNTIME = "litert-xnnpack"
 _STAGES = ("test/", "test_")
-_XNNPACK = "litert-xnnpack"
 
 
 @dataclass(frozen=True)
 class DeployedResults:
-    """What the programs of a module computed on the test set.
+    """Results of the programs of a module on the test set.
 
     Attributes:
         outputs: Number of activations that the programs returned.
@@ -63,7 +64,7 @@ class DeployedResults:
 
 @dataclass(frozen=True)
 class Speed:
-    """How fast the programs of a module are on this CPU, and how often they run.
+    """Time and calls of the programs of a module on this CPU.
 
     Attributes:
         calls: Calls of each program for a unit of work, see :attr:`Adapter.unit`, by its name.
@@ -77,7 +78,7 @@ class Speed:
 
 
 class Adapter:
-    """What the recipes do with a module, for any module.
+    """Everything that the recipes do with a module beyond Lightning, for any module.
 
     Args:
         module: Module to train, test or deploy.
@@ -88,8 +89,8 @@ class Adapter:
     Example:
         >>> from lightning.pytorch.demos.boring_classes import BoringDataModule, BoringModel
         >>> adapter = Adapter(BoringModel(), BoringDataModule())
-        >>> adapter.names, adapter.results({"test/loss": 0.5, "val/loss": 0.4})
-        (['layer.weight', 'layer.bias'], {'loss': 0.5})
+        >>> adapter.results({"test/loss": 0.5, "val/loss": 0.4})
+        {'loss': 0.5}
     """
 
     known_results: ClassVar[tuple[str, ...]] = ()
@@ -97,7 +98,7 @@ class Adapter:
     titles: ClassVar[Mapping[str, str]] = {}
     """Titles of the results that a table shows, those of fractions with ", %"; none for all."""
     unit: ClassVar[str] = "example"
-    """What the time and the cycles of a deployment are for."""
+    """Unit of work that the time and the cycles of a deployment are for."""
 
     def __init__(
         self,
@@ -106,11 +107,6 @@ class Adapter:
         targets: Sequence[str] = EVERYTHING,
     ) -> None:
         self.module, self.datamodule, self.targets = module, datamodule, list(targets)
-
-    @property
-    def names(self) -> list[str]:
-        """Names of the tensors in the module's state that belong to its networks."""
-        return names_within(self.module.state_dict(), self.targets)
 
     def configure(self, config: DictConfig) -> None:
         """Take settings of a recipe that belong neither to the model nor to the data.
@@ -296,7 +292,8 @@ class Adapter:
         if emulator is None:
             raise ValueError("the module has no ranges: calibrate it first")
         with ExitStack() as stack:
-            for name, network in networks.items():
+            for name, path in networks.items():
+                network = self.module.get_submodule(path)
                 keep = partial(_keep_call, calls, name)
                 handle = network.register_forward_pre_hook(keep, with_kwargs=True)
                 stack.callback(handle.remove)
@@ -304,7 +301,7 @@ class Adapter:
             stack.enter_context(emulate(self.module, emulator.spec, targets=emulator.targets))
             self.run(batch)
             parts: dict[str, Part] = {}
-            for name, network in networks.items():
+            for name, path in networks.items():
                 if name not in calls:
                     raise ValueError(
                         f"{name} did not run on a batch of the test set: targets names it, and "
@@ -318,18 +315,19 @@ class Adapter:
                         if qparams is not None:
                             emulator.state.set_qparams(one, qparams)
                     example.append(one)
-                path = _path_of(self.module, network)
                 parts[name] = example, partial(_call_child, path, calls[name])
         return parts
 
-    def networks(self) -> dict[str, nn.Module]:
-        """Return the networks that become programs by their names: ``targets``, or the module.
+    def networks(self) -> dict[str, str]:
+        """Return the paths of the networks that become programs, by the programs' names.
+
+        They are ``targets``, or the module, whose path is empty.
 
         Raises:
             ValueError: If ``targets`` is a pattern, and not the name of a child.
         """
         if list(self.targets) == list(EVERYTHING):
-            return {"network": self.module}
+            return {"network": ""}
         children = dict(self.module.named_modules())
         if unknown := [name for name in self.targets if name not in children]:
             raise ValueError(
@@ -337,15 +335,20 @@ class Adapter:
                 f"{type(self.module).__name__}: a program is made of each, so name children as "
                 f"{', '.join(list(dict(self.module.named_children()))[:4])}"
             )
-        return {name.replace(".", "_"): children[name] for name in self.targets}
+        return {path.replace(".", "_"): path for path in self.targets}
 
-    def test(self, callbacks: Sequence[Callback] = ()) -> dict[str, Any]:
+    def test(
+        self, callbacks: Sequence[Callback] = (), *, accelerator: str = "auto"
+    ) -> dict[str, Any]:
         """Test the module, and return the results.
 
         Args:
             callbacks: Callbacks of the test, such as the emulation.
+            accelerator: Accelerator of the Trainer.
         """
-        trainer = Trainer(accelerator="auto", devices=1, logger=False, callbacks=list(callbacks))
+        trainer = Trainer(
+            accelerator=accelerator, devices=1, logger=False, callbacks=list(callbacks)
+        )
         return self.tested(trainer)
 
     def tested(self, trainer: Trainer) -> dict[str, Any]:
@@ -372,7 +375,7 @@ class Adapter:
         }
         counter = _ExampleCounter()
         with _replaced(self.module, self.networks(), programs):
-            results = self.test([*callbacks, counter])
+            results = self.test([*callbacks, counter], accelerator="cpu")
         return DeployedResults(
             sum(each.outputs for each in programs.values()),
             sum(each.equal_outputs for each in programs.values()),
@@ -387,7 +390,7 @@ class Adapter:
             folder: Folder of the programs.
         """
         programs = {
-            name: _Timed(name, Program(folder / f"{name}.tflite", runtime=_XNNPACK))
+            name: _Timed(name, Program(folder / f"{name}.tflite", runtime=FAST_RUNTIME))
             for name in self.networks()
         }
         batch = next(self.test_batches())
@@ -438,13 +441,13 @@ def adapter_class(module: type | Callable[..., Any]) -> type[Adapter]:
         <class 'recipes.adapter.Adapter'>
     """
     named = getattr(module, "recipe_adapter", Adapter)
-    found = get_class(named) if isinstance(named, str) else named
-    if not (isinstance(found, type) and issubclass(found, Adapter)):
+    adapter = get_class(named) if isinstance(named, str) else named
+    if not (isinstance(adapter, type) and issubclass(adapter, Adapter)):
         raise TypeError(
             f"recipe_adapter of {getattr(module, '__name__', module)} is {named!r}, and must be a "
             "subclass of recipes.adapter.Adapter or its dotted path"
         )
-    return found
+    return adapter
 
 
 def names_within(names: Any, targets: Sequence[str]) -> list[str]:
@@ -548,14 +551,14 @@ class _Timed(_Replaced):
 @contextmanager
 def _replaced(
     module: LightningModule,
-    networks: Mapping[str, nn.Module],
+    networks: Mapping[str, str],
     programs: Mapping[str, _Replaced],
 ) -> Iterator[None]:
     """Let programs answer in the place of networks."""
     with ExitStack() as stack:
-        for name, network in networks.items():
+        for name, path in networks.items():
             answer = partial(_answer, module, programs[name])
-            handle = network.register_forward_hook(answer, with_kwargs=True)
+            handle = module.get_submodule(path).register_forward_hook(answer, with_kwargs=True)
             stack.callback(handle.remove)
         yield
 
@@ -612,10 +615,6 @@ def _call_child(path: str, call: _Call, module: nn.Module, *inputs: Any) -> Any:
     count = len(call.arguments)
     named = {**call.named, **dict(zip(call.tensor_names, inputs[count:], strict=True))}
     return module.get_submodule(path)(*inputs[:count], **named)
-
-
-def _path_of(module: nn.Module, child: nn.Module) -> str:
-    return next(path for path, each in module.named_modules() if each is child)
 
 
 def _batches(loaders: Any, mode: Any) -> Iterator[Any]:

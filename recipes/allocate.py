@@ -133,10 +133,10 @@ def calibration_of(config: DictConfig) -> tuple[Adapter, list[Any]]:
         config: Composed configuration ``allocate``; its ``targets`` are set if they are null.
     """
     prepare_process(config, "allocate")
-    chosen = config.targets
+    targets = config.targets
     _, adapter = rebuild(load_weights(config.ckpt), config)
-    if chosen is not None:
-        config.targets = chosen
+    if targets is not None:
+        config.targets = targets
     torch.manual_seed(0)  # Augmentation draws from it.
     return adapter, list(itertools.islice(adapter.training_batches(), config.batches))
 

@@ -81,11 +81,11 @@ def deploy(config: DictConfig) -> dict[str, Any]:
     check_systems(config.systems)
     recipe, adapter = rebuild(weights, config)
     module, targets = adapter.module, list(recipe.targets)
-    float_results = adapter.test() if config.score_float else None
+    float_results = adapter.test(accelerator="cpu") if config.score_float else None
     callbacks = trained_callbacks(weights, config)
     emulation = next(c for c in callbacks if isinstance(c, NNAEmulation))
     restore_or_calibrate(adapter, emulation, weights, batches=config.calibration_batches)
-    emulated = adapter.test(callbacks)
+    emulated = adapter.test(callbacks, accelerator="cpu")
     metrics = weight_metrics(module, targets)
     module.eval()
     run_dir = Path(config.run_dir)

@@ -19,9 +19,7 @@ def end_with(process: int) -> None:
     Args:
         process: Id of the process; its parent on this machine.
     """
-    if (
-        sys.platform != "linux"
-    ):  # Elsewhere a system cannot be asked for the end of another process.
+    if sys.platform != "linux":  # Other systems do not tell of the end of another process.
         return
     try:
         end = os.pidfd_open(process)

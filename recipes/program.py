@@ -286,12 +286,16 @@ def _unwritable(error: BaseException) -> str | None:
 def _is_check(error: BaseException) -> bool:
     """Tell whether a ``raise`` of this project raised an error."""
     is_own = type(error).__module__.split(".")[0] in _PACKAGES
-    if error.__traceback__ is None or not (is_own or isinstance(error, _CHECKS)):
-        return False
+    return (is_own or isinstance(error, _CHECKS)) and _raised_in(error).split(".")[0] in _PACKAGES
+
+
+def _raised_in(error: BaseException) -> str:
+    """Return the module with the statement that raised an error; none if no statement did."""
+    if error.__traceback__ is None:
+        return ""
     *_, (frame, line) = traceback.walk_tb(error.__traceback__)
-    # Of our own code, only a statement that raises is a check.
     is_raised = linecache.getline(frame.f_code.co_filename, line).lstrip().startswith("raise ")
-    return is_raised and _module_of(frame).split(".")[0] in _PACKAGES
+    return _module_of(frame) if is_raised else ""
 
 
 def _module_of(frame: FrameType) -> str:
@@ -304,11 +308,8 @@ def _is_of_trainer(error: BaseException) -> bool:
     """Tell whether Lightning complains about the arguments of its trainer or of a callback."""
     if type(error).__name__ == "MisconfigurationException":
         return True
-    if error.__traceback__ is None or not isinstance(error, (ValueError, TypeError)):
-        return False
-    *_, (frame, line) = traceback.walk_tb(error.__traceback__)
-    is_raised = linecache.getline(frame.f_code.co_filename, line).lstrip().startswith("raise ")
-    return is_raised and _module_of(frame).startswith("lightning.pytorch.loops.")
+    of_loops = _raised_in(error).startswith("lightning.pytorch.loops.")
+    return of_loops and isinstance(error, (ValueError, TypeError))
 
 
 def _of_run(config: DictConfig, text: str) -> str:

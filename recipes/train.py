@@ -77,10 +77,10 @@ def deployed_metrics(run_dir: Path) -> dict[str, Any]:
 
     folder = run_dir / "deploy"
     ckpt = run_dir / "checkpoints" / "last.ckpt"
-    done = folder / "summary.json"
+    summary_file = folder / "summary.json"
     # A run that was trained anew is newer than what was deployed of it.
-    if done.is_file() and done.stat().st_mtime_ns > ckpt.stat().st_mtime_ns:
-        summary = json.loads(done.read_text(encoding="utf-8"))
+    if summary_file.is_file() and summary_file.stat().st_mtime_ns > ckpt.stat().st_mtime_ns:
+        summary = json.loads(summary_file.read_text(encoding="utf-8"))
     else:
         paths = [f"ckpt='{ckpt}'", f"run_dir='{folder}'"]
         summary = deploy(composed("deploy", [*paths, "score_float=false"]))

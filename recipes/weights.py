@@ -153,8 +153,8 @@ def put_into(
         ValueError: If a weight's name or shape is another in ``module``.
     """
     own = module.state_dict()
-    kept = own.keys() - set(names_within(own, targets))
-    rest = {name: own[name] for name in kept} | (weights.rest if with_rest else {})
+    other_names = own.keys() - set(names_within(own, targets))
+    rest = {name: own[name] for name in other_names} | (weights.rest if with_rest else {})
     try:
         module.load_state_dict({**rest, **weights.network})
     except RuntimeError as error:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import io
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +10,11 @@ import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import LightningDataModule, LightningModule
 from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
 
 from lightning_nna.files import whole_file
+
+_PLAIN = (bool, int, float, complex, str, bytes, torch.Size, torch.dtype, torch.device)
 
 
 class WholeCheckpointIO(TorchCheckpointIO):
@@ -60,25 +63,22 @@ def is_plain(value: Any) -> bool:
         >>> is_plain({"lr": 0.1, "mean": torch.zeros(2)}), is_plain(torch.optim.Adam)
         (True, False)
     """
-    file = io.BytesIO()
-    try:
-        torch.save(value, file)
-        file.seek(0)
-        torch.load(file, weights_only=True)
-    # It runs what the objects of others do to be written.
-    except Exception:
-        return False
-    return True
+    if type(value) in (dict, OrderedDict):
+        return all(is_plain(each) for pair in value.items() for each in pair)
+    if type(value) in (list, tuple, set):
+        return all(map(is_plain, value))
+    return value is None or type(value) in _PLAIN or isinstance(value, Tensor)
 
 
 def _without_objects(checkpoint: dict[str, Any]) -> dict[str, Any]:
-    kept = dict(checkpoint)
+    """Return a checkpoint without hyperparameters that cannot be read again."""
+    content = dict(checkpoint)
     for owner in (LightningModule, LightningDataModule):
-        kept.pop(owner.CHECKPOINT_HYPER_PARAMS_TYPE, None)
+        content.pop(owner.CHECKPOINT_HYPER_PARAMS_TYPE, None)
         key = owner.CHECKPOINT_HYPER_PARAMS_KEY
-        values = kept.get(key)
+        values = content.get(key)
         if isinstance(values, DictConfig):
             values = OmegaConf.to_container(values, resolve=True)
         if isinstance(values, dict):
-            kept[key] = {name: value for name, value in values.items() if is_plain(value)}
-    return kept
+            content[key] = {name: value for name, value in values.items() if is_plain(value)}
+    return content

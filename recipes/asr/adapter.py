@@ -1,10 +1,10 @@
-"""What the recipes do with a transducer: words, beams, and three programs."""
+"""Adapt recognizers of speech to the recipes: words, beams, and three programs."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -17,7 +17,7 @@ from typing_extensions import override
 
 from lightning_nna import emulate
 from lightning_nna.emulation.attachment import attached
-from recipes.adapter import Adapter, DeployedResults, Part, Speed
+from recipes.adapter import FAST_RUNTIME, Adapter, DeployedResults, Part, Speed
 from recipes.asr.batches import Batch
 from recipes.asr.beam import decode
 from recipes.asr.data import SpeechDataModule
@@ -27,8 +27,6 @@ from recipes.asr.recognizer import TransducerRecognizer, score_references, trans
 from recipes.asr.rnnt import Encoder
 from recipes.asr.scored_recognizer import ScoredRecognizer
 from recipes.asr.scoring import word_errors, write_transcripts
-
-_XNNPACK = "litert-xnnpack"
 
 
 @dataclass
@@ -53,7 +51,7 @@ class Comparison:
 
 
 class RecognizerAdapter(Adapter):
-    """What the recipes do with a :class:`.ScoredRecognizer`; see :class:`.Adapter`."""
+    """Adapter of a :class:`.ScoredRecognizer`."""
 
     known_results: ClassVar[tuple[str, ...]] = (
         *("wer", "wer_low", "wer_high", "errors", "words", "wer_greedy", "loss_per_token"),
@@ -72,11 +70,7 @@ class RecognizerAdapter(Adapter):
         score = self.module.score
         assert score is not None, "a test run sets a score"
         return {
-            "wer": score.rate,
-            "wer_low": score.low,
-            "wer_high": score.high,
-            "errors": score.errors,
-            "words": score.words,
+            **score.as_results("wer"),
             "wer_greedy": logged["test/wer_greedy"],
             "loss_per_token": logged["test/loss_per_token"],
         }
@@ -90,7 +84,7 @@ class RecognizerAdapter(Adapter):
 
 
 class TransducerAdapter(RecognizerAdapter):
-    """What the recipes do with a :class:`.TransducerRecognizer`; see :class:`.Adapter`."""
+    """Adapter of a :class:`.TransducerRecognizer`."""
 
     known_results: ClassVar[tuple[str, ...]] = (*RecognizerAdapter.known_results, "beam_width")
     unit: ClassVar[str] = "second of speech"
@@ -157,13 +151,9 @@ class TransducerAdapter(RecognizerAdapter):
         comparison = compare(self.recognizer, deployed, self.speech.test_dataloader())
         hypotheses, references = comparison.hypotheses, comparison.references
         ids = sorted(hypotheses)
-        score = asdict(word_errors([hypotheses[k] for k in ids], [references[k] for k in ids]))
+        score = word_errors([hypotheses[k] for k in ids], [references[k] for k in ids])
         results = {
-            "wer": score["rate"],
-            "wer_low": score["low"],
-            "wer_high": score["high"],
-            "errors": score["errors"],
-            "words": score["words"],
+            **score.as_results("wer"),
             "loss_per_token": comparison.loss / comparison.labels,
             "utterances": len(ids),
             "equal_transcripts": sum(hypotheses[k] == emulated[k] for k in ids) / len(ids),
@@ -181,7 +171,7 @@ class TransducerAdapter(RecognizerAdapter):
             Calls per second of speech; ``speech_seconds`` and ``real_time_factor`` (seconds of
             computation per second of speech).
         """
-        fast = DeployedTransducer(folder, runtime=_XNNPACK)
+        fast = DeployedTransducer(folder, runtime=FAST_RUNTIME)
         seconds = spent = 0.0
         for batch in self.speech.test_dataloader():
             began = time.perf_counter()

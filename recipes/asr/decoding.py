@@ -74,13 +74,13 @@ def greedy_decode(
     ).labels
 
 
-class Found(NamedTuple):
-    """What a greedy search has found."""
+class GreedyResult(NamedTuple):
+    """Result of a greedy search."""
 
     labels: list[list[int]]
     """Labels of each utterance, without blanks."""
     is_cut: list[bool]
-    """Whether a step of the utterance had more labels than the search takes."""
+    """True for an utterance with a step that had more labels than the search takes."""
 
 
 @torch.no_grad()
@@ -90,7 +90,7 @@ def greedy_search(
     steps: Int[Tensor, " batch"],
     *,
     max_labels_per_step: int = 10,
-) -> Found:
+) -> GreedyResult:
     """Decode encodings that are there already; see :func:`greedy_decode`.
 
     Args:
@@ -125,7 +125,7 @@ def greedy_search(
             state = _select(emits, after, state)
             for index in emits.nonzero()[:, 0].tolist():
                 hypotheses[index].append(int(label[index]))
-    return Found(hypotheses, is_cut.tolist())
+    return GreedyResult(hypotheses, is_cut.tolist())
 
 
 def _select(mask: Tensor, after: State, before: State) -> State:

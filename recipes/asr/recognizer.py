@@ -175,10 +175,10 @@ class TransducerRecognizer(ScoredRecognizer):
         encodings, _, logits, steps = score_references(self.model, batch)
         losses = transducer_losses(logits, batch.targets, steps, batch.target_lengths)
         limit = self.max_labels_per_step
-        found = greedy_search(self.model, encodings, steps, max_labels_per_step=limit)
+        result = greedy_search(self.model, encodings, steps, max_labels_per_step=limit)
         if test:
-            self._cut += sum(found.is_cut)
-        greedy = [self.vocabulary.decode(sequence) for sequence in found.labels]
+            self._cut += sum(result.is_cut)
+        greedy = [self.vocabulary.decode(sequence) for sequence in result.labels]
         texts = greedy if beam_width == 1 else self.decode(batch, beam_width=beam_width)
         rows = zip(
             batch.texts,

@@ -1,4 +1,4 @@
-"""What recognizers of speech share: words that count once, figures of all processes, optimizer."""
+"""The base of recognizers of speech: words that count once, all processes, the optimizer."""
 
 from __future__ import annotations
 

@@ -44,6 +44,19 @@ class WordErrors:
     errors: int
     words: int
 
+    def as_results(self, name: str) -> dict[str, float]:
+        """Return the rate under a name, with its interval and counts, as summaries have them.
+
+        Args:
+            name: Name of the rate.
+
+        Example:
+            >>> WordErrors(0.5, 0.4, 0.6, 1, 2).as_results("wer")
+            {'wer': 0.5, 'wer_low': 0.4, 'wer_high': 0.6, 'errors': 1, 'words': 2}
+        """
+        interval = {name: self.rate, f"{name}_low": self.low, f"{name}_high": self.high}
+        return {**interval, "errors": self.errors, "words": self.words}
+
 
 class Scored(NamedTuple):
     """Result of one scored utterance."""

@@ -333,11 +333,13 @@ def report(rows: Sequence[Row]) -> Fields:
     }
 
 
-def mean_line(rows: Sequence[Row], model: str, method: str, bits: int, steps: int) -> str:
-    """Format the line of a method: means over seeds, and its difference to GQ."""
+def mean_line(
+    rows: Sequence[Row], model: str, method: str, bits: int, steps: int, *, own: str = "gq"
+) -> str:
+    """Format the line of a method: means over seeds, and the difference of our own to it."""
     selected = _selected(rows, model, method, bits, steps)
-    own = _selected(rows, model, "gq", bits, steps)
-    change = None if method in ("gq", *BASELINES) else wer_difference(own, selected)
+    compared = _selected(rows, model, own, bits, steps)
+    change = None if method in (own, *BASELINES) else wer_difference(compared, selected)
     budget = [steps] if steps != STEPS else []
     start = [STARTS[model].title] if steps != STEPS else []
     return line(
@@ -354,27 +356,14 @@ def mean_line(rows: Sequence[Row], model: str, method: str, bits: int, steps: in
 
 
 def from_scratch(rows: Sequence[Row]) -> list[str]:
-    """Make the lines of training from random weights: differences to GQ."""
-    lines = []
-    for model, method in itertools.product(STARTS, FROM_SCRATCH):
-        of_method = select(rows, model=model, method=method)
-        for bits, steps in sorted({(row["bits"], row["steps"]) for row in of_method}, reverse=True):
-            selected = select(of_method, bits=bits, steps=steps)
-            own = select(rows, model=model, method="gq_scratch", bits=bits, steps=steps)
-            change = None if method == "gq_scratch" else wer_difference(own, selected)
-            lines.append(
-                line(
-                    STARTS[model].title,
-                    METHODS[method].title,
-                    bits,
-                    steps,
-                    len(selected),
-                    *word_errors(selected),
-                    f"{mean_loss(selected):.4f}",
-                    points(change),
-                )
-            )
-    return lines or [line("no run is finished", *[""] * 8)]
+    """Make the lines of training from random weights."""
+    cells = {
+        (model, method, row["bits"], row["steps"])
+        for model, method in itertools.product(STARTS, FROM_SCRATCH)
+        for row in select(rows, model=model, method=method)
+    }
+    lines = [mean_line(rows, *cell, own="gq_scratch") for cell in sorted(cells)]
+    return lines or [line("no run is finished", *[""] * 9)]
 
 
 def combined(rows: Sequence[Row]) -> list[str]:

@@ -1,4 +1,4 @@
-"""What the recipes do with a keyword spotter: an error rate with its interval."""
+"""Adapt a keyword spotter to the recipes: an error rate with its interval."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from recipes.keywords.spotter import KeywordSpotter
 
 
 class KeywordAdapter(Adapter):
-    """What the recipes do with a :class:`.KeywordSpotter`; see :class:`.Adapter`."""
+    """Adapter of a :class:`.KeywordSpotter`."""
 
     known_results: ClassVar[tuple[str, ...]] = (
         *("error_rate", "error_rate_low", "error_rate_high", "errors", "words", "loss"),
@@ -31,14 +31,7 @@ class KeywordAdapter(Adapter):
         """
         words, recognized = self._words()
         score = word_errors(recognized, words)
-        return {
-            "error_rate": score.rate,
-            "error_rate_low": score.low,
-            "error_rate_high": score.high,
-            "errors": score.errors,
-            "words": score.words,
-            "loss": logged["test/loss"],
-        }
+        return {**score.as_results("error_rate"), "loss": logged["test/loss"]}
 
     @override
     def write_results(self, run_dir: Path) -> None:
@@ -51,4 +44,4 @@ class KeywordAdapter(Adapter):
         """Return the words of the last test, and what was recognized."""
         assert isinstance(self.module, KeywordSpotter)
         names, pairs = self.module.labels, self.module.recognized.values()
-        return [names[label] for label, _ in pairs], [names[found] for _, found in pairs]
+        return [names[label] for label, _ in pairs], [names[answer] for _, answer in pairs]

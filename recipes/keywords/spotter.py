@@ -53,8 +53,8 @@ class KeywordSpotter(pl.LightningModule):
 
     @property
     def errors(self) -> list[bool]:
-        """Whether each word of the last test was misrecognized, in the order of the corpus."""
-        return [label != found for label, found in self.recognized.values()]
+        """Errors of the last test: True for a misrecognized word, in the order of the corpus."""
+        return [label != answer for label, answer in self.recognized.values()]
 
     @override
     def forward(

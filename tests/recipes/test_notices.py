@@ -1,4 +1,4 @@
-"""What a run prints: each thing once, and nothing that its user cannot act on."""
+"""A run prints each thing once, and nothing that its user cannot act on."""
 
 from __future__ import annotations
 

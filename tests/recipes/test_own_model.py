@@ -137,7 +137,6 @@ def test_results_are_those_of_the_test() -> None:
     logged = {"test/error": 0.1, "test_loss": 0.2, "val/error": 0.3, "tested": 1.0}
     assert adapter.results(logged) == {"error": 0.1, "loss": 0.2}
     assert adapter.titles_of({"error": 0.1, "words": 3}) == {"error": "error"}
-    assert adapter.names == ["network.weight", "network.bias"]
 
 
 @pytest.fixture

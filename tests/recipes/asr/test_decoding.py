@@ -76,10 +76,10 @@ def test_the_search_tells_which_utterances_it_has_cut(
 ) -> None:
     encodings, steps = model.transcribe(features, LENGTHS)
     for limit in (1, 3):
-        found = greedy_search(model, encodings, steps, max_labels_per_step=limit)
+        result = greedy_search(model, encodings, steps, max_labels_per_step=limit)
         longer = greedy_search(model, encodings, steps, max_labels_per_step=limit + 1)
-        differ = [one != other for one, other in zip(found.labels, longer.labels, strict=True)]
-        assert found.is_cut == differ
+        differ = [one != other for one, other in zip(result.labels, longer.labels, strict=True)]
+        assert result.is_cut == differ
         assert any(differ)
     blank = copy.deepcopy(model)
     blank.joint.output.bias.data[0] += 100

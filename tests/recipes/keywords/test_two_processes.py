@@ -44,7 +44,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _states(run_dir: Path, process: int = 0) -> list[dict[str, Any]]:
     states: list[dict[str, Any]] = torch.load(
-        run_dir / "states" / f"{process}.pt", weights_only=False
+        run_dir / "states" / f"{process}.pt", weights_only=True
     )
     return states
 
@@ -130,7 +130,7 @@ def _check_resumed(run_dir: Path, checkpoint: Path, processes: int) -> None:
         assert (before["epoch"], before["global_step"]) == (0, 2)
         states = _states(run_dir, process)
         assert [each["step"] for each in states] == [2, 3, 4, 5, 6]
-        begins: Any = torch.load(run_dir / "states" / f"start{process}.pt", weights_only=False)
+        begins: Any = torch.load(run_dir / "states" / f"start{process}.pt", weights_only=True)
         ends = states[-1]
         # A checkpoint has the deployed weights, and the latent ones in the states of the methods.
         saved = {key: before["callbacks"].get(key, {}) for key in begins["callbacks"]}
