@@ -98,6 +98,10 @@ PARTS = {
     "gq_own": _gq("sharpness trained", train_sharpness="true"),
     "gq_decay": _gq("centroids' rate falls to 0", centroid_lr="{start: 1.0e-3, end: 0.0}"),
     "gq_fast": _gq("centroids trained at 1e-2", centroid_lr=1.0e-2),
+    "gq_slow": _gq("centroids trained at 1e-4", centroid_lr=1.0e-4),
+    "gq_slow_decay": _gq(
+        "centroids' rate falls from 1e-4 to 0", centroid_lr="{start: 1.0e-4, end: 0.0}"
+    ),
     "gq_soft_gradient": _gq("soft gradient of hard weights", gradient_sharpness=2.0),
     "gq_from1": _annealed("annealed from 1", start=1.0),
     "gq_from16": _annealed("annealed from 16", start=16.0),
