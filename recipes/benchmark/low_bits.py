@@ -97,6 +97,18 @@ PARTS = {
     "gq_zero": _gq("a centroid stays at zero", pin_zero="true"),
     "gq_own": _gq("sharpness trained", train_sharpness="true"),
     "gq_decay": _gq("centroids' rate falls to 0", centroid_lr="{start: 1.0e-3, end: 0.0}"),
+    "gq_decay_soft": _gq(
+        "centroids' rate falls to 0 while soft",
+        centroid_lr="{start: 1.0e-3, end: 0.0, until: 0.75}",
+    ),
+    "gq_decay_hard": _gq(
+        "centroids' rate falls to 0 while hard",
+        centroid_lr="{start: 1.0e-3, end: 0.0, begin: 0.75}",
+    ),
+    "gq_soft_centroids": _gq(
+        "centroids stay while hard",
+        centroid_lr="{start: 1.0e-3, end: 0.0, until: 0.75, shape: step}",
+    ),
     "gq_fast": _gq("centroids trained at 1e-2", centroid_lr=1.0e-2),
     "gq_slow": _gq("centroids trained at 1e-4", centroid_lr=1.0e-4),
     "gq_slow_decay": _gq(
