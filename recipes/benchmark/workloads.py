@@ -51,12 +51,12 @@ def _convolutions() -> nn.Module:
 
 
 class _Recurrent(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, kind: type[nn.LSTM | nn.GRU]) -> None:
         super().__init__()
-        self.lstm = nn.LSTM(256, 256, num_layers=2)
+        self.layers = kind(256, 256, num_layers=2)
 
     def forward(self, x: Tensor) -> Tensor:
-        result: Tensor = self.lstm(x)[0]
+        result: Tensor = self.layers(x)[0]
         return result
 
 
@@ -132,7 +132,13 @@ WORKLOADS: dict[str, Workload] = {
     ),
     "lstm": Workload(
         "LSTM 2x256, 100 steps of 16",
-        _Recurrent,
+        lambda: _Recurrent(nn.LSTM),
+        lambda: (torch.randn(100, 16, 256),),
+        _mean_square,
+    ),
+    "gru": Workload(
+        "GRU 2x256, 100 steps of 16",
+        lambda: _Recurrent(nn.GRU),
         lambda: (torch.randn(100, 16, 256),),
         _mean_square,
     ),

@@ -71,3 +71,44 @@ class ByteProduct:
         if self.dtype == torch.int32:
             return torch._int_mm(q, self.columns, out=out)
         return torch.mm(q.to(self.dtype), self.columns, out=out)
+
+
+class WideProduct:
+    """A weight made ready for many products with integers of 16 bits, as two products of bytes.
+
+    Args:
+        product: Product of bytes with the weight, shape ``(out, in)``.
+        row_sums: Sums of the weight's rows, float64, shape ``(out,)``.
+        largest_sum: Largest sum of absolute integers over a row.
+
+    Example:
+        >>> weight = torch.tensor([[1, -2]], dtype=torch.int8)
+        >>> product = WideProduct(ByteProduct(weight), torch.tensor([-1.0]).double(), 3.0)
+        >>> product(torch.tensor([[1000, -32768]], dtype=torch.int16)).tolist()
+        [[66536]]
+    """
+
+    def __init__(self, product: ByteProduct, row_sums: Tensor, largest_sum: float) -> None:
+        self._product = product
+        # The lower bytes lose 128, to have a sign.
+        self._missing = row_sums * _BYTE
+        fits = largest_sum * 2.0**16 < 2.0**31 and product.dtype == torch.int32
+        self.dtype = torch.int32 if fits else torch.float64
+        self._missing = self._missing.to(self.dtype)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return the sums of products, exact, shape ``(n, out)``, of :attr:`dtype`.
+
+        Args:
+            x: Integers, int16, shape ``(n, in)``.
+        """
+        rows = len(x)
+        parts = torch.empty((2 * rows, x.shape[1]), dtype=torch.int8, device=x.device)
+        # 1000 is 3 * 256 + 104 + 128: both factors, 3 and 104, are bytes with a sign.
+        torch.bitwise_right_shift(x, 8, out=parts[:rows])
+        torch.add(x, _BYTE, out=parts[rows:])
+        sums = self._product(parts)
+        high, low = sums[:rows], sums[rows:]
+        if self.dtype == torch.int32:
+            return low.add_(high, alpha=256).add_(self._missing)
+        return high.double().mul_(256).add_(low).add_(self._missing)

@@ -20,7 +20,7 @@ from jaxtyping import Float, Int8
 from torch import Tensor
 
 from lightning_nna.elementary import power_of_two
-from lightning_nna.emulation.arithmetic.integer_products import ByteProduct
+from lightning_nna.emulation.arithmetic.integer_products import ByteProduct, WideProduct
 
 #: Instead of a number of rows that share a scale: each index of the second axis has a scale, as the
 #: outputs of a transposed convolution have.
@@ -72,6 +72,11 @@ class QuantizedWeight:
     def byte_product(self) -> ByteProduct:
         """Products of bytes with the rows of a matrix."""
         return ByteProduct(self.stored)
+
+    @cached_property
+    def wide_product(self) -> WideProduct:
+        """Products of 16-bit integers with the rows of a matrix."""
+        return WideProduct(self.byte_product, self.row_sums, self._largest_sum)
 
     @property
     def bound(self) -> float:

@@ -124,8 +124,7 @@ def _factors(exact: Tensor, rounding: RoundingKind) -> tuple[Tensor, Tensor | No
     if rounding == "double":
         return float_factors(*quantize_multipliers(exact.cpu()))
     if rounding == "reduced":
-        reduced, shifts = _reduced_multipliers(exact)
-        return (reduced * power_of_two(shifts - 15)).float(), None
+        return _reduced_factors(exact).float(), None
     return exact.float(), None
 
 
@@ -246,6 +245,8 @@ class Rescaler:
             )
             if settle is None:
                 self._compute = self._multiply
+        elif rounding == "reduced" and not self.spills and largest < _ONE_REDUCED_PRODUCT:
+            self._reduced = _to(factors, _reduced_factors(factors))
 
     def __call__(self, x: Tensor) -> Tensor:
         """Rescale whole numbers of :attr:`dtype`, in place."""
@@ -267,7 +268,9 @@ class Rescaler:
         if self.rounding == "reduced":
             if self.spills:
                 return x.copy_(_reduced_integers(x, self.factors, self.zero_point))
-            return x.copy_(_reduced(x, self.factors, self.largest))
+            if self.largest < _ONE_REDUCED_PRODUCT:
+                return x.mul_(self._reduced).add_(0.5).floor_()
+            return x.copy_(_reduced(x, self.factors))
         rounded = round_half_away(x.mul_(self.factors))
         return self._as_int32(rounded) if self.spills else rounded
 
@@ -397,12 +400,15 @@ def _single(x: Tensor, factors: Tensor, largest: float) -> Tensor:
     return ((product + (torch.ones_like(right) << (right - 1))) >> right).double()
 
 
-def _reduced(x: Tensor, factors: Tensor, largest: float) -> Tensor:
-    """floor(x r 2^(e - 15) + 1/2) with a mantissa r of 16 bits."""
+def _reduced_factors(factors: Tensor) -> Tensor:
+    """Factors r 2^(e - 15) with a mantissa r of 16 bits, float64."""
     reduced, shifts = _reduced_multipliers(factors)
-    factor = (reduced * power_of_two(shifts - 15)).to(x.device)
-    if largest < _ONE_REDUCED_PRODUCT:
-        return x.mul_(factor).add_(0.5).floor_()
+    return reduced * power_of_two(shifts - 15)
+
+
+def _reduced(x: Tensor, factors: Tensor) -> Tensor:
+    """floor(x r 2^(e - 15) + 1/2) of numbers whose product float64 does not hold."""
+    reduced, shifts = _reduced_multipliers(factors)
     # Upper bits and the lower 16 apart: what the floor of the lower product drops is below the
     # half that rounds, except for factors so large that the result may leave 32 bits.
     upper = (x * 2.0**-16).floor_()

@@ -66,24 +66,42 @@ def _inputs(x: QParams) -> Tensor:
     return torch.arange(x.bounds[0], x.bounds[0] + 256)
 
 
-def _with_wide(
-    narrow: Callable[..., Tensor], function: Callable[..., Tensor], name: str
-) -> Callable[..., Tensor]:
+def _with_wide(narrow: Callable[..., Tensor], name: str) -> Callable[..., Tensor]:
     """Sigmoid or tanh: a table in 8 bits, an interpolated one of ``name`` in 16."""
 
     def integers(x: Activation, *, y: QParams, call: Call) -> Tensor:
         if x.qparams.bits == 8:
             return narrow(x, y=y, call=call)
         values, spec = x.integers().long(), call.state.spec
-        if spec.table_entries or spec.runtime == "tosa":
-            entries = _segments(name, x.qparams.scale, spec.table_entries)
-            return interpolate(entries, values).double()
-        if x.qparams.scale >= _WIDEST_SCALE and call.state.watches_overflow(call.site):
+        if may_wrap(x.qparams, spec) and call.state.watches_overflow(call.site):
             lost = (x.value.abs() >= _WIDEST_SCALE * 2**15).sum()
             call.state.count_overflow(call.site, int(lost), values.numel())
-        return function(values, x.qparams.scale).double()
+        return wide_entries(name, values, x.qparams.scale, spec).double()
 
     return integers
+
+
+def may_wrap(x: QParams, spec: NNASpec) -> bool:
+    """Tell whether sigmoid and tanh of 16 bits may wrap around with an input on ``x``."""
+    is_table = spec.table_entries or spec.runtime == "tosa"
+    return not is_table and x.scale >= _WIDEST_SCALE
+
+
+def wide_entries(name: str, values: Tensor, scale: float, spec: NNASpec) -> Tensor:
+    """Compute sigmoid or tanh of 16-bit integers, in steps of 2^-15.
+
+    Args:
+        name: ``"sigmoid"`` or ``"tanh"``.
+        values: Integers, zero point 0, int64, any shape.
+        scale: Their scale.
+        spec: Accelerator.
+    """
+    if spec.table_entries or spec.runtime == "tosa":
+        return interpolate(_segments(name, scale, spec.table_entries), values)
+    return _WIDE_FUNCTIONS[name](values, scale)
+
+
+_WIDE_FUNCTIONS = {"sigmoid": pointwise.logistic_int16, "tanh": pointwise.tanh_int16}
 
 
 def _by_runtime(others: _Entries, micro: _Entries) -> Callable[..., Tensor]:
@@ -112,9 +130,7 @@ SIGMOID = register_operator(
         "sigmoid",
         torch=("sigmoid", "sigmoid_"),
         float=torch.sigmoid,
-        integers=_with_wide(
-            _by_runtime(_SIGMOID_ENTRIES, _micro_sigmoid), pointwise.logistic_int16, "sigmoid"
-        ),
+        integers=_with_wide(_by_runtime(_SIGMOID_ENTRIES, _micro_sigmoid), "sigmoid"),
         backward=torch.ops.aten.sigmoid_backward,
         saves="result",
         output={8: SIGMOID_OUTPUT, 16: WIDE_OUTPUT},
@@ -133,9 +149,7 @@ TANH = register_operator(
         "tanh",
         torch=("tanh", "tanh_"),
         float=torch.tanh,
-        integers=_with_wide(
-            _by_runtime(real(pointwise.tanh), _micro_tanh), pointwise.tanh_int16, "tanh"
-        ),
+        integers=_with_wide(_by_runtime(real(pointwise.tanh), _micro_tanh), "tanh"),
         backward=torch.ops.aten.tanh_backward,
         saves="result",
         output={8: TANH_OUTPUT, 16: WIDE_OUTPUT},

@@ -367,7 +367,7 @@ class _FullyConnected(torch.autograd.Function):
         exact = needs_exact(call, activation, quantized, y)
         if exact or _multiplies_bytes(activation, quantized):
             sums, offset = _integer_sums(call, activation, quantized)
-            rescaler = _rescaler(call, activation, quantized, bias, offset, y, exact)
+            rescaler = rescaler_of_layer(call, activation, quantized, bias, y, offset, exact)
             result, clipped = rescale_rows(sums, rescaler, y, keep=needs_grad)
         else:
             rounded = _fast_output(call, activation, quantized, bias, y)
@@ -426,7 +426,10 @@ def _integer_sums(
         stored = stored_bytes(x.value, x.qparams).reshape(-1, columns)
         offset = weight.row_sums * -x.qparams.zero_point if x.qparams.zero_point else None
         return weight.byte_product(stored), offset
-    return integer_matmul(x.integers().reshape(-1, columns), weight, x.qparams.largest), None
+    integers = x.integers().reshape(-1, columns)
+    if x.qparams.bits == 16 and weight.wide_product.dtype == torch.int32:
+        return weight.wide_product(integers.to(torch.int16)), None
+    return integer_matmul(integers, weight, x.qparams.largest), None
 
 
 def _rounding(call: Call, x: Activation) -> KernelRounding:
@@ -435,16 +438,26 @@ def _rounding(call: Call, x: Activation) -> KernelRounding:
     return call.state.spec.rounding_of("real", micro)
 
 
-def _rescaler(
+def rescaler_of_layer(
     call: Call,
     x: Activation,
     weight: QuantizedWeight,
     bias: Tensor | None,
-    offset: Tensor | None,
     y: QParams,
-    exact: bool,
+    offset: Tensor | None = None,
+    exact: bool = True,
 ) -> Rescaler:
-    """From a layer's sums to its output: as the reference kernel computes it, if exact."""
+    """Return the rescaling of a layer's sums to its output, as the reference kernel has it.
+
+    Args:
+        call: The call.
+        x: Input.
+        weight: The quantized weight, whose scales hold the bias.
+        bias: Shape ``(out,)``, or None.
+        y: Grid of the output.
+        offset: What is still to be added to the sums, float64, shape ``(out,)``, or None.
+        exact: Every bit; otherwise in float32, equal but near a tie.
+    """
     spec = call.state.spec
     bits, rounding = x.qparams.bits, _rounding(call, x)
     scales = x.qparams.scale * weight.scales.double()

@@ -9,13 +9,15 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_nna.emulation.operators.call import Call, requantize
 from lightning_nna.emulation.operators.concatenation import concatenate
-from lightning_nna.emulation.operators.linear import fully_connected, linear
+from lightning_nna.emulation.operators.linear import fully_connected, holding_bias, linear
 from lightning_nna.emulation.operators.sequences import Layout
+from lightning_nna.emulation.operators.step_arithmetic import StateProduct
 from lightning_nna.emulation.ranges import PENDING, QParams
 
 States = tuple[Tensor, ...]
@@ -38,6 +40,25 @@ class Product:
             rows_per_scale = 1 if per_channel else weight.shape[0]
             self.quantized = call.state.weight(weight, rows_per_scale)
             self.trained = call.state.trainable(weight, rows_per_scale)
+
+    def prepared(self, h: QParams, y: QParams, layout: Layout) -> StateProduct:
+        """Return the instruction for all steps.
+
+        Args:
+            h: Quantization parameters of the states.
+            y: Of the result.
+            layout: Of the rows.
+        """
+        assert self.quantized is not None
+        # What the graph saves must not depend on the telemetry: activation checkpointing runs
+        # without it again.
+        with torch.no_grad():
+            quantized = holding_bias(self.call, self.quantized, self.bias, h)
+            if self.call.state.modes.current.telemetry is not None:
+                # It counts the biases of each step.
+                for _ in layout.sizes[1:]:
+                    holding_bias(self.call, self.quantized, self.bias, h)
+            return StateProduct(self.call, h, quantized, self.bias, y, layout.batch)
 
     def __call__(self, h: Tensor) -> Tensor:
         """Return the product of states, shape ``(batch, hidden)``."""
@@ -91,6 +112,19 @@ class Step(ABC):
         """Return the quantization parameters of states, shape ``(batch, hidden)``."""
         return later.output(lambda: state)
 
+    def at_once(self, x: Tensor, states: States, layout: Layout) -> Tensor | None:
+        """Run all steps as one function, equal to the steps one by one in every bit.
+
+        Args:
+            x: Products of inputs and weight, shape ``(rows, gates * hidden)``.
+            states: Initial states, shape ``(batch, hidden)`` each.
+            layout: Of the rows.
+
+        Returns:
+            Hidden states after each step, ``(rows, hidden)``; None if they must run one by one.
+        """
+        return None
+
     @abstractmethod
     def __call__(self, x: Tensor, states: States) -> States:
         """Return the next states from the input's share of the gates and the states.
@@ -128,6 +162,12 @@ def run_steps(
     step = kind(wide, w_hh, b_hh)
     projected = linear(wide.child("input"), rows, w_ih, b_ih)
     states, trace = step.start(start), []
+    # An export follows the instructions one by one.
+    if not call.observing and not call.recording and projected.numel():
+        at_once = step.at_once(projected, states, layout)
+        if at_once is not None:
+            last_states = call.viewed(layout.last(at_once), at_once)
+            return _narrowed(call, at_once), (last_states,)
     for number, part in enumerate(projected.split(layout.sizes)):
         size = layout.sizes[number]
         before = tuple(call.viewed(state[:size], state) for state in states)

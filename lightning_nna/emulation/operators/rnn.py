@@ -15,12 +15,20 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from lightning_nna.emulation.float32_arithmetic import float32_arithmetic
 from lightning_nna.emulation.operators.activation import WIDE_OUTPUT, tanh
 from lightning_nna.emulation.operators.call import Call
 from lightning_nna.emulation.operators.clamping import relu
 from lightning_nna.emulation.operators.elementwise import add
 from lightning_nna.emulation.operators.recurrent_steps import States, Step, run_steps
+from lightning_nna.emulation.operators.rnn_sequence import (
+    Nonlinearity,
+    RNNFunction,
+    RNNSteps,
+    rnn_grids,
+)
 from lightning_nna.emulation.operators.sequences import Layout
+from lightning_nna.emulation.program import Activation
 from lightning_nna.emulation.ranges import QParams
 
 
@@ -38,8 +46,33 @@ def relu_layer(
     return run_steps(call, rows, layout, start, group, _ReluStep)
 
 
-class _TanhStep(Step):
+class _PlainStep(Step):
+    """One step of a function of a sum."""
+
+    kind: Nonlinearity
+
+    def at_once(self, x: Tensor, states: States, layout: Layout) -> Tensor | None:
+        """Run all steps as one function (see :mod:`.rnn_sequence`)."""
+        state, (h,) = self.call.state, states
+        q_x, q_h = state.qparams_of(x), state.qparams_of(h)
+        assert q_x is not None
+        assert q_h is not None
+        grids = rnn_grids(self.call, q_x, q_h, self.kind)
+        if grids is None:
+            return None
+        inputs, start = Activation(x, q_x), Activation(h, q_h)
+        with float32_arithmetic(x):
+            product = self.product.prepared(q_h, grids.recurrent, layout)
+            steps = RNNSteps(self.call, grids, product, self.kind)
+            trained = self.product.trained, self.product.bias
+            result = RNNFunction.apply(x, h, *trained, inputs, start, steps, layout)
+        return self.call.with_qparams(result, q_h)
+
+
+class _TanhStep(_PlainStep):
     """One step whose states have the scale of the kernel's tanh."""
+
+    kind: Nonlinearity = "tanh"
 
     def observe(self, state: Tensor, later: Call) -> None:
         pass
@@ -51,8 +84,10 @@ class _TanhStep(Step):
         return (tanh(self.call.child("tanh"), add(self.next, x, self.product(states[0]))),)
 
 
-class _ReluStep(Step):
+class _ReluStep(_PlainStep):
     """One step whose states have the scale of the sum."""
+
+    kind: Nonlinearity = "relu"
 
     def __call__(self, x: Tensor, states: States) -> States:
         return (relu(self.call.child("relu"), add(self.next, x, self.product(states[0]))),)
