@@ -11,7 +11,6 @@ import functools
 import linecache
 import os
 import re
-import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -42,6 +41,7 @@ import recipes.run_name  # noqa: F401  # Both register the resolvers of folders.
 from recipes.nearest import did_you_mean
 from recipes.notices import fewer_notices
 from recipes.parent import end_with
+from recipes.sigterm import STATUS, report_stop
 
 CONF = Path(__file__).resolve().parent / "conf"
 
@@ -50,10 +50,6 @@ _CHECKS = (ValueError, TypeError, OSError, ImportError, RuntimeError, FloatingPo
 _FULL_ERROR = "HYDRA_FULL_ERROR"
 _STARTED_BY = "LIGHTNING_NNA_PROGRAM"
 """Variable with the process that reports errors; processes that a sweep starts inherit it."""
-
-_STOPPED = 128 + signal.SIGTERM
-"""Status of a process that a SIGTERM has ended, as shells have it."""
-_GO_ON = "the same command goes on, from the last checkpoint if it trains"
 
 Result = TypeVar("Result")
 
@@ -83,8 +79,8 @@ def as_program(name: str) -> Callable[[Callable[[DictConfig], Result]], Callable
                         return task(config)
                 except SIGTERMException as stop:
                     # Lightning's own ends the process with status 0, as if the run were finished.
-                    print(f"recipes.{name}: stopped by SIGTERM; {_GO_ON}", file=sys.stderr)
-                    raise SystemExit(_STOPPED) from stop
+                    report_stop(name)
+                    raise SystemExit(STATUS) from stop
                 except Exception as error:
                     if _is_full():
                         raise

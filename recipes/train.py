@@ -47,6 +47,7 @@ from recipes.run_folder import (
     write_summary,
 )
 from recipes.settings import instantiate_all
+from recipes.sigterm import EndTogether
 from recipes.weights import RecipeInCheckpoint, load_weights, put_into
 from recipes.whole_checkpoints import WholeCheckpointIO
 
@@ -130,8 +131,8 @@ def _train(config: DictConfig) -> dict[str, Any]:
     check_clipping(module, config)
     callbacks = build_callbacks(config)
     settings = settings_of(config)
-    in_checkpoint = [RecipeInCheckpoint(settings), OtherProcesses(settings)]
-    trainer = build_trainer(config, [*callbacks.values(), *in_checkpoint])
+    of_every_run = [RecipeInCheckpoint(settings), OtherProcesses(settings), EndTogether()]
+    trainer = build_trainer(config, [*callbacks.values(), *of_every_run])
     check_processes(trainer)
     start = _last_checkpoint(config) if config.resume else None
     if start is not None:

@@ -6,14 +6,18 @@ import importlib
 import json
 import multiprocessing
 import os
+import select
 import signal
 import sys
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.strategies.launchers import subprocess_script
+from lightning.pytorch.utilities import rank_zero_only
 
 from recipes.train import main
 from tests.recipes.conftest import SMALL_NETWORK
@@ -32,18 +36,23 @@ STOPS = {
     "summary": ("recipes.run_folder:json.dumps", 1, signal.SIGKILL),
 }
 SETTINGS = (
-    *("experiment=digits", "compression=codebook", "bits=4", "threads=1", *SMALL_NETWORK),
+    *("experiment=digits", "threads=1", *SMALL_NETWORK),
     *("data.train_size=12", "data.validation_size=2", "data.test_size=4", "data.num_mels=8"),
     *(
         "data.batch_seconds=10",
         "beam_width=1",
-        "+trainer.limit_test_batches=1",
+        "trainer.limit_test_batches=1",
         "trainer.max_epochs=3",
     ),
-    *("callbacks.nna.calibration_steps=1", "callbacks.progress=null"),
-    *("+trainer.enable_progress_bar=false", "+trainer.limit_val_batches=0"),
+    *("callbacks.progress=null", "model.max_labels_per_step=1"),
+    *("trainer.enable_progress_bar=false", "trainer.limit_val_batches=0"),
     *("hydra/job_logging=none", "hydra/hydra_logging=none"),
 )
+EMULATED = (
+    *("compression=codebook", "bits=4"),
+    *("callbacks.nna.calibration_steps=1", "callbacks.report=null"),
+)
+TWO_PROCESSES = ("trainer=ddp_cpu", "trainer.max_epochs=2")
 
 
 def _stop_in(place: str, call: int, number: signal.Signals) -> None:
@@ -65,26 +74,72 @@ def _stop_in(place: str, call: int, number: signal.Signals) -> None:
     setattr(owner, name, stopped)
 
 
-def _run(folder: Path, cache: Path, stop: tuple[str, int, signal.Signals] | None) -> None:
+class _Second:
+    """The second process of a run, in place of the ``Popen`` that Lightning starts it with.
+
+    It is forked before the run begins, so that it has imported everything, and waits for the
+    arguments and the environment that Lightning gives it.
+    """
+
+    def __init__(self) -> None:
+        context = multiprocessing.get_context("fork")
+        self._command, receiver = context.Pipe()
+        self._process = context.Process(target=self._wait, args=(receiver,), daemon=True)
+        self._process.start()
+
+    @staticmethod
+    def _wait(receiver: Any) -> None:
+        arguments, environment = receiver.recv()
+        sys.argv[1:] = arguments
+        os.environ.update(environment)
+        # Lightning reads it from the environment when it is imported.
+        rank_zero_only.rank = int(environment["LOCAL_RANK"])
+        main()
+
+    def __call__(self, command: list[str], env: dict[str, str], cwd: str) -> _Second:
+        self._command.send((command[command.index(sys.argv[1]) :], env))
+        return self
+
+    @property
+    def pid(self) -> int | None:
+        return self._process.pid
+
+    @property
+    def returncode(self) -> int | None:
+        return self._process.exitcode
+
+    def poll(self) -> int | None:
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        if self.returncode is None and self.pid is not None:
+            os.kill(self.pid, number)
+
+
+def _run(
+    folder: Path, cache: Path, stop: tuple[str, int, signal.Signals] | None, *more: str
+) -> None:
     """Run the recipe as its command does, in a process of its own."""
     os.chdir(folder.parent)
-    with Path("output.txt").open("a") as output:
-        os.dup2(output.fileno(), 1)
-        os.dup2(output.fileno(), 2)
+    sys.stdout = sys.stderr = output = Path("output.txt").open("a", buffering=1)  # noqa: SIM115
+    os.dup2(output.fileno(), 1)
+    os.dup2(output.fileno(), 2)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     warnings.simplefilter("default")
+    sys.argv = [
+        *("recipes.train", *SETTINGS, f"hydra.run.dir={folder}", f"data.cache_dir={cache}", *more),
+    ]
+    if more == TWO_PROCESSES:
+        subprocess_script.subprocess = SimpleNamespace(Popen=_Second())  # type: ignore[assignment]
     if stop is not None:
         _stop_in(*stop)
-    sys.argv = [
-        *("recipes.train", *SETTINGS, f"hydra.run.dir={folder}", f"data.cache_dir={cache}"),
-    ]
     main()
 
 
-def _exit_code(folder: Path, cache: Path, stop: Any = None) -> int | None:
+def _exit_code(folder: Path, cache: Path, stop: Any = None, *more: str) -> int | None:
     # Forked, it has imported everything.
     context = multiprocessing.get_context("fork")
-    process = context.Process(target=_run, args=(folder, cache, stop))
+    process = context.Process(target=_run, args=(folder, cache, stop, *more))
     process.start()
     process.join(120)
     return process.exitcode
@@ -106,20 +161,51 @@ def _results(folder: Path) -> dict[str, Any]:
     }
 
 
+def _assert_same(results: dict[str, Any], expected: dict[str, Any]) -> None:
+    for key in ("summary", "transcripts", "files", "epoch, step"):
+        assert results[key] == expected[key], key
+    torch.testing.assert_close(results["weights"], expected["weights"], rtol=0, atol=0)
+    torch.testing.assert_close(results["optimizers"], expected["optimizers"], rtol=0, atol=0)
+
+
+def _output(folder: Path) -> str:
+    return (folder.parent / "output.txt").read_text()
+
+
 @pytest.mark.slow
 def test_a_run_that_is_killed_everywhere_ends_as_one_that_was_not(tmp_path: Path) -> None:
     whole, stopped = tmp_path / "whole" / "run", tmp_path / "stopped" / "run"
     caches = tmp_path / "cache of whole", tmp_path / "cache of stopped"
     for folder in (whole, stopped):
         folder.parent.mkdir()
-    assert _exit_code(whole, caches[0]) == 0, (whole.parent / "output.txt").read_text()
+    assert _exit_code(whole, caches[0], None, *EMULATED) == 0, _output(whole)
     for name, stop in STOPS.items():
-        code = _exit_code(stopped, caches[1], stop)
+        code = _exit_code(stopped, caches[1], stop, *EMULATED)
         assert code in (-stop[2], 128 + stop[2]), name
         assert not (stopped / "summary.json").exists(), name
-    assert _exit_code(stopped, caches[1]) == 0, (stopped.parent / "output.txt").read_text()
-    expected, results = _results(whole), _results(stopped)
-    for key in ("summary", "transcripts", "files", "epoch, step"):
-        assert results[key] == expected[key], key
-    torch.testing.assert_close(results["weights"], expected["weights"], rtol=0, atol=0)
-    torch.testing.assert_close(results["optimizers"], expected["optimizers"], rtol=0, atol=0)
+    assert _exit_code(stopped, caches[1], None, *EMULATED) == 0, _output(stopped)
+    _assert_same(_results(stopped), _results(whole))
+
+
+@pytest.mark.slow
+def test_both_processes_of_a_run_end_at_a_sigterm_and_go_on(tmp_path: Path) -> None:
+    whole, stopped = tmp_path / "whole" / "run", tmp_path / "stopped" / "run"
+    cache = tmp_path / "cache"
+    for folder in (whole, stopped):
+        folder.parent.mkdir()
+    assert _exit_code(whole, cache, None, *TWO_PROCESSES) == 0, _output(whole)
+    last, held = os.pipe()
+    # Before the gradients: the second process waits for them.
+    stop = ("recipes.asr.recognizer:TransducerRecognizer.training_step", 4, signal.SIGTERM)
+    assert _exit_code(stopped, cache, stop, *TWO_PROCESSES) == 128 + signal.SIGTERM, _output(
+        stopped
+    )
+    os.close(held)
+    # Readable when the last process is gone that has the other end.
+    assert select.select([last], [], [], 10)[0], "a process stays behind"
+    os.close(last)
+    assert _output(stopped).count("stopped by SIGTERM; the same command goes on") == 1
+    assert "Traceback" not in _output(stopped)
+    assert (stopped / "checkpoints" / "last.ckpt").exists()
+    assert _exit_code(stopped, cache, None, *TWO_PROCESSES) == 0, _output(stopped)
+    _assert_same(_results(stopped), _results(whole))
