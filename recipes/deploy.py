@@ -269,6 +269,7 @@ def write_firmware(
             "plain_flash_bytes": export.plain_flash_bytes,
             "arena_bytes": export.arena_bytes,
             "plain_arena_bytes": export.plain_arena_bytes,
+            "sram_bytes": None if export.vela is None else export.vela.report.sram_bytes,
             "equal_outputs": None if export.agreement is None else float(export.agreement),
         }
     return figures
@@ -368,7 +369,7 @@ def table(summary: Mapping[str, Any]) -> str:
     for part, each in summary["firmware"].items():
         lines.append(
             f"firmware of the {part} for {summary['target']}: flash {each['flash_bytes']} bytes "
-            f"({each['plain_flash_bytes']} before compression), arena {each['arena_bytes']} bytes"
+            f"({each['plain_flash_bytes']} before compression), {_working_memory(each)}"
         )
     for report in summary["systems"]:
         lines.append(
@@ -377,6 +378,15 @@ def table(summary: Mapping[str, Any]) -> str:
             f"{summary['unit']}; on the CPU: {', '.join(report['cpu_operators']) or 'nothing'}"
         )
     return "\n".join(lines)
+
+
+def _working_memory(figures: Mapping[str, Any]) -> str:
+    """Describe the working memory of a program for a microcontroller."""
+    if (tensors := figures["sram_bytes"]) is not None:
+        return f"tensors {tensors} bytes by Vela's estimate"
+    if (arena := figures["arena_bytes"]) is not None:
+        return f"arena {arena} bytes"
+    return "arena not measured"
 
 
 def _number(value: float, title: str) -> str:

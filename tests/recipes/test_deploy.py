@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -78,7 +79,11 @@ def test_the_programs_equal_the_emulation(
     firmware = ["encoder", "predictor", "joint"] if target else []
     assert list(summary["firmware"]) == firmware
     assert [each["equal_outputs"] for each in summary["firmware"].values()] == [1.0] * len(firmware)
-    assert len(table(summary).splitlines()) == 8 + len(firmware)
+    text = table(summary)
+    assert len(text.splitlines()) == 8 + len(firmware)
+    assert "None" not in text
+    memory = {None: "", "tflm": r"arena \d+ bytes", NPU: r"tensors \d+ bytes by Vela's estimate"}
+    assert len(re.findall(f", {memory[target]}$", text, re.MULTILINE)) == len(firmware)
     run = tmp_path / "run"
     assert [(run / "firmware" / each / f"{each}_data.cc").is_file() for each in firmware] == [
         True for _ in firmware
