@@ -107,7 +107,8 @@ def build(
     adapter = adapter_of(module, datamodule, config.targets)
     adapter.configure(config)
     if weights is not None:
-        put_into(module, weights, config.targets, with_rest=with_rest)
+        origin = "the file" if with_rest else f"init_from={config.init_from}"
+        put_into(module, weights, config.targets, with_rest=with_rest, origin=origin)
         # A checkpoint may hold latent weights; a run that was compressed is used as deployed.
         deploy_weights(module, weights.callbacks)
     return adapter

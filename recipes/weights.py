@@ -138,6 +138,7 @@ def put_into(
     targets: Sequence[str],
     *,
     with_rest: bool = False,
+    origin: str = "the file",
 ) -> None:
     """Copy ``weights`` into the networks of a module.
 
@@ -148,9 +149,10 @@ def put_into(
         with_rest: Whether what is outside of the networks is copied, too, such as a layer that runs
             on the processor; otherwise the module keeps its own, as a loss with parameters when
             another run starts from these weights.
+        origin: Name of the weights in the message of an error, as ``init_from=last.ckpt``.
 
     Raises:
-        ValueError: If a weight's name or shape is another in ``module``.
+        ValueError: If a weight's name or shape is another in ``module``; names both networks.
     """
     own = module.state_dict()
     other_names = own.keys() - set(names_within(own, targets))
@@ -160,9 +162,12 @@ def put_into(
     except RuntimeError as error:
         lines = [line.strip() for line in str(error).splitlines()[1:]]
         lines = [line if len(line) < 160 else f"{line[:160]} …" for line in lines]
+        model = weights.recipe.get("model", {}).get("_target_", "another module")
         raise ValueError(
-            "these weights are of another network, set model and model.network as in their recipe: "
-            f"{listed(lines, 3)}"
+            f"{origin} has weights of another network, targets={weights.recipe.get('targets')} of "
+            f"{model}, than targets={list(targets)} of this run's {type(module).__name__}: "
+            f"{listed(lines, 3)}; take weights of the same network, or set model and targets as "
+            "in the run that trained them"
         ) from error
 
 

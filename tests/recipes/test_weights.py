@@ -15,9 +15,10 @@ from safetensors.torch import save_file
 from torch import nn
 
 from recipes.asr.rnnt import transducer
-from recipes.preparation import recipe_of
+from recipes.preparation import build, recipe_of
 from recipes.train import train
 from recipes.weights import TrainedWeights, load_weights, put_into, save_weights
+from tests.recipes import own_modules
 
 PRETRAINED = Path(__file__).resolve().parents[2] / "recipes/pretrained/an4_rnnt.safetensors"
 
@@ -144,6 +145,25 @@ def test_truncated_small_weights_are_named(weights: TrainedWeights, tmp_path: Pa
 def test_another_network_is_an_error(weights: TrainedWeights) -> None:
     with pytest.raises(ValueError, match=r"(?s)another network.*size mismatch"):
         put_into(Recognizer(size=16), weights, ["model"])
+
+
+def test_init_from_another_module_names_the_setting_the_file_and_the_networks(
+    compose_config: Any, tmp_path: Path
+) -> None:
+    path = tmp_path / "other.safetensors"
+    recipe = {"targets": ["encoder"], "model": {"_target_": "images.Encoder"}}
+    save_weights(path, TrainedWeights({"encoder.a": torch.ones(2)}, recipe, {}), command="a test")
+    config = compose_config("train", f"init_from={path}")
+    config.data = {"_target_": f"{own_modules.__name__}.Numbers"}
+    config.model = {"_target_": f"{own_modules.__name__}.Classifier"}
+    config.targets = ["network"]
+    with pytest.raises(ValueError, match=r"another network") as error:
+        build(config, load_weights(config.init_from))
+    assert str(error.value).startswith(
+        f"init_from={path} has weights of another network, targets=['encoder'] of images.Encoder, "
+        "than targets=['network'] of this run's Classifier: "
+    )
+    assert "model.network" not in str(error.value)
 
 
 @pytest.mark.parametrize("name", ["deploy", "evaluate"])
