@@ -146,7 +146,7 @@ def explanation(error: BaseException, name: str) -> str | None:
     if isinstance(error, InstantiationException):
         return _not_built(error)
     if isinstance(error, OverrideParseException):
-        return f"cannot read {error.override}: {error.message}"
+        return f"cannot read {error.override}: {error.message}{_quotes(error.override)}"
     if isinstance(error, ConfigCompositionException):
         return _not_composed(error, name)
     user_errors = (HydraException, GrammarParseError, InterpolationResolutionError)
@@ -220,6 +220,14 @@ def _not_composed(error: ConfigCompositionException, name: str) -> str:
     if swept and "." in key:
         hint += f" (a setting of a group that is swept: ++{key}=...)"
     return f"there is no setting {key}{hint}"
+
+
+def _quotes(override: str) -> str:
+    """Suggest quotes for a path with ``=`` or ``,``, as folders of sweeps have them."""
+    key, _, value = override.partition("=")
+    if not re.search(r"[=,]", value) or re.search(r"['\"\[{(]", value):
+        return ""
+    return f"; a value with = or , needs quotes: \"{key}='{value}'\""
 
 
 def _overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:

@@ -61,6 +61,7 @@ MISTAKES = [
     ),
     (["sweep=grid", "bist=2", "seed=1,2"], "there is no setting bist; did you mean bits?"),
     (["bits=[2"], "recipes.train: cannot read bits=[2: "),
+    (["init_from=runs/bits=4,seed=1/last.ckpt"], "\"init_from='runs/bits=4,seed=1/last.ckpt'\""),
     (["sweep=optuna", "seed=2"], "nothing is searched: add ranges to the command"),
 ]
 
