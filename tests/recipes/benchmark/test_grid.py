@@ -102,7 +102,7 @@ def test_the_command_line_runs_a_part_and_writes_the_report(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_runs_end_with_their_study(number: signal.Signals, tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     command = [sys.executable, "-m", "tests.recipes.benchmark.waiting_study", str(tmp_path)]
