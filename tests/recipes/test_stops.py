@@ -148,7 +148,7 @@ def _exit_code(folder: Path, cache: Path, stop: Any = None, *more: str) -> int |
 def _results(folder: Path) -> dict[str, Any]:
     """Return what must not depend on how often a run was stopped."""
     summary = json.loads((folder / "summary.json").read_text())
-    for name in ("command", "overrides", "train_seconds"):
+    for name in ("command", "commit", "overrides", "train_seconds"):
         del summary[name]
     state = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
     return {
