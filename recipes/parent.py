@@ -1,12 +1,25 @@
-"""Processes that end with the one that started them, however that ends."""
+"""What a process has of the one that started it: its command, and its end, however it comes."""
 
 from __future__ import annotations
 
 import os
 import select
+import shlex
 import signal
 import sys
 import threading
+
+#: Variable with the command of a sweep; the processes that it starts inherit it.
+COMMAND = "LIGHTNING_NNA_COMMAND"
+
+
+def command_line() -> str:
+    """Return the command of this process, as one types it; in a worker that of the whole sweep."""
+    if (command := os.environ.get(COMMAND)) is not None:
+        return command
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    program = ["-m", spec.name] if spec is not None else sys.argv[:1]
+    return shlex.join(["python", *program, *sys.argv[1:]])
 
 
 def end_with(process: int) -> None:

@@ -40,7 +40,7 @@ import recipes.debug
 import recipes.run_name  # noqa: F401  # Both register the resolvers of folders.
 from recipes.nearest import did_you_mean
 from recipes.notices import fewer_notices
-from recipes.parent import end_with
+from recipes.parent import COMMAND, command_line, end_with
 from recipes.sigterm import STATUS, report_stop
 
 CONF = Path(__file__).resolve().parent / "conf"
@@ -355,11 +355,12 @@ def _end_with_starter() -> None:
 @contextmanager
 def _full_errors() -> Iterator[None]:
     """Let Hydra raise errors in place of printing them, so that this module prints them."""
-    os.environ.update({_FULL_ERROR: "1", _STARTED_BY: str(os.getpid())})
+    values = {_FULL_ERROR: "1", _STARTED_BY: str(os.getpid()), COMMAND: command_line()}
+    os.environ.update(values)
     try:
         yield
     finally:
-        for variable in (_FULL_ERROR, _STARTED_BY):
+        for variable in values:
             os.environ.pop(variable, None)
 
 

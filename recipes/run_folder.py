@@ -13,9 +13,7 @@ import json
 import logging
 import os
 import platform
-import shlex
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -33,6 +31,7 @@ from lightning_nna.weights.codebook import index_bits
 from lightning_nna.weights.pipeline import pipeline_of
 from recipes.adapter import EVERYTHING, names_within
 from recipes.other_processes import with_processes_of
+from recipes.parent import command_line
 from recipes.run_name import INDIFFERENT
 
 _log = logging.getLogger(__name__)
@@ -171,14 +170,6 @@ def provenance(seed: int | None) -> dict[str, Any]:
 def task_overrides() -> list[str]:
     """Return the overrides of this run; none outside of a program of Hydra."""
     return list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
-
-
-def command_line() -> str:
-    """Return the command that started this process, as one types it."""
-    main = sys.modules["__main__"]
-    spec = getattr(main, "__spec__", None)
-    program = ["-m", spec.name] if spec is not None else sys.argv[:1]
-    return shlex.join(["python", *program, *sys.argv[1:]])
 
 
 def git_commit() -> str | None:

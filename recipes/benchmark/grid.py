@@ -21,8 +21,8 @@ from typing import Any
 from lightning_nna.files import write_whole
 from recipes.benchmark.report import Fields, render
 from recipes.benchmark.rows import Row, append_row, has_row, read_rows
-from recipes.parent import end_with
-from recipes.run_folder import command_line, git_commit
+from recipes.parent import command_line, end_with
+from recipes.run_folder import git_commit
 
 RESULTS = Path("docs/results")
 

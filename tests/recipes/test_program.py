@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,8 +17,10 @@ from recipes import drift_replay, sweep_table
 from recipes.asr.adapter import TransducerAdapter
 from recipes.evaluate import evaluate
 from recipes.objective import check_objective
+from recipes.parent import COMMAND
 from recipes.program import as_program, known_keys
 from recipes.train import train
+from tests.conftest import ROOT
 from tests.recipes.conftest import SMALL_NETWORK
 
 # Nothing is set up; the choice "disabled" silences every logger of the process for good.
@@ -206,3 +211,20 @@ def test_a_path_that_cannot_be_written_is_one_message(
     text = capsys.readouterr().err
     assert f"recipes.{program}: cannot write {tmp_path / 'file'}: " in text
     assert len(text.splitlines()) == 2
+
+
+def test_a_worker_that_a_sweep_starts_knows_the_command_of_the_sweep(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    # As joblib starts it: with arguments of its own, and the environment of the sweep.
+    ask = "from recipes.parent import command_line; print(command_line())"
+    printed: list[str] = []
+
+    def start_worker(_: DictConfig) -> None:
+        worker = [sys.executable, "-c", ask]
+        done = subprocess.run(worker, check=True, capture_output=True, text=True, cwd=ROOT)
+        printed.append(done.stdout.strip())
+
+    _started(monkeypatch, start_worker, "bits=4", "compression=gq", f"hydra.run.dir={tmp_path}")
+    assert printed[0].endswith(f"bits=4 compression=gq hydra.run.dir={tmp_path} {' '.join(QUIET)}")
+    assert COMMAND not in os.environ
