@@ -19,6 +19,29 @@ _WRITE_NOTHING = frozenset(
 )
 
 
+def tensors_in(values: Any) -> list[Tensor]:
+    """Return the tensors, of any shape, among values nested in tuples, lists and dicts.
+
+    Example:
+        >>> x = torch.zeros(1)
+        >>> len(tensors_in(((x, 1.0), {"other": [x, x]})))
+        3
+    """
+    if isinstance(values, Tensor):
+        return [values]
+    if isinstance(values, dict):
+        values = values.values()
+    elif not isinstance(values, (tuple, list)):
+        return []
+    found: list[Tensor] = []
+    for value in values:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, (tuple, list, dict)):
+            found += tensors_in(value)
+    return found
+
+
 def floats(values: Any) -> list[Tensor]:
     """Return the float tensors, of any shape, among nested values."""
     leaves = [values] if isinstance(values, Tensor) else tree_leaves(values)

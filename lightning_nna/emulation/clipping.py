@@ -22,8 +22,8 @@ def clip(rounded: Tensor, qparams: QParams, keep: bool) -> tuple[Tensor, Tensor 
 
     Returns:
         Integers less the zero point, float32, of the same shape, and a value for :func:`inside`:
-        None if no element was clipped; else on a CPU the flat indices of the clipped elements,
-        int64, shape ``(clipped,)``, and on other devices a mask of all elements that were not.
+        None if no element was clipped; else flat indices of the clipped elements, int64, shape
+        ``(clipped,)``, or a mask of them in the shape of the integers.
     """
     low, high = qparams.bounds
     # float32 holds all integers between the bounds exactly, and takes half the time of float64.
@@ -32,7 +32,7 @@ def clip(rounded: Tensor, qparams: QParams, keep: bool) -> tuple[Tensor, Tensor 
         rounded = rounded.clamp_min_(low)
     if not rounded.is_cpu:
         clipped = rounded.clamp(low, high)
-        return clipped, (clipped == rounded if keep else None)
+        return clipped, (clipped != rounded if keep else None)
     # Comparisons are slow on a CPU, and most often nothing is clipped.
     if not rounded.numel() or _within(rounded, low, high):
         return rounded, None
@@ -55,7 +55,7 @@ def inside(grad: Tensor, clipped: Tensor | None) -> Tensor:
     if clipped is None:
         return grad
     if clipped.dtype == torch.bool:
-        return grad * clipped
+        return grad.masked_fill(clipped, 0)
     return grad.flatten().index_fill(0, clipped, 0).view(grad.shape)
 
 
@@ -100,7 +100,8 @@ def rescale_rows(
     """Requantize accumulators, block by block.
 
     Args:
-        sums: Accumulators, whole numbers of any dtype, shape ``(rows, columns)``.
+        sums: Accumulators, whole numbers of any dtype, shape ``(rows, columns)``; may be
+            overwritten.
         rescaler: Rescaler with factors and offset of shape ``(columns,)`` or ``()``.
         y: Quantization parameters of the result.
         keep: Whether a backward needs the clipped elements.
@@ -109,16 +110,16 @@ def rescale_rows(
         Real values of the result, float32, shape ``(rows, columns)``, and the second value of
         :func:`clip`.
     """
-    if not sums.is_cpu:
+    height, columns = sums.shape
+    rows = max(1, _BLOCK // max(columns, 1))
+    if not sums.is_cpu or height <= rows:
         centered, clipped = clip(rescaler(sums.to(rescaler.dtype)), y, keep)
         return centered.mul_(y.scale), clipped
-    columns = sums.shape[1]
-    rows = max(1, _BLOCK // max(columns, 1))
-    buffer = torch.empty(min(rows, len(sums)), columns, dtype=rescaler.dtype)
+    buffer = torch.empty(rows, columns, dtype=rescaler.dtype)
     values, blocks = torch.empty(sums.shape), Clipped(keep)
-    for first in range(0, len(sums), rows):
+    for first in range(0, height, rows):
         block = sums[first : first + rows]
-        centered = blocks.clip(rescaler(buffer[: len(block)].copy_(block)), y, first * columns)
+        centered = blocks.clip(rescaler(buffer[: block.shape[0]].copy_(block)), y, first * columns)
         torch.mul(centered, y.scale, out=values[first : first + rows])
     return values, blocks.joined()
 

@@ -15,7 +15,7 @@ bytes are data as soon as a layer consumes them.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from enum import Enum
 from itertools import count
 from typing import Any
@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_nna.emulation.arguments import tensors_in
 from lightning_nna.emulation.marks import Marks, Writes
 
 
@@ -95,7 +96,7 @@ class Constants:
             None if the result depends on data, or if no argument is a tensor.
         """
         result: Kind | None = None
-        for x in _tensors(values):
+        for x in tensors_in(values):
             kind = self._kind(x)
             if kind is None:
                 if x.is_floating_point() or x.is_complex():
@@ -113,7 +114,7 @@ class Constants:
             results: Results of a function, nested.
             kind: Kind of the results; None for data.
         """
-        for x in _tensors(results):
+        for x in tensors_in(results):
             is_float = x.is_floating_point() or x.is_complex()
             if is_float and kind is not None:
                 self._set(x, kind)
@@ -130,8 +131,7 @@ class Constants:
             result: New tensor of any shape.
             contents: Values that it is filled with, nested; numbers or tensors.
         """
-        has_tensors = any(True for _ in _tensors(contents))
-        kind = self.kind_of(contents) if has_tensors else Kind.CONSTANT
+        kind = self.kind_of(contents) if tensors_in(contents) else Kind.CONSTANT
         self.mark(result, kind)
 
     def mark_decision(
@@ -146,9 +146,7 @@ class Constants:
             in_scope: Function that tells whether the calling code is emulated; slow, so it is
                 called only if needed.
         """
-        if not any(True for _ in _tensors(result)):
-            return
-        if kind is None and not any(True for _ in _tensors(arguments)):
+        if not tensors_in(result) or (kind is None and not tensors_in(arguments)):
             return
         if kind is None or in_scope():
             self.mark(result, kind)
@@ -169,14 +167,3 @@ class Constants:
 
 def _in_backward() -> bool:
     return bool(torch._C._current_graph_task_id() != -1)
-
-
-def _tensors(values: Any) -> Iterator[Tensor]:
-    if isinstance(values, Tensor):
-        yield values
-    elif isinstance(values, (tuple, list)):
-        for value in values:
-            yield from _tensors(value)
-    elif isinstance(values, dict):
-        for value in values.values():
-            yield from _tensors(value)

@@ -261,9 +261,10 @@ class Dispatch(TorchFunctionMode):
             name, first_of(args, kwargs)
         ):
             return self._plainly(func, args, kwargs)
-        reason: str | None = remedy_of(name)
-        if operator is not None and not types_given & _COMPLEX:
-            reason = None
+        reason: str | None = None
+        if operator is None or types_given & _COMPLEX:
+            reason = remedy_of(name)
+        else:
             if self.state.modes.current.phase != "float":
                 reason = reason_against(operator, name, self.state.spec, args, kwargs)
             if has_weights:

@@ -42,7 +42,7 @@ import math
 import zlib
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
-from weakref import ref
+from weakref import ReferenceType, ref
 
 import torch
 from torch import Tensor, nn
@@ -100,8 +100,9 @@ class LearnedScales:
         self.follow(module)
 
     def follow(self, module: nn.Module) -> None:
-        """Look the module's parameters up again."""
-        self._names = {id(p): (name, ref(p)) for name, p in module.named_parameters()}
+        """Look the module's parameters up again, when a weight is next asked for."""
+        self._module = ref(module)
+        self._names: dict[int, tuple[str, ReferenceType[nn.Parameter]]] | None = None
 
     @property
     def learns_outputs(self) -> bool:
@@ -160,6 +161,10 @@ class LearnedScales:
             return None
         if self.pipeline.grid_of(weight) is not None:  # Another method has quantized it.
             return None
+        if self._names is None:
+            module = self._module()
+            named = () if module is None else module.named_parameters()
+            self._names = {id(parameter): (name, ref(parameter)) for name, parameter in named}
         name, parameter = self._names.get(id(weight), ("", None))
         if parameter is None or parameter() is not weight:  # Computed from parameters, or a buffer.
             return None

@@ -10,11 +10,12 @@ mark is valid only if both counts are unchanged.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 #: See :meth:`Writes.stamp`.
 Stamp = tuple[int, int, int, int]
@@ -78,34 +79,46 @@ class Marks:
 
     def __init__(self, writes: Writes, *, noted_only: bool = False) -> None:
         self._writes, self._version = writes, _no_version if noted_only else _version
-        self._table = WeakTensorKeyDictionary()
+        self._table: dict[int, tuple[ref[Tensor], Any, int, int]] = {}
 
     def __len__(self) -> int:
         return len(self._table)
 
     def __setitem__(self, x: Tensor, value: Any) -> None:
-        self._table[x] = (value, self._writes.now, self._version(x))
+        # The entry is removed before an ``id`` is used again. A tensor that only autograd holds is
+        # not dead: Python gives it the same ``id`` again.
+        key = id(x)
+        reference = ref(x, partial(_forget, self._table, key))
+        self._table[key] = (reference, value, self._writes.now, self._version(x))
 
     def get(self, x: Tensor) -> Any:
         """Return the value of a tensor of any shape, or None."""
-        mark = self._table.get(x)
+        mark = self._table.get(id(x))
         if mark is None:
             return None
-        value, since, version = mark
+        _, value, since, version = mark
         return value if version == self._version(x) and self._writes.last(x) <= since else None
 
     def pop(self, x: Tensor) -> None:
         """Remove the entry of a tensor of any shape."""
-        self._table.pop(x, None)
+        self._table.pop(id(x), None)
 
     def clear(self) -> None:
         """Remove all entries."""
-        self._table = WeakTensorKeyDictionary()
+        self._table.clear()
+
+
+def _forget(table: dict[int, Any], key: int, _: Any) -> None:
+    """Remove the entry of a tensor that has died from a table by ``id``."""
+    table.pop(key, None)
 
 
 def _version(x: Tensor) -> int:
     """Return PyTorch's count of writes; tensors of inference mode have none."""
-    return -1 if x.is_inference() else x._version
+    try:
+        return x._version
+    except RuntimeError:
+        return -1
 
 
 def _no_version(x: Tensor) -> int:
@@ -117,4 +130,7 @@ def _offset(x: Tensor) -> int:
 
 
 def _storage_of(x: Tensor) -> int:
-    return x.untyped_storage()._cdata if x.layout is torch.strided else id(x)
+    try:
+        return x.untyped_storage()._cdata if x.layout is torch.strided else id(x)
+    except ValueError:  # The parameter of a lazy module, before its first forward.
+        return id(x)

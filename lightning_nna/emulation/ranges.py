@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
@@ -52,17 +52,17 @@ class QParams:
     high: int = 127
     fused_relu: bool = field(default=False, compare=False, repr=False)
 
-    @property
+    @cached_property
     def bounds(self) -> tuple[int, int]:
         """Smallest and largest integer less the zero point."""
         return self.low - self.zero_point, self.high - self.zero_point
 
-    @property
+    @cached_property
     def bits(self) -> int:
         """Width of the integers, 8 or 16."""
         return 8 if self.high < 2**8 else 16
 
-    @property
+    @cached_property
     def largest(self) -> int:
         """Largest absolute value of the integers less the zero point."""
         low, high = self.bounds

@@ -364,6 +364,13 @@ class EmulationState:
 
 
 def _names_of(module: nn.Module) -> dict[int, str]:
-    """Return the names of a module's parameters and buffers by ``id``."""
-    tensors = [*module.named_parameters(), *module.named_buffers()]
-    return {id(tensor): name for name, tensor in tensors}
+    """Return the names of a module's parameters and buffers by ``id``; the first of several."""
+    names: dict[int, str] = {}
+    # In one pass, since it is made with every step.
+    for path, child in module.named_modules():
+        prefix = f"{path}." if path else ""
+        for tensors in (child._parameters, child._buffers):
+            for name, tensor in tensors.items():
+                if tensor is not None:
+                    names.setdefault(id(tensor), prefix + name)
+    return names

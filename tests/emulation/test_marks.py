@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from lightning_nna import calibrate, emulate
 from lightning_nna.emulation.emulator import Emulator
 from lightning_nna.emulation.learned_scales import Learned
+from lightning_nna.emulation.marks import Marks, Writes
 from tests.emulation.modules import Function
 
 
@@ -371,3 +373,59 @@ def test_descent_through_data_is_that_without_gradients(spec: str, learned: Lear
     assert losses == expected_losses
     assert losses[-1] < losses[0]
     assert all(torch.equal(a, b) for a, b in zip(weights, expected, strict=True))
+
+
+def test_a_mark_ends_with_its_tensor() -> None:
+    marks = Marks(Writes())
+    for number in range(10_000):
+        x = torch.zeros(1)
+        # Memory, and ids, are those of the tensors before.
+        assert marks.get(x) is None
+        marks[x] = number
+        assert marks.get(x) == number
+        assert len(marks) <= 2
+    del x
+    assert len(marks) == 0
+
+
+def test_a_tensor_that_autograd_alone_holds_keeps_its_mark() -> None:
+    class Identity(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            ctx.save_for_backward(x)
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> Tensor:
+            (x,) = ctx.saved_tensors
+            found.append(marks.get(x))
+            return grad
+
+    marks, found = Marks(Writes()), []
+    leaf = torch.ones(2, requires_grad=True)
+    x = leaf * 1
+    marks[x] = "kept"
+    y = Identity.apply(x)
+    del x
+    y.sum().backward()
+    assert found == ["kept"]
+
+
+@pytest.mark.parametrize("spec", ["litert-int8", "litert-int16x8"])
+def test_a_lazy_module_is_emulated_from_its_first_forward_on(spec: str) -> None:
+    lazy = nn.Sequential(nn.LazyConv1d(4, 3), nn.ReLU(), nn.Flatten(), nn.LazyLinear(2))
+    x = torch.randn(2, 3, 9)
+    with emulate(lazy, spec) as emulator:
+        with emulator.observing():
+            lazy(x)
+        result = lazy(x)
+        result.sum().backward()
+    eager = nn.Sequential(nn.Conv1d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(28, 2))
+    eager.load_state_dict(lazy.state_dict())
+    calibrate(eager, [x], spec=spec)
+    with emulate(eager):
+        expected = eager(x)
+        expected.sum().backward()
+    assert torch.equal(result, expected)
+    for parameter, other in zip(lazy.parameters(), eager.parameters(), strict=True):
+        assert torch.equal(parameter.grad, other.grad)

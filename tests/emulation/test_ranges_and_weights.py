@@ -5,7 +5,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_nna.emulation.arithmetic.quantized_weight import quantize_weight
+from lightning_nna.emulation.arithmetic.quantized_weight import (
+    SMALLEST_SCALE,
+    largest_scales,
+    powers_of_two,
+    quantize_weight,
+    round_significands,
+)
 from lightning_nna.emulation.ranges import (
     RangeTable,
     affine_qparams,
@@ -86,3 +92,14 @@ def test_zero_channels_and_broken_weights() -> None:
     weight[1, 1] = float("inf")
     with pytest.raises(FloatingPointError, match="weight is not finite"):
         quantize_weight(weight, rows_per_scale=1, maximum=127)
+
+
+@pytest.mark.parametrize("power_of_two", [False, True])
+def test_scales_of_a_processor_are_those_of_any_device(power_of_two: bool) -> None:
+    weights = torch.randn(100_000, 1) * torch.exp2(torch.randint(-60, 60, (100_000, 1)))
+    extremes = torch.tensor([0.0, 127.0, 2.0**-149, 3e38, -1.0, 254.0, 2.0**-60 * 127])
+    groups = torch.cat([weights, extremes[:, None]])
+    scales = largest_scales(groups, maximum=127, power_of_two=power_of_two)
+    magnitudes = (groups[:, 0].abs().double() / 127).clamp_min(SMALLEST_SCALE)
+    rounded = powers_of_two(magnitudes) if power_of_two else round_significands(magnitudes)
+    assert torch.equal(scales, rounded.float())

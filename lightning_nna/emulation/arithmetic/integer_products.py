@@ -52,7 +52,9 @@ class ByteProduct:
             self.columns = integers.T
             self.dtype = torch.int32
             return
-        fits = float(integers.abs().sum(1).max()) * _BYTE < FLOAT32_INTEGERS
+        # Most often the shape alone tells.
+        fits = integers.shape[1] * _BYTE**2 < FLOAT32_INTEGERS
+        fits = fits or float(integers.abs().sum(1).max()) * _BYTE < FLOAT32_INTEGERS
         self.dtype = torch.float32 if fits else torch.float64
         self.columns = integers.to(self.dtype).T
 

@@ -40,6 +40,7 @@ from lightning_nna.emulation.operators.record import (
     register_operator,
 )
 from lightning_nna.emulation.operators.table_look_up import CAST
+from lightning_nna.emulation.operators.tables import LookedUp
 from lightning_nna.emulation.operators.tabulated import tabulated
 from lightning_nna.emulation.program import Activation
 from lightning_nna.emulation.ranges import (
@@ -66,10 +67,10 @@ def _inputs(x: QParams) -> Tensor:
     return torch.arange(x.bounds[0], x.bounds[0] + 256)
 
 
-def _with_wide(narrow: Callable[..., Tensor], name: str) -> Callable[..., Tensor]:
+def _with_wide(narrow: Callable[..., LookedUp], name: str) -> Callable[..., Tensor | LookedUp]:
     """Sigmoid or tanh: a table in 8 bits, an interpolated one of ``name`` in 16."""
 
-    def integers(x: Activation, *, y: QParams, call: Call) -> Tensor:
+    def integers(x: Activation, *, y: QParams, call: Call) -> Tensor | LookedUp:
         if x.qparams.bits == 8:
             return narrow(x, y=y, call=call)
         values, spec = x.integers().long(), call.state.spec
@@ -104,11 +105,11 @@ def wide_entries(name: str, values: Tensor, scale: float, spec: NNASpec) -> Tens
 _WIDE_FUNCTIONS = {"sigmoid": pointwise.logistic_int16, "tanh": pointwise.tanh_int16}
 
 
-def _by_runtime(others: _Entries, micro: _Entries) -> Callable[..., Tensor]:
+def _by_runtime(others: _Entries, micro: _Entries) -> Callable[..., LookedUp]:
     """A table whose entries TFLite-Micro computes otherwise than the other runtimes."""
     tables = table(others), table(micro)
 
-    def looked_up(x: Activation, *, y: QParams, call: Call) -> Tensor:
+    def looked_up(x: Activation, *, y: QParams, call: Call) -> LookedUp:
         return tables[call.state.spec.runtime == "tflm"](x, y=y, call=call)
 
     return looked_up
@@ -214,7 +215,7 @@ _hard_swish_table = table(
 )
 
 
-def _hard_swish(x: Activation, *, y: QParams, call: Call) -> Tensor:
+def _hard_swish(x: Activation, *, y: QParams, call: Call) -> LookedUp:
     return _hard_swish_table(x, y=y, call=call, precision=call.state.spec.factor_precision)
 
 
@@ -298,7 +299,9 @@ _leaky_table = table(
 )
 
 
-def _leaky_relu(x: Activation, *, y: QParams, call: Call, negative_slope: float = 0.01) -> Tensor:
+def _leaky_relu(
+    x: Activation, *, y: QParams, call: Call, negative_slope: float = 0.01
+) -> Tensor | LookedUp:
     precision = call.state.spec.factor_precision
     if x.qparams.bits == 8:
         return _leaky_table(x, y=y, call=call, slope=negative_slope, precision=precision)

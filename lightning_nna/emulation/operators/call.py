@@ -402,13 +402,6 @@ def with_any_integer(call: Call, x: Activation) -> Activation:
     return Activation(requantize(call, x, y), y)
 
 
-def look_up(table: Tensor, index: Tensor) -> Tensor:
-    """Entries of a table of one axis at indices of any shape; the result is no view."""
-    result = table.new_empty(index.shape)
-    torch.index_select(table, 0, index.flatten(), out=result.view(-1))
-    return result
-
-
 class _Quantize(torch.autograd.Function):
     """float -> grid, straight through."""
 

@@ -37,6 +37,7 @@ from lightning_nna.emulation.operators.linear import (
     accumulator_limit,
     holding_bias,
     integer_bias,
+    largest_magnitude,
     needs_exact,
     settled,
 )
@@ -335,7 +336,7 @@ def _exact_output(
     if bias is not None:
         biases = integer_bias(bias, scales, call.state.spec.bias_width(bits))
         accumulator = accumulator.double().add_(_per_channel(biases, accumulator))
-        largest += float(biases.abs().max())
+        largest += largest_magnitude(biases)
     factors, limit = _per_channel(scales / y.scale, accumulator), accumulator_limit(call, bits)
     return settled(call, accumulator, factors, y, largest=largest, limit=limit, rounding=rounding)
 

@@ -25,9 +25,10 @@ from lightning_nna.emulation.arithmetic import pointwise
 from lightning_nna.emulation.clipping import clip, inside
 from lightning_nna.emulation.first_order import first_order
 from lightning_nna.emulation.float32_arithmetic import float32_arithmetic
-from lightning_nna.emulation.operators.call import Call, look_up
+from lightning_nna.emulation.operators.call import Call
 from lightning_nna.emulation.operators.record import Operator
 from lightning_nna.emulation.operators.table_look_up import record_table
+from lightning_nna.emulation.operators.tables import LookedUp, Table
 from lightning_nna.emulation.program import Activation
 from lightning_nna.emulation.ranges import PENDING, QParams
 
@@ -94,14 +95,14 @@ def drive(operator: Operator, call: Call, *operands: Tensor | float, **parameter
     else:
         y = operator.output[first.qparams.bits]
     with float32_arithmetic(first.value):
-        result = _Driven.apply(operator, activations, parameters, y, call, *values)
+        result = _Driven.apply((operator, activations, parameters, y, call), *values)
     if call.recording:
         instructions = operator.instructions or _one_instruction
         instructions(operator, call, activations, Activation(result, y), **parameters)
     return call.with_qparams(result, y)
 
 
-def table(integers: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def table(integers: Callable[..., Tensor]) -> Callable[..., LookedUp]:
     """Return the arithmetic of a function of one tensor: a table of 256 entries, or 65,536.
 
     Args:
@@ -114,13 +115,13 @@ def table(integers: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """
 
     @lru_cache(maxsize=256)
-    def entries(x: QParams, y: QParams, parameters: tuple[tuple[str, Any], ...]) -> Tensor:
-        return integers(x, y, **dict(parameters))
+    def entries(x: QParams, y: QParams, parameters: tuple[tuple[str, Any], ...]) -> Table:
+        with torch.inference_mode(False):  # Kept for training, whoever asks first.
+            return Table(integers(x, y, **dict(parameters)), y)
 
-    def looked_up(x: Activation, *, y: QParams, call: Call, **parameters: Any) -> Tensor:
-        known = entries(x.qparams, y, tuple(parameters.items())).to(x.value.device)
-        index = (x.integers() - x.qparams.bounds[0]).int()
-        return look_up(known, index)
+    def looked_up(x: Activation, *, y: QParams, call: Call, **parameters: Any) -> LookedUp:
+        known = entries(x.qparams, y, tuple(parameters.items()))
+        return LookedUp(known, x.integers().sub_(x.qparams.bounds[0]).int())
 
     return looked_up
 
@@ -191,13 +192,10 @@ class _Driven(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        operator: Operator,
-        activations: tuple[Activation, ...],
-        parameters: dict[str, Any],
-        y: QParams,
-        call: Call,
+        what: tuple[Operator, tuple[Activation, ...], dict[str, Any], QParams, Call],
         *values: Tensor,
     ) -> Tensor:
+        operator, activations, parameters, y, call = what
         assert operator.float is not None
         assert operator.integers is not None
         is_fixed = operator.output is not None
@@ -208,8 +206,11 @@ class _Driven(torch.autograd.Function):
             floats = operator.float(*(value.detach() for value in values), **parameters)
             rounded = floats.mul_(1 / y.scale).round_()
         needs_mask = not is_fixed and any(ctx.needs_input_grad)
-        centered, clipped = clip(rounded, y, needs_mask)
-        result = centered.mul_(y.scale)
+        if isinstance(rounded, LookedUp):
+            result, clipped = rounded.clipped(y, needs_mask)
+        else:
+            centered, clipped = clip(rounded, y, needs_mask)
+            result = centered.mul_(y.scale)
         ctx.operator, ctx.parameters = operator, parameters
         ctx.shapes = [value.shape for value in values]
         saved: Sequence[Tensor | None] = ()

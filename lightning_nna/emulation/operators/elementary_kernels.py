@@ -32,7 +32,7 @@ from lightning_nna.emulation.arithmetic.interpolated_tables import (
 )
 from lightning_nna.emulation.arithmetic.rescaling import rescale
 from lightning_nna.emulation.operators import clamping, elementwise
-from lightning_nna.emulation.operators.call import Call, look_up, requantize
+from lightning_nna.emulation.operators.call import Call, requantize
 from lightning_nna.emulation.operators.composition import carrier
 from lightning_nna.emulation.operators.driver import drive, real, table
 from lightning_nna.emulation.operators.fused_normalization import BLIND_STEPS
@@ -43,6 +43,7 @@ from lightning_nna.emulation.operators.record import (
     Operator,
     register_operator,
 )
+from lightning_nna.emulation.operators.tables import LookedUp, look_up
 from lightning_nna.emulation.program import Activation
 from lightning_nna.emulation.ranges import QParams, affine_qparams
 
@@ -165,7 +166,7 @@ def _interpolated(call: Call, function: RealFunction, x: Activation, y: QParams)
 _EXP_TABLE = table(real(lambda x: elementary.exp(x).float()))
 
 
-def _exp_integers(x: Activation, *, y: QParams, call: Call) -> Tensor:
+def _exp_integers(x: Activation, *, y: QParams, call: Call) -> Tensor | LookedUp:
     if x.qparams.bits == 8:
         return _EXP_TABLE(x, y=y, call=call)
     return _interpolated(call, _exp_entries, x, y)
@@ -178,7 +179,7 @@ _LOG_TABLE = table(
 )
 
 
-def _log_integers(x: Activation, *, y: QParams, call: Call, smallest: float) -> Tensor:
+def _log_integers(x: Activation, *, y: QParams, call: Call, smallest: float) -> Tensor | LookedUp:
     if x.qparams.bits == 8:
         return _LOG_TABLE(x, y=y, call=call)
     return _interpolated(call, _log_entries, x, y)

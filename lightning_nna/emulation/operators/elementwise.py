@@ -30,9 +30,10 @@ from lightning_nna.emulation.arithmetic.rescaling import (
     rescale_fast,
     spills,
 )
-from lightning_nna.emulation.operators.call import Call, look_up
+from lightning_nna.emulation.operators.call import Call
 from lightning_nna.emulation.operators.driver import drive
 from lightning_nna.emulation.operators.record import Form, Kernel, Operator, register_operator
+from lightning_nna.emulation.operators.tables import LookedUp, Table
 from lightning_nna.emulation.program import Activation
 from lightning_nna.emulation.ranges import QParams
 from lightning_nna.emulation.spec import NNASpec
@@ -70,7 +71,9 @@ def neg(call: Call, input: Tensor) -> Tensor:
     return mul(call, input, -1.0)
 
 
-def _integers(kind: Kind, a: Activation, b: Activation, *, y: QParams, call: Call) -> Tensor:
+def _integers(
+    kind: Kind, a: Activation, b: Activation, *, y: QParams, call: Call
+) -> Tensor | LookedUp:
     """Integers of a sum, difference or product with broadcasting."""
     spec = call.state.spec
     if not call.exact and not _spills(kind, a.qparams, b.qparams, y, spec):
@@ -104,12 +107,11 @@ def _spills(kind: Kind, a: QParams, b: QParams, y: QParams, spec: NNASpec) -> bo
     return spills(factor, rounding=spec.rounding_of("double"), largest=largest)
 
 
-def _look_up(kind: Kind, a: Activation, b: Activation, y: QParams, spec: NNASpec) -> Tensor:
+def _look_up(kind: Kind, a: Activation, b: Activation, y: QParams, spec: NNASpec) -> LookedUp:
     """The result of every pair, from a table of 65536."""
-    table = _table(kind, a.qparams, b.qparams, y, spec).to(a.value.device)
     first, second = a.qparams.bounds[0], b.qparams.bounds[0]
     index = torch.add(b.integers(), a.integers(), alpha=256).sub_(256 * first + second).int()
-    return look_up(table, index)
+    return LookedUp(_table(kind, a.qparams, b.qparams, y, spec), index)
 
 
 def _has_table(x: Activation) -> bool:
@@ -118,10 +120,11 @@ def _has_table(x: Activation) -> bool:
 
 
 @lru_cache(maxsize=512)
-def _table(kind: Kind, a: QParams, b: QParams, y: QParams, spec: NNASpec) -> Tensor:
+def _table(kind: Kind, a: QParams, b: QParams, y: QParams, spec: NNASpec) -> Table:
     """Unclipped results for all pairs of 8-bit integers, the first operand's most significant."""
-    rows, columns = (torch.arange(256, dtype=torch.float32).add_(q.bounds[0]) for q in (a, b))
-    return pairwise(kind, rows[:, None], columns, (a, b, y), spec).float().flatten()
+    with torch.inference_mode(False):  # Kept for training, whoever asks first.
+        rows, columns = (torch.arange(256, dtype=torch.float32).add_(q.bounds[0]) for q in (a, b))
+        return Table(pairwise(kind, rows[:, None], columns, (a, b, y), spec).flatten(), y)
 
 
 def pairwise(

@@ -25,9 +25,10 @@ from lightning_nna.emulation.arithmetic.interpolated_tables import (
 )
 from lightning_nna.emulation.arithmetic.rescaling import RoundingKind, prepared
 from lightning_nna.emulation.clipping import Clipped
-from lightning_nna.emulation.operators.call import Call, look_up
+from lightning_nna.emulation.operators.call import Call
 from lightning_nna.emulation.operators.elementwise import LEFT_SHIFT, grid_of_sum, product_factor
 from lightning_nna.emulation.operators.reduction import average, mean_grid
+from lightning_nna.emulation.operators.tables import look_up
 from lightning_nna.emulation.program import Activation
 from lightning_nna.emulation.ranges import QParams, not_finite, symmetric_qparams
 

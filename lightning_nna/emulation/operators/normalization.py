@@ -208,7 +208,7 @@ def _record_inverse(call: Call, v: Activation, y: Activation) -> None:
         return
     integers = torch.arange(v.qparams.bounds[1] + 1.0)
     entries, _ = inverse_root(call, integers, v.qparams)
-    record_look_up(call, v, entries.double(), y)
+    record_look_up(call, v, entries.double() * y.qparams.scale, y)
 
 
 register_operator(

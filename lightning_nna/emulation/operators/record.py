@@ -20,6 +20,8 @@ from typing import Any, Literal, TypeVar
 
 from torch import Tensor
 
+from lightning_nna.emulation.operators.tables import LookedUp
+
 #: Name of the table of options of a kernel that has none.
 NO_OPTIONS = ""
 
@@ -142,7 +144,7 @@ class Operator:
     float: Callable[..., Tensor] | None = None
     operands: tuple[str, ...] = ("input",)
     operand_bits: Mapping[str, int] = field(default_factory=dict)
-    integers: Callable[..., Tensor] | None = None
+    integers: Callable[..., Tensor | LookedUp] | None = None
     backward: Callable[..., Tensor] | tuple[Callable[..., Tensor], ...] | None = None
     saves: Literal["operands", "factors", "result", "nothing"] = "operands"
     output: Mapping[int, Any] | None = None

@@ -25,9 +25,10 @@ from lightning_nna.emulation.arithmetic.integer_softmax import (
 from lightning_nna.emulation.arithmetic.rescaling import multiply
 from lightning_nna.emulation.first_order import first_order
 from lightning_nna.emulation.float32_arithmetic import float32_arithmetic
-from lightning_nna.emulation.operators.call import Call, look_up
+from lightning_nna.emulation.operators.call import Call
 from lightning_nna.emulation.operators.driver import gives_float32, has_elements
 from lightning_nna.emulation.operators.record import Kernel, Operator, register_operator
+from lightning_nna.emulation.operators.tables import look_up
 from lightning_nna.emulation.program import Activation, Stored
 from lightning_nna.emulation.ranges import PENDING, SIGMOID_OUTPUT, QParams
 

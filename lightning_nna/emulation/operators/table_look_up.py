@@ -20,11 +20,12 @@ from torch import Tensor
 
 from lightning_nna.emulation.operators.call import Call
 from lightning_nna.emulation.operators.record import Kernel, Operator, register_kernel
+from lightning_nna.emulation.operators.tables import LookedUp
 from lightning_nna.emulation.program import SCHEMA_TYPES, Activation, Stored
 
 
 def record_table(
-    integers: Callable[..., Tensor],
+    integers: Callable[..., Tensor | LookedUp],
     operator: Operator,
     call: Call,
     operands: tuple[Activation, ...],
@@ -48,24 +49,28 @@ def record_table(
     centered = torch.arange(first, first + 2 * half).clamp(*x.qparams.bounds)
     # In float64, which holds every integer of 16 bits times the scale of one of 8.
     inputs = Activation(centered.double() * x.qparams.scale, x.qparams)
-    entries = integers(inputs, y=y.qparams, call=call, **parameters).clamp(*y.qparams.bounds)
-    record_look_up(call, x, entries, y, raised_by=half)
+    entries = integers(inputs, y=y.qparams, call=call, **parameters)
+    if isinstance(entries, LookedUp):
+        values, _ = entries.clipped(y.qparams, keep=False)
+    else:
+        values = entries.clamp(*y.qparams.bounds) * y.qparams.scale
+    record_look_up(call, x, values, y, raised_by=half)
 
 
 def record_look_up(
-    call: Call, x: Activation, entries: Tensor, y: Activation, *, raised_by: int = 0
+    call: Call, x: Activation, values: Tensor, y: Activation, *, raised_by: int = 0
 ) -> None:
     """Record the instructions that look integers up.
 
     Args:
         call: The call.
         x: Activation of 8 or 16 bits, any shape.
-        entries: Integers of the result less its zero point, one axis, for those of ``x``, with the
-            zero point, from ``-raised_by`` on.
+        values: Real values of the result, one axis, for the integers of ``x``, with the zero
+            point, from ``-raised_by`` on.
         y: Result, of the same shape, of 8 or 16 bits.
         raised_by: Number that makes indices of the integers.
     """
-    rows = Activation(entries * y.qparams.scale, y.qparams, constant=True).stored()
+    rows = Activation(values, y.qparams, constant=True).stored()
     index = record_cast(call, x, raised_by=raised_by)
     if y.qparams.bits == 8 or call.has("GATHER", "int16"):
         call.record("GATHER", [rows, index], [y.stored()], axis=0)
