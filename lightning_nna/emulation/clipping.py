@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lightning_nna.emulation.arithmetic.on_host import on_host
 from lightning_nna.emulation.arithmetic.rescaling import Rescaler
 from lightning_nna.emulation.ranges import QParams
 
@@ -30,7 +31,7 @@ def clip(rounded: Tensor, qparams: QParams, keep: bool) -> tuple[Tensor, Tensor 
     rounded = rounded.float()
     if qparams.fused_relu:
         rounded = rounded.clamp_min_(low)
-    if not rounded.is_cpu:
+    if not on_host(rounded):
         clipped = rounded.clamp(low, high)
         return clipped, (clipped != rounded if keep else None)
     # Comparisons are slow on a CPU, and most often nothing is clipped.
@@ -55,7 +56,7 @@ def inside(grad: Tensor, clipped: Tensor | None) -> Tensor:
     if clipped is None:
         return grad
     if clipped.dtype == torch.bool:
-        return grad.masked_fill(clipped, 0)
+        return grad.masked_fill(clipped.reshape(grad.shape), 0)
     return grad.flatten().index_fill(0, clipped, 0).view(grad.shape)
 
 
@@ -112,7 +113,7 @@ def rescale_rows(
     """
     height, columns = sums.shape
     rows = max(1, _BLOCK // max(columns, 1))
-    if not sums.is_cpu or height <= rows:
+    if not on_host(sums) or height <= rows:
         centered, clipped = clip(rescaler(sums.to(rescaler.dtype)), y, keep)
         return centered.mul_(y.scale), clipped
     buffer = torch.empty(rows, columns, dtype=rescaler.dtype)

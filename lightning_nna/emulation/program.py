@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
+from lightning_nna.emulation.arithmetic.on_host import on_host
 from lightning_nna.emulation.ranges import QParams
 
 #: Numbers of types in the TensorFlow Lite schema, which options of instructions have.
@@ -63,7 +64,7 @@ class Activation:
         """Compute integers less the zero point, exact, in float32, of the value's shape."""
         # The quotient is a whole number; a GPU multiplies by the inverse instead of dividing.
         quotient = self.value.detach() / self.qparams.scale
-        return quotient if quotient.is_cpu else quotient.round_()
+        return quotient if on_host(quotient) else quotient.round_()
 
     def stored(self) -> Stored:
         """Return the integers with the zero point, for an instruction."""

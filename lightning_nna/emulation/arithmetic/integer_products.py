@@ -13,6 +13,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from lightning_nna.emulation.arithmetic.on_host import on_host
+
 # float32 holds every integer up to here, and so every partial sum of a matrix product.
 FLOAT32_INTEGERS = 2**24
 # Largest magnitude of a byte.
@@ -48,7 +50,7 @@ class ByteProduct:
 
     def __init__(self, integers: Tensor) -> None:
         # A single column has strides that torch hands to its kernel as they are, and wrongly so.
-        if integers.is_cpu and integers.shape[1] > 1 and has_byte_products():
+        if on_host(integers) and integers.shape[1] > 1 and has_byte_products():
             self.columns = integers.T
             self.dtype = torch.int32
             return

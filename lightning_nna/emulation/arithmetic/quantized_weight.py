@@ -22,6 +22,7 @@ from torch import Tensor
 
 from lightning_nna.elementary import power_of_two
 from lightning_nna.emulation.arithmetic.integer_products import ByteProduct, WideProduct
+from lightning_nna.emulation.arithmetic.on_host import on_host
 
 #: Instead of a number of rows that share a scale: each index of the second axis has a scale, as the
 #: outputs of a transposed convolution have.
@@ -221,7 +222,7 @@ def largest_scales(
     """
     magnitude = groups.detach().abs().amax(1).double()
     _require_finite(magnitude)
-    if not magnitude.is_cpu:
+    if not on_host(magnitude):
         rounded = powers_of_two if power_of_two else round_significands
         return rounded((magnitude / maximum).clamp_min(SMALLEST_SCALE)).float()
     # On short vectors a function of NumPy takes a third of the time of one of PyTorch.

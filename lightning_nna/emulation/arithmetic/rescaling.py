@@ -26,6 +26,7 @@ from torch import Tensor
 
 from lightning_nna.elementary import power_of_two
 from lightning_nna.emulation.arithmetic.fixed_point import float_factors, quantize_multipliers
+from lightning_nna.emulation.arithmetic.on_host import on_host
 
 RoundingKind = Literal["real", "reference", "double", "reduced", "single", "shift"]
 
@@ -186,7 +187,7 @@ def largest_of(factors: float | Tensor) -> float:
     """Return the largest of one factor or several, of any shape."""
     if isinstance(factors, float):
         return factors
-    return float(factors.numpy().max()) if factors.is_cpu else float(factors.max())
+    return float(factors.numpy().max()) if on_host(factors) else float(factors.max())
 
 
 def wrap(x: Tensor, limit: float = _INT32) -> Tensor:

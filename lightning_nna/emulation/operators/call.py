@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_nna.emulation.arithmetic.on_host import on_host
 from lightning_nna.emulation.arithmetic.quantized_weight import QuantizedWeight, quantize_weight
 from lightning_nna.emulation.arithmetic.rescaling import (
     rescale,
@@ -350,7 +351,7 @@ def _number(x: float, bits: int, power_of_two: bool) -> Activation:
 def stored_bytes(value: Tensor, qparams: QParams) -> Tensor:
     """Return integers with their zero point, int8, in the shape of ``value``."""
     integers = (value.detach() / qparams.scale).add_(qparams.zero_point)
-    return (integers if integers.is_cpu else integers.round_()).to(torch.int8)
+    return (integers if on_host(integers) else integers.round_()).to(torch.int8)
 
 
 def quantize(x: Tensor, qparams: QParams, key: str = "a constant") -> Tensor:

@@ -23,6 +23,7 @@ from lightning_nna.emulation.arithmetic.interpolated_tables import (
     interpolation_table,
     inverse_square_root,
 )
+from lightning_nna.emulation.arithmetic.on_host import on_host
 from lightning_nna.emulation.arithmetic.rescaling import RoundingKind, prepared
 from lightning_nna.emulation.clipping import Clipped
 from lightning_nna.emulation.operators.call import Call
@@ -192,7 +193,7 @@ def _in_float32(
     y = grid_of(call)
     rows = x.value.detach().reshape(-1, columns)
     result = torch.empty_like(rows)
-    size = max(1, _FLOAT32_BLOCK // columns) if rows.is_cpu else max(len(rows), 1)
+    size = max(1, _FLOAT32_BLOCK // columns) if on_host(rows) else max(len(rows), 1)
     clipped, first = Clipped(keep=True), 0
     for source, target in zip(rows.split(size), result.split(size), strict=True):
         normalized, grid = program(source)
@@ -310,7 +311,7 @@ class _Line:
         self.rounding: RoundingKind = call.state.spec.rounding_of("double")
         self.dtype = torch.float64
         self.rows = (x.value.detach() / self.grid.scale).reshape(-1, columns)
-        if not self.rows.is_cpu:
+        if not on_host(self.rows):
             self.rows.round_()
         self.steps: list[Step] = []
 
@@ -376,7 +377,7 @@ class _Line:
 
     def _blocks(self, rows: Tensor) -> list[tuple[slice, Tensor]]:
         size = max(1, _BLOCK // rows.shape[1])
-        starts = range(0, len(rows), size if rows.is_cpu else max(len(rows), 1))
+        starts = range(0, len(rows), size if on_host(rows) else max(len(rows), 1))
         slices = [slice(start, start + starts.step) for start in starts]
         return ((part, rows[part].to(self.dtype, copy=True)) for part in slices)  # type: ignore
 

@@ -1,0 +1,36 @@
+"""Whether Python may look at values without waiting for a device.
+
+Where a processor computes, it is fast to look at the values first: most often nothing is clipped,
+and short vectors are NumPy's. On a GPU each look stops its queue, so that the general form runs.
+Both compute the same integers.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import Tensor
+
+
+class _Device(threading.local):
+    pretended = False
+
+
+_DEVICE = _Device()
+
+
+def on_host(x: Tensor) -> bool:
+    """Tell whether a tensor of any shape is in the memory of the processor."""
+    return x.is_cpu and not _DEVICE.pretended
+
+
+@contextmanager
+def as_on_a_device() -> Iterator[None]:
+    """Take the branches of a GPU inside of the block, on whatever computes; for tests."""
+    before, _DEVICE.pretended = _DEVICE.pretended, True
+    try:
+        yield
+    finally:
+        _DEVICE.pretended = before

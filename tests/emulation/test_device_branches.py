@@ -1,0 +1,106 @@
+"""What runs on a GPU in place of a processor's short cuts gives the same bits, also here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_nna import calibrate, emulate
+from lightning_nna.emulation.arithmetic.on_host import as_on_a_device
+
+
+class Recurrent(nn.Module):
+    def __init__(self, layer: type[nn.RNNBase]) -> None:
+        super().__init__()
+        self.layer, self.head = layer(6, 8, num_layers=2), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.layer(x)[0])
+
+
+class Attending(nn.Module):
+    """Attention, norms, a look-up of rows, products and sums."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows, self.norm = nn.Embedding(5, 8), nn.LayerNorm(8)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.scale = nn.Parameter(torch.rand(8) + 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(x + self.rows(torch.arange(x.shape[1]) % 5))
+        attended, _ = self.attention(y, y, y, need_weights=False)
+        return F.log_softmax((torch.sigmoid(attended) * self.scale - y).mean(1), -1)
+
+
+def _convolutions() -> nn.Module:
+    return nn.Sequential(
+        *(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU6()),
+        *(nn.Conv2d(8, 8, 3, groups=8), nn.Hardswish(), nn.MaxPool2d(2)),
+        *(nn.ConvTranspose2d(8, 4, 2, stride=2), nn.Tanh()),
+        *(nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(16, 3), nn.Softmax(-1)),
+    )
+
+
+def _layers() -> nn.Module:
+    # So wide that rows are rescaled in several blocks on a processor.
+    first = nn.Sequential(nn.Linear(6, 2048), nn.GELU(), nn.Linear(2048, 8, bias=False))
+    return nn.Sequential(first, nn.PReLU(8), nn.Linear(8, 3))
+
+
+NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "layers": (_layers, (40, 6)),
+    "convolutions": (_convolutions, (4, 3, 9, 9)),
+    "attention": (Attending, (3, 7, 8)),
+    "lstm": (lambda: Recurrent(nn.LSTM), (9, 4, 6)),
+    "gru": (lambda: Recurrent(nn.GRU), (9, 4, 6)),
+}
+
+
+def _values(module: nn.Module, x: Tensor) -> Iterator[Tensor]:
+    """Result, and gradients of the input and of all parameters."""
+    leaf = x.clone().requires_grad_()
+    module.zero_grad()
+    with emulate(module):
+        result = module(leaf)
+    weights = torch.linspace(-1.0, 1.0, result.numel()).view(result.shape)
+    (result * weights).sum().backward()
+    yield result
+    for tensor in (leaf, *module.parameters()):
+        assert tensor.grad is not None
+        yield tensor.grad.clone()
+
+
+@pytest.mark.parametrize("spec", ["tflm-int8", "litert-int8", "tflm-int16x8"])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_branches_of_a_device_give_the_bits_of_a_processor(name: str, spec: str) -> None:
+    torch.manual_seed(0)
+    make, shape = NETWORKS[name]
+    module, x = make().eval(), torch.randn(shape)
+    # A range that leaves values out: some are clipped.
+    calibrate(module, [0.7 * x], spec=spec)
+    scopes: tuple[AbstractContextManager[None], ...] = (nullcontext(), as_on_a_device())
+    both = []
+    for scope in scopes:
+        with scope:
+            both.append(list(_values(module, x)))
+    for expected, computed in zip(*both, strict=True):
+        assert torch.equal(computed, expected)
+
+
+@pytest.mark.parametrize("inputs", [16, 256])
+@pytest.mark.parametrize("spec", ["tflm-int8", "litert-int8", "tosa-int8"])
+def test_a_fast_layer_rounds_as_often_as_the_kernel(spec: str, inputs: int) -> None:
+    torch.manual_seed(0)
+    layer, x = nn.Linear(inputs, 512), torch.randn(400, inputs)
+    calibrate(layer, [x], spec=spec)
+    with emulate(layer):
+        exact = layer(x)
+    with emulate(layer, fidelity="fast"), as_on_a_device():
+        fast = layer(x)
+    assert float((fast != exact).float().mean()) < 1e-3
