@@ -16,13 +16,14 @@ number (:data:`RANDOM`), which no program can repeat.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
 
 #: Id of a value that no input of the network has reached: it belongs to the program.
 CONSTANT = -1
@@ -79,6 +80,8 @@ _COPIES: dict[str, tuple[int, ...]] = {
     "aten::tril": (0,),
     "aten::triu": (0,),
 }
+# Those of them whose result has the elements of the operand, in its shape.
+_SAME_ELEMENTS = frozenset({"aten::_to_copy", "aten::clone"})
 # Those of them that have no kernel for integers.
 _FLOATS_ONLY = ("aten::reflection_pad", "aten::replication_pad")
 # Functions that read the shape of a tensor and not its values.
@@ -114,6 +117,32 @@ _VIEWS_IN_PLACE = frozenset(
 _TYPE_KEYWORDS = frozenset({"dtype", "layout", "device", "pin_memory", "non_blocking"})
 
 
+@dataclass(slots=True)
+class _Storage:
+    """Describe the ids of the elements of one storage.
+
+    Attributes:
+        handle: Storage; referenced, because memory that is freed becomes another tensor's.
+        elements: Number of its elements.
+        first: Id of element 0, which the others follow one by one, as long as ``ids`` is None.
+            Most results are read by one computation, which asks for no single id.
+        ids: Ids, int64, shape ``(elements,)``, or None.
+        all_data: Whether it is known that each id is of data and of no integer argument.
+    """
+
+    handle: Any
+    elements: int
+    first: int = 0
+    ids: Tensor | None = None
+    all_data: bool = False
+
+    def each(self) -> Tensor:
+        """Return the ids of all elements, which may be written to."""
+        if self.ids is None:
+            self.ids = torch.arange(self.first, self.first + self.elements)
+        return self.ids
+
+
 class Provenance(TorchDispatchMode):
     """Follow elements through a forward.
 
@@ -143,9 +172,7 @@ class Provenance(TorchDispatchMode):
     ) -> None:
         super().__init__()
         self._on_decision, self._origin = on_decision, origin
-        self._ids: dict[int, Tensor] = {}
-        # Referenced, because memory that is freed becomes another tensor's.
-        self._storages: list[Any] = []
+        self._storages: dict[int, _Storage] = {}
         self._next = 0
         # Ids of integer arguments: first, end, bit.
         self._integers: list[tuple[int, int, int]] = []
@@ -170,9 +197,9 @@ class Provenance(TorchDispatchMode):
         Returns:
             Ids, int64, in the shape of ``x``.
         """
-        first = self._next
-        self._write(x, self._fresh(x.shape))
-        if not x.is_floating_point() and not x.is_complex():
+        first, is_integer = self._next, not x.is_floating_point() and not x.is_complex()
+        self._write_fresh(x, all_data=not is_integer)
+        if is_integer:
             bit = 1 << min(len(self._integers), MOST_ARGUMENTS - 1)
             self._integers.append((first, self._next, bit))
         return self.ids(x)
@@ -207,10 +234,12 @@ class Provenance(TorchDispatchMode):
         Returns:
             Ids, int64, in the shape of ``x``.
         """
-        ids = self._ids.get(_key(x))
-        if ids is None:
+        storage = self._storages.get(_key(x))
+        if storage is None:
             return torch.full(x.shape, CONSTANT)
-        return ids.as_strided(x.shape, x.stride(), x.storage_offset()).clone()
+        if storage.ids is None and _is_whole(x, storage.elements):
+            return torch.arange(storage.first, storage.first + storage.elements).view(x.shape)
+        return storage.each().as_strided(x.shape, x.stride(), x.storage_offset()).clone()
 
     def reaches(self, values: Any) -> bool:
         """Tell if data or a cause is in any tensor among values, nested."""
@@ -225,8 +254,14 @@ class Provenance(TorchDispatchMode):
         Returns:
             Causes as bits.
         """
+        return self._causes_among(self._reached(values))
+
+    def _causes_among(self, reached: Sequence[Tensor]) -> int | None:
+        """Collect the causes of tensors whose storage has data or causes."""
+        if any(self._storages[_key(x)].all_data and x.numel() for x in reached):
+            return None
         causes = 0
-        for x in self._reached(values):
+        for x in reached:
             bits = self.causes_of(self.ids(x))
             if bits is None:
                 return None
@@ -274,78 +309,81 @@ class Provenance(TorchDispatchMode):
     ) -> Any:
         """Run a function and follow its effect on ids."""
         kwargs = kwargs or {}
-        for x in self._deciding(func, args, kwargs):
-            self._on_decision(x)
+        function = _function(func)
+        if function.decides:
+            for x in self._deciding(function.name, args, kwargs):
+                self._on_decision(x)
         result = func(*args, **kwargs)
-        self._follow(func, args, kwargs, result)
+        self._follow(function, args, kwargs, result)
         return result
 
     def _deciding(
-        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Sequence[Tensor]:
         """Return arguments that data have reached and whose values Python sees or branches on."""
-        name = func._schema.name
-        if name in _ASKS or name in _SHAPES:
-            return self._reached(args, kwargs)
         if name in _BY_MASKS:  # The number of their true values is a shape.
             return [x for x in self._reached(args[1]) if x.dtype in (torch.bool, torch.uint8)]
-        return ()
+        return self._reached(args, kwargs)
 
     def _follow(
-        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any
+        self, function: _Function, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any
     ) -> None:
-        name = func._schema.name
-        written = list(_written(func, args, kwargs))
-        operands = {_key(x) for x in _tensors((args, kwargs))}
-        fresh = [x for x in _tensors(result) if _key(x) not in operands]
-        reached = name not in _FRESH and self._reached(args, kwargs)
+        name, written = function.name, function.written(args, kwargs)
+        operands = _tensors(args, kwargs)
+        keys = [_key(x) for x in operands]
+        fresh = [x for x in _tensors(result) if _key(x) not in keys]
+        if not (fresh or written):  # A view, or a value for Python.
+            return
+        reached = [x for x, key in zip(operands, keys, strict=True) if key in self._storages]
+        if name in _FRESH:
+            reached = []
         if name == "aten::copy_":
             moved = self.ids(args[1]).expand(args[0].shape)
             self._write(args[0], moved)
         elif name in _VIEWS_IN_PLACE:
             pass
         elif name in _FILLS and not self._reached(args[1:], kwargs):
-            self._write(args[0], torch.full(args[0].shape, CONSTANT))
-        elif _is_random(func) and (written or not reached):
+            self._fill(args[0], CONSTANT)
+        elif function.is_random and (written or not reached):
             self._has_random = True
             for x in (*fresh, *written):
-                self._write(x, torch.full(x.shape, CONSTANT - RANDOM))
+                self._fill(x, CONSTANT - RANDOM)
         elif not reached:
             for x in written:
-                self._write(x, torch.full(x.shape, CONSTANT))
+                self._fill(x, CONSTANT)
         elif name in _COPIES and self._layout_is_fixed(name, args, kwargs):
-            self._copy(func, args, kwargs, written or fresh)
+            self._copy(function, args, kwargs, written or fresh)
         elif name in _MASKED_FILLS and args[2] == 0 and self._layout_is_fixed(name, args, kwargs):
             filled = self.ids(args[0]).masked_fill(args[1], CONSTANT)
             self._write(written[0] if written else result, filled)
         else:
-            self._computed(func, (args, kwargs), (*fresh, *written))
+            self._computed(name, reached, (*fresh, *written))
 
-    def _computed(self, func: Any, operands: Any, results: Sequence[Tensor]) -> None:
+    def _computed(self, name: str, reached: Sequence[Tensor], results: Sequence[Tensor]) -> None:
         """Assign new ids to the results of a computation, or the causes of all operands."""
-        causes = self.causes(operands)
+        causes = self._causes_among(reached)
         for x in results:
             if causes is not None:
-                self._write(x, torch.full(x.shape, CONSTANT - causes))
+                self._fill(x, CONSTANT - causes)
                 continue
-            first, text = self._next, self._why(func, operands, x)
-            self._write(x, self._fresh(x.shape))
+            first, text = self._next, self._why(name, reached, x)
+            self._write_fresh(x)
             if text is not None:
                 self._reasons.append((first, self._next, text))
 
-    def _why(self, func: Any, operands: Any, result: Tensor) -> str | None:
+    def _why(self, name: str, reached: Sequence[Tensor], result: Tensor) -> str | None:
         """Return why a result of data can be no part of a program, if it can be told here."""
-        name = func._schema.name
-        if self._has_random and self._mixes_random(operands):
+        if self._has_random and self._mixes_random(reached):
             return f"random numbers are mixed in by {name}"
-        for x in self._reached(operands):  # A mask or an index passes its reason on to its users.
+        for x in reached if self._reasons else ():
+            # A mask or an index passes its reason on to its users.
             decides = not (x.is_floating_point() and result.is_floating_point())
             if decides and x.numel():
                 known = self.reason(int(self.ids(x).max()))
                 if known is not None:
                     return known
         is_copy = name in _COPIES
-        of_conditions = any(x.dtype == torch.bool for x in self._reached(operands))
+        of_conditions = any(x.dtype == torch.bool for x in reached)
         if result.is_floating_point() and not is_copy and not of_conditions:
             return None
         origin = self._origin()
@@ -354,44 +392,49 @@ class Provenance(TorchDispatchMode):
         effect = "decide about the layout" if is_copy else "decide"
         return f"values of the data {effect}, by {name} at {origin}"
 
-    def _mixes_random(self, operands: Any) -> bool:
-        flat = [self.ids(x).reshape(-1) for x in self._reached(operands)]
+    def _mixes_random(self, reached: Sequence[Tensor]) -> bool:
+        flat = [self.ids(x).reshape(-1) for x in reached]
         return any(bool(((x < CONSTANT) & ((CONSTANT - x) & RANDOM > 0)).any()) for x in flat)
 
     def _copy(
-        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], results: list[Tensor]
+        self,
+        function: _Function,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        results: Sequence[Tensor],
     ) -> None:
         """Run the same function on ids, which it fills up with zeros or with a number."""
+        name = function.name
+        if name in _SAME_ELEMENTS:
+            self._share(args[0], results[0])
+            return
         # Ids are shifted so that 0, which tril and diag_embed fill in, stands for CONSTANT.
-        name = func._schema.name
         copied, dtype = _COPIES[name], torch.int64
         if name.startswith(_FLOATS_ONLY):
             dtype = torch.float64
 
         def ids_of(x: Any) -> Any:
+            if isinstance(x, (list, tuple)):
+                return [ids_of(each) for each in x]
             return (self.ids(x) - CONSTANT).to(dtype) if isinstance(x, Tensor) else x
 
         moved = [
-            tree_map(ids_of, value) if position in copied else value
-            for position, value in enumerate(args)
+            ids_of(value) if position in copied else value for position, value in enumerate(args)
         ]
         options = {key: value for key, value in kwargs.items() if key not in _TYPE_KEYWORDS}
         if name == "aten::constant_pad_nd":
             moved, options = moved[:2], {}
         elif name in ("aten::index_fill", "aten::scatter") and not isinstance(moved[3], Tensor):
             moved[3] = 0
-        run: Callable[..., Any] = torch.clone if name == "aten::_to_copy" else func
-        if name == "aten::_to_copy":
-            options = {}
-        outputs = _tensors(run(*moved, **options))
+        outputs = _tensors(function.run(*moved, **options))
         for result, ids in zip(results[:1], outputs, strict=False):
             self._write(result, ids.long() + CONSTANT)
         for result in results[1:]:  # The batch sizes of packed sequences.
-            self._write(result, torch.full(result.shape, CONSTANT - (self.causes(args[1:]) or 0)))
+            self._fill(result, CONSTANT - (self.causes(args[1:]) or 0))
 
     def _reached(self, *values: Any) -> list[Tensor]:
         """Return the tensors among arguments whose storage has data."""
-        return [x for x in _tensors(values) if _key(x) in self._ids]
+        return [x for x in _tensors(*values) if _key(x) in self._storages]
 
     def _layout_is_fixed(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Tell if no data decide about the layout; what does decide is part of the program."""
@@ -410,35 +453,133 @@ class Provenance(TorchDispatchMode):
 
     def _write(self, x: Tensor, ids: Tensor) -> None:
         """Write ids to the elements of a tensor in its storage."""
-        key = _key(x)
-        elements = x.untyped_storage().nbytes() // x.element_size()
-        stored = self._ids.get(key)
-        if stored is None and bool((ids == CONSTANT).all()):
-            return  # No data there, as before.
-        if stored is None:
-            self._storages.append(x.untyped_storage())
-        if stored is None or len(stored) != elements:
-            stored = self._ids[key] = torch.full((elements,), CONSTANT)
-        stored.as_strided(x.shape, x.stride(), x.storage_offset()).copy_(ids)
+        storage = self._storage(x)
+        if storage is None:
+            if bool((ids == CONSTANT).all()):
+                return  # No data there, as before.
+            storage = self._new_storage(x)
+        storage.all_data = False
+        storage.each().as_strided(x.shape, x.stride(), x.storage_offset()).copy_(ids)
+
+    def _share(self, x: Tensor, result: Tensor) -> None:
+        """Write the ids of a tensor to another of its shape."""
+        source = self._storages[_key(x)]
+        both_whole = _is_whole(x, source.elements) and _is_whole(result, _elements(result))
+        if both_whole and source.ids is None and self._storage(result) is None:
+            self._storages[_key(result)] = replace(source, handle=result.untyped_storage())
+        else:
+            self._write(result, self.ids(x))
+
+    def _fill(self, x: Tensor, provenance_id: int) -> None:
+        """Write one id without data to all elements of a tensor."""
+        if provenance_id != CONSTANT or _key(x) in self._storages:
+            self._write(x, torch.full(x.shape, provenance_id))
+
+    def _write_fresh(self, x: Tensor, *, all_data: bool = True) -> None:
+        """Write an id of its own to each element of a tensor.
+
+        Args:
+            x: Tensor, any shape.
+            all_data: Whether they are of data and of no integer argument.
+        """
+        storage, first = self._storage(x), self._next
+        if storage is None and _is_whole(x, _elements(x)):
+            self._next += x.numel()
+            if x.numel():
+                self._storages[_key(x)] = _Storage(
+                    x.untyped_storage(), x.numel(), first, all_data=all_data
+                )
+            return
+        were_data = storage is not None and storage.all_data
+        self._write(x, self._fresh(x.shape))
+        if were_data and all_data:
+            self._storages[_key(x)].all_data = True
+
+    def _storage(self, x: Tensor) -> _Storage | None:
+        """Return the ids of a tensor's storage; none if no data have reached it."""
+        storage = self._storages.get(_key(x))
+        if storage is None or storage.elements == _elements(x):
+            return storage
+        return self._new_storage(x)  # It is read in another type.
+
+    def _new_storage(self, x: Tensor) -> _Storage:
+        elements = _elements(x)
+        ids = torch.full((elements,), CONSTANT)
+        storage = _Storage(x.untyped_storage(), elements, ids=ids)
+        self._storages[_key(x)] = storage
+        return storage
+
+
+@dataclass(frozen=True)
+class _Function:
+    """Describe a function that is dispatched.
+
+    Args:
+        run: Function.
+        name: Name of its schema.
+        writes: Positions and names of the arguments that it writes to.
+        is_random: Whether it draws random numbers.
+        decides: Whether Python may see values by it, or branch on them.
+    """
+
+    run: Callable[..., Any]
+    name: str
+    writes: tuple[tuple[int, str], ...]
+    is_random: bool
+    decides: bool
+
+    def written(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Tensor]:
+        """Return the arguments that a call writes to."""
+        if not self.writes:
+            return []
+        return _tensors(
+            [
+                args[position] if position < len(args) else kwargs.get(name)
+                for position, name in self.writes
+            ]
+        )
+
+
+@cache
+def _function(func: Any) -> _Function:
+    name = func._schema.name
+    writes = tuple(
+        (position, argument.name)
+        for position, argument in enumerate(func._schema.arguments)
+        if argument.alias_info is not None and argument.alias_info.is_write
+    )
+    seeded = torch.Tag.nondeterministic_seeded in func.tags
+    is_random = seeded and not any(word in name for word in _NOT_RANDOM)
+    decides = name in _ASKS or name in _SHAPES or name in _BY_MASKS
+    return _Function(func, name, writes, is_random, decides)
 
 
 def _key(x: Tensor) -> int:
     return x.untyped_storage()._cdata
 
 
-def _tensors(values: Any) -> list[Tensor]:
-    return [x for x in tree_leaves(values) if isinstance(x, Tensor)]
+def _elements(x: Tensor) -> int:
+    """Return how many elements of a tensor's type its storage has."""
+    return x.untyped_storage().nbytes() // x.element_size()
 
 
-def _is_random(func: Any) -> bool:
-    """Tell if a function draws random numbers."""
-    seeded = torch.Tag.nondeterministic_seeded in func.tags
-    return seeded and not any(word in func._schema.name for word in _NOT_RANDOM)
+def _is_whole(x: Tensor, elements: int) -> bool:
+    """Tell if a tensor is all elements of a storage, in their order."""
+    return x.numel() == elements and x.is_contiguous()
 
 
-def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Tensor]:
-    """Yield the arguments that a function writes to."""
-    for position, argument in enumerate(func._schema.arguments):
-        if argument.alias_info is not None and argument.alias_info.is_write:
-            value = args[position] if position < len(args) else kwargs.get(argument.name)
-            yield from _tensors(value)
+def _tensors(*values: Any) -> list[Tensor]:
+    """Collect the tensors in any nesting of lists, tuples and mappings."""
+    found: list[Tensor] = []
+    _collect(values, found)
+    return found
+
+
+def _collect(values: Iterable[Any], found: list[Tensor]) -> None:
+    for each in values:
+        if isinstance(each, Tensor):
+            found.append(each)
+        elif isinstance(each, (list, tuple)):
+            _collect(each, found)
+        elif isinstance(each, dict):
+            _collect(each.values(), found)

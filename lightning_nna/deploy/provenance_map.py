@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -264,17 +265,32 @@ class PythonReads(TorchFunctionMode):
 def _caller() -> str | None:
     """Return the line of the module's code that calls now; None within an emulated operator."""
     frame: FrameType | None = sys._getframe(2)
-    outside = inside = None
+    outside: FrameType | None = None
+    inside: FrameType | None = None
     while frame is not None:
-        name = frame.f_code.co_filename
-        if name.startswith(_OPERATORS):
+        place = _place(frame.f_code.co_filename)
+        if place == "operators":
             return None
-        if name == _MODULE_CALL or name.startswith(_CAPTURE):
+        if place == "module call":
             break
-        line = f"{Path(name).name}:{frame.f_lineno} in {frame.f_code.co_qualname}"
-        if not name.startswith((_TORCH, *_OURS)):
-            outside = outside or line
-        elif name.startswith(_TORCH):
-            inside = line
+        if place == "outside" and outside is None:
+            outside = frame
+        elif place == "torch":
+            inside = frame
         frame = frame.f_back
-    return outside or inside
+    line = outside or inside
+    if line is None:
+        return None
+    return f"{Path(line.f_code.co_filename).name}:{line.f_lineno} in {line.f_code.co_qualname}"
+
+
+@cache
+def _place(file: str) -> str:
+    """Return what the code of a file is to a call."""
+    if file.startswith(_OPERATORS):
+        return "operators"
+    if file == _MODULE_CALL or file.startswith(_CAPTURE):
+        return "module call"
+    if file.startswith(_TORCH):
+        return "torch"
+    return "ours" if file.startswith(_OURS) else "outside"
