@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import random
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, get_origin
 
+import numpy as np
 import pytest
 import torch
-from jaxtyping import Float, TypeCheckError, jaxtyped
+from jaxtyping import Float, Int, Shaped, TypeCheckError, jaxtyped
 from torch import Tensor
 
 from lightning_nna.emulation import emulator as engine
 from lightning_nna.emulation.arithmetic import quantized_weight as weights
 from lightning_nna.quantization import lloyd_max
 from lightning_nna.quantization.optimal_cells import Line
-from tests.shapes import check_shapes, mentions_shape
+from tests.shapes import check_shapes, matcher, mentions_shape, where_stated
 
 
 @jaxtyped(typechecker=check_shapes)
@@ -56,6 +59,76 @@ def test_refuses_a_wrong_element_and_a_wrong_result() -> None:
 
     with pytest.raises(TypeCheckError, match="return value"):
         flat(torch.ones(2, 3))
+
+
+HINTS = [
+    Float[Tensor, ""],
+    Float[Tensor, " n"],
+    Float[Tensor, "n n"],
+    Float[Tensor, "n k"],
+    Float[Tensor, "2 n"],
+    Float[Tensor, "..."],
+    Float[Tensor, "n ... k"],
+    Float[Tensor, "*n"],
+    Float[Tensor, "*n k"],
+    Float[Tensor, "k *n"],
+    Int[Tensor, " n"],
+    Shaped[Tensor, "n 1"],
+    Float[np.ndarray, " n"],
+    Float[Tensor, " n"] | None,
+    Float[Tensor, "n 3"] | Int[Tensor, "n k"] | float,
+    tuple[Float[Tensor, " n"], Tensor],
+    tuple[Float[Tensor, " n"], ...],
+    list[Float[Tensor, "*n"]],
+    Mapping[str, Float[Tensor, " n"]],
+]
+
+
+def drawn(hint: Any, draw: random.Random) -> Any:
+    """A value that may fit an annotation, of few axes and small sizes."""
+    if get_origin(hint) in (tuple, list):
+        kind = get_origin(hint)
+        return kind(drawn(None, draw) for _ in range(draw.choice([1, 2, 2, 2])))
+    if get_origin(hint) is Mapping:
+        return {name: drawn(None, draw) for name in "ab"[: draw.randint(1, 2)]}
+    x = torch.zeros(tuple(draw.choice([1, 2, 2, 3, 3]) for _ in range(draw.randint(0, 3))))
+    kinds = [x, x, x, x.double(), x.long(), x.numpy(), x.numpy().astype(np.int8)]
+    return draw.choice([*kinds, None] if get_origin(hint) else kinds)
+
+
+@pytest.mark.parametrize("number", range(len(HINTS)))
+def test_it_is_jaxtypings_check(number: int) -> None:
+    """Arguments of two annotations and a result: refused in the same words, or by none."""
+    first, draw = HINTS[number], random.Random(number)
+    seen = set()
+    for second in draw.sample(HINTS, 4):
+
+        def function(a: Any, b: Any, result: Any) -> Any:
+            return result
+
+        function.__annotations__ = {"a": first, "b": second, "return": first}
+        ours = where_stated(function, typechecker=check_shapes)
+        theirs = jaxtyped(function, typechecker=check_shapes)
+        for _ in range(8):
+            arguments = drawn(first, draw), drawn(second, draw), drawn(first, draw)
+            words = [refusal(check, arguments) for check in (ours, theirs)]
+            assert words[0] == words[1]
+            seen.add(words[0])
+    assert len(seen) > 1
+
+
+def refusal(function: Callable[..., Any], arguments: tuple[Any, ...]) -> str:
+    try:
+        function(*arguments)
+    except TypeCheckError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("axes", ["n+1", "#n", "*#n", "_", "n=2", "?n"])
+def test_other_axes_are_left_to_jaxtyping(axes: str) -> None:
+    assert matcher(Float[Tensor, axes]) is None
+    assert matcher(tuple[Float[Tensor, axes], Tensor]) is None
 
 
 def test_functions_that_state_a_shape_are_checked_and_no_others() -> None:
