@@ -8,7 +8,7 @@ Reference:
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 from typing_extensions import Unpack, override
@@ -52,7 +52,9 @@ class GeneralQuantizer(CodebookMethod):
         power: Power of the distance in the softmax, 1 or 2.
         start: First centroids: ``"lloyd_max"``, those of the least squared error, or ``"uniform"``
             with equal distances in the µ-law's domain.
-        train_centroids: Whether centroids are trained.
+        train_centroids: Whether centroids are trained: ``True``, ``False``, or ``"soft"`` until
+            weights are hard, whose straight-through gradients move centroids without end
+            (``docs/results/low_bits.md``).
         centroid_lr: Learning rate of the centroids' own Adam, in the µ-law's domain of [-1, 1]: a
             number, or a :class:`.Schedule` or its keys.
         scale: Clipping range at the start, which stays unless it is learned: the ``"largest"``
@@ -87,8 +89,8 @@ class GeneralQuantizer(CodebookMethod):
     (``docs/results/low_bits.md``).
 
     Differs from the paper: the schedule of the sharpness, that the last quarter of a run is hard
-    with gradients straight through, the start at Lloyd-Max points and the integer centroids are
-    ours.
+    with gradients straight through and centroids that stay, the start at Lloyd-Max points and the
+    integer centroids are ours.
     """
 
     method = "general_quantizer"
@@ -106,7 +108,7 @@ class GeneralQuantizer(CodebookMethod):
         train_sharpness: bool = False,
         power: int = 2,
         start: Start = "lloyd_max",
-        train_centroids: bool = True,
+        train_centroids: bool | Literal["soft"] = "soft",
         centroid_lr: Schedule | Mapping[str, Any] | float = 1e-3,
         scale: Scale = "largest",
         learn_scale: bool = False,
@@ -125,6 +127,10 @@ class GeneralQuantizer(CodebookMethod):
             raise ValueError(f"every_n_steps must be at least 1, got {every_n_steps}")
         if scale not in ("largest", "centroids"):
             raise ValueError(f"scale must be 'largest' or 'centroids', got {scale!r}")
+        if train_centroids not in (True, False, "soft"):
+            raise ValueError(
+                f"train_centroids must be True, False or 'soft', got {train_centroids!r}"
+            )
         if start not in ("lloyd_max", "uniform"):
             raise ValueError(f"start must be 'lloyd_max' or 'uniform', got {start!r}")
         if start == "uniform" and (entropy := self.codebook_settings.max_entropy_bits) is not None:
@@ -185,7 +191,7 @@ class GeneralQuantizer(CodebookMethod):
                 groups=groups_of(self._module, name, parameter, settings.granularity),
                 mu=self.mu,
                 power=self.power,
-                train_centroids=self.train_centroids,
+                train_centroids=self.train_centroids is not False,
                 scale=self.scale,
                 learn_scale=self.learn_scale,
                 grid_bits=settings.grid_bits,
@@ -219,7 +225,8 @@ class GeneralQuantizer(CodebookMethod):
     @override
     def learn(self) -> None:
         self._adam.learning_rate = self.centroid_lr.at(self.steps, total=self._total_steps)
-        self._adam.update(self._learned())
+        if learned := self._learned():
+            self._adam.update(learned)
         for transform in self._transforms.values():
             transform.clamp_centroids()
             if self.train_sharpness:
@@ -278,4 +285,6 @@ class GeneralQuantizer(CodebookMethod):
             )
             transform.gradient_sharpness = self.gradient_sharpness
             transform.is_hard = is_hard
+            if self.train_centroids == "soft":
+                transform.train_centroids = not is_hard
             transform.is_active = self.steps % self.every_n_steps == 0

@@ -702,3 +702,28 @@ def test_zeros_of_pruning_in_the_codebook_or_beside_it_are_not(
     trainer(callback, MagnitudePruning(0.5, targets=["head.first"]), steps=4).fit(fitted)
     weight = fitted.get_parameter("head.first.weight").detach()
     assert bool((weight == 0).any())
+
+
+def _after(steps: int, **settings: object) -> tuple[dict[str, Tensor], pl.LightningModule]:
+    """Centroids of a run that becomes hard in its fifth step, and its module."""
+    fitted, callback = module(), gq(**{"hard_from": 5, "centroid_lr": 0.05, **settings})
+    trainer(callback, steps=steps).fit(fitted)
+    states = callback.state_dict()["centroids"]
+    return {name: state["centroids"].clone() for name, state in states.items()}, fitted
+
+
+def test_centroids_stay_once_weights_are_hard() -> None:
+    soft, fitted = _after(9)
+    assert_same(_after(5)[0], soft)
+    moved, _ = _after(9, train_centroids=True)
+    assert all(not torch.equal(moved[name], soft[name]) for name in soft)
+    # As with a rate of zero from the first hard step on.
+    rate = Schedule(0.05, 0.0, until=6, shape="step")
+    stopped, other = _after(9, train_centroids=True, centroid_lr=rate)
+    assert_same(stopped, soft)
+    assert_same(dict(other.state_dict()), dict(fitted.state_dict()))
+
+
+def test_centroids_are_trained_always_never_or_while_soft() -> None:
+    with pytest.raises(ValueError, match="train_centroids must be True, False or 'soft'"):
+        gq(train_centroids="hard")
