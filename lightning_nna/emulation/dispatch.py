@@ -254,6 +254,8 @@ class Dispatch(TorchFunctionMode):
             if depends is not None:
                 key = self._key(path, label, location)
                 return self._fold(key, func, run, args, kwargs, depends)
+        if name in _RANDOM and isinstance(first_of(args, kwargs), nn.Parameter):
+            return self._plainly(func, args, kwargs)  # A lazy layer initializes its parameters.
         if _scales_a_mask(name, args):
             self.state.note_outside_consumers((args, kwargs))
             return self._plainly(func, args, kwargs)
