@@ -1,7 +1,8 @@
 """Whether Python may look at values without waiting for a device.
 
 Where a processor computes, it is fast to look at the values first: most often nothing is clipped,
-and short vectors are NumPy's. On a GPU each look stops its queue, so that the general form runs.
+and short vectors are NumPy's. On a GPU each look stops its queue, so that the general form runs. It
+runs for an export, too, which follows values through the functions of PyTorch and sees no other.
 Both compute the same integers.
 """
 
@@ -11,6 +12,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor
 
 
@@ -22,8 +24,8 @@ _DEVICE = _Device()
 
 
 def on_host(x: Tensor) -> bool:
-    """Tell whether a tensor of any shape is in the memory of the processor."""
-    return x.is_cpu and not _DEVICE.pretended
+    """Tell whether a tensor of any shape is in the processor's memory, and nobody follows it."""
+    return x.is_cpu and not _DEVICE.pretended and not torch._C._len_torch_dispatch_stack()
 
 
 @contextmanager

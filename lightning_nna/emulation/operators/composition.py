@@ -79,7 +79,7 @@ def narrowed(call: Call, result: Tensor) -> Result:
     assert tag is not None, "an operator's result has quantization parameters"
     moved = requantize(call, Activation(result, tag), y)
     low, high = y.bounds
-    return moved, y, (result > (low - 0.5) * y.scale) & (result < (high + 0.5) * y.scale)
+    return moved, y, (result <= (low - 0.5) * y.scale) | (result >= (high + 0.5) * y.scale)
 
 
 def carrier(call: Call, x: Activation) -> Tensor:
