@@ -254,8 +254,8 @@ class Dispatch(TorchFunctionMode):
             if depends is not None:
                 key = self._key(path, label, location)
                 return self._fold(key, func, run, args, kwargs, depends)
-        if name in _RANDOM and isinstance(first_of(args, kwargs), nn.Parameter):
-            return self._plainly(func, args, kwargs)  # A lazy layer initializes its parameters.
+        if _initializes_parameter(name, args, kwargs):
+            return self._plainly(func, args, kwargs)
         if _scales_a_mask(name, args):
             self.state.note_outside_consumers((args, kwargs))
             return self._plainly(func, args, kwargs)
@@ -816,6 +816,12 @@ def _is_there_already(target: Tensor, index: Any, value: Any) -> bool:
         view = target[index]
     same = view.shape == value.shape and view.stride() == value.stride()
     return same and view.data_ptr() == value.data_ptr() and view.numel() > 0
+
+
+def _initializes_parameter(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Tell whether a call fills a parameter with random numbers, as that of a lazy layer."""
+    is_in_place = name in _RANDOM and name.endswith("_")
+    return is_in_place and isinstance(first_of(args, kwargs), nn.Parameter)
 
 
 def _scales_a_mask(name: str, args: tuple[Any, ...]) -> bool:

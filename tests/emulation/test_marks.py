@@ -433,3 +433,16 @@ def test_a_lazy_module_is_emulated_from_its_first_forward_on(
     assert torch.equal(result, expected)
     for parameter, other in zip(lazy.parameters(), eager.parameters(), strict=True):
         assert torch.equal(parameter.grad, other.grad)
+
+
+def test_random_numbers_by_a_parameter_are_a_fallback(caplog: pytest.LogCaptureFixture) -> None:
+    class Gated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rate, self.layer = nn.Parameter(torch.full((4,), 0.5)), nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x) * torch.bernoulli(self.rate)
+
+    calibrate(Gated(), [torch.randn(2, 4)])
+    assert "bernoulli" in caplog.text
