@@ -48,17 +48,28 @@ _ERF_TERMS, _ERFC_TERMS = 40, 56
 _Number = TypeVar("_Number", float, Tensor, NDArray[np.float64])
 
 
-def power_of_two(exponent: Int[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+@overload
+def power_of_two(exponent: Int[Tensor, "*shape"]) -> Float[Tensor, "*shape"]: ...
+@overload
+def power_of_two(exponent: NDArray[np.int64]) -> NDArray[np.float64]: ...
+def power_of_two(exponent: Tensor | NDArray[np.int64]) -> Tensor | NDArray[np.float64]:
     """Put powers of two together from their bits, exact in float64.
 
     Args:
-        exponent: Whole numbers of any integer dtype, limited to -1022 … 1023.
+        exponent: Whole numbers of any integer dtype, limited to -1022 … 1023: a tensor or an array
+            of any shape.
+
+    Returns:
+        float64, of the kind and shape of ``exponent``.
 
     Example:
         >>> power_of_two(torch.tensor([-1, 0, 10]))
         tensor([5.0000e-01, 1.0000e+00, 1.0240e+03], dtype=torch.float64)
     """
-    return ((exponent.long().clamp(-1022, 1023) + 1023) << 52).view(torch.float64)
+    if isinstance(exponent, Tensor):
+        return ((exponent.long().clamp(-1022, 1023) + 1023) << 52).view(torch.float64)
+    powers: NDArray[np.float64] = np.ldexp(1.0, np.clip(exponent, -1022, 1023))
+    return powers
 
 
 def square_root(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:

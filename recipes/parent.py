@@ -1,4 +1,4 @@
-"""What a process has of the one that started it: its command, and its end, however it comes."""
+"""Take over the command of the process that started this one, and end with it."""
 
 from __future__ import annotations
 

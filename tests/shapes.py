@@ -180,22 +180,22 @@ def _array_matcher(hint: Any) -> Matcher | None:
         shape = value.shape
         if len(shape) < len(names) - 1 if variadic else len(shape) != len(names):
             return False
-        found: dict[str, Any] = {}
+        new_axes: dict[str, Any] = {}
         for axis, size in sizes:
             if shape[axis] != size:
                 return False
         for axis, name in single:
-            known = axes.get(name, found.get(name))
+            known = axes.get(name, new_axes.get(name))
             if known is None:
-                found[name] = shape[axis]
+                new_axes[name] = shape[axis]
             elif known != shape[axis]:
                 return False
         if variadic and names[start] != "...":
             rest, name = tuple(shape[start : len(shape) + end]), names[start]
             if axes.get(name, rest) != rest:
                 return False
-            found[name] = rest
-        axes.update(found)
+            new_axes[name] = rest
+        axes.update(new_axes)
         return True
 
     return fits_array

@@ -33,13 +33,13 @@ def tensors_in(values: Any) -> list[Tensor]:
         values = values.values()
     elif not isinstance(values, (tuple, list)):
         return []
-    found: list[Tensor] = []
+    tensors: list[Tensor] = []
     for value in values:
         if isinstance(value, Tensor):
-            found.append(value)
+            tensors.append(value)
         elif isinstance(value, (tuple, list, dict)):
-            found += tensors_in(value)
-    return found
+            tensors += tensors_in(value)
+    return tensors
 
 
 def floats(values: Any) -> list[Tensor]:

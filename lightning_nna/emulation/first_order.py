@@ -55,16 +55,27 @@ def first_order(operator: str) -> Callable[[Backward], Backward]:
     def decorate(backward: Backward) -> Backward:
         @wraps(backward)
         def once(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-            # Gradients are enabled in a backward only with create_graph=True.
-            if torch.is_grad_enabled():
-                raise RuntimeError(
-                    f"an emulated operator ({operator}) has no second derivative, which "
-                    "create_graph=True asks for: take a gradient penalty or a Hessian outside of "
-                    "the emulation (of the module's float forward, outside of emulate, or with "
-                    "targets that leave the critic out)"
-                )
+            require_first_order(operator)
             return backward(ctx, *grads)
 
         return once
 
     return decorate
+
+
+def require_first_order(operator: str) -> None:
+    """Raise in a backward whose gradient is to be differentiated again.
+
+    Args:
+        operator: Name of the operator in the error.
+
+    Raises:
+        RuntimeError: If gradients are enabled, as they are only with ``create_graph=True``.
+    """
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            f"an emulated operator ({operator}) has no second derivative, which "
+            "create_graph=True asks for: take a gradient penalty or a Hessian outside of "
+            "the emulation (of the module's float forward, outside of emulate, or with "
+            "targets that leave the critic out)"
+        )

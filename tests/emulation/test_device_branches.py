@@ -1,4 +1,4 @@
-"""What runs on a GPU in place of a processor's short cuts gives the same bits, also here."""
+"""Branches of a GPU, in place of a processor's short cuts, give the same bits; run here."""
 
 from __future__ import annotations
 

@@ -398,17 +398,17 @@ def test_a_tensor_that_autograd_alone_holds_keeps_its_mark() -> None:
         @staticmethod
         def backward(ctx: Any, grad: Tensor) -> Tensor:
             (x,) = ctx.saved_tensors
-            found.append(marks.get(x))
+            marks_in_backward.append(marks.get(x))
             return grad
 
-    marks, found = Marks(Writes()), []
+    marks, marks_in_backward = Marks(Writes()), []
     leaf = torch.ones(2, requires_grad=True)
     x = leaf * 1
     marks[x] = "kept"
     y = Identity.apply(x)
     del x
     y.sum().backward()
-    assert found == ["kept"]
+    assert marks_in_backward == ["kept"]
 
 
 @pytest.mark.parametrize("spec", ["litert-int8", "litert-int16x8"])

@@ -194,13 +194,13 @@ def test_both_processes_of_a_run_end_at_a_sigterm_and_go_on(tmp_path: Path) -> N
     for folder in (whole, stopped):
         folder.parent.mkdir()
     assert _exit_code(whole, cache, None, *TWO_PROCESSES) == 0, _output(whole)
-    last, held = os.pipe()
+    last, write_end = os.pipe()
     # Before the gradients: the second process waits for them.
     stop = ("recipes.asr.recognizer:TransducerRecognizer.training_step", 4, signal.SIGTERM)
     assert _exit_code(stopped, cache, stop, *TWO_PROCESSES) == 128 + signal.SIGTERM, _output(
         stopped
     )
-    os.close(held)
+    os.close(write_end)
     # Readable when the last process is gone that has the other end.
     assert select.select([last], [], [], 10)[0], "a process stays behind"
     os.close(last)

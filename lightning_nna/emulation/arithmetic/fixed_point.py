@@ -81,7 +81,6 @@ def quantize_multipliers(
     """
     if not on_host(factors):
         return _multipliers_of_tensor(factors)
-    # On short vectors a function of NumPy takes a third of the time of one of PyTorch.
     exact = factors.detach().numpy()
     if exact.size and not (exact.min() >= 0 and exact.max() < math.inf):
         raise ValueError(f"rescaling factors must be finite and at least 0, got {factors}")
@@ -89,9 +88,11 @@ def quantize_multipliers(
     fixed = np.floor(mantissas * 2.0**31 + 0.5)
     carried = fixed == 2.0**31
     exponents = exponents.astype(np.int64) + carried
-    kept = exponents >= -31
-    fixed = (fixed * np.where(carried, 0.5, 1.0) * kept).astype(np.int64)
-    return torch.from_numpy(np.asarray(fixed)), torch.from_numpy(np.asarray(exponents * kept))
+    representable = exponents >= -31
+    fixed = (fixed * np.where(carried, 0.5, 1.0) * representable).astype(np.int64)
+    return torch.from_numpy(np.asarray(fixed)), torch.from_numpy(
+        np.asarray(exponents * representable)
+    )
 
 
 def _multipliers_of_tensor(factors: Tensor) -> tuple[Tensor, Tensor]:

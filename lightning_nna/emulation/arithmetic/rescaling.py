@@ -335,35 +335,34 @@ class Multiplier:
         def tensor(x: NDArray[np.float64]) -> Tensor:
             return torch.from_numpy(np.asarray(x)).to(device)
 
-        # On short vectors a function of NumPy takes a third of the time of one of PyTorch.
         m, e = mantissas.cpu().numpy(), shifts.cpu().numpy()
         added = np.zeros(m.shape) if offset is None else offset.cpu().numpy()
         left = np.maximum(e, 0)
-        shifted = largest * float(_power_of_two(left).max())
-        reach = largest * float((m * _power_of_two(e - 31)).max())
+        shifted = largest * float(power_of_two(left).max())
+        reach = largest * float((m * power_of_two(e - 31)).max())
         # What is shifted, or the result with its zero point, may need more than 32 bits.
         too_wide = (shifted > largest and shifted >= _INT32) or reach >= _INT32 - 2**8
         self.wraps = largest <= _INT32 and too_wide
         self.zero_point = zero_point
         if self.wraps:
             # A processor shifts by the lowest five bits of what it is told.
-            self.before, self.left = tensor(added), tensor(_power_of_two(left % 32))
+            self.before, self.left = tensor(added), tensor(power_of_two(left % 32))
             added, left, largest = np.zeros_like(added), np.zeros_like(left), _INT32
         self.twice = bool((e < 0).any())
         # A factor of 1/16 is the mantissa 2^30 with the exponent -3: of the sum 24, the first
         # rounding makes floor(24 / 2 + 1/2) = 12, the second 12 / 8 = 1.5 -> 2, away from zero.
-        self.second = tensor(_power_of_two(np.minimum(e, 0)) * TIES_AWAY)
+        self.second = tensor(power_of_two(np.minimum(e, 0)) * TIES_AWAY)
         # A factor formed in float32 has a short mantissa: one product in float64 is exact.
         odd = m // np.maximum(m & -m, 1)
         self.short = 4 * float(odd.max()) * largest < _FLOAT64_INTEGERS
         if self.short:
-            first = m * _power_of_two(left - 31)
+            first = m * power_of_two(left - 31)
             self.first, self.constant = tensor(first), tensor(added * first + 0.5)
             return
         # Two products of half the mantissa each, both exact: 0x6000_4001 is 0x6000 * 2^16 plus
         # 0x4001, and a sum of 31 bits times 16 bits has 47, of 53 that float64 holds.
-        upper = (m >> 16) * _power_of_two(left - 15)
-        lower = (m & 0xFFFF) * _power_of_two(left - 16)
+        upper = (m >> 16) * power_of_two(left - 15)
+        lower = (m & 0xFFFF) * power_of_two(left - 16)
         self.upper, self.lower = tensor(upper), tensor(lower)
         self.of_upper, self.of_lower = tensor(added * upper), tensor(added * lower + 2.0**14)
 
@@ -383,11 +382,6 @@ class Multiplier:
             low = torch.addcmul(self.of_lower, x, self.lower).floor_().mul_(2.0**-15)
             torch.addcmul(self.of_upper, x, self.upper, out=x).add_(low).floor_()
         return x.mul_(self.second).round_() if self.twice else x
-
-
-def _power_of_two(exponent: NDArray[np.int64]) -> NDArray[np.float64]:
-    """What :func:`.power_of_two` is for tensors."""
-    return np.ldexp(1.0, np.clip(exponent, -1022, 1023))
 
 
 @lru_cache(maxsize=1024)

@@ -7,14 +7,13 @@ function at the quantized operands. Inside of it activations have 16 bits.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_nna.emulation.clipping import inside
-from lightning_nna.emulation.first_order import first_order
+from lightning_nna.emulation.first_order import require_first_order
 from lightning_nna.emulation.float32_arithmetic import float32_arithmetic
 from lightning_nna.emulation.operators.call import Call, requantize
 from lightning_nna.emulation.program import Activation
@@ -149,16 +148,7 @@ class _Composed(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-        return _backward_of(ctx.name)(ctx, grad)
-
-
-@lru_cache(maxsize=256)
-def _backward_of(name: str) -> Callable[..., tuple[Tensor | None, ...]]:
-    """The backward, with the operator's name in its error."""
-    return first_order(name)(_backward)
-
-
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    clipped, *tensors = ctx.saved_tensors
-    with float32_arithmetic(grad):
-        return None, None, None, *ctx.backward_of(inside(grad, clipped), *tensors)
+        require_first_order(ctx.name)
+        clipped, *tensors = ctx.saved_tensors
+        with float32_arithmetic(grad):
+            return None, None, None, *ctx.backward_of(inside(grad, clipped), *tensors)

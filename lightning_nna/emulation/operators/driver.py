@@ -23,7 +23,7 @@ from torch import Tensor
 
 from lightning_nna.emulation.arithmetic import pointwise
 from lightning_nna.emulation.clipping import clip, inside
-from lightning_nna.emulation.first_order import first_order
+from lightning_nna.emulation.first_order import require_first_order
 from lightning_nna.emulation.float32_arithmetic import float32_arithmetic
 from lightning_nna.emulation.operators.call import Call
 from lightning_nna.emulation.operators.record import Operator
@@ -228,13 +228,8 @@ class _Driven(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return _backward_of(ctx.operator.name)(ctx, grad)
-
-
-@lru_cache(maxsize=256)
-def _backward_of(name: str) -> Callable[..., tuple[Tensor | None, ...]]:
-    """The backward, with the operator's name in its error."""
-    return first_order(name)(_backward)
+        require_first_order(ctx.operator.name)
+        return _backward(ctx, grad)
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

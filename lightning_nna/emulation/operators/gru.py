@@ -16,17 +16,18 @@ Reference:
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 from torch import Tensor
+from typing_extensions import override
 
-from lightning_nna.emulation.float32_arithmetic import float32_arithmetic
 from lightning_nna.emulation.operators.activation import sigmoid, tanh
 from lightning_nna.emulation.operators.call import Call
 from lightning_nna.emulation.operators.elementwise import add, mul, sub
-from lightning_nna.emulation.operators.gru_sequence import GRUFunction, GRUSteps, gru_grids
-from lightning_nna.emulation.operators.recurrent_steps import States, Step, run_steps
+from lightning_nna.emulation.operators.gru_sequence import GRUSteps, gru_grids
+from lightning_nna.emulation.operators.recurrent_steps import States, Step, WholeSequence, run_steps
 from lightning_nna.emulation.operators.sequences import Layout
-from lightning_nna.emulation.program import Activation
+from lightning_nna.emulation.ranges import QParams
 
 
 def gru_layer(
@@ -51,22 +52,12 @@ def gru_layer(
 class _GatedStep(Step):
     """The instructions of one step."""
 
-    def at_once(self, x: Tensor, states: States, layout: Layout) -> Tensor | None:
-        """Run all steps as one function (see :mod:`.gru_sequence`)."""
-        state, (h,) = self.call.state, states
-        q_x, q_h = state.qparams_of(x), state.qparams_of(h)
-        assert q_x is not None
-        assert q_h is not None
-        grids = gru_grids(self.call, q_x, q_h)
+    @override
+    def sequence(self, x: QParams, h: QParams) -> WholeSequence | None:
+        grids = gru_grids(self.call, x, h)
         if grids is None:
             return None
-        inputs, start = Activation(x, q_x), Activation(h, q_h)
-        with float32_arithmetic(x):
-            product = self.product.prepared(q_h, grids.recurrent, layout)
-            steps = GRUSteps(self.call, grids, product)
-            trained = self.product.trained, self.product.bias
-            result = GRUFunction.apply(x, h, *trained, inputs, start, steps, layout)
-        return self.call.with_qparams(result, q_h)
+        return WholeSequence(grids.recurrent, partial(GRUSteps, self.call, grids))
 
     def __call__(self, x: Tensor, states: States) -> States:
         (h,) = states

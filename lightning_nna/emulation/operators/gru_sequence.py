@@ -18,28 +18,32 @@ equal to the sum of those of the steps but for float32's rounding; all others ar
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
-from lightning_nna.emulation.arithmetic.quantized_weight import values_of
-from lightning_nna.emulation.first_order import first_order
-from lightning_nna.emulation.float32_arithmetic import float32_arithmetic
 from lightning_nna.emulation.operators.activation import WIDE_OUTPUT, may_wrap
 from lightning_nna.emulation.operators.call import Call
 from lightning_nna.emulation.operators.elementwise import grid_of_sum
+from lightning_nna.emulation.operators.sequence_function import (
+    Gradients,
+    SequenceSteps,
+    ThroughTime,
+)
 from lightning_nna.emulation.operators.sequences import Layout
 from lightning_nna.emulation.operators.step_arithmetic import (
-    Kept,
     LookUp,
     Numbers,
     Product,
+    RoundedSteps,
     StateProduct,
     States,
     Sum,
+    copied_to,
     grids_of,
-    kept_in,
     real,
 )
 from lightning_nna.emulation.program import Activation
@@ -104,7 +108,7 @@ def gru_grids(call: Call, x: QParams, h: QParams) -> Grids | None:
 
 
 class Trace(NamedTuple):
-    """What the backward needs of a forward, row by row: int16, or float32 masks.
+    """Hold what the backward needs of a forward, row by row: int16, or float32 masks.
 
     Args:
         gates: Outputs of the gates r and z, ``(rows, 2 * hidden)``.
@@ -135,7 +139,7 @@ class Trace(NamedTuple):
     inside_next: Tensor | None
 
 
-class GRUSteps:
+class GRUSteps(SequenceSteps):
     """The arithmetic of one layer in one direction.
 
     Args:
@@ -144,8 +148,11 @@ class GRUSteps:
         product: Instruction of the states.
     """
 
+    operator = "gru"
+
     def __init__(self, call: Call, grids: Grids, product: StateProduct) -> None:
-        self.grids, self.product, spec = grids, product, call.state.spec
+        super().__init__(product)
+        self.grids, spec = grids, call.state.spec
         self.numbers = numbers = Numbers(call.exact)
         g, n = grids, WIDE_OUTPUT
         self.gates = Sum("ADD", g.x, g.recurrent, g.gates, numbers, spec)
@@ -158,20 +165,15 @@ class GRUSteps:
         self.sigmoid = LookUp("sigmoid", g.gates, numbers, spec, device)
         self.tanh = LookUp("tanh", g.new, numbers, spec, device)
 
+    @property
+    @override
+    def through_time(self) -> ThroughTime:
+        return partial(_through_time, self.grids)
+
+    @override
     def run(
         self, x: Activation, start: Activation, layout: Layout, *, keep: bool
     ) -> tuple[Tensor, Trace | None]:
-        """Run all steps.
-
-        Args:
-            x: Input products, shape ``(rows, 3 * hidden)``.
-            start: Initial states, ``(batch, hidden)``.
-            layout: Of the rows.
-            keep: Whether a backward follows.
-
-        Returns:
-            States after each step, real values, ``(rows, hidden)``, and the trace.
-        """
         numbers, sizes, device = self.numbers, layout.sizes, x.value.device
         (rows, _), size = x.value.shape, start.value.shape[1]
         inputs = numbers.of(x)
@@ -182,10 +184,11 @@ class GRUSteps:
         gates_out = torch.empty((rows, 2 * size), dtype=torch.int16, device=device)
         new_out = torch.empty((rows, size), dtype=torch.int16, device=device)
         columns = {"recurrent": 3, "gates": 2, "reset": 1, "new": 1, "change": 1, "update": 1}
-        kept = {
-            name: Kept(sizes, count * size, device, used=keep) for name, count in columns.items()
+        stores = {
+            name: RoundedSteps(sizes, count * size, device, used=keep)
+            for name, count in columns.items()
         }
-        following = Kept(sizes, size, device, used=True)
+        following = RoundedSteps(sizes, size, device, used=True)
         state = States(start, numbers, self.product)
         buffers = _Buffers(layout.batch, size, numbers.dtype, device)
         every = zip(
@@ -193,7 +196,7 @@ class GRUSteps:
             scaled_new,
             gates_out.split(sizes),
             new_out.split(sizes),
-            *(kept[name].steps for name in columns),
+            *(stores[name].steps for name in columns),
             following.steps,
             strict=True,
         )
@@ -204,9 +207,9 @@ class GRUSteps:
         trace = None
         if keep:
             before = layout.before(torch.cat([start.integers(), after]))
-            new_h, change = kept["recurrent"].clipped(2 * size), kept["change"].clipped()
+            new_h, change = stores["recurrent"].clipped(2 * size), stores["change"].clipped()
             integers = (x.to(torch.int16) for x in (new_h, change, before))
-            masks = (each.inside() for each in (*kept.values(), following))
+            masks = (each.inside() for each in (*stores.values(), following))
             trace = Trace(gates_out, new_out, *integers, *masks)
         return after.mul_(self.grids.h.scale), trace
 
@@ -218,35 +221,35 @@ class GRUSteps:
         scaled_new: Tensor,
         gates_out: Tensor,
         new_out: Tensor,
-        kept_recurrent: Tensor | None,
-        kept_gates: Tensor | None,
-        kept_reset: Tensor | None,
-        kept_new: Tensor | None,
-        kept_change: Tensor | None,
-        kept_update: Tensor | None,
-        kept_next: Tensor | None,
+        recurrent_store: Tensor | None,
+        gates_store: Tensor | None,
+        reset_store: Tensor | None,
+        new_store: Tensor | None,
+        change_store: Tensor | None,
+        update_store: Tensor | None,
+        next_store: Tensor | None,
     ) -> None:
         clip, grids = self.numbers.clip, self.grids
         h = state.values[: b.rows]
-        rounded = kept_in(self.product(state.of_product(b.rows), b.recurrent), kept_recurrent)
+        rounded = copied_to(self.product(state.of_product(b.rows), b.recurrent), recurrent_store)
         clip(rounded, grids.recurrent, b.recurrent)
         self.gates.second(b.gates_h, b.wide)
         rounded = self.gates.of_scaled(scaled_gates, b.wide, b.wide_rounded)
-        self.sigmoid(kept_in(rounded, kept_gates), b.wide_index, gates_out, b.gates)
-        rounded = kept_in(self.reset(b.r, b.new_h, b.room, b.rounded), kept_reset)
+        self.sigmoid(copied_to(rounded, gates_store), b.wide_index, gates_out, b.gates)
+        rounded = copied_to(self.reset(b.r, b.new_h, b.room, b.rounded), reset_store)
         clip(rounded, grids.reset, b.result)
         self.new.second(b.result, b.room)
         rounded = self.new.of_scaled(scaled_new, b.room, b.rounded)
-        self.tanh(kept_in(rounded, kept_new), b.index, new_out, b.n)
+        self.tanh(copied_to(rounded, new_store), b.index, new_out, b.n)
         self.change.first(h, b.result)
         self.change.second(b.n, b.room)
         rounded = self.change.of_scaled(b.result, b.room, b.rounded)
-        clip(kept_in(rounded, kept_change), grids.change, b.result)
-        rounded = kept_in(self.update(b.z, b.result, b.room, b.rounded), kept_update)
+        clip(copied_to(rounded, change_store), grids.change, b.result)
+        rounded = copied_to(self.update(b.z, b.result, b.room, b.rounded), update_store)
         clip(rounded, grids.update, b.result)
         self.next.first(b.n, b.rounded)
         self.next.second(b.result, b.room)
-        state.set(kept_in(self.next.of_scaled(b.rounded, b.room, b.result), kept_next))
+        state.set(copied_to(self.next.of_scaled(b.rounded, b.room, b.result), next_store))
 
 
 class _Buffers:
@@ -270,59 +273,11 @@ class _Buffers:
         return self if rows == self.rows else _Buffers(rows, *self._form)
 
 
-class GRUFunction(torch.autograd.Function):
-    """One layer, all steps; see the module's docstring."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        h: Tensor,
-        w_hh: Tensor,
-        bias: Tensor | None,
-        inputs: Activation,
-        start: Activation,
-        steps: GRUSteps,
-        layout: Layout,
-    ) -> Tensor:
-        """Return the states after each step, shape ``(rows, hidden)``."""
-        needs_grad = any(ctx.needs_input_grad)
-        states, trace = steps.run(inputs, start, layout, keep=needs_grad)
-        if trace is not None:
-            ctx.grids, ctx.layout = steps.grids, layout
-            weight = steps.product.weight
-            ctx.save_for_backward(weight.stored, weight.scales, *trace)
-        return states
-
-    @staticmethod
-    @first_order("gru")
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        """Return the gradients of the first four arguments."""
-        # Outside of the block: with activation checkpointing, asking for what was saved runs the
-        # forward again.
-        weight, scales, *tensors = ctx.saved_tensors
-        with float32_arithmetic(grad):
-            trace = Trace(*tensors)
-            values = values_of(weight, scales)
-            d_x, d_recurrent, d_h = _through_time(ctx, grad, trace, values)
-            d_w, d_bias = None, None
-            if ctx.needs_input_grad[2]:
-                d_w = d_recurrent.T @ real(trace.h, ctx.grids.h)
-            if ctx.needs_input_grad[3]:
-                d_bias = d_recurrent.sum(0)
-        return d_x, d_h, d_w, d_bias, None, None, None, None
-
-
 def _through_time(
-    ctx: Any, grad: Tensor, trace: Trace, weight: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The loop of the backward.
-
-    Returns:
-        Gradients of the input products and of the state products, ``(rows, 3 * hidden)`` each, and
-        of the initial states.
-    """
-    grids, layout, size = ctx.grids, ctx.layout, weight.shape[1]
+    grids: Grids, layout: Layout, grad: Tensor, tensors: Sequence[Tensor | None], weight: Tensor
+) -> Gradients:
+    """The loop of the backward."""
+    trace, size = Trace(*tensors), weight.shape[1]  # type: ignore[arg-type]
     sizes: Sequence[int] = layout.sizes
     gates, n = real(trace.gates, WIDE_OUTPUT), real(trace.n, WIDE_OUTPUT)
     r, z = gates.chunk(2, 1)
@@ -330,14 +285,14 @@ def _through_time(
     rows, empty = len(n), n.new_empty
     d_x, d_recurrent = empty((rows, 3 * size)), empty((rows, 3 * size))
     grad = grad if grad.is_contiguous() else grad.contiguous()
-    tensors = (
+    of_steps = (
         *(grad, gates, n, r, z, new_h, change),
         *(d_x[:, 2 * size :], d_recurrent, d_recurrent[:, : 2 * size], d_recurrent[:, 2 * size :]),
         *(trace.inside_recurrent, trace.inside_gates, trace.inside_reset, trace.inside_new),
         *(trace.inside_change, trace.inside_update, trace.inside_next),
     )
     steps = zip(
-        *([None] * len(sizes) if x is None else x.split(list(sizes)) for x in tensors), strict=True
+        *([None] * len(sizes) if x is None else x.split(list(sizes)) for x in of_steps), strict=True
     )
     passed, masked = empty((layout.batch, size)), empty((layout.batch, 3 * size))
     # A sequence that ends early gets nothing from later steps.
@@ -374,4 +329,4 @@ def _through_time(
     d_x[:, : 2 * size] = d_recurrent[:, : 2 * size]
     if trace.inside_recurrent is not None:
         d_recurrent *= trace.inside_recurrent
-    return d_x, d_recurrent, carried
+    return Gradients(d_x, d_recurrent, carried, real(trace.h, grids.h))

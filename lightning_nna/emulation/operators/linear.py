@@ -229,7 +229,6 @@ def integer_bias(bias: Tensor, scales: Tensor, bits: int = 32) -> Tensor:
     if not on_host(exact):
         _require_finite(exact)
         return (exact / scales).round_().clamp_(-limit, limit - 1)
-    # On short vectors a function of NumPy takes a third of the time of one of PyTorch.
     integers = np.rint(exact.numpy() / scales.numpy())
     if not np.isfinite(integers).all():
         _require_finite(exact)

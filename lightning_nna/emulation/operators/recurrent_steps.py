@@ -8,16 +8,20 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_nna.emulation.float32_arithmetic import float32_arithmetic
 from lightning_nna.emulation.operators.call import Call, requantize
 from lightning_nna.emulation.operators.concatenation import concatenate
 from lightning_nna.emulation.operators.linear import fully_connected, holding_bias, linear
+from lightning_nna.emulation.operators.sequence_function import SequenceFunction, SequenceSteps
 from lightning_nna.emulation.operators.sequences import Layout
 from lightning_nna.emulation.operators.step_arithmetic import StateProduct
+from lightning_nna.emulation.program import Activation
 from lightning_nna.emulation.ranges import PENDING, QParams
 
 States = tuple[Tensor, ...]
@@ -67,6 +71,18 @@ class Product:
         x = self.call.operand(h, "input")
         y = self.call.output(lambda: F.linear(h, self.weight, self.bias))
         return fully_connected(self.call, x, self.trained, self.bias, self.quantized, y)
+
+
+class WholeSequence(NamedTuple):
+    """Describe all steps of a layer as one function.
+
+    Args:
+        recurrent: Quantization parameters of the state product.
+        steps: Function from the instruction of the states to the steps.
+    """
+
+    recurrent: QParams
+    steps: Callable[[StateProduct], SequenceSteps]
 
 
 class Step(ABC):
@@ -122,6 +138,26 @@ class Step(ABC):
 
         Returns:
             Hidden states after each step, ``(rows, hidden)``; None if they must run one by one.
+        """
+        state, trained = self.call.state, (self.product.trained, self.product.bias)
+        q_x, q_h = (state.qparams_of(each) for each in (x, states[0]))
+        assert q_x is not None
+        assert q_h is not None
+        sequence = self.sequence(q_x, q_h)
+        if sequence is None:
+            return None
+        inputs, start = Activation(x, q_x), Activation(states[0], q_h)
+        with float32_arithmetic(x):
+            steps = sequence.steps(self.product.prepared(q_h, sequence.recurrent, layout))
+            result = SequenceFunction.apply(x, states[0], *trained, inputs, start, steps, layout)
+        return self.call.with_qparams(result, q_h)
+
+    def sequence(self, x: QParams, h: QParams) -> WholeSequence | None:
+        """Return what runs all steps as one function; None if they must run one by one.
+
+        Args:
+            x: Quantization parameters of the products of inputs and weight.
+            h: Of the initial hidden states.
         """
         return None
 

@@ -12,23 +12,22 @@ Reference:
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 from torch import Tensor
+from typing_extensions import override
 
-from lightning_nna.emulation.float32_arithmetic import float32_arithmetic
 from lightning_nna.emulation.operators.activation import WIDE_OUTPUT, tanh
 from lightning_nna.emulation.operators.call import Call
 from lightning_nna.emulation.operators.clamping import relu
 from lightning_nna.emulation.operators.elementwise import add
-from lightning_nna.emulation.operators.recurrent_steps import States, Step, run_steps
+from lightning_nna.emulation.operators.recurrent_steps import States, Step, WholeSequence, run_steps
 from lightning_nna.emulation.operators.rnn_sequence import (
     Nonlinearity,
-    RNNFunction,
     RNNSteps,
     rnn_grids,
 )
 from lightning_nna.emulation.operators.sequences import Layout
-from lightning_nna.emulation.program import Activation
 from lightning_nna.emulation.ranges import QParams
 
 
@@ -51,22 +50,12 @@ class _PlainStep(Step):
 
     kind: Nonlinearity
 
-    def at_once(self, x: Tensor, states: States, layout: Layout) -> Tensor | None:
-        """Run all steps as one function (see :mod:`.rnn_sequence`)."""
-        state, (h,) = self.call.state, states
-        q_x, q_h = state.qparams_of(x), state.qparams_of(h)
-        assert q_x is not None
-        assert q_h is not None
-        grids = rnn_grids(self.call, q_x, q_h, self.kind)
+    @override
+    def sequence(self, x: QParams, h: QParams) -> WholeSequence | None:
+        grids = rnn_grids(self.call, x, h, self.kind)
         if grids is None:
             return None
-        inputs, start = Activation(x, q_x), Activation(h, q_h)
-        with float32_arithmetic(x):
-            product = self.product.prepared(q_h, grids.recurrent, layout)
-            steps = RNNSteps(self.call, grids, product, self.kind)
-            trained = self.product.trained, self.product.bias
-            result = RNNFunction.apply(x, h, *trained, inputs, start, steps, layout)
-        return self.call.with_qparams(result, q_h)
+        return WholeSequence(grids.recurrent, partial(RNNSteps, self.call, grids, kind=self.kind))
 
 
 class _TanhStep(_PlainStep):

@@ -7,27 +7,31 @@ or ReLU, with one loop over the steps forward and one backward.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from functools import partial
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
-from lightning_nna.emulation.arithmetic.quantized_weight import values_of
-from lightning_nna.emulation.first_order import first_order
-from lightning_nna.emulation.float32_arithmetic import float32_arithmetic
 from lightning_nna.emulation.operators.activation import WIDE_OUTPUT, may_wrap
 from lightning_nna.emulation.operators.call import Call
 from lightning_nna.emulation.operators.elementwise import grid_of_sum
+from lightning_nna.emulation.operators.sequence_function import (
+    Gradients,
+    SequenceSteps,
+    ThroughTime,
+)
 from lightning_nna.emulation.operators.sequences import Layout
 from lightning_nna.emulation.operators.step_arithmetic import (
-    Kept,
     LookUp,
     Numbers,
+    RoundedSteps,
     StateProduct,
     States,
     Sum,
+    copied_to,
     grids_of,
-    kept_in,
     real,
 )
 from lightning_nna.emulation.program import Activation
@@ -81,7 +85,7 @@ def rnn_grids(call: Call, x: QParams, h: QParams, kind: Nonlinearity) -> Grids |
 
 
 class Trace(NamedTuple):
-    """What the backward needs of a forward, row by row: int16, or float32 masks.
+    """Hold what the backward needs of a forward, row by row: int16, or float32 masks.
 
     Args:
         before: States before each step, ``(rows, hidden)``.
@@ -96,7 +100,7 @@ class Trace(NamedTuple):
     inside_next: Tensor | None
 
 
-class RNNSteps:
+class RNNSteps(SequenceSteps):
     """The arithmetic of one layer in one direction.
 
     Args:
@@ -106,8 +110,11 @@ class RNNSteps:
         kind: Function of the layer.
     """
 
+    operator = "rnn"
+
     def __init__(self, call: Call, grids: Grids, product: StateProduct, kind: Nonlinearity) -> None:
-        self.grids, self.product, self.kind = grids, product, kind
+        super().__init__(product)
+        self.grids, self.kind = grids, kind
         self.numbers, spec = Numbers(call.exact), call.state.spec
         self.next = Sum("ADD", grids.x, grids.recurrent, grids.next, self.numbers, spec)
         self.tanh: LookUp | None = None
@@ -115,37 +122,32 @@ class RNNSteps:
             device = product.values.device
             self.tanh = LookUp("tanh", grids.next, self.numbers, spec, device)
 
+    @property
+    @override
+    def through_time(self) -> ThroughTime:
+        return partial(_through_time, self.grids, self.kind)
+
+    @override
     def run(
         self, x: Activation, start: Activation, layout: Layout, *, keep: bool
     ) -> tuple[Tensor, Trace | None]:
-        """Run all steps.
-
-        Args:
-            x: Input products, shape ``(rows, hidden)``.
-            start: Initial states, ``(batch, hidden)``.
-            layout: Of the rows.
-            keep: Whether a backward follows.
-
-        Returns:
-            States after each step, real values, ``(rows, hidden)``, and the trace.
-        """
         sizes, device, (rows, size) = layout.sizes, x.value.device, x.value.shape
         inputs = self.numbers.of(x)
         scaled = self.next.first(inputs, torch.empty_like(inputs)).split(sizes)
         states = torch.empty((rows, size), dtype=torch.int16, device=device)
-        kept, sums = (Kept(sizes, size, device, used=keep) for _ in range(2))
+        products, sums = (RoundedSteps(sizes, size, device, used=keep) for _ in range(2))
         state = States(start, self.numbers, self.product)
         room, rounded = (torch.empty_like(state.values) for _ in range(2))
         index = torch.empty_like(room, dtype=torch.int32)
-        steps = zip(scaled, states.split(sizes), kept.steps, sums.steps, strict=True)
-        for scaled_x, after, kept_recurrent, kept_next in steps:
+        steps = zip(scaled, states.split(sizes), products.steps, sums.steps, strict=True)
+        for scaled_x, after, recurrent_store, next_store in steps:
             count = len(after)
             first, second, result = room[:count], rounded[:count], state.values[:count]
             product = self.product(state.of_product(count), first)
-            product = kept_in(product, kept_recurrent)
+            product = copied_to(product, recurrent_store)
             self.numbers.clip(product, self.grids.recurrent, second)
             self.next.second(second, first)
-            total = kept_in(self.next.of_scaled(scaled_x, first, second), kept_next)
+            total = copied_to(self.next.of_scaled(scaled_x, first, second), next_store)
             if self.tanh is not None:
                 self.tanh(total, index[:count], after, result)
                 state.set(after)
@@ -156,66 +158,26 @@ class RNNSteps:
         if keep:
             first_states = start.integers().to(torch.int16)
             before = layout.before(torch.cat([first_states, states]))
-            trace = Trace(before, states, kept.inside(), sums.inside())
+            trace = Trace(before, states, products.inside(), sums.inside())
         return real(states, self.grids.h), trace
 
 
-class RNNFunction(torch.autograd.Function):
-    """One layer, all steps."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        h: Tensor,
-        w_hh: Tensor,
-        bias: Tensor | None,
-        inputs: Activation,
-        start: Activation,
-        steps: RNNSteps,
-        layout: Layout,
-    ) -> Tensor:
-        """Return the states after each step, shape ``(rows, hidden)``."""
-        needs_grad = any(ctx.needs_input_grad)
-        states, trace = steps.run(inputs, start, layout, keep=needs_grad)
-        if trace is not None:
-            ctx.grids, ctx.layout, ctx.kind = steps.grids, layout, steps.kind
-            weight = steps.product.weight
-            ctx.save_for_backward(weight.stored, weight.scales, *trace)
-        return states
-
-    @staticmethod
-    @first_order("rnn")
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        """Return the gradients of the first four arguments."""
-        # Outside of the block: with activation checkpointing, asking for what was saved runs the
-        # forward again.
-        weight, scales, *tensors = ctx.saved_tensors
-        with float32_arithmetic(grad):
-            trace = Trace(*tensors)
-            d_x, d_h = _through_time(ctx, grad, trace, values_of(weight, scales))
-            d_recurrent, d_w, d_bias = d_x, None, None
-            if trace.inside_recurrent is not None:
-                d_recurrent = d_x * trace.inside_recurrent
-            if ctx.needs_input_grad[2]:
-                d_w = d_recurrent.T @ real(trace.before, ctx.grids.h)
-            if ctx.needs_input_grad[3]:
-                d_bias = d_recurrent.sum(0)
-        return d_x, d_h, d_w, d_bias, None, None, None, None
-
-
-def _through_time(ctx: Any, grad: Tensor, trace: Trace, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """The loop of the backward.
-
-    Returns:
-        Gradients of both products, ``(rows, hidden)``, and of the initial states.
-    """
-    layout, after = ctx.layout, real(trace.after, ctx.grids.h)
+def _through_time(
+    grids: Grids,
+    kind: Nonlinearity,
+    layout: Layout,
+    grad: Tensor,
+    tensors: Sequence[Tensor | None],
+    weight: Tensor,
+) -> Gradients:
+    """The loop of the backward."""
+    trace = Trace(*tensors)  # type: ignore[arg-type]
+    after = real(trace.after, grids.h)
     sizes: Sequence[int] = layout.sizes
     d_x = torch.empty_like(after)
-    tensors = (grad, after, d_x, trace.inside_recurrent, trace.inside_next)
+    of_steps = (grad, after, d_x, trace.inside_recurrent, trace.inside_next)
     steps = zip(
-        *([None] * len(sizes) if x is None else x.split(list(sizes)) for x in tensors), strict=True
+        *([None] * len(sizes) if x is None else x.split(list(sizes)) for x in of_steps), strict=True
     )
     # A sequence that ends early gets nothing from later steps.
     carried = torch.zeros((layout.batch, after.shape[1]), device=grad.device)
@@ -223,7 +185,7 @@ def _through_time(ctx: Any, grad: Tensor, trace: Trace, weight: Tensor) -> tuple
     for d, after_t, d_sum, in_recurrent, in_next in reversed(list(steps)):
         carry, d_h = carried[: len(d)], room[: len(d)]
         torch.add(d, carry, out=d_h)
-        if ctx.kind == "tanh":
+        if kind == "tanh":
             _tanh_backward(d_h, after_t, grad_input=d_sum)
         else:
             _relu_backward(d_h, after_t, 0, grad_input=d_sum)
@@ -232,4 +194,5 @@ def _through_time(ctx: Any, grad: Tensor, trace: Trace, weight: Tensor) -> tuple
         if in_recurrent is not None:
             d_sum = torch.mul(d_sum, in_recurrent, out=d_h)
         torch.mm(d_sum, weight, out=carry)
-    return d_x, carried
+    d_recurrent = d_x if trace.inside_recurrent is None else d_x * trace.inside_recurrent
+    return Gradients(d_x, d_recurrent, carried, real(trace.before, grids.h))

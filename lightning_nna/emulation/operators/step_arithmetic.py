@@ -161,18 +161,18 @@ class LookUp:
         self.numbers = numbers
         self.entries = _entries(name, x.scale, spec).to(device)
 
-    def __call__(self, rounded: Tensor, index: Tensor, kept: Tensor, out: Tensor) -> Tensor:
+    def __call__(self, rounded: Tensor, index: Tensor, integers: Tensor, out: Tensor) -> Tensor:
         """Write the function of integers that are not clipped yet.
 
         Args:
             rounded: Integers, any shape; overwritten.
             index: Buffer of the same shape, int32.
-            kept: Integers of the result, int16, contiguous.
+            integers: Integers of the result, int16, contiguous.
             out: The result as numbers.
         """
         index.copy_(rounded.clamp_(INT16_MIN, INT16_MAX)).sub_(INT16_MIN)
-        torch.index_select(self.entries, 0, index.view(-1), out=kept.view(-1))
-        out.copy_(kept)
+        torch.index_select(self.entries, 0, index.view(-1), out=integers.view(-1))
+        out.copy_(integers)
         return out if self.numbers.exact else out.mul_(WIDE_OUTPUT.scale)
 
 
@@ -274,7 +274,7 @@ class States:
             torch.mul(integers, self.qparams.scale, out=values)
 
 
-class Kept:
+class RoundedSteps:
     """Rounded integers of all steps, before they were clipped.
 
     Args:
@@ -308,10 +308,10 @@ class Kept:
         return ((self._all >= INT16_MIN) & (self._all <= INT16_MAX)).float()
 
 
-def kept_in(rounded: Tensor, kept: Tensor | None) -> Tensor:
+def copied_to(rounded: Tensor, store: Tensor | None) -> Tensor:
     """Copy rounded integers of any shape to where the backward finds them, and return them."""
-    if kept is not None:
-        kept.copy_(rounded)
+    if store is not None:
+        store.copy_(rounded)
     return rounded
 
 

@@ -33,9 +33,9 @@ def test_results_of_16_bits(rounding: RoundingKind) -> None:
         x = torch.cat([anywhere.round(), steps, torch.arange(-500.0, 500.0)]).double()
         x.clamp_(-largest, largest)
         expected = rescale(x.clone(), factor, rounding=rounding, largest=largest)
-        found = to_16_bits(factor, rounding, largest)(x, torch.empty_like(x))
+        result = to_16_bits(factor, rounding, largest)(x, torch.empty_like(x))
         bounds = -32769, 32768
-        assert torch.equal(found.clamp(*bounds), expected.clamp(*bounds)), factor
+        assert torch.equal(result.clamp(*bounds), expected.clamp(*bounds)), factor
 
 
 @pytest.mark.parametrize("rounding", ROUNDINGS)
@@ -44,14 +44,14 @@ def test_operands_of_16_bits(rounding: RoundingKind) -> None:
     x = torch.arange(-(2**15), 2**15).double()
     for factor in factors(rounding, 0.01, 0.5):
         expected = rescale(x * 2**15, factor, rounding=rounding, largest=2.0**31 - 1)
-        found = of_16_bits(factor, rounding, 15)(x, torch.empty_like(x))
-        assert torch.equal(found, expected), factor
+        result = of_16_bits(factor, rounding, 15)(x, torch.empty_like(x))
+        assert torch.equal(result, expected), factor
 
 
 def test_what_may_leave_32_bits_takes_the_kernel_s_steps() -> None:
     """A result of 2^31 wraps around, which no formula without steps does."""
     x = torch.tensor([2.0**29, 100.0]).double()
-    found = to_16_bits(4.5, "double", 2.0**30)(x, torch.empty_like(x))
+    result = to_16_bits(4.5, "double", 2.0**30)(x, torch.empty_like(x))
     expected = rescale(x.clone(), 4.5, rounding="double", largest=2.0**30)
-    assert torch.equal(found, expected)
+    assert torch.equal(result, expected)
     assert float(expected[0]) < 2.0**29

@@ -154,19 +154,19 @@ def test_every_bit_is_that_of_the_steps(name: str, spec: str, fidelity: Any) -> 
             module(*leaves)
         beyond = [1.5 * leaf for leaf in leaves]
         with counted() as at_once:
-            found = run(module, beyond)
+            results = run(module, beyond)
         with step_by_step():
             expected = run(module, beyond)
         with torch.no_grad():
             evaluated = module(*beyond)
     assert at_once
     assert all(at_once)
-    assert found.keys() == expected.keys()
+    assert results.keys() == expected.keys()
     for key, value in expected.items():
         if any(part in key for part in SUMS):
-            torch.testing.assert_close(found[key], value, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(results[key], value, rtol=1e-4, atol=1e-5)
         else:
-            torch.testing.assert_close(found[key], value, rtol=0, atol=0)
+            torch.testing.assert_close(results[key], value, rtol=0, atol=0)
     torch.testing.assert_close(evaluated[0], expected["outputs"], rtol=0, atol=0)
 
 
@@ -182,9 +182,9 @@ def test_what_is_recorded_has_the_same_bits(name: str) -> None:
             module(*leaves)
         expected = module(*leaves)
         with chip.running(recorder=recorded.append):
-            found = module(*leaves)
+            results = module(*leaves)
     assert recorded
-    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    torch.testing.assert_close(results, expected, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("name", ["two ways", "packed", "tanh"])
@@ -225,16 +225,16 @@ def test_learned_scales_of_weights_have_the_gradients_of_the_steps() -> None:
     with emulate(module, learned_scales="weights") as chip:
         with chip.observing(), torch.no_grad():
             module(x)
-        found = []
+        results = []
         for around in (counted, step_by_step):
             with around():
                 run(module, [x])
             scales = chip.scales.tensors()
-            found.append({key: scale.grad for key, scale in scales.items()})
+            results.append({key: scale.grad for key, scale in scales.items()})
             for scale in scales.values():
                 scale.grad = None
-    assert len(found[0]) == 2
-    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-6)
+    assert len(results[0]) == 2
+    torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-6)
 
 
 def test_a_first_run_after_the_freeze_takes_the_steps() -> None:
