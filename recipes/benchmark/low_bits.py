@@ -155,11 +155,15 @@ COMBINED = {
     "csp50_gq": Method("CSP, 50 % zeros, and GQ", "csp_gq", ("sparsity=0.5", _TO_END)),
     "csp80_gq": Method("CSP, 80 % zeros, and GQ", "csp_gq", ("sparsity=0.8", _TO_END)),
 }
+# Ranges of activations of random weights, frozen early, clip what training makes of them.
+_RANGES_LATE = "callbacks.nna.calibration_steps=4000"
 #: From random weights, with the method in every step of the training.
 FROM_SCRATCH = {
     "float_scratch": Method("float", "none", from_scratch=True),
-    "codebook_scratch": Method("fixed codebook, straight-through", "codebook", from_scratch=True),
-    "gq_scratch": Method("GQ", "gq", from_scratch=True),
+    "codebook_scratch": Method(
+        "fixed codebook, straight-through", "codebook", (_RANGES_LATE,), from_scratch=True
+    ),
+    "gq_scratch": Method("GQ", "gq", (_RANGES_LATE,), from_scratch=True),
 }
 METHODS = {**BASELINES, **COMPARED, **PARTS, **ADDED, **COMBINED, **FROM_SCRATCH}
 #: Widths of the methods that do not have those of the grid.
