@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from typing import Any
 
 import flatbuffers
@@ -209,7 +210,7 @@ class _Buffers:
     def add(self, data: np.ndarray) -> int:
         """Return the number of the buffer that holds some data."""
         contents = np.ascontiguousarray(data).reshape(-1).view(np.uint8)
-        key = contents.tobytes()
+        key = sha256(contents.data).digest()
         if key not in self._known:
             self._known[key] = len(self.tables)
             self.tables.append(_AlignedBuffer(data=contents))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from hashlib import sha256
 from typing import Any
 
 import numpy as np
@@ -109,7 +110,10 @@ class CapturedProgram:
 
 @dataclass
 class Graph:
-    """Tensors by number, with the integers that they had in the forward that is captured."""
+    """Tensors by number, with the integers that they had in the forward that is captured.
+
+    Integers of a constant have its type, all others int64.
+    """
 
     names: list[str] = field(default_factory=list)
     specs: list[TensorSpec] = field(default_factory=list)
@@ -146,10 +150,12 @@ class Graph:
         if spec.dtype == "int32":  # The converter to TOSA asks for a ONE_HOT of numbers.
             data = data.reshape(values.shape)
         scales, axis = spec.scales, spec.quantized_dimension
-        key = (spec.dtype, data.shape, data.tobytes(), scales.tobytes(), spec.zero_point, axis)
+        contents = sha256(data.data).digest()  # The bytes would be a copy of the network.
+        key = (spec.dtype, data.shape, contents, scales.tobytes(), spec.zero_point, axis)
         if key not in self._constants:
             form = replace(spec, shape=data.shape, data=data, is_variable=False)
-            self._constants[key] = self.add(name, form, values)
+            # In the type of the file: as int64 they would take twice the network's floats.
+            self._constants[key] = self.add(name, form, data.reshape(values.shape))
         return self._constants[key]
 
     def run(

@@ -6,7 +6,8 @@ other runtimes have other kernels and may differ.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,9 @@ from lightning_nna.deploy.graph import Port, quantize
 from lightning_nna.deploy.runtimes import Runtime, runtime_of
 from lightning_nna.deploy.tflite import ProgramFile, StoredTensor, read_program
 from lightning_nna.emulation.ranges import QParams
+
+# Of all inputs and outputs of the calls whose numbers are converted together.
+_ELEMENTS_AT_ONCE = 1 << 20
 
 
 class ProgramPorts:
@@ -66,14 +70,27 @@ class ProgramPorts:
             ValueError: If an argument is missing, has another shape than in the program, or another
                 value than the one that is part of the program.
         """
-        arguments = [np.asarray(x) for x in tree_leaves(list(inputs))]
-        for position, value in self.fixed.items():
-            _validate_fixed(position, value, arguments)
+        return self.integers_of_calls([inputs])[0]
+
+    def integers_of_calls(self, calls: Sequence[Sequence[Any]]) -> list[list[NDArray[Any]]]:
+        """Quantize the arguments of several calls at once; see :meth:`integers_of`.
+
+        Args:
+            calls: Arguments of each call.
+
+        Raises:
+            ValueError: See :meth:`integers_of`.
+        """
+        arguments = [[np.asarray(x) for x in tree_leaves(list(inputs))] for inputs in calls]
+        for each in arguments:
+            for position, value in self.fixed.items():
+                _validate_fixed(position, value, each)
         by_tensor = {
             port.tensor: _quantized(port, self._tensors[port.tensor], arguments)
             for port in self.inputs
         }
-        return [by_tensor[each.name] for each in self._entries]
+        inputs = [by_tensor[each.name] for each in self._entries]
+        return [[values[number] for values in inputs] for number in range(len(calls))]
 
     def results_of(self, outputs: Sequence[NDArray[Any]]) -> list[NDArray[Any]]:
         """Dequantize the program's outputs, and join the parts of each result.
@@ -81,17 +98,31 @@ class ProgramPorts:
         Args:
             outputs: Integers of the program's outputs, in its order.
         """
-        by_tensor = dict(zip((each.name for each in self._exits), outputs, strict=True))
+        return self.results_of_calls([outputs])[0]
+
+    def results_of_calls(self, calls: Sequence[Sequence[NDArray[Any]]]) -> list[list[NDArray[Any]]]:
+        """Dequantize the outputs of several calls at once; see :meth:`results_of`.
+
+        Args:
+            calls: Integers of the program's outputs in each call.
+        """
+        count = len(calls)
+        by_tensor = {
+            each.name: np.stack(outputs)
+            for each, outputs in zip(self._exits, zip(*calls, strict=True), strict=True)
+        }
         results: dict[int, NDArray[Any]] = {}
         for port in self.outputs:
             values = _dequantized(by_tensor[port.tensor], self.qparams_of(port))
             if port.order is not None:
-                ordered = values.reshape([port.shape[axis] for axis in port.order])
-                values = ordered.transpose(np.argsort(port.order))
-            flat = results.setdefault(port.position, np.empty(port.shape, values.dtype).reshape(-1))
-            flat[slice(*(port.part or (None,)))] = values.reshape(-1)
+                ordered = values.reshape(count, *(port.shape[axis] for axis in port.order))
+                values = ordered.transpose(0, *(np.argsort(port.order) + 1))
+            empty = np.empty((count, prod(port.shape)), values.dtype)
+            flat = results.setdefault(port.position, empty)
+            flat[:, slice(*(port.part or (None,)))] = values.reshape(count, -1)
         shapes = {port.position: port.shape for port in self.outputs}
-        return [values.reshape(shapes[position]) for position, values in results.items()]
+        shaped = [values.reshape(count, *shapes[position]) for position, values in results.items()]
+        return [[values[number] for values in shaped] for number in range(count)]
 
     def output_integers_of(self, results: Sequence[NDArray[Any]]) -> list[NDArray[Any]]:
         """Return the integers of the program's outputs that stand for results of the module.
@@ -162,7 +193,9 @@ class Program(ProgramPorts):
     def run_all(self, calls: Sequence[Sequence[Any]]) -> list[list[NDArray[Any]]]:
         """Run once for each set of arguments, each from the state in them, or from zero.
 
-        A runtime in a process of its own is started once for all of them.
+        A program has the batch of its example, which is 1 for a streaming one, and a runtime calls
+        it once for each set of arguments; what is done for all of them at once is to quantize and
+        to dequantize. A runtime in a process of its own is started once for all of them.
 
         Args:
             calls: Arguments of each run, see :meth:`__call__`.
@@ -173,8 +206,16 @@ class Program(ProgramPorts):
         Raises:
             ValueError: See :meth:`__call__`.
         """
-        integers = [self.integers_of(inputs) for inputs in calls]
-        return [self.results_of(outputs) for outputs in self._loaded.run(integers)]
+        integers = [each for group in self._groups(calls) for each in self.integers_of_calls(group)]
+        outputs = self._loaded.run(integers)
+        return [each for group in self._groups(outputs) for each in self.results_of_calls(group)]
+
+    def _groups(self, calls: Sequence[Sequence[Any]]) -> Iterator[Sequence[Sequence[Any]]]:
+        """Yield calls whose numbers are converted at once, as many as take some megabytes."""
+        elements = sum(prod(port.shape) for port in (*self.inputs, *self.outputs))
+        size = max(1, _ELEMENTS_AT_ONCE // max(1, elements))
+        for start in range(0, len(calls), size):
+            yield calls[start : start + size]
 
 
 def run_tflite(
@@ -200,25 +241,33 @@ def run_tflite(
     return Program(path, runtime=runtime)(inputs)
 
 
-def _quantized(port: Port, tensor: StoredTensor, arguments: Sequence[NDArray[Any]]) -> NDArray[Any]:
-    """Quantize the argument of a port, in the shape and type of the program's tensor."""
-    if port.position >= len(arguments):
-        raise ValueError(f"argument {port.position} is missing: got {len(arguments)}")
-    value, qparams = arguments[port.position], tensor.qparams
-    if value.shape != port.shape:
-        raise ValueError(
-            f"argument {port.position} has shape {value.shape}, the program {port.shape}; "
-            "export it for another shape"
-        )
+def _quantized(
+    port: Port, tensor: StoredTensor, calls: Sequence[Sequence[NDArray[Any]]]
+) -> NDArray[Any]:
+    """Quantize the argument of a port in each call, in the shape and type of the program's tensor.
+
+    Returns:
+        Integers, shape ``(calls, *shape of the tensor)``.
+    """
+    for arguments in calls:
+        if port.position >= len(arguments):
+            raise ValueError(f"argument {port.position} is missing: got {len(arguments)}")
+        shape = arguments[port.position].shape
+        if shape != port.shape:
+            raise ValueError(
+                f"argument {port.position} has shape {shape}, the program {port.shape}; "
+                "export it for another shape"
+            )
+    value, qparams = np.stack([each[port.position] for each in calls]), tensor.qparams
     if not np.isfinite(value).all():
         raise ValueError(f"argument {port.position} has values that are not finite")
     if qparams is not None:
         value = quantize(value, tensor.dtype, qparams.scale, qparams.zero_point)
     if port.part is not None:
-        value = value.reshape(-1)[slice(*port.part)]
+        value = value.reshape(len(calls), -1)[:, slice(*port.part)]
     if port.order is not None:
-        value = value.transpose(port.order)
-    return value.astype(tensor.dtype).reshape(tensor.shape)
+        value = value.transpose(0, *(axis + 1 for axis in port.order))
+    return value.astype(tensor.dtype, order="C").reshape(len(calls), *tensor.shape)
 
 
 def _dequantized(integers: NDArray[Any], qparams: QParams | None) -> NDArray[Any]:

@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 #: Id of a value that no input of the network has reached: it belongs to the program.
@@ -113,8 +114,24 @@ _VIEWS_IN_PLACE = frozenset(
     aten::transpose_ aten::unsqueeze_
     """.split()
 )
+# Number of storages among which none is looked for that is freed.
+_LEAST_STORAGES = 256
 # Arguments that change the type of a copy and not its elements.
 _TYPE_KEYWORDS = frozenset({"dtype", "layout", "device", "pin_memory", "non_blocking"})
+
+
+@dataclass(slots=True)
+class _Run:
+    """Describe ids that follow one another.
+
+    Attributes:
+        elements: Number of ids.
+        first: First of them; None until one is asked for. Most results are read by one computation,
+            which asks for none.
+    """
+
+    elements: int
+    first: int | None = None
 
 
 @dataclass(slots=True)
@@ -122,25 +139,22 @@ class _Storage:
     """Describe the ids of the elements of one storage.
 
     Attributes:
-        handle: Storage; referenced, because memory that is freed becomes another tensor's.
-        elements: Number of its elements.
-        first: Id of element 0, which the others follow one by one, as long as ``ids`` is None.
-            Most results are read by one computation, which asks for no single id.
+        handle: Weak reference: the values are freed with their last tensor, and yet no other
+            storage gets the same key as long as the reference lives.
+        run: Ids of its elements, as long as ``ids`` is None; copies of a storage share it.
         ids: Ids, int64, shape ``(elements,)``, or None.
         all_data: Whether it is known that each id is of data and of no integer argument.
     """
 
-    handle: Any
-    elements: int
-    first: int = 0
+    handle: StorageWeakRef
+    run: _Run
     ids: Tensor | None = None
     all_data: bool = False
 
-    def each(self) -> Tensor:
-        """Return the ids of all elements, which may be written to."""
-        if self.ids is None:
-            self.ids = torch.arange(self.first, self.first + self.elements)
-        return self.ids
+    @property
+    def elements(self) -> int:
+        """Return the number of elements."""
+        return self.run.elements
 
 
 class Provenance(TorchDispatchMode):
@@ -173,6 +187,7 @@ class Provenance(TorchDispatchMode):
         super().__init__()
         self._on_decision, self._origin = on_decision, origin
         self._storages: dict[int, _Storage] = {}
+        self._most_storages = _LEAST_STORAGES
         self._next = 0
         # Ids of integer arguments: first, end, bit.
         self._integers: list[tuple[int, int, int]] = []
@@ -197,12 +212,14 @@ class Provenance(TorchDispatchMode):
         Returns:
             Ids, int64, in the shape of ``x``.
         """
-        first, is_integer = self._next, not x.is_floating_point() and not x.is_complex()
+        is_integer = not x.is_floating_point() and not x.is_complex()
+        first = self._next
         self._write_fresh(x, all_data=not is_integer)
+        ids = self.ids(x)
         if is_integer:
             bit = 1 << min(len(self._integers), MOST_ARGUMENTS - 1)
             self._integers.append((first, self._next, bit))
-        return self.ids(x)
+        return ids
 
     def follow_attribute(self, x: Tensor) -> None:
         """Follow the values computed from a tensor in an attribute of a module.
@@ -222,7 +239,11 @@ class Provenance(TorchDispatchMode):
             Ids, int64, in the shape of ``x``.
         """
         ids = self.ids(x)
-        self._write(x, torch.where(ids < 0, self._fresh(x.shape), ids))
+        is_without = ids < 0
+        count = int(is_without.sum())
+        if not count:
+            return ids
+        self._write(x, ids.masked_scatter(is_without, self._fresh((count,))))
         return self.ids(x)
 
     def ids(self, x: Tensor) -> Tensor:
@@ -238,8 +259,8 @@ class Provenance(TorchDispatchMode):
         if storage is None:
             return torch.full(x.shape, CONSTANT)
         if storage.ids is None and _is_whole(x, storage.elements):
-            return torch.arange(storage.first, storage.first + storage.elements).view(x.shape)
-        return storage.each().as_strided(x.shape, x.stride(), x.storage_offset()).clone()
+            return self._numbers(storage.run).view(x.shape)
+        return self._each(storage).as_strided(x.shape, x.stride(), x.storage_offset()).clone()
 
     def reaches(self, values: Any) -> bool:
         """Tell if data or a cause is in any tensor among values, nested."""
@@ -366,10 +387,11 @@ class Provenance(TorchDispatchMode):
             if causes is not None:
                 self._fill(x, CONSTANT - causes)
                 continue
-            first, text = self._next, self._why(name, reached, x)
+            text = self._why(name, reached, x)
             self._write_fresh(x)
-            if text is not None:
-                self._reasons.append((first, self._next, text))
+            if text is not None and x.numel():
+                ids = self.ids(x)
+                self._reasons.append((int(ids.min()), int(ids.max()) + 1, text))
 
     def _why(self, name: str, reached: Sequence[Tensor], result: Tensor) -> str | None:
         """Return why a result of data can be no part of a program, if it can be told here."""
@@ -446,6 +468,18 @@ class Provenance(TorchDispatchMode):
         self.layout_causes |= causes
         return True
 
+    def _numbers(self, run: _Run) -> Tensor:
+        """Return the ids of a run, which are assigned now if they were not before."""
+        if run.first is None:
+            run.first, self._next = self._next, self._next + run.elements
+        return torch.arange(run.first, run.first + run.elements)
+
+    def _each(self, storage: _Storage) -> Tensor:
+        """Return the ids of all elements of a storage, which may be written to."""
+        if storage.ids is None:
+            storage.ids = self._numbers(storage.run)
+        return storage.ids
+
     def _fresh(self, shape: Sequence[int]) -> Tensor:
         count = torch.Size(shape).numel()
         first, self._next = self._next, self._next + count
@@ -459,14 +493,14 @@ class Provenance(TorchDispatchMode):
                 return  # No data there, as before.
             storage = self._new_storage(x)
         storage.all_data = False
-        storage.each().as_strided(x.shape, x.stride(), x.storage_offset()).copy_(ids)
+        self._each(storage).as_strided(x.shape, x.stride(), x.storage_offset()).copy_(ids)
 
     def _share(self, x: Tensor, result: Tensor) -> None:
         """Write the ids of a tensor to another of its shape."""
         source = self._storages[_key(x)]
         both_whole = _is_whole(x, source.elements) and _is_whole(result, _elements(result))
         if both_whole and source.ids is None and self._storage(result) is None:
-            self._storages[_key(result)] = replace(source, handle=result.untyped_storage())
+            self._add(result, replace(source, handle=_handle(result)))
         else:
             self._write(result, self.ids(x))
 
@@ -482,14 +516,11 @@ class Provenance(TorchDispatchMode):
             x: Tensor, any shape.
             all_data: Whether they are of data and of no integer argument.
         """
-        storage, first = self._storage(x), self._next
-        if storage is None and _is_whole(x, _elements(x)):
-            self._next += x.numel()
+        if _is_whole(x, _elements(x)):
             if x.numel():
-                self._storages[_key(x)] = _Storage(
-                    x.untyped_storage(), x.numel(), first, all_data=all_data
-                )
+                self._add(x, _Storage(_handle(x), _Run(x.numel()), all_data=all_data))
             return
+        storage = self._storage(x)
         were_data = storage is not None and storage.all_data
         self._write(x, self._fresh(x.shape))
         if were_data and all_data:
@@ -505,9 +536,16 @@ class Provenance(TorchDispatchMode):
     def _new_storage(self, x: Tensor) -> _Storage:
         elements = _elements(x)
         ids = torch.full((elements,), CONSTANT)
-        storage = _Storage(x.untyped_storage(), elements, ids=ids)
-        self._storages[_key(x)] = storage
+        storage = _Storage(_handle(x), _Run(elements), ids)
+        self._add(x, storage)
         return storage
+
+    def _add(self, x: Tensor, storage: _Storage) -> None:
+        """Add the storage of a tensor; the ids of those that are freed go once they are many."""
+        self._storages[_key(x)] = storage
+        if len(self._storages) > self._most_storages:
+            live = {key: each for key, each in self._storages.items() if not each.handle.expired()}
+            self._storages, self._most_storages = live, 2 * len(live) + _LEAST_STORAGES
 
 
 @dataclass(frozen=True)
@@ -552,6 +590,10 @@ def _function(func: Any) -> _Function:
     is_random = seeded and not any(word in name for word in _NOT_RANDOM)
     decides = name in _ASKS or name in _SHAPES or name in _BY_MASKS
     return _Function(func, name, writes, is_random, decides)
+
+
+def _handle(x: Tensor) -> StorageWeakRef:
+    return StorageWeakRef(x.untyped_storage())
 
 
 def _key(x: Tensor) -> int:

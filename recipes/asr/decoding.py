@@ -119,12 +119,14 @@ def greedy_search(
         is_cut |= wants & ~emits
         clock = torch.where(emits, clock, clock + 1)
         emitted = torch.where(emits, emitted + 1, 0)
-        if bool(emits.any()):
+        emitting = emits.nonzero()[:, 0].tolist()
+        if emitting:
             following, _, after = model.predict(label.unsqueeze(1), ones, state)
             prediction = torch.where(emits[:, None, None], following, prediction)
             state = _select(emits, after, state)
-            for index in emits.nonzero()[:, 0].tolist():
-                hypotheses[index].append(int(label[index]))
+            labels = label.tolist()
+            for index in emitting:
+                hypotheses[index].append(labels[index])
     return GreedyResult(hypotheses, is_cut.tolist())
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from lightning_nna.deploy.provenance import CONSTANT, RANDOM, STEERING, Provenance
@@ -162,3 +163,27 @@ def test_lengths_move_values_and_data_do_not() -> None:
     assert int(provenance.ids(by_data).min()) > 13
     reason = provenance.reason(int(provenance.ids(by_data).min()))
     assert reason == "values of the data decide about the layout, by aten::index at here"
+
+
+def test_results_that_nobody_asks_for_take_neither_ids_nor_memory() -> None:
+    with Provenance() as provenance:
+        x = torch.ones(1000)
+        provenance.assign(x)
+        y, handles = x, []
+        for _ in range(1000):
+            y = (y.clone() + 1).mul_(0.5)
+            handles.append(StorageWeakRef(y.untyped_storage()))
+    assert provenance.count == 1000
+    assert sum(handle.expired() for handle in handles) == 999
+    assert torch.equal(provenance.ids(y), torch.arange(1000, 2000))
+    assert provenance.count == 2000
+
+
+def test_memory_that_is_freed_and_used_again_has_no_ids() -> None:
+    with Provenance() as provenance:
+        x = torch.ones(1000)
+        provenance.assign(x)
+        for _ in range(1000):
+            _ = x + 1
+            unrelated = torch.zeros(1000)
+            assert provenance.ids(unrelated).unique().tolist() == [CONSTANT]

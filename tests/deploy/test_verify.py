@@ -7,13 +7,14 @@ import pickle
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 import lightning_nna.deploy
 from lightning_nna import calibrate
-from lightning_nna.deploy import Agreement, _extra, export_tflite, verify
+from lightning_nna.deploy import Agreement, Program, _extra, export_tflite, program, verify
 from tests.deploy.networks import POORER_SPECS
 
 pytestmark = pytest.mark.exactness
@@ -104,3 +105,44 @@ def test_without_the_extra_one_message_names_it(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.undo()
     importlib.reload(_extra)
     assert lightning_nna.deploy.__all__
+
+
+class Streaming(nn.Module):
+    """An embedding and two LSTM layers, whose states are arguments and results."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.lstm = nn.Embedding(7, 4), nn.LSTM(4, 5, 2, batch_first=True)
+
+    def forward(self, label: Tensor, state: tuple[Tensor, Tensor]) -> Any:
+        return self.lstm(self.embedding(label), state)
+
+
+@pytest.mark.exactness
+@pytest.mark.parametrize("runtime", ["litert-int8", "tflm-int8"])
+@pytest.mark.parametrize("elements_at_once", [1, 200, 1 << 20])
+def test_many_calls_have_the_results_of_each(
+    runtime: str, elements_at_once: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(program, "_ELEMENTS_AT_ONCE", elements_at_once)
+    torch.manual_seed(0)
+    streaming, image = Streaming(), nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())
+    labels, states = torch.randint(7, (9, 1, 1)), torch.randn(9, 2, 2, 1, 5)
+    spoken = [[label, (h, c)] for label, (h, c) in zip(labels, states, strict=True)]
+    seen = [[x] for x in torch.randn(9, 1, 3, 5, 6)]
+    for net, calls, order in ((streaming, spoken, ()), (image, seen, (0,))):
+        calibrate(
+            net, [tuple(x) for x in calls], forward=lambda net, call: net(*call), spec=runtime
+        )
+        path = tmp_path / "net.tflite"
+        export_tflite(net, calls[0], path, channels_last_inputs=order, channels_last_outputs=order)
+        loaded = Program(path)
+        together, alone = loaded.run_all(calls), [loaded(call) for call in calls]
+        assert len(together) == 9
+        for results, expected in zip(together, alone, strict=True):
+            assert [x.dtype for x in results] == [x.dtype for x in expected]
+            for x, y in zip(results, expected, strict=True):
+                np.testing.assert_array_equal(x, y, strict=True)
+        assert any((x != y).any() for x, y in zip(together[0], together[1], strict=True))
+        assert loaded.run_all([]) == []
+        assert verify(net, path, calls[0]) == 1.0

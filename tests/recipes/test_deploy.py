@@ -17,6 +17,7 @@ from torch import Tensor
 from lightning_nna.deploy.runtimes import runtime_of
 from lightning_nna.emulation import calibrate, emulate
 from lightning_nna.emulation.spec import resolve_spec
+from recipes.asr.decoding import greedy_decode
 from recipes.asr.deployed import DeployedTransducer, export_transducer
 from recipes.asr.rnnt import Transducer
 from recipes.deploy import check_method, check_systems, check_target, deploy, table
@@ -159,6 +160,14 @@ def test_programs_return_the_steps_of_each_utterance(
     encodings, deployed_steps = deployed.transcribe(features, lengths)
     assert torch.equal(deployed_steps, steps)
     assert encodings.shape == (3, int(steps.max()), 8)
+    decoded = greedy_decode(deployed, features, lengths, max_labels_per_step=3)
+    calls = dict(deployed.calls)
+    assert decoded == [
+        greedy_decode(deployed, row[None], length[None], max_labels_per_step=3)[0]
+        for row, length in zip(features, lengths, strict=True)
+    ]
+    assert any(decoded)
+    assert calls["predictor"] > len(features)
     for row, expected, count in zip(encodings, emulated, steps.tolist(), strict=True):
         assert torch.equal(row[:count], expected[:count])
 

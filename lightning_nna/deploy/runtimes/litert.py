@@ -70,6 +70,7 @@ class LoadedLiteRT:
     def __init__(self, interpreter: Interpreter, title: str) -> None:
         self._interpreter, self._title = interpreter, title
         self._inputs = [detail["index"] for detail in interpreter.get_input_details()]
+        self._outputs = [detail["index"] for detail in interpreter.get_output_details()]
 
     def run(
         self, calls: Sequence[Tensors], *, keep_state: bool = False
@@ -85,6 +86,5 @@ class LoadedLiteRT:
                 self._interpreter.invoke()
             except RuntimeError as error:
                 raise UnsupportedProgramError(f"{self._title}: {error}") from error
-            details = self._interpreter.get_output_details()
-            results.append([self._interpreter.get_tensor(each["index"]) for each in details])
+            results.append([self._interpreter.get_tensor(index) for index in self._outputs])
         return results
