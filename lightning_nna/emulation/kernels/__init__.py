@@ -1,0 +1,1 @@
+"""Fused kernels: one launch on a device for what every operator does to its numbers."""
