@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
@@ -17,6 +18,8 @@ _WRITE_NOTHING = frozenset(
     unsqueeze_
     """.split()
 )
+# Types of most arguments that are no tensors and contain none.
+_LEAVES = (int, float, str, slice, torch.dtype, torch.device, type(None))
 
 
 def tensors_in(values: Any) -> list[Tensor]:
@@ -43,9 +46,29 @@ def tensors_in(values: Any) -> list[Tensor]:
 
 
 def floats(values: Any) -> list[Tensor]:
-    """Return the float tensors, of any shape, among nested values."""
-    leaves = [values] if isinstance(values, Tensor) else tree_leaves(values)
-    return [x for x in leaves if isinstance(x, Tensor) and x.is_floating_point()]
+    """Return the float tensors, of any shape, among nested values.
+
+    Example:
+        >>> x = torch.zeros(1)
+        >>> len(floats(((x, 1.0, x > 0), {"other": [x]})))
+        2
+    """
+    if isinstance(values, Tensor):
+        return [values] if values.is_floating_point() else []
+    if isinstance(values, dict):
+        values = values.values()
+    elif not isinstance(values, (tuple, list)):
+        # Other containers, which a library has told PyTorch how to open.
+        leaves = tree_leaves(values)
+        return [x for x in leaves if isinstance(x, Tensor) and x.is_floating_point()]
+    tensors: list[Tensor] = []
+    for value in values:
+        if isinstance(value, Tensor):
+            if value.is_floating_point():
+                tensors.append(value)
+        elif not isinstance(value, _LEAVES):
+            tensors += floats(value)
+    return tensors
 
 
 def first_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
@@ -64,8 +87,11 @@ def is_in_place(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping
         True
     """
     position = _position_of_inplace(func)
-    if position is None:
-        return False
+    return position is not None and _overwrites(position, args, kwargs)
+
+
+def _overwrites(position: int, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    """Tell whether a call overwrites its first argument, given the position of ``inplace``."""
     if position < 0:
         return True
     return bool(kwargs.get("inplace", len(args) > position and args[position]))
@@ -86,10 +112,10 @@ def written(
         >>> len(written(torch._foreach_mul_, ([x, x], 2.0), {}))
         2
     """
-    out = kwargs.get("out")
-    if out is not None:
+    if kwargs and (out := kwargs.get("out")) is not None:
         return [x for x in tree_leaves(out) if isinstance(x, Tensor)]
-    if is_in_place(func, args, kwargs):
+    position = _position_of_inplace(func)
+    if position is not None and _overwrites(position, args, kwargs):
         first = first_of(args, kwargs)
         # The first argument of ``_foreach_mul_`` or ``_fused_adam_`` is a list of tensors.
         targets = first if isinstance(first, (list, tuple)) else [first]

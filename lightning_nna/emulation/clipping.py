@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from lightning_nna.emulation.arithmetic.on_host import on_host
-from lightning_nna.emulation.arithmetic.rescaling import Rescaler
+from lightning_nna.emulation.arithmetic.rescaling import Rescaler, RoundingKind
+from lightning_nna.emulation.kernels import definitions as kernels
 from lightning_nna.emulation.ranges import QParams
 
 # Number of accumulators in a block that is requantized at once; a block fits the cache.
@@ -122,6 +126,71 @@ def rescale_rows(
         block = sums[first : first + rows]
         centered = blocks.clip(rescaler(buffer[: block.shape[0]].copy_(block)), y, first * columns)
         torch.mul(centered, y.scale, out=values[first : first + rows])
+    return values, blocks.joined()
+
+
+def requantize_on_device(
+    sums: Tensor,
+    y: QParams,
+    *,
+    rounding: RoundingKind,
+    scale_before: float,
+    scale_after: float = 1.0,
+    **settings: Any,
+) -> tuple[Tensor, Tensor]:
+    """Requantize and clip accumulators on a device, in one launch.
+
+    Args:
+        sums: Accumulators, whole numbers of any dtype and shape.
+        y: Quantization parameters of the result.
+        rounding: Rounding of the kernel.
+        scale_before: See :func:`.kernels.definitions.requantize`, as the other settings.
+        scale_after: See there.
+        settings: Other arguments of that function.
+
+    Returns:
+        Real values of the result, float32, and a mask for :func:`inside`, of the shape of ``sums``.
+    """
+    low, high = y.bounds
+    return kernels.requantize(
+        sums,
+        scale_before=scale_before,
+        scale_after=scale_after,
+        out_scale=y.scale,
+        rounding=rounding,
+        zero_point=y.zero_point,
+        low=low,
+        high=high,
+        fused_relu=y.fused_relu,
+        **settings,
+    )
+
+
+def output_in_blocks(
+    x: Tensor, compute: Callable[[Tensor], Tensor], y: QParams, *, keep: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Compute a result from some samples at a time, which fit the cache, and clip it.
+
+    Args:
+        x: Tensor of shape ``(samples, ...)``.
+        compute: Function that takes some samples of ``x`` and returns integers of the result less
+            the zero point, not clipped, float, a new tensor of their shape.
+        y: Quantization parameters of the result.
+        keep: Whether a backward needs the clipped elements.
+
+    Returns:
+        Real values of the result, float32, in the shape of ``x``, and the second value of
+        :func:`clip`.
+    """
+    size = x[0].numel() if len(x) else 0
+    samples = max(1, _BLOCK // max(size, 1))
+    if not on_host(x) or len(x) <= samples:
+        centered, clipped = clip(compute(x), y, keep)
+        return centered.mul_(y.scale), clipped
+    values, blocks = torch.empty_like(x, dtype=torch.float32), Clipped(keep)
+    for first in range(0, len(x), samples):
+        centered = blocks.clip(compute(x[first : first + samples]), y, first * size)
+        torch.mul(centered, y.scale, out=values[first : first + samples])
     return values, blocks.joined()
 
 

@@ -70,7 +70,10 @@ class Constants:
 
     def is_own(self, x: Tensor) -> bool:
         """Tell whether a tensor of any shape is itself a parameter or buffer."""
-        return id(x) in self._names or isinstance(x, nn.Parameter)
+        if id(x) in self._names:
+            return True
+        # A parameter is of a class of its own; to ask for it is slow.
+        return type(x) is not Tensor and isinstance(x, nn.Parameter)
 
     def is_constant(self, x: Tensor) -> bool:
         """Tell whether the values of a tensor of any shape depend on the module alone."""
@@ -96,15 +99,17 @@ class Constants:
             None if the result depends on data, or if no argument is a tensor.
         """
         result: Kind | None = None
-        for x in tensors_in(values):
-            kind = self._kind(x)
-            if kind is None:
-                if x.is_floating_point() or x.is_complex():
+        for value in values if isinstance(values, tuple) else (values,):
+            # One by one: most often the first is an activation, which tells all.
+            for x in (value,) if isinstance(value, Tensor) else tensors_in(value):
+                kind = self._kind(x)
+                if kind is None:
+                    if x.is_floating_point() or x.is_complex():
+                        return None
+                    kind = Kind.INTEGER
+                if kind is Kind.DATA:
                     return None
-                kind = Kind.INTEGER
-            if kind is Kind.DATA:
-                return None
-            result = Kind.INTEGER if Kind.INTEGER in (result, kind) else kind
+                result = Kind.INTEGER if Kind.INTEGER in (result, kind) else kind
         return result
 
     def mark(self, results: Any, kind: Kind | None) -> None:
@@ -115,7 +120,7 @@ class Constants:
             kind: Kind of the results; None for data.
         """
         for x in tensors_in(results):
-            is_float = x.is_floating_point() or x.is_complex()
+            is_float = _is_float(x)
             if is_float and kind is not None:
                 self._set(x, kind)
             elif not is_float and kind is None:
@@ -146,15 +151,17 @@ class Constants:
             in_scope: Function that tells whether the calling code is emulated; slow, so it is
                 called only if needed.
         """
-        if not tensors_in(result) or (kind is None and not tensors_in(arguments)):
+        results = tensors_in(result)
+        if not results or (kind is None and not tensors_in(arguments)):
             return
-        if kind is None or in_scope():
-            self.mark(result, kind)
+        # A kind other than data is noted of floats alone.
+        if kind is None or (any(_is_float(x) for x in results) and in_scope()):
+            self.mark(results, kind)
 
     def mark_layer_inputs(self, args: tuple[Any, ...]) -> None:
         """Note that a layer consumes its arguments: results of integers are data from now on."""
         for x in args:
-            if isinstance(x, Tensor) and self._kind(x) is Kind.INTEGER:
+            if id(x) in self._kinds.entries and self._kind(x) is Kind.INTEGER:
                 self._kinds.pop(x)
 
     def note_write(self, target: Tensor) -> None:
@@ -163,6 +170,10 @@ class Constants:
         for x in (target, target._base):
             if x is not None and id(x) in self._names and not isinstance(x, nn.Parameter):
                 self._set(x, Kind.DATA)
+
+
+def _is_float(x: Tensor) -> bool:
+    return x.is_floating_point() or x.is_complex()
 
 
 def _in_backward() -> bool:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -20,10 +20,11 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, resolve_name
 from torch.utils._pytree import tree_leaves, tree_map
 
-from lightning_nna.emulation.arguments import first_of, floats, written
+from lightning_nna.emulation.arguments import first_of, floats, tensors_in, written
+from lightning_nna.emulation.arithmetic.deferred_checks import DEFERRED
 from lightning_nna.emulation.compilation import COMPILATION_DISABLED
 from lightning_nna.emulation.constants import Kind
-from lightning_nna.emulation.modes import SiteCall, Treatment
+from lightning_nna.emulation.modes import Mode, SiteCall, Treatment
 from lightning_nna.emulation.non_finite import with_cause
 from lightning_nna.emulation.operators import driver, float_kernels
 from lightning_nna.emulation.operators.call import Call, UnsupportedError
@@ -42,11 +43,11 @@ from lightning_nna.emulation.operators.linear import LOOK_UPS, index_of_rows
 from lightning_nna.emulation.operators.numbers_of_indices import NUMBERS
 from lightning_nna.emulation.operators.record import Operator
 from lightning_nna.emulation.program import Instruction
-from lightning_nna.emulation.ranges import MixedQParams
+from lightning_nna.emulation.ranges import MixedQParams, QParams
 from lightning_nna.emulation.remedies import reason_against, remedy_of
 from lightning_nna.emulation.sites import TRANSPARENT_FILES, CallSites, Location, source_of_call
 from lightning_nna.emulation.state import EmulationState
-from lightning_nna.emulation.telemetry import Telemetry, in_float
+from lightning_nna.emulation.telemetry import in_float
 
 # If two modules are emulated in nested blocks, one dispatch calls the other.
 TRANSPARENT_FILES.update((__file__, float_kernels.__file__))
@@ -103,8 +104,40 @@ _PRODUCTS = ("mul", "__mul__", "__rmul__", "multiply")
 # No network multiplies activations by less.
 _ABSENT = -1e9
 
-#: Results of :func:`_kind_of` by function; it is needed with every call.
-_KINDS: dict[Callable[..., Any], tuple[str, str]] = {}
+# Functions whose treatment depends on more than whether a float tensor is among their arguments.
+_SPECIAL = frozenset(
+    {
+        *("copy_", "__setitem__", "where", "pad", "constant_pad_nd"),
+        *(*_FILLS, *_CASTS, *READS, *LOOK_UPS, *JOINS, *CASTS),
+    }
+)
+# Functions that initialize a parameter or make a mask, and then run as torch does.
+_PREPARING = frozenset({*_RANDOM, *_FILLS, *_PRODUCTS})
+
+
+@dataclass(frozen=True, slots=True)
+class _Function:
+    """Describe a torch function by what is needed with every call.
+
+    Args:
+        name: Name.
+        kind: Kind, see :func:`_kind_of`; ``""`` if it depends on the call.
+        is_plain: Whether a call with a float tensor is nothing else than a call of an operator.
+        is_movement: Whether a call is nothing else than a call of a layout operator.
+        is_random: Whether its result is random.
+        may_prepare: Whether it may initialize a parameter or make a mask.
+    """
+
+    name: str
+    kind: str
+    is_plain: bool
+    is_movement: bool
+    is_random: bool
+    may_prepare: bool
+
+
+# Descriptions by function.
+_FUNCTIONS: dict[Callable[..., Any], _Function] = {}
 
 
 class Dispatch(TorchFunctionMode):
@@ -119,6 +152,8 @@ class Dispatch(TorchFunctionMode):
         super().__init__()
         self.state, self.call_sites = state, call_sites
         self.scope = call_sites.scope
+        # By the key of the site, with the mode that the call was made for.
+        self._calls: dict[str, tuple[Mode, Call]] = {}
 
     # --- scopes ---------------------------------------------------------------------------------
 
@@ -134,6 +169,7 @@ class Dispatch(TorchFunctionMode):
         if self.scope.entered == 0:
             self.state.forget_weights()
             self.state.follow_tensors()
+            self.state.numbers.refresh()
             COMPILATION_DISABLED.enter()
             self.__enter__()
         self.scope.entered += 1
@@ -143,6 +179,8 @@ class Dispatch(TorchFunctionMode):
         self.scope.entered -= 1
         if self.scope.entered == 0:
             self.__exit__(None, None, None)
+            # They hold receivers of the mode.
+            self._calls.clear()
             COMPILATION_DISABLED.leave()
 
     def unwind(self, entered: int, depth: int) -> None:
@@ -162,7 +200,8 @@ class Dispatch(TorchFunctionMode):
         Raises:
             RuntimeError: If the module is to be emulated and has no ranges.
         """
-        self.state.require_ranges()
+        if not self.state.calibrated:
+            self.state.require_ranges()
         self.enter()
         if not self.scope.stack:
             self.state.constants.begin_forward()
@@ -188,27 +227,52 @@ class Dispatch(TorchFunctionMode):
     ) -> Any:
         """Run a function as an operator, a layout operator, a constant, ignored, or a fallback."""
         kwargs = kwargs or {}
-        known = _KINDS.get(func)
-        if known is None:
-            known = _KINDS[func] = _kind_of(func)
-        name, kind = known
+        function = _FUNCTIONS.get(func) or _describe(func)
+        kind = function.kind
         if kind == "ignored" and "out" not in kwargs:
             return func(*args, **kwargs)
+        if function.is_plain:
+            types_given = _types_in(args)
+            if kwargs:
+                types_given |= _types_in(kwargs.values())
+            if types_given:
+                return self._compute(function, func, args, kwargs, types_given)
+        if function.is_movement:
+            return self._move(func, args, kwargs)
         if kind in ("ignored", "assignment"):
             return self._plainly(func, args, kwargs)
         if kind == "backward":
             return self._outside(func, args, kwargs)
         if kind == "factory":
             return self._create(func, args, kwargs)
+        return self._classify(function, func, args, kwargs)
+
+    def _classify(
+        self,
+        function: _Function,
+        func: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """Run a function whose treatment depends on its arguments."""
+        name, kind = function.name, function.kind
         of_indices = self._operator_of_indices(name, args, kwargs)
         if of_indices is not None:
             path, location = self.call_sites.locate()
             if path is not None:
                 key = self._key(path, of_indices.name, location)
                 return self._run(of_indices, key, func, args, kwargs)
-        if kind == "decision" and not self._is_comparison(name, args, kwargs):
-            self.state.note_outside_consumers((args, kwargs))
+        if function.is_plain:
+            # No argument is a float tensor: see the caller.
+            if self._joins_conditions(name, args):
+                return self._compute(function, func, args, kwargs, types_given=0)
             return self._decide(func, args, kwargs)
+        if kind == "decision":
+            if not _types_in((args, kwargs)):
+                return self._decide(func, args, kwargs)
+            if not self._is_comparison(name, args, kwargs):
+                self.state.note_outside_consumers((args, kwargs))
+                return self._decide(func, args, kwargs)
         if name in _CASTS and args and self._is_condition(args[0]):
             result = self._move(func, args, kwargs)
             is_number = isinstance(result, Tensor) and result.dtype == torch.float32
@@ -233,49 +297,73 @@ class Dispatch(TorchFunctionMode):
         is_select = name == "where" and args and self._is_condition(args[0])
         if not types_given and not is_select and not self._joins_conditions(name, args):
             return self._decide(func, args, kwargs)
+        return self._compute(function, func, args, kwargs, types_given)
+
+    def _compute(
+        self,
+        function: _Function,
+        func: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        types_given: int,
+    ) -> Any:
+        """Run a function of float tensors or conditions as an operator, a constant or a fallback.
+
+        Args:
+            function: Description of ``func``.
+            func: Torch function.
+            args: Its positional arguments.
+            kwargs: Its keyword arguments.
+            types_given: Types among the arguments, see :func:`_types_in`.
+        """
         path, location = self.call_sites.locate()
+        name, state = function.name, self.state
         if path is None:
-            # A decoder selects among states between the forwards that it calls.
-            # A number need not be a multiple of their scale.
-            has_number = any(isinstance(x, (int, float)) for x in (*args, *kwargs.values()))
-            selects = name in _SELECTIONS and not has_number
-            if selects and self._share_qparams(name, (args, kwargs)):
-                return self._move(func, args, kwargs)
-            self.state.note_outside_consumers((args, kwargs))
+            if name in _SELECTIONS:
+                # A decoder selects among states between the forwards that it calls.
+                # A number need not be a multiple of their scale.
+                has_number = any(isinstance(x, (int, float)) for x in (*args, *kwargs.values()))
+                if not has_number and self._share_qparams(name, (args, kwargs)):
+                    return self._move(func, args, kwargs)
+            state.note_outside_consumers((args, kwargs) if kwargs else args)
             return self._plainly(func, args, kwargs)
         operator = operator_of(name)
         label = name.strip("_") if operator is None else operator.name or name
         run = float_kernels.FLOAT_FUNCTIONS.get(name, func)
         # The input of a layer with weights is an activation, even if it was computed from integers.
-        layer = operators().get(label)
+        layer = operator if operator is not None and operator.name else operators().get(label)
         has_weights = layer is not None and layer.has_weights
-        if not has_weights and not label.startswith("embedding") and name not in _RANDOM:
-            depends = self.state.constants.kind_of((args, kwargs))
+        if not has_weights and not label.startswith("embedding") and not function.is_random:
+            depends = state.constants.kind_of((args, kwargs) if kwargs else args)
             if depends is not None:
                 key = self._key(path, label, location)
                 return self._fold(key, func, run, args, kwargs, depends)
-        if _initializes_parameter(name, args, kwargs):
-            return self._plainly(func, args, kwargs)
-        if _scales_a_mask(name, args):
-            self.state.note_outside_consumers((args, kwargs))
-            return self._plainly(func, args, kwargs)
-        if _makes_a_mask(name, args, kwargs) and not self._share_qparams(
-            name, first_of(args, kwargs)
-        ):
-            return self._plainly(func, args, kwargs)
-        reason: str | None = None
+        if function.may_prepare:
+            if _initializes_parameter(name, args, kwargs):
+                return self._plainly(func, args, kwargs)
+            if _scales_a_mask(name, args):
+                state.note_outside_consumers((args, kwargs))
+                return self._plainly(func, args, kwargs)
+            if _makes_a_mask(name, args, kwargs) and not self._share_qparams(
+                name, first_of(args, kwargs)
+            ):
+                return self._plainly(func, args, kwargs)
+        mode, reason = state.modes.current, None
         if operator is None or types_given & _COMPLEX:
             reason = remedy_of(name)
         else:
-            if self.state.modes.current.phase != "float":
-                reason = reason_against(operator, name, self.state.spec, args, kwargs)
+            if mode.phase != "float":
+                reason = reason_against(operator, name, state.spec, args, kwargs)
             if has_weights:
-                self.state.constants.mark_layer_inputs(args)
+                state.constants.mark_layer_inputs(args)
         if operator is None or reason is not None:
             # A form that the accelerator lacks has the name of its torch function.
             key = self._key(path, name.strip("_"), location)
             return self._fall_back(key, func, run, args, kwargs, reason or "")
-        return self._run(operator, self._key(path, label, location), func, args, kwargs)
+        if mode.phase == "float":
+            return func(*args, **kwargs)
+        key = self.call_sites.key(path, label, location)
+        return self._emulate_or_observe(operator, key, mode, func, args, kwargs)
 
     def _key(self, path: str, label: str, location: Location) -> str:
         """Return the key of a call site; in float sites are not numbered, since none is used."""
@@ -303,9 +391,10 @@ class Dispatch(TorchFunctionMode):
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """Run a comparison, or a function of integers; its result is data if an argument is."""
-        kind = self.state.constants.kind_of((args, kwargs))  # Before a write ends the marks.
+        arguments = (args, kwargs) if kwargs else args
+        kind = self.state.constants.kind_of(arguments)  # Before a write ends the marks.
         result = self._plainly(func, args, kwargs)
-        self.state.constants.mark_decision(result, kind, (args, kwargs), self.call_sites.in_scope)
+        self.state.constants.mark_decision(result, kind, arguments, self.call_sites.in_scope)
         return result
 
     def _plainly(
@@ -346,22 +435,29 @@ class Dispatch(TorchFunctionMode):
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Any:
-        """Run an operator of the accelerator."""
-        state, mode = self.state, self.state.modes.current
+        """Run an operator of the accelerator in the mode of the thread."""
+        mode = self.state.modes.current
         if mode.phase == "float":
             return func(*args, **kwargs)
+        return self._emulate_or_observe(operator, key, mode, func, args, kwargs)
+
+    def _emulate_or_observe(
+        self,
+        operator: Operator,
+        key: str,
+        mode: Mode,
+        func: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """Run an operator of the accelerator in a mode other than float."""
+        state = self.state
         if not state.calibrated:
             state.require_ranges()
-        bits = state.spec.activation_bits
-        call = Call(
-            state,
-            key,
-            mode.phase == "observe",
-            # With 16 bits, rounding in float32 would be wrong too often.
-            mode.fidelity == "exact" or bits == 16,
-            bits,
-            recorder=mode.recorder,
-        )
+        known = self._calls.get(key)
+        if known is None or known[0] is not mode:
+            known = self._calls[key] = mode, self._new_call(key, mode)
+        call = known[1]
         targets = written(func, args, kwargs)
         try:
             if targets:
@@ -376,9 +472,23 @@ class Dispatch(TorchFunctionMode):
         # Indices, as those of maxima, and conditions.
         if not isinstance(result, Tensor) or not result.is_floating_point():
             state.constants.mark(result, None)
-        if operator.name:
+        if operator.name and mode.listener is not None:
             self._tell(key, "emulated", func, (args, kwargs), result)
         return result
+
+    def _new_call(self, key: str, mode: Mode) -> Call:
+        """Return the call of a site in a mode; one serves all calls of the site in that mode."""
+        bits = self.state.spec.activation_bits
+        return Call(
+            self.state,
+            key,
+            mode.phase == "observe",
+            # With 16 bits, rounding in float32 would be wrong too often.
+            mode.fidelity == "exact" or bits == 16,
+            bits,
+            recorder=mode.recorder,
+            telemetry=mode.telemetry if mode.phase == "emulate" else None,
+        )
 
     def _emulate(
         self,
@@ -390,19 +500,24 @@ class Dispatch(TorchFunctionMode):
     ) -> Any:
         """Compute the operator's result, a new tensor; ``func`` is its torch function."""
         key = call.site
-        telemetry = None if call.observing or not operator.name else self._telemetry()
         # The float result for the telemetry would update the batch statistics a second time.
-        telemetry = None if operator.name in _FOLLOWS_STATISTICS else telemetry
-        recorded: list[Instruction] = []
+        is_sampled = operator.name and operator.name not in _FOLLOWS_STATISTICS
+        telemetry = call.telemetry if is_sampled else None
+        noted = DEFERRED.noted
         try:
-            # Nothing is recorded of a function that turns out to be no operator.
-            buffered = call if call.recorder is None else replace(call, recorder=recorded.append)
-            result = driver.run(operator, buffered, args, kwargs)
+            if call.recorder is None:
+                result = driver.run(operator, call, args, kwargs)
+            else:
+                # Nothing is recorded of a function that turns out to be no operator.
+                recorded: list[Instruction] = []
+                buffered = replace(call, recorder=recorded.append)
+                result = driver.run(operator, buffered, args, kwargs)
+                for instruction in recorded:
+                    call.recorder(instruction)
         except FloatingPointError as error:
             raise with_cause(error, key, (args, kwargs), self.state.names) from error
-        for instruction in recorded:
-            assert call.recorder is not None
-            call.recorder(instruction)
+        if DEFERRED.noted > noted:
+            self._explain(noted, key, args, kwargs)
         if telemetry is not None:
             exact = in_float(func, args, kwargs)
             first = result if isinstance(result, Tensor) else result[0]
@@ -412,6 +527,18 @@ class Dispatch(TorchFunctionMode):
         if self.state.scales.learning == "all" and f"{key}/output" in self.state.scales.activations:
             result = self._learn_output(key, result, func, args, kwargs)
         return result
+
+    def _explain(self, noted: int, key: str, args: Any, kwargs: dict[str, Any]) -> None:
+        """Let checks that a device has not computed yet name the site and its parameters."""
+        names = self.state.names
+        parameters = [x for x in tree_leaves((args, kwargs)) if id(x) in names]
+
+        def named(error: Exception) -> Exception:
+            if not isinstance(error, FloatingPointError):
+                return error
+            return with_cause(error, key, parameters, names)
+
+        DEFERRED.explain(noted, named)
 
     def _learn_output(
         self, key: str, result: Tensor, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]
@@ -508,6 +635,12 @@ class Dispatch(TorchFunctionMode):
         """
         name = func.__name__
         is_copy = name == "copy_"
+        if not is_copy and not (name in EACH and _tensors_of(args)):
+            source = first_of(args, kwargs)
+            if isinstance(source, Tensor) and source.is_floating_point():
+                qparams = self.state.qparams_of(source)
+                if qparams is not None:
+                    return self._move_activation(func, args, kwargs, source, qparams)
         first = args[1] if is_copy else first_of(args, kwargs)
         if name in EACH and (several := _tensors_of(args)):
             return self._move_each(func, args, kwargs, several)
@@ -524,7 +657,8 @@ class Dispatch(TorchFunctionMode):
         self.state.note_writes(written(func, args, kwargs), kind)
         if is_copy and qparams is not None and result.dtype == torch.float32:
             self.state.restore_base(result, qparams, base)
-        if kind is None or self.call_sites.in_scope():
+        # A kind other than data is noted of floats alone.
+        if kind is None or (_types_in((result,)) and self.call_sites.in_scope()):
             self.state.constants.mark(result, kind)
         mixed = None
         if source is not None and qparams is None:
@@ -536,12 +670,39 @@ class Dispatch(TorchFunctionMode):
                 self.state.fusion.note_layout(source, leaf)
         if source is not None and is_identity:
             self.state.fusion.note_copy(source, result)
-        elif source is not None and kind is None:
+        elif source is not None and kind is None and self.state.modes.current.listener is not None:
             self._tell_of_layout(func, (args, kwargs), result)
         if qparams is not None:
             for leaf in floats(result):
                 if leaf.dtype in _EXACT:
                     self.state.set_qparams(leaf, qparams)
+        return result
+
+    def _move_activation(
+        self,
+        func: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        source: Tensor,
+        qparams: QParams,
+    ) -> Any:
+        """Run a layout function of one activation, of any shape, with its parameters."""
+        state, is_identity = self.state, _is_identity(func, args)
+        if not is_identity:
+            state.fusion.note_consumer(source, "a layout operator")
+        result = func(*args, **kwargs)
+        if targets := written(func, args, kwargs):
+            state.note_writes(targets)
+        is_tensor = isinstance(result, Tensor)
+        if not is_tensor or not result.is_floating_point():
+            state.constants.mark(result, None)
+        if is_identity:
+            state.fusion.note_copy(source, result)
+        elif state.modes.current.listener is not None:
+            self._tell_of_layout(func, (args, kwargs), result)
+        for leaf in (result,) if is_tensor else floats(result):
+            if leaf.dtype in _EXACT:
+                state.set_qparams(leaf, qparams)
         return result
 
     def _move_each(
@@ -606,12 +767,16 @@ class Dispatch(TorchFunctionMode):
         """
         operator = READS.get(name)
         if operator is not None and args:
-            index = tree_leaves((args[1:], kwargs))
+            if not (args[0].is_floating_point() or self._is_told()):
+                return None
+            index = tensors_in((args[1:], kwargs))
             if not any(map(self._is_computed, index)) or self._looks_up(name, args, kwargs):
                 return None
-            return operator if args[0].is_floating_point() or self._is_told() else None
+            return operator
         operator = OF_INDICES.get(name)
-        if operator is None or _types_in(args) or _types_in(kwargs.values()):
+        if operator is None or not (name == "where" or self._is_told()):
+            return None
+        if _types_in(args) or _types_in(kwargs.values()):
             return None
         leaves = tree_leaves((args, kwargs))
         tensors = [x for x in leaves if isinstance(x, Tensor)]
@@ -627,7 +792,7 @@ class Dispatch(TorchFunctionMode):
                 return None
         if of_conditions and not numbers and name not in OF_CONDITIONS:
             return None
-        return operator if name == "where" or self._is_told() else None
+        return operator
 
     def _is_told(self) -> bool:
         """Tell whether somebody records the instructions or lists the call sites."""
@@ -740,17 +905,11 @@ class Dispatch(TorchFunctionMode):
             listener(SiteCall(key, where, name, source_of_call(), remedy, operands, result))
 
     def _tell_of_layout(self, func: Callable[..., Any], operands: Any, result: Any) -> None:
-        """Pass a call of a data-movement operator to the listener of the mode, if any."""
-        if self.state.modes.current.listener is not None:
-            path, location = self.call_sites.locate()
-            if path is not None:
-                key = self.call_sites.key(path, _layout_name(func), location, is_layout=True)
-                self._tell(key, "layout", func, operands, result)
-
-    def _telemetry(self) -> Telemetry | None:
-        """Return the telemetry that samples this thread's emulation."""
-        mode = self.state.modes.current
-        return mode.telemetry if mode.phase == "emulate" else None
+        """Pass a call of a data-movement operator to the listener of the mode."""
+        path, location = self.call_sites.locate()
+        if path is not None:
+            key = self.call_sites.key(path, _layout_name(func), location, is_layout=True)
+            self._tell(key, "layout", func, operands, result)
 
 
 def _type_of(x: Any) -> torch.dtype | None:
@@ -776,6 +935,20 @@ def _is_identity(func: Callable[..., Any], args: tuple[Any, ...]) -> bool:
     of a module's backward hooks does.
     """
     return func.__name__ == "view_as" and len(args) == 2 and args[0] is args[1]
+
+
+def _describe(func: Callable[..., Any]) -> _Function:
+    """Describe a torch function that is met for the first time."""
+    name, kind = _kind_of(func)
+    function = _FUNCTIONS[func] = _Function(
+        name,
+        kind,
+        is_plain=not kind and name not in _SPECIAL,
+        is_movement=kind == "layout" and name not in {*_SPECIAL, *OF_INDICES},
+        is_random=name in _RANDOM,
+        may_prepare=name in _PREPARING,
+    )
+    return function
 
 
 def _kind_of(func: Callable[..., Any]) -> tuple[str, str]:

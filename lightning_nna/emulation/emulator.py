@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from lightning_nna.distributed import is_distributed, is_first_process
+from lightning_nna.emulation.arithmetic.deferred_checks import DEFERRED
 from lightning_nna.emulation.dispatch import Dispatch
 from lightning_nna.emulation.forward_hooks import ForwardHooks, SharedHooks
 from lightning_nna.emulation.learned_scales import Learned, LearnedScales
@@ -90,6 +91,7 @@ class Emulator:
             allowed,
             [code for child in named.values() for code in forward_codes(child)],
             {id(child) for child in named.values() if isinstance(child, classes)},
+            {type(child) for child in named.values()},
         )
         self.dispatch = Dispatch(self.state, call_sites)
         self._handles: list[Any] = []
@@ -191,6 +193,8 @@ class Emulator:
 
         Raises:
             ValueError: If ``fidelity`` is unknown; see :meth:`learn`.
+            FloatingPointError: At the end of the outermost block, if a value of a device was not
+                finite; on the host, the operator raises.
         """
         if fidelity not in (None, *FIDELITIES):
             raise ValueError(f"fidelity must be 'exact' or 'fast', got {fidelity!r}")
@@ -209,10 +213,15 @@ class Emulator:
             if mode.phase != "float":
                 self.dispatch.enter()
             yield self
+        except BaseException:
+            DEFERRED.forget()
+            raise
         finally:
             self.dispatch.unwind(entered, depth)
             self.learn(learning)
             self.state.modes.enter(before)
+        if before is None:
+            DEFERRED.read()
 
     @contextmanager
     def observing(self) -> Iterator[Emulator]:

@@ -21,13 +21,15 @@ def float32_arithmetic(x: Tensor) -> AbstractContextManager[None]:
 class _Float32Arithmetic(AbstractContextManager[None]):
     """Enter and exit without a generator, which would take twice the time for every instruction."""
 
+    __slots__ = ("cast", "functions", "kind")
+
     def __init__(self, x: Tensor) -> None:
         self.kind = x.device.type
+        self.functions = torch._C.DisableTorchFunction()
+        self.cast: torch.autocast | None = None
 
     def __enter__(self) -> None:
-        self.functions = torch._C.DisableTorchFunction()
         self.functions.__enter__()
-        self.cast = None
         if torch.is_autocast_enabled(self.kind):
             self.cast = torch.autocast(self.kind, enabled=False)
             self.cast.__enter__()

@@ -135,14 +135,14 @@ class Fusion:
 
     def note_consumer(self, x: Tensor, consumer: str) -> None:
         """Note a site, or any other name, that consumes ``x``, of any shape."""
-        if not (self._producers or self._outputs or self._fused_outputs):
+        if not (self._producers.entries or self._outputs.entries or self._fused_outputs.entries):
             return
         producer = self._producers.get(x)
         if not isinstance(producer, str):
             producer = self._outputs.get(x)
         if producer is not None:
             self._consumers.setdefault(producer, set()).add(consumer)
-        if self._fused_outputs:
+        if self._fused_outputs.entries:
             self._warn_of_new_consumer(x, consumer)
 
     def _warn_of_new_consumer(self, x: Tensor, consumer: str) -> None:
@@ -184,7 +184,7 @@ class Fusion:
 
     def note_layout(self, x: Tensor, result: Tensor) -> None:
         """Note that a layout operator has put values of ``x`` in ``result``; both of any shape."""
-        if not (self._producers or self._deferred_layouts):
+        if not (self._producers.entries or self._deferred_layouts.entries):
             return
         candidate = self.deferred(x) or self._deferred_layouts.get(x)
         if candidate is not None:
@@ -200,7 +200,7 @@ class Fusion:
         Raises:
             RuntimeError: If ``x`` is such a result; names both sites.
         """
-        if not (self._producers or self._deferred_layouts):
+        if not (self._producers.entries or self._deferred_layouts.entries):
             return
         candidate = self.deferred(x) or self._deferred_layouts.get(x)
         if candidate is not None:

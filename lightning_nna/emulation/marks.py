@@ -56,7 +56,9 @@ class Writes:
             >>> writes.stamp(x) == before
             False
         """
-        return _version(x), self.last(x), _storage_of(x), _offset(x)
+        storage = _storage_of(x)
+        offset = int(x.storage_offset()) if x.layout is torch.strided else 0
+        return _version(x), self._last.get(storage, 0), storage, offset
 
 
 class Marks:
@@ -78,34 +80,44 @@ class Marks:
     """
 
     def __init__(self, writes: Writes, *, noted_only: bool = False) -> None:
-        self._writes, self._version = writes, _no_version if noted_only else _version
-        self._table: dict[int, tuple[ref[Tensor], Any, int, int]] = {}
+        self._writes, self._noted_only = writes, noted_only
+        #: Entries by ``id`` of the tensor; some may not be valid any more.
+        self.entries: dict[int, tuple[ref[Tensor], Any, int, int]] = {}
 
     def __len__(self) -> int:
-        return len(self._table)
+        return len(self.entries)
 
     def __setitem__(self, x: Tensor, value: Any) -> None:
         # The entry is removed before an ``id`` is used again. A tensor that only autograd holds is
         # not dead: Python gives it the same ``id`` again.
         key = id(x)
-        reference = ref(x, partial(_forget, self._table, key))
-        self._table[key] = (reference, value, self._writes.now, self._version(x))
+        reference = ref(x, partial(_forget, self.entries, key))
+        version = 0 if self._noted_only else _version(x)
+        self.entries[key] = (reference, value, self._writes.now, version)
 
     def get(self, x: Tensor) -> Any:
         """Return the value of a tensor of any shape, or None."""
-        mark = self._table.get(id(x))
+        mark = self.entries.get(id(x))
         if mark is None:
             return None
         _, value, since, version = mark
-        return value if version == self._version(x) and self._writes.last(x) <= since else None
+        if not self._noted_only:
+            try:
+                if version != x._version:
+                    return None
+            except RuntimeError:  # A tensor of inference mode has no count.
+                pass
+        # Most often nothing at all has been written to since.
+        is_valid = self._writes.now <= since or self._writes.last(x) <= since
+        return value if is_valid else None
 
     def pop(self, x: Tensor) -> None:
         """Remove the entry of a tensor of any shape."""
-        self._table.pop(id(x), None)
+        self.entries.pop(id(x), None)
 
     def clear(self) -> None:
         """Remove all entries."""
-        self._table.clear()
+        self.entries.clear()
 
 
 def _forget(table: dict[int, Any], key: int, _: Any) -> None:
@@ -119,14 +131,6 @@ def _version(x: Tensor) -> int:
         return x._version
     except RuntimeError:
         return -1
-
-
-def _no_version(x: Tensor) -> int:
-    return 0
-
-
-def _offset(x: Tensor) -> int:
-    return int(x.storage_offset()) if x.layout is torch.strided else 0
 
 
 def _storage_of(x: Tensor) -> int:

@@ -13,7 +13,8 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_nna.emulation.arithmetic.on_host import on_host
+from lightning_nna.emulation.arithmetic.on_host import in_memory, on_host
+from lightning_nna.emulation.kernels import definitions as kernels
 from lightning_nna.emulation.ranges import QParams
 
 #: Numbers of types in the TensorFlow Lite schema, which options of instructions have.
@@ -62,7 +63,9 @@ class Activation:
 
     def integers(self) -> Tensor:
         """Compute integers less the zero point, exact, in float32, of the value's shape."""
-        # The quotient is a whole number; a GPU multiplies by the inverse instead of dividing.
+        if not in_memory(self.value):
+            return kernels.whole_numbers(self.value.detach(), scale=self.qparams.scale)
+        # The quotient is a whole number.
         quotient = self.value.detach() / self.qparams.scale
         return quotient if on_host(quotient) else quotient.round_()
 

@@ -52,6 +52,14 @@ class QParams:
     high: int = 127
     fused_relu: bool = field(default=False, compare=False, repr=False)
 
+    def __hash__(self) -> int:
+        """Return a hash that is computed once: parameters are keys of tables."""
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash((self.scale, self.zero_point, self.low, self.high))
+
     @cached_property
     def bounds(self) -> tuple[int, int]:
         """Smallest and largest integer less the zero point."""
@@ -67,6 +75,16 @@ class QParams:
         """Largest absolute value of the integers less the zero point."""
         low, high = self.bounds
         return max(-low, high)
+
+    @cached_property
+    def with_relu(self) -> QParams:
+        """The same parameters, with a ReLU that follows."""
+        return replace(self, fused_relu=True)
+
+    @cached_property
+    def without_relu(self) -> QParams:
+        """The same parameters, without a ReLU that follows."""
+        return replace(self, fused_relu=False)
 
     def widened(self) -> QParams:
         """Return 16-bit parameters that hold every value of 8-bit ones without loss.
@@ -363,10 +381,11 @@ def _site_and_rest(key: str) -> list[str]:
     return [path + mark + ordinal, *others]
 
 
-def not_finite(key: str, low: float, high: float) -> str:
-    """Return the message of an error for an activation that is not finite."""
+def not_finite(key: str, low: float | None = None, high: float | None = None) -> str:
+    """Return the message of an error for an activation that is not finite; bounds if known."""
+    bounds = "" if low is None else f" (minimum {low}, maximum {high})"
     return (
-        f"{key} produced a value that is not finite (minimum {low}, maximum {high}); "
+        f"{key} produced a value that is not finite{bounds}; "
         f"lower the learning rate, look for a division or logarithm before it, or, if it is from "
         f"a front end (a logarithm of spectra), leave that out of the emulation with targets="
     )

@@ -39,11 +39,37 @@ _MODULE_CALL = nn.Module.__call__.__code__.co_filename
 _CHECKPOINT = torch.utils.checkpoint.checkpoint_sequential.__code__.co_filename
 #: Steps of a LightningModule compute losses and metrics, also if another module calls them.
 _STEPS = frozenset({"training_step", "validation_step", "test_step", "predict_step"})
+# What is not emulated, whatever module it belongs to.
+_OUTSIDE_CLASSES = (torch.optim.Optimizer, Metric)
 #: Path of code that is not emulated, whatever the outer frames are.
 _OUTSIDE = "/"
 
-#: Location of a call in the code: code objects and their instructions, innermost first.
-Location = tuple[tuple[CodeType, int], ...]
+#: Location of a call in the code: ids of code objects and their instructions, innermost first.
+Location = tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Role:
+    """Describe what frames of a code object mean for call sites.
+
+    Args:
+        code: Code object.
+        identity: Its ``id``.
+        is_module_call: Whether it is ``nn.Module.__call__`` or part of it.
+        is_located: Whether it is part of a location: neither of torch nor of the emulation.
+        is_forward: Whether it is a forward of a module.
+        is_outside: Whether it is a method of an optimizer or a metric, which are not emulated.
+        may_have_owner: Whether a module, optimizer or metric may be the ``self`` of a frame. To
+            look is slow, since Python copies all variables of the frame.
+    """
+
+    code: CodeType
+    identity: int
+    is_module_call: bool
+    is_located: bool
+    is_forward: bool
+    is_outside: bool
+    may_have_owner: bool
 
 
 @dataclass
@@ -127,6 +153,7 @@ class CallSites:
             :func:`.forward_codes`.
         lightning: LightningModules by ``id``. Their steps are not emulated; methods of a root among
             them are only if its forward calls them.
+        classes: Classes of all modules.
 
     Attributes:
         scope: Modules whose forward is running in this thread.
@@ -139,6 +166,7 @@ class CallSites:
         allowed: set[str],
         forwards: Iterable[tuple[CodeType, Any]],
         lightning: Container[int],
+        classes: Iterable[type],
     ) -> None:
         # By ``id``, since code objects do not cache their hash.
         self._forwards: dict[int, CodeType] = {}
@@ -149,12 +177,13 @@ class CallSites:
             else:
                 self._decorators.setdefault(id(code), (code, {}))[1][id(inner)] = inner
         self.table, self.paths, self.allowed = table, paths, allowed
-        self._lightning = lightning
+        self._lightning, self._classes = lightning, frozenset(classes)
         self.scope = Scope()
         #: Sites of data-movement operators, which have no ranges and are not saved.
         self.layout_table = SiteTable()
         self._keys: dict[tuple[object, ...], str] = {}
-        self._code: list[CodeType] = []
+        # By ``id`` of the code; references to it keep the ids from being used again.
+        self._roles: dict[int, Role] = {}
         self._naming = threading.Lock()
         self._warned_of_checkpointing = False
 
@@ -180,9 +209,9 @@ class CallSites:
             location: Code location.
             is_layout: Whether it is a data-movement operator.
         """
-        offsets = ((id(code), offset) for code, offset in location)
-        identity = (path, operator, is_layout, *offsets)
-        if identity not in self._keys:
+        identity = (path, operator, is_layout, location)
+        key = self._keys.get(identity)
+        if key is None:
             if not self._warned_of_checkpointing and _is_checkpointed_function():
                 self._warned_of_checkpointing = True
                 log.warning(
@@ -192,12 +221,11 @@ class CallSites:
                     "the module" if path == ROOT else path,
                 )
             with self._naming:
-                # References keep the ids of the code from being used again.
-                self._code.extend(code for code, _ in location)
-                text = ">".join(_describe(code, offset) for code, offset in reversed(location))
+                codes = [(self._roles[code].code, offset) for code, offset in reversed(location)]
+                text = ">".join(_describe(code, offset) for code, offset in codes)
                 table = self.layout_table if is_layout else self.table
-                self._keys[identity] = table.key(path, operator, text)
-        return self._keys[identity]
+                key = self._keys[identity] = table.key(path, operator, text)
+        return key
 
     def locate(self) -> tuple[str | None, Location]:
         """Return the path of the module that runs, and the location in the module's code.
@@ -210,35 +238,72 @@ class CallSites:
             The path, None for code that is not emulated; and the location.
         """
         stack = self.scope.stack
-        location: list[tuple[CodeType, int]] = []
+        location: list[tuple[int, int]] = []
         path, owner, end = None, None, 0
-        for frame in _callers():
-            code = frame.f_code
-            if code.co_filename == _MODULE_CALL:
+        roles = self._roles
+        # The innermost two frames are those of the dispatch.
+        frame: FrameType | None = sys._getframe(3)
+        while frame is not None:
+            role = roles.get(id(frame.f_code)) or self._role_of(frame)
+            caller = frame.f_back
+            if role.is_module_call:
                 if stack or path is not None:
                     break
+                frame = caller
                 continue
-            if not (
-                code.co_filename.startswith(_TORCH_FOLDER) or code.co_filename in TRANSPARENT_FILES
-            ):
-                location.append((code, frame.f_lasti))
+            if role.is_located:
+                location.append((role.identity, frame.f_lasti))
             if path is not None:
-                if id(code) in self._forwards and self._owner(frame) is owner:
+                if role.is_forward and self._owner(frame) is owner:
                     end = len(location)
-                continue
-            if stack and frame.f_back and frame.f_back.f_code.co_filename == _MODULE_CALL:
+            elif stack and caller is not None and caller.f_code.co_filename == _MODULE_CALL:
                 break  # The forward of the module that was called last.
-            owner = self._owner(frame)
-            owner_path = None if owner is None else self._path_of(owner, frame)
-            if owner_path == _OUTSIDE:
+            elif role.is_outside:
                 return None, ()
-            if owner_path is not None and stack[-1:] != [owner_path]:
-                path, end = owner_path, len(location)
+            elif role.may_have_owner:
+                owner = self._owner(frame)
+                owner_path = None if owner is None else self._path_of(owner, frame)
+                if owner_path == _OUTSIDE:
+                    return None, ()
+                if owner_path is not None and stack[-1:] != [owner_path]:
+                    path, end = owner_path, len(location)
+            frame = caller
         if path is None:
             if not stack:
                 return None, ()
             path, end = stack[-1], len(location)
         return (path if path in self.allowed else None), tuple(location[:end])
+
+    def _role_of(self, frame: FrameType) -> Role:
+        """Return the role of a frame's code, looked up when the code is first met."""
+        code = frame.f_code
+        file, is_forward = code.co_filename, id(code) in self._forwards
+        is_method = code.co_varnames[:1] == ("self",)
+        found = _class_of(frame) if is_method else None
+        may_have_owner = is_forward or id(code) in self._decorators
+        role = self._roles[id(code)] = Role(
+            code,
+            id(code),
+            is_module_call=file == _MODULE_CALL,
+            is_located=not (file.startswith(_TORCH_FOLDER) or file in TRANSPARENT_FILES),
+            is_forward=is_forward,
+            is_outside=found is not None and issubclass(found, _OUTSIDE_CLASSES),
+            may_have_owner=may_have_owner or (is_method and self._may_own(found)),
+        )
+        return role
+
+    def _may_own(self, cls: type | None) -> bool:
+        """Tell whether the ``self`` of a class's methods may be a module, optimizer or metric.
+
+        It never is, as with the trainer's class, unless one of these inherits from the class.
+
+        Args:
+            cls: Class; None if it was not found.
+        """
+        return cls is None or any(
+            one in self._classes or issubclass(one, _OUTSIDE_CLASSES)
+            for one in _with_subclasses(cls)
+        )
 
     def _owner(self, frame: FrameType) -> Any:
         """Return the object whose method a frame runs; None if it runs no method."""
@@ -263,7 +328,7 @@ class CallSites:
 
     def _path_of(self, owner: Any, frame: FrameType) -> str | None:
         """Return the path of the module whose method runs; ``_OUTSIDE`` if it is not emulated."""
-        if isinstance(owner, (torch.optim.Optimizer, Metric)):
+        if isinstance(owner, _OUTSIDE_CLASSES):
             return _OUTSIDE
         path = self.paths.get(id(owner))
         if path is None:
@@ -298,12 +363,21 @@ def _short(file: str) -> str:
     return file.removeprefix(max(above, key=len)) if above else file
 
 
-def _callers() -> Iterator[FrameType]:
-    """Yield the frames of the code that called the torch function, innermost first."""
-    frame: FrameType | None = sys._getframe(3)
-    while frame is not None:
-        yield frame
-        frame = frame.f_back
+def _class_of(frame: FrameType) -> type | None:
+    """Return the class whose body defines the method that a frame runs; None if it is not found."""
+    first, *nested = frame.f_code.co_qualname.split(".")[:-1] or [""]
+    found: Any = frame.f_globals.get(first)
+    for name in nested:
+        found = getattr(found, name, None)
+    return found if isinstance(found, type) else None
+
+
+def _with_subclasses(cls: type) -> Iterator[type]:
+    """Yield a class and all that inherit from it."""
+    yield cls
+    subclasses: list[type] = type.__subclasses__(cls)
+    for each in subclasses:
+        yield from _with_subclasses(each)
 
 
 def _is_checkpointed_function() -> bool:

@@ -8,7 +8,7 @@ dispatch keeps it up to date; the emulator saves and restores it.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 from weakref import ref
 
@@ -17,13 +17,16 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from lightning_nna.emulation.arguments import floats
+from lightning_nna.emulation.arithmetic.deferred_checks import DEFERRED
+from lightning_nna.emulation.arithmetic.on_host import in_memory
 from lightning_nna.emulation.arithmetic.quantized_weight import QuantizedWeight
 from lightning_nna.emulation.constants import Constants, Kind
 from lightning_nna.emulation.fusion import Fusion
 from lightning_nna.emulation.learned_scales import LearnedScales
-from lightning_nna.emulation.marks import Marks, Writes
+from lightning_nna.emulation.marks import Marks, Stamp, Writes
 from lightning_nna.emulation.modes import Modes, Phase
 from lightning_nna.emulation.observers import Observer
+from lightning_nna.emulation.parameter_numbers import ParameterNumbers
 from lightning_nna.emulation.ranges import MixedQParams, QParams, RangeTable
 from lightning_nna.emulation.sites import SiteTable
 from lightning_nna.emulation.spec import NNASpec
@@ -49,9 +52,13 @@ class EmulationState:
         constants: Which tensors belong to the program and not to the data.
         fusion: Layers that are folded into the batch norm or the ReLU after them.
         scales: Learned scales.
+        numbers: Numbers of parameters on a device.
         used_weights: Rows per scale of the weights that operators have used, by name.
         names: Names of parameters and buffers by ``id``.
         observed_forward: Whether an observed forward has begun.
+        qparams_of: Function that returns the quantization parameters of a tensor of any shape,
+            until it is written to; None for a tensor without them.
+        set_qparams: Function that attaches quantization parameters to a tensor of any shape.
         fallbacks: Sites of an observed forward that are no operators of the accelerator, each with
             what to write instead, if something is known.
     """
@@ -68,9 +75,14 @@ class EmulationState:
         self.fusion = Fusion(self._writes)
         self.scales = LearnedScales(module, spec, self._writes)
         self.used_weights: dict[str, int] = {}
+        self.numbers = ParameterNumbers()
         self.observed_forward = False
         self.fallbacks: dict[str, str] = {}
+        #: Forms of operators on this accelerator, see :func:`.driver.drive`.
+        self.forms: dict[tuple[int, int], tuple[Any, Any]] = {}
         self._qparams = Marks(self._writes)
+        self.qparams_of: Callable[[Tensor], QParams | None] = self._qparams.get
+        self.set_qparams: Callable[[Tensor, QParams], None] = self._qparams.__setitem__
         self._mixed_qparams = Marks(self._writes)
         self._weights: dict[tuple[int, int], tuple[Tensor, Any, QuantizedWeight]] = {}
         self._warned: set[str] = set()
@@ -133,15 +145,6 @@ class EmulationState:
             )
 
     # --- live tensors ---------------------------------------------------------------------------
-
-    def qparams_of(self, x: Tensor) -> QParams | None:
-        """Return the quantization parameters of a tensor of any shape, until it is written to."""
-        qparams: QParams | None = self._qparams.get(x)
-        return qparams
-
-    def set_qparams(self, x: Tensor, qparams: QParams) -> None:
-        """Attach quantization parameters to a tensor of any shape."""
-        self._qparams[x] = qparams
 
     def mixed_qparams_of(self, x: Tensor) -> MixedQParams | None:
         """Return the parameters of a tensor of any shape whose elements have different ones."""
@@ -269,9 +272,25 @@ class EmulationState:
                 self.used_weights[name] = rows_per_scale
         return cached[2]
 
+    def stamp(self, x: Tensor) -> Stamp:
+        """Return a value that changes with a write to a tensor of any shape, see :class:`Writes`.
+
+        Hooks of a backward write unseen: all weights are forgotten after it.
+        """
+        return self._writes.stamp(x)
+
     def forget_weights(self) -> None:
         """Quantize weights again when they are next used."""
         self._weights.clear()
+
+    def scale_of_table(self, table: Tensor) -> float:
+        """Return the one scale of a quantized table of embeddings, shape ``(rows, …)``."""
+        if in_memory(table):
+            return float(self.weight(table, table.shape[0]).scales[0])
+        return self.numbers.read(table, self._scale_of_table)
+
+    def _scale_of_table(self, table: Tensor) -> Tensor:
+        return self.weight(table, table.shape[0]).scales[0]
 
     def rows_of(self, weight: Tensor) -> int | None:
         """Return the rows per scale of a weight that an operator has used; None for any other.
@@ -327,40 +346,53 @@ class EmulationState:
         return counted or f"{site} overflows" not in self._warned
 
     def count_overflow(
-        self, site: str, lost: int, sums: int, remedy: str = _REMEDY_OF_OVERFLOW
+        self, site: str, lost: Tensor, sums: int, remedy: str = _REMEDY_OF_OVERFLOW
     ) -> None:
         """Count sums that overflow; warn once for each site.
 
         Args:
             site: Key of the call site.
-            lost: Number of sums outside the range of the accumulator.
+            lost: Number of sums outside the range of the accumulator, integer, without axes.
             sums: Number of all sums.
             remedy: What keeps them inside.
         """
-        if (telemetry := self.modes.current.telemetry) is not None:
-            telemetry.overflow(site, lost, sums)
-        if lost and f"{site} overflows" not in self._warned:
-            self._warned.add(f"{site} overflows")
-            log.warning(
-                "%s: %d of %d sums do not fit the integers of %s: they %s, as in its kernels; %s",
-                site,
-                lost,
-                sums,
-                self.spec.name,
-                "wrap around" if self.spec.accumulator_overflow == "wrap" else "saturate",
-                remedy,
-            )
+        # A device tells the number later, when another telemetry may listen.
+        telemetry = self.modes.current.telemetry
 
-    def count_biases(self, site: str, smallest: Tensor, scales: Tensor) -> None:
+        def report(number: int) -> None:
+            if telemetry is not None:
+                telemetry.overflow(site, number, sums)
+            if number:
+                self._warn_of_overflow(site, number, sums, remedy)
+
+        DEFERRED.count(lost, report)
+
+    def _warn_of_overflow(self, site: str, lost: int, sums: int, remedy: str) -> None:
+        if f"{site} overflows" in self._warned:
+            return
+        self._warned.add(f"{site} overflows")
+        log.warning(
+            "%s: %d of %d sums do not fit the integers of %s: they %s, as in its kernels; %s",
+            site,
+            lost,
+            sums,
+            self.spec.name,
+            "wrap around" if self.spec.accumulator_overflow == "wrap" else "saturate",
+            remedy,
+        )
+
+    def count_biases(self, site: str, bias: Tensor, unit: float, scales: Tensor) -> None:
         """Count channels whose scale was raised for their bias.
 
         Args:
             site: Key of the call site.
-            smallest: Smallest scales that hold the biases, float, shape ``(channels,)``.
+            bias: Biases, float, shape ``(channels,)``.
+            unit: Divisor of a bias that gives the smallest scale that holds it.
             scales: Scales of the weights, float, shape ``(channels,)``.
         """
         if (telemetry := self.modes.current.telemetry) is not None:
-            telemetry.biases(site, int((smallest > scales).sum()), len(scales))
+            number = (bias.detach().abs().double() / unit > scales).sum()
+            DEFERRED.count(number, lambda raised: telemetry.biases(site, raised, len(scales)))
 
 
 def _names_of(module: nn.Module) -> dict[int, str]:

@@ -53,12 +53,48 @@ def _layers() -> nn.Module:
     return nn.Sequential(first, nn.PReLU(8), nn.Linear(8, 3))
 
 
+class Normalized(nn.Module):
+    """Rows of very different loudness, which are normalized twice, groups and single channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.root = nn.LayerNorm(16), nn.RMSNorm(16)
+        self.group, self.instance = nn.GroupNorm(2, 6), nn.InstanceNorm1d(6, affine=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        loudness = torch.logspace(-3, 0, len(x)).view(-1, 1, 1)
+        return self.instance(self.group(self.root(x) + self.layer(x * loudness))) * loudness
+
+
+def _dead_channels() -> nn.Module:
+    """Factors of a batch norm that vanish, or are tiny next to the shift."""
+    norm = nn.BatchNorm1d(8)
+    with torch.no_grad():
+        norm.weight.copy_(torch.tensor([0.0, 1e-9, 1e-4, -1.0, 2.0, -1e-7, 1.0, 1e-30]))
+        norm.bias.copy_(torch.tensor([1.0, 50.0, -900.0, 0.0, 3.0, 1e4, 0.0, -2.0]))
+    return nn.Sequential(nn.Conv1d(3, 8, 3), norm, nn.ReLU(), nn.Conv1d(8, 2, 1))
+
+
+def _large_biases() -> nn.Module:
+    """Biases too large for their scales, in a weight of many integers and in one of few."""
+    first, second = nn.Linear(6, 8), nn.Linear(8, 4)
+    with torch.no_grad():
+        first.weight[:3] *= torch.tensor([[1e-9], [1e-6], [0.0]])
+        first.bias[:3] = torch.tensor([5.0, -7.0, 3.0])
+        second.weight.copy_(second.weight.sign() * torch.tensor([[1.0], [1e-8], [0.3], [2e-9]]))
+        second.bias[1:] = 9.0
+    return nn.Sequential(first, nn.ReLU(), second)
+
+
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "layers": (_layers, (40, 6)),
     "convolutions": (_convolutions, (4, 3, 9, 9)),
     "attention": (Attending, (3, 7, 8)),
     "lstm": (lambda: Recurrent(nn.LSTM), (9, 4, 6)),
     "gru": (lambda: Recurrent(nn.GRU), (9, 4, 6)),
+    "normalizations": (Normalized, (20, 6, 16)),
+    "dead channels": (_dead_channels, (5, 3, 9)),
+    "large biases": (_large_biases, (30, 6)),
 }
 
 

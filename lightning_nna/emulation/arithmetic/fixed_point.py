@@ -26,6 +26,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from lightning_nna.elementary import power_of_two
+from lightning_nna.emulation.arithmetic.deferred_checks import DEFERRED
 from lightning_nna.emulation.arithmetic.on_host import on_host
 
 INT16_MIN, INT16_MAX = -(2**15), 2**15 - 1
@@ -96,8 +97,10 @@ def quantize_multipliers(
 
 
 def _multipliers_of_tensor(factors: Tensor) -> tuple[Tensor, Tensor]:
-    if not bool((torch.isfinite(factors) & (factors >= 0)).all()):
-        raise ValueError(f"rescaling factors must be finite and at least 0, got {factors}")
+    DEFERRED.require(
+        (torch.isfinite(factors) & (factors >= 0)).all(),
+        ValueError("rescaling factors must be finite and at least 0"),
+    )
     mantissas, exponents = torch.frexp(factors)
     fixed = (mantissas * 2**31 + 0.5).floor().long()
     carried = fixed == 2**31
@@ -137,6 +140,7 @@ def multiply_by_quantized_multiplier(
     x: Int[Tensor, "*shape"],
     multiplier: int | Int[Tensor, "..."],
     shift: int | Int[Tensor, "..."],
+    zero_point: int | None = None,
 ) -> Int[Tensor, "*shape"]:
     r"""Multiply integers by :math:`m \cdot 2^{e-31}` with the two roundings of the reference.
 
@@ -147,6 +151,8 @@ def multiply_by_quantized_multiplier(
         x: Accumulators of 32 bits, as int64; the left shift wraps around where it leaves them.
         multiplier: Mantissa from :func:`quantize_multiplier`; a tensor broadcasts (per channel).
         shift: Exponent from :func:`quantize_multiplier`.
+        zero_point: Zero point that the kernel adds to the result, which wraps around, and that is
+            taken off again; None if nothing is added.
 
     Returns:
         int64 integers of the shape of ``x``.
@@ -157,12 +163,17 @@ def multiply_by_quantized_multiplier(
         tensor([ 1,  2, -1])
     """
     if isinstance(shift, Tensor):
-        left, right = shift.clamp_min(0), (-shift).clamp_min(0)
+        # A processor shifts by the lowest five bits of what it is told.
+        left, right = shift.clamp_min(0) % 32, (-shift).clamp_min(0)
         high = (wrapped_int32(x << left) * multiplier + 2**30) >> 31
-        return rounding_divide_by_power_of_two(high, right)
-    shifted = wrapped_int32(x << shift) if shift > 0 else x
-    high = (shifted * multiplier + 2**30) >> 31
-    return rounding_divide_by_power_of_two(high, max(-shift, 0))
+        result = rounding_divide_by_power_of_two(high, right)
+    else:
+        shifted = wrapped_int32(x << shift) if shift > 0 else x
+        high = (shifted * multiplier + 2**30) >> 31
+        result = rounding_divide_by_power_of_two(high, max(-shift, 0))
+    if zero_point is None:
+        return result
+    return wrapped_int32(result.add_(zero_point)).sub_(zero_point)
 
 
 def wrapped_int32(x: Int[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:

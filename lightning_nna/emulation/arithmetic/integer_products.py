@@ -13,7 +13,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from lightning_nna.emulation.arithmetic.on_host import on_host
+from lightning_nna.emulation.arithmetic.on_host import in_memory, on_host
 
 # float32 holds every integer up to here, and so every partial sum of a matrix product.
 FLOAT32_INTEGERS = 2**24
@@ -56,7 +56,8 @@ class ByteProduct:
             return
         # Most often the shape alone tells.
         fits = integers.shape[1] * _BYTE**2 < FLOAT32_INTEGERS
-        fits = fits or float(integers.abs().sum(1).max()) * _BYTE < FLOAT32_INTEGERS
+        if not fits and in_memory(integers):
+            fits = float(integers.abs().sum(1).max()) * _BYTE < FLOAT32_INTEGERS
         self.dtype = torch.float32 if fits else torch.float64
         self.columns = integers.to(self.dtype).T
 

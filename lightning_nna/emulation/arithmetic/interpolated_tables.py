@@ -23,6 +23,7 @@ from jaxtyping import Int
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lightning_nna.emulation.arithmetic.device_tables import on_device_of
 from lightning_nna.emulation.arithmetic.fixed_point import INT16_MAX, INT16_MIN
 
 #: A function of arrays; the second argument is the largest value of the output's grid.
@@ -126,7 +127,7 @@ def interpolate(table: Int[Tensor, " entries"], x: Int[Tensor, "*shape"]) -> Int
         tensor([-50,   0,  25])
     """
     shift = 16 - (len(table) - 1).bit_length() + 1
-    table = table.to(x.device)
+    table = on_device_of(x, table)
     offset = x - INT16_MIN
     segment, inside = offset >> shift, offset & ((1 << shift) - 1)
     start = table[segment]

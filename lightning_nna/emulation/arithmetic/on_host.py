@@ -29,6 +29,11 @@ def on_host(x: Tensor) -> bool:
     return x.is_cpu and not _DEVICE.pretended and not torch._C._len_torch_dispatch_stack()
 
 
+def in_memory(x: Tensor) -> bool:
+    """Tell whether a tensor of any shape is in the processor's memory, where a look is free."""
+    return x.is_cpu and not _DEVICE.pretended
+
+
 @contextmanager
 def as_on_a_device() -> Iterator[None]:
     """Take the branches of a GPU inside of the block, on whatever computes; for tests."""

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -23,8 +23,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lightning_nna.elementary import power_of_two
+from lightning_nna.emulation.arithmetic.deferred_checks import DEFERRED
 from lightning_nna.emulation.arithmetic.integer_products import ByteProduct, WideProduct
-from lightning_nna.emulation.arithmetic.on_host import on_host
+from lightning_nna.emulation.arithmetic.on_host import in_memory, on_host
+from lightning_nna.emulation.kernels import definitions as kernels
+from lightning_nna.emulation.kernels.reference import CENTROIDS
 
 #: Instead of a number of rows that share a scale: each index of the second axis has a scale, as the
 #: outputs of a transposed convolution have.
@@ -33,8 +36,6 @@ SECOND_AXIS = 0
 SMALLEST_SCALE = 2.0**-60
 #: One number for each channel, and the like.
 Numbers = TypeVar("Numbers", Tensor, NDArray[np.float64])
-# Integers of a tensor up to which encoders of weights take them for centroids.
-_CENTROIDS = 32
 
 
 @dataclass(frozen=True)
@@ -84,13 +85,21 @@ class QuantizedWeight:
         """Products of 16-bit integers with the rows of a matrix."""
         return WideProduct(self.byte_product, self.row_sums, self._largest_sum)
 
+    @cached_property
+    def layers(self) -> dict[Any, Any]:
+        """What layers have prepared from the weight, see :func:`.linear.fully_connected`."""
+        return {}
+
     @property
     def bound(self) -> float:
         """Bound on :meth:`largest_sum` from the shape alone."""
         return 128.0 * math.prod(self.stored.shape[1:])
 
     def largest_sum(self) -> float:
-        """Largest sum of absolute integers over a row: bounds every accumulator."""
+        """Largest sum of absolute integers over a row, which bounds every accumulator.
+
+        On a device it is the bound that the shape gives.
+        """
         return self._largest_sum
 
     def exceeds(self, limit: float) -> bool:
@@ -99,6 +108,8 @@ class QuantizedWeight:
 
     @cached_property
     def _largest_sum(self) -> float:
+        if not in_memory(self.stored):
+            return self.bound
         return float(self.stored.abs().flatten(1).sum(1).max())
 
 
@@ -126,6 +137,12 @@ def quantize_weight(
         tensor([[127., -64.]])
     """
     weight = weight.detach().float()
+    if weight.numel() and not in_memory(weight):
+        stored, scales, is_finite = kernels.quantize_rows(
+            weight, rows_per_scale=rows_per_scale, maximum=maximum, power_of_two=power_of_two
+        )
+        DEFERRED.require(is_finite, _not_finite())
+        return QuantizedWeight(stored, scales)
     groups = weight.reshape(weight.shape[0] // rows_per_scale, -1)
     scale = largest_scales(groups, maximum=maximum, power_of_two=power_of_two)
     scales = scale if rows_per_scale == 1 else scale.repeat_interleave(rows_per_scale)
@@ -143,6 +160,8 @@ def values_of(
         >>> values_of(torch.tensor([[2, -3]], dtype=torch.int8), torch.tensor([0.5]))
         tensor([[ 1.0000, -1.5000]])
     """
+    if not in_memory(stored):
+        return stored * per_row(scales, stored)  # One launch in place of two.
     return stored.float().mul_(per_row(scales, stored))
 
 
@@ -207,13 +226,54 @@ def with_scales_of_at_least(
     scales = torch.where(raised, upper.float(), weight.scales)
     ratio = per_row(weight.scales.double() / scales.double(), weight.stored)
     integers = (weight.stored.double() * ratio).round_()
-    centroids = weight.stored.unique()
-    if len(centroids) <= _CENTROIDS:
-        own = torch.cat([centroids, centroids.new_zeros(1)]).double().unique()
-        borders = (own[1:] + own[:-1]) / 2
-        integers = own[torch.bucketize(integers, borders)]
+    integers = _nearest_centroids(weight.stored, integers)
     stored = torch.where(per_row(raised, weight.stored), integers.to(torch.int8), weight.stored)
     return QuantizedWeight(stored, scales)
+
+
+def with_scales_for(
+    weight: QuantizedWeight,
+    bias: Float[Tensor, " rows"],
+    *,
+    unit: float,
+    rows_per_scale: int,
+    power_of_two: bool,
+) -> tuple[QuantizedWeight, Tensor]:
+    """Raise the scales that cannot hold a bias, on a device, in one launch.
+
+    Args:
+        weight: A quantized weight.
+        bias: Any float dtype; what is not finite counts as 0.
+        unit: Divisor of the bias that gives the smallest scale of a row.
+        rows_per_scale: See :func:`with_scales_of_at_least`.
+        power_of_two: See there.
+
+    Returns:
+        A weight, equal to the given one where every scale is large enough, and whether all biases
+        are finite, bool, shape ``()``.
+    """
+    stored, scales, is_finite = kernels.raise_scales(
+        weight.stored,
+        weight.scales,
+        bias.detach(),
+        unit=unit,
+        rows_per_scale=rows_per_scale,
+        power_of_two=power_of_two,
+    )
+    return QuantizedWeight(stored, scales), is_finite
+
+
+def _nearest_centroids(stored: Tensor, integers: Tensor) -> Tensor:
+    """The nearest of a tensor's few integers, or 0, for each integer of any shape; else these.
+
+    Between two that are as near it is the smaller.
+    """
+    centroids = stored.unique()
+    if len(centroids) > CENTROIDS:
+        return integers
+    own = torch.cat([centroids, centroids.new_zeros(1)]).double().unique()
+    borders = (own[1:] + own[:-1]) / 2
+    return own[torch.bucketize(integers, borders)]
 
 
 def largest_scales(
@@ -230,12 +290,20 @@ def largest_scales(
     if on_host(magnitude):
         scales = rounded(np.maximum(magnitude.numpy() / maximum, SMALLEST_SCALE))
         return torch.from_numpy(scales).float()
-    return rounded((magnitude / maximum).clamp_min(SMALLEST_SCALE)).float()
+    # By a tensor: a GPU would multiply by the inverse of a number.
+    exact = magnitude / magnitude.new_full((), maximum)
+    return rounded(exact.clamp_min(SMALLEST_SCALE)).float()
 
 
 def _require_finite(values: Tensor) -> None:
-    if not math.isfinite(float(values.sum(dtype=torch.float64))):
-        raise FloatingPointError("a weight is not finite: it cannot be quantized")
+    if not in_memory(values):
+        DEFERRED.require(torch.isfinite(values.sum(dtype=torch.float64)), _not_finite())
+    elif not math.isfinite(float(values.sum(dtype=torch.float64))):
+        raise _not_finite()
+
+
+def _not_finite() -> FloatingPointError:
+    return FloatingPointError("a weight is not finite: it cannot be quantized")
 
 
 def per_row(scales: Tensor, weight: Tensor) -> Tensor:

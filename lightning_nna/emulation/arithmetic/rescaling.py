@@ -14,10 +14,11 @@ point is added. A double that no 32-bit integer can hold becomes :math:`-2^{31}`
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -25,8 +26,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lightning_nna.elementary import power_of_two
-from lightning_nna.emulation.arithmetic.fixed_point import float_factors, quantize_multipliers
-from lightning_nna.emulation.arithmetic.on_host import on_host
+from lightning_nna.emulation.arithmetic.device_tables import on_device_of
+from lightning_nna.emulation.arithmetic.fixed_point import (
+    float_factors,
+    multiply_by_quantized_multiplier,
+    quantize_multipliers,
+)
+from lightning_nna.emulation.arithmetic.on_host import in_memory, on_host
 
 RoundingKind = Literal["real", "reference", "double", "reduced", "single", "shift"]
 
@@ -90,7 +96,7 @@ def rescale_fast(accumulator: Tensor, factors: float | Tensor, *, rounding: Roun
         ``accumulator``, rescaled and rounded.
     """
     first, second = rounding_factors(factors, rounding=rounding)
-    return round_fast(accumulator.mul_(first.to(accumulator.device)), second)
+    return round_fast(accumulator.mul_(on_device_of(accumulator, first)), second)
 
 
 def rounding_factors(
@@ -125,7 +131,7 @@ def _number_factors(factor: float, rounding: RoundingKind) -> tuple[Tensor, Tens
 def _factors(exact: Tensor, rounding: RoundingKind) -> tuple[Tensor, Tensor | None]:
     exact = exact.double()
     if rounding == "double":
-        return float_factors(*quantize_multipliers(exact.cpu()))
+        return float_factors(*quantize_multipliers(exact))
     if rounding == "reduced":
         return _reduced_factors(exact).float(), None
     return exact.float(), None
@@ -142,7 +148,7 @@ def round_fast(scaled: Tensor, second: Tensor | None) -> Tensor:
         ``scaled``, whole numbers.
     """
     scaled.round_()
-    return scaled if second is None else scaled.mul_(second.to(scaled.device)).round_()
+    return scaled if second is None else scaled.mul_(on_device_of(scaled, second)).round_()
 
 
 def round_half_away(x: Tensor) -> Tensor:
@@ -167,6 +173,8 @@ def round_half_away(x: Tensor) -> Tensor:
 def spills(factors: float | Tensor, *, rounding: RoundingKind, largest: float) -> bool:
     """Tell whether a result, or a step on the way to it, may leave the kernel's 32 bits.
 
+    Factors on a device are not looked at: their results may.
+
     Args:
         factors: One factor or several of any shape, see :func:`rescale`.
         rounding: See :func:`rescale`; an accelerator of another arithmetic has no such bound.
@@ -178,6 +186,8 @@ def spills(factors: float | Tensor, *, rounding: RoundingKind, largest: float) -
     """
     if rounding in ("single", "shift"):
         return False
+    if isinstance(factors, Tensor) and not in_memory(factors):
+        return True  # Perhaps: whoever asks takes the form that wraps.
     factor = largest_of(factors)
     # A mantissa is at least one half: what is shifted is at most twice the result.
     return 2 * factor * largest >= _INT32
@@ -247,8 +257,7 @@ class Rescaler:
         if self.dtype == torch.float32:
             self._prepare_fast()
         elif rounding == "double":
-            multiplier = quantize_multipliers(factors.cpu())
-            mantissas, shifts = (part.to(factors.device) for part in multiplier)
+            mantissas, shifts = quantize_multipliers(factors)
             added = offset if settle is None else None
             self._multiply = Multiplier(
                 mantissas, shifts, largest=largest, offset=added, zero_point=zero_point
@@ -256,11 +265,22 @@ class Rescaler:
             if settle is None:
                 self._compute = self._multiply
         elif rounding == "reduced" and not self.spills and largest < _ONE_REDUCED_PRODUCT:
-            self._reduced = _to(factors, _reduced_factors(factors))
+            self._reduced = _reduced_factors(factors)
 
     def __call__(self, x: Tensor) -> Tensor:
         """Rescale whole numbers of :attr:`dtype`, in place."""
         return self._compute(x)
+
+    def moved(self, device: torch.device) -> Rescaler:
+        """Return the rescaler with its constants on a device, decided by those on the host."""
+        rescaler = copy.copy(self)
+        rescaler.__dict__.update(_moved(self.__dict__, device))
+        if self.dtype == torch.float64 and self.rounding == "double":
+            rescaler._multiply = self._multiply.moved(device)
+        # Methods bind the rescaler that they were made for.
+        name = getattr(self._compute, "__name__", "")
+        rescaler._compute = getattr(rescaler, name, None) or rescaler._multiply
+        return rescaler
 
     def _generally(self, x: Tensor) -> Tensor:
         # The sum 1003 with a bias of -3 and the factor 0.0125 is 12.5:
@@ -293,8 +313,7 @@ class Rescaler:
         return x.copy_(wrap(saturated)).sub_(self.zero_point)
 
     def _prepare_fast(self) -> None:
-        first, self.second = rounding_factors(self.factors, rounding=self.rounding)
-        self.first = _to(self.factors, first)
+        self.first, self.second = rounding_factors(self.factors, rounding=self.rounding)
         self.constant = self.first.new_zeros(())
         if self.offset is not None:
             self.constant = (self.offset * self.first).float()
@@ -330,20 +349,23 @@ class Multiplier:
         offset: Tensor | None = None,
         zero_point: int = 0,
     ) -> None:
-        device = mantissas.device if offset is None else offset.device
+        self.zero_point = zero_point
+        self.on_device = not in_memory(mantissas)
+        if self.on_device:
+            self.mantissas, self.shifts, self.offset = mantissas, shifts, offset
+            return
 
         def tensor(x: NDArray[np.float64]) -> Tensor:
-            return torch.from_numpy(np.asarray(x)).to(device)
+            return torch.from_numpy(np.asarray(x))
 
-        m, e = mantissas.cpu().numpy(), shifts.cpu().numpy()
-        added = np.zeros(m.shape) if offset is None else offset.cpu().numpy()
+        m, e = mantissas.numpy(), shifts.numpy()
+        added = np.zeros(m.shape) if offset is None else offset.numpy()
         left = np.maximum(e, 0)
         shifted = largest * float(power_of_two(left).max())
         reach = largest * float((m * power_of_two(e - 31)).max())
         # What is shifted, or the result with its zero point, may need more than 32 bits.
         too_wide = (shifted > largest and shifted >= _INT32) or reach >= _INT32 - 2**8
         self.wraps = largest <= _INT32 and too_wide
-        self.zero_point = zero_point
         if self.wraps:
             # A processor shifts by the lowest five bits of what it is told.
             self.before, self.left = tensor(added), tensor(power_of_two(left % 32))
@@ -366,13 +388,29 @@ class Multiplier:
         self.upper, self.lower = tensor(upper), tensor(lower)
         self.of_upper, self.of_lower = tensor(added * upper), tensor(added * lower + 2.0**14)
 
+    def moved(self, device: torch.device) -> Multiplier:
+        """Return the multiplier with its constants on a device, decided by those on the host."""
+        multiplier = copy.copy(self)
+        multiplier.__dict__.update(_moved(self.__dict__, device))
+        return multiplier
+
     def __call__(self, x: Tensor) -> Tensor:
         """Multiply whole numbers, float64, in place."""
+        if self.on_device:
+            return self._in_integers(x)
         if self.wraps:
             x.copy_(wrap((x + self.before).mul_(self.left)))
             result = wrap(self._multiply(x).add_(self.zero_point))
             return x.copy_(result).sub_(self.zero_point)
         return self._multiply(x)
+
+    def _in_integers(self, x: Tensor) -> Tensor:
+        """The same without a look at the multipliers, in integers of 64 bits."""
+        sums = x if self.offset is None else x + self.offset
+        scaled = multiply_by_quantized_multiplier(
+            sums.long(), self.mantissas, self.shifts, self.zero_point
+        )
+        return x.copy_(scaled)
 
     def _multiply(self, x: Tensor) -> Tensor:
         if self.short:
@@ -384,6 +422,27 @@ class Multiplier:
         return x.mul_(self.second).round_() if self.twice else x
 
 
+class Prepared:
+    """A rescaling with one factor, whose constants are wherever it is used.
+
+    Args:
+        rescaling: Rescaling whose factor is on the host.
+    """
+
+    def __init__(self, rescaling: Rescaler | Multiplier) -> None:
+        self._host = rescaling
+        self._on_devices: dict[torch.device, Rescaler | Multiplier] = {}
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Rescale whole numbers, any shape, of the type that the rescaling takes, in place."""
+        if x.is_cpu:
+            return self._host(x)
+        rescaling = self._on_devices.get(x.device)
+        if rescaling is None:
+            rescaling = self._on_devices[x.device] = self._host.moved(x.device)
+        return rescaling(x)
+
+
 @lru_cache(maxsize=1024)
 def prepared(
     factor: float,
@@ -391,26 +450,32 @@ def prepared(
     largest: float,
     exact: bool = True,
     zero_point: int = 0,
-) -> Rescaler:
+) -> Prepared:
     """A :class:`Rescaler` for one factor, made once."""
-    factors = torch.tensor(factor, dtype=torch.float64)
-    return Rescaler(factors, rounding=rounding, largest=largest, exact=exact, zero_point=zero_point)
+    with torch.inference_mode(False):
+        factors = torch.tensor(factor, dtype=torch.float64)
+        return Prepared(
+            Rescaler(
+                factors, rounding=rounding, largest=largest, exact=exact, zero_point=zero_point
+            )
+        )
 
 
-def _to(like: Tensor, x: Tensor) -> Tensor:
-    return x.to(like.device)
+def _moved(values: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """Attributes with their tensors on a device."""
+    return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in values.items()}
 
 
 def _single(x: Tensor, factors: Tensor, largest: float) -> Tensor:
     """floor(x m 2^(e - 31) + 1/2), rounded once."""
-    mantissas, shifts = quantize_multipliers(factors.cpu())
+    mantissas, shifts = quantize_multipliers(factors)
     # A larger factor leads out of every grid, as this one does.
     shifts = shifts.clamp_max(30)
     if largest < _ONE_PRODUCT:
         scaled = mantissas * power_of_two(shifts - 31)
-        return (x * scaled.to(x.device)).add_(0.5).floor_()
-    product = x.long() * mantissas.to(x.device)
-    right = (31 - shifts).to(x.device)
+        return (x * scaled).add_(0.5).floor_()
+    product = x.long() * mantissas
+    right = 31 - shifts
     return ((product + (torch.ones_like(right) << (right - 1))) >> right).double()
 
 
@@ -426,23 +491,22 @@ def _reduced(x: Tensor, factors: Tensor) -> Tensor:
     # Upper bits and the lower 16 apart: what the floor of the lower product drops is below the
     # half that rounds, except for factors so large that the result may leave 32 bits.
     upper = (x * 2.0**-16).floor_()
-    reduced = reduced.to(x.device)
     lower = ((x - upper * 2.0**16) * reduced).mul_(2.0**-16).floor_()
     product = (upper * reduced).add_(lower)
-    return (product * power_of_two(shifts + 1).to(x.device)).add_(0.5).floor_()
+    return (product * power_of_two(shifts + 1)).add_(0.5).floor_()
 
 
 def _reduced_integers(x: Tensor, factors: Tensor, zero_point: int) -> Tensor:
     """The same in integers of 64 bits, whose lowest 32 are the result; shifts are of six bits."""
     reduced, shifts = _reduced_multipliers(factors)
-    right = 15 - shifts.to(x.device)
+    right = 15 - shifts
     half = torch.ones_like(right) << ((right - 1) % 64)
-    product = (x.long() * reduced.long().to(x.device)).add_(half) >> (right % 64)
+    product = (x.long() * reduced.long()).add_(half) >> (right % 64)
     low = (product.add_(zero_point + 2**31) & (2**32 - 1)) - 2**31
     return low.sub_(zero_point).double()
 
 
 def _reduced_multipliers(factors: Tensor) -> tuple[Tensor, Tensor]:
     """Mantissas of 16 bits as float64, and exponents."""
-    mantissas, shifts = quantize_multipliers(factors.cpu())
+    mantissas, shifts = quantize_multipliers(factors)
     return ((mantissas + 2**15) >> 16).clamp_max(2**15 - 1).double(), shifts

@@ -76,7 +76,7 @@ def _with_wide(narrow: Callable[..., LookedUp], name: str) -> Callable[..., Tens
         values, spec = x.integers().long(), call.state.spec
         if may_wrap(x.qparams, spec) and call.state.watches_overflow(call.site):
             lost = (x.value.abs() >= _WIDEST_SCALE * 2**15).sum()
-            call.state.count_overflow(call.site, int(lost), values.numel())
+            call.state.count_overflow(call.site, lost, values.numel())
         return wide_entries(name, values, x.qparams.scale, spec).double()
 
     return integers

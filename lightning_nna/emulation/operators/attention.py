@@ -28,7 +28,7 @@ from lightning_nna.emulation.arithmetic.quantized_weight import QuantizedWeight,
 from lightning_nna.emulation.float32_arithmetic import float32_arithmetic
 from lightning_nna.emulation.operators import concatenation, elementwise
 from lightning_nna.emulation.operators.activation import dropout
-from lightning_nna.emulation.operators.attention_mask import Mask, masked_scores
+from lightning_nna.emulation.operators.attention_mask import Mask, SeenMasks, masked_scores
 from lightning_nna.emulation.operators.call import Call
 from lightning_nna.emulation.operators.linear import fully_connected, linear
 from lightning_nna.emulation.operators.matmul import matmul
@@ -60,7 +60,9 @@ def scaled_dot_product_attention(
     if is_causal:
         mask = Mask.causal(query.shape[-2], key.shape[-2], query.device)
     else:
-        mask = Mask.of([attn_mask], constant=call.state.constants.is_constant)
+        mask = Mask.of(
+            [attn_mask], constant=call.state.constants.is_constant, seen=SeenMasks.at(call)
+        )
     factor = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
     if factor < 0:
         query, factor = elementwise.neg(call.child("negative"), query), -factor
@@ -115,6 +117,7 @@ def multi_head_attention(
         [_over_heads(attn_mask, num_heads), _over_keys(key_padding_mask)],
         true_is_masked=True,
         constant=call.state.constants.is_constant,
+        seen=SeenMasks.at(call),
     )
     weights = (q_proj_weight, k_proj_weight, v_proj_weight)
     packed = None if use_separate_proj_weight else in_proj_weight

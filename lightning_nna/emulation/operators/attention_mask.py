@@ -16,6 +16,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from lightning_nna.emulation.arithmetic.deferred_checks import DEFERRED
+from lightning_nna.emulation.arithmetic.on_host import in_memory
 from lightning_nna.emulation.operators import elementwise
 from lightning_nna.emulation.operators.call import Call
 from lightning_nna.emulation.operators.matmul import batch_matmul, matmul
@@ -26,6 +28,45 @@ from lightning_nna.emulation.ranges import PENDING
 ABSENT = -1e4
 # How far a masked score lies below the largest of its row, by the width of the scores.
 DEPTHS = {8: 14.0, 16: 12.0}
+
+
+@dataclass(frozen=True)
+class SeenMasks:
+    """Kinds of masks that calibration has seen at a site.
+
+    Args:
+        site: Key of the call site.
+        leave_out: Whether some left scores out.
+        add: Whether some added to scores.
+    """
+
+    site: str
+    leave_out: bool
+    add: bool
+
+    @classmethod
+    def at(cls, call: Call) -> SeenMasks | None:
+        """Return what calibration has seen at a call; None while it looks."""
+        if call.observing:
+            return None
+        ranges = call.state.ranges
+        biased = (f"{call.site}/{name}/output" in ranges for name in ("bias", "masked_bias"))
+        return cls(call.site, f"{call.site}/row_maxima" in ranges, any(biased))
+
+    def parts(self, mask: Tensor, keep: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Split a mask of numbers, any shape, without a look; what is new is an error later."""
+        bias = mask.masked_fill(~keep, 0.0)
+        if not self.leave_out:
+            DEFERRED.require(keep.all(), self._unseen("leaves scores out"))
+        if not self.add:
+            DEFERRED.require(~bias.any(), self._unseen("adds to scores"))
+        return keep if self.leave_out else None, bias if self.add else None
+
+    def _unseen(self, what: str) -> Exception:
+        return ValueError(
+            f"{self.site}: a mask {what}, and calibration has seen none that does: calibrate with "
+            f"batches that have such masks"
+        )
 
 
 @dataclass(frozen=True)
@@ -61,6 +102,7 @@ class Mask:
         *,
         true_is_masked: bool = False,
         constant: Callable[[Tensor], bool] = lambda mask: False,
+        seen: SeenMasks | None = None,
     ) -> Mask:
         """Join masks, each of booleans or added to the scores.
 
@@ -68,6 +110,7 @@ class Mask:
             masks: Tensors whose shapes broadcast with that of the scores, or None.
             true_is_masked: Whether True stands for a score that does not take part.
             constant: Tells whether a mask belongs to the program.
+            seen: See :func:`parts_of`.
 
         Example:
             >>> mask = Mask.of([torch.tensor([0.0, -1.5, -torch.inf])])
@@ -78,7 +121,7 @@ class Mask:
         keep: Tensor | None = None
         bias: Tensor | None = None
         for mask in present:
-            where, added = parts_of(mask, true_is_masked)
+            where, added = parts_of(mask, true_is_masked, seen)
             keep = where if keep is None else keep if where is None else keep & where
             bias = added if bias is None else bias if added is None else bias + added
         return cls(keep, bias, all(constant(mask) for mask in present))
@@ -119,11 +162,21 @@ def masked_scores(call: Call, query: Tensor, keys: Tensor, mask: Mask) -> Tensor
     return fill(call.child("mask"), scores, keep, mask.constant)
 
 
-def parts_of(mask: Tensor, true_is_masked: bool = False) -> tuple[Tensor | None, Tensor | None]:
-    """Split a mask of any shape into the scores to keep and a bias; None for all and for zeros."""
+def parts_of(
+    mask: Tensor, true_is_masked: bool = False, seen: SeenMasks | None = None
+) -> tuple[Tensor | None, Tensor | None]:
+    """Split a mask into the scores to keep and a bias; None for all and for zeros.
+
+    Args:
+        mask: Booleans, or numbers that are added to scores, any shape.
+        true_is_masked: Whether True stands for a score that does not take part.
+        seen: What calibration has seen, for a mask on a device that nobody may look at.
+    """
     if mask.dtype == torch.bool:
         return ~mask if true_is_masked else mask, None
     keep = mask > ABSENT
+    if seen is not None and not in_memory(mask):
+        return seen.parts(mask, keep)
     everywhere = bool(keep.all())
     bias = mask if everywhere else mask.masked_fill(~keep, 0.0)
     return None if everywhere else keep, bias if bool(bias.any()) else None

@@ -24,6 +24,8 @@ statistics are those of the float weight.
 
 from __future__ import annotations
 
+import math
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -31,16 +33,23 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_nna.elementary import square_root
+from lightning_nna.emulation.arithmetic.on_host import in_memory, on_host
 from lightning_nna.emulation.arithmetic.quantized_weight import (
     SMALLEST_SCALE,
     QuantizedWeight,
     round_significands,
 )
-from lightning_nna.emulation.arithmetic.rescaling import round_fast, rounding_factors
-from lightning_nna.emulation.clipping import clip, inside
+from lightning_nna.emulation.arithmetic.rescaling import (
+    Rescaler,
+    round_fast,
+    rounding_factors,
+    spills,
+)
+from lightning_nna.emulation.clipping import clip, inside, output_in_blocks
 from lightning_nna.emulation.first_order import first_order
 from lightning_nna.emulation.float32_arithmetic import float32_arithmetic
 from lightning_nna.emulation.fusion import FusionCandidate
+from lightning_nna.emulation.kernels import definitions as kernels
 from lightning_nna.emulation.operators.call import Call
 from lightning_nna.emulation.operators.convolution import convolve
 from lightning_nna.emulation.operators.convolution_layout import Geometry
@@ -48,8 +57,10 @@ from lightning_nna.emulation.operators.linear import (
     accumulator_limit,
     holding_bias,
     integer_bias,
+    largest_magnitude,
     needs_exact,
-    settled,
+    overflowed,
+    requantized,
 )
 from lightning_nna.emulation.operators.record import Operator, register_operator
 from lightning_nna.emulation.program import Activation
@@ -80,13 +91,19 @@ def batch_norm(
     values = input if x is None else x.value
     with float32_arithmetic(values):
         mean, variance = _statistics(values, running_mean, running_var, training, momentum)
-        inverse = square_root(variance + eps).reciprocal()
-        y = call.output(lambda: _normalized(values.detach(), mean, inverse, weight, bias))
+
+        def inverse() -> Tensor:
+            return square_root(variance + eps).reciprocal()
+
+        y = call.output(lambda: _normalized(values.detach(), mean, inverse(), weight, bias))
         if folded is not None:
-            result = _Folded.apply(input, weight, bias, mean, inverse, training, folded, y, call)
+            statistics = (mean, variance, eps, training)
+            result = _Folded.apply(input, weight, bias, statistics, folded, y, call)
             return call.with_qparams(result, y)
     assert x is not None, "either the layer before folds, or there is an operand"
-    return _as_convolution(call, x, weight, bias, mean, inverse, y)
+    with float32_arithmetic(values):
+        known = mean, inverse()
+    return _as_convolution(call, x, weight, bias, *known, y)
 
 
 def with_statistics(
@@ -137,8 +154,13 @@ def _statistics(
     if running_mean is not None and running_var is not None:
         count = x.numel() // x.shape[1]
         with torch.no_grad():
-            running_mean.lerp_(mean.detach(), momentum)
-            running_var.lerp_(variance.detach() * (count / max(count - 1, 1)), momentum)
+            unbiased = variance.detach() * (count / max(count - 1, 1))
+            if in_memory(x):
+                running_mean.lerp_(mean.detach(), momentum)
+                running_var.lerp_(unbiased, momentum)
+            else:
+                running, current = [running_mean, running_var], [mean.detach(), unbiased]
+                torch._foreach_lerp_(running, current, momentum)
     return mean, variance
 
 
@@ -161,24 +183,32 @@ class _Folded(torch.autograd.Function):
         x: Tensor,
         weight: Tensor | None,
         bias: Tensor | None,
-        mean: Tensor,
-        inverse: Tensor,
-        training: bool,
+        statistics: tuple[Tensor, Tensor, float, bool],
         layer: FusionCandidate,
         y: QParams,
         call: Call,
     ) -> Tensor:
-        factor = inverse.detach() if weight is None else inverse.detach() * weight.detach()
-        offset = -mean.detach() if layer.bias is None else layer.bias.detach() - mean.detach()
-        shift = offset * factor if bias is None else bias.detach() + offset * factor
-        folded = _folded(call, layer, factor, shift)
-        rounded = _output(call, layer, x.detach(), shift, folded, y)
-        centered, clipped = clip(rounded, y, any(ctx.needs_input_grad))
-        result = centered.mul_(y.scale)
+        mean, variance, eps, training = statistics
+        mean, variance = mean.detach(), variance.detach()
+        keep = any(ctx.needs_input_grad)
+        clipped: Tensor | None
+        if not in_memory(x):
+            quantized, shift, inverse = _folded_on_device(
+                call, layer, mean, variance, weight, bias, eps
+            )
+            result, clipped = _on_device(call, layer, shift, quantized, y)
+        else:
+            inverse = square_root(variance + eps).reciprocal()
+            factor = inverse if weight is None else inverse * weight.detach()
+            offset = -mean if layer.bias is None else layer.bias.detach() - mean
+            shift = offset * factor if bias is None else bias.detach() + offset * factor
+            folded = _folded(call, layer, factor, shift)
+            quantized = folded.weight
+            result, clipped = _output(call, layer, x.detach(), shift, folded, y, keep)
         if call.recording:
-            layer.record(call, folded.weight, shift, Activation(result, y))
+            layer.record(call, quantized, shift, Activation(result, y))
         ctx.training, ctx.has_bias = training, bias is not None
-        ctx.save_for_backward(x, weight, mean.detach(), inverse.detach(), clipped)
+        ctx.save_for_backward(x, weight, mean, inverse, clipped)
         return result
 
     @staticmethod
@@ -188,7 +218,7 @@ class _Folded(torch.autograd.Function):
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         with float32_arithmetic(grad):
             # In evaluation the kernel takes the running statistics; the inverse is that of var + 0.
-            running = (mean, inverse.square().reciprocal())
+            running = (None, None) if ctx.training else (mean, inverse.square().reciprocal())
             grads = torch.ops.aten.native_batch_norm_backward(
                 inside(grad, clipped),
                 x,
@@ -201,7 +231,7 @@ class _Folded(torch.autograd.Function):
                 [needs_x, needs_weight, needs_bias],
             )
         wanted = zip(grads, (needs_x, needs_weight, needs_bias), strict=True)
-        return *(gradient if need else None for gradient, need in wanted), *(None,) * 6
+        return *(gradient if need else None for gradient, need in wanted), *(None,) * 4
 
 
 class _FoldedWeight(NamedTuple):
@@ -238,8 +268,9 @@ def _output(
     shift: Tensor,
     folded: _FoldedWeight,
     y: QParams,
-) -> Tensor:
-    """The rounded output in units of its scale, from the layer's sums or its result.
+    keep: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """The output, from the layer's sums or its result, and the second value of :func:`.clip`.
 
     Where the integers are not those that the sums were formed with, they are formed once more.
     """
@@ -248,25 +279,92 @@ def _output(
     biases = integer_bias(shift, scales, call.state.spec.bias_width(bits))
     signs = folded.signs
     if layer.exact or not folded.same_integers or needs_exact(call, layer.x, folded.weight, y):
-        if layer.exact and folded.same_integers:
-            total = layer.sums.double() * signs.double().view(shape)
-        else:
-            total = layer.sums_of(folded.weight).double()
-        total += biases.view(shape)
-        largest = layer.weight.largest_sum() * layer.x.qparams.largest
-        largest += float(biases.abs().max())
+        same_sums = layer.exact and folded.same_integers
+        sums = layer.sums if same_sums else layer.sums_of(folded.weight)
+        # Most often no channel is negated.
+        negates = same_sums and not (on_host(signs) and bool((signs.numpy() == 1).all()))
         factors, limit = (scales / y.scale).view(shape), accumulator_limit(call, bits)
-        return settled(
-            call, total, factors, y, largest=largest, limit=limit, rounding=layer.rounding
+        largest = layer.weight.largest_sum() * layer.x.qparams.largest + largest_magnitude(biases)
+        settle, bound, rounding = None, min(largest, limit), layer.rounding
+        if largest >= limit or spills(factors, rounding=rounding, largest=bound):
+            settle = partial(
+                overflowed, call, largest=largest, limit=limit, factors=factors, rounding=rounding
+            )
+        rescaler = Rescaler(
+            factors,
+            rounding=rounding,
+            largest=bound,
+            offset=biases.view(shape),
+            settle=settle,
+            zero_point=y.zero_point,
         )
+
+        def exactly(samples: Tensor) -> Tensor:
+            total = samples.to(torch.float64, copy=True)
+            return rescaler(total.mul_(signs.view(shape)) if negates else total)
+
+        if settle is None:
+            return output_in_blocks(sums, exactly, y, keep=keep)
+        # Sums that overflow are counted all at once.
+        centered, clipped = clip(exactly(sums), y, keep)
+        return centered.mul_(y.scale), clipped
     first, second = rounding_factors(scales / y.scale, rounding=layer.rounding)
     first = first.to(result.device)
     to_units = signs * first / (layer.x.qparams.scale * layer.weight.scales)
     constant = (biases * first).float()
     if layer.bias is not None:
         constant -= layer.bias.detach() * to_units
-    scaled = torch.addcmul(constant.view(shape), result, to_units.view(shape))
-    return round_fast(scaled, None if second is None else second.view(shape))
+    constant, to_units = constant.view(shape), to_units.view(shape)
+    second = None if second is None else second.view(shape)
+
+    def quickly(samples: Tensor) -> Tensor:
+        return round_fast(torch.addcmul(constant, samples, to_units), second)
+
+    return output_in_blocks(result, quickly, y, keep=keep)
+
+
+def _folded_on_device(
+    call: Call,
+    layer: FusionCandidate,
+    mean: Tensor,
+    variance: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+) -> tuple[QuantizedWeight, Tensor, Tensor]:
+    """The folded weight, its bias, and one over the root of the variance, in two launches."""
+    plain, parameters = layer.weight, (layer.bias, mean, variance, weight, bias)
+    stored, scales, shift, inverse = kernels.fold_batch_norm(
+        plain.stored,
+        plain.scales,
+        *(None if x is None else x.detach() for x in parameters),  # type: ignore[arg-type]
+        eps=eps,
+    )
+    folded = holding_bias(call, QuantizedWeight(stored, scales), shift, layer.x.qparams)
+    return folded, shift, inverse
+
+
+def _on_device(
+    call: Call, layer: FusionCandidate, shift: Tensor, folded: QuantizedWeight, y: QParams
+) -> tuple[Tensor, Tensor]:
+    """The output and a mask of what was clipped, of the layer's shape.
+
+    Whether a scale has grown, and integers with it, nobody knows: the sums are formed once more.
+    """
+    sums, x = layer.sums_of(folded), layer.x.qparams
+    return requantized(
+        call,
+        sums,
+        y,
+        bits=x.bits,
+        scale_before=x.scale,
+        scale_after=y.scale,
+        largest=folded.bound * x.largest,
+        rounding=layer.rounding,
+        scales=folded.scales,
+        bias=shift,
+        inner=math.prod(sums.shape[2:]),
+    )
 
 
 def _as_convolution(

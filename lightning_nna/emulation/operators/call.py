@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_nna.emulation.arithmetic.on_host import on_host
+from lightning_nna.emulation.arithmetic.deferred_checks import DEFERRED
+from lightning_nna.emulation.arithmetic.on_host import in_memory, on_host
 from lightning_nna.emulation.arithmetic.quantized_weight import QuantizedWeight, quantize_weight
 from lightning_nna.emulation.arithmetic.rescaling import (
     rescale,
@@ -19,8 +20,10 @@ from lightning_nna.emulation.arithmetic.rescaling import (
     round_half_away,
     spills,
 )
-from lightning_nna.emulation.clipping import clip, inside
+from lightning_nna.emulation.clipping import clip, inside, requantize_on_device
 from lightning_nna.emulation.float32_arithmetic import float32_arithmetic
+from lightning_nna.emulation.kernels import definitions as kernels
+from lightning_nna.emulation.parameter_numbers import magnitude
 from lightning_nna.emulation.program import SCHEMA_TYPES, Activation, Instruction, Stored
 from lightning_nna.emulation.ranges import (
     PENDING,
@@ -33,6 +36,7 @@ from lightning_nna.emulation.ranges import (
 )
 from lightning_nna.emulation.runtime_kernels import reason_against_kernel
 from lightning_nna.emulation.state import EmulationState
+from lightning_nna.emulation.telemetry import Telemetry
 
 
 class UnsupportedError(Exception):
@@ -55,6 +59,7 @@ class Call:
         bits: Width of the activations of this operator.
         min_value: What the output's grid reaches down to, if its range does not.
         recorder: Receives every instruction that runs in exact fidelity, where somebody listens.
+        telemetry: Receives the metrics of the site, where somebody samples them.
     """
 
     state: EmulationState
@@ -64,6 +69,7 @@ class Call:
     bits: int = 8
     min_value: float = 0.0
     recorder: Callable[[Instruction], None] | None = None
+    telemetry: Telemetry | None = None
 
     def child(self, name: str, bits: int | None = None) -> Call:
         """One instruction of a composite, with ranges and perhaps a width of its own."""
@@ -86,8 +92,9 @@ class Call:
             self.state.fusion.note_consumer(x, self.site)
             x = x if x.dtype == torch.float32 else x.float()  # After a detour through float64.
             # The ReLU's backward takes care of what was clipped for it, and no other.
-            tag = replace(tag, fused_relu=False) if tag.fused_relu else tag
-            return self._of_width(Activation(x, tag))
+            tag = tag.without_relu if tag.fused_relu else tag
+            operand = Activation(x, tag)
+            return operand if tag.bits == self.bits else self._of_width(operand)
         if self.state.constants.in_program(x):
             return self.constant(x)
         if x.dtype == torch.bool:
@@ -128,21 +135,22 @@ class Call:
 
     def output(self, compute: Callable[[], Tensor], name: str = "output") -> QParams:
         """Parameters of the result; ``compute`` returns it in float, any shape, for a new site."""
-        key = f"{self.site}/{name}"
-        if key not in self.state.ranges:
+        key, ranges = f"{self.site}/{name}", self.state.ranges.ranges
+        if key not in ranges:
             frozen = self._frozen(key, compute())
-            if key not in self.state.ranges:
+            if key not in ranges:
                 return frozen
         grid = self._grid(key, self.min_value)
         if name == "output" and self.site in self.state.fusion.fused_relu:
-            return replace(grid, fused_relu=True)
+            return grid.with_relu
         return grid
 
     def with_qparams(self, result: Tensor, qparams: QParams) -> Tensor:
         """Let the result, of any shape, carry its parameters."""
-        self.state.set_qparams(result, qparams)
+        state = self.state
+        state.set_qparams(result, qparams)
         if qparams.fused_relu:
-            self.state.fusion.note_fused_output(result, self.site)
+            state.fusion.note_fused_output(result, self.site)
         return result
 
     def viewed(self, view: Tensor, of: Tensor) -> Tensor:
@@ -201,7 +209,12 @@ class Call:
         """Quantize a tensor of the program, of any shape, symmetrically by its own values."""
         if self.observing:
             return Activation(x, PENDING, constant=True)
-        return _constant(x, self.bits, self.state.spec.power_of_two_scales)
+        largest = self.magnitude(x)
+        return _constant(x, largest, self.bits, self.state.spec.power_of_two_scales)
+
+    def magnitude(self, x: Tensor) -> float:
+        """Return the largest absolute value of a constant of any shape."""
+        return float(magnitude(x)) if in_memory(x) else self.state.numbers.read(x, magnitude)
 
     @property
     def recording(self) -> bool:
@@ -245,7 +258,7 @@ class Call:
         Narrowing has no range of its own: the 8-bit grid covers what the 16-bit one does. Where
         more is known of the range, requantize explicitly.
         """
-        if x.qparams == PENDING or x.qparams.bits == self.bits:
+        if x.qparams is PENDING or x.qparams.bits == self.bits:
             return x
         if self.bits == 16:
             widened = Activation(x.value, x.qparams.widened(), x.constant)
@@ -314,14 +327,13 @@ class Call:
         return self._grid(key)
 
     def _grid(self, key: str, min_value: float = 0.0) -> QParams:
-        observed = self.state.ranges[key]
-        grid = affine_qparams(
-            min(observed.minimum, min_value),
-            observed.maximum,
-            bits=self.bits,
-            power_of_two=self.state.spec.power_of_two_scales,
-        )
-        return grid if min_value else self.state.scales.output_qparams(key, grid)
+        state = self.state
+        observed, power_of_two = state.ranges.ranges[key], state.spec.power_of_two_scales
+        minimum = min(observed.minimum, min_value)
+        grid = affine_qparams(minimum, observed.maximum, bits=self.bits, power_of_two=power_of_two)
+        if min_value or not state.scales.activations:
+            return grid
+        return state.scales.output_qparams(key, grid)
 
     def _scalar(self, x: float) -> Activation:
         """A Python number as a constant of one element."""
@@ -334,9 +346,8 @@ class Call:
         self.record("QUANTIZE", [source], [result.stored()])
 
 
-def _constant(x: Tensor, bits: int, power_of_two: bool) -> Activation:
-    magnitude = float(x.detach().abs().max()) if x.numel() else 0.0
-    qparams = symmetric_qparams(magnitude, bits=bits, power_of_two=power_of_two)
+def _constant(x: Tensor, largest: float, bits: int, power_of_two: bool) -> Activation:
+    qparams = symmetric_qparams(largest, bits=bits, power_of_two=power_of_two)
     with float32_arithmetic(x):
         return Activation(quantize(x, qparams), qparams, constant=True)
 
@@ -345,7 +356,8 @@ def _constant(x: Tensor, bits: int, power_of_two: bool) -> Activation:
 def _number(x: float, bits: int, power_of_two: bool) -> Activation:
     # Kept for training, whoever asks first.
     with torch.inference_mode(False):
-        return _constant(torch.tensor(x, dtype=torch.float32), bits, power_of_two)
+        number = torch.tensor(x, dtype=torch.float32)
+        return _constant(number, float(number.abs()), bits, power_of_two)
 
 
 def stored_bytes(value: Tensor, qparams: QParams) -> Tensor:
@@ -408,6 +420,8 @@ class _Quantize(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, qparams: QParams, key: str) -> Tensor:
+        if not in_memory(x):
+            return _quantize_on_device(ctx, x, qparams, key)
         # LiteRT's quantize divides in float32 and rounds ties away from zero.
         scaled = x.detach().float() / qparams.scale
         low, high = (float(x) for x in torch.aminmax(scaled)) if scaled.numel() else (0.0, 0.0)
@@ -429,6 +443,16 @@ class _Quantize(torch.autograd.Function):
             return inside(grad, clipped), None, None
 
 
+def _quantize_on_device(ctx: Any, x: Tensor, qparams: QParams, key: str) -> Tensor:
+    low, high = qparams.bounds
+    values, clipped, is_finite = kernels.quantize(
+        x.detach(), scale=qparams.scale, low=low, high=high, fused_relu=qparams.fused_relu
+    )
+    DEFERRED.require(is_finite, FloatingPointError(not_finite(key)))
+    ctx.save_for_backward(clipped)
+    return values
+
+
 class _Requantize(torch.autograd.Function):
     """The same value on another grid."""
 
@@ -437,6 +461,13 @@ class _Requantize(torch.autograd.Function):
         factor = activation.qparams.scale / y.scale
         rounding = call.state.spec.rounding_of("double")
         integers = activation.integers()
+        clipped: Tensor | None
+        if not in_memory(x):
+            values, clipped = requantize_on_device(
+                integers, y, rounding=rounding, scale_before=factor
+            )
+            ctx.save_for_backward(clipped)
+            return values
         largest = float(activation.qparams.largest)
         if call.exact or spills(factor, rounding=rounding, largest=largest):
             rounded = rescale(

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -134,8 +135,7 @@ def clamped(call: Call, input: Tensor, low: float, high: float) -> Tensor:
             call.state.fusion.note_relu(x.value, high)
         return call.unchanged(_clamp(x.value, low, high), x)
     x = _reaching(call, x, low, high)
-    ends = _nearest(low, x.qparams), _nearest(high, x.qparams)
-    first, last = (end * x.qparams.scale for end in ends)
+    first, last = _ends(low, high, x.qparams)
     with float32_arithmetic(x.value):
         result = _clamp(x.value, first, last)
     if call.recording:
@@ -154,14 +154,21 @@ def _clamp(x: Tensor, low: float, high: float) -> Tensor:
 
 def _reaching(call: Call, x: Activation, low: float, high: float) -> Activation:
     """The operand; requantized where its range lies on the other side of a bound altogether."""
-    lowest, highest = (bound * x.qparams.scale for bound in x.qparams.bounds)
+    qparams = x.qparams
+    lowest, highest = qparams.bounds[0] * qparams.scale, qparams.bounds[1] * qparams.scale
     if low <= highest and high >= lowest:
-        has_new = any(bound and lowest < bound < highest for bound in (low, high))
+        has_new = (low and lowest < low < highest) or (high and lowest < high < highest)
         return with_any_integer(call, x) if has_new else x
     bound = low if low > highest else high
     power_of_two = call.state.spec.power_of_two_scales
     y = affine_qparams(min(bound, 0.0), max(bound, 0.0), bits=call.bits, power_of_two=power_of_two)
     return Activation(requantize(call, x, y), y)
+
+
+@lru_cache(maxsize=1024)
+def _ends(low: float, high: float, x: QParams) -> tuple[float, float]:
+    """Bounds rounded to values that integers stand for."""
+    return _nearest(low, x) * x.scale, _nearest(high, x) * x.scale
 
 
 def _nearest(bound: float, x: QParams) -> float:

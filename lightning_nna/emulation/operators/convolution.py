@@ -11,6 +11,7 @@ else a ``PAD`` before a convolution without padding.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -21,6 +22,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lightning_nna.emulation.arithmetic.integer_products import FLOAT32_INTEGERS
+from lightning_nna.emulation.arithmetic.on_host import in_memory
 from lightning_nna.emulation.arithmetic.quantized_weight import (
     SECOND_AXIS,
     QuantizedWeight,
@@ -31,6 +33,7 @@ from lightning_nna.emulation.clipping import clip, inside
 from lightning_nna.emulation.first_order import first_order
 from lightning_nna.emulation.float32_arithmetic import float32_arithmetic
 from lightning_nna.emulation.fusion import FusionCandidate
+from lightning_nna.emulation.kernels import definitions as kernels
 from lightning_nna.emulation.operators.call import Call
 from lightning_nna.emulation.operators.convolution_layout import Geometry, record_convolution
 from lightning_nna.emulation.operators.linear import (
@@ -39,6 +42,7 @@ from lightning_nna.emulation.operators.linear import (
     integer_bias,
     largest_magnitude,
     needs_exact,
+    requantized,
     settled,
 )
 from lightning_nna.emulation.operators.record import Kernel, Operator, register_operator
@@ -123,12 +127,16 @@ def _waiting(
         padded = x
         if any(geometry.rest):
             padded = replace(x, value=F.pad(x.value, geometry.rest))
-        arguments = (padded, quantized, geometry, call)
         trained = call.state.trainable(weight, rows)
+        # On a device the sums are formed twice.
+        integers = None if in_memory(x.value) else padded.integers()
+        arguments = (padded, integers, quantized, geometry, call)
         result, sums = _Sums.apply(padded.value, trained, bias, *arguments)
 
     def sums_of(other: QuantizedWeight) -> Tensor:
-        return _accumulate(padded, other, geometry, other.largest_sum() * x.qparams.largest)
+        largest = other.largest_sum() * x.qparams.largest
+        own = padded.integers() if integers is None else integers
+        return _accumulate(own, other, geometry, largest)
 
     def record(at: Call, folded: QuantizedWeight, shift: Tensor, y: Activation) -> None:
         _record(at, x, shift, folded, geometry, y)
@@ -235,6 +243,7 @@ class _Sums(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         activation: Activation,
+        integers: Tensor | None,
         quantized: QuantizedWeight,
         geometry: Geometry,
         call: Call,
@@ -246,12 +255,22 @@ class _Sums(torch.autograd.Function):
             ctx.mark_non_differentiable(sums := result.new_empty(0))
             return result, sums
         largest = quantized.largest_sum() * activation.qparams.largest
-        sums = _accumulate(activation, quantized, geometry, largest)
+        own = activation.integers() if integers is None else integers
+        sums = _accumulate(own, quantized, geometry, largest)
+        ctx.mark_non_differentiable(sums)
+        if not in_memory(x):
+            result = kernels.dequantize(
+                sums,
+                quantized.scales,
+                None if bias is None else bias.detach(),
+                scale=activation.qparams.scale,
+                inner=math.prod(sums.shape[2:]),
+            )
+            return result, sums
         scales = _per_channel(activation.qparams.scale * quantized.scales, sums)
         result = (sums * scales).float()
         if bias is not None:
             result += _per_channel(bias.detach(), sums)
-        ctx.mark_non_differentiable(sums)
         return result, sums
 
     @staticmethod
@@ -262,7 +281,7 @@ class _Sums(torch.autograd.Function):
             grads = _gradients(
                 grad, x, values_of(stored, scales), ctx.geometry, ctx.needs_input_grad[:3]
             )
-        return *grads, None, None, None, None
+        return *grads, None, None, None, None, None
 
 
 class _Convolution(torch.autograd.Function):
@@ -281,14 +300,19 @@ class _Convolution(torch.autograd.Function):
         call: Call,
     ) -> Tensor:
         needs_grad = any(ctx.needs_input_grad)
-        exact = needs_exact(call, activation, quantized, y)
-        compute = _exact_output if exact else _fast_output
-        rounded = compute(call, activation, quantized, bias, geometry, y)
-        centered, clipped = clip(rounded, y, needs_grad)
+        clipped: Tensor | None
+        if not in_memory(x):
+            result, clipped = _on_device(call, activation, quantized, bias, geometry, y)
+        else:
+            exact = needs_exact(call, activation, quantized, y)
+            compute = _exact_output if exact else _fast_output
+            rounded = compute(call, activation, quantized, bias, geometry, y)
+            centered, clipped = clip(rounded, y, needs_grad)
+            result = centered.mul_(y.scale)
         if needs_grad:
             ctx.geometry = geometry
             ctx.save_for_backward(x, quantized.stored, quantized.scales, clipped)
-        return centered.mul_(y.scale)
+        return result
 
     @staticmethod
     @first_order("convolution")
@@ -320,6 +344,32 @@ def _gradients(
     return gradients
 
 
+def _on_device(
+    call: Call,
+    x: Activation,
+    weight: QuantizedWeight,
+    bias: Tensor | None,
+    geometry: Geometry,
+    y: QParams,
+) -> tuple[Tensor, Tensor]:
+    """The output and a mask of what was clipped, of the convolution's shape."""
+    largest = weight.bound * x.qparams.largest
+    sums = _accumulate(x.integers(), weight, geometry, largest)
+    return requantized(
+        call,
+        sums,
+        y,
+        bits=x.qparams.bits,
+        scale_before=x.qparams.scale,
+        scale_after=y.scale,
+        largest=largest,
+        rounding=_rounding(call, x),
+        scales=weight.scales,
+        bias=bias,
+        inner=math.prod(sums.shape[2:]),
+    )
+
+
 def _exact_output(
     call: Call,
     x: Activation,
@@ -331,7 +381,7 @@ def _exact_output(
     """The rounded output in units of its scale, float64: as the reference kernel computes it."""
     bits, rounding = x.qparams.bits, _rounding(call, x)
     largest = weight.largest_sum() * x.qparams.largest
-    accumulator = _accumulate(x, weight, geometry, largest)
+    accumulator = _accumulate(x.integers(), weight, geometry, largest)
     scales = x.qparams.scale * weight.scales.double()
     if bias is not None:
         biases = integer_bias(bias, scales, call.state.spec.bias_width(bits))
@@ -342,14 +392,13 @@ def _exact_output(
 
 
 def _accumulate(
-    x: Activation, weight: QuantizedWeight, geometry: Geometry, largest: float
+    integers: Tensor, weight: QuantizedWeight, geometry: Geometry, largest: float
 ) -> Float[Tensor, "batch channels *axes"]:
     """Sums of products of integers, exact.
 
     float64 convolutions have no good kernel on a CPU: the bytes of 16-bit inputs are convolved
     apart, as long as each of the sums stays in float32.
     """
-    integers = x.integers()
     # The transforms that cuDNN may choose leave the integers.
     with torch.backends.cudnn.flags(enabled=False, allow_tf32=False):
         if largest < FLOAT32_INTEGERS:
@@ -359,7 +408,7 @@ def _accumulate(
             low = integers - high * 2.0**8
             upper = _sums(high, weight.integers, None, geometry).double().mul_(2.0**8)
             return upper.add_(_sums(low, weight.integers, None, geometry))
-        return _sums(integers.double(), weight.integers.double(), None, geometry)
+        return _sums(integers.double(), weight.stored.double(), None, geometry)
 
 
 def _sums(x: Tensor, weight: Tensor, bias: Tensor | None, at: Geometry) -> Tensor:

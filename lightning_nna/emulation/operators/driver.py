@@ -51,6 +51,8 @@ def run(operator: Operator, call: Call, args: tuple[Any, ...], kwargs: dict[str,
     if operator.emulate is not None:
         return operator.emulate(call, *args, **kwargs)
     assert operator.float is not None
+    if not kwargs and len(args) == len(operator.operands) and _takes_operands_first(operator):
+        return drive(operator, call, *args)
     names = _names_of_arguments(operator.float, operator.operands)
     if len(args) > len(names):
         raise TypeError(f"{operator.name} takes {len(names)} arguments at most, got {len(args)}")
@@ -75,7 +77,11 @@ def drive(operator: Operator, call: Call, *operands: Tensor | float, **parameter
     Returns:
         The result, float32, of the shape that ``float`` gives, with its quantization parameters.
     """
-    operator = _form_of(operator, call)
+    forms, key = call.state.forms, (id(operator), call.bits)
+    if key not in forms:
+        # The operator itself is kept, too, so that its id is not used again.
+        forms[key] = operator, _form_of(operator, call)
+    operator = forms[key][1]
     function = operator.float
     assert function is not None
     assert len(operands) == len(operator.operands)
@@ -94,8 +100,12 @@ def drive(operator: Operator, call: Call, *operands: Tensor | float, **parameter
             y = operator.output_of(call, activations, y)
     else:
         y = operator.output[first.qparams.bits]
+    has_backward = torch.is_grad_enabled() and any(x.requires_grad for x in values)
     with float32_arithmetic(first.value):
-        result = _Driven.apply((operator, activations, parameters, y, call), *values)
+        if has_backward:
+            result = _Driven.apply((operator, activations, parameters, y, call), *values)
+        else:
+            result, _ = _computed(operator, activations, parameters, y, call, needs_mask=False)
     if call.recording:
         instructions = operator.instructions or _one_instruction
         instructions(operator, call, activations, Activation(result, y), **parameters)
@@ -121,7 +131,7 @@ def table(integers: Callable[..., Tensor]) -> Callable[..., LookedUp]:
 
     def looked_up(x: Activation, *, y: QParams, call: Call, **parameters: Any) -> LookedUp:
         known = entries(x.qparams, y, tuple(parameters.items()))
-        return LookedUp(known, x.integers().sub_(x.qparams.bounds[0]).int())
+        return LookedUp(known, (x,))
 
     return looked_up
 
@@ -186,6 +196,29 @@ def _operand(operator: Operator, call: Call, x: Tensor | float, name: str) -> Ac
     return (call if bits is None else replace(call, bits=bits)).operand(x, name)
 
 
+def _computed(
+    operator: Operator,
+    activations: tuple[Activation, ...],
+    parameters: dict[str, Any],
+    y: QParams,
+    call: Call,
+    needs_mask: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """The result on ``y``, and the second value of :func:`.clip`."""
+    assert operator.float is not None
+    assert operator.integers is not None
+    if call.exact or operator.output is None or y.bits != 8:
+        rounded = operator.integers(*activations, y=y, call=call, **parameters)
+    else:
+        # The same values but where the function falls on a tie: no gather, half the time.
+        values = (activation.value.detach() for activation in activations)
+        rounded = operator.float(*values, **parameters).mul_(1 / y.scale).round_()
+    if isinstance(rounded, LookedUp):
+        return rounded.clipped(y, needs_mask)
+    centered, clipped = clip(rounded, y, needs_mask)
+    return centered.mul_(y.scale), clipped
+
+
 class _Driven(torch.autograd.Function):
     """Integers forward; backward the operator's gradient where nothing was clipped."""
 
@@ -196,21 +229,8 @@ class _Driven(torch.autograd.Function):
         *values: Tensor,
     ) -> Tensor:
         operator, activations, parameters, y, call = what
-        assert operator.float is not None
-        assert operator.integers is not None
-        is_fixed = operator.output is not None
-        if call.exact or not is_fixed or y.bits != 8:
-            rounded = operator.integers(*activations, y=y, call=call, **parameters)
-        else:
-            # The same values but where the function falls on a tie: no gather, half the time.
-            floats = operator.float(*(value.detach() for value in values), **parameters)
-            rounded = floats.mul_(1 / y.scale).round_()
-        needs_mask = not is_fixed and any(ctx.needs_input_grad)
-        if isinstance(rounded, LookedUp):
-            result, clipped = rounded.clipped(y, needs_mask)
-        else:
-            centered, clipped = clip(rounded, y, needs_mask)
-            result = centered.mul_(y.scale)
+        needs_mask = operator.output is None and any(ctx.needs_input_grad)
+        result, clipped = _computed(operator, activations, parameters, y, call, needs_mask)
         ctx.operator, ctx.parameters = operator, parameters
         ctx.shapes = [value.shape for value in values]
         saved: Sequence[Tensor | None] = ()
@@ -286,6 +306,13 @@ def _one_instruction(
     stored = [operand.stored() for operand in operands]
     options = operator.options(**parameters)
     call.record(operator.litert[0].name, stored, [result.stored()], **options)
+
+
+def _takes_operands_first(operator: Operator) -> bool:
+    """Tell whether the first arguments of the torch function are the operands in their order."""
+    assert operator.float is not None
+    names = _names_of_arguments(operator.float, operator.operands)
+    return names[: len(operator.operands)] == operator.operands
 
 
 @lru_cache(maxsize=256)

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from lightning_nna.emulation.arithmetic.fixed_point import INT32_MAX
+from lightning_nna.emulation.arithmetic.on_host import in_memory
 from lightning_nna.emulation.arithmetic.rescaling import (
     RoundingKind,
     rescale,
@@ -76,11 +77,13 @@ def _integers(
 ) -> Tensor | LookedUp:
     """Integers of a sum, difference or product with broadcasting."""
     spec = call.state.spec
+    learns = call.state.scales.learns_outputs
+    has_table = y.bits == 8 and not learns and _has_table(a) and _has_table(b)
+    # On a device a look-up is one launch, less than the arithmetic of fast fidelity.
+    if has_table and (call.exact or not in_memory(a.value)):
+        return _look_up(kind, a, b, y, spec)
     if not call.exact and not _spills(kind, a.qparams, b.qparams, y, spec):
         return _fast(kind, a, b, y, spec)
-    learns = call.state.scales.learns_outputs
-    if not learns and all(map(_has_table, (a, b))) and y.bits == 8:
-        return _look_up(kind, a, b, y, spec)
     grids = (a.qparams, b.qparams, y)
     return pairwise(kind, a.integers(), b.integers(), grids, spec)
 
@@ -109,9 +112,7 @@ def _spills(kind: Kind, a: QParams, b: QParams, y: QParams, spec: NNASpec) -> bo
 
 def _look_up(kind: Kind, a: Activation, b: Activation, y: QParams, spec: NNASpec) -> LookedUp:
     """The result of every pair, from a table of 65536."""
-    first, second = a.qparams.bounds[0], b.qparams.bounds[0]
-    index = torch.add(b.integers(), a.integers(), alpha=256).sub_(256 * first + second).int()
-    return LookedUp(_table(kind, a.qparams, b.qparams, y, spec), index)
+    return LookedUp(_table(kind, a.qparams, b.qparams, y, spec), (a, b))
 
 
 def _has_table(x: Activation) -> bool:

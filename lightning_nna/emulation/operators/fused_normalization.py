@@ -16,6 +16,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from lightning_nna.emulation.arithmetic.device_tables import on_device_of
 from lightning_nna.emulation.arithmetic.fixed_point import INT32_MAX
 from lightning_nna.emulation.arithmetic.integer_roots import inverse_roots
 from lightning_nna.emulation.arithmetic.interpolated_tables import (
@@ -23,15 +24,17 @@ from lightning_nna.emulation.arithmetic.interpolated_tables import (
     interpolation_table,
     inverse_square_root,
 )
-from lightning_nna.emulation.arithmetic.on_host import on_host
+from lightning_nna.emulation.arithmetic.on_host import in_memory, on_host
 from lightning_nna.emulation.arithmetic.rescaling import RoundingKind, prepared
 from lightning_nna.emulation.clipping import Clipped
+from lightning_nna.emulation.kernels import definitions as kernels
 from lightning_nna.emulation.operators.call import Call
 from lightning_nna.emulation.operators.elementwise import LEFT_SHIFT, grid_of_sum, product_factor
-from lightning_nna.emulation.operators.reduction import average, mean_grid
+from lightning_nna.emulation.operators.reduction import average, mean_grid, mean_multiplier
 from lightning_nna.emulation.operators.tables import look_up
 from lightning_nna.emulation.program import Activation
 from lightning_nna.emulation.ranges import QParams, not_finite, symmetric_qparams
+from lightning_nna.emulation.spec import NNASpec
 
 #: Steps of the variance's grid that a straight line of the table cannot follow: two segments.
 BLIND_STEPS = 256
@@ -119,6 +122,9 @@ def fused(
         centered: Whether the mean is taken off.
     """
     columns = math.prod(x.value.shape[x.value.dim() - len(axes) :])
+    # A sum of more integers may overflow, which is counted between the instructions.
+    if not in_memory(x.value) and columns < 2**16:
+        return _on_device(call, x, weight, bias, columns, eps, gains, centered)
     if not call.exact:
         return _in_float32(call, x, weight, bias, columns, eps, gains, centered)
     wide = call.child("wide", bits=16)
@@ -160,19 +166,154 @@ def spreads_widely(call: Call) -> bool:
 
 def inverse_root(call: Call, v: Tensor, grid: QParams) -> tuple[Tensor, QParams]:
     """RSQRT of 16-bit integers that are not negative: integers, float32, and their grid."""
-    spec = call.state.spec
+    table, y = _table_of_roots(call.state.spec, grid)
+    if table.is_floating_point():
+        return look_up(on_device_of(v, table), v.int()).clamp_max_(y.bounds[1]), y
+    return interpolate(table, v.long()).float(), y
+
+
+def _table_of_roots(spec: NNASpec, grid: QParams) -> tuple[Tensor, QParams]:
+    """The table of RSQRT for an input's grid: all results, float32, or ends of segments, int64."""
     largest = 1 / math.sqrt(BLIND_STEPS * grid.scale)
     y = symmetric_qparams(largest, bits=16, power_of_two=spec.power_of_two_scales)
     if spec.runtime == "tflm":
-        entries = inverse_roots(grid.bounds[1], grid.scale, y.scale).to(v.device)
-        return look_up(entries, v.int()).clamp_max_(y.bounds[1]), y
-    table = _inverse_table(grid.scale, y.scale, spec.table_entries or 512)
-    return interpolate(table, v.long()).float(), y
+        return inverse_roots(grid.bounds[1], grid.scale, y.scale), y
+    return _inverse_table(grid.scale, y.scale, spec.table_entries or 512), y
 
 
 @lru_cache(maxsize=256)
 def _inverse_table(input_scale: float, output_scale: float, segments: int) -> Tensor:
     return interpolation_table(inverse_square_root, input_scale, output_scale, segments=segments)
+
+
+def _on_device(
+    call: Call,
+    x: Activation,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    columns: int,
+    eps: float,
+    gains: Gains,
+    centered: bool,
+) -> tuple[Tensor, QParams, Tensor | None]:
+    """The same in one launch, exact in fast fidelity, too."""
+    row = _RowFactors(call.child("wide", bits=16), x.qparams.widened(), columns)
+    if centered:
+        row.center()
+    row.normalize(row.call, eps)
+    if varies_widely(row.call):
+        row.normalize(row.call.child("again"), 0.0)
+    of_gain = () if weight is None else row.gain(weight)
+    of_shift = () if bias is None else row.shift(bias)
+    y = grid_of(call)
+    factors = kernels.Normalization(
+        scale=x.qparams.widened().scale,
+        rounding=call.state.spec.rounding_of("double"),
+        means=row.means,
+        center=row.of_center,
+        normalize=row.of_normalize,
+        epsilon=row.of_epsilon,
+        gain=of_gain,
+        shift=of_shift,
+        output=() if row.grid == y else (row.grid.scale / y.scale,),
+    )
+    low, high = y.bounds
+    values, clipped = kernels.normalize_rows(
+        x.value.detach().reshape(-1, columns),
+        None if weight is None else weight.detach().flatten(),
+        None if bias is None else bias.detach().flatten(),
+        [on_device_of(x.value, table) for table in row.tables],
+        factors,
+        groups=gains.groups,
+        channels=gains.channels or columns,
+        low=low,
+        high=high,
+        out_scale=y.scale,
+        fused_relu=y.fused_relu,
+    )
+    return values.view(x.value.shape), y, clipped
+
+
+class _RowFactors:
+    """Factors of the instructions that a row goes through, for :class:`.Normalization`."""
+
+    def __init__(self, call: Call, entered: QParams, columns: int) -> None:
+        self.call, self.grid, self.columns = call, entered, columns
+        self.tables: list[Tensor] = []
+        self.means: list[int] = []
+        self.of_center: tuple[float, ...] = ()
+        self.of_epsilon: tuple[float, ...] = ()
+        self.of_normalize: list[float] = []
+
+    def center(self) -> None:
+        """Take the mean off."""
+        factor, mean = self._mean(self.call.child("mean"), self.grid)
+        y = grid_of_sum(self.grid, mean, grid_of(self.call.child("deviation")))
+        self.of_center = factor, *_factors_of_sum(self.grid, mean, y)
+        self.grid = y
+
+    def normalize(self, call: Call, eps: float) -> None:
+        """Divide by the root of the mean square and eps."""
+        spec, squares = call.state.spec, grid_of(call.child("square"))
+        square = product_factor(self.grid, self.grid, squares, spec)
+        factor, variance = self._mean(call.child("variance"), squares)
+        if eps:
+            part = call.child("epsilon")
+            constant = part.operand(eps, "other")
+            y = grid_of_sum(variance, constant.qparams, grid_of(part))
+            integer = float(constant.integers())
+            self.of_epsilon = integer, *_factors_of_sum(variance, constant.qparams, y)
+            variance = y
+        table, roots = _table_of_roots(spec, variance)
+        self.tables.append(table)
+        y = grid_of(call.child("normalized"))
+        self.of_normalize += [square, factor, product_factor(self.grid, roots, y, spec)]
+        self.grid = y
+
+    def gain(self, weight: Tensor) -> tuple[float, ...]:
+        """Multiply by constants."""
+        call = self.call.child("gain")
+        constant, y = _grid_of_constant(call, weight), grid_of(call)
+        factor = product_factor(self.grid, constant, y, call.state.spec)
+        self.grid = y
+        return constant.scale, factor
+
+    def shift(self, bias: Tensor) -> tuple[float, ...]:
+        """Add constants."""
+        call = self.call.child("shift")
+        constant = _grid_of_constant(call, bias)
+        y = grid_of_sum(self.grid, constant, grid_of(call))
+        factors = _factors_of_sum(self.grid, constant, y)
+        self.grid = y
+        return constant.scale, *factors
+
+    def _mean(self, call: Call, x: QParams) -> tuple[float, QParams]:
+        """Factor of the sum of a row, and the mean's grid."""
+        y = mean_grid(call, x, grid_of(call))
+        factor = x.scale / y.scale
+        self.means += mean_multiplier(factor, self.columns)
+        return factor / self.columns, y
+
+
+def _grid_of_constant(call: Call, x: Tensor) -> QParams:
+    """Quantization parameters of a constant of any shape, symmetric."""
+    largest = call.magnitude(x)
+    if not math.isfinite(largest):
+        raise FloatingPointError(not_finite("a constant", -largest, largest))
+    return symmetric_qparams(
+        largest, bits=call.bits, power_of_two=call.state.spec.power_of_two_scales
+    )
+
+
+def _factors_of_sum(a: QParams, b: QParams, y: QParams) -> tuple[float, float, float]:
+    """Factors of the operands of a 16-bit sum to their common scale, and of the sum to its own."""
+    twice_coarser = 2 * max(a.scale, b.scale)
+    shift = 2.0 ** LEFT_SHIFT[16]
+    return (
+        a.scale / twice_coarser,
+        b.scale / twice_coarser,
+        twice_coarser / (shift * y.scale),
+    )
 
 
 def _in_float32(
@@ -214,11 +355,7 @@ def _in_float32(
 
 def _constant(call: Call, x: Tensor) -> Activation:
     """A constant without a gradient; see :meth:`.Call.constant`."""
-    x = x.detach()
-    power_of_two, largest = call.state.spec.power_of_two_scales, float(x.abs().max())
-    if not math.isfinite(largest):
-        raise FloatingPointError(not_finite("a constant", -largest, largest))
-    grid = symmetric_qparams(largest, bits=call.bits, power_of_two=power_of_two)
+    x, grid = x.detach(), _grid_of_constant(call, x)
     return Activation((x / grid.scale).round_().mul_(grid.scale), grid, constant=True)
 
 
@@ -297,9 +434,7 @@ def _sum(call: Call, a: QParams, b: QParams, y: QParams) -> list[Callable[[Tenso
     """Rescalers of the operands of a sum to their common scale, and of the sum to its own."""
     rounding: RoundingKind = call.state.spec.rounding_of("double")
     shift = 2.0 ** LEFT_SHIFT[16]
-    twice_coarser = 2 * max(a.scale, b.scale)
-    last = prepared(twice_coarser / (shift * y.scale), rounding, INT32_MAX)
-    factors = [prepared(q.scale / twice_coarser, rounding, INT32_MAX) for q in (a, b)]
+    *factors, last = (prepared(each, rounding, INT32_MAX) for each in _factors_of_sum(a, b, y))
     return [*(lambda x, f=f: f(x.mul_(shift)) for f in factors), last]
 
 

@@ -24,6 +24,7 @@ from typing_extensions import override
 from lightning_nna.emulation.operators.activation import sigmoid, tanh
 from lightning_nna.emulation.operators.call import Call
 from lightning_nna.emulation.operators.elementwise import add, mul, sub
+from lightning_nna.emulation.operators.fused_gru import FusedGRUSteps
 from lightning_nna.emulation.operators.gru_sequence import GRUSteps, gru_grids
 from lightning_nna.emulation.operators.recurrent_steps import States, Step, WholeSequence, run_steps
 from lightning_nna.emulation.operators.sequences import Layout
@@ -57,7 +58,8 @@ class _GatedStep(Step):
         grids = gru_grids(self.call, x, h)
         if grids is None:
             return None
-        return WholeSequence(grids.recurrent, partial(GRUSteps, self.call, grids))
+        steps, fused = (partial(kind, self.call, grids) for kind in (GRUSteps, FusedGRUSteps))
+        return WholeSequence(grids.recurrent, steps, fused)
 
     def __call__(self, x: Tensor, states: States) -> States:
         (h,) = states

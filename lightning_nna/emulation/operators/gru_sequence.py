@@ -151,7 +151,8 @@ class GRUSteps(SequenceSteps):
     operator = "gru"
 
     def __init__(self, call: Call, grids: Grids, product: StateProduct) -> None:
-        super().__init__(product)
+        super().__init__(product.weight)
+        self.product = product
         self.grids, spec = grids, call.state.spec
         self.numbers = numbers = Numbers(call.exact)
         g, n = grids, WIDE_OUTPUT

@@ -12,18 +12,20 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_nna.emulation.arithmetic.deferred_checks import DEFERRED
 from lightning_nna.emulation.arithmetic.integer_products import FLOAT32_INTEGERS, has_byte_products
-from lightning_nna.emulation.arithmetic.on_host import on_host
+from lightning_nna.emulation.arithmetic.on_host import in_memory, on_host
 from lightning_nna.emulation.arithmetic.quantized_weight import (
     QuantizedWeight,
     values_of,
+    with_scales_for,
     with_scales_of_at_least,
 )
 from lightning_nna.emulation.arithmetic.rescaling import (
@@ -34,10 +36,16 @@ from lightning_nna.emulation.arithmetic.rescaling import (
     spills,
     wrap,
 )
-from lightning_nna.emulation.clipping import clip, inside, rescale_rows
+from lightning_nna.emulation.clipping import (
+    clip,
+    inside,
+    requantize_on_device,
+    rescale_rows,
+)
 from lightning_nna.emulation.first_order import first_order
 from lightning_nna.emulation.float32_arithmetic import float32_arithmetic
 from lightning_nna.emulation.fusion import FusionCandidate
+from lightning_nna.emulation.kernels import definitions as kernels
 from lightning_nna.emulation.operators.call import Call, stored_bytes
 from lightning_nna.emulation.operators.record import (
     NO_OPTIONS,
@@ -114,11 +122,60 @@ def fully_connected(
         Tensor of shape ``(*, out)`` on ``y``.
     """
     with float32_arithmetic(x.value):
-        quantized = holding_bias(call, quantized, bias, x.qparams)
-        result = _FullyConnected.apply(x.value, weight, bias, x, quantized, y, call)
+        layer = _layer(call, x, bias, quantized, y)
+        if torch.is_grad_enabled():
+            result = _FullyConnected.apply(x.value, weight, bias, x, layer, y, call)
+        else:
+            result, _ = _output(call, x, bias, layer, y, keep=False)
     if call.recording:
-        _record(call, x, bias, quantized, Activation(result, y))
+        _record(call, x, bias, layer.weight, Activation(result, y))
     return call.with_qparams(result, y)
+
+
+class _Layer(NamedTuple):
+    """What a layer needs beside its input.
+
+    Args:
+        weight: The quantized weight, whose scales hold the bias.
+        rescaler: Rescaling of integer sums; None for a layer that is computed in float, or on a
+            device.
+    """
+
+    weight: QuantizedWeight
+    rescaler: Rescaler | None
+
+
+def _layer(
+    call: Call, x: Activation, bias: Tensor | None, quantized: QuantizedWeight, y: QParams
+) -> _Layer:
+    """Prepare a layer; again only where its weight, bias or parameters have changed."""
+    # An export follows other functions than a forward runs, and a device runs others still.
+    key = x.qparams, y, call.exact, on_host(x.value), in_memory(x.value)
+    stamp = None if bias is None else call.state.stamp(bias)
+    known = quantized.layers.get(key)
+    if known is not None and known[0] is bias and known[1] == stamp and call.telemetry is None:
+        layer: _Layer = known[2]
+        return layer
+    layer = _new_layer(call, x, bias, quantized, y)
+    # One that may overflow counts for its own site.
+    if layer.rescaler is None or layer.rescaler.settle is None:
+        quantized.layers[key] = bias, stamp, layer
+    return layer
+
+
+def _new_layer(
+    call: Call, x: Activation, bias: Tensor | None, quantized: QuantizedWeight, y: QParams
+) -> _Layer:
+    weight = holding_bias(call, quantized, bias, x.qparams)
+    if not in_memory(x.value):
+        return _Layer(weight, None)
+    exact = needs_exact(call, x, weight, y)
+    multiplies_bytes = _multiplies_bytes(x, weight)
+    if not exact and not multiplies_bytes:
+        return _Layer(weight, None)
+    zero_point = x.qparams.zero_point
+    offset = weight.row_sums * -zero_point if multiplies_bytes and zero_point else None
+    return _Layer(weight, rescaler_of_layer(call, x, weight, bias, y, offset, exact))
 
 
 def embedding(call: Call, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -137,7 +194,7 @@ def _look_up(
         trained = call.state.trainable(weight, weight.shape[0])
         result = function(_StraightThrough.apply(trained, quantized.values))
     limit = call.state.spec.weight_max
-    y = QParams(float(quantized.scales[0]), 0, -limit, limit)
+    y = QParams(call.state.scale_of_table(weight), 0, -limit, limit)
     if call.recording:
         call.record(
             "GATHER",
@@ -210,7 +267,7 @@ def integer_matmul(x: Tensor, weight: QuantizedWeight, largest_input: int) -> Te
     """
     if weight.largest_sum() * largest_input < FLOAT32_INTEGERS:
         return x @ weight.integers.T
-    return x.double() @ weight.integers.double().T
+    return x.double() @ weight.stored.double().T
 
 
 def integer_bias(bias: Tensor, scales: Tensor, bits: int = 32) -> Tensor:
@@ -243,8 +300,11 @@ def largest_magnitude(integers: Tensor) -> float:
 
 
 def _require_finite(bias: Tensor) -> None:
-    if not bool(torch.isfinite(bias).all()):
-        raise FloatingPointError("a bias is not finite: it cannot be quantized")
+    DEFERRED.require(torch.isfinite(bias).all(), _bias_error())
+
+
+def _bias_error() -> FloatingPointError:
+    return FloatingPointError("a bias is not finite: it cannot be quantized")
 
 
 def holding_bias(
@@ -264,7 +324,8 @@ def holding_bias(
         rows_per_scale: Rows that share a scale; None for what the spec says of a layer.
 
     Returns:
-        ``weight`` itself where the bias fits, which it nearly always does.
+        ``weight`` itself where the bias fits, which it nearly always does; on a device, an equal
+        one.
 
     Raises:
         FloatingPointError: If a bias is not finite.
@@ -272,8 +333,22 @@ def holding_bias(
     if bias is None:
         return weight
     spec = call.state.spec
-    smallest = bias.detach().abs().double() / (x.scale * spec.largest_bias(x.bits))
-    call.state.count_biases(call.site, smallest, weight.scales)
+    unit = x.scale * spec.largest_bias(x.bits)
+    if rows_per_scale is None:
+        rows_per_scale = 1 if spec.weight_granularity == "per_channel" else len(bias)
+    if not in_memory(bias):
+        call.state.count_biases(call.site, bias, unit, weight.scales)
+        raised, is_finite = with_scales_for(
+            weight,
+            bias,
+            unit=unit,
+            rows_per_scale=rows_per_scale,
+            power_of_two=spec.power_of_two_scales,
+        )
+        DEFERRED.require(is_finite, _bias_error())
+        return raised
+    smallest = bias.detach().abs().double() / unit
+    call.state.count_biases(call.site, bias, unit, weight.scales)
     if on_host(smallest):
         holds = bool((smallest.numpy() <= weight.scales.numpy()).all())
     else:
@@ -281,8 +356,6 @@ def holding_bias(
     if holds:
         return weight
     _require_finite(bias)
-    if rows_per_scale is None:
-        rows_per_scale = 1 if spec.weight_granularity == "per_channel" else len(smallest)
     return with_scales_of_at_least(
         weight, smallest, rows_per_scale=rows_per_scale, power_of_two=spec.power_of_two_scales
     )
@@ -312,7 +385,7 @@ def overflowed(
         lost = (accumulator >= limit) | (accumulator < -limit)
         if too_far:
             lost |= (accumulator.double() * factors).abs() >= 2.0**31
-        call.state.count_overflow(call.site, int(lost.sum()), lost.numel())
+        call.state.count_overflow(call.site, lost.sum(), lost.numel())
     if largest < limit:
         return accumulator
     if call.state.spec.accumulator_overflow == "saturate":
@@ -385,24 +458,15 @@ class _FullyConnected(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         activation: Activation,
-        quantized: QuantizedWeight,
+        layer: _Layer,
         y: QParams,
         call: Call,
     ) -> Tensor:
-        needs_grad = any(ctx.needs_input_grad)
-        exact = needs_exact(call, activation, quantized, y)
-        if exact or _multiplies_bytes(activation, quantized):
-            sums, offset = _integer_sums(call, activation, quantized)
-            rescaler = rescaler_of_layer(call, activation, quantized, bias, y, offset, exact)
-            result, clipped = rescale_rows(sums, rescaler, y, keep=needs_grad)
-        else:
-            rounded = _fast_output(call, activation, quantized, bias, y)
-            centered, clipped = clip(rounded, y, needs_grad)
-            result = centered.mul_(y.scale)
+        needs_grad, quantized = any(ctx.needs_input_grad), layer.weight
+        result, clipped = _output(call, activation, bias, layer, y, keep=needs_grad)
         if needs_grad:
             ctx.save_for_backward(x, quantized.stored, quantized.scales, clipped)
-        # No view, so that what works in place on the result may.
-        return result.reshape(*x.shape[:-1], weight.shape[0]).detach()
+        return result
 
     @staticmethod
     @first_order("linear")
@@ -417,10 +481,30 @@ class _FullyConnected(torch.autograd.Function):
         return grad_x, grad_w, grad_b, None, None, None, None
 
 
+def _output(
+    call: Call, x: Activation, bias: Tensor | None, layer: _Layer, y: QParams, *, keep: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Output of shape ``(*, out)``, and the second value of :func:`.clip`."""
+    clipped: Tensor | None
+    if not in_memory(x.value):
+        result, clipped = _on_device(call, x, layer.weight, bias, y)
+    elif layer.rescaler is not None:
+        sums = _integer_sums(x, layer.weight)
+        result, clipped = rescale_rows(sums, layer.rescaler, y, keep=keep)
+    else:
+        rounded = _fast_output(call, x, layer.weight, bias, y)
+        centered, clipped = clip(rounded, y, keep)
+        result = centered.mul_(y.scale)
+    # No view, so that what works in place on the result may.
+    return result.reshape(*x.value.shape[:-1], len(layer.weight.scales)).detach(), clipped
+
+
 def needs_exact(
     call: Call, x: Activation, weight: QuantizedWeight, y: QParams | None = None
 ) -> bool:
     """Tell whether a product must be formed in integers: if exact, or where it may overflow.
+
+    On a device integers take no longer, and nobody looks at what may overflow.
 
     Args:
         call: The call.
@@ -428,7 +512,7 @@ def needs_exact(
         weight: The quantized weight; the bias takes half of the accumulator at most.
         y: Grid of the output, if the result is rescaled to it at once.
     """
-    if call.exact:
+    if call.exact or not in_memory(x.value):
         return True
     half = accumulator_limit(call, x.qparams.bits) / 2
     if weight.exceeds(half / x.qparams.largest):
@@ -437,25 +521,130 @@ def needs_exact(
     return y is not None and x.qparams.scale * float(weight.scales.max()) >= y.scale
 
 
+def _on_device(
+    call: Call, x: Activation, weight: QuantizedWeight, bias: Tensor | None, y: QParams
+) -> tuple[Tensor, Tensor]:
+    """The layer's output and what was clipped, shape ``(rows, out)``, in a few launches."""
+    sums, offset = _sums_on_device(x, weight)
+    return requantized(
+        call,
+        sums,
+        y,
+        bits=x.qparams.bits,
+        scale_before=x.qparams.scale,
+        scale_after=y.scale,
+        largest=weight.bound * x.qparams.largest,
+        rounding=_rounding(call, x),
+        scales=weight.scales,
+        bias=bias,
+        offset=offset,
+    )
+
+
+def _sums_on_device(x: Activation, weight: QuantizedWeight) -> tuple[Tensor, Tensor | None]:
+    rows, columns = x.value.numel() // weight.stored.shape[1], weight.stored.shape[1]
+    outputs = weight.stored.shape[0]
+    # What CUDA's product of bytes takes.
+    fits = rows > 16 and columns % 8 == 0 and outputs % 8 == 0
+    if x.value.is_cuda and x.qparams.bits == 8 and fits:
+        scale, zero_point = x.qparams.scale, x.qparams.zero_point
+        q = kernels.centered_integers(x.value.detach(), scale=scale, zero_point=zero_point)
+        offset = weight.row_sums * -zero_point if zero_point else None
+        return torch._int_mm(q.view(-1, columns), weight.stored.T), offset
+    return integer_matmul(x.integers().reshape(-1, columns), weight, x.qparams.largest), None
+
+
+def requantized(
+    call: Call,
+    sums: Tensor,
+    y: QParams,
+    *,
+    bits: int,
+    scale_before: float,
+    scale_after: float,
+    largest: float,
+    rounding: KernelRounding,
+    scales: Tensor | None = None,
+    bias: Tensor | None = None,
+    **settings: Any,
+) -> tuple[Tensor, Tensor]:
+    """Requantize the sums of a layer on a device, in one launch; count what overflows.
+
+    Args:
+        call: The call.
+        sums: Accumulators, whole numbers of any dtype, shape ``(..., channels, *)``.
+        y: Quantization parameters of the output.
+        bits: Width of the activations.
+        scale_before: Scale of the input; with those of the weight, that of the sums.
+        scale_after: Scale of the output.
+        largest: Bound on the absolute value of the sums without the bias.
+        rounding: Rounding of the kernel.
+        scales: Scales of the weight, float32, shape ``(channels,)``.
+        bias: Real values that :func:`holding_bias` has seen, shape ``(channels,)``, or None.
+        settings: See :func:`.kernels.definitions.requantize`.
+
+    Returns:
+        Real values, float32, and a mask of what was clipped, both of the shape of ``sums``.
+    """
+    spec, width = call.state.spec, call.state.spec.accumulator_width(bits)
+    if bias is not None:
+        bias = bias.detach()
+        largest += spec.largest_bias(bits)
+    limit = 2.0 ** (width - 1)
+    if largest >= limit and call.state.watches_overflow(call.site):
+        units = None
+        if bias is not None and scales is not None:
+            units = integer_bias(bias, scale_before * scales.double(), spec.bias_width(bits))
+        _count_overflow(call, sums, units, limit, **settings)
+    return requantize_on_device(
+        sums.contiguous(),
+        y,
+        rounding=rounding,
+        scale_before=scale_before,
+        scale_after=scale_after,
+        accumulator_bits=width,
+        saturates=spec.accumulator_overflow == "saturate",
+        bias_bits=spec.bias_width(bits),
+        wide=min(largest, limit) > 2.0**31,
+        scales=scales,
+        bias=bias,
+        **settings,
+    )
+
+
+def _count_overflow(
+    call: Call,
+    sums: Tensor,
+    bias: Tensor | None,
+    limit: float,
+    *,
+    offset: Tensor | None = None,
+    inner: int = 1,
+) -> None:
+    total = sums.double()
+    for added in (offset, bias):
+        if added is not None:
+            total = total.reshape(-1, len(added), inner) + added.view(-1, 1)
+    lost = (total >= limit) | (total < -limit)
+    call.state.count_overflow(call.site, lost.sum(), lost.numel())
+
+
 def _multiplies_bytes(x: Activation, weight: QuantizedWeight) -> bool:
     """Tell whether to multiply bytes, whose sums have 32 bits: beyond these they wrap unseen."""
     fits = weight.bound * 128 < 2**31
     return x.qparams.bits == 8 and on_host(x.value) and fits and has_byte_products()
 
 
-def _integer_sums(
-    call: Call, x: Activation, weight: QuantizedWeight
-) -> tuple[Tensor, Tensor | None]:
-    """Sums of products of a layer, and what is still to be added for the input's zero point."""
+def _integer_sums(x: Activation, weight: QuantizedWeight) -> Tensor:
+    """Sums of products of a layer; those of bytes are without the input's zero point."""
     columns = weight.stored.shape[1]
     if _multiplies_bytes(x, weight):
         stored = stored_bytes(x.value, x.qparams).reshape(-1, columns)
-        offset = weight.row_sums * -x.qparams.zero_point if x.qparams.zero_point else None
-        return weight.byte_product(stored), offset
+        return weight.byte_product(stored)
     integers = x.integers().reshape(-1, columns)
     if x.qparams.bits == 16 and weight.wide_product.dtype == torch.int32:
-        return weight.wide_product(integers.to(torch.int16)), None
-    return integer_matmul(integers, weight, x.qparams.largest), None
+        return weight.wide_product(integers.to(torch.int16))
+    return integer_matmul(integers, weight, x.qparams.largest)
 
 
 def _rounding(call: Call, x: Activation) -> KernelRounding:
@@ -492,7 +681,8 @@ def rescaler_of_layer(
         biases = integer_bias(bias, scales, spec.bias_width(bits))
         offset = biases if offset is None else offset + biases
         largest += largest_magnitude(biases)
-    factors, limit = scales / y.scale, accumulator_limit(call, bits)
+    # By a tensor: a GPU would multiply by the inverse of a number.
+    factors, limit = scales / scales.new_full((), y.scale), accumulator_limit(call, bits)
     settle, bound = None, min(largest, limit)
     if largest >= limit or spills(factors, rounding=rounding, largest=bound):
         settle = partial(

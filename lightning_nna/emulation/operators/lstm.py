@@ -29,9 +29,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_nna.emulation.arithmetic.on_host import in_memory, on_host
+from lightning_nna.emulation.arithmetic.quantized_weight import QuantizedWeight
 from lightning_nna.emulation.first_order import first_order
 from lightning_nna.emulation.float32_arithmetic import float32_arithmetic
 from lightning_nna.emulation.operators.call import Call, stored_bytes
+from lightning_nna.emulation.operators.fused_lstm import FusedCell, FusedLSTM
 from lightning_nna.emulation.operators.linear import (
     accumulator_limit,
     holding_bias,
@@ -95,8 +98,14 @@ def lstm_layer(
     cell, y = _cell(call, x, layout, h_0, c_0, weights)
     with float32_arithmetic(rows):
         h_0 = call.initial_state(h_0, y, "initial_h")
-        trained = _trainable(call, weights)
-        result, h_n, c_n = _LSTM.apply(x.value, h_0, c_0, *trained, x, cell, layout, call)
+        if isinstance(cell, FusedCell):
+            w_ih, w_hh, bias, _ = _trainable(call, weights)
+            result, h_n, c_n = FusedLSTM.apply(x.value, h_0, c_0, w_ih, w_hh, bias, cell, layout)
+        elif torch.is_grad_enabled():
+            trained = _trainable(call, weights)
+            result, h_n, c_n = _LSTM.apply(x.value, h_0, c_0, *trained, x, cell, layout, call)
+        else:
+            _, result, h_n, c_n = _states(call, x, h_0, c_0, weights.bias, cell, layout, keep=False)
     return call.with_qparams(result, y), call.with_qparams(h_n, y), c_n
 
 
@@ -107,7 +116,7 @@ def _with_start(states: Tensor, start: Tensor) -> Tensor:
 
 def _cell(
     call: Call, x: Activation, layout: Layout, h_0: Tensor, c_0: Tensor, weights: Weights
-) -> tuple[LSTMCell, QParams]:
+) -> tuple[LSTMCell | FusedCell, QParams]:
     """The arithmetic of this call, and the grid of its output."""
 
     def float_output() -> Tensor:
@@ -123,8 +132,31 @@ def _cell(
         projection = call.state.weight(weights.projection, weights.projection.shape[0])
         hidden = call.output(float_output, "hidden")
     bias = None if weights.bias is None else weights.bias.detach().float()
+    # Prepared once while nothing changes; one that may overflow counts for its own site.
+    layers, key = w_ih.layers, (x.qparams, y, hidden, exponent)
+    on_cpu = on_host(x.value) and call.telemetry is None
+    known = layers.get(key) if on_cpu else None
+    if known is not None and known[0] is w_hh and known[1] is projection:
+        prepared: LSTMCell = known[3]
+        if _are_equal(known[2], bias):
+            return prepared, y
     w_ih = holding_bias(call, w_ih, bias, x.qparams, len(w_ih.stored) // 4)
     spec = call.state.spec
+    if projection is None and _runs_fused(call, x, w_ih, w_hh):
+        fused = FusedCell(
+            w_ih,
+            w_hh,
+            bias,
+            x.qparams,
+            y,
+            exponent,
+            kernel=kernel_of(spec.runtime),
+            rounding=spec.rounding_of("double"),
+            bias_bits=spec.bias_width(8),
+            accumulator_bits=spec.accumulator_width(8),
+            saturates=spec.accumulator_overflow == "saturate",
+        )
+        return fused, y
     cell = LSTMCell(
         w_ih,
         w_hh,
@@ -137,7 +169,30 @@ def _cell(
         accumulator_limit=accumulator_limit(call, 8),
         overflowed=partial(overflowed, call),
     )
+    if on_cpu and not cell.may_overflow:
+        layers[key] = w_hh, projection, bias, cell
     return cell, y
+
+
+def _runs_fused(call: Call, x: Activation, w_ih: QuantizedWeight, w_hh: QuantizedWeight) -> bool:
+    """Tell whether a device runs a kernel a step: a telemetry or a recorder sees the instructions.
+
+    Sums of more than 32 bits have multipliers of their own, and those that may overflow are
+    counted until the site has warned.
+    """
+    if in_memory(x.value) or call.recording or call.telemetry is not None:
+        return False
+    spec = call.state.spec
+    largest = max(w_ih.bound * x.qparams.largest + spec.largest_bias(8), w_hh.bound * 256)
+    fits = largest < accumulator_limit(call, 8) or not call.state.watches_overflow(call.site)
+    return fits and spec.accumulator_width(8) <= 32
+
+
+def _are_equal(first: Tensor | None, second: Tensor | None) -> bool:
+    """Tell whether two biases, shape ``(4 * hidden,)``, have the same values, or both are None."""
+    if first is None or second is None:
+        return first is second
+    return torch.equal(first, second)
 
 
 def _trainable(call: Call, weights: Weights) -> Weights:
@@ -168,6 +223,30 @@ def _float_layer(
     return torch.cat(outputs), torch.cat(hiddens), torch.cat(cells)
 
 
+def _states(
+    call: Call,
+    x: Activation,
+    h_0: Tensor,
+    c_0: Tensor,
+    bias: Tensor | None,
+    cell: LSTMCell,
+    layout: Layout,
+    *,
+    keep: bool,
+) -> tuple[Record, Tensor, Tensor, Tensor]:
+    """The trace of the layer, its outputs ``(rows, out)``, last hidden states and last cells."""
+    first_h, first_c = stored_bytes(h_0, cell.grids.h), cell.start(c_0)
+    record = cell.run(cell.project(x), first_h, first_c, layout, keep=keep)
+    batch, grids = layout.batch, cell.grids
+    states = record.h[batch:].float().sub_(grids.h.zero_point).mul_(grids.h.scale)
+    cells = layout.last(record.c[batch:]).float().mul_(cell.cell_scale)
+    if call.recording:
+        places = Places(h_0, c_0, states, cells)
+        record_layer(call, x, cell, bias, record, layout, places)
+    # A copy: what works in place on the states must leave the last ones alone.
+    return record, states, layout.last(states).clone(), cells
+
+
 class _LSTM(torch.autograd.Function):
     """One layer, all steps; see the module's docstring."""
 
@@ -186,15 +265,9 @@ class _LSTM(torch.autograd.Function):
         layout: Layout,
         call: Call,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        first_h = stored_bytes(h_0, cell.grids.h)
-        first_c = cell.start(c_0)
-        record = cell.run(cell.project(activation), first_h, first_c, layout)
-        batch, grids = layout.batch, cell.grids
-        states = record.h[batch:].float().sub_(grids.h.zero_point).mul_(grids.h.scale)
-        cells = layout.last(record.c[batch:]).float().mul_(cell.cell_scale)
-        if call.recording:
-            places = Places(h_0, c_0, states, cells)
-            record_layer(call, activation, cell, bias, record, layout, places)
+        record, states, h_n, c_n = _states(
+            call, activation, h_0, c_0, bias, cell, layout, keep=True
+        )
         if any(ctx.needs_input_grad):
             tensors = [getattr(record, name) for name in _SAVED]
             ctx.names = [
@@ -202,8 +275,7 @@ class _LSTM(torch.autograd.Function):
             ]
             ctx.cell, ctx.layout = cell, layout
             ctx.save_for_backward(x, *(tensor for tensor in tensors if tensor is not None))
-        # A copy: what works in place on the states must leave the last ones alone.
-        return states, layout.last(states).clone(), cells
+        return states, h_n, c_n
 
     @staticmethod
     @first_order("lstm")

@@ -167,6 +167,13 @@ class LSTMCell:
         self.of_products = kernel.products(exponents, rounding)
         self.zeros = like(_ZEROS, dtype=torch.float64).repeat_interleave(self.size)
 
+    @property
+    def may_overflow(self) -> bool:
+        """Tell whether sums may leave the accumulator, which is counted for a call's site."""
+        of_projection = self.of_projection if self.projection is not None else None
+        rescalers = (self.of_input, self.of_recurrent, of_projection)
+        return any(each is not None and each.settle is not None for each in rescalers)
+
     def start(self, c: Tensor) -> Tensor:
         """Round cells, shape ``(rows, cells)``, to units of their scale as QUANTIZE does."""
         scaled = c.detach().float() / self.cell_scale
@@ -189,7 +196,9 @@ class LSTMCell:
             target.copy_(gates.clamp_(INT16_MIN, INT16_MAX).add_(self.zeros))
         return index
 
-    def run(self, index: Tensor, h_0: Tensor, c_0: Tensor, layout: Layout) -> Record:
+    def run(
+        self, index: Tensor, h_0: Tensor, c_0: Tensor, layout: Layout, *, keep: bool = True
+    ) -> Record:
         """All steps.
 
         Args:
@@ -197,8 +206,9 @@ class LSTMCell:
             h_0: Initial hidden states with their zero point, int8, ``(batch, out)``.
             c_0: Initial cells, whole numbers, ``(batch, hidden)``.
             layout: Of the rows.
+            keep: Whether a backward needs the masks of what was not clipped.
         """
-        inside_input = self._inside(index, 1)
+        inside_input = self._inside(index, 1) if keep else None
         rows, batch = layout.rows, layout.batch
         size, out = self.size, self.w_hh.stored.shape[1]
         record = Record(
@@ -208,7 +218,7 @@ class LSTMCell:
             h=index.new_empty((batch + rows, out), dtype=torch.int8),
             inside_input=inside_input,
         )
-        if self.saturates:
+        if self.saturates and keep:
             record.inside_recurrent = torch.empty_like(record.gates, dtype=torch.bool)
         record.h[:batch].copy_(h_0)
         record.c[:batch].copy_(c_0)
@@ -219,6 +229,8 @@ class LSTMCell:
             record.hidden = torch.empty_like(record.tanh_c, dtype=torch.int8)
             projected = torch.empty_like(record.h[batch:], dtype=torch.int32)
         self._loop(index, record, hidden, projected, layout)
+        if not keep:
+            return record
         if record.inside_recurrent is not None and bool(record.inside_recurrent.all()):
             record.inside_recurrent = None
         record.inside_gates = self._inside(index, 0)
@@ -248,8 +260,9 @@ class LSTMCell:
             before = states[step][: sizes[step]]
             room.sums.copy_(self.product(before, room.accumulator))
             recurrent = self.of_recurrent(room.sums)
-            if record.inside_recurrent is not None:
+            if self.saturates:
                 recurrent.clamp_(INT16_MIN, INT16_MAX)
+            if record.inside_recurrent is not None:
                 inside = (recurrent > INT16_MIN) & (recurrent < INT16_MAX)
                 record.inside_recurrent.split(sizes)[step].copy_(inside)
             if self.far:

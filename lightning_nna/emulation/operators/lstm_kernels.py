@@ -47,10 +47,13 @@ class LSTMKernel(ABC):
     Attributes:
         saturates_recurrent: Whether the recurrent part of a gate's input is saturated to 16 bits by
             itself.
+        divides_products: Whether it divides products of two gates by a power of two, ties away from
+            zero, where others multiply.
         dtype: Type in which it forms the factors of its multipliers.
     """
 
     saturates_recurrent: bool
+    divides_products: bool
     dtype: torch.dtype
 
     @abstractmethod
@@ -93,6 +96,7 @@ class _LiteRT(LSTMKernel):
     """The reference kernel of LiteRT."""
 
     saturates_recurrent = False
+    divides_products = True
     dtype = torch.float32
 
     @override
@@ -113,6 +117,7 @@ class _TFLiteMicro(LSTMKernel):
     """The kernel of TFLite-Micro."""
 
     saturates_recurrent = True
+    divides_products = False
     dtype = torch.float64
 
     @override

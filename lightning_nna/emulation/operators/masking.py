@@ -14,10 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_nna.emulation.arithmetic.deferred_checks import DEFERRED
+from lightning_nna.emulation.arithmetic.on_host import in_memory
 from lightning_nna.emulation.operators import elementwise
 from lightning_nna.emulation.operators.attention_mask import (
     ABSENT,
     DEPTHS,
+    SeenMasks,
     biased,
     fill,
     kept,
@@ -113,15 +116,19 @@ def _is_plain(call: Call, *values: Any) -> bool:
 
 def add(call: Call, input: Tensor | float, other: Tensor | float, *, alpha: float = 1) -> Tensor:
     """Emulate ``input + alpha * other`` of shapes that broadcast; a mask may leave scores out."""
-    if isinstance(input, Tensor) and isinstance(other, Tensor) and alpha == 1:
+    if alpha == 1 and isinstance(input, Tensor) and isinstance(other, Tensor):
+        qparams_of = call.state.qparams_of
+        # A mask has no quantization parameters.
+        if qparams_of(input) is not None and qparams_of(other) is not None:
+            return elementwise.add(call, input, other)
         for scores, mask in ((input, other), (other, input)):
-            if call.state.qparams_of(scores) is not None and _is_mask(call, mask):
+            if qparams_of(scores) is not None and _is_mask(call, mask):
                 return _with_mask(call, scores, mask)
     return elementwise.add(call, input, other, alpha=alpha)
 
 
 def _with_mask(call: Call, scores: Tensor, mask: Tensor) -> Tensor:
-    keep, bias = parts_of(mask)
+    keep, bias = parts_of(mask, seen=SeenMasks.at(call))
     if keep is None:
         keep = torch.ones_like(mask, dtype=torch.bool)
     if bias is not None:
@@ -156,15 +163,26 @@ def _is_mask(call: Call, x: Tensor) -> bool:
     """Tell whether a tensor that is not quantized leaves scores out, and is small elsewhere.
 
     Data of a large range is no mask. A mask that happens to leave out nothing counts where
-    calibration has seen one that did.
+    calibration has seen one that did. On a device calibration alone decides: nobody looks.
     """
     if call.state.qparams_of(x) is not None or not x.numel():
         return False
+    had_masks = not call.observing and f"{call.site}/row_maxima" in call.state.ranges
+    if not call.observing and not in_memory(x):
+        if not had_masks:
+            DEFERRED.require(x.detach().min() > ABSENT, _unseen_mask(call))
+        return had_masks
     if float(x.detach().min()) <= ABSENT:
         rest = x.detach().masked_fill(x.detach() <= ABSENT, 0.0)
         return float(rest.abs().max()) < _LARGEST_BIAS
-    had_masks = not call.observing and f"{call.site}/row_maxima" in call.state.ranges
     return had_masks and not bool(x.any())
+
+
+def _unseen_mask(call: Call) -> Exception:
+    return ValueError(
+        f"{call.site}: a tensor leaves scores out, and calibration has seen none that does: "
+        f"calibrate with batches that have such masks"
+    )
 
 
 def _is_absence(value: Any) -> bool:

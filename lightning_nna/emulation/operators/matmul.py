@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from lightning_nna.emulation.arithmetic.integer_products import FLOAT32_INTEGERS
+from lightning_nna.emulation.arithmetic.on_host import in_memory
 from lightning_nna.emulation.arithmetic.quantized_weight import SECOND_AXIS, QuantizedWeight
 from lightning_nna.emulation.arithmetic.rescaling import (
     RoundingKind,
@@ -36,6 +37,7 @@ from lightning_nna.emulation.operators.linear import (
     accumulator_limit,
     fully_connected,
     linear,
+    requantized,
     settled,
 )
 from lightning_nna.emulation.operators.record import Kernel, Operator, register_operator
@@ -199,6 +201,21 @@ class _BatchMatmul(torch.autograd.Function):
         rounding = call.state.spec.rounding_of("double" if y.bits == 8 else "reduced")
         limit = accumulator_limit(call, y.bits)
         bound = min(largest, limit)
+        if not in_memory(a):
+            sums = _accumulate(left, right, largest)
+            result, mask = requantized(
+                call,
+                sums,
+                y,
+                bits=y.bits,
+                scale_before=factor,
+                scale_after=1.0,
+                largest=largest,
+                rounding=rounding,
+            )
+            if needs_grad:
+                ctx.save_for_backward(a, b, mask)
+            return result
         if call.exact or largest >= limit or spills(factor, rounding=rounding, largest=bound):
             sums = _accumulate(left, right, largest)
             rounded = settled(

@@ -30,6 +30,7 @@ Record = TypeVar("Record")
 _OPERATORS: dict[str, Operator] = {}
 _BY_FUNCTION: dict[str, Operator] = {}
 _KERNELS: dict[str, Kernel] = {}
+_VIEW: Mapping[str, Operator] = MappingProxyType(_OPERATORS)
 
 
 @dataclass(frozen=True)
@@ -272,7 +273,7 @@ def operators() -> Mapping[str, Operator]:
         >>> operators()["tanh"].widths
         (8, 16)
     """
-    return MappingProxyType(_OPERATORS)
+    return _VIEW
 
 
 def operator_of(function_name: str) -> Operator | None:

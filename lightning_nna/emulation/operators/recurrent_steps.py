@@ -14,9 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_nna.emulation.arithmetic.on_host import in_memory
 from lightning_nna.emulation.float32_arithmetic import float32_arithmetic
 from lightning_nna.emulation.operators.call import Call, requantize
 from lightning_nna.emulation.operators.concatenation import concatenate
+from lightning_nna.emulation.operators.device_product import DeviceProduct, device_product
 from lightning_nna.emulation.operators.linear import fully_connected, holding_bias, linear
 from lightning_nna.emulation.operators.sequence_function import SequenceFunction, SequenceSteps
 from lightning_nna.emulation.operators.sequences import Layout
@@ -64,6 +66,20 @@ class Product:
                     holding_bias(self.call, self.quantized, self.bias, h)
             return StateProduct(self.call, h, quantized, self.bias, y, layout.batch)
 
+    def on_device(self, h: QParams, y: QParams) -> DeviceProduct | None:
+        """Return the instruction for kernels of whole steps; None where steps must be seen.
+
+        Args:
+            h: Quantization parameters of the states.
+            y: Of the result.
+        """
+        assert self.quantized is not None
+        if self.call.state.modes.current.telemetry is not None:
+            return None
+        with torch.no_grad():
+            quantized = holding_bias(self.call, self.quantized, self.bias, h)
+        return device_product(self.call, h, quantized, self.bias, y)
+
     def __call__(self, h: Tensor) -> Tensor:
         """Return the product of states, shape ``(batch, hidden)``."""
         if self.quantized is None:
@@ -79,10 +95,12 @@ class WholeSequence(NamedTuple):
     Args:
         recurrent: Quantization parameters of the state product.
         steps: Function from the instruction of the states to the steps.
+        on_device: The same of steps that a device runs as kernels; None if it does not.
     """
 
     recurrent: QParams
     steps: Callable[[StateProduct], SequenceSteps]
+    on_device: Callable[[DeviceProduct], SequenceSteps] | None = None
 
 
 class Step(ABC):
@@ -148,9 +166,18 @@ class Step(ABC):
             return None
         inputs, start = Activation(x, q_x), Activation(states[0], q_h)
         with float32_arithmetic(x):
-            steps = sequence.steps(self.product.prepared(q_h, sequence.recurrent, layout))
+            steps = self._steps(x, sequence, q_h, layout)
             result = SequenceFunction.apply(x, states[0], *trained, inputs, start, steps, layout)
         return self.call.with_qparams(result, q_h)
+
+    def _steps(
+        self, x: Tensor, sequence: WholeSequence, h: QParams, layout: Layout
+    ) -> SequenceSteps:
+        if sequence.on_device is not None and not in_memory(x):
+            product = self.product.on_device(h, sequence.recurrent)
+            if product is not None:
+                return sequence.on_device(product)
+        return sequence.steps(self.product.prepared(h, sequence.recurrent, layout))
 
     def sequence(self, x: QParams, h: QParams) -> WholeSequence | None:
         """Return what runs all steps as one function; None if they must run one by one.

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from lightning_nna.emulation.arithmetic.fixed_point import quantize_multiplier
 from lightning_nna.emulation.arithmetic.integer_products import FLOAT32_INTEGERS
-from lightning_nna.emulation.arithmetic.rescaling import Multiplier, rescale
+from lightning_nna.emulation.arithmetic.rescaling import Multiplier, Prepared, rescale
 from lightning_nna.emulation.clipping import clip, inside
 from lightning_nna.emulation.first_order import first_order
 from lightning_nna.emulation.float32_arithmetic import float32_arithmetic
@@ -309,12 +309,25 @@ def average(
 
 
 @lru_cache(maxsize=1024)
-def _divider(factor: float, count: int, largest: float, zero_point: int) -> Multiplier:
+def _divider(factor: float, count: int, largest: float, zero_point: int) -> Prepared:
+    multiplier, exponent = map(torch.tensor, mean_multiplier(factor, count))
+    return Prepared(Multiplier(multiplier, exponent, largest=largest, zero_point=zero_point))
+
+
+def mean_multiplier(factor: float, count: int) -> tuple[int, int]:
+    """Return the mantissa and the exponent that divide a sum by the number of its terms.
+
+    Args:
+        factor: Scale of the terms over that of the mean.
+        count: Number of terms.
+
+    Example:
+        >>> mean_multiplier(1.0, 4)
+        (1073741824, -1)
+    """
     mantissa, shift = quantize_multiplier(factor)
     bits = min(count.bit_length() - 1, 32, 31 + shift)
-    multiplier = torch.tensor((mantissa << bits) // count)
-    exponent = torch.tensor(shift - bits)
-    return Multiplier(multiplier, exponent, largest=largest, zero_point=zero_point)
+    return (mantissa << bits) // count, shift - bits
 
 
 def _axes(x: Tensor, dim: Axes) -> tuple[int, ...]:

@@ -113,7 +113,8 @@ class RNNSteps(SequenceSteps):
     operator = "rnn"
 
     def __init__(self, call: Call, grids: Grids, product: StateProduct, kind: Nonlinearity) -> None:
-        super().__init__(product)
+        super().__init__(product.weight)
+        self.product = product
         self.grids, self.kind = grids, kind
         self.numbers, spec = Numbers(call.exact), call.state.spec
         self.next = Sum("ADD", grids.x, grids.recurrent, grids.next, self.numbers, spec)

@@ -9,11 +9,10 @@ from typing import Any, ClassVar, NamedTuple
 from torch import Tensor
 from torch.autograd import Function
 
-from lightning_nna.emulation.arithmetic.quantized_weight import values_of
+from lightning_nna.emulation.arithmetic.quantized_weight import QuantizedWeight, values_of
 from lightning_nna.emulation.first_order import require_first_order
 from lightning_nna.emulation.float32_arithmetic import float32_arithmetic
 from lightning_nna.emulation.operators.sequences import Layout
-from lightning_nna.emulation.operators.step_arithmetic import StateProduct
 from lightning_nna.emulation.program import Activation
 
 
@@ -42,14 +41,14 @@ class SequenceSteps(ABC):
     """The arithmetic of one layer in one direction.
 
     Args:
-        product: Instruction of the states.
+        weight: Quantized recurrent weight, shape ``(gates * hidden, hidden)``.
     """
 
     #: Name of the layer in errors.
     operator: ClassVar[str]
 
-    def __init__(self, product: StateProduct) -> None:
-        self.product = product
+    def __init__(self, weight: QuantizedWeight) -> None:
+        self.weight = weight
 
     @property
     @abstractmethod
@@ -92,7 +91,7 @@ class SequenceFunction(Function):
         states, trace = steps.run(inputs, start, layout, keep=any(ctx.needs_input_grad))
         if trace is not None:
             ctx.operator, ctx.through_time, ctx.layout = steps.operator, steps.through_time, layout
-            weight = steps.product.weight
+            weight = steps.weight
             ctx.save_for_backward(weight.stored, weight.scales, *trace)
         return states
 

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_nna.emulation.arithmetic.device_tables import on_device_of
 from lightning_nna.emulation.arithmetic.fixed_point import INT16_MAX
 from lightning_nna.emulation.arithmetic.integer_softmax import (
     exp_table,
@@ -22,9 +23,11 @@ from lightning_nna.emulation.arithmetic.integer_softmax import (
     softmax_int16,
     to_sum,
 )
+from lightning_nna.emulation.arithmetic.on_host import in_memory
 from lightning_nna.emulation.arithmetic.rescaling import multiply
 from lightning_nna.emulation.first_order import first_order
 from lightning_nna.emulation.float32_arithmetic import float32_arithmetic
+from lightning_nna.emulation.kernels import definitions as kernels
 from lightning_nna.emulation.operators.call import Call
 from lightning_nna.emulation.operators.driver import gives_float32, has_elements
 from lightning_nna.emulation.operators.record import Kernel, Operator, register_operator
@@ -125,7 +128,9 @@ class _Softmax(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, axis: int, scores: Activation, y: QParams, call: Call
     ) -> Tensor:
-        if not call.exact:
+        if y.bits == 8 and not in_memory(x):
+            result = _on_device(scores, axis)
+        elif not call.exact:
             result = torch.softmax(x.detach(), axis)
             result = result.mul_(1 / y.scale).round_().clamp_max_(y.bounds[1]).mul_(y.scale)
         else:
@@ -146,9 +151,18 @@ class _Softmax(torch.autograd.Function):
         return slope, None, None, None, None
 
 
+def _on_device(scores: Activation, axis: int) -> Tensor:
+    """Probabilities of 8 bits in one launch, exact in fast fidelity, too."""
+    x, scale = scores.value.detach().movedim(axis, -1), scores.qparams.scale
+    table = on_device_of(x, exp_table(float(np.float32(scale))))
+    columns = x.shape[-1] if x.dim() else 1
+    rows = kernels.softmax_rows(x.reshape(-1, columns), table, scale=scale)
+    return rows.view(x.shape).movedim(-1, axis).contiguous()
+
+
 def _exact(scores: Tensor, scale: float) -> Tensor:
     """Probabilities along the last axis from whole scores, on the grid of 1/256."""
-    table = exp_table(scale).to(scores.device)
+    table = on_device_of(scores, exp_table(scale))
     differences = (scores.amax(-1, keepdim=True) - scores).int()
     sums = look_up(to_sum(table).double(), differences).sum(-1, keepdim=True)
     inverse, above_unit = reciprocal(sums.long())
@@ -164,7 +178,7 @@ def _exact_wide(call: Call, scores: Tensor, scale: float) -> Tensor:
     wraps = runtime == "tosa"
     if wraps and call.state.watches_overflow(call.site):
         lost = scores.amax(-1, keepdim=True) - scores > _TABLE_REACH / scale
-        call.state.count_overflow(call.site, int(lost.sum()), lost.numel(), _WITHIN_REACH)
+        call.state.count_overflow(call.site, lost.sum(), lost.numel(), _WITHIN_REACH)
     integers = softmax_int16(scores.long(), scale, single=runtime == "tflm", wraps=wraps)
     return integers.float().mul_(WIDE_OUTPUT.scale)
 

@@ -11,6 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lightning_nna.emulation.arithmetic.device_tables import on_device_of
+from lightning_nna.emulation.arithmetic.on_host import in_memory
+from lightning_nna.emulation.kernels import definitions as kernels
+from lightning_nna.emulation.program import Activation
 from lightning_nna.emulation.ranges import QParams
 
 
@@ -50,15 +54,16 @@ class Table:
 
 @dataclass(frozen=True, eq=False)
 class LookedUp:
-    """A table and where it is read: the result of an operator before it is clipped.
+    """A table and what it is read with: the result of an operator before it is clipped.
 
     Args:
-        table: Table.
-        index: Positions in it, int32, any shape.
+        table: Table, of the integers of one operand, or of pairs of integers of 8 bits, the first
+            operand's most significant.
+        operands: Activations of shapes that broadcast.
     """
 
     table: Table
-    index: Tensor
+    operands: tuple[Activation, ...]
 
     def clipped(self, y: QParams, keep: bool) -> tuple[Tensor, Tensor | None]:
         """Return the result, and what was clipped of it.
@@ -68,11 +73,44 @@ class LookedUp:
             keep: Whether a backward needs the clipped elements.
 
         Returns:
-            Real values, float32, in the shape of the index, and the second value of :func:`.clip`.
+            Real values, float32, of the shape that the operands broadcast to, and the second value
+            of :func:`.clip`.
         """
-        entries, mask = self.table.on(self.index.device, fused_relu=y.fused_relu)
-        clipped = None if mask is None or not keep else look_up(mask, self.index)
-        return look_up(entries, self.index), clipped
+        first = self.operands[0].value
+        entries, mask = self.table.on(first.device, fused_relu=y.fused_relu)
+        mask = mask if keep else None
+        if not in_memory(first):
+            values, clipped = self._on_device(entries, mask)
+            return values, None if mask is None else clipped
+        index = self._index()
+        return look_up(entries, index), None if mask is None else look_up(mask, index)
+
+    def _index(self) -> Tensor:
+        """Positions in the table, int32."""
+        if len(self.operands) == 1:
+            (x,) = self.operands
+            return x.integers().sub_(x.qparams.bounds[0]).int()
+        a, b = self.operands
+        lowest = 256 * a.qparams.bounds[0] + b.qparams.bounds[0]
+        return torch.add(b.integers(), a.integers(), alpha=256).sub_(lowest).int()
+
+    def _on_device(self, entries: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        if len(self.operands) == 1:
+            (x,) = self.operands
+            scale, lowest = x.qparams.scale, x.qparams.bounds[0]
+            return kernels.look_up(x.value.detach(), entries, mask, scale=scale, first=lowest)
+        a, b = self.operands
+        first, second = (on_device_of(entries, x.value).detach() for x in (a, b))
+        return kernels.look_up_pair(
+            first,
+            second,
+            entries,
+            mask,
+            scale_a=a.qparams.scale,
+            first_a=a.qparams.bounds[0],
+            scale_b=b.qparams.scale,
+            first_b=b.qparams.bounds[0],
+        )
 
 
 def look_up(table: Tensor, index: Tensor) -> Tensor:

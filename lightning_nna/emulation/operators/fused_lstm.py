@@ -1,0 +1,230 @@
+r"""The LSTM of :mod:`.lstm` on a device: two launches a step, forward and backward alike.
+
+A step is the matrix product of the states with the recurrent weight and one kernel for all gates
+(:mod:`.kernels.recurrent`); input products and gradients of weights are matrix products over all
+steps. Integers and gradients are those of :class:`.lstm_cell.LSTMCell`, in the same bits, and no
+value goes to the host.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lightning_nna.emulation.arithmetic.fixed_point import INT16_MAX, INT16_MIN
+from lightning_nna.emulation.arithmetic.quantized_weight import QuantizedWeight
+from lightning_nna.emulation.first_order import first_order
+from lightning_nna.emulation.float32_arithmetic import float32_arithmetic
+from lightning_nna.emulation.kernels.definitions import (
+    ROUNDINGS,
+    centered_integers,
+    quantize,
+    requantize,
+)
+from lightning_nna.emulation.kernels.recurrent import lstm_step, lstm_step_backward
+from lightning_nna.emulation.operators.device_product import columns_of, steps_of
+from lightning_nna.emulation.operators.linear import integer_bias
+from lightning_nna.emulation.operators.lstm_kernels import (
+    GATE_OUTPUT_SCALE,
+    GATE_SCALE,
+    LSTMKernel,
+    cell_table,
+    gate_table,
+)
+from lightning_nna.emulation.operators.sequences import Layout
+from lightning_nna.emulation.ranges import QParams
+
+
+@dataclass(frozen=True)
+class FusedCell:
+    """The arithmetic of one layer without a projection.
+
+    Args:
+        w_ih: Input weights of the four gates, a scale each, shape ``(4 * hidden, in)``.
+        w_hh: Recurrent weights, shape ``(4 * hidden, hidden)``.
+        bias: Sum of both biases, shape ``(4 * hidden,)``, or None.
+        x: Quantization parameters of the input.
+        h: Of the states.
+        cell_exponent: Exponent e of the cell's scale 2^e.
+        kernel: Kernel of the runtime.
+        rounding: Of every requantization.
+        bias_bits: Width of a bias.
+        accumulator_bits: Width of an accumulator, at most 32.
+        saturates: Whether accumulators saturate.
+    """
+
+    w_ih: QuantizedWeight
+    w_hh: QuantizedWeight
+    bias: Tensor | None
+    x: QParams
+    h: QParams
+    cell_exponent: int
+    kernel: LSTMKernel
+    rounding: str
+    bias_bits: int
+    accumulator_bits: int
+    saturates: bool
+
+    def project(self, x: Tensor) -> Tensor:
+        """Compute the input parts of the gates' inputs, Q3.12 in 16 bits, for all steps.
+
+        Args:
+            x: Real values of the input, shape ``(rows, in)``.
+
+        Returns:
+            Whole numbers, float32, shape ``(rows, 4 * hidden)``.
+        """
+        stored = centered_integers(x.detach(), scale=self.x.scale, zero_point=self.x.zero_point)
+        weight = columns_of(self.w_ih)
+        offset = self.w_ih.row_sums * -self.x.zero_point
+        if self.bias is not None:
+            scales = self.w_ih.scales.double() * self.x.scale
+            offset = offset + integer_bias(self.bias, scales, self.bias_bits)
+        # A factor that is formed in float32 is one, and float64 has the kernel's own quotient.
+        before, after, scales = self.x.scale, GATE_SCALE, self.w_ih.scales
+        if self.kernel.dtype == torch.float32:
+            before, after, scales = 1.0, 1.0, self._factors(self.w_ih, self.x).float()
+        gates, _ = requantize(
+            stored.to(weight.dtype) @ weight,
+            scales=scales,
+            offset=offset,
+            scale_before=before,
+            scale_after=after,
+            out_scale=1.0,
+            rounding=self.rounding,
+            zero_point=0,
+            low=INT16_MIN,
+            high=INT16_MAX,
+            accumulator_bits=self.accumulator_bits,
+            saturates=self.saturates,
+        )
+        return gates
+
+    def recurrent_factors(self) -> tuple[Tensor, Tensor]:
+        """Return factors of the recurrent sums and what is added to these, both float64."""
+        return self._factors(self.w_hh, self.h), self.w_hh.row_sums * -self.h.zero_point
+
+    def hidden_factor(self) -> float:
+        """Return the factor from Q0.30 to the scale of the states, as the kernel forms it."""
+        precision = np.float32 if self.kernel.dtype == torch.float32 else np.float64
+        gate = precision(GATE_OUTPUT_SCALE)
+        return float(gate * gate / precision(self.h.scale))
+
+    def _factors(self, weight: QuantizedWeight, x: QParams) -> Tensor:
+        like = weight.scales
+        scale, gate = (like.new_full((), s, dtype=torch.float64) for s in (x.scale, GATE_SCALE))
+        return self.kernel.factor(weight.scales, scale, gate)
+
+
+class FusedLSTM(torch.autograd.Function):
+    """One layer, all steps."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        h_0: Tensor,
+        c_0: Tensor,
+        w_ih: Tensor,
+        w_hh: Tensor,
+        bias: Tensor | None,
+        cell: FusedCell,
+        layout: Layout,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return outputs ``(rows, hidden)``, last hidden states and cells ``(batch, hidden)``."""
+        rows, batch, size = layout.rows, layout.batch, h_0.shape[1]
+        inputs, columns = cell.project(x), columns_of(cell.w_hh)
+        factors, offset = cell.recurrent_factors()
+        cell_scale = 2.0**cell.cell_exponent
+        new = inputs.new_empty
+        outputs = new((rows, size))
+        gates, flags = (new((rows, 4 * size), dtype=t) for t in (torch.int16, torch.uint8))
+        cells, tanh_cells = (new((n, size), dtype=torch.int16) for n in (batch + rows, rows))
+        sums = new((batch, 4 * size), dtype=columns.dtype)
+        first_c, _, _ = quantize(c_0.detach(), scale=cell_scale, low=INT16_MIN, high=INT16_MAX)
+        cells[:batch].copy_(first_c * (1 / cell_scale))
+        h, hidden_factor = cell.h, cell.hidden_factor()
+        state = (centered_integers(h_0.detach(), scale=h.scale, zero_point=h.zero_point)).to(
+            columns.dtype
+        )
+        tables = (
+            gate_table(cell.kernel, 0, inputs.device),
+            cell_table(cell.kernel, cell.cell_exponent, inputs.device),
+        )
+        for first, before, count, (of_step, sums_of_step) in steps_of(layout, state, sums):
+            torch.mm(of_step, columns, out=sums_of_step)
+            lstm_step(
+                sums,
+                inputs,
+                factors,
+                offset,
+                *tables,
+                state,
+                outputs,
+                gates,
+                cells,
+                tanh_cells,
+                flags,
+                first,
+                before,
+                count,
+                ROUNDINGS[cell.rounding],
+                cell.accumulator_bits,
+                cell.saturates,
+                cell.kernel.saturates_recurrent,
+                cell.kernel.divides_products,
+                cell.cell_exponent,
+                hidden_factor,
+                h.zero_point,
+                h.low,
+                h.high,
+                h.scale,
+            )
+        last_cells = layout.last(cells[batch:]).float().mul_(cell_scale)
+        if any(ctx.needs_input_grad):
+            ctx.cell, ctx.layout = cell, layout
+            ctx.save_for_backward(x, h_0, outputs, gates, cells, tanh_cells, flags)
+        # A copy: what works in place on the states must leave the last ones alone.
+        return outputs, layout.last(outputs).clone(), last_cells
+
+    @staticmethod
+    @first_order("lstm")
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradients of the first six arguments."""
+        x, h_0, outputs, gates, cells, tanh_cells, flags = ctx.saved_tensors
+        cell, layout = ctx.cell, ctx.layout
+        with float32_arithmetic(x):
+            d_output = grads[0].float().contiguous()
+            d_h, d_c = (each.float().clone() for each in grads[1:])
+            weight = cell.w_hh.values
+            d_input, d_recurrent = (torch.empty_like(gates, dtype=torch.float32) for _ in range(2))
+            of_steps = zip(
+                list(steps_of(layout, d_h)), d_recurrent.split(layout.sizes), strict=True
+            )
+            for (first, before, count, (d_state,)), d_step in reversed(list(of_steps)):
+                lstm_step_backward(
+                    d_output,
+                    d_h,
+                    d_c,
+                    gates,
+                    cells,
+                    tanh_cells,
+                    flags,
+                    d_input,
+                    d_recurrent,
+                    first,
+                    before,
+                    count,
+                    cell.cell_exponent,
+                )
+                torch.mm(d_step, weight, out=d_state)
+            h_before = layout.before(torch.cat([h_0.float(), outputs]))
+            d_w_hh = d_recurrent.T @ h_before
+            d_x = d_input @ cell.w_ih.values if ctx.needs_input_grad[0] else None
+            d_w_ih = d_input.T @ x.float()
+            d_bias = d_input.sum(0) if ctx.needs_input_grad[5] else None
+        return d_x, d_h, d_c, d_w_ih, d_w_hh, d_bias, None, None
