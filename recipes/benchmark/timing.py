@@ -10,12 +10,14 @@ from __future__ import annotations
 import ctypes
 import gc
 import importlib
+import json
 import os
 import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -23,10 +25,12 @@ import torch
 
 from recipes.benchmark.rows import Row
 
-# Steps are repeated until a timed stretch takes this long.
+# Float steps are repeated until a timed stretch takes this long.
 _STRETCH_SECONDS = 0.15
 _STATUS = Path("/proc/self/status")
 _RESET_PEAK = "5"
+#: Environment of a process in which freed blocks go back to the system at once.
+FREED_AT_ONCE = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
 
 #: One training step: forward, backward and the optimizer's step.
 Step = Callable[[], None]
@@ -44,7 +48,11 @@ def machine(device: torch.device) -> str:
 
 
 def time_ratios(
-    steps: dict[str, Step], device: torch.device, pairs: int
+    steps: dict[str, Step],
+    device: torch.device,
+    pairs: int,
+    *,
+    stretch_seconds: float = _STRETCH_SECONDS,
 ) -> tuple[dict[str, list[float]], float]:
     """Time every step right after the float step.
 
@@ -52,11 +60,12 @@ def time_ratios(
         steps: Steps by name; ``"float"`` is among them.
         device: Device that they run on.
         pairs: Number of ratios of each step.
+        stretch_seconds: Least time for which the float step is repeated in one measurement.
 
     Returns:
         Ratios of the times by name, and the median time of the float step in milliseconds.
     """
-    repeats = max(1, int(_STRETCH_SECONDS / seconds(steps["float"], 3, device)))
+    repeats = max(1, int(stretch_seconds / seconds(steps["float"], 3, device)))
     ratios: dict[str, list[float]] = {name: [] for name in steps}
     float_ms = []
     for _ in range(pairs):
@@ -110,55 +119,78 @@ def peak_bytes(make: Callable[[], Step], device: torch.device) -> int:
         step()
         torch.cuda.synchronize(device)
         return int(torch.cuda.max_memory_allocated(device) - before)
-    before = _kilobytes("VmRSS")
+    before = resident_bytes()
     step = make()
-    _release()
-    Path("/proc/self/clear_refs").write_text(_RESET_PEAK)
+    reset_peak()
     step()
-    return (_kilobytes("VmHWM") - before) * 1024
+    return peak_resident_bytes() - before
 
 
 def peak_in_process(module: str, *arguments: str, device: torch.device, threads: int | None) -> int:
-    """Measure the peak memory of a step in a process of its own.
+    """Measure the peak memory of a step in a process of its own; see :func:`peaks_in_process`."""
+    return peaks_in_process(module, [arguments], device=device, threads=threads)[0]
+
+
+def peaks_in_process(
+    module: str, steps: Sequence[Sequence[str]], *, device: torch.device, threads: int | None
+) -> list[int]:
+    """Measure the peak memory of steps, one after the other, in a process of their own.
 
     Freed blocks go back to the system at once there, so that the peak is of what is in use.
 
     Args:
-        module: Module whose ``training_step(*arguments, device=device)`` makes the step.
-        arguments: Names that say which step.
-        device: Device that it runs on.
+        module: Module whose ``training_step(*names, device=device)`` makes a step.
+        steps: Names that say which step, for each of them.
+        device: Device that they run on.
         threads: Number of CPU threads.
+
+    Returns:
+        Bytes, for each step.
 
     Raises:
         subprocess.CalledProcessError: If the process fails.
     """
-    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
-    command = [
-        sys.executable,
-        "-m",
-        "recipes.benchmark.timing",
-        device.type,
-        str(threads or 1),
-        module,
-    ]
+    command = [sys.executable, "-m", "recipes.benchmark.timing", device.type, str(threads or 1)]
     result = subprocess.run(
-        [*command, *arguments], check=True, capture_output=True, text=True, env=environment
+        [*command, module, json.dumps(steps)],
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | FREED_AT_ONCE,
     )
-    return int(result.stdout.split()[-1])
+    peaks: list[int] = json.loads(result.stdout.splitlines()[-1])
+    return peaks
 
 
 def main() -> None:
-    """Print the peak memory of a step: device, threads, module, arguments."""
-    device, threads, module, *arguments = sys.argv[1:]
+    """Print the peak memory of steps: device, threads, module, and a list of lists of names."""
+    device, threads, module, steps = sys.argv[1:]
     torch.set_num_threads(int(threads))
     training_step = importlib.import_module(module).training_step
     torch_device = torch.device(device)
-    print(peak_bytes(lambda: training_step(*arguments, device=torch_device), torch_device))
+    make = partial(training_step, device=torch_device)
+    print([peak_bytes(partial(make, *names), torch_device) for names in json.loads(steps)])
 
 
 def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def reset_peak() -> None:
+    """Begin a new peak of this process's memory, from what is in use now."""
+    _release()
+    Path("/proc/self/clear_refs").write_text(_RESET_PEAK)
+
+
+def resident_bytes() -> int:
+    """Return the memory that this process has."""
+    return _kilobytes("VmRSS") * 1024
+
+
+def peak_resident_bytes() -> int:
+    """Return the greatest memory that this process has had since :func:`reset_peak`."""
+    return _kilobytes("VmHWM") * 1024
 
 
 def _release() -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from recipes.benchmark import timing
+from recipes.benchmark.calls import CallRun
 from recipes.benchmark.emulation import STUDY, VARIANTS, NotPossibleError, Variant
 from recipes.benchmark.timing import peak_bytes
 from recipes.benchmark.workloads import WORKLOADS, Workload
@@ -93,15 +94,36 @@ def test_the_report_says_what_is_missed_and_what_could_not_be_done() -> None:
     rows = [
         row("float", 1.0),
         row("exact", 1.9),
-        row("fast", 1.6),
+        row("fast", 1.2),
         row("torchao", None, reason="it cannot"),
     ]
     report = STUDY.render(rows)
     assert (
-        "| MLP 512-1024-1024-512 | 10.0 | 1.90 (1.90-1.90) | 1.60 (1.60-1.60) | - | - |" in report
+        "| MLP 512-1024-1024-512 | 10.0 | 1.90 (1.90-1.90) | 1.20 (1.20-1.20) | - | - |" in report
     )
-    assert "| MLP 512-1024-1024-512 | 2.0 | 1.90 | 1.60 | - | - |" in report
-    assert "Time, ours, exact: at most 2.0; met by every workload." in report
-    assert "Time, ours, fast: at most 1.5; missed by MLP 512-1024-1024-512 (1.60)." in report
-    assert "Memory: at most 1.5; missed by MLP 512-1024-1024-512, exact (1.90)," in report
+    assert "| MLP 512-1024-1024-512 | 2.0 | 1.90 | 1.20 | - | - |" in report
+    assert (
+        "Time, ours, exact, layers: at most 1.5; missed by MLP 512-1024-1024-512 (1.90)." in report
+    )
+    assert "Time, ours, fast, layers: at most 1.25; met by every workload." in report
+    assert "Memory: at most 1.5; missed by MLP 512-1024-1024-512, exact (1.90)." in report
     assert "torchao, MLP 512-1024-1024-512: `it cannot`" in report
+    assert "small networks: at most" not in report
+
+
+def test_small_networks_have_targets_and_a_table_of_their_own() -> None:
+    rows = [row(variant, 2.2, work="kws") for variant in ("float", "exact", "fast")]
+    report = STUDY.render(rows)
+    assert "### Small networks" in report
+    assert "### Layers and recognizers" not in report
+    assert "Time, ours, exact, small networks: at most 2.5; met by every workload." in report
+    assert "Time, ours, fast, small networks: at most 2.0; missed by MLPerf Tiny" in report
+
+
+def test_calls_are_measured_and_have_a_table() -> None:
+    rows = [{"command": "python -m x", **row} for row in CallRun("add").rows()]
+    assert [row["variant"] for row in rows] == ["float", "exact", "fast"]
+    assert rows[0]["python_calls"] < rows[1]["python_calls"]
+    report = STUDY.render(rows)
+    assert "### One call of an operator" in report
+    assert f"| add | {rows[0]['microseconds']:.1f} ({rows[0]['python_calls']:.0f}) |" in report
