@@ -187,9 +187,14 @@ class EmulationRun(Run):
         return {"work": self.work, "device": device, "threads": self.threads}
 
     @property
+    def variants(self) -> tuple[str, ...]:
+        """Variants that are timed: small networks are not compared with other libraries."""
+        return tuple(VARIANTS) if WORKLOADS[self.work].group == "layers" else ("float", *OURS)
+
+    @property
     def keys(self) -> list[dict[str, Any]]:
         """Values that identify the rows of this run, one mapping for each variant."""
-        return [{**self.key, "variant": variant} for variant in VARIANTS]
+        return [{**self.key, "variant": variant} for variant in self.variants]
 
     def rows(self) -> Iterator[Row]:
         """Time every variant that can train the workload, and measure its memory."""
@@ -197,7 +202,7 @@ class EmulationRun(Run):
         device, key = torch.device(self.device), self.key
         steps: dict[str, Step] = {}
         reasons: dict[str, str] = {}
-        for variant in VARIANTS:
+        for variant in self.variants:
             try:
                 steps[variant] = training_step(self.work, variant, device=device)
             except NotPossibleError as error:
@@ -212,7 +217,7 @@ class EmulationRun(Run):
             )
             for variant in steps
         }
-        for variant in VARIANTS:
+        for variant in self.variants:
             row = {**key, "variant": variant, "fidelity": variant if variant in OURS else None}
             if variant in reasons:
                 yield row | {"time_ratio": None, "memory_ratio": None, "reason": reasons[variant]}
