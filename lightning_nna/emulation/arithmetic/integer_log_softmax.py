@@ -28,6 +28,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from lightning_nna.emulation.arithmetic.device_tables import on_device_of
 from lightning_nna.emulation.arithmetic.fixed_point import (
     INT32_MAX,
     INT32_MIN,
@@ -80,9 +81,9 @@ def log_softmax_int8(scores: Int[Tensor, "*rows n"], scale: float) -> Int[Tensor
     """
     differences = scores.amax(-1, keepdim=True) - scores
     exponentials, steps = _tables(scale)
-    sums = exponentials.to(scores.device)[differences].sum(-1, keepdim=True)
+    sums = on_device_of(scores, exponentials)[differences].sum(-1, keepdim=True)
     logarithm = log_of_sum(sums)
-    result = steps.to(scores.device)[differences] - logarithm
+    result = on_device_of(scores, steps)[differences] - logarithm
     result = rounding_divide_by_power_of_two(result, 31 - DIFFERENCE_BITS - _OUTPUT_BITS)
     beyond = -differences <= _smallest_shown(logarithm, scale)
     return result.clamp(LOWEST, 0).masked_fill(beyond, LOWEST)

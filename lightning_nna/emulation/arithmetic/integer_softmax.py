@@ -206,7 +206,7 @@ def exp_on_negative(
     for k, factor in zip(range(-2, integer_bits), _EXP_FACTORS, strict=False):
         bit = (remainder >> (fraction_bits + k)) & 1
         result = torch.where(bit > 0, high_multiply(result, factor), result)
-    return torch.where(x == 0, torch.tensor(INT32_MAX), result)
+    return result.masked_fill(x == 0, INT32_MAX)
 
 
 def one_over_one_plus(x: Int[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:

@@ -23,6 +23,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from lightning_nna import elementary
+from lightning_nna.emulation.arithmetic.device_tables import on_device_of
 from lightning_nna.emulation.arithmetic.fixed_point import (
     INT16_MAX,
     INT16_MIN,
@@ -260,11 +261,11 @@ def _between_entries(magnitude: Tensor, *, bits: int, last: int) -> Tensor:
         bits: Logarithm to base 2 of the units in a segment.
         last: Value beyond the table.
     """
-    table = _sigmoid_table().to(magnitude.device)
+    table = on_device_of(magnitude, _sigmoid_table())
     segment = (magnitude >> bits).clamp_max(254)
     low = table[segment]
     line = (low << bits) + (magnitude & (2**bits - 1)) * (table[segment + 1] - low)
-    return torch.where(magnitude >> bits >= 255, torch.tensor(last), line)
+    return line.masked_fill_(magnitude >> bits >= 255, last)
 
 
 # Where the reference's table is one above the nearest integer to 2^16 sigmoid(i / 24).

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lightning_nna import elementary
+from lightning_nna.emulation.arithmetic.device_tables import on_device_of
 from lightning_nna.emulation.arithmetic.integer_roots import inverse_roots, truncated_root
 from lightning_nna.emulation.arithmetic.interpolated_tables import (
     RealFunction,
@@ -192,7 +193,7 @@ def _root_integers(x: Activation, *, y: QParams, call: Call, smallest: float) ->
 def _inverse_integers(x: Activation, *, y: QParams, call: Call, smallest: float) -> Tensor:
     if x.qparams.bits == 8 or call.state.spec.runtime == "tflm":
         entries = inverse_roots(x.qparams.bounds[1], x.qparams.scale, y.scale)
-        return look_up(entries.to(x.value.device), x.integers().int())
+        return look_up(on_device_of(x.value, entries), x.integers().int())
     return _interpolated(call, inverse_square_root, x, y)
 
 

@@ -7,6 +7,7 @@ import torch
 
 from lightning_nna.emulation.clipping import clip, inside
 from lightning_nna.emulation.operators.tables import LookedUp, Table
+from lightning_nna.emulation.program import Activation
 from lightning_nna.emulation.ranges import QParams
 
 GRIDS = (QParams(0.25, 5), QParams(0.25, -128), QParams(2.0**-12, 0, -(2**15), 2**15 - 1))
@@ -18,10 +19,11 @@ GRIDS = (QParams(0.25, 5), QParams(0.25, -128), QParams(2.0**-12, 0, -(2**15), 2
 def test_entries_are_clipped_once(grid: QParams, reach: float, fused_relu: bool) -> None:
     y = QParams(grid.scale, grid.zero_point, grid.low, grid.high, fused_relu)
     entries = torch.linspace(-reach, reach, 256).round()
-    index = torch.randint(256, (5, 7), dtype=torch.int32)
+    index, x = torch.randint(256, (5, 7)), QParams(0.5, 3)
+    operand = Activation((index + x.bounds[0]) * x.scale, x)
     centered, clipped = clip(entries[index], y, keep=True)
-    values, where = LookedUp(Table(entries, y), index).clipped(y, keep=True)
+    values, where = LookedUp(Table(entries, y), (operand,)).clipped(y, keep=True)
     assert torch.equal(values, centered * y.scale)
     grad = torch.randn(5, 7)
     assert torch.equal(inside(grad, where), inside(grad, clipped))
-    assert LookedUp(Table(entries, y), index).clipped(y, keep=False)[1] is None
+    assert LookedUp(Table(entries, y), (operand,)).clipped(y, keep=False)[1] is None
