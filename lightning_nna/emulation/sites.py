@@ -279,7 +279,7 @@ class CallSites:
         code = frame.f_code
         file, is_forward = code.co_filename, id(code) in self._forwards
         is_method = code.co_varnames[:1] == ("self",)
-        found = _class_of(frame) if is_method else None
+        owner_class = _class_of(frame) if is_method else None
         may_have_owner = is_forward or id(code) in self._decorators
         role = self._roles[id(code)] = Role(
             code,
@@ -287,8 +287,8 @@ class CallSites:
             is_module_call=file == _MODULE_CALL,
             is_located=not (file.startswith(_TORCH_FOLDER) or file in TRANSPARENT_FILES),
             is_forward=is_forward,
-            is_outside=found is not None and issubclass(found, _OUTSIDE_CLASSES),
-            may_have_owner=may_have_owner or (is_method and self._may_own(found)),
+            is_outside=owner_class is not None and issubclass(owner_class, _OUTSIDE_CLASSES),
+            may_have_owner=may_have_owner or (is_method and self._may_own(owner_class)),
         )
         return role
 
@@ -366,10 +366,10 @@ def _short(file: str) -> str:
 def _class_of(frame: FrameType) -> type | None:
     """Return the class whose body defines the method that a frame runs; None if it is not found."""
     first, *nested = frame.f_code.co_qualname.split(".")[:-1] or [""]
-    found: Any = frame.f_globals.get(first)
+    value: Any = frame.f_globals.get(first)
     for name in nested:
-        found = getattr(found, name, None)
-    return found if isinstance(found, type) else None
+        value = getattr(value, name, None)
+    return value if isinstance(value, type) else None
 
 
 def _with_subclasses(cls: type) -> Iterator[type]:

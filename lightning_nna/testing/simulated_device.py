@@ -25,8 +25,6 @@ from torch import Tensor
 from torch.utils import backend_registration
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from lightning_nna.emulation.kernels.definitions import LAUNCHES
-
 _NAME = "simulated"
 #: Operators that allocate or describe memory: a GPU has nothing to do for them.
 _WITHOUT_LAUNCH = frozenset(
@@ -194,10 +192,7 @@ def launches_of(func: Any) -> int:
         >>> launches_of(torch.ops.aten.add.Tensor), launches_of(torch.ops.aten.view.default)
         (1, 0)
     """
-    namespace, name = func._schema.name.split("::")
-    if namespace == "lightning_nna":
-        return LAUNCHES.get(name, 1)
-    if name in _WITHOUT_LAUNCH:
+    if func._schema.name.split("::")[1] in _WITHOUT_LAUNCH:
         return 0
     returns = func._schema.returns
     info = returns[0].alias_info if returns else None

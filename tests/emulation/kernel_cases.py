@@ -251,8 +251,8 @@ def _folds() -> Iterator[tuple[str, tuple[Any, ...]]]:
     weight[:6] = torch.tensor([0.0, -0.0, 1e-38, -1e-45, 1e30, -1.0])
     for bits, eps in itertools.product(range(8), (1e-5, 0.0009)):
         optional = layer_bias, weight, bias
-        chosen = [x if bits >> k & 1 else None for k, x in enumerate(optional)]
-        arguments = (chosen[0], mean, variance + eps, *chosen[1:], eps)
+        selection = [x if bits >> k & 1 else None for k, x in enumerate(optional)]
+        arguments = (selection[0], mean, variance + eps, *selection[1:], eps)
         yield f"fold_batch_norm/{bits}, {eps}", (stored.view(50, 40, 50), scales, *arguments)
 
 

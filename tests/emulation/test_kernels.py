@@ -39,7 +39,7 @@ _NAMES: dict[int, RoundingKind] = {
 
 
 def _rescaled(arguments: tuple[Any, ...], reach: float) -> tuple[Tensor, Tensor]:
-    """What :class:`Rescaler` and :func:`clip` make of the arguments of a requantization."""
+    """Apply :class:`Rescaler` and :func:`clip` to the arguments of a requantization."""
     sums, scales, bias, offset, before, after, out_scale, rounding, bits, saturates, *rest = (
         arguments
     )
@@ -95,7 +95,7 @@ def test_requantize_with_one_factor_equals_rescale(rounding: RoundingKind) -> No
 
 
 def _quantized(x: Tensor, scale: float, low: int, high: int, fused_relu: bool) -> list[Tensor]:
-    """What :func:`quantize` gives, and which gradients it stops."""
+    """Quantize, and tell which gradients are stopped."""
     leaf = x.float().requires_grad_()
     values = quantize(leaf, QParams(scale, 0, low, high, fused_relu))
     values.sum().backward()
@@ -103,15 +103,27 @@ def _quantized(x: Tensor, scale: float, low: int, high: int, fused_relu: bool) -
     return [values.detach(), leaf.grad == 0]
 
 
-@pytest.mark.parametrize(("name", "arguments"), list(CASES["quantize"]()))
-def test_quantize_equals_the_operator(name: str, arguments: tuple[Any, ...]) -> None:
+def _quantizations(*, finite: bool) -> list[Any]:
+    """Cases of ``quantize``, with or without a quotient that is not finite."""
+    return [
+        pytest.param(arguments, id=name)
+        for name, arguments in CASES["quantize"]()
+        if bool(torch.isfinite(arguments[0].float() / arguments[1]).all()) == finite
+    ]
+
+
+@pytest.mark.parametrize("arguments", _quantizations(finite=False))
+def test_quotients_that_are_not_finite_are_told(arguments: tuple[Any, ...]) -> None:
+    *_, finite = reference.quantize(*arguments)
+    assert not bool(finite)
+    with pytest.raises(FloatingPointError, match="not finite"):
+        _quantized(*arguments)
+
+
+@pytest.mark.parametrize("arguments", _quantizations(finite=True))
+def test_quantize_equals_the_operator(arguments: tuple[Any, ...]) -> None:
     *results, finite = reference.quantize(*arguments)
-    is_finite = bool(torch.isfinite(arguments[0].float() / arguments[1]).all())
-    assert bool(finite) == is_finite
-    if not is_finite:
-        with pytest.raises(FloatingPointError, match="not finite"):
-            _quantized(*arguments)
-        return
+    assert bool(finite)
     assert difference(tuple(_quantized(*arguments)), tuple(results)) == ""
 
 
@@ -248,7 +260,7 @@ def test_nothing_imports_triton_before_it_is_needed() -> None:
 
 @pytest.fixture(scope="module")
 def interpreted() -> dict[str, str]:
-    """What differs by case; all in one process, since starting one takes longest."""
+    """Return differences by case; all in one process, since starting one takes longest."""
     pytest.importorskip("triton")
     command = [sys.executable, "-W", "ignore", "-m", "tests.emulation.kernel_cases"]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "TRITON_INTERPRET": "1"}

@@ -28,7 +28,7 @@ from lightning_nna.testing.simulated_device import simulated_device
 
 
 class SimulatedAccelerator(Accelerator):
-    """What Lightning asks of a device."""
+    """Answer what Lightning asks of a device."""
 
     def setup_device(self, device: torch.device) -> None:
         pass

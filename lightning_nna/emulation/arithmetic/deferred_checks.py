@@ -21,7 +21,7 @@ _MOST = 2048
 
 @dataclass
 class _Waiting:
-    """What a device has not computed yet, and what to do about it."""
+    """Describe a number that a device has not computed yet, and what to do with it."""
 
     number: Tensor
     error: Exception | None

@@ -81,7 +81,9 @@ def quantize_multipliers(
         (tensor([1610612736, 1073741824]), tensor([0, 1]))
     """
     if not on_host(factors):
-        return _multipliers_of_tensor(factors)
+        is_valid = (torch.isfinite(factors) & (factors >= 0)).all()
+        DEFERRED.require(is_valid, ValueError("rescaling factors must be finite and at least 0"))
+        return multipliers_of(factors)
     exact = factors.detach().numpy()
     if exact.size and not (exact.min() >= 0 and exact.max() < math.inf):
         raise ValueError(f"rescaling factors must be finite and at least 0, got {factors}")
@@ -96,16 +98,22 @@ def quantize_multipliers(
     )
 
 
-def _multipliers_of_tensor(factors: Tensor) -> tuple[Tensor, Tensor]:
-    DEFERRED.require(
-        (torch.isfinite(factors) & (factors >= 0)).all(),
-        ValueError("rescaling factors must be finite and at least 0"),
-    )
+def multipliers_of(
+    factors: Float[Tensor, "*shape"],
+) -> tuple[Int[Tensor, "*shape"], Int[Tensor, "*shape"]]:
+    """Do what :func:`quantize_multipliers` does in functions of PyTorch, without a check.
+
+    Args:
+        factors: Factors that are finite and at least 0, float64.
+
+    Returns:
+        Two int64 tensors of the same shape: mantissas and exponents.
+    """
     mantissas, exponents = torch.frexp(factors)
     fixed = (mantissas * 2**31 + 0.5).floor().long()
-    carried = fixed == 2**31
-    fixed = torch.where(carried, fixed >> 1, fixed)
-    exponents = exponents.long() + carried.long()
+    # A mantissa that rounds up to 1 is one half of the next power of two.
+    carried = fixed >> 31
+    fixed, exponents = fixed >> carried, exponents.long() + carried
     vanishes = exponents < -31
     return fixed.masked_fill(vanishes, 0), exponents.masked_fill(vanishes, 0)
 

@@ -27,13 +27,11 @@ from lightning_nna.emulation.arithmetic.deferred_checks import DEFERRED
 from lightning_nna.emulation.arithmetic.integer_products import ByteProduct, WideProduct
 from lightning_nna.emulation.arithmetic.on_host import in_memory, on_host
 from lightning_nna.emulation.kernels import definitions as kernels
-from lightning_nna.emulation.kernels.reference import CENTROIDS
+from lightning_nna.emulation.kernels.reference import CENTROIDS, SMALLEST_SCALE
 
 #: Instead of a number of rows that share a scale: each index of the second axis has a scale, as the
 #: outputs of a transposed convolution have.
 SECOND_AXIS = 0
-#: Scale of a channel of zeros, which has to be raised for its bias if it has one.
-SMALLEST_SCALE = 2.0**-60
 #: One number for each channel, and the like.
 Numbers = TypeVar("Numbers", Tensor, NDArray[np.float64])
 
@@ -87,7 +85,7 @@ class QuantizedWeight:
 
     @cached_property
     def layers(self) -> dict[Any, Any]:
-        """What layers have prepared from the weight, see :func:`.linear.fully_connected`."""
+        """Preparations of layers that have the weight, see :func:`.linear.fully_connected`."""
         return {}
 
     @property

@@ -18,7 +18,7 @@ import copy
 import math
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 import torch
@@ -34,6 +34,8 @@ from lightning_nna.emulation.arithmetic.fixed_point import (
 )
 from lightning_nna.emulation.arithmetic.on_host import in_memory, on_host
 
+#: A rescaler or a multiplier.
+Rescaling = TypeVar("Rescaling", "Rescaler", "Multiplier")
 RoundingKind = Literal["real", "reference", "double", "reduced", "single", "shift"]
 
 # float64 holds every integer up to here.
@@ -253,7 +255,7 @@ class Rescaler:
         self.spills = spills(factors, rounding=rounding, largest=largest)
         exactly = exact or settle is not None or self.spills
         self.dtype = torch.float64 if exactly else torch.float32
-        self._compute: Callable[[Tensor], Tensor] = self._generally
+        self._multiplies_alone = False
         if self.dtype == torch.float32:
             self._prepare_fast()
         elif rounding == "double":
@@ -262,25 +264,19 @@ class Rescaler:
             self._multiply = Multiplier(
                 mantissas, shifts, largest=largest, offset=added, zero_point=zero_point
             )
-            if settle is None:
-                self._compute = self._multiply
+            self._multiplies_alone = settle is None
         elif rounding == "reduced" and not self.spills and largest < _ONE_REDUCED_PRODUCT:
             self._reduced = _reduced_factors(factors)
 
     def __call__(self, x: Tensor) -> Tensor:
         """Rescale whole numbers of :attr:`dtype`, in place."""
-        return self._compute(x)
+        if self._multiplies_alone:
+            return self._multiply(x)
+        return self._fast(x) if self.dtype == torch.float32 else self._generally(x)
 
     def moved(self, device: torch.device) -> Rescaler:
         """Return the rescaler with its constants on a device, decided by those on the host."""
-        rescaler = copy.copy(self)
-        rescaler.__dict__.update(_moved(self.__dict__, device))
-        if self.dtype == torch.float64 and self.rounding == "double":
-            rescaler._multiply = self._multiply.moved(device)
-        # Methods bind the rescaler that they were made for.
-        name = getattr(self._compute, "__name__", "")
-        rescaler._compute = getattr(rescaler, name, None) or rescaler._multiply
-        return rescaler
+        return _moved(self, device)
 
     def _generally(self, x: Tensor) -> Tensor:
         # The sum 1003 with a bias of -3 and the factor 0.0125 is 12.5:
@@ -317,7 +313,6 @@ class Rescaler:
         self.constant = self.first.new_zeros(())
         if self.offset is not None:
             self.constant = (self.offset * self.first).float()
-        self._compute = self._fast
 
     def _fast(self, x: Tensor) -> Tensor:
         return round_fast(torch.addcmul(self.constant, x, self.first, out=x), self.second)
@@ -390,9 +385,7 @@ class Multiplier:
 
     def moved(self, device: torch.device) -> Multiplier:
         """Return the multiplier with its constants on a device, decided by those on the host."""
-        multiplier = copy.copy(self)
-        multiplier.__dict__.update(_moved(self.__dict__, device))
-        return multiplier
+        return _moved(self, device)
 
     def __call__(self, x: Tensor) -> Tensor:
         """Multiply whole numbers, float64, in place."""
@@ -461,9 +454,15 @@ def prepared(
         )
 
 
-def _moved(values: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """Attributes with their tensors on a device."""
-    return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in values.items()}
+def _moved(rescaling: Rescaling, device: torch.device) -> Rescaling:
+    """A copy with its tensors on a device."""
+    copied = copy.copy(rescaling)
+    for name, value in vars(rescaling).items():
+        if isinstance(value, Tensor):
+            setattr(copied, name, value.to(device))
+        elif isinstance(value, Multiplier):
+            setattr(copied, name, value.moved(device))
+    return copied
 
 
 def _single(x: Tensor, factors: Tensor, largest: float) -> Tensor:

@@ -29,8 +29,6 @@ ROUNDINGS = {
     "shift": reference.SHIFT,
 }
 
-#: Launches of an operator on CUDA where they are more than one: a buffer is filled first.
-LAUNCHES: dict[str, int] = {}
 #: Weights that share a scale up to which a program of :func:`quantize_rows` looks at them all.
 _ONE_PROGRAM = 2**15
 

@@ -1,7 +1,10 @@
 r"""Steps of recurrent layers in plain PyTorch, one kernel for all gates; see :mod:`.reference`.
 
 A kernel takes the buffers of all steps and where its own rows begin, and writes to its own: what a
-step launches is a matrix product and a kernel, and no copies.
+step launches is a matrix product and a kernel, and no copies. Buffers hold the rows of all steps,
+step after step (see :class:`.sequences.Layout`); those of states have the ``batch`` initial ones in
+front. A step reads and writes ``rows`` of them from ``first`` on, and the states before it from
+``before`` on.
 """
 
 from __future__ import annotations
@@ -9,7 +12,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_nna.emulation.kernels.reference import DOUBLE, accumulated, divided, lowest, rescaled
+from lightning_nna.emulation.arithmetic.fixed_point import rounding_divide_by_power_of_two
+from lightning_nna.emulation.kernels.reference import DOUBLE, accumulated, lowest, rescaled
 
 _MIN, _MAX = -(2**15), 2**15 - 1
 # Gates, of both kinds of numbers, are in Q0.15.
@@ -47,7 +51,38 @@ def lstm_step(
     high: int,
     scale: float,
 ) -> None:
-    """Run a step of an LSTM, shapes as in :func:`.definitions.lstm_step`."""
+    """Run a step of the LSTM kernel behind its recurrent product; see :mod:`.lstm_cell`.
+
+    Args:
+        sums: Products of stored states and recurrent weight, whole numbers, float32 or float64,
+            shape ``(batch, 4 * hidden)``, gates i, f, g, o.
+        inputs: Input parts of the gates' inputs in Q3.12, saturated to 16 bits, float32, shape
+            ``(all rows, 4 * hidden)``.
+        factors: Factors from sums to Q3.12, float64, shape ``(4 * hidden,)``.
+        offset: Numbers added to the sums for the zero point, float64, shape ``(4 * hidden,)``.
+        gate_table: Sigmoid and, behind it, tanh of all 16-bit numbers, int16, ``(2 * 65536,)``.
+        cell_table: Tanh of all cells, int16, ``(65536,)``.
+        state: Receives the next stored states, of the dtype of ``sums``, ``(batch, hidden)``.
+        outputs: Receives real values of the states, float32, ``(all rows, hidden)``.
+        gates: Receives outputs of the gates in Q0.15, int16, ``(all rows, 4 * hidden)``.
+        cells: Has the cells before and receives those after, int16, ``(batch + all rows, hidden)``.
+        tanh_cells: Receives the tanh of the cells in Q0.15, int16, ``(all rows, hidden)``.
+        flags: Receives what was not clipped, uint8, ``(all rows, 4 * hidden)``.
+        first: First row of the step.
+        before: Row of the first cell before.
+        rows: Number of rows.
+        rounding: Number of the rounding of the multipliers, see :data:`.definitions.ROUNDINGS`.
+        accumulator_bits: Width of the accumulator, at most 32.
+        saturates: Whether a sum beyond that width saturates; otherwise it wraps.
+        saturates_recurrent: Whether the recurrent part saturates to 16 bits by itself.
+        divides: Whether products of two gates are divided, ties away from zero, and not multiplied.
+        cell_exponent: Exponent of the scale of the cells.
+        hidden_factor: Factor from Q0.30 to the scale of the states.
+        zero_point: Zero point of the states.
+        low: Smallest stored state.
+        high: Largest stored state.
+        scale: Scale of the states.
+    """
     here, batch, size = slice(first, first + rows), len(cells) - len(outputs), cells.shape[1]
     total = accumulated(sums[:rows].long() + offset.long(), accumulator_bits, saturates)
     recurrent, own = rescaled(total, factors, rounding, 0, False), inputs[here].long()
@@ -101,7 +136,24 @@ def lstm_step_backward(
     rows: int,
     cell_exponent: int,
 ) -> None:
-    """Run the backward of a step, shapes as in :func:`.definitions.lstm_step_backward`."""
+    """Run the backward of a step before the product with the recurrent weight.
+
+    Args:
+        grad: Gradient of the outputs, float32, contiguous, shape ``(all rows, hidden)``.
+        d_state: Gradient of the states from later steps, float32, ``(batch, hidden)``.
+        d_cell: Gradient of the cells; becomes that of the cells before, float32,
+            ``(batch, hidden)``.
+        gates: See :func:`lstm_step`, as the next three.
+        cells: Shape ``(batch + all rows, hidden)``.
+        tanh_cells: Shape ``(all rows, hidden)``.
+        flags: Shape ``(all rows, 4 * hidden)``.
+        d_input: Receives the gradient of the input parts, float32, ``(all rows, 4 * hidden)``.
+        d_recurrent: Receives that of the recurrent parts, of the same shape.
+        first: First row of the step.
+        before: Row of the first cell before.
+        rows: Number of rows.
+        cell_exponent: Exponent of the scale of the cells.
+    """
     here, batch, size = slice(first, first + rows), len(cells) - len(grad), cells.shape[1]
     values = gates[here].float().mul(_GATE_SCALE).view(rows, 4, size)
     i, f, g, o = values.unbind(1)
@@ -136,7 +188,7 @@ def _flag(flags: Tensor, bit: int) -> Tensor:
 def _rounded_product(x: Tensor, exponent: int, rounding: int, divides: bool) -> Tensor:
     """Products times a power of two, divided or by the multiplier."""
     if divides:
-        return divided(x, x.new_full((), -exponent))
+        return rounding_divide_by_power_of_two(x, -exponent)
     return rescaled(x, torch.full_like(x, 2.0**exponent, dtype=torch.float64), rounding, 0, False)
 
 
@@ -161,7 +213,37 @@ def gru_step(
     saturates: bool,
     scale: float,
 ) -> None:
-    """Run a step of a GRU, shapes as in :func:`.recurrent.gru_step`."""
+    """Run the instructions of a step of a GRU behind its state product; see :mod:`.gru_sequence`.
+
+    Args:
+        sums: Products of states and recurrent weight, whole numbers, float32 or float64, shape
+            ``(batch * parts, 3 * hidden)``, gates r, z, n.
+        inputs: Input products, integers of 16 bits, float32, shape ``(all rows, 3 * hidden)``.
+        state_factors: Factors from sums to the state product, float64, shape ``(3 * hidden,)``.
+        offset: Numbers added to the sums, float64, shape ``(3 * hidden,)``.
+        factors: Factors of the other instructions, float64, shape ``(14,)``: of both operands and
+            of the result of the gates' sum, of the reset gate's product, of the new state's sum, of
+            the difference, of the update gate's product and of the last sum.
+        sigmoid: Sigmoid of the gates' inputs, int16, shape ``(65536,)``.
+        tanh: Tanh of the new state's inputs, int16, shape ``(65536,)``.
+        state: Receives what the next product takes, of the dtype of ``sums``, shape
+            ``(batch, parts, hidden)``: integers, or with two parts their upper bytes and their
+            lower ones less 128.
+        states: Has the integers of the states before and receives those after, int16,
+            ``(batch + all rows, hidden)``.
+        outputs: Receives real values of the states, float32, ``(all rows, hidden)``.
+        trace: Receives what the backward needs, int16, shape ``(all rows, 6 * hidden)``: r, z, n,
+            the state product of n, the difference, and a bit for each result that was not clipped.
+        first: First row of the step.
+        before: Row of the first state before.
+        rows: Number of rows.
+        state_rounding: Number of the rounding of the state product, see
+            :data:`.definitions.ROUNDINGS`.
+        rounding: Number of the rounding of the other instructions.
+        accumulator_bits: Width of the accumulator of the state product.
+        saturates: Whether a sum beyond that width saturates; otherwise it wraps.
+        scale: Scale of the states.
+    """
     here, batch = slice(first, first + rows), len(states) - len(outputs)
     (_, parts, size), f = state.shape, factors.unbind(0)
     of_parts = sums.view(batch, parts, 3 * size)[:rows].long()
@@ -190,8 +272,8 @@ def gru_step(
         state[:rows, 1].copy_((h & 255) - 128)
     states[batch + first : batch + first + rows].copy_(h)
     outputs[here].copy_(h.float().mul(scale))
-    kept = (r, z, n, new_h, change.clamp(_MIN, _MAX), flags)
-    trace[here].copy_(torch.cat([each for each in kept if isinstance(each, Tensor)], 1))
+    parts_of_trace = (r, z, n, new_h, change.clamp(_MIN, _MAX), flags)
+    trace[here].copy_(torch.cat([x for x in parts_of_trace if isinstance(x, Tensor)], 1))
 
 
 def gru_step_backward(
@@ -206,7 +288,22 @@ def gru_step_backward(
     recurrent_scale: float,
     change_scale: float,
 ) -> None:
-    """Run the backward of a step, shapes as in :func:`.recurrent.gru_step_backward`."""
+    """Run the backward of a step before the product with the recurrent weight.
+
+    Args:
+        grad: Gradient of the outputs, float32, contiguous, shape ``(all rows, hidden)``.
+        d_product: Gradient of the states from the later step's product, float32,
+            ``(batch, hidden)``.
+        d_change: Gradient of the states from the later step's difference; becomes that of the
+            states before, float32, ``(batch, hidden)``.
+        trace: See :func:`gru_step`, shape ``(all rows, 6 * hidden)``.
+        d_x: Receives the gradient of the input products, float32, ``(all rows, 3 * hidden)``.
+        d_recurrent: Receives that of the state products, of the same shape.
+        first: First row of the step.
+        rows: Number of rows.
+        recurrent_scale: Scale of the state product.
+        change_scale: Scale of the difference.
+    """
     here, size = slice(first, first + rows), d_change.shape[1]
     *integers, flags = trace[here].split(size, 1)
     scales = (*[_GATE_SCALE] * 3, recurrent_scale, change_scale)

@@ -14,11 +14,17 @@ import torch
 from torch import Tensor
 
 from lightning_nna import elementary
+from lightning_nna.emulation.arithmetic.fixed_point import (
+    multipliers_of,
+    multiply_by_quantized_multiplier,
+    round_half_away,
+    rounding_divide_by_power_of_two,
+)
 from lightning_nna.emulation.arithmetic.integer_softmax import reciprocal, to_sum
 
 #: Numbers of the roundings of a requantization, see :mod:`.arithmetic.rescaling`.
 REAL, DOUBLE, REDUCED, SINGLE, SHIFT = range(5)
-#: Scale of a row of zeros, see :mod:`.arithmetic.quantized_weight`.
+#: Scale of a channel of zeros, which has to be raised for its bias if it has one.
 SMALLEST_SCALE = 2.0**-60
 #: Integers of a tensor up to which encoders of weights take them for centroids.
 CENTROIDS = 32
@@ -81,15 +87,17 @@ def rescaled(x: Tensor, factors: Tensor, rounding: int, zero_point: int, wide: b
         # What no integer of 32 bits holds becomes the least of them, as on x86-64.
         real = real.masked_fill((real >= _INT32) | (real < -_INT32), -_INT32)
         return lowest(real.long() + zero_point, 32) - zero_point
-    mantissas, exponents = multipliers(factors)
+    mantissas, exponents = multipliers_of(factors)
     if rounding == DOUBLE:
         if wide:
             right = (-exponents).clamp_min(0)
             left = exponents.clamp(0, 40)
             # A larger number leads out of every grid, as this one does.
             bound = torch.full_like(left, 2**47) >> left
-            return divided(_high(torch.clamp(x, -bound, bound) << left, mantissas), right)
-        return lowest(_multiplied(x, mantissas, exponents) + zero_point, 32) - zero_point
+            return rounding_divide_by_power_of_two(
+                _high(torch.clamp(x, -bound, bound) << left, mantissas), right
+            )
+        return multiply_by_quantized_multiplier(x, mantissas, exponents, zero_point)
     if rounding == SINGLE:
         # A larger factor leads out of every grid, as this one does.
         right = 31 - exponents.clamp_max(30)
@@ -116,36 +124,6 @@ def accumulated(x: Tensor, bits: int, saturates: bool) -> Tensor:
 def lowest(x: Tensor, bits: int) -> Tensor:
     """Return the lowest bits of int64, any shape, as integers with a sign."""
     return (x << (64 - bits)) >> (64 - bits)
-
-
-def divided(x: Tensor, right: Tensor) -> Tensor:
-    """Divide int64 by powers of two, shapes that broadcast, ties away from zero.
-
-    Example:
-        >>> divided(torch.tensor([5, 6, -6]), torch.tensor(2))
-        tensor([ 1,  2, -2])
-    """
-    half = (torch.ones_like(right) << right) >> 1
-    # With no bits to shift there is no tie, and nothing may be taken away.
-    return (x + half - ((x < 0) & (right > 0)).long()) >> right
-
-
-def _multiplied(x: Tensor, mantissas: Tensor, exponents: Tensor) -> Tensor:
-    """Multiply integers of 32 bits and round twice."""
-    # A processor shifts by the lowest five bits of what it is told.
-    shifted = lowest(x << (exponents.clamp_min(0) & 31), 32)
-    return divided((shifted * mantissas + 2**30) >> 31, (-exponents).clamp_min(0))
-
-
-def multipliers(factors: Tensor) -> tuple[Tensor, Tensor]:
-    """Write factors of any shape as :func:`.fixed_point.quantize_multipliers` does; int64 both."""
-    mantissas, exponents = torch.frexp(factors)
-    fixed = (mantissas * 2**31 + 0.5).floor().long()
-    # A mantissa that rounds up to 1 is one half of the next power of two.
-    carried = fixed >> 31
-    fixed, exponents = fixed >> carried, exponents.long() + carried
-    vanishes = exponents < -31
-    return fixed.masked_fill(vanishes, 0), exponents.masked_fill(vanishes, 0)
 
 
 def quantize(
@@ -259,7 +237,7 @@ def softmax_rows(x: Tensor, table: Tensor, scale: float) -> Tensor:
     exponentials = table.index_select(0, differences.flatten()).view(x.shape)
     inverse, above_unit = reciprocal(to_sum(exponentials).sum(1, keepdim=True))
     # From 31 fractional bits to 8.
-    rounded = _multiplied(exponentials, inverse, -(above_unit + 31 - 8))
+    rounded = multiply_by_quantized_multiplier(exponentials, inverse, -(above_unit + 31 - 8))
     return lowest(rounded, 32).clamp(0, 255).float().mul(1 / 256)
 
 
@@ -314,7 +292,7 @@ def normalize_rows(
         if rounding != DOUBLE:
             return _in_16_bits(rescale(total, factor))
         numbers = total.new_full((), mantissa), total.new_full((), exponent)
-        return _in_16_bits(lowest(_multiplied(total, *numbers), 32))
+        return _in_16_bits(lowest(multiply_by_quantized_multiplier(total, *numbers), 32))
 
     def sum_of(a: Tensor, b: Tensor, factors: list[float], sign: int = 1) -> Tensor:
         own, other, last = factors
@@ -388,14 +366,6 @@ def look_up_pair(
 def centered_integers(x: Tensor, scale: float, zero_point: int) -> Tensor:
     """Return bytes in the shape of ``x``; see :func:`.definitions.centered_integers`."""
     return (_integers(x, scale) + zero_point).to(torch.int8)
-
-
-def round_half_away(x: Tensor) -> Tensor:
-    """Round to the nearest whole number, ties away from zero; any float type and shape."""
-    size = x.abs()
-    below = size.floor()
-    # The difference is exact, so that it sees true ties only; adding one half first would not.
-    return torch.copysign(below + (size - below >= 0.5).to(x.dtype), x)
 
 
 def _number(value: float, like: Tensor) -> Tensor:

@@ -73,8 +73,8 @@ class DeviceProduct:
         """
         if self.parts == 1:
             return integers.to(self.columns.dtype).unsqueeze(1)
-        whole = integers.long()
-        return torch.stack([whole >> 8, (whole & 255) - _BYTE], 1).to(self.columns.dtype)
+        wide = integers.long()
+        return torch.stack([wide >> 8, (wide & 255) - _BYTE], 1).to(self.columns.dtype)
 
 
 def device_product(

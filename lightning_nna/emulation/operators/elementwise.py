@@ -166,19 +166,35 @@ def _exact_sum(
     rounded multiplier is not odd.
     """
     left_shift = LEFT_SHIFT[y.bits]
-    twice_coarser = 2 * max(q_a.scale, q_b.scale)
+    *operand_factors, last_factor = sum_factors(q_a, q_b, y)
     first, second = (
         rescale(
             x.double() * 2.0**left_shift,
-            q.scale / twice_coarser,
+            factor,
             rounding=rounding,
             largest=INT32_MAX,
         )
-        for x, q in ((a, q_a), (b, q_b))
+        for x, factor in zip((a, b), operand_factors, strict=True)
     )
     total = first + second if kind == "ADD" else first - second
-    factor = twice_coarser / ((1 << left_shift) * y.scale)
-    return rescale(total, factor, rounding=rounding, largest=INT32_MAX)
+    return rescale(total, last_factor, rounding=rounding, largest=INT32_MAX)
+
+
+def sum_factors(a: QParams, b: QParams, y: QParams) -> tuple[float, float, float]:
+    """Return the factors of both operands of a sum, after their left shift, and of its result.
+
+    Args:
+        a: Quantization parameters of the first operand.
+        b: Of the second.
+        y: Of the result, whose width decides about the shift.
+
+    Example:
+        >>> sum_factors(QParams(0.5, 0), QParams(0.25, 0), QParams(1.0, 0))
+        (0.5, 0.25, 9.5367431640625e-07)
+    """
+    twice_coarser = 2 * max(a.scale, b.scale)
+    last = twice_coarser / ((1 << LEFT_SHIFT[y.bits]) * y.scale)
+    return a.scale / twice_coarser, b.scale / twice_coarser, last
 
 
 def grid_of_sum(a: QParams, b: QParams, y: QParams) -> QParams:

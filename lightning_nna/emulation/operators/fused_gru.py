@@ -20,7 +20,7 @@ from lightning_nna.emulation.kernels.recurrent import gru_step, gru_step_backwar
 from lightning_nna.emulation.operators.activation import WIDE_OUTPUT, wide_entries
 from lightning_nna.emulation.operators.call import Call
 from lightning_nna.emulation.operators.device_product import DeviceProduct, steps_of
-from lightning_nna.emulation.operators.elementwise import LEFT_SHIFT, product_factor
+from lightning_nna.emulation.operators.elementwise import product_factor, sum_factors
 from lightning_nna.emulation.operators.gru_sequence import Grids
 from lightning_nna.emulation.operators.sequence_function import (
     Gradients,
@@ -29,7 +29,6 @@ from lightning_nna.emulation.operators.sequence_function import (
 )
 from lightning_nna.emulation.operators.sequences import Layout
 from lightning_nna.emulation.program import Activation
-from lightning_nna.emulation.ranges import QParams
 from lightning_nna.emulation.spec import NNASpec
 
 
@@ -135,22 +134,15 @@ def _factors(grids: Grids, spec: NNASpec, device: torch.device) -> Tensor:
     """Factors of the instructions of a step, float64, shape ``(14,)``."""
     g, n = grids, WIDE_OUTPUT
     values = (
-        *_sum_factors(g.x, g.recurrent, g.gates),
+        *sum_factors(g.x, g.recurrent, g.gates),
         product_factor(n, g.recurrent, g.reset, spec),
-        *_sum_factors(g.x, g.reset, g.new),
-        *_sum_factors(g.h, n, g.change),
+        *sum_factors(g.x, g.reset, g.new),
+        *sum_factors(g.h, n, g.change),
         product_factor(n, g.change, g.update, spec),
-        *_sum_factors(n, g.update, g.h),
+        *sum_factors(n, g.update, g.h),
     )
     with torch.inference_mode(False):  # Kept for training, whoever asks first.
         return torch.tensor(values, dtype=torch.float64).to(device)
-
-
-def _sum_factors(a: QParams, b: QParams, y: QParams) -> tuple[float, float, float]:
-    """Factors of both operands of a sum, shifted to the left, and of its result."""
-    twice_coarser = 2 * max(a.scale, b.scale)
-    last = twice_coarser / ((1 << LEFT_SHIFT[16]) * y.scale)
-    return a.scale / twice_coarser, b.scale / twice_coarser, last
 
 
 @lru_cache(maxsize=64)

@@ -29,7 +29,12 @@ from lightning_nna.emulation.arithmetic.rescaling import RoundingKind, prepared
 from lightning_nna.emulation.clipping import Clipped
 from lightning_nna.emulation.kernels import definitions as kernels
 from lightning_nna.emulation.operators.call import Call
-from lightning_nna.emulation.operators.elementwise import LEFT_SHIFT, grid_of_sum, product_factor
+from lightning_nna.emulation.operators.elementwise import (
+    LEFT_SHIFT,
+    grid_of_sum,
+    product_factor,
+    sum_factors,
+)
 from lightning_nna.emulation.operators.reduction import average, mean_grid, mean_multiplier
 from lightning_nna.emulation.operators.tables import look_up
 from lightning_nna.emulation.program import Activation
@@ -249,7 +254,7 @@ class _RowFactors:
         """Take the mean off."""
         factor, mean = self._mean(self.call.child("mean"), self.grid)
         y = grid_of_sum(self.grid, mean, grid_of(self.call.child("deviation")))
-        self.of_center = factor, *_factors_of_sum(self.grid, mean, y)
+        self.of_center = factor, *sum_factors(self.grid, mean, y)
         self.grid = y
 
     def normalize(self, call: Call, eps: float) -> None:
@@ -262,7 +267,7 @@ class _RowFactors:
             constant = part.operand(eps, "other")
             y = grid_of_sum(variance, constant.qparams, grid_of(part))
             integer = float(constant.integers())
-            self.of_epsilon = integer, *_factors_of_sum(variance, constant.qparams, y)
+            self.of_epsilon = integer, *sum_factors(variance, constant.qparams, y)
             variance = y
         table, roots = _table_of_roots(spec, variance)
         self.tables.append(table)
@@ -283,7 +288,7 @@ class _RowFactors:
         call = self.call.child("shift")
         constant = _grid_of_constant(call, bias)
         y = grid_of_sum(self.grid, constant, grid_of(call))
-        factors = _factors_of_sum(self.grid, constant, y)
+        factors = sum_factors(self.grid, constant, y)
         self.grid = y
         return constant.scale, *factors
 
@@ -302,17 +307,6 @@ def _grid_of_constant(call: Call, x: Tensor) -> QParams:
         raise FloatingPointError(not_finite("a constant", -largest, largest))
     return symmetric_qparams(
         largest, bits=call.bits, power_of_two=call.state.spec.power_of_two_scales
-    )
-
-
-def _factors_of_sum(a: QParams, b: QParams, y: QParams) -> tuple[float, float, float]:
-    """Factors of the operands of a 16-bit sum to their common scale, and of the sum to its own."""
-    twice_coarser = 2 * max(a.scale, b.scale)
-    shift = 2.0 ** LEFT_SHIFT[16]
-    return (
-        a.scale / twice_coarser,
-        b.scale / twice_coarser,
-        twice_coarser / (shift * y.scale),
     )
 
 
@@ -434,7 +428,7 @@ def _sum(call: Call, a: QParams, b: QParams, y: QParams) -> list[Callable[[Tenso
     """Rescalers of the operands of a sum to their common scale, and of the sum to its own."""
     rounding: RoundingKind = call.state.spec.rounding_of("double")
     shift = 2.0 ** LEFT_SHIFT[16]
-    *factors, last = (prepared(each, rounding, INT32_MAX) for each in _factors_of_sum(a, b, y))
+    *factors, last = (prepared(each, rounding, INT32_MAX) for each in sum_factors(a, b, y))
     return [*(lambda x, f=f: f(x.mul_(shift)) for f in factors), last]
 
 

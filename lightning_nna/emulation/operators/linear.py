@@ -133,7 +133,7 @@ def fully_connected(
 
 
 class _Layer(NamedTuple):
-    """What a layer needs beside its input.
+    """Hold what a layer needs except its input.
 
     Args:
         weight: The quantized weight, whose scales hold the bias.

@@ -29,7 +29,7 @@ from lightning_nna.emulation.arithmetic.quantized_weight import QuantizedWeight
 from lightning_nna.emulation.arithmetic.rescaling import Rescaler, rounding_factors
 from lightning_nna.emulation.operators.activation import WIDE_OUTPUT, wide_entries
 from lightning_nna.emulation.operators.call import Call
-from lightning_nna.emulation.operators.elementwise import LEFT_SHIFT, product_factor
+from lightning_nna.emulation.operators.elementwise import LEFT_SHIFT, product_factor, sum_factors
 from lightning_nna.emulation.operators.linear import (
     integer_bias,
     needs_exact,
@@ -104,11 +104,8 @@ class Sum:
             return
         self.alpha = int(sign)
         rounding, shift = spec.rounding_of("double"), LEFT_SHIFT[16]
-        twice_coarser = 2 * max(a.scale, b.scale)
-        self.first, self.second = (
-            of_16_bits(q.scale / twice_coarser, rounding, shift) for q in (a, b)
-        )
-        factor = twice_coarser / ((1 << shift) * y.scale)
+        *operand_factors, factor = sum_factors(a, b, y)
+        self.first, self.second = (of_16_bits(each, rounding, shift) for each in operand_factors)
         self._round = to_16_bits(factor, rounding, float(INT32_MAX))
 
     def of_scaled(self, first: Tensor, second: Tensor, out: Tensor) -> Tensor:
