@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_nna import calibrate, emulate
 from lightning_nna.emulation.arithmetic.on_host import as_on_a_device
@@ -92,6 +94,7 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "attention": (Attending, (3, 7, 8)),
     "lstm": (lambda: Recurrent(nn.LSTM), (9, 4, 6)),
     "gru": (lambda: Recurrent(nn.GRU), (9, 4, 6)),
+    "rnn": (lambda: Recurrent(nn.RNN), (9, 4, 6)),
     "normalizations": (Normalized, (20, 6, 16)),
     "dead channels": (_dead_channels, (5, 3, 9)),
     "large biases": (_large_biases, (30, 6)),
@@ -140,3 +143,25 @@ def test_a_fast_layer_rounds_as_often_as_the_kernel(spec: str, inputs: int) -> N
     with emulate(layer, fidelity="fast"), as_on_a_device():
         fast = layer(x)
     assert float((fast != exact).float().mean()) < 1e-3
+
+
+class Reads(TorchDispatchMode):
+    """Count the values that Python reads."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("spec", ["litert-int8", "tflm-int8", "tflm-int16x8"])
+def test_a_plain_recurrent_layer_waits_for_no_value(spec: str) -> None:
+    torch.manual_seed(0)
+    module, x = Recurrent(nn.RNN), torch.randn(9, 4, 6, requires_grad=True)
+    calibrate(module, [x.detach()], spec=spec)
+    with as_on_a_device(), emulate(module):
+        module(x).sum().backward()  # Ranges of sites, and tables.
+        with Reads() as reads:
+            module(x).sum().backward()
+    assert reads.count == 0

@@ -680,7 +680,7 @@ def rescaler_of_layer(
     if bias is not None:
         biases = integer_bias(bias, scales, spec.bias_width(bits))
         offset = biases if offset is None else offset + biases
-        largest += largest_magnitude(biases)
+        largest += largest_magnitude(biases) if in_memory(biases) else spec.largest_bias(bits)
     # By a tensor: a GPU would multiply by the inverse of a number.
     factors, limit = scales / scales.new_full((), y.scale), accumulator_limit(call, bits)
     settle, bound = None, min(largest, limit)

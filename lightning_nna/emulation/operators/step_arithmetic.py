@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from lightning_nna.emulation.arithmetic.fixed_point import INT16_MAX, INT16_MIN, INT32_MAX
+from lightning_nna.emulation.arithmetic.on_host import in_memory
 from lightning_nna.emulation.arithmetic.one_rounding import of_16_bits, to_16_bits
 from lightning_nna.emulation.arithmetic.quantized_weight import QuantizedWeight
 from lightning_nna.emulation.arithmetic.rescaling import Rescaler, rounding_factors
@@ -299,9 +300,10 @@ class RoundedSteps:
         """Return 1 where an integer was not clipped, else 0, float32; None if none was."""
         if self._all is None:
             return None
-        low, high = torch.aminmax(self._all)
-        if float(low) >= INT16_MIN and float(high) <= INT16_MAX:
-            return None
+        if in_memory(self._all):
+            low, high = torch.aminmax(self._all)
+            if float(low) >= INT16_MIN and float(high) <= INT16_MAX:
+                return None
         return ((self._all >= INT16_MIN) & (self._all <= INT16_MAX)).float()
 
 
