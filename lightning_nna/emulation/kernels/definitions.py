@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lightning_nna.emulation.kernels import reference
-from lightning_nna.emulation.kernels.library import define
+from lightning_nna.emulation.kernels.library import call, define
 
 #: Roundings of :func:`requantize` by their names in :mod:`.arithmetic.rescaling`.
 ROUNDINGS = {
@@ -120,7 +120,8 @@ def requantize(
         >>> values, clipped
         (tensor([  2.,   4., 254.]), tensor([False, False,  True]))
     """
-    return torch.ops.lightning_nna.requantize.default(
+    return call(
+        "requantize",
         sums,
         scales,
         bias,
@@ -161,7 +162,7 @@ def quantize(
         >>> quantize(torch.tensor([0.75, -1.25, 99.0]), scale=0.5, low=-10, high=10)
         (tensor([ 1.0000, -1.5000,  5.0000]), tensor([False, False,  True]), tensor(True))
     """
-    return torch.ops.lightning_nna.quantize.default(x, scale, low, high, fused_relu)
+    return call("quantize", x, scale, low, high, fused_relu)
 
 
 def quantize_rows(
@@ -189,10 +190,8 @@ def quantize_rows(
     """
     groups, largest = weight.shape[0] // rows_per_scale, None
     if weight.numel() > _ONE_PROGRAM * groups:
-        largest = torch.ops.lightning_nna.largest_of_groups.default(weight, groups)
-    return torch.ops.lightning_nna.quantize_rows.default(
-        weight, largest, rows_per_scale, maximum, power_of_two
-    )
+        largest = call("largest_of_groups", weight, groups)
+    return call("quantize_rows", weight, largest, rows_per_scale, maximum, power_of_two)
 
 
 def raise_scales(
@@ -226,9 +225,7 @@ def raise_scales(
         >>> stored.flatten(), scales, finite
         (tensor([100,   0], dtype=torch.int8), tensor([1., 8.]), tensor(True))
     """
-    return torch.ops.lightning_nna.raise_scales.default(
-        stored, scales, bias, unit, rows_per_scale, power_of_two
-    )
+    return call("raise_scales", stored, scales, bias, unit, rows_per_scale, power_of_two)
 
 
 def fold_batch_norm(
@@ -266,9 +263,7 @@ def fold_batch_norm(
         ... )
         (tensor([[-5]], dtype=torch.int8), tensor([0.5000]), tensor([1.5000]), tensor([0.5000]))
     """
-    return torch.ops.lightning_nna.fold_batch_norm.default(
-        stored, scales, layer_bias, mean, variance, weight, bias, eps
-    )
+    return call("fold_batch_norm", stored, scales, layer_bias, mean, variance, weight, bias, eps)
 
 
 def softmax_rows(x: Tensor, table: Tensor, *, scale: float) -> Tensor:
@@ -282,7 +277,7 @@ def softmax_rows(x: Tensor, table: Tensor, *, scale: float) -> Tensor:
     Returns:
         Probabilities in steps of 1/256, float32, of the shape of ``x``.
     """
-    return torch.ops.lightning_nna.softmax_rows.default(x, table, scale)
+    return call("softmax_rows", x, table, scale)
 
 
 def whole_numbers(x: Tensor, *, scale: float) -> Tensor:
@@ -299,7 +294,7 @@ def whole_numbers(x: Tensor, *, scale: float) -> Tensor:
         >>> whole_numbers(torch.tensor([0.5, 64.0]), scale=0.5)
         tensor([  1., 128.])
     """
-    return torch.ops.lightning_nna.whole_numbers.default(x, scale)
+    return call("whole_numbers", x, scale)
 
 
 def dequantize(
@@ -323,7 +318,7 @@ def dequantize(
         tensor([[1.5000],
                 [2.5000]])
     """
-    return torch.ops.lightning_nna.dequantize.default(sums, scales, bias, scale, inner)
+    return call("dequantize", sums, scales, bias, scale, inner)
 
 
 @dataclass(frozen=True)
@@ -391,7 +386,8 @@ def normalize_rows(
     Returns:
         Real values, float32, and a mask of the clipped elements, bool, both of the shape of ``x``.
     """
-    return torch.ops.lightning_nna.normalize_rows.default(
+    return call(
+        "normalize_rows",
         x,
         gain,
         shift,
@@ -434,7 +430,7 @@ def look_up(
         >>> look_up(torch.tensor([0.5, -0.5]), torch.arange(3.0), scale=0.5, first=-1)
         (tensor([2., 0.]), tensor([], dtype=torch.bool))
     """
-    return torch.ops.lightning_nna.look_up.default(x, table, mask_table, scale, first)
+    return call("look_up", x, table, mask_table, scale, first)
 
 
 def look_up_pair(
@@ -472,9 +468,7 @@ def look_up_pair(
         (tensor([[259., 261.],
                 [  3.,   5.]]), tensor([], dtype=torch.bool))
     """
-    return torch.ops.lightning_nna.look_up_pair.default(
-        a, b, table, mask_table, scale_a, first_a, scale_b, first_b
-    )
+    return call("look_up_pair", a, b, table, mask_table, scale_a, first_a, scale_b, first_b)
 
 
 def centered_integers(x: Tensor, *, scale: float, zero_point: int) -> Tensor:
@@ -492,7 +486,7 @@ def centered_integers(x: Tensor, *, scale: float, zero_point: int) -> Tensor:
         >>> centered_integers(torch.tensor([0.5, 64.0]), scale=0.5, zero_point=-1)
         tensor([  0, 127], dtype=torch.int8)
     """
-    return torch.ops.lightning_nna.centered_integers.default(x, scale, zero_point)
+    return call("centered_integers", x, scale, zero_point)
 
 
 # Modules of the Triton kernels that are not in ``triton_kernels``.

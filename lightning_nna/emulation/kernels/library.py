@@ -1,15 +1,25 @@
-"""Register kernels as operators ``torch.ops.lightning_nna.*``, Triton's on CUDA if it is there."""
+"""Register kernels as operators ``torch.ops.lightning_nna.*``, and call the fastest that is there.
+
+On CUDA they are Triton's. In the processor's memory they are called past PyTorch's dispatcher where
+the package Numba is installed, which compiles them; otherwise operators run on processors without
+them.
+"""
 
 from __future__ import annotations
 
 import importlib
+import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from types import ModuleType
 from typing import Any
 
 import torch
+from torch import Tensor
+
+from lightning_nna.emulation.arithmetic.on_host import in_memory, on_host
 
 _LIBRARY = torch.library.Library("lightning_nna", "FRAGMENT")
 
@@ -66,3 +76,70 @@ def triton_module(name: str) -> ModuleType | None:
     except ImportError as error:
         warn_without_triton(str(error))
         return None
+
+
+#: Modules of the kernels that are compiled for processors.
+_COMPILED = ("compiled_elements",)
+
+
+class _Settings(threading.local):
+    compiles = True
+
+
+_SETTINGS = _Settings()
+
+
+@lru_cache(maxsize=1)
+def _compiled_modules() -> tuple[ModuleType, ...]:
+    """Import the modules of compiled kernels; none where Numba cannot be imported."""
+    try:
+        importlib.import_module("numba")
+    except ImportError:
+        return ()
+    package = "lightning_nna.emulation.kernels"
+    return tuple(importlib.import_module(f"{package}.{name}") for name in _COMPILED)
+
+
+@lru_cache(maxsize=64)
+def compiled_kernel(name: str) -> Callable[..., Any] | None:
+    """Return the kernel that is compiled for processors, or None.
+
+    Args:
+        name: Name of the kernel, as in :mod:`.definitions`.
+    """
+    kernels = (getattr(module, name, None) for module in _compiled_modules())
+    return next((kernel for kernel in kernels if kernel is not None), None)
+
+
+def runs_kernel(name: str, x: Tensor) -> bool:
+    """Tell whether an operator should call a kernel for a tensor of any shape.
+
+    On a device, always. On a processor if it is compiled, and nobody follows the values.
+    """
+    if not in_memory(x):
+        return True
+    return _SETTINGS.compiles and on_host(x) and compiled_kernel(name) is not None
+
+
+def call(name: str, x: Tensor, *arguments: Any) -> Any:
+    """Call a kernel wherever a tensor of any shape is.
+
+    Args:
+        name: Name of the kernel.
+        x: Tensor that tells where.
+        arguments: Arguments of the kernel.
+    """
+    kernel = compiled_kernel(name) if _SETTINGS.compiles and on_host(x) else None
+    if kernel is None:
+        kernel = getattr(torch.ops.lightning_nna, name).default
+    return kernel(x, *arguments)
+
+
+@contextmanager
+def without_compiled_kernels() -> Iterator[None]:
+    """Take the branches of a processor without Numba inside of the block; for tests."""
+    before, _SETTINGS.compiles = _SETTINGS.compiles, False
+    try:
+        yield
+    finally:
+        _SETTINGS.compiles = before

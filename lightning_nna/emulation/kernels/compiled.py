@@ -1,0 +1,115 @@
+"""Compile kernels for processors with Numba: one pass over memory for what takes PyTorch many.
+
+A kernel is a function of NumPy arrays that works on a range of rows. Numba compiles it when it is
+first called, for the processor at hand, and keeps the result in a cache. It needs no compiler of
+the system. Float arithmetic is IEEE's: nothing is reordered or fused.
+
+Each function of the modules ``compiled_*`` has the name and the arguments of one of
+:mod:`.reference`, and its bits. A mask of clipped elements is None where nothing was clipped: most
+often there is nothing, and a backward has nothing to do then.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache, partial
+from typing import Any
+
+import numba
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+#: Elements from which on a thread is worth its start.
+_ELEMENTS_OF_A_THREAD = 2**15
+
+#: Compile a function of arrays; while it runs, other threads of Python go on.
+compiled: Callable[..., Any] = numba.njit(nogil=True, cache=True, error_model="numpy")
+#: Compile a function of numbers into the loops that call it.
+inlined: Callable[..., Any] = numba.njit(
+    nogil=True, cache=True, error_model="numpy", inline="always"
+)
+
+
+def array(x: Tensor) -> NDArray[Any]:
+    """Return the memory of a tensor of any shape as an array; a copy if it has gaps."""
+    return x.detach().contiguous().numpy()
+
+
+def over_rows(rows: int, elements: int, kernel: Callable[..., int], *arguments: Any) -> int:
+    """Run a kernel on ranges of rows, one for each thread that PyTorch may use.
+
+    Args:
+        rows: Number of rows.
+        elements: Number of elements of all rows.
+        kernel: Compiled function of ``arguments``, the first row and the row after the last.
+        arguments: Arrays and numbers.
+
+    Returns:
+        Sum of what the kernel returns.
+    """
+    threads = min(torch.get_num_threads(), elements // _ELEMENTS_OF_A_THREAD, rows)
+    if threads < 2:
+        return kernel(*arguments, 0, rows)
+    bounds = [rows * k // threads for k in range(threads + 1)]
+    ranges = list(zip(bounds, bounds[1:], strict=False))
+    others = [_pool(os.getpid()).submit(kernel, *arguments, *each) for each in ranges[1:]]
+    return kernel(*arguments, *ranges[0]) + sum(each.result() for each in others)
+
+
+@lru_cache(maxsize=1)
+def _pool(process: int) -> ThreadPoolExecutor:
+    """Threads of a process: those of its parent do not live in it."""
+    return ThreadPoolExecutor(max(os.cpu_count() or 1, 1), f"lightning-nna-{process}")
+
+
+def mask_of(mask: NDArray[np.bool_], clipped: int) -> Tensor | None:
+    """Return a mask of clipped elements as a tensor; None if there are none."""
+    return torch.from_numpy(mask) if clipped else None
+
+
+@inlined
+def rounded_half_away(x):  # type: ignore[no-untyped-def]
+    """Round float64, ties away from zero; see :func:`.fixed_point.round_half_away`."""
+    integral = np.trunc(x)
+    rest = x - integral
+    return integral + np.float64(rest >= 0.5) - np.float64(rest <= -0.5)
+
+
+@inlined
+def rounded_half_away_32(x):  # type: ignore[no-untyped-def]
+    """Round float32, ties away from zero."""
+    integral = np.trunc(x)
+    rest = x - integral
+    half = np.float32(0.5)
+    return integral + np.float32(rest >= half) - np.float32(rest <= -half)
+
+
+@inlined
+def lowest(x, bits):  # type: ignore[no-untyped-def]
+    """Return the lowest bits of int64 as an integer with a sign."""
+    return (x << (64 - bits)) >> (64 - bits)
+
+
+@inlined
+def lowest_32(x):  # type: ignore[no-untyped-def]
+    """Return the lowest 32 bits of int64 as an integer with a sign."""
+    return np.int64(np.int32(x))
+
+
+@inlined
+def divided(x, exponent):  # type: ignore[no-untyped-def]
+    """Divide by a power of two, ties away from zero."""
+    half = (np.int64(1) << exponent) >> 1
+    # With no exponent there is no tie, and nothing may be taken away.
+    return (x + half + (x >> 63 if exponent > 0 else 0)) >> exponent
+
+
+@inlined
+def multiplied(x, mantissa, left, right):  # type: ignore[no-untyped-def]
+    """Multiply integers of 32 bits by m 2^(left - right - 31), rounded twice."""
+    high = (lowest_32(x << left) * lowest_32(mantissa) + 0x40000000) >> 31
+    return divided(high, right)
