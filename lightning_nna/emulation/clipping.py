@@ -129,7 +129,7 @@ def rescale_rows(
     return values, blocks.joined()
 
 
-def requantize_on_device(
+def requantize_by_kernel(
     sums: Tensor,
     y: QParams,
     *,
@@ -137,8 +137,8 @@ def requantize_on_device(
     scale_before: float,
     scale_after: float = 1.0,
     **settings: Any,
-) -> tuple[Tensor, Tensor]:
-    """Requantize and clip accumulators on a device, in one launch.
+) -> tuple[Tensor, Tensor | None]:
+    """Requantize and clip accumulators by a kernel.
 
     Args:
         sums: Accumulators, whole numbers of any dtype and shape.
@@ -149,7 +149,8 @@ def requantize_on_device(
         settings: Other arguments of that function.
 
     Returns:
-        Real values of the result, float32, and a mask for :func:`inside`, of the shape of ``sums``.
+        Real values of the result, float32, and a value for :func:`inside`: a mask, both of the
+        shape of ``sums``.
     """
     low, high = y.bounds
     return kernels.requantize(

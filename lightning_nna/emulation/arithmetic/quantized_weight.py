@@ -27,6 +27,7 @@ from lightning_nna.emulation.arithmetic.deferred_checks import DEFERRED
 from lightning_nna.emulation.arithmetic.integer_products import ByteProduct, WideProduct
 from lightning_nna.emulation.arithmetic.on_host import in_memory, on_host
 from lightning_nna.emulation.kernels import definitions as kernels
+from lightning_nna.emulation.kernels.library import runs_kernel
 from lightning_nna.emulation.kernels.reference import CENTROIDS, SMALLEST_SCALE
 
 #: Instead of a number of rows that share a scale: each index of the second axis has a scale, as the
@@ -135,11 +136,14 @@ def quantize_weight(
         tensor([[127., -64.]])
     """
     weight = weight.detach().float()
-    if weight.numel() and not in_memory(weight):
+    if weight.numel() and runs_kernel("quantize_rows", weight):
         stored, scales, is_finite = kernels.quantize_rows(
             weight, rows_per_scale=rows_per_scale, maximum=maximum, power_of_two=power_of_two
         )
-        DEFERRED.require(is_finite, _not_finite())
+        if not in_memory(weight):
+            DEFERRED.require(is_finite, _not_finite())
+        elif not is_finite:
+            raise _not_finite()
         return QuantizedWeight(stored, scales)
     groups = weight.reshape(weight.shape[0] // rows_per_scale, -1)
     scale = largest_scales(groups, maximum=maximum, power_of_two=power_of_two)

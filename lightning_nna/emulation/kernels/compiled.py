@@ -11,10 +11,11 @@ often there is nothing, and a backward has nothing to do then.
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any
 
 import numba
@@ -55,7 +56,7 @@ def over_rows(rows: int, elements: int, kernel: Callable[..., int], *arguments: 
     if threads < 2:
         return kernel(*arguments, 0, rows)
     bounds = [rows * k // threads for k in range(threads + 1)]
-    ranges = list(zip(bounds, bounds[1:], strict=False))
+    ranges = list(itertools.pairwise(bounds))
     others = [_pool(os.getpid()).submit(kernel, *arguments, *each) for each in ranges[1:]]
     return kernel(*arguments, *ranges[0]) + sum(each.result() for each in others)
 

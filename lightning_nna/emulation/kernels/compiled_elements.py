@@ -6,7 +6,6 @@ import math
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from lightning_nna.emulation.kernels.compiled import (
@@ -22,7 +21,7 @@ from lightning_nna.emulation.kernels.compiled import (
     rounded_half_away,
     rounded_half_away_32,
 )
-from lightning_nna.emulation.kernels.reference import DOUBLE, REAL, REDUCED, SHIFT, SINGLE
+from lightning_nna.emulation.kernels.reference import DOUBLE, REAL, SHIFT, SINGLE
 
 # From so many elements on a channel is a loop of its own.
 _LONG_ROW = 16
@@ -39,7 +38,7 @@ def multipliers(factors, mantissas, exponents):  # type: ignore[no-untyped-def]
         if fixed >> 31:
             fixed, exponent = fixed >> 1, exponent + 1
         if exponent < -31:
-            fixed, exponent = 0, 0
+            fixed, exponent = np.int64(0), 0
         mantissas[k], exponents[k] = fixed, exponent
 
 
@@ -235,3 +234,52 @@ def requantize(
         *(out_scale, values.reshape(matrix), mask.reshape(matrix)),
     )
     return torch.from_numpy(values), mask_of(mask, clipped)
+
+
+@compiled
+def _quantize(x, scale, low, high, fused_relu, values, mask, first, last):  # type: ignore[no-untyped-def]
+    """Return the number of clipped elements, less 2^62 where one is not finite."""
+    count, infinite = 0, 0
+    bottom, top = np.float32(low), np.float32(high)
+    lowest_kept = np.float32(-np.inf) if fused_relu else bottom
+    for k in range(first, last):
+        scaled = np.float32(x[k]) / scale
+        is_finite = abs(scaled) <= _LARGEST_FLOAT32
+        infinite += not is_finite
+        rounded = rounded_half_away_32(scaled if is_finite else np.float32(0.0))
+        clipped = (rounded > top) | (rounded < lowest_kept)
+        # Rounded zeros have a sign, integers do not.
+        values[k] = (min(max(rounded, bottom), top) + np.float32(0.0)) * scale
+        mask[k] = clipped
+        count += clipped
+    return count - 2**62 if infinite else count
+
+
+def quantize(
+    x: Tensor, scale: float, low: int, high: int, fused_relu: bool
+) -> tuple[Tensor, Tensor | None, bool]:
+    """Quantize real values of any shape; see :func:`.definitions.quantize`."""
+    # NumPy has no bfloat16.
+    real = array(x if x.dtype in (torch.float32, torch.float64) else x.float())
+    values, mask = np.empty(real.shape, np.float32), np.empty(real.shape, np.bool_)
+    arrays = values.reshape(-1), mask.reshape(-1)
+    settings = np.float32(scale), low, high, fused_relu
+    count = over_rows(real.size, real.size, _quantize, real.reshape(-1), *settings, *arrays)
+    is_finite = count >= 0
+    return torch.from_numpy(values), mask_of(mask, count if is_finite else 1), is_finite
+
+
+@compiled
+def _centered_integers(x, scale, zero_point, values, first, last):  # type: ignore[no-untyped-def]
+    for k in range(first, last):
+        values[k] = np.int8(np.int32(np.rint(x[k] / scale)) + zero_point)
+    return 0
+
+
+def centered_integers(x: Tensor, scale: float, zero_point: int) -> Tensor:
+    """Return bytes in the shape of ``x``; see :func:`.definitions.centered_integers`."""
+    real = array(x.float())
+    values = np.empty(real.shape, np.int8)
+    arguments = real.reshape(-1), np.float32(scale), zero_point, values.reshape(-1)
+    over_rows(real.size, real.size, _centered_integers, *arguments)
+    return torch.from_numpy(values)

@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from lightning_nna.emulation.kernels import reference
@@ -81,7 +80,7 @@ def requantize(
     bias_bits: int = 32,
     fused_relu: bool = False,
     wide: bool = False,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     r"""Requantize accumulators to the integers of an output, as a kernel rounds and wraps.
 
     .. math:: y = s\,\mathrm{clip}\Bigl(\mathrm{round}\Bigl((a + o + \mathrm{round}(b / s_c s_b))
@@ -110,7 +109,7 @@ def requantize(
 
     Returns:
         Real values, float32, and a mask of the clipped elements, bool, both of the shape of
-        ``sums``.
+        ``sums``; None for the mask where Python may know that nothing was clipped.
 
     Example:
         >>> values, clipped = requantize(
@@ -144,7 +143,7 @@ def requantize(
 
 def quantize(
     x: Tensor, *, scale: float, low: int, high: int, fused_relu: bool = False
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None, Tensor | bool]:
     """Quantize real values: divide in float32, round ties away from zero, clip.
 
     Args:
@@ -156,11 +155,15 @@ def quantize(
 
     Returns:
         Integers times the scale, float32, and a mask of the clipped elements, bool, both of the
-        shape of ``x``; and whether all quotients are finite, bool: every element tells of some.
+        shape of ``x``, or None where Python may know that nothing was clipped; and whether all
+        quotients are finite, bool: every element tells of some.
 
     Example:
-        >>> quantize(torch.tensor([0.75, -1.25, 99.0]), scale=0.5, low=-10, high=10)
-        (tensor([ 1.0000, -1.5000,  5.0000]), tensor([False, False,  True]), tensor(True))
+        >>> values, clipped, is_finite = quantize(
+        ...     torch.tensor([0.75, -1.25, 99.0]), scale=0.5, low=-10, high=10
+        ... )
+        >>> values, clipped, bool(is_finite)
+        (tensor([ 1.0000, -1.5000,  5.0000]), tensor([False, False,  True]), True)
     """
     return call("quantize", x, scale, low, high, fused_relu)
 
@@ -366,7 +369,7 @@ def normalize_rows(
     high: int,
     out_scale: float,
     fused_relu: bool = False,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     """Normalize rows as the sequence of 16-bit instructions does; see :mod:`.fused_normalization`.
 
     Args:

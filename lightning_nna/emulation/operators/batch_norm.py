@@ -50,6 +50,7 @@ from lightning_nna.emulation.first_order import first_order
 from lightning_nna.emulation.float32_arithmetic import float32_arithmetic
 from lightning_nna.emulation.fusion import FusionCandidate
 from lightning_nna.emulation.kernels import definitions as kernels
+from lightning_nna.emulation.kernels.library import runs_kernel
 from lightning_nna.emulation.operators.call import Call
 from lightning_nna.emulation.operators.convolution import convolve
 from lightning_nna.emulation.operators.convolution_layout import Geometry
@@ -196,7 +197,9 @@ class _Folded(torch.autograd.Function):
             quantized, shift, inverse = _folded_on_device(
                 call, layer, mean, variance, weight, bias, eps
             )
-            result, clipped = _on_device(call, layer, shift, quantized, y)
+            # Whether a scale has grown, and integers with it, nobody knows.
+            sums = layer.sums_of(quantized)
+            result, clipped = _requantized(call, layer, sums, shift, quantized, y)
         else:
             inverse = square_root(variance + eps).reciprocal()
             factor = inverse if weight is None else inverse * weight.detach()
@@ -275,14 +278,17 @@ def _output(
     Where the integers are not those that the sums were formed with, they are formed once more.
     """
     shape, bits = (-1, *[1] * (result.dim() - 2)), layer.x.qparams.bits
-    scales = layer.x.qparams.scale * folded.weight.scales.double()
-    biases = integer_bias(shift, scales, call.state.spec.bias_width(bits))
     signs = folded.signs
     if layer.exact or not folded.same_integers or needs_exact(call, layer.x, folded.weight, y):
         same_sums = layer.exact and folded.same_integers
         sums = layer.sums if same_sums else layer.sums_of(folded.weight)
         # Most often no channel is negated.
         negates = same_sums and not (on_host(signs) and bool((signs.numpy() == 1).all()))
+        if runs_kernel("requantize", sums):
+            signed = sums * signs.view(shape).to(sums.dtype) if negates else sums
+            return _requantized(call, layer, signed, shift, folded.weight, y)
+        scales = layer.x.qparams.scale * folded.weight.scales.double()
+        biases = integer_bias(shift, scales, call.state.spec.bias_width(bits))
         factors, limit = (scales / y.scale).view(shape), accumulator_limit(call, bits)
         largest = layer.weight.largest_sum() * layer.x.qparams.largest + largest_magnitude(biases)
         settle, bound, rounding = None, min(largest, limit), layer.rounding
@@ -308,6 +314,8 @@ def _output(
         # Sums that overflow are counted all at once.
         centered, clipped = clip(exactly(sums), y, keep)
         return centered.mul_(y.scale), clipped
+    scales = layer.x.qparams.scale * folded.weight.scales.double()
+    biases = integer_bias(shift, scales, call.state.spec.bias_width(bits))
     first, second = rounding_factors(scales / y.scale, rounding=layer.rounding)
     first = first.to(result.device)
     to_units = signs * first / (layer.x.qparams.scale * layer.weight.scales)
@@ -344,14 +352,16 @@ def _folded_on_device(
     return folded, shift, inverse
 
 
-def _on_device(
-    call: Call, layer: FusionCandidate, shift: Tensor, folded: QuantizedWeight, y: QParams
-) -> tuple[Tensor, Tensor]:
-    """The output and a mask of what was clipped, of the layer's shape.
-
-    Whether a scale has grown, and integers with it, nobody knows: the sums are formed once more.
-    """
-    sums, x = layer.sums_of(folded), layer.x.qparams
+def _requantized(
+    call: Call,
+    layer: FusionCandidate,
+    sums: Tensor,
+    shift: Tensor,
+    folded: QuantizedWeight,
+    y: QParams,
+) -> tuple[Tensor, Tensor | None]:
+    """The output and what was clipped, of the layer's shape, from its sums by a kernel."""
+    x = layer.x.qparams
     return requantized(
         call,
         sums,

@@ -20,9 +20,10 @@ from lightning_nna.emulation.arithmetic.rescaling import (
     round_half_away,
     spills,
 )
-from lightning_nna.emulation.clipping import clip, inside, requantize_on_device
+from lightning_nna.emulation.clipping import clip, inside, requantize_by_kernel
 from lightning_nna.emulation.float32_arithmetic import float32_arithmetic
 from lightning_nna.emulation.kernels import definitions as kernels
+from lightning_nna.emulation.kernels.library import runs_kernel
 from lightning_nna.emulation.parameter_numbers import magnitude
 from lightning_nna.emulation.program import SCHEMA_TYPES, Activation, Instruction, Stored
 from lightning_nna.emulation.ranges import (
@@ -362,6 +363,9 @@ def _number(x: float, bits: int, power_of_two: bool) -> Activation:
 
 def stored_bytes(value: Tensor, qparams: QParams) -> Tensor:
     """Return integers with their zero point, int8, in the shape of ``value``."""
+    if runs_kernel("centered_integers", value):
+        scale, zero_point = qparams.scale, qparams.zero_point
+        return kernels.centered_integers(value.detach(), scale=scale, zero_point=zero_point)
     integers = (value.detach() / qparams.scale).add_(qparams.zero_point)
     return (integers if on_host(integers) else integers.round_()).to(torch.int8)
 
@@ -420,8 +424,8 @@ class _Quantize(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, qparams: QParams, key: str) -> Tensor:
-        if not in_memory(x):
-            return _quantize_on_device(ctx, x, qparams, key)
+        if runs_kernel("quantize", x):
+            return _quantize_by_kernel(ctx, x, qparams, key)
         # LiteRT's quantize divides in float32 and rounds ties away from zero.
         scaled = x.detach().float() / qparams.scale
         low, high = (float(x) for x in torch.aminmax(scaled)) if scaled.numel() else (0.0, 0.0)
@@ -443,12 +447,16 @@ class _Quantize(torch.autograd.Function):
             return inside(grad, clipped), None, None
 
 
-def _quantize_on_device(ctx: Any, x: Tensor, qparams: QParams, key: str) -> Tensor:
+def _quantize_by_kernel(ctx: Any, x: Tensor, qparams: QParams, key: str) -> Tensor:
     low, high = qparams.bounds
     values, clipped, is_finite = kernels.quantize(
         x.detach(), scale=qparams.scale, low=low, high=high, fused_relu=qparams.fused_relu
     )
-    DEFERRED.require(is_finite, FloatingPointError(not_finite(key)))
+    if isinstance(is_finite, Tensor):
+        DEFERRED.require(is_finite, FloatingPointError(not_finite(key)))
+    elif not is_finite:
+        smallest, largest = torch.aminmax(x.detach().float() / qparams.scale)
+        raise FloatingPointError(not_finite(key, float(smallest), float(largest)))
     ctx.save_for_backward(clipped)
     return values
 
@@ -462,8 +470,8 @@ class _Requantize(torch.autograd.Function):
         rounding = call.state.spec.rounding_of("double")
         integers = activation.integers()
         clipped: Tensor | None
-        if not in_memory(x):
-            values, clipped = requantize_on_device(
+        if runs_kernel("requantize", x):
+            values, clipped = requantize_by_kernel(
                 integers, y, rounding=rounding, scale_before=factor
             )
             ctx.save_for_backward(clipped)

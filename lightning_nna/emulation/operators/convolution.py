@@ -34,6 +34,7 @@ from lightning_nna.emulation.first_order import first_order
 from lightning_nna.emulation.float32_arithmetic import float32_arithmetic
 from lightning_nna.emulation.fusion import FusionCandidate
 from lightning_nna.emulation.kernels import definitions as kernels
+from lightning_nna.emulation.kernels.library import runs_kernel
 from lightning_nna.emulation.operators.call import Call
 from lightning_nna.emulation.operators.convolution_layout import Geometry, record_convolution
 from lightning_nna.emulation.operators.linear import (
@@ -258,7 +259,7 @@ class _Sums(torch.autograd.Function):
         own = activation.integers() if integers is None else integers
         sums = _accumulate(own, quantized, geometry, largest)
         ctx.mark_non_differentiable(sums)
-        if not in_memory(x):
+        if runs_kernel("dequantize", x):
             result = kernels.dequantize(
                 sums,
                 quantized.scales,
@@ -301,10 +302,10 @@ class _Convolution(torch.autograd.Function):
     ) -> Tensor:
         needs_grad = any(ctx.needs_input_grad)
         clipped: Tensor | None
-        if not in_memory(x):
-            result, clipped = _on_device(call, activation, quantized, bias, geometry, y)
+        exact = needs_exact(call, activation, quantized, y)
+        if exact and runs_kernel("requantize", x):
+            result, clipped = _fused(call, activation, quantized, bias, geometry, y)
         else:
-            exact = needs_exact(call, activation, quantized, y)
             compute = _exact_output if exact else _fast_output
             rounded = compute(call, activation, quantized, bias, geometry, y)
             centered, clipped = clip(rounded, y, needs_grad)
@@ -344,16 +345,16 @@ def _gradients(
     return gradients
 
 
-def _on_device(
+def _fused(
     call: Call,
     x: Activation,
     weight: QuantizedWeight,
     bias: Tensor | None,
     geometry: Geometry,
     y: QParams,
-) -> tuple[Tensor, Tensor]:
-    """The output and a mask of what was clipped, of the convolution's shape."""
-    largest = weight.bound * x.qparams.largest
+) -> tuple[Tensor, Tensor | None]:
+    """The output and what was clipped, of the convolution's shape, by a kernel."""
+    largest = weight.largest_sum() * x.qparams.largest
     sums = _accumulate(x.integers(), weight, geometry, largest)
     return requantized(
         call,

@@ -25,6 +25,7 @@ from lightning_nna.emulation.arithmetic import pointwise
 from lightning_nna.emulation.clipping import clip, inside
 from lightning_nna.emulation.first_order import require_first_order
 from lightning_nna.emulation.float32_arithmetic import float32_arithmetic
+from lightning_nna.emulation.kernels.library import runs_kernel
 from lightning_nna.emulation.operators.call import Call
 from lightning_nna.emulation.operators.record import Operator
 from lightning_nna.emulation.operators.table_look_up import record_table
@@ -207,7 +208,8 @@ def _computed(
     """The result on ``y``, and the second value of :func:`.clip`."""
     assert operator.float is not None
     assert operator.integers is not None
-    if call.exact or operator.output is None or y.bits != 8:
+    by_kernel = runs_kernel("look_up", activations[0].value)
+    if call.exact or operator.output is None or y.bits != 8 or by_kernel:
         rounded = operator.integers(*activations, y=y, call=call, **parameters)
     else:
         # The same values but where the function falls on a tie: no gather, half the time.

@@ -24,13 +24,13 @@ import torch
 from torch import Tensor
 
 from lightning_nna.emulation.arithmetic.fixed_point import INT32_MAX
-from lightning_nna.emulation.arithmetic.on_host import in_memory
 from lightning_nna.emulation.arithmetic.rescaling import (
     RoundingKind,
     rescale,
     rescale_fast,
     spills,
 )
+from lightning_nna.emulation.kernels.library import runs_kernel
 from lightning_nna.emulation.operators.call import Call
 from lightning_nna.emulation.operators.driver import drive
 from lightning_nna.emulation.operators.record import Form, Kernel, Operator, register_operator
@@ -79,8 +79,8 @@ def _integers(
     spec = call.state.spec
     learns = call.state.scales.learns_outputs
     has_table = y.bits == 8 and not learns and _has_table(a) and _has_table(b)
-    # On a device a look-up is one launch, less than the arithmetic of fast fidelity.
-    if has_table and (call.exact or not in_memory(a.value)):
+    # By a kernel a look-up takes less than the arithmetic of fast fidelity.
+    if has_table and (call.exact or runs_kernel("look_up_pair", a.value)):
         return _look_up(kind, a, b, y, spec)
     if not call.exact and not _spills(kind, a.qparams, b.qparams, y, spec):
         return _fast(kind, a, b, y, spec)

@@ -24,10 +24,11 @@ from lightning_nna.emulation.arithmetic.interpolated_tables import (
     interpolation_table,
     inverse_square_root,
 )
-from lightning_nna.emulation.arithmetic.on_host import in_memory, on_host
+from lightning_nna.emulation.arithmetic.on_host import on_host
 from lightning_nna.emulation.arithmetic.rescaling import RoundingKind, prepared
 from lightning_nna.emulation.clipping import Clipped
 from lightning_nna.emulation.kernels import definitions as kernels
+from lightning_nna.emulation.kernels.library import runs_kernel
 from lightning_nna.emulation.operators.call import Call
 from lightning_nna.emulation.operators.elementwise import (
     LEFT_SHIFT,
@@ -128,8 +129,8 @@ def fused(
     """
     columns = math.prod(x.value.shape[x.value.dim() - len(axes) :])
     # A sum of more integers may overflow, which is counted between the instructions.
-    if not in_memory(x.value) and columns < 2**16:
-        return _on_device(call, x, weight, bias, columns, eps, gains, centered)
+    if runs_kernel("normalize_rows", x.value) and columns < 2**16:
+        return _by_kernel(call, x, weight, bias, columns, eps, gains, centered)
     if not call.exact:
         return _in_float32(call, x, weight, bias, columns, eps, gains, centered)
     wide = call.child("wide", bits=16)
@@ -191,7 +192,7 @@ def _inverse_table(input_scale: float, output_scale: float, segments: int) -> Te
     return interpolation_table(inverse_square_root, input_scale, output_scale, segments=segments)
 
 
-def _on_device(
+def _by_kernel(
     call: Call,
     x: Activation,
     weight: Tensor | None,
@@ -201,7 +202,7 @@ def _on_device(
     gains: Gains,
     centered: bool,
 ) -> tuple[Tensor, QParams, Tensor | None]:
-    """The same in one launch, exact in fast fidelity, too."""
+    """The same by a kernel, exact in fast fidelity, too."""
     row = _RowFactors(call.child("wide", bits=16), x.qparams.widened(), columns)
     if centered:
         row.center()

@@ -39,13 +39,14 @@ from lightning_nna.emulation.arithmetic.rescaling import (
 from lightning_nna.emulation.clipping import (
     clip,
     inside,
-    requantize_on_device,
+    requantize_by_kernel,
     rescale_rows,
 )
 from lightning_nna.emulation.first_order import first_order
 from lightning_nna.emulation.float32_arithmetic import float32_arithmetic
 from lightning_nna.emulation.fusion import FusionCandidate
 from lightning_nna.emulation.kernels import definitions as kernels
+from lightning_nna.emulation.kernels.library import runs_kernel
 from lightning_nna.emulation.operators.call import Call, stored_bytes
 from lightning_nna.emulation.operators.record import (
     NO_OPTIONS,
@@ -137,12 +138,14 @@ class _Layer(NamedTuple):
 
     Args:
         weight: The quantized weight, whose scales hold the bias.
-        rescaler: Rescaling of integer sums; None for a layer that is computed in float, or on a
-            device.
+        rescaler: Rescaling of integer sums; None for a layer that is computed in float, or by a
+            kernel.
+        is_fused: Whether a kernel requantizes.
     """
 
     weight: QuantizedWeight
     rescaler: Rescaler | None
+    is_fused: bool = False
 
 
 def _layer(
@@ -150,7 +153,8 @@ def _layer(
 ) -> _Layer:
     """Prepare a layer; again only where its weight, bias or parameters have changed."""
     # An export follows other functions than a forward runs, and a device runs others still.
-    key = x.qparams, y, call.exact, on_host(x.value), in_memory(x.value)
+    is_fused = runs_kernel("requantize", x.value)
+    key = x.qparams, y, call.exact, on_host(x.value), in_memory(x.value), is_fused
     stamp = None if bias is None else call.state.stamp(bias)
     known = quantized.layers.get(key)
     if known is not None and known[0] is bias and known[1] == stamp and call.telemetry is None:
@@ -168,11 +172,13 @@ def _new_layer(
 ) -> _Layer:
     weight = holding_bias(call, quantized, bias, x.qparams)
     if not in_memory(x.value):
-        return _Layer(weight, None)
+        return _Layer(weight, None, is_fused=True)
     exact = needs_exact(call, x, weight, y)
     multiplies_bytes = _multiplies_bytes(x, weight)
     if not exact and not multiplies_bytes:
         return _Layer(weight, None)
+    if runs_kernel("requantize", x.value):
+        return _Layer(weight, None, is_fused=True)
     zero_point = x.qparams.zero_point
     offset = weight.row_sums * -zero_point if multiplies_bytes and zero_point else None
     return _Layer(weight, rescaler_of_layer(call, x, weight, bias, y, offset, exact))
@@ -486,8 +492,8 @@ def _output(
 ) -> tuple[Tensor, Tensor | None]:
     """Output of shape ``(*, out)``, and the second value of :func:`.clip`."""
     clipped: Tensor | None
-    if not in_memory(x.value):
-        result, clipped = _on_device(call, x, layer.weight, bias, y)
+    if layer.is_fused:
+        result, clipped = _fused(call, x, layer.weight, bias, y)
     elif layer.rescaler is not None:
         sums = _integer_sums(x, layer.weight)
         result, clipped = rescale_rows(sums, layer.rescaler, y, keep=keep)
@@ -504,7 +510,8 @@ def needs_exact(
 ) -> bool:
     """Tell whether a product must be formed in integers: if exact, or where it may overflow.
 
-    On a device integers take no longer, and nobody looks at what may overflow.
+    Where a kernel requantizes, integers take no longer. On a device nobody looks at what may
+    overflow.
 
     Args:
         call: The call.
@@ -514,6 +521,10 @@ def needs_exact(
     """
     if call.exact or not in_memory(x.value):
         return True
+    if runs_kernel("requantize", x.value) and not weight.exceeds(
+        FLOAT32_INTEGERS / x.qparams.largest
+    ):
+        return True
     half = accumulator_limit(call, x.qparams.bits) / 2
     if weight.exceeds(half / x.qparams.largest):
         return True
@@ -521,11 +532,16 @@ def needs_exact(
     return y is not None and x.qparams.scale * float(weight.scales.max()) >= y.scale
 
 
-def _on_device(
+def _fused(
     call: Call, x: Activation, weight: QuantizedWeight, bias: Tensor | None, y: QParams
-) -> tuple[Tensor, Tensor]:
-    """The layer's output and what was clipped, shape ``(rows, out)``, in a few launches."""
-    sums, offset = _sums_on_device(x, weight)
+) -> tuple[Tensor, Tensor | None]:
+    """The layer's output and what was clipped, shape ``(rows, out)``, by a kernel."""
+    if in_memory(x.value):
+        sums, zero_point = _integer_sums(x, weight), x.qparams.zero_point
+        is_offset = zero_point and _multiplies_bytes(x, weight)
+        offset = weight.row_sums * -zero_point if is_offset else None
+    else:
+        sums, offset = _sums_on_device(x, weight)
     return requantized(
         call,
         sums,
@@ -567,8 +583,8 @@ def requantized(
     scales: Tensor | None = None,
     bias: Tensor | None = None,
     **settings: Any,
-) -> tuple[Tensor, Tensor]:
-    """Requantize the sums of a layer on a device, in one launch; count what overflows.
+) -> tuple[Tensor, Tensor | None]:
+    """Requantize the sums of a layer by a kernel; count what overflows.
 
     Args:
         call: The call.
@@ -584,7 +600,8 @@ def requantized(
         settings: See :func:`.kernels.definitions.requantize`.
 
     Returns:
-        Real values, float32, and a mask of what was clipped, both of the shape of ``sums``.
+        Real values, float32, and a mask of what was clipped, both of the shape of ``sums``; None
+        for the mask where Python may know that nothing was.
     """
     spec, width = call.state.spec, call.state.spec.accumulator_width(bits)
     if bias is not None:
@@ -596,7 +613,7 @@ def requantized(
         if bias is not None and scales is not None:
             units = integer_bias(bias, scale_before * scales.double(), spec.bias_width(bits))
         _count_overflow(call, sums, units, limit, **settings)
-    return requantize_on_device(
+    return requantize_by_kernel(
         sums.contiguous(),
         y,
         rounding=rounding,

@@ -30,6 +30,7 @@ from lightning_nna.emulation.arithmetic.rescaling import (
 from lightning_nna.emulation.clipping import clip, inside
 from lightning_nna.emulation.first_order import first_order
 from lightning_nna.emulation.float32_arithmetic import float32_arithmetic
+from lightning_nna.emulation.kernels.library import runs_kernel
 from lightning_nna.emulation.operators import elementwise
 from lightning_nna.emulation.operators.call import Call
 from lightning_nna.emulation.operators.linear import (
@@ -201,7 +202,8 @@ class _BatchMatmul(torch.autograd.Function):
         rounding = call.state.spec.rounding_of("double" if y.bits == 8 else "reduced")
         limit = accumulator_limit(call, y.bits)
         bound = min(largest, limit)
-        if not in_memory(a):
+        fits = call.exact or largest < FLOAT32_INTEGERS or not in_memory(a)
+        if fits and runs_kernel("requantize", a):
             sums = _accumulate(left, right, largest)
             result, mask = requantized(
                 call,

@@ -23,11 +23,11 @@ from lightning_nna.emulation.arithmetic.integer_softmax import (
     softmax_int16,
     to_sum,
 )
-from lightning_nna.emulation.arithmetic.on_host import in_memory
 from lightning_nna.emulation.arithmetic.rescaling import multiply
 from lightning_nna.emulation.first_order import first_order
 from lightning_nna.emulation.float32_arithmetic import float32_arithmetic
 from lightning_nna.emulation.kernels import definitions as kernels
+from lightning_nna.emulation.kernels.library import runs_kernel
 from lightning_nna.emulation.operators.call import Call
 from lightning_nna.emulation.operators.driver import gives_float32, has_elements
 from lightning_nna.emulation.operators.record import Kernel, Operator, register_operator
@@ -128,8 +128,8 @@ class _Softmax(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, axis: int, scores: Activation, y: QParams, call: Call
     ) -> Tensor:
-        if y.bits == 8 and not in_memory(x):
-            result = _on_device(scores, axis)
+        if y.bits == 8 and runs_kernel("softmax_rows", x):
+            result = _fused(scores, axis)
         elif not call.exact:
             result = torch.softmax(x.detach(), axis)
             result = result.mul_(1 / y.scale).round_().clamp_max_(y.bounds[1]).mul_(y.scale)
@@ -151,8 +151,8 @@ class _Softmax(torch.autograd.Function):
         return slope, None, None, None, None
 
 
-def _on_device(scores: Activation, axis: int) -> Tensor:
-    """Probabilities of 8 bits in one launch, exact in fast fidelity, too."""
+def _fused(scores: Activation, axis: int) -> Tensor:
+    """Probabilities of 8 bits by a kernel, exact in fast fidelity, too."""
     x, scale = scores.value.detach().movedim(axis, -1), scores.qparams.scale
     table = on_device_of(x, exp_table(float(np.float32(scale))))
     columns = x.shape[-1] if x.dim() else 1

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from lightning_nna.emulation.arithmetic.device_tables import on_device_of
-from lightning_nna.emulation.arithmetic.on_host import in_memory
 from lightning_nna.emulation.kernels import definitions as kernels
+from lightning_nna.emulation.kernels.library import runs_kernel
 from lightning_nna.emulation.program import Activation
 from lightning_nna.emulation.ranges import QParams
 
@@ -79,8 +79,9 @@ class LookedUp:
         first = self.operands[0].value
         entries, mask = self.table.on(first.device, fused_relu=y.fused_relu)
         mask = mask if keep else None
-        if not in_memory(first):
-            values, clipped = self._on_device(entries, mask)
+        name = "look_up" if len(self.operands) == 1 else "look_up_pair"
+        if runs_kernel(name, first):
+            values, clipped = self._by_kernel(entries, mask)
             return values, None if mask is None else clipped
         index = self._index()
         return look_up(entries, index), None if mask is None else look_up(mask, index)
@@ -94,7 +95,7 @@ class LookedUp:
         lowest = 256 * a.qparams.bounds[0] + b.qparams.bounds[0]
         return torch.add(b.integers(), a.integers(), alpha=256).sub_(lowest).int()
 
-    def _on_device(self, entries: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _by_kernel(self, entries: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
         if len(self.operands) == 1:
             (x,) = self.operands
             scale, lowest = x.qparams.scale, x.qparams.bounds[0]
