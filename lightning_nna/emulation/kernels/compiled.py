@@ -27,12 +27,27 @@ from torch import Tensor
 #: Elements from which on a thread is worth its start.
 _ELEMENTS_OF_A_THREAD = 2**15
 
-#: Compile a function of arrays; while it runs, other threads of Python go on.
-compiled: Callable[..., Any] = numba.njit(nogil=True, cache=True, error_model="numpy")
-#: Compile a function of numbers into the loops that call it.
-inlined: Callable[..., Any] = numba.njit(
-    nogil=True, cache=True, error_model="numpy", inline="always"
-)
+#: Integer that PyTorch makes of a real number that int64 does not hold, on x86-64.
+_NO_INTEGER = -(2**63)
+
+
+def compiled(function: Callable[..., Any]) -> Any:
+    """Compile a function of arrays; while it runs, other threads of Python go on."""
+    return _jitted(function)
+
+
+def inlined(function: Callable[..., Any]) -> Any:
+    """Compile a function of numbers into the loops that call it."""
+    return _jitted(function, inline="always")
+
+
+def _jitted(function: Callable[..., Any], **options: Any) -> Any:
+    jit = partial(numba.njit, nogil=True, error_model="numpy", **options)
+    try:
+        return jit(cache=True)(function)
+    except RuntimeError:
+        # No folder can be written: each process compiles for itself.
+        return jit()(function)
 
 
 def array(x: Tensor) -> NDArray[Any]:
@@ -114,3 +129,26 @@ def multiplied(x, mantissa, left, right):  # type: ignore[no-untyped-def]
     """Multiply integers of 32 bits by m 2^(left - right - 31), rounded twice."""
     high = (lowest_32(x << left) * lowest_32(mantissa) + 0x40000000) >> 31
     return divided(high, right)
+
+
+@compiled
+def integers_of(x, scale, integers):
+    """Write the integers of real values, one axis; see ``_integers`` of :mod:`.reference`.
+
+    Args:
+        x: Real values.
+        scale: Their scale, float32.
+        integers: Array of int64 that is written, of the length of ``x``.
+    """
+    smallest = np.int64(0)
+    bound = np.float32(2147483648.0)
+    for i in range(len(integers)):
+        quotient = np.rint(x[i] / scale)
+        integer = np.int64(np.int32(quotient if abs(quotient) < bound else -bound))
+        integers[i] = integer
+        smallest = min(smallest, integer)
+    if smallest == -2147483648:  # By 64 bits, for which most processors have no vectors.
+        bound = np.float32(9223372036854775808.0)
+        for i in range(len(integers)):
+            quotient = np.rint(x[i] / scale)
+            integers[i] = np.int64(quotient) if abs(quotient) < bound else _NO_INTEGER

@@ -79,7 +79,7 @@ def triton_module(name: str) -> ModuleType | None:
 
 
 #: Modules of the kernels that are compiled for processors.
-_COMPILED = ("compiled_elements",)
+_COMPILED = ("compiled_elements", "compiled_tables")
 
 
 class _Settings(threading.local):
