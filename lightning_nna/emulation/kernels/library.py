@@ -79,7 +79,7 @@ def triton_module(name: str) -> ModuleType | None:
 
 
 #: Modules of the kernels that are compiled for processors.
-_COMPILED = ("compiled_elements", "compiled_tables")
+_COMPILED = ("compiled_elements", "compiled_statistics", "compiled_tables")
 
 
 class _Settings(threading.local):
@@ -111,14 +111,17 @@ def compiled_kernel(name: str) -> Callable[..., Any] | None:
     return next((kernel for kernel in kernels if kernel is not None), None)
 
 
-def runs_kernel(name: str, x: Tensor) -> bool:
-    """Tell whether an operator should call a kernel for a tensor of any shape.
+def compiled_for(name: str, x: Tensor) -> Callable[..., Any] | None:
+    """Return the compiled kernel for a tensor of any shape, or None.
 
-    On a device, always. On a processor if it is compiled, and nobody follows the values.
+    There is one in the processor's memory if it can be compiled, and nobody follows the values.
     """
-    if not in_memory(x):
-        return True
-    return _SETTINGS.compiles and on_host(x) and compiled_kernel(name) is not None
+    return compiled_kernel(name) if _SETTINGS.compiles and on_host(x) else None
+
+
+def runs_kernel(name: str, x: Tensor) -> bool:
+    """Tell whether an operator should call a kernel: on a device always, else a compiled one."""
+    return not in_memory(x) or compiled_for(name, x) is not None
 
 
 def call(name: str, x: Tensor, *arguments: Any) -> Any:
@@ -129,7 +132,7 @@ def call(name: str, x: Tensor, *arguments: Any) -> Any:
         x: Tensor that tells where.
         arguments: Arguments of the kernel.
     """
-    kernel = compiled_kernel(name) if _SETTINGS.compiles and on_host(x) else None
+    kernel = compiled_for(name, x)
     if kernel is None:
         kernel = getattr(torch.ops.lightning_nna, name).default
     return kernel(x, *arguments)

@@ -50,7 +50,7 @@ from lightning_nna.emulation.first_order import first_order
 from lightning_nna.emulation.float32_arithmetic import float32_arithmetic
 from lightning_nna.emulation.fusion import FusionCandidate
 from lightning_nna.emulation.kernels import definitions as kernels
-from lightning_nna.emulation.kernels.library import runs_kernel
+from lightning_nna.emulation.kernels.library import compiled_for, runs_kernel
 from lightning_nna.emulation.operators.call import Call
 from lightning_nna.emulation.operators.convolution import convolve
 from lightning_nna.emulation.operators.convolution_layout import Geometry
@@ -91,7 +91,9 @@ def batch_norm(
     x = None if folded is not None else call.operand(input, "input")
     values = input if x is None else x.value
     with float32_arithmetic(values):
-        mean, variance = _statistics(values, running_mean, running_var, training, momentum)
+        # A norm that is folded has a backward of its own.
+        followed = values if folded is None else values.detach()
+        mean, variance = _statistics(followed, running_mean, running_var, training, momentum)
 
         def inverse() -> Tensor:
             return square_root(variance + eps).reciprocal()
@@ -150,8 +152,12 @@ def _statistics(
         assert running_mean is not None, "torch asks for statistics outside of training"
         assert running_var is not None, "torch asks for statistics outside of training"
         return running_mean, running_var
-    axes = [axis for axis in range(x.dim()) if axis != 1]
-    variance, mean = torch.var_mean(x, axes, correction=0)
+    kernel = None if x.requires_grad else compiled_for("channel_statistics", x)
+    if kernel is None:
+        axes = [axis for axis in range(x.dim()) if axis != 1]
+        variance, mean = torch.var_mean(x, axes, correction=0)
+    else:
+        variance, mean = kernel(x)
     if running_mean is not None and running_var is not None:
         count = x.numel() // x.shape[1]
         with torch.no_grad():
