@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import math
+from functools import lru_cache
+from typing import NamedTuple
+
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from lightning_nna.emulation.kernels.compiled import (
@@ -17,8 +22,6 @@ from lightning_nna.emulation.kernels.compiled import (
 # Elements whose positions in the table are computed at once.
 _BLOCK = 1024
 _NO_MASK = np.zeros(0, np.bool_)
-# Strides of operands of one shape.
-_ONE_AXIS = np.array([[0, 0, 1], [0, 0, 1]])
 
 
 @compiled
@@ -66,7 +69,7 @@ def look_up(
 
 def _tables(
     table: Tensor, mask_table: Tensor | None, shape: tuple[int, ...]
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+) -> tuple[NDArray[np.float32], NDArray[np.bool_], NDArray[np.bool_]]:
     """Return the memory of a table, of the table of its mask, and of a mask of a shape."""
     if mask_table is None:
         return array(table), _NO_MASK, _NO_MASK
@@ -77,19 +80,23 @@ def _tables(
 def _add_integers(x, start, stride, scale, first_entry, factor, integers, positions):
     """Add the integers of an operand times a factor to positions in a table."""
     if stride:
-        integers_of(x[start : start + len(positions)], np.float32(scale), integers)
+        integers_of(x[start : start + len(positions)], scale, integers)
         for i in range(len(positions)):
             positions[i] += factor * (integers[i] - first_entry)
     else:
-        integers_of(x[start : start + 1], np.float32(scale), integers[:1])
-        positions += factor * (integers[0] - first_entry)
+        integers_of(x[start : start + 1], scale, integers[:1])
+        more = factor * (integers[0] - first_entry)
+        for i in range(len(positions)):
+            positions[i] += more
 
 
 @compiled
 def _look_up_pair(
-    a, b, strides, middle, inner, table, mask_table,
+    a, b, sizes, strides_a, strides_b, table, mask_table,
     scale_a, first_a, scale_b, first_b, values, mask, first, last,
 ):  # fmt: skip
+    _, middle, inner = sizes
+    scale_a, scale_b = np.float32(scale_a), np.float32(scale_b)
     size = min(_BLOCK, inner, last - first)
     positions, integers, count = np.empty(size, np.int64), np.empty(size, np.int64), 0
     has_mask, start = len(mask_table) > 0, first
@@ -97,11 +104,12 @@ def _look_up_pair(
         row, column = start // inner, start % inner
         stop = min(start + min(_BLOCK, inner - column), last)
         outer, row = row // middle, row % middle
-        at = strides[:, 0] * outer + strides[:, 1] * row + strides[:, 2] * column
         block, own = positions[: stop - start], integers[: stop - start]
         block[:] = 0
-        _add_integers(a, at[0], strides[0, 2], scale_a, first_a, 256, own, block)
-        _add_integers(b, at[1], strides[1, 2], scale_b, first_b, 1, own, block)
+        at_a = strides_a[0] * outer + strides_a[1] * row + strides_a[2] * column
+        at_b = strides_b[0] * outer + strides_b[1] * row + strides_b[2] * column
+        _add_integers(a, at_a, strides_a[2], scale_a, first_a, 256, own, block)
+        _add_integers(b, at_b, strides_b[2], scale_b, first_b, 1, own, block)
         for i in range(len(block)):
             block[i] = min(max(block[i], 0), len(table) - 1)
         part = mask[start:stop] if has_mask else mask
@@ -121,65 +129,74 @@ def look_up_pair(
     first_b: int,
 ) -> tuple[Tensor, Tensor | None]:
     """Look pairs of integers up, shapes that broadcast; see :func:`.definitions.look_up_pair`."""
-    strides, middle, shape = _ONE_AXIS, 1, tuple(a.shape)
-    inner = a.numel()
+    shape, axes = a.shape, _Axes((1, 1, a.numel()), (0, 0, 1), (0, 0, 1))
     if a.shape != b.shape:
-        shape = torch.broadcast_shapes(a.shape, b.shape)
-        axes, of_axes = _merged_axes(tuple(a.shape), tuple(b.shape), shape)
-        if len(axes) > 3:  # Rare: their values stand in memory once more.
+        shape, merged = _broadcast(a.shape, b.shape)
+        if merged is None:  # Rare: the operands stand in memory once more.
             a, b = a.expand(shape), b.expand(shape)
-            inner = a.numel()
-        else:
-            (_, middle, inner), strides = axes, of_axes
+            merged = axes._replace(sizes=(1, 1, a.numel()))
+        axes = merged
     values = np.empty(shape, np.float32)
     entries, masks, mask = _tables(table, mask_table, shape)
     clipped = 0
     if values.size:
         clipped = over_rows(
             *(values.size, values.size, _look_up_pair, array(a).reshape(-1), array(b).reshape(-1)),
-            *(strides, middle, inner, entries, masks, scale_a, first_a, scale_b, first_b),
+            *(*axes, entries, masks, scale_a, first_a, scale_b, first_b),
             *(values.reshape(-1), mask.reshape(-1)),
         )
     return torch.from_numpy(values), mask_of(mask, clipped)
 
 
-def _merged_axes(
-    a: tuple[int, ...], b: tuple[int, ...], shape: tuple[int, ...]
-) -> tuple[list[int], np.ndarray]:
-    """Merge axes along which the same operands are repeated.
+class _Axes(NamedTuple):
+    """Sizes of three axes, and the strides of two operands: 0 where an operand is repeated."""
+
+    sizes: tuple[int, ...]
+    strides_a: tuple[int, ...]
+    strides_b: tuple[int, ...]
+
+
+@lru_cache(maxsize=1024)
+def _broadcast(a: torch.Size, b: torch.Size) -> tuple[torch.Size, _Axes | None]:
+    """Merge the axes along which the same of two operands are repeated.
 
     Args:
         a: Shape of the first operand.
         b: Shape of the second operand.
-        shape: Shape that both broadcast to.
 
     Returns:
-        Sizes of at least three axes, the outermost first, and the strides of both operands along
-        these, in elements, int64, shape ``(2, axes)``; 0 where an operand is repeated.
+        The shape that both broadcast to, and the merged axes; None if they are more than three.
 
     Example:
-        >>> _merged_axes((4, 1, 1), (4, 5, 6), (4, 5, 6))
-        ([1, 4, 30], array([[ 0,  1,  0],
-               [ 0, 30,  1]]))
+        >>> shape, axes = _broadcast(torch.Size((4, 1, 1)), torch.Size((4, 5, 6)))
+        >>> axes
+        _Axes(sizes=(1, 4, 30), strides_a=(0, 1, 0), strides_b=(0, 30, 1))
     """
+    shape = torch.broadcast_shapes(a, b)
     sizes: list[int] = []
-    repeated: list[tuple[bool, bool]] = []
+    is_own: list[list[bool]] = []
     for position, size in enumerate(shape, start=-len(shape)):
-        own = tuple(-position > len(x) or x[position] != size for x in (a, b))
+        own = [-position <= len(x) and x[position] == size for x in (a, b)]
         if size == 1:
             continue
-        if repeated and repeated[-1] == own:
+        if is_own and is_own[-1] == own:
             sizes[-1] *= size
         else:
             sizes.append(size)
-            repeated.append((own[0], own[1]))
-    missing = max(3 - len(sizes), 0)
-    sizes, repeated = [1] * missing + sizes, [(True, True)] * missing + repeated
-    strides = np.zeros((2, len(sizes)), np.int64)
-    steps = [1, 1]
-    for axis in reversed(range(len(sizes))):
-        for operand in range(2):
-            if not repeated[axis][operand]:
-                strides[operand, axis] = steps[operand]
-                steps[operand] *= sizes[axis]
-    return sizes, strides
+            is_own.append(own)
+    if len(sizes) > 3:
+        return shape, None
+    absent = 3 - len(sizes)
+    sizes, is_own = [1] * absent + sizes, [[False, False]] * absent + is_own
+    strides = [_strides(sizes, [own[k] for own in is_own]) for k in range(2)]
+    return shape, _Axes(tuple(sizes), *strides)
+
+
+def _strides(sizes: list[int], is_own: list[bool]) -> tuple[int, ...]:
+    """Return the strides of an operand, which has some of the axes as its own."""
+    return tuple(
+        math.prod(size for size, own in zip(sizes[k + 1 :], is_own[k + 1 :], strict=True) if own)
+        if is_own[k]
+        else 0
+        for k in range(len(sizes))
+    )

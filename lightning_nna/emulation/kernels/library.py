@@ -79,7 +79,7 @@ def triton_module(name: str) -> ModuleType | None:
 
 
 #: Modules of the kernels that are compiled for processors.
-_COMPILED = ("compiled_elements", "compiled_statistics", "compiled_tables")
+_COMPILED = ("compiled_elements", "compiled_rows", "compiled_statistics", "compiled_tables")
 
 
 class _Settings(threading.local):
