@@ -25,11 +25,12 @@ from lightning_nna.emulation.kernels.compiled import (
     rounded_half_away_32,
 )
 from lightning_nna.emulation.kernels.compiled_elements import multipliers, rescaled
-from lightning_nna.emulation.kernels.reference import DOUBLE
+from lightning_nna.emulation.kernels.reference import DOUBLE, REAL, SINGLE
 
 _NOTHING = np.zeros(0, np.float32)
 # Factors of instructions that there are not.
 _ABSENT = (1.0,) * 4
+_INT16, _FAR = np.int64(2**15), np.int64(2**62)
 
 
 @inlined
@@ -112,96 +113,81 @@ def _in_16_bits(x):
     return min(max(x, -32768), 32767)
 
 
-@inlined
+@compiled
 def _by(x, instruction, rounding):
     """Rescale an integer by a factor, of which there are mantissa and exponent."""
     factor, mantissa, exponent = instruction
     return rescaled(x, factor, mantissa, exponent, rounding, 0, False)
 
 
-@inlined
-def _moved_number(x, term, own, last, rounding):
-    """Add a term to an integer: both rescaled before, and the sum after."""
-    total = _by(x << 15, own, rounding) + term
-    return _in_16_bits(_by(total, last, rounding))
+@compiled
+def _rescale_row(q, instruction, rounding, limit):
+    """Rescale the integers of a row, and limit the results to less than ``limit``."""
+    factor, mantissa, exponent = instruction
+    if rounding == DOUBLE:
+        left, right = max(exponent, 0) & 31, max(-exponent, 0)
+        for i in range(len(q)):
+            y = lowest_32(multiplied(q[i], mantissa, left, right))
+            q[i] = min(max(y, -limit), limit - 1)
+    elif rounding == SINGLE:
+        for i in range(len(q)):
+            y = rescaled(q[i], factor, mantissa, exponent, SINGLE, 0, False)
+            q[i] = min(max(y, -limit), limit - 1)
+    elif rounding == REAL:
+        for i in range(len(q)):
+            y = rescaled(q[i], factor, mantissa, exponent, REAL, 0, False)
+            q[i] = min(max(y, -limit), limit - 1)
+    else:
+        for i in range(len(q)):
+            y = rescaled(q[i], factor, mantissa, exponent, rounding, 0, False)
+            q[i] = min(max(y, -limit), limit - 1)
 
 
 @compiled
-def _scale_row(q, numbers, product, rounding):
+def _multiply_row(q, numbers, is_scalar, product, rounding):
     """Multiply the integers of a row by numbers, one or one each, and rescale them."""
-    if rounding == DOUBLE:
-        _, mantissa, exponent = product
-        left, right = max(exponent, 0) & 31, max(-exponent, 0)
+    if is_scalar:
+        number = numbers[0]
         for i in range(len(q)):
-            high = multiplied(q[i] * numbers[i], mantissa, left, right)
-            q[i] = _in_16_bits(lowest_32(high))
+            q[i] *= number
     else:
         for i in range(len(q)):
-            q[i] = _in_16_bits(_by(q[i] * numbers[i], product, rounding))
+            q[i] *= numbers[i]
+    _rescale_row(q, product, rounding, _INT16)
 
 
 @compiled
-def _scale_row_by(q, number, product, rounding):
-    """Multiply the integers of a row by a number, and rescale them."""
-    if rounding == DOUBLE:
-        _, mantissa, exponent = product
-        left, right = max(exponent, 0) & 31, max(-exponent, 0)
+def _add_to_row(q, terms, is_scalar, own, last, rounding):
+    """Add terms, one or one each and rescaled, to the integers of a row; rescale the sums."""
+    for i in range(len(q)):
+        q[i] <<= 15
+    _rescale_row(q, own, rounding, _FAR)
+    if is_scalar:
+        term = terms[0]
         for i in range(len(q)):
-            high = multiplied(q[i] * number, mantissa, left, right)
-            q[i] = _in_16_bits(lowest_32(high))
+            q[i] += term
     else:
         for i in range(len(q)):
-            q[i] = _in_16_bits(_by(q[i] * number, product, rounding))
+            q[i] += terms[i]
+    _rescale_row(q, last, rounding, _INT16)
 
 
 @compiled
-def _move_row(q, terms, own, last, rounding):
-    """Add terms, rescaled, to the integers of a row, and rescale the sums."""
-    if rounding == DOUBLE:
-        _, mantissa, exponent = own
-        left, right = max(exponent, 0) & 31, max(-exponent, 0)
-        _, last_mantissa, exponent = last
-        last_left, last_right = max(exponent, 0) & 31, max(-exponent, 0)
-        for i in range(len(q)):
-            total = lowest_32(multiplied(q[i] << 15, mantissa, left, right)) + terms[i]
-            high = multiplied(total, last_mantissa, last_left, last_right)
-            q[i] = _in_16_bits(lowest_32(high))
-    else:
-        for i in range(len(q)):
-            q[i] = _moved_number(q[i], terms[i], own, last, rounding)
-
-
-@compiled
-def _move_row_by(q, term, own, last, rounding):
-    """Add a term, rescaled, to the integers of a row, and rescale the sums."""
-    if rounding == DOUBLE:
-        _, mantissa, exponent = own
-        left, right = max(exponent, 0) & 31, max(-exponent, 0)
-        _, last_mantissa, exponent = last
-        last_left, last_right = max(exponent, 0) & 31, max(-exponent, 0)
-        for i in range(len(q)):
-            total = lowest_32(multiplied(q[i] << 15, mantissa, left, right)) + term
-            high = multiplied(total, last_mantissa, last_left, last_right)
-            q[i] = _in_16_bits(lowest_32(high))
-    else:
-        for i in range(len(q)):
-            q[i] = _moved_number(q[i], term, own, last, rounding)
-
-
-@compiled
-def _sum_of_squares(q, square, rounding):
-    """Return the sum of the squares of a row, each rescaled to 16 bits."""
+def _sum_of(q):
+    """Return the sum of integers."""
     total = np.int64(0)
-    if rounding == DOUBLE:
-        _, mantissa, exponent = square
-        left, right = max(exponent, 0) & 31, max(-exponent, 0)
-        for i in range(len(q)):
-            high = multiplied(q[i] * q[i], mantissa, left, right)
-            total += _in_16_bits(lowest_32(high))
-    else:
-        for i in range(len(q)):
-            total += _in_16_bits(_by(q[i] * q[i], square, rounding))
+    for i in range(len(q)):
+        total += q[i]
     return total
+
+
+@compiled
+def _sum_of_squares(q, square, rounding, squares):
+    """Return the sum of the squares of a row, each rescaled to 16 bits."""
+    for i in range(len(q)):
+        squares[i] = q[i] * q[i]
+    _rescale_row(squares, square, rounding, _INT16)
+    return _sum_of(squares)
 
 
 @compiled
@@ -237,18 +223,10 @@ def _constants(values, scale):
 
 
 @compiled
-def _requantize_row(q, output, rounding, low, high, fused_relu, out_scale, values, mask):
+def _clip_row(q, low, high, fused_relu, out_scale, values, mask):
     """Write the real values of a row and its mask; return the number of clipped elements."""
     count, scale = 0, np.float32(out_scale)
     smallest = np.int64(-(2**62)) if fused_relu else np.int64(low)
-    if rounding == DOUBLE:
-        _, mantissa, exponent = output
-        left, right = max(exponent, 0) & 31, max(-exponent, 0)
-        for i in range(len(q)):
-            q[i] = lowest_32(multiplied(q[i], mantissa, left, right))
-    elif rounding >= 0:
-        for i in range(len(q)):
-            q[i] = _by(q[i], output, rounding)
     for i in range(len(q)):
         clipped = (q[i] > high) | (q[i] < smallest)
         values[i] = np.float32(np.int32(min(max(q[i], low), high))) * scale
@@ -265,52 +243,46 @@ def _normalize_rows(
     is_centered, has_epsilon, is_repeated, has_output, is_direct = flags
     scale, gain_scale, shift_scale = scales
     columns, count = x.shape[1], 0
-    inner = columns // channels
     mantissas, exponents = np.empty(len(factors), np.int64), np.empty(len(factors), np.int64)
     multipliers(factors, mantissas, exponents)
     each = [(factors[k], mantissas[k], exponents[k]) for k in range(len(factors))]
-    gains, terms = _constants(gain, np.float32(gain_scale)), _constants(
-        shift, np.float32(shift_scale)
-    )
+    gains = _constants(gain, np.float32(gain_scale))
+    terms = _constants(shift, np.float32(shift_scale))
     for i in range(len(terms)):
         terms[i] = _by(terms[i] << 15, each[15], rounding)
     constant = _by(epsilon << 15, each[8], rounding)
-    q = np.empty(columns, np.int64)
+    q, squares = np.empty(columns, np.int64), np.empty(columns, np.int64)
+    number = np.empty(1, np.int64)
     for r in range(first, last):
         integers_of(x[r], np.float32(scale), q)
         if is_centered:
-            total = np.int64(0)
-            for i in range(columns):
-                total += q[i]
-            mean = _mean(total, each[0], means[:2], rounding)
-            term = -_by(mean << 15, each[2], rounding)
-            _move_row_by(q, term, each[1], each[3], rounding)
-        v = _mean(_sum_of_squares(q, each[4], rounding), each[5], means[2:4], rounding)
+            mean = _mean(_sum_of(q), each[0], means[:2], rounding)
+            number[0] = -_by(mean << 15, each[2], rounding)
+            _add_to_row(q, number, True, each[1], each[3], rounding)
+        v = _mean(_sum_of_squares(q, each[4], rounding, squares), each[5], means[2:4], rounding)
         if has_epsilon:
-            v = _moved_number(v, constant, each[7], each[9], rounding)
-        _scale_row_by(q, _inverse_root(table, is_direct, v), each[6], rounding)
+            raised = _by(v << 15, each[7], rounding) + constant
+            v = _in_16_bits(_by(raised, each[9], rounding))
+        number[0] = _inverse_root(table, is_direct, v)
+        _multiply_row(q, number, True, each[6], rounding)
         if is_repeated:
-            v = _mean(_sum_of_squares(q, each[10], rounding), each[11], means[4:6], rounding)
-            _scale_row_by(q, _inverse_root(again_table, is_direct, v), each[12], rounding)
-        own = (r % groups) * channels
-        if len(gains):
-            if inner == 1:
-                _scale_row(q, gains[own : own + channels], each[13], rounding)
-            else:
-                for c in range(channels):
-                    part = q[c * inner : (c + 1) * inner]
-                    _scale_row_by(part, gains[own + c], each[13], rounding)
-        if len(terms):
-            if inner == 1:
-                _move_row(q, terms[own : own + channels], each[14], each[16], rounding)
-            else:
-                for c in range(channels):
-                    part = q[c * inner : (c + 1) * inner]
-                    _move_row_by(part, terms[own + c], each[14], each[16], rounding)
-        count += _requantize_row(
-            q, each[17], rounding if has_output else -1, low, high, fused_relu, out_scale,
-            values[r], mask[r],
-        )  # fmt: skip
+            total = _sum_of_squares(q, each[10], rounding, squares)
+            v = _mean(total, each[11], means[4:6], rounding)
+            number[0] = _inverse_root(again_table, is_direct, v)
+            _multiply_row(q, number, True, each[12], rounding)
+        # One number an element, or one for all elements of a channel.
+        inner = columns // channels
+        size, parts = (inner, channels) if inner > 1 else (columns, 1)
+        for part in range(parts):
+            own = q[part * size : (part + 1) * size]
+            begin = (r % groups) * channels + part
+            if len(gains):
+                _multiply_row(own, gains[begin:], inner > 1, each[13], rounding)
+            if len(terms):
+                _add_to_row(own, terms[begin:], inner > 1, each[14], each[16], rounding)
+        if has_output:
+            _rescale_row(q, each[17], rounding, _FAR)
+        count += _clip_row(q, low, high, fused_relu, out_scale, values[r], mask[r])
     return count
 
 
