@@ -608,11 +608,18 @@ def requantized(
         bias = bias.detach()
         largest += spec.largest_bias(bits)
     limit = 2.0 ** (width - 1)
-    if largest >= limit and call.state.watches_overflow(call.site):
-        units = None
-        if bias is not None and scales is not None:
-            units = integer_bias(bias, scale_before * scales.double(), spec.bias_width(bits))
-        _count_overflow(call, sums, units, limit, **settings)
+    if call.state.watches_overflow(call.site):
+        before = sums.new_ones(1, dtype=torch.float64) if scales is None else scales.double()
+        before, units, factors = before * scale_before, None, None
+        # Nobody looks at factors on a device.
+        if in_memory(sums) and spills(
+            before / scale_after, rounding=rounding, largest=min(largest, limit)
+        ):
+            factors = before / scale_after
+        if largest >= limit or factors is not None:
+            if bias is not None:
+                units = integer_bias(bias, before, spec.bias_width(bits))
+            _count_overflow(call, sums, units, limit, factors, **settings)
     return requantize_by_kernel(
         sums.contiguous(),
         y,
@@ -634,6 +641,7 @@ def _count_overflow(
     sums: Tensor,
     bias: Tensor | None,
     limit: float,
+    factors: Tensor | None,
     *,
     offset: Tensor | None = None,
     inner: int = 1,
@@ -643,6 +651,9 @@ def _count_overflow(
         if added is not None:
             total = total.reshape(-1, len(added), inner) + added.view(-1, 1)
     lost = (total >= limit) | (total < -limit)
+    if factors is not None:
+        scaled = total.reshape(-1, len(factors), inner) * factors.view(-1, 1)
+        lost = lost.reshape(scaled.shape) | (scaled.abs() >= 2.0**31)
     call.state.count_overflow(call.site, lost.sum(), lost.numel())
 
 
