@@ -79,7 +79,7 @@ def triton_module(name: str) -> ModuleType | None:
 
 
 #: Modules of the kernels that are compiled for processors.
-_COMPILED = ("compiled_elements", "compiled_tables", "compiled_rows")
+_COMPILED = ("compiled_elements", "compiled_tables", "compiled_rows", "compiled_weights")
 
 
 class _Settings(threading.local):
