@@ -52,7 +52,10 @@ def _jitted(function: Callable[..., Any], **options: Any) -> Any:
 
 def array(x: Tensor) -> NDArray[Any]:
     """Return the memory of a tensor of any shape as an array; a copy if it has gaps."""
-    return x.detach().contiguous().numpy()
+    # Each of these calls takes as long as a kernel takes for some hundred elements.
+    if x.requires_grad:
+        x = x.detach()
+    return (x if x.is_contiguous() else x.contiguous()).numpy()
 
 
 def over_rows(rows: int, elements: int, kernel: Callable[..., int], *arguments: Any) -> int:

@@ -324,9 +324,10 @@ def normalize_rows(
             *(of_output or _ABSENT[:1]),
         )
     )
+    table = tables[0].numpy()
     flags = (
         *(bool(of_center), bool(of_epsilon), len(tables) > 1, bool(of_output)),
-        tables[0].is_floating_point(),
+        table.dtype == np.float32,
     )
     scales = scale, of_gain[0] if of_gain else 1.0, of_shift[0] if of_shift else 1.0
     # Mantissa and exponent of the mean, if there is one, and of both variances.
@@ -334,7 +335,7 @@ def normalize_rows(
     clipped = over_rows(
         *(len(values), values.size, _normalize_rows, real),
         *(_NOTHING if p is None else array(p.float()) for p in (gain, shift)),
-        *(tables[0].numpy(), tables[-1].numpy(), flags, factors, of_means, scales),
+        *(table, tables[1].numpy() if len(tables) > 1 else table, flags, factors, of_means, scales),
         *(int(of_epsilon[0]) if of_epsilon else 0, rounding, groups, channels),
         *(low, high, out_scale, fused_relu, values, mask),
     )

@@ -79,7 +79,13 @@ def triton_module(name: str) -> ModuleType | None:
 
 
 #: Modules of the kernels that are compiled for processors.
-_COMPILED = ("compiled_elements", "compiled_rows", "compiled_statistics", "compiled_tables")
+_COMPILED = (
+    "compiled_elements",
+    "compiled_rows",
+    "compiled_statistics",
+    "compiled_tables",
+    "compiled_weights",
+)
 
 
 class _Settings(threading.local):
