@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("numba")
 
-from lightning_nna.emulation.kernels import compiled_recurrent, library
+from lightning_nna.emulation.kernels import compiled_recurrent
 from tests.emulation.kernel_cases import differences
 
 _KERNELS = ("lstm_step", "lstm_step_backward", "gru_step", "gru_step_backward")

@@ -16,7 +16,6 @@ from typing import Any
 
 import numba
 import numpy as np
-import torch
 from numba.extending import intrinsic
 from numpy.typing import NDArray
 from torch import Tensor
@@ -32,10 +31,9 @@ from lightning_nna.emulation.kernels.compiled import (
 from lightning_nna.emulation.kernels.compiled_elements import multipliers, rescaled
 from lightning_nna.emulation.kernels.reference import DOUBLE
 
-#: Runs a step: takes its first row, the row of the state before and the number of rows, or the
-#: first and the last of these. A step forward returns whether gradients of input and recurrent
-#: parts differ.
-RunStep = Callable[..., int]
+#: Runs a step of certain rows, and tells whether the backward needs its masks; see
+#: :func:`.library.prepared`.
+RunStep = Callable[..., bool]
 
 _MIN, _MAX = -(2**15), 2**15 - 1
 _GATE_SCALE = np.float32(2.0**-15)
@@ -95,6 +93,12 @@ def _real(integer):  # type: ignore[no-untyped-def]
     return np.float32(integer) * _GATE_SCALE
 
 
+@compiled
+def _rescaled(x, factor, mantissa, exponent, rounding):  # type: ignore[no-untyped-def]
+    """Rescale without a zero point; a function of its own takes less time to compile."""
+    return rescaled(x, factor, mantissa, exponent, rounding, 0, False)
+
+
 def _multipliers(factors: NDArray[np.float64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Write factors, shape ``(n,)``, as mantissas and exponents."""
     mantissas, exponents = (np.empty(factors.shape, np.int64) for _ in range(2))
@@ -129,9 +133,7 @@ def _lstm_kernel(rounding: int, saturates_recurrent: bool, divides: bool) -> Cal
             t = here + r
             for k in range(4 * size):
                 x = _accumulated(np.int64(sums[r, k]) + offset[k], bits, saturates)
-                recurrent[k] = rescaled(
-                    x, factors[k], mantissas[k], exponents[k], rounding, 0, False
-                )
+                recurrent[k] = _rescaled(x, factors[k], mantissas[k], exponents[k], rounding)
             for k in range(4 * size):
                 own, part = np.int64(inputs[t, k]), recurrent[k]
                 passed = 4 * np.int64((own > _MIN) & (own < _MAX))
@@ -159,10 +161,8 @@ def _lstm_kernel(rounding: int, saturates_recurrent: bool, divides: bool) -> Cal
                 if divides:
                     c = divided(product, shift) + divided(carried, 15)
                 else:
-                    c = rescaled(product, new_factor, new_m, new_e, rounding, 0, False)
-                    c += rescaled(
-                        carried, retained_factor, retained_m, retained_e, rounding, 0, False
-                    )
+                    c = _rescaled(product, new_factor, new_m, new_e, rounding)
+                    c += _rescaled(carried, retained_factor, retained_m, retained_e, rounding)
                 cells[after + r, u] = np.int16(_clipped(c))
             for u in range(size):
                 tanh_cells[t, u] = cell_table[np.int64(cells[after + r, u]) + 32768]
@@ -203,8 +203,10 @@ def prepared_lstm_step(buffers: Sequence[Tensor], numbers: Sequence[Any]) -> Run
     )
     kernel = _lstm_kernel(rounding, saturates_recurrent, divides)
 
-    def run(first: int, before: int, rows: int) -> int:
-        return over_rows(rows, rows * elements, kernel, *arguments, first, before, batch + first)
+    def run(first: int, before: int, rows: int) -> bool:
+        return (
+            over_rows(rows, rows * elements, kernel, *arguments, first, before, batch + first) > 0
+        )
 
     return run
 
@@ -290,8 +292,10 @@ def prepared_lstm_step_backward(buffers: Sequence[Tensor], numbers: Sequence[Any
     batch, elements = len(arguments[4]) - len(arguments[0]), 4 * arguments[4].shape[1]
     kernel = _lstm_backward(buffers[7].data_ptr() == buffers[8].data_ptr())
 
-    def run(first: int, before: int, rows: int) -> int:
-        return over_rows(rows, rows * elements, kernel, *arguments, first, before, batch + first)
+    def run(first: int, before: int, rows: int) -> bool:
+        return (
+            over_rows(rows, rows * elements, kernel, *arguments, first, before, batch + first) > 0
+        )
 
     return run
 
@@ -308,7 +312,7 @@ def _multiplier(factors, mantissas, exponents, number):  # type: ignore[no-untyp
 
 @inlined
 def _scaled(x, multiplier, rounding):  # type: ignore[no-untyped-def]
-    return rescaled(x, multiplier[0], multiplier[1], multiplier[2], rounding, 0, False)
+    return _rescaled(x, multiplier[0], multiplier[1], multiplier[2], rounding)
 
 
 @lru_cache(maxsize=64)
@@ -346,10 +350,9 @@ def _gru_kernel(state_rounding: int, rounding: int, parts: int) -> Callable[...,
                 if parts == 2:
                     x = 256 * x + np.int64(sums[parts * r + 1, k])
                 x = _accumulated(x + offset[k], bits, saturates)
-                recurrent[k] = rescaled(
-                    x, state_factors[k], state_mantissas[k], state_exponents[k], state_rounding,
-                    0, False,
-                )  # fmt: skip
+                recurrent[k] = _rescaled(
+                    x, state_factors[k], state_mantissas[k], state_exponents[k], state_rounding
+                )
             for k in range(2 * size):
                 a = _scaled(np.int64(inputs[t, k]) << 15, of_gates_x, rounding)
                 b = _scaled(_clipped(recurrent[k]) << 15, of_gates_h, rounding)
@@ -428,8 +431,10 @@ def prepared_gru_step(buffers: Sequence[Tensor], numbers: Sequence[Any]) -> RunS
     )
     kernel = _gru_kernel(state_rounding, rounding, buffers[7].shape[1])
 
-    def run(first: int, before: int, rows: int) -> int:
-        return over_rows(rows, rows * elements, kernel, *arguments, first, before, batch + first)
+    def run(first: int, before: int, rows: int) -> bool:
+        return (
+            over_rows(rows, rows * elements, kernel, *arguments, first, before, batch + first) > 0
+        )
 
     return run
 
@@ -496,8 +501,8 @@ def prepared_gru_step_backward(buffers: Sequence[Tensor], numbers: Sequence[Any]
     arguments = (*map(_array, buffers), *numbers)
     elements = 3 * arguments[2].shape[1]
 
-    def run(first: int, rows: int) -> int:
-        return over_rows(rows, rows * elements, _gru_backward, *arguments, first)
+    def run(first: int, rows: int) -> bool:
+        return over_rows(rows, rows * elements, _gru_backward, *arguments, first) > 0
 
     return run
 
@@ -505,5 +510,3 @@ def prepared_gru_step_backward(buffers: Sequence[Tensor], numbers: Sequence[Any]
 def gru_step_backward(*arguments: Any) -> None:
     """Run the backward of a step; see :func:`.recurrent_reference.gru_step_backward`."""
     prepared_gru_step_backward(arguments[:6], arguments[8:])(*arguments[6:8])
-
-
