@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from types import ModuleType
@@ -81,6 +81,7 @@ def triton_module(name: str) -> ModuleType | None:
 #: Modules of the kernels that are compiled for processors.
 _COMPILED = (
     "compiled_elements",
+    "compiled_recurrent",
     "compiled_rows",
     "compiled_statistics",
     "compiled_tables",
@@ -142,6 +143,32 @@ def call(name: str, x: Tensor, *arguments: Any) -> Any:
     if kernel is None:
         kernel = getattr(torch.ops.lightning_nna, name).default
     return kernel(x, *arguments)
+
+
+def prepared(name: str, buffers: Sequence[Tensor], numbers: Sequence[Any]) -> Callable[..., bool]:
+    """Prepare a kernel that is called with the same arguments at every step of a sequence.
+
+    Args:
+        name: Name of the kernel, whose arguments are buffers, rows of the step and numbers.
+        buffers: Tensors of any shape; the first tells where the kernel runs.
+        numbers: Its other arguments.
+
+    Returns:
+        Function of the rows, which tells whether the backward needs masks of this step; on a
+        device, where nobody looks, it always does.
+    """
+    is_compiled = _SETTINGS.compiles and on_host(buffers[0])
+    prepare = compiled_kernel(f"prepared_{name}") if is_compiled else None
+    if prepare is not None:
+        run: Callable[..., bool] = prepare(buffers, numbers)
+        return run
+    kernel = getattr(torch.ops.lightning_nna, name).default
+
+    def launch(*rows: int) -> bool:
+        kernel(*buffers, *rows, *numbers)
+        return True
+
+    return launch
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""The GRU of :mod:`.gru_sequence` on a device: two launches a step, forward and backward alike.
+"""The GRU of :mod:`.gru_sequence` in two calls a step, forward and backward alike.
 
 A step is the matrix product of the states with the recurrent weight and one kernel for all other
 instructions (:mod:`.kernels.recurrent`). Its integers are those of exact fidelity, which no other
@@ -16,11 +16,16 @@ from typing_extensions import override
 
 from lightning_nna.emulation.arithmetic.fixed_point import INT16_MAX, INT16_MIN
 from lightning_nna.emulation.kernels.definitions import ROUNDINGS
-from lightning_nna.emulation.kernels.recurrent import gru_step, gru_step_backward
+from lightning_nna.emulation.kernels.library import prepared
 from lightning_nna.emulation.operators.activation import WIDE_OUTPUT, wide_entries
 from lightning_nna.emulation.operators.call import Call
-from lightning_nna.emulation.operators.device_product import DeviceProduct, steps_of
 from lightning_nna.emulation.operators.elementwise import product_factor, sum_factors
+from lightning_nna.emulation.operators.fused_product import (
+    FusedProduct,
+    dtype_of_sums,
+    multiply_bytes,
+    steps_of,
+)
 from lightning_nna.emulation.operators.gru_sequence import Grids
 from lightning_nna.emulation.operators.sequence_function import (
     Gradients,
@@ -43,7 +48,7 @@ class FusedGRUSteps(SequenceSteps):
 
     operator = "gru"
 
-    def __init__(self, call: Call, grids: Grids, product: DeviceProduct) -> None:
+    def __init__(self, call: Call, grids: Grids, product: FusedProduct) -> None:
         super().__init__(product.weight)
         self.grids, self.spec, self._of_states = grids, call.state.spec, product
 
@@ -64,35 +69,30 @@ class FusedGRUSteps(SequenceSteps):
         states = new((batch + rows, size), dtype=torch.int16)
         states[:batch].copy_(start.integers())
         state = product.split(states[:batch])
-        sums = new((batch, product.parts, 3 * size), dtype=state.dtype)
+        sums = new((batch, product.parts, 3 * size), dtype=dtype_of_sums(product.columns))
         factors = _factors(grids, spec, device)
         tables = (
             _table("sigmoid", grids.gates.scale, spec, device),
             _table("tanh", grids.new.scale, spec, device),
         )
-        rounding = ROUNDINGS[spec.rounding_of("double")]
-        for first, before, count, (of_step, sums_of_step) in steps_of(layout, state, sums):
-            torch.mm(of_step.flatten(0, 1), product.columns, out=sums_of_step.flatten(0, 1))
-            gru_step(
-                sums,
-                inputs,
-                product.factors,
-                product.offset,
-                factors,
-                *tables,
-                state,
-                states,
-                outputs,
-                trace,
-                first,
-                before,
-                count,
+        step = prepared(
+            "gru_step",
+            (
+                *(sums, inputs, product.factors, product.offset, factors, *tables),
+                *(state, states, outputs, trace),
+            ),
+            (
                 ROUNDINGS[product.rounding],
-                rounding,
+                ROUNDINGS[spec.rounding_of("double")],
                 product.accumulator_bits,
                 product.saturates,
                 grids.h.scale,
-            )
+            ),
+        )
+        of_steps = steps_of(layout, state.flatten(0, 1), sums.flatten(0, 1), parts=product.parts)
+        for first, before, count, (of_step, sums_of_step) in of_steps:
+            multiply_bytes(of_step, product.columns, sums_of_step)
+            step(first, before, count)
         return outputs, ((trace, states) if keep else None)
 
 
@@ -108,22 +108,16 @@ def _through_time(
     # A sequence that ends early gets nothing from later steps.
     d_change, d_product = (weight.new_zeros((batch, size)) for _ in range(2))
     grad = grad.contiguous()
+    step = prepared(
+        "gru_step_backward",
+        (grad, d_product, d_change, trace, d_x, d_recurrent),
+        (grids.recurrent.scale, grids.change.scale),
+    )
     of_steps = zip(
         list(steps_of(layout, d_product)), d_recurrent.split(list(layout.sizes)), strict=True
     )
     for (first, _, count, (d_state,)), d_step in reversed(list(of_steps)):
-        gru_step_backward(
-            grad,
-            d_product,
-            d_change,
-            trace,
-            d_x,
-            d_recurrent,
-            first,
-            count,
-            grids.recurrent.scale,
-            grids.change.scale,
-        )
+        step(first, count)
         torch.mm(d_step, weight, out=d_state)
     before = layout.before(states).float().mul_(grids.h.scale)
     return Gradients(d_x, d_recurrent, d_change.add_(d_product), before)

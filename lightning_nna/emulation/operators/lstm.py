@@ -29,10 +29,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_nna.emulation.arithmetic.on_host import in_memory, on_host
-from lightning_nna.emulation.arithmetic.quantized_weight import QuantizedWeight
+from lightning_nna.emulation.arithmetic.on_host import on_host
 from lightning_nna.emulation.first_order import first_order
 from lightning_nna.emulation.float32_arithmetic import float32_arithmetic
+from lightning_nna.emulation.kernels.library import runs_kernel
 from lightning_nna.emulation.operators.call import Call, stored_bytes
 from lightning_nna.emulation.operators.fused_lstm import FusedCell, FusedLSTM
 from lightning_nna.emulation.operators.linear import (
@@ -133,16 +133,17 @@ def _cell(
         hidden = call.output(float_output, "hidden")
     bias = None if weights.bias is None else weights.bias.detach().float()
     # Prepared once while nothing changes; one that may overflow counts for its own site.
-    layers, key = w_ih.layers, (x.qparams, y, hidden, exponent)
+    fuses = _may_fuse(call, x, weights)
+    layers, key = w_ih.layers, (x.qparams, y, hidden, exponent, fuses)
     on_cpu = on_host(x.value) and call.telemetry is None
     known = layers.get(key) if on_cpu else None
     if known is not None and known[0] is w_hh and known[1] is projection:
-        prepared: LSTMCell = known[3]
+        prepared: LSTMCell | FusedCell = known[3]
         if _are_equal(known[2], bias):
             return prepared, y
     w_ih = holding_bias(call, w_ih, bias, x.qparams, len(w_ih.stored) // 4)
     spec = call.state.spec
-    if projection is None and _runs_fused(call, x, w_ih, w_hh):
+    if fuses:
         fused = FusedCell(
             w_ih,
             w_hh,
@@ -156,7 +157,11 @@ def _cell(
             accumulator_bits=spec.accumulator_width(8),
             saturates=spec.accumulator_overflow == "saturate",
         )
-        return fused, y
+        may_overflow = fused.may_overflow(spec.largest_bias(8))
+        if not may_overflow or not call.state.watches_overflow(call.site):
+            if on_cpu and not may_overflow:
+                layers[key] = w_hh, projection, bias, fused
+            return fused, y
     cell = LSTMCell(
         w_ih,
         w_hh,
@@ -174,18 +179,15 @@ def _cell(
     return cell, y
 
 
-def _runs_fused(call: Call, x: Activation, w_ih: QuantizedWeight, w_hh: QuantizedWeight) -> bool:
-    """Tell whether a device runs a kernel a step: a telemetry or a recorder sees the instructions.
+def _may_fuse(call: Call, x: Activation, weights: Weights) -> bool:
+    """Tell whether a kernel may run each step: a telemetry or a recorder sees the instructions.
 
-    Sums of more than 32 bits have multipliers of their own, and those that may overflow are
-    counted until the site has warned.
+    Sums of more than 32 bits have multipliers of their own. Those that may overflow are counted
+    until the site has warned, which no kernel does.
     """
-    if in_memory(x.value) or call.recording or call.telemetry is not None:
+    if weights.projection is not None or call.recording or call.telemetry is not None:
         return False
-    spec = call.state.spec
-    largest = max(w_ih.bound * x.qparams.largest + spec.largest_bias(8), w_hh.bound * 256)
-    fits = largest < accumulator_limit(call, 8) or not call.state.watches_overflow(call.site)
-    return fits and spec.accumulator_width(8) <= 32
+    return call.state.spec.accumulator_width(8) <= 32 and runs_kernel("lstm_step", x.value)
 
 
 def _are_equal(first: Tensor | None, second: Tensor | None) -> bool:

@@ -14,11 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_nna.emulation.arithmetic.on_host import in_memory
 from lightning_nna.emulation.float32_arithmetic import float32_arithmetic
+from lightning_nna.emulation.kernels.library import runs_kernel
 from lightning_nna.emulation.operators.call import Call, requantize
 from lightning_nna.emulation.operators.concatenation import concatenate
-from lightning_nna.emulation.operators.device_product import DeviceProduct, device_product
+from lightning_nna.emulation.operators.fused_product import FusedProduct, fused_product
 from lightning_nna.emulation.operators.linear import fully_connected, holding_bias, linear
 from lightning_nna.emulation.operators.sequence_function import SequenceFunction, SequenceSteps
 from lightning_nna.emulation.operators.sequences import Layout
@@ -66,7 +66,7 @@ class Product:
                     holding_bias(self.call, self.quantized, self.bias, h)
             return StateProduct(self.call, h, quantized, self.bias, y, layout.batch)
 
-    def on_device(self, h: QParams, y: QParams) -> DeviceProduct | None:
+    def fused(self, h: QParams, y: QParams) -> FusedProduct | None:
         """Return the instruction for kernels of whole steps; None where steps must be seen.
 
         Args:
@@ -78,7 +78,7 @@ class Product:
             return None
         with torch.no_grad():
             quantized = holding_bias(self.call, self.quantized, self.bias, h)
-        return device_product(self.call, h, quantized, self.bias, y)
+        return fused_product(self.call, h, quantized, self.bias, y)
 
     def __call__(self, h: Tensor) -> Tensor:
         """Return the product of states, shape ``(batch, hidden)``."""
@@ -95,12 +95,12 @@ class WholeSequence(NamedTuple):
     Args:
         recurrent: Quantization parameters of the state product.
         steps: Function from the instruction of the states to the steps.
-        on_device: The same of steps that a device runs as kernels; None if it does not.
+        fused: The same of steps that are one kernel each; None if there is none.
     """
 
     recurrent: QParams
     steps: Callable[[StateProduct], SequenceSteps]
-    on_device: Callable[[DeviceProduct], SequenceSteps] | None = None
+    fused: Callable[[FusedProduct], SequenceSteps] | None = None
 
 
 class Step(ABC):
@@ -173,10 +173,10 @@ class Step(ABC):
     def _steps(
         self, x: Tensor, sequence: WholeSequence, h: QParams, layout: Layout
     ) -> SequenceSteps:
-        if sequence.on_device is not None and not in_memory(x):
-            product = self.product.on_device(h, sequence.recurrent)
+        if sequence.fused is not None and runs_kernel("gru_step", x):
+            product = self.product.fused(h, sequence.recurrent)
             if product is not None:
-                return sequence.on_device(product)
+                return sequence.fused(product)
         return sequence.steps(self.product.prepared(h, sequence.recurrent, layout))
 
     def sequence(self, x: QParams, h: QParams) -> WholeSequence | None:

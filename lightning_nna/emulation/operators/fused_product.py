@@ -1,6 +1,7 @@
-"""Products of states and a recurrent weight on a device, and the rows that steps have of buffers.
+"""Products of states and a recurrent weight before a kernel, and the rows of steps in buffers.
 
-A device multiplies in float32 where that holds every sum, and nothing is looked at to find out.
+A device multiplies in float32 where that holds every sum, and nothing is looked at to find out. A
+processor multiplies bytes if it has instructions for that.
 """
 
 from __future__ import annotations
@@ -12,9 +13,11 @@ import torch
 from torch import Tensor
 
 from lightning_nna.emulation.arithmetic.integer_products import FLOAT32_INTEGERS
+from lightning_nna.emulation.arithmetic.on_host import in_memory
 from lightning_nna.emulation.arithmetic.quantized_weight import QuantizedWeight
+from lightning_nna.emulation.arithmetic.rescaling import spills
 from lightning_nna.emulation.operators.call import Call
-from lightning_nna.emulation.operators.linear import integer_bias
+from lightning_nna.emulation.operators.linear import accumulator_limit, integer_bias
 from lightning_nna.emulation.operators.sequences import Layout
 from lightning_nna.emulation.ranges import QParams
 
@@ -23,22 +26,43 @@ _BYTE, _WEIGHT = 128, 127
 
 
 def columns_of(weight: QuantizedWeight) -> Tensor:
-    """Return a weight's integers for products with bytes, shape ``(in, out)``, float32 or float64.
+    """Return a weight's integers for :func:`multiply_bytes`, shape ``(in, out)``.
 
-    The shape alone tells whether float32 holds every sum: a look at the weight would stop a GPU.
+    They are int8, float32 or float64. On a device the shape alone tells whether float32 holds every
+    sum: a look at the weight would stop it.
     """
+    if in_memory(weight.stored):
+        return weight.byte_product.columns
     largest = weight.stored.shape[1] * _BYTE * _WEIGHT
     dtype = torch.float32 if largest < FLOAT32_INTEGERS else torch.float64
     return weight.stored.to(dtype).T
 
 
+def dtype_of_sums(columns: Tensor) -> torch.dtype:
+    """Return the type of the sums of products with columns, shape ``(in, out)``."""
+    return torch.int32 if columns.dtype == torch.int8 else columns.dtype
+
+
+def multiply_bytes(stored: Tensor, columns: Tensor, sums: Tensor) -> Tensor:
+    """Multiply bytes with a weight, exactly.
+
+    Args:
+        stored: Bytes, of the dtype of the columns, shape ``(rows, in)``.
+        columns: Integers from :func:`columns_of`.
+        sums: Receives the products, of :func:`dtype_of_sums`, shape ``(rows, out)``.
+    """
+    if columns.dtype == torch.int8:
+        return torch._int_mm(stored, columns, out=sums)
+    return torch.mm(stored, columns, out=sums)
+
+
 @dataclass(frozen=True)
-class DeviceProduct:
+class FusedProduct:
     """The fully connected instruction of 16-bit states, before its rounding.
 
     Args:
         weight: Quantized weight, shape ``(out, hidden)``, whose scales hold the bias.
-        columns: Its integers, float32 or float64, shape ``(hidden, out)``.
+        columns: Its integers from :func:`columns_of`, shape ``(hidden, out)``.
         factors: Factors from sums to results, float64, shape ``(out,)``.
         offset: Numbers added to the sums, float64, shape ``(out,)``.
         rounding: Rounding of the kernel.
@@ -56,11 +80,8 @@ class DeviceProduct:
 
     @property
     def parts(self) -> int:
-        """Number of parts of a state: the bytes of an integer where float32 has products of these.
-
-        In float64 the product of the integer itself is exact.
-        """
-        return 2 if self.columns.dtype == torch.float32 else 1
+        """Number of parts of a state: its two bytes; in float64 the integer itself."""
+        return 1 if self.columns.dtype == torch.float64 else 2
 
     def split(self, integers: Tensor) -> Tensor:
         """Split states into parts, of the dtype of the columns.
@@ -77,9 +98,9 @@ class DeviceProduct:
         return torch.stack([wide >> 8, (wide & 255) - _BYTE], 1).to(self.columns.dtype)
 
 
-def device_product(
+def fused_product(
     call: Call, x: QParams, weight: QuantizedWeight, bias: Tensor | None, y: QParams
-) -> DeviceProduct | None:
+) -> FusedProduct | None:
     """Prepare the instruction of 16-bit states.
 
     Args:
@@ -90,7 +111,8 @@ def device_product(
         y: Quantization parameters of the result.
 
     Returns:
-        None where the multiplier depends on how large sums may become.
+        None where the multiplier depends on how large sums may become, or where overflows must be
+        counted, which a processor does until the site has warned.
     """
     spec = call.state.spec
     bits, rounding = spec.accumulator_width(16), spec.rounding_of("real", "reduced")
@@ -99,25 +121,36 @@ def device_product(
     scales = x.scale * weight.scales.double()
     columns = columns_of(weight)
     # Lower bytes are 128 too small.
-    offset = weight.row_sums * (_BYTE if columns.dtype == torch.float32 else 0)
+    offset = weight.row_sums * (0 if columns.dtype == torch.float64 else _BYTE)
+    largest = weight.bound * x.largest
     if bias is not None:
-        offset = offset + integer_bias(bias, scales, spec.bias_width(16))
-    factors = scales / scales.new_full((), y.scale)
+        biases = integer_bias(bias, scales, spec.bias_width(16))
+        offset = offset + biases
+        largest += spec.largest_bias(16)
+    factors, limit = scales / scales.new_full((), y.scale), accumulator_limit(call, 16)
+    if in_memory(weight.stored) and call.state.watches_overflow(call.site):
+        overflows = largest >= limit or spills(factors, rounding=rounding, largest=largest)
+        if overflows:
+            return None
     saturates = spec.accumulator_overflow == "saturate"
-    return DeviceProduct(weight, columns, factors, offset, rounding, bits, saturates)
+    return FusedProduct(weight, columns, factors, offset, rounding, bits, saturates)
 
 
-def steps_of(layout: Layout, *buffers: Tensor) -> Iterator[tuple[int, int, int, list[Tensor]]]:
+def steps_of(
+    layout: Layout, *buffers: Tensor, parts: int = 1
+) -> Iterator[tuple[int, int, int, list[Tensor]]]:
     """Iterate over steps: first row, row of the state before, number of rows, rows of buffers.
 
     Args:
         layout: Of the rows.
-        buffers: Tensors of the largest step, shape ``(batch, ...)``, whose first rows a step has.
+        buffers: Tensors of the largest step, shape ``(batch * parts, ...)``, whose first rows a
+            step has.
+        parts: Rows that a sequence has of a buffer.
     """
     first = before = 0
     views, count = list(buffers), layout.batch
     for size in layout.sizes:
         if size != count:
-            views, count = [buffer[:size] for buffer in buffers], size
+            views, count = [buffer[: size * parts] for buffer in buffers], size
         yield first, before, size, views
         before, first = layout.batch + first, first + size
