@@ -1,7 +1,9 @@
-"""Branches of a GPU, in place of a processor's short cuts, give the same bits; run here."""
+"""Branches of a GPU, of compiled kernels and of a processor without them give the same bits."""
 
 from __future__ import annotations
 
+import copy
+import itertools
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -14,6 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_nna import calibrate, emulate
 from lightning_nna.emulation.arithmetic.on_host import as_on_a_device
+from lightning_nna.emulation.kernels.library import without_compiled_kernels
+from lightning_nna.emulation.operators.batch_norm import _statistics
 
 
 class Recurrent(nn.Module):
@@ -115,21 +119,64 @@ def _values(module: nn.Module, x: Tensor) -> Iterator[Tensor]:
         yield tensor.grad.clone()
 
 
-@pytest.mark.parametrize("spec", ["tflm-int8", "litert-int8", "tflm-int16x8"])
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize(
+    "spec", ["tflm-int8", "litert-int8", "tflm-int16x8", "litert-int16x8", "tosa-int8"]
+)
 @pytest.mark.parametrize("name", NETWORKS)
-def test_branches_of_a_device_give_the_bits_of_a_processor(name: str, spec: str) -> None:
+def test_all_branches_give_the_same_bits(name: str, spec: str, training: bool) -> None:
     torch.manual_seed(0)
     make, shape = NETWORKS[name]
-    module, x = make().eval(), torch.randn(shape)
+    module, x = make().train(training), torch.randn(shape)
     # A range that leaves values out: some are clipped.
     calibrate(module, [0.7 * x], spec=spec)
-    scopes: tuple[AbstractContextManager[None], ...] = (nullcontext(), as_on_a_device())
-    both = []
+    state = copy.deepcopy(module.state_dict())
+    scopes: tuple[AbstractContextManager[None], ...] = (
+        without_compiled_kernels(),
+        nullcontext(),
+        as_on_a_device(),
+    )
+    every = []
     for scope in scopes:
+        module.load_state_dict(state)
         with scope:
-            both.append(list(_values(module, x)))
-    for expected, computed in zip(*both, strict=True):
-        assert torch.equal(computed, expected)
+            every.append([*_values(module, x), *(each.clone() for each in module.buffers())])
+    for plain, compiled, on_a_device in zip(*every, strict=True):
+        assert torch.equal(compiled, plain)
+        assert torch.equal(on_a_device, plain)
+
+
+@pytest.mark.parametrize("spec", ["tflm-int8", "litert-int8", "tflm-int16x8"])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_threads_give_the_same_bits(name: str, spec: str) -> None:
+    torch.manual_seed(0)
+    make, shape = NETWORKS[name]
+    # So much that compiled kernels share it among threads.
+    module, x = make(), torch.randn(12 * shape[0], *shape[1:])
+    calibrate(module, [0.7 * x], spec=spec)
+    threads, results = torch.get_num_threads(), []
+    try:
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            with torch.no_grad(), emulate(module.eval()):
+                results.append(module(x))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(*results)
+
+
+def test_statistics_of_channels_are_those_of_torch() -> None:
+    torch.manual_seed(0)
+    shapes = ((32, 200, 125), (3, 501, 7), (16, 401), (8, 99, 3, 5), (1, 20, 64), (64, 100, 1))
+    for shape, (scale, offset) in itertools.product(shapes, ((1, 0), (3, 100), (1e-3, 1))):
+        x = (torch.randn(shape) * 40).round() * scale + offset
+        norm = nn.BatchNorm1d(shape[1], momentum=1.0)
+        call = x.flatten(2) if x.dim() > 2 else x
+        with without_compiled_kernels():
+            expected = _statistics(call, norm.running_mean, norm.running_var, True, 1.0)
+        computed = _statistics(call, norm.running_mean, norm.running_var, True, 1.0)
+        for one, other in zip(computed, expected, strict=True):
+            assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize("inputs", [16, 256])
