@@ -41,8 +41,7 @@ _SQUARED_SCALE = np.float32(2.0**-30)
 _ONE = np.float32(1.0)
 
 
-@intrinsic
-def fused_multiply_add(typing_context, a, b, c):  # type: ignore[no-untyped-def]
+def _fused_multiply_add(typing_context, a, b, c):  # type: ignore[no-untyped-def]
     """Return a b + c of float32, rounded once."""
 
     def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
@@ -50,6 +49,9 @@ def fused_multiply_add(typing_context, a, b, c):  # type: ignore[no-untyped-def]
 
     number = numba.float32
     return number(number, number, number), generate
+
+
+fused_multiply_add: Any = intrinsic(_fused_multiply_add)
 
 
 @inlined
@@ -179,7 +181,7 @@ def _lstm_kernel(rounding: int, saturates_recurrent: bool, divides: bool) -> Cal
                 outputs[t, u] = np.float32(np.int32(h - zero_point)) * real_scale
         return clipped
 
-    return run  # type: ignore[no-any-return]
+    return run
 
 
 def prepared_lstm_step(buffers: Sequence[Tensor], numbers: Sequence[Any]) -> RunStep:
@@ -274,7 +276,7 @@ def _lstm_backward(is_shared: bool) -> Callable[..., int]:
                     d_input[t, k] *= _flag(flags[t, k], 2)
         return 0
 
-    return run  # type: ignore[no-any-return]
+    return run
 
 
 def prepared_lstm_step_backward(buffers: Sequence[Tensor], numbers: Sequence[Any]) -> RunStep:
@@ -408,7 +410,7 @@ def _gru_kernel(state_rounding: int, rounding: int, parts: int) -> Callable[...,
                     state[r, 0, u] = h
         return 0
 
-    return run  # type: ignore[no-any-return]
+    return run
 
 
 def prepared_gru_step(buffers: Sequence[Tensor], numbers: Sequence[Any]) -> RunStep:

@@ -1,14 +1,14 @@
-"""Steps of recurrent layers as operators of PyTorch: one kernel for all gates.
-
-:mod:`.recurrent_reference` describes the arguments.
-"""
+"""Steps of recurrent layers as operators of PyTorch: one kernel for all gates."""
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor
 
 from lightning_nna.emulation.kernels import recurrent_reference
-from lightning_nna.emulation.kernels.library import define
+from lightning_nna.emulation.kernels.library import define, prepared
 
 _SCHEMAS = (
     "lstm_step(Tensor sums, Tensor inputs, Tensor factors, Tensor offset, Tensor gate_table, "
@@ -32,8 +32,19 @@ _SCHEMAS = (
 for _schema in _SCHEMAS:
     define(_schema, recurrent_reference, "triton_recurrent")
 
-#: Arguments are those of the functions of :mod:`.recurrent_reference`, by position.
-lstm_step = torch.ops.lightning_nna.lstm_step.default
-lstm_step_backward = torch.ops.lightning_nna.lstm_step_backward.default
-gru_step = torch.ops.lightning_nna.gru_step.default
-gru_step_backward = torch.ops.lightning_nna.gru_step_backward.default
+
+def prepared_step(
+    name: str, buffers: Sequence[Tensor], numbers: Sequence[Any]
+) -> Callable[..., bool]:
+    """Prepare the kernel of a step for all steps of a sequence.
+
+    Args:
+        name: Name of a function of :mod:`.recurrent_reference`, which describes the arguments.
+        buffers: Its tensors.
+        numbers: Its arguments after ``rows``.
+
+    Returns:
+        Function of ``first``, ``rows`` and, between them, ``before`` if the kernel has it; see
+        :func:`.library.prepared`.
+    """
+    return prepared(name, buffers, numbers)

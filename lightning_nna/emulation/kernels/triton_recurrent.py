@@ -198,7 +198,7 @@ def lstm_step(
     scale: float,
     block: int = _BLOCK,
 ) -> None:
-    """Run a step of an LSTM, shapes as in :func:`.recurrent.lstm_step`."""
+    """Run a step of an LSTM, shapes as in :func:`.recurrent_reference.lstm_step`."""
     size = cells.shape[1]
     with torch.cuda.device_of(sums):
         _lstm_step_kernel[(triton.cdiv(rows * size, block),)](
@@ -338,7 +338,7 @@ def lstm_step_backward(
     cell_exponent: int,
     block: int = _BLOCK,
 ) -> None:
-    """Run the backward of a step, shapes as in :func:`.recurrent.lstm_step_backward`."""
+    """Run the backward of a step, shapes as in :func:`.recurrent_reference.lstm_step_backward`."""
     size = cells.shape[1]
     with torch.cuda.device_of(grad):
         _lstm_step_backward_kernel[(triton.cdiv(rows * size, block),)](
@@ -510,7 +510,7 @@ def gru_step(
     scale: float,
     block: int = _BLOCK,
 ) -> None:
-    """Run a step of a GRU, shapes as in :func:`.recurrent.gru_step`."""
+    """Run a step of a GRU, shapes as in :func:`.recurrent_reference.gru_step`."""
     size = states.shape[1]
     with torch.cuda.device_of(sums):
         _gru_step_kernel[(triton.cdiv(rows * size, block),)](
@@ -606,7 +606,7 @@ def gru_step_backward(
     change_scale: float,
     block: int = _BLOCK,
 ) -> None:
-    """Run the backward of a step, shapes as in :func:`.recurrent.gru_step_backward`."""
+    """Run the backward of a step, shapes as in :func:`.recurrent_reference.gru_step_backward`."""
     size = d_change.shape[1]
     with torch.cuda.device_of(grad):
         _gru_step_backward_kernel[(triton.cdiv(rows * size, block),)](

@@ -16,7 +16,7 @@ from typing_extensions import override
 
 from lightning_nna.emulation.arithmetic.fixed_point import INT16_MAX, INT16_MIN
 from lightning_nna.emulation.kernels.definitions import ROUNDINGS
-from lightning_nna.emulation.kernels.library import prepared
+from lightning_nna.emulation.kernels.recurrent import prepared_step
 from lightning_nna.emulation.operators.activation import WIDE_OUTPUT, wide_entries
 from lightning_nna.emulation.operators.call import Call
 from lightning_nna.emulation.operators.elementwise import product_factor, sum_factors
@@ -75,7 +75,7 @@ class FusedGRUSteps(SequenceSteps):
             _table("sigmoid", grids.gates.scale, spec, device),
             _table("tanh", grids.new.scale, spec, device),
         )
-        step = prepared(
+        step = prepared_step(
             "gru_step",
             (
                 *(sums, inputs, product.factors, product.offset, factors, *tables),
@@ -108,7 +108,7 @@ def _through_time(
     # A sequence that ends early gets nothing from later steps.
     d_change, d_product = (weight.new_zeros((batch, size)) for _ in range(2))
     grad = grad.contiguous()
-    step = prepared(
+    step = prepared_step(
         "gru_step_backward",
         (grad, d_product, d_change, trace, d_x, d_recurrent),
         (grids.recurrent.scale, grids.change.scale),

@@ -28,7 +28,7 @@ from lightning_nna.emulation.kernels.definitions import (
     quantize,
     requantize,
 )
-from lightning_nna.emulation.kernels.library import prepared
+from lightning_nna.emulation.kernels.recurrent import prepared_step
 from lightning_nna.emulation.operators.call import stored_bytes
 from lightning_nna.emulation.operators.fused_product import (
     columns_of,
@@ -215,7 +215,7 @@ class FusedLSTM(torch.autograd.Function):
             gate_table(cell.kernel, 0, inputs.device),
             cell_table(cell.kernel, cell.cell_exponent, inputs.device),
         )
-        step = prepared(
+        step = prepared_step(
             "lstm_step",
             (
                 *(sums, inputs, cell.recurrent_factors, cell.recurrent_offset, *tables),
@@ -259,7 +259,7 @@ class FusedLSTM(torch.autograd.Function):
             d_input = d_recurrent = torch.empty_like(gates, dtype=torch.float32)
             if ctx.needs_masks:
                 d_recurrent = torch.empty_like(d_input)
-            step = prepared(
+            step = prepared_step(
                 "lstm_step_backward",
                 (d_output, d_h, d_c, gates, cells, tanh_cells, flags, d_input, d_recurrent),
                 (cell.cell_exponent,),

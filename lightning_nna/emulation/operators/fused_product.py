@@ -111,8 +111,8 @@ def fused_product(
         y: Quantization parameters of the result.
 
     Returns:
-        None where the multiplier depends on how large sums may become, or where overflows must be
-        counted, which a processor does until the site has warned.
+        None where the multiplier depends on how large sums may become, or where a processor counts
+        overflows.
     """
     spec = call.state.spec
     bits, rounding = spec.accumulator_width(16), spec.rounding_of("real", "reduced")
@@ -128,10 +128,9 @@ def fused_product(
         offset = offset + biases
         largest += spec.largest_bias(16)
     factors, limit = scales / scales.new_full((), y.scale), accumulator_limit(call, 16)
-    if in_memory(weight.stored) and call.state.watches_overflow(call.site):
-        overflows = largest >= limit or spills(factors, rounding=rounding, largest=largest)
-        if overflows:
-            return None
+    may_overflow = largest >= limit or spills(factors, rounding=rounding, largest=largest)
+    if in_memory(weight.stored) and may_overflow:
+        return None
     saturates = spec.accumulator_overflow == "saturate"
     return FusedProduct(weight, columns, factors, offset, rounding, bits, saturates)
 

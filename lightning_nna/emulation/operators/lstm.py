@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_nna.emulation.arithmetic.on_host import on_host
+from lightning_nna.emulation.arithmetic.on_host import in_memory, on_host
 from lightning_nna.emulation.first_order import first_order
 from lightning_nna.emulation.float32_arithmetic import float32_arithmetic
 from lightning_nna.emulation.kernels.library import runs_kernel
@@ -135,8 +135,8 @@ def _cell(
     # Prepared once while nothing changes; one that may overflow counts for its own site.
     fuses = _may_fuse(call, x, weights)
     layers, key = w_ih.layers, (x.qparams, y, hidden, exponent, fuses)
-    on_cpu = on_host(x.value) and call.telemetry is None
-    known = layers.get(key) if on_cpu else None
+    on_cpu = on_host(x.value)
+    known = layers.get(key) if on_cpu and call.telemetry is None else None
     if known is not None and known[0] is w_hh and known[1] is projection:
         prepared: LSTMCell | FusedCell = known[3]
         if _are_equal(known[2], bias):
@@ -157,9 +157,11 @@ def _cell(
             accumulator_bits=spec.accumulator_width(8),
             saturates=spec.accumulator_overflow == "saturate",
         )
-        may_overflow = fused.may_overflow(spec.largest_bias(8))
-        if not may_overflow or not call.state.watches_overflow(call.site):
-            if on_cpu and not may_overflow:
+        # On a processor nothing that the graph saves may depend on what the site has warned of:
+        # activation checkpointing runs it again.
+        counts = on_cpu or call.state.watches_overflow(call.site)
+        if not counts or not fused.may_overflow(spec.largest_bias(8)):
+            if on_cpu and call.telemetry is None:
                 layers[key] = w_hh, projection, bias, fused
             return fused, y
     cell = LSTMCell(
@@ -174,18 +176,18 @@ def _cell(
         accumulator_limit=accumulator_limit(call, 8),
         overflowed=partial(overflowed, call),
     )
-    if on_cpu and not cell.may_overflow:
+    if on_cpu and call.telemetry is None and not cell.may_overflow:
         layers[key] = w_hh, projection, bias, cell
     return cell, y
 
 
 def _may_fuse(call: Call, x: Activation, weights: Weights) -> bool:
-    """Tell whether a kernel may run each step: a telemetry or a recorder sees the instructions.
+    """Tell whether a kernel may run each step: a recorder sees the instructions.
 
-    Sums of more than 32 bits have multipliers of their own. Those that may overflow are counted
-    until the site has warned, which no kernel does.
+    On a device a telemetry sees them, too. Sums of more than 32 bits have multipliers of their own.
     """
-    if weights.projection is not None or call.recording or call.telemetry is not None:
+    is_seen = call.recording or (call.telemetry is not None and not in_memory(x.value))
+    if weights.projection is not None or is_seen:
         return False
     return call.state.spec.accumulator_width(8) <= 32 and runs_kernel("lstm_step", x.value)
 

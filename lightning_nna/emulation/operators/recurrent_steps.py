@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_nna.emulation.arithmetic.on_host import in_memory
+from lightning_nna.emulation.arithmetic.quantized_weight import QuantizedWeight
 from lightning_nna.emulation.float32_arithmetic import float32_arithmetic
 from lightning_nna.emulation.kernels.library import runs_kernel
 from lightning_nna.emulation.operators.call import Call, requantize
@@ -47,12 +49,11 @@ class Product:
             self.quantized = call.state.weight(weight, rows_per_scale)
             self.trained = call.state.trainable(weight, rows_per_scale)
 
-    def prepared(self, h: QParams, y: QParams, layout: Layout) -> StateProduct:
-        """Return the instruction for all steps.
+    def prepared(self, h: QParams, layout: Layout) -> QuantizedWeight:
+        """Return the weight for all steps, whose scales hold the bias.
 
         Args:
             h: Quantization parameters of the states.
-            y: Of the result.
             layout: Of the rows.
         """
         assert self.quantized is not None
@@ -64,21 +65,7 @@ class Product:
                 # It counts the biases of each step.
                 for _ in layout.sizes[1:]:
                     holding_bias(self.call, self.quantized, self.bias, h)
-            return StateProduct(self.call, h, quantized, self.bias, y, layout.batch)
-
-    def fused(self, h: QParams, y: QParams) -> FusedProduct | None:
-        """Return the instruction for kernels of whole steps; None where steps must be seen.
-
-        Args:
-            h: Quantization parameters of the states.
-            y: Of the result.
-        """
-        assert self.quantized is not None
-        if self.call.state.modes.current.telemetry is not None:
-            return None
-        with torch.no_grad():
-            quantized = holding_bias(self.call, self.quantized, self.bias, h)
-        return fused_product(self.call, h, quantized, self.bias, y)
+        return quantized
 
     def __call__(self, h: Tensor) -> Tensor:
         """Return the product of states, shape ``(batch, hidden)``."""
@@ -173,11 +160,16 @@ class Step(ABC):
     def _steps(
         self, x: Tensor, sequence: WholeSequence, h: QParams, layout: Layout
     ) -> SequenceSteps:
-        if sequence.fused is not None and runs_kernel("gru_step", x):
-            product = self.product.fused(h, sequence.recurrent)
+        call, bias, y = self.product.call, self.product.bias, sequence.recurrent
+        weight = self.product.prepared(h, layout)
+        # On a device a telemetry sees each step.
+        is_seen = not in_memory(x) and call.state.modes.current.telemetry is not None
+        if sequence.fused is not None and runs_kernel("gru_step", x) and not is_seen:
+            product = fused_product(call, h, weight, bias, y)
             if product is not None:
                 return sequence.fused(product)
-        return sequence.steps(self.product.prepared(h, sequence.recurrent, layout))
+        with torch.no_grad():
+            return sequence.steps(StateProduct(call, h, weight, bias, y, layout.batch))
 
     def sequence(self, x: QParams, h: QParams) -> WholeSequence | None:
         """Return what runs all steps as one function; None if they must run one by one.
