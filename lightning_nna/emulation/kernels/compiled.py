@@ -11,6 +11,7 @@ often there is nothing, and a backward has nothing to do then.
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -73,7 +74,7 @@ def over_rows(rows: int, elements: int, kernel: Callable[..., int], *arguments: 
     if threads < 2:
         return kernel(*arguments, 0, rows)
     bounds = [rows * k // threads for k in range(threads + 1)]
-    ranges = list(zip(bounds, bounds[1:], strict=False))
+    ranges = list(itertools.pairwise(bounds))
     others = [_pool(os.getpid()).submit(kernel, *arguments, *each) for each in ranges[1:]]
     return kernel(*arguments, *ranges[0]) + sum(each.result() for each in others)
 
@@ -90,7 +91,7 @@ def mask_of(mask: NDArray[np.bool_], clipped: int) -> Tensor | None:
 
 
 @inlined
-def rounded_half_away(x):  # type: ignore[no-untyped-def]
+def rounded_half_away(x):
     """Round float64, ties away from zero; see :func:`.fixed_point.round_half_away`."""
     integral = np.trunc(x)
     rest = x - integral
@@ -98,7 +99,7 @@ def rounded_half_away(x):  # type: ignore[no-untyped-def]
 
 
 @inlined
-def rounded_half_away_32(x):  # type: ignore[no-untyped-def]
+def rounded_half_away_32(x):
     """Round float32, ties away from zero."""
     integral = np.trunc(x)
     rest = x - integral
@@ -107,19 +108,19 @@ def rounded_half_away_32(x):  # type: ignore[no-untyped-def]
 
 
 @inlined
-def lowest(x, bits):  # type: ignore[no-untyped-def]
+def lowest(x, bits):
     """Return the lowest bits of int64 as an integer with a sign."""
     return (x << (64 - bits)) >> (64 - bits)
 
 
 @inlined
-def lowest_32(x):  # type: ignore[no-untyped-def]
+def lowest_32(x):
     """Return the lowest 32 bits of int64 as an integer with a sign."""
     return np.int64(np.int32(x))
 
 
 @inlined
-def divided(x, exponent):  # type: ignore[no-untyped-def]
+def divided(x, exponent):
     """Divide by a power of two, ties away from zero."""
     half = (np.int64(1) << exponent) >> 1
     # With no exponent there is no tie, and nothing may be taken away.
@@ -127,7 +128,7 @@ def divided(x, exponent):  # type: ignore[no-untyped-def]
 
 
 @inlined
-def multiplied(x, mantissa, left, right):  # type: ignore[no-untyped-def]
+def multiplied(x, mantissa, left, right):
     """Multiply integers of 32 bits by m 2^(left - right - 31), rounded twice."""
     high = (lowest_32(x << left) * lowest_32(mantissa) + 0x40000000) >> 31
     return divided(high, right)
