@@ -21,7 +21,7 @@ install: .venv/.installed .cache/runtimes/.made  ## Create .venv, environments o
 .venv/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt uv
-	$(BIN)/uv pip install --quiet --python $(BIN)/python -c constraints.txt -e '.[asr,deploy,dev,foreign,sweep]'
+	$(BIN)/uv pip install --quiet --python $(BIN)/python -c constraints.txt -e '.[asr,cpu,deploy,dev,foreign,sweep]'
 	touch $@
 
 # Packages that ask for other versions than ours, each in an environment of its own.

@@ -91,7 +91,7 @@ def mask_of(mask: NDArray[np.bool_], clipped: int) -> Tensor | None:
 
 
 @inlined
-def rounded_half_away(x):  # type: ignore[no-untyped-def]
+def rounded_half_away(x):
     """Round float64, ties away from zero; see :func:`.fixed_point.round_half_away`."""
     integral = np.trunc(x)
     rest = x - integral
@@ -99,7 +99,7 @@ def rounded_half_away(x):  # type: ignore[no-untyped-def]
 
 
 @inlined
-def rounded_half_away_32(x):  # type: ignore[no-untyped-def]
+def rounded_half_away_32(x):
     """Round float32, ties away from zero."""
     integral = np.trunc(x)
     rest = x - integral
@@ -108,19 +108,19 @@ def rounded_half_away_32(x):  # type: ignore[no-untyped-def]
 
 
 @inlined
-def lowest(x, bits):  # type: ignore[no-untyped-def]
+def lowest(x, bits):
     """Return the lowest bits of int64 as an integer with a sign."""
     return (x << (64 - bits)) >> (64 - bits)
 
 
 @inlined
-def lowest_32(x):  # type: ignore[no-untyped-def]
+def lowest_32(x):
     """Return the lowest 32 bits of int64 as an integer with a sign."""
     return np.int64(np.int32(x))
 
 
 @inlined
-def divided(x, exponent):  # type: ignore[no-untyped-def]
+def divided(x, exponent):
     """Divide by a power of two, ties away from zero."""
     half = (np.int64(1) << exponent) >> 1
     # With no exponent there is no tie, and nothing may be taken away.
@@ -128,7 +128,7 @@ def divided(x, exponent):  # type: ignore[no-untyped-def]
 
 
 @inlined
-def multiplied(x, mantissa, left, right):  # type: ignore[no-untyped-def]
+def multiplied(x, mantissa, left, right):
     """Multiply integers of 32 bits by m 2^(left - right - 31), rounded twice."""
     high = (lowest_32(x << left) * lowest_32(mantissa) + 0x40000000) >> 31
     return divided(high, right)

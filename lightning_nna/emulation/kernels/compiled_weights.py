@@ -177,6 +177,10 @@ def _raise_rows(stored, scales, raised, nearest, integers, first, last):
             results[:] = row
             continue
         ratio = np.float64(scales[r]) / np.float64(raised[r])
+        if len(row) < 256:
+            for i in range(len(row)):
+                results[i] = nearest[np.int64(np.rint(row[i] * ratio)) + 128]
+            continue
         for k in range(256):
             by_integer[k] = nearest[np.int64(np.rint((k - 128) * ratio)) + 128]
         for i in range(len(row)):
@@ -258,7 +262,10 @@ def fold_batch_norm(
         *(_NO_NUMBERS if x is None else array(x) for x in vectors),
         *(eps, results.reshape(rows, -1), folded, shift, inverse),
     )
-    return tuple(map(torch.from_numpy, (results, folded, shift, inverse)))  # type: ignore[return-value]
+    return (
+        *(torch.from_numpy(results), torch.from_numpy(folded)),
+        *(torch.from_numpy(shift), torch.from_numpy(inverse)),
+    )
 
 
 @compiled
