@@ -257,6 +257,7 @@ pre { background: var(--box); border-radius: 6px; padding: .7rem .9rem; font-siz
   td.text { min-width: 0; overflow-wrap: anywhere }
   td svg { width: 4rem; height: 1rem }
   tr { break-inside: avoid }
+  h2 + p { break-after: avoid }
   thead { display: table-header-group }
   tfoot { display: table-row-group }
   .legend { font-size: 7.5pt }

@@ -22,6 +22,9 @@ from lightning_nna.emulation.ranges import QParams
 from lightning_nna.emulation.telemetry import Telemetry
 from lightning_nna.weights.layers import HISTOGRAM_BINS, counts_entropy
 
+#: Vela's name for the parts of an LSTM, which does not name the layer.
+VELA_LSTM = "UnidirectionalSequenceLstm"
+
 
 @dataclass(frozen=True)
 class Activations:
@@ -47,7 +50,7 @@ class ActivationMetrics:
         where: ``"emulated"``, or ``"fallback"`` for one in float on the CPU.
         calls: Number of calls.
         elements: Number of elements of one result, the largest if they differ.
-        bits: Bits of an element; 32 in float.
+        bits: Bits of an element; 32 in float on the CPU; None if the operators that read it decide.
         zeros: Fraction of the elements that are zero.
         entropy_bits: Entropy in bits an element.
         sqnr_db: Signal to quantization noise in decibels; None if it was not measured.
@@ -61,7 +64,7 @@ class ActivationMetrics:
     where: str
     calls: int
     elements: int
-    bits: int
+    bits: int | None
     zeros: float
     entropy_bits: float
     sqnr_db: float | None
@@ -70,9 +73,9 @@ class ActivationMetrics:
     cycles: int | None = None
 
     @property
-    def size_bytes(self) -> int:
-        """Bytes of one result as it is stored."""
-        return self.elements * self.bits // 8
+    def size_bytes(self) -> int | None:
+        """Bytes of one result as it is stored; None if its bits are unknown."""
+        return None if self.bits is None else self.elements * self.bits // 8
 
 
 @dataclass
@@ -187,7 +190,7 @@ def _row(site: str, counts: _Counts, telemetry: Telemetry) -> ActivationMetrics:
         where=counts.where,
         calls=counts.calls,
         elements=counts.elements,
-        bits=32 if qparams is None else qparams.bits,
+        bits=(32 if counts.where == "fallback" else None) if qparams is None else qparams.bits,
         zeros=counts.zeros / max(counts.total, 1),
         entropy_bits=0.0 if integers is None else counts_entropy(integers),
         sqnr_db=None if sampled is None else sampled.sqnr_db,
@@ -203,14 +206,17 @@ def _binned(counts: Tensor) -> tuple[int, ...]:
 
 
 def _cycles(site: str, reports: Sequence[VelaReport]) -> int | None:
-    """Add up the cycles of operators that are named by a call site; None if there is none."""
-    cycles = [
-        operator.cycles
+    """Add up the cycles of operators that are named by a call site; None if they are unknown."""
+    operators = [
+        operator
         for report in reports
         for operator in report.operators
-        if is_part_of(operator.name, site)
+        if operator.on_npu and is_part_of(operator.name, site)
     ]
-    return sum(cycles) if cycles else None
+    # Vela names few of the many parts of an LSTM by its call site.
+    if not operators or any(operator.operator == VELA_LSTM for operator in operators):
+        return None
+    return sum(operator.cycles for operator in operators)
 
 
 def is_part_of(operator: str, *sites: str) -> bool:

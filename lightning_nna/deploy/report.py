@@ -8,7 +8,7 @@ from types import MappingProxyType
 
 from torch import Tensor, nn
 
-from lightning_nna.deploy.activations import is_part_of
+from lightning_nna.deploy.activations import VELA_LSTM, is_part_of
 from lightning_nna.deploy.deployment import Deployment
 from lightning_nna.deploy.report_page import report_page
 from lightning_nna.deploy.report_tables import activations_csv
@@ -20,9 +20,6 @@ from lightning_nna.weights.codebook import index_bits
 from lightning_nna.weights.layers import LayerMetrics, as_csv, counts_around_zero, entropy_bits
 from lightning_nna.weights.packed import packed_size
 from lightning_nna.weights.pipeline import pipeline_of
-
-# Vela's name for the parts of an LSTM, which does not name the layer.
-_LSTM = "UnidirectionalSequenceLstm"
 
 
 def layer_figures(
@@ -144,7 +141,7 @@ def _with_cycles(
     need = {row.name: row.weights * row.entropy_bits for row in rows}
     for report in reports:
         named = [operator.name for operator in report.operators]
-        together = sum(o.cycles for o in report.operators if o.operator == _LSTM)
+        together = sum(o.cycles for o in report.operators if o.operator == VELA_LSTM)
         layers = [
             row.name
             for row in rows
@@ -162,7 +159,8 @@ def _with_cycles(
             own = [
                 operator.cycles
                 for operator in report.operators
-                if operator.operator != _LSTM
+                if operator.on_npu
+                and operator.operator != VELA_LSTM
                 and (operator.name.startswith(layer) or is_part_of(operator.name, *sites))
             ]
             if own:

@@ -258,7 +258,10 @@ def activations_section(rows: Sequence[ActivationMetrics]) -> Html:
         Column("call site", "Module and number of the call whose result it is", is_text=True),
         Column("function", "Name of the torch function", is_text=True),
         Column("calls", "Number of calls while activations were measured"),
-        Column("bits", "Bits of an element; 32 for one in float on the CPU"),
+        Column(
+            "bits",
+            "Bits of an element; 32 in float on the CPU; - where its readers decide",
+        ),
         Column("elements", "Number of elements of one result in the program"),
         Column("zeros", "Fraction of the elements that are zero"),
         Column("entropy, bits", "Bits an element that a coder can reach, one by one"),
@@ -272,7 +275,7 @@ def activations_section(rows: Sequence[ActivationMetrics]) -> Html:
         Column(
             "cycles",
             "Estimated cycles of the operators of this name, for one call of each program; - where "
-            "the compiler merged them with others",
+            "the compiler merged or renamed them, as the parts of an LSTM, and on the CPU",
         ),
         Column(
             "histogram",
@@ -281,17 +284,18 @@ def activations_section(rows: Sequence[ActivationMetrics]) -> Html:
         ),
     ]
     most_cycles = max((row.cycles or 0 for row in rows), default=0) or 1
-    most_bytes = max((row.size_bytes for row in rows), default=0) or 1
+    most_bytes = max((row.size_bytes or 0 for row in rows), default=0) or 1
     return table(columns, [_activation(row, most_bytes, most_cycles) for row in rows])
 
 
 def _activation(row: ActivationMetrics, most_bytes: int, most_cycles: int) -> list[Cell]:
-    is_counted = bool(row.histogram)
+    is_counted, size = bool(row.histogram), row.size_bytes
     return [
-        *(row.site, row.function, f"{row.calls}", f"{row.bits}", f"{row.elements:,}"),
+        *(row.site, row.function, f"{row.calls}"),
+        *(NONE if row.bits is None else f"{row.bits}", f"{row.elements:,}"),
         percent(row.zeros) if is_counted else NONE,
         f"{row.entropy_bits:.2f}" if is_counted else NONE,
-        Bar(f"{row.size_bytes:,}", row.size_bytes / most_bytes),
+        NONE if size is None else Bar(f"{size:,}", size / most_bytes),
         NONE if row.sqnr_db is None else decibels(row.sqnr_db),
         NONE if row.clip_rate is None else percent(row.clip_rate, 2),
         NONE if row.cycles is None else Bar(f"{row.cycles:,}", row.cycles / most_cycles),
@@ -300,7 +304,7 @@ def _activation(row: ActivationMetrics, most_bytes: int, most_cycles: int) -> li
 
 
 def _listed(entries: Mapping[str, str]) -> str:
-    return ", ".join(f"{name} {value}" for name, value in entries.items())
+    return ", ".join(f"{name}: {value}" for name, value in entries.items())
 
 
 def _shapes(shapes: Sequence[tuple[int, ...]]) -> str:
