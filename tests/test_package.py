@@ -60,7 +60,8 @@ class Without:
 
     def find_distributions(self, context):
         is_absent = str(context.name).lower().replace("_", "-") in {distributions!r}
-        return [] if is_absent else self.finder.find_distributions(context)
+        distributions = getattr(self.finder, "find_distributions", lambda context: [])
+        return [] if is_absent else distributions(context)
 
 
 sys.meta_path[:] = [Without(finder) for finder in sys.meta_path]
