@@ -240,6 +240,7 @@ th, td { padding: .25rem .6rem; border-bottom: 1px solid var(--line); text-align
 th { color: var(--faint); font-weight: 600; vertical-align: bottom; white-space: normal }
 .text { text-align: left }
 td.text { white-space: normal; overflow-wrap: break-word; min-width: 7rem; max-width: 26rem }
+td.text:last-child { overflow-wrap: anywhere }
 tfoot td { font-weight: 600; border-bottom: 0 }
 td.bar { background: linear-gradient(to left, var(--bar) var(--share), transparent 0) }
 td svg { width: 7rem; height: 1.4rem; fill: var(--mark); vertical-align: top }
@@ -253,8 +254,9 @@ pre { background: var(--box); border-radius: 6px; padding: .7rem .9rem; font-siz
   body { font-size: 9.5pt; max-width: none; padding: 0 }
   .wide { overflow: visible }
   table { width: 100%; font-size: 7.5pt }
-  th, td { padding: .12rem .3rem; white-space: normal }
-  td.text { min-width: 0; overflow-wrap: anywhere }
+  th, td { padding: .12rem .3rem }
+  td.text { min-width: 5.4rem; overflow-wrap: anywhere }
+  td.text:first-child { min-width: 8rem }
   td svg { width: 4rem; height: 1rem }
   tr { break-inside: avoid }
   h2 + p { break-after: avoid }

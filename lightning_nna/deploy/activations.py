@@ -163,8 +163,8 @@ def activation_metrics(
         >>> from lightning_nna import calibrate
         >>> net, x = nn.Sequential(nn.Linear(4, 3), nn.ReLU()), torch.randn(8, 4)
         >>> emulator = calibrate(net, [x])
-        >>> [(row.site, row.bits) for row in activation_metrics(net, lambda: net(x)).rows]
-        [('0/fully_connected#0', 8), ('1/relu#0', 8)]
+        >>> {row.site: row.bits for row in activation_metrics(net, lambda: net(x)).rows}
+        {'0/fully_connected#0': 8, '1/relu#0': 8}
     """
     emulator = emulator_of(module)
     watch, telemetry = _Watch(emulator), Telemetry()
