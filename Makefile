@@ -10,7 +10,7 @@ export MKL_NUM_THREADS ?= 1
 export WANDB_MODE ?= offline
 export NO_MKDOCS_2_WARNING := 1
 
-.PHONY: install demo bench test test-isa check types docs format constraints clean help
+.PHONY: install demo bench test test-isa check types docs format constraints package clean help
 .DEFAULT_GOAL := help
 
 help:  ## List the targets
@@ -70,6 +70,11 @@ constraints: .venv/.installed  ## Pin what pyproject.toml asks for again, keepin
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --all-extras --no-annotate \
 		--no-emit-index-url --no-emit-find-links --custom-compile-command 'make constraints' \
 		--output-file constraints.txt pyproject.toml
+
+package: .venv/.installed  ## Build sdist and wheel in dist/, install the wheel in an empty environment, run README there
+	rm -rf dist
+	$(BIN)/python -m hatchling build
+	$(BIN)/python -m tests.installed_package dist/*.whl
 
 clean:  ## Remove .venv, caches and builds; keeps runs/
 	rm -rf .venv .cache .hypothesis .mypy_cache .pytest_cache .ruff_cache .import_linter_cache

@@ -54,6 +54,7 @@ def main() -> None:
     print(f"plot        {FOLDER / 'wer.png'}")
     print(f"checkpoint  {checkpoint(FOLDER / 'chip_aware')}")
     print(f"programs    {FOLDER / 'deployed' / 'programs'}")
+    print(f"report      {FOLDER / 'deployed' / 'report.html'}")
     print(deployment(results["deployed"]))
     print(f"{time.monotonic() - began:.0f} seconds in all")
 

@@ -17,7 +17,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -29,19 +30,27 @@ from torch import nn
 
 from lightning_nna.callbacks import NNAEmulation
 from lightning_nna.deploy import (
+    DeviceTotals,
+    ExportedProgram,
+    Metric,
+    Origin,
     Program,
+    RuntimeCheck,
     TFLiteModel,
     VelaReport,
     export_micro,
     export_tflite,
+    measure_deployment,
+    runtime_of,
     vela_report,
     write_report,
 )
 from lightning_nna.deploy.vela import require_accelerator
 from lightning_nna.emulation.spec import DEFAULT_PRESET, resolve_spec
 from lightning_nna.weights.method import WeightMethod
-from recipes.adapter import Part
+from recipes.adapter import DeployedResults, Part
 from recipes.evaluate import restore_or_calibrate
+from recipes.parent import command_line
 from recipes.preparation import prepare_process, rebuild
 from recipes.program import as_program
 from recipes.run_folder import provenance, size_of, weight_metrics, write_summary
@@ -65,11 +74,13 @@ def deploy(config: DictConfig) -> dict[str, Any]:
 
     Returns:
         Content of ``summary.json`` in the run folder. The folder also has the programs in
-        ``programs``, and every weight in ``report.html`` and ``report.csv``.
+        ``programs``, the report in ``report.html``, and its weights and activations in
+        ``report.csv`` and ``activations.csv``.
 
     Raises:
         FileNotFoundError: If ``ckpt`` does not exist.
-        ValueError: If ``ckpt`` was not written by ``recipes.train``, or the network has no program.
+        ValueError: If ``ckpt`` was not written by ``recipes.train``, the network has no program, or
+            a setting names no runtime, target or system.
         VelaError: If Vela is missing or does not compile a program.
     """
     prepare_process(config, "deploy")
@@ -79,6 +90,8 @@ def deploy(config: DictConfig) -> dict[str, Any]:
     check_method(weights, config)
     check_target(weights, config)
     check_systems(config.systems)
+    for name in config.runtimes:
+        runtime_of(name)
     recipe, adapter = rebuild(weights, config)
     module, targets = adapter.module, list(recipe.targets)
     float_results = adapter.test(accelerator="cpu") if config.score_float else None
@@ -98,8 +111,23 @@ def deploy(config: DictConfig) -> dict[str, Any]:
     firmware = write_firmware(module, parts, run_dir / "firmware", config.target)
     deployed = adapter.test_deployed(programs, callbacks)
     speed = adapter.speed(programs)
-    compiled = [compile_for(models, *system) for system in config.systems]
-    write_report(module, run_dir, list(compiled[0].values()) if compiled else [])
+    titles = adapter.titles_of(emulated)
+    deployment = measure_deployment(
+        module,
+        [
+            ExportedProgram(name, models[name], *part, speed.calls.get(name, 0.0))
+            for name, part in parts.items()
+        ],
+        metrics=metrics_of(titles, deployed.results, float_results),
+        runtimes=list(config.runtimes),
+        systems=[(str(a), str(system), str(mode)) for a, system, mode in config.systems],
+        unit=adapter.unit,
+        run=partial(adapter.run, next(adapter.test_batches())),
+        checks=[comparison_of(models, deployed)],
+        configuration=configuration_of(config, weights),
+        origin=Origin.of_process(Path(__file__).parent, command=command_line()),
+    )
+    write_report(module, run_dir, deployment=replace(deployment, firmware=firmware))
     summary = {
         "ckpt": str(config.ckpt),
         "experiment": recipe.name,
@@ -107,7 +135,7 @@ def deploy(config: DictConfig) -> dict[str, Any]:
         **provenance(recipe.seed),
         **size_of(module, targets),
         "threads": torch.get_num_threads(),
-        "titles": adapter.titles_of(emulated),
+        "titles": titles,
         **deployed.results,
         "outputs": deployed.outputs,
         "equal_outputs": deployed.equal_outputs / deployed.outputs,
@@ -124,10 +152,78 @@ def deploy(config: DictConfig) -> dict[str, Any]:
         "speed": speed.text,
         "calls_per_unit": speed.calls,
         "unit": adapter.unit,
-        "systems": [cost(reports, speed.calls) for reports in compiled],
+        "systems": [asdict(totals) for totals in deployment.totals],
+        "timing": asdict(deployment.timing) if deployment.timing else None,
+        "checks": [asdict(check) for check in deployment.checks],
     }
     write_summary(run_dir, summary)
     return summary
+
+
+def metrics_of(
+    titles: Mapping[str, str],
+    deployed: Mapping[str, Any],
+    float_results: Mapping[str, Any] | None,
+) -> list[Metric]:
+    """Return the metrics of a report, with their intervals where the results have some.
+
+    Args:
+        titles: Titles of the results that count, by their names.
+        deployed: Results of the programs; ``wer_low`` and ``wer_high`` are the interval of ``wer``.
+        float_results: Results of the float module; None if it was not scored.
+
+    Example:
+        >>> results = {"wer": 0.1, "wer_low": 0.05, "wer_high": 0.2}
+        >>> (metric,) = metrics_of({"wer": "WER, %"}, results, None)
+        >>> metric.name, metric.interval, metric.is_fraction
+        ('WER', (0.05, 0.2), True)
+    """
+    return [
+        Metric(
+            title.removesuffix(", %"),
+            deployed[key],
+            _interval(deployed, key),
+            None if float_results is None else float_results.get(key),
+            None if float_results is None else _interval(float_results, key),
+            is_fraction=title.endswith("%"),
+        )
+        for key, title in titles.items()
+    ]
+
+
+def _interval(results: Mapping[str, Any], key: str) -> tuple[float, float] | None:
+    ends = results.get(f"{key}_low"), results.get(f"{key}_high")
+    return None if ends[0] is None or ends[1] is None else (ends[0], ends[1])
+
+
+def comparison_of(models: Mapping[str, TFLiteModel], deployed: DeployedResults) -> RuntimeCheck:
+    """Return the comparison of the test set, as a report has it.
+
+    Args:
+        models: Programs by name.
+        deployed: Results of the programs.
+    """
+    runtime = Program(next(iter(models.values())).path).runtime
+    return RuntimeCheck(
+        runtime.title,
+        runtime.version(),
+        tuple(models),
+        f"{deployed.examples:,} examples of the test set",
+        deployed.outputs,
+        deployed.equal_outputs,
+        is_promised=True,
+    )
+
+
+def configuration_of(config: DictConfig, weights: TrainedWeights) -> str:
+    """Return the settings of the deployment and those of the training, as YAML.
+
+    Args:
+        config: Composed configuration ``deploy``.
+        weights: Checkpoint that is deployed.
+    """
+    trained = OmegaConf.to_yaml(OmegaConf.create(dict(weights.recipe)))
+    return f"# deployment\n{OmegaConf.to_yaml(config, resolve=True)}\n# training\n{trained}"
 
 
 def for_spec(weights: TrainedWeights, spec: str | Mapping[str, Any]) -> TrainedWeights:
@@ -329,24 +425,7 @@ def cost(parts: Mapping[str, VelaReport], calls: Mapping[str, float]) -> dict[st
         parts: Vela's report of each program by its name, all for one system.
         calls: Calls of each program for a unit, by its name.
     """
-    reports = parts.values()
-    first = next(iter(reports))
-    return {
-        "accelerator": first.accelerator,
-        "system": first.system,
-        "memory_mode": first.memory_mode,
-        "encoded_bytes": sum(report.encoded_bytes for report in reports),
-        "memory_bytes": sum(report.memory_bytes for report in reports),
-        "sram_bytes": max(report.sram_bytes for report in reports),
-        "cycles": sum(parts[p].cycles * calls.get(p, 0.0) for p in parts),
-        "inference_ms": sum(parts[p].inference_ms * calls.get(p, 0.0) for p in parts),
-        "part_ms": {part: report.inference_ms for part, report in parts.items()},
-        "bound": {
-            part: "bandwidth" if report.is_bandwidth_bound else "computation"
-            for part, report in parts.items()
-        },
-        "cpu_operators": sorted(name for report in reports for name in report.cpu_operators),
-    }
+    return asdict(DeviceTotals.of(parts, calls))
 
 
 def table(summary: Mapping[str, Any]) -> str:

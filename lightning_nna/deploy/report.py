@@ -1,26 +1,33 @@
-"""Report bits, centroids, zeros, entropy, bytes, error and cycles of every emulated weight."""
+"""Report every emulated weight, and everything that was measured of a deployment, on one page."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 from torch import Tensor, nn
 
+from lightning_nna.deploy.activations import VELA_LSTM, is_part_of
+from lightning_nna.deploy.deployment import Deployment
+from lightning_nna.deploy.report_page import report_page
+from lightning_nna.deploy.report_tables import activations_csv
 from lightning_nna.deploy.vela import VelaReport
 from lightning_nna.emulation.attachment import attached
 from lightning_nna.emulation.telemetry import SiteTelemetry
 from lightning_nna.files import write_whole
 from lightning_nna.weights.codebook import index_bits
-from lightning_nna.weights.layers import LayerMetrics, as_csv, as_html, entropy_bits
+from lightning_nna.weights.layers import LayerMetrics, as_csv, counts_around_zero, entropy_bits
 from lightning_nna.weights.packed import packed_size
 from lightning_nna.weights.pipeline import pipeline_of
 
-# Vela's name for the parts of an LSTM, which does not name the layer.
-_LSTM = "UnidirectionalSequenceLstm"
 
-
-def layer_figures(module: nn.Module, reports: Sequence[VelaReport] = ()) -> list[LayerMetrics]:
+def layer_figures(
+    module: nn.Module,
+    reports: Sequence[VelaReport] = (),
+    *,
+    folded: Mapping[str, str] = MappingProxyType({}),
+) -> list[LayerMetrics]:
     """Measure every weight that an emulated module has used.
 
     Args:
@@ -29,6 +36,9 @@ def layer_figures(module: nn.Module, reports: Sequence[VelaReport] = ()) -> list
             call site it has in its name; the LSTM layers of one program share the cycles of their
             parts by the bits that their weights need, because Vela names these parts alike in every
             layer.
+        folded: Call sites that are part of another's operator, with that one's, see
+            :class:`.Activations`; the cycles of a convolution that is folded into a batch norm are
+            known with it alone.
 
     Raises:
         ValueError: If the module is not emulated, or has not run.
@@ -68,37 +78,48 @@ def layer_figures(module: nn.Module, reports: Sequence[VelaReport] = ()) -> list
                 entropy_bits=entropy_bits(weight.stored),
                 packed_bytes=packed_size(weight, count),
                 sqnr_db=_sqnr_db(latent, weight.values.reshape(latent.shape)),
+                histogram=counts_around_zero(weight.stored),
             )
         )
-    return _with_cycles(module, rows, reports)
+    return _with_cycles(module, rows, reports, folded)
 
 
 def write_report(
-    module: nn.Module, folder: str | Path, reports: Sequence[VelaReport] = ()
+    module: nn.Module,
+    folder: str | Path,
+    reports: Sequence[VelaReport] = (),
+    *,
+    deployment: Deployment | None = None,
 ) -> list[LayerMetrics]:
     """Write ``report.html`` and ``report.csv`` of an emulated module.
+
+    The page needs no other file, no script and no network, and says what was not measured.
 
     Args:
         module: Emulated module that has run.
         folder: Folder of the files.
-        reports: Vela's reports, see :func:`layer_figures`; the page has a line for each.
+        reports: Vela's reports whose cycles count for the weights, see :func:`layer_figures`; none
+            for those of the first system of ``deployment``.
+        deployment: What :func:`.measure_deployment` has measured: the page then has metrics,
+            equality, cost, operators, activations and origin, and ``activations.csv`` is written,
+            too. None for the weights alone.
 
     Returns:
-        The rows of the report, one a weight.
+        The rows of the weights, one each.
 
     Raises:
         ValueError: See :func:`layer_figures`.
     """
-    rows = layer_figures(module, reports)
-    notes = [str(report) for report in reports]
-    if reports:
-        notes.append(
-            "Cycles are Vela's estimates for one run of each program; LSTM layers of one program "
-            "share theirs by the entropy of their weights."
-        )
-    title = f"{type(module).__name__}, emulated"
-    write_whole(Path(folder) / "report.html", as_html(rows, title=title, notes=notes))
+    evidence = deployment or Deployment()
+    if not reports and evidence.systems:
+        reports = list(evidence.systems[0].values())
+    rows = layer_figures(module, reports, folded=evidence.activations.folded)
+    notes = [] if evidence.systems else [str(report) for report in reports]
+    text = report_page(evidence, rows, title=type(module).__name__, notes=notes)
+    write_whole(Path(folder) / "report.html", text)
     write_whole(Path(folder) / "report.csv", as_csv(rows))
+    if evidence.activations.rows:
+        write_whole(Path(folder) / "activations.csv", activations_csv(evidence.activations.rows))
     return rows
 
 
@@ -109,7 +130,10 @@ def _sqnr_db(weight: Tensor, deployed: Tensor) -> float:
 
 
 def _with_cycles(
-    module: nn.Module, rows: list[LayerMetrics], reports: Sequence[VelaReport]
+    module: nn.Module,
+    rows: list[LayerMetrics],
+    reports: Sequence[VelaReport],
+    folded: Mapping[str, str],
 ) -> list[LayerMetrics]:
     """Return the rows with the cycles of their layers."""
     cycles: dict[str, float] = {}
@@ -117,7 +141,7 @@ def _with_cycles(
     need = {row.name: row.weights * row.entropy_bits for row in rows}
     for report in reports:
         named = [operator.name for operator in report.operators]
-        together = sum(o.cycles for o in report.operators if o.operator == _LSTM)
+        together = sum(o.cycles for o in report.operators if o.operator == VELA_LSTM)
         layers = [
             row.name
             for row in rows
@@ -130,10 +154,14 @@ def _with_cycles(
         for row in rows:
             if _layer(row.name) in recurrent:
                 continue
+            layer = f"{_layer(row.name)}/"
+            sites = [into for site, into in folded.items() if site.startswith(layer)]
             own = [
                 operator.cycles
                 for operator in report.operators
-                if operator.name.startswith(f"{_layer(row.name)}/") and operator.operator != _LSTM
+                if operator.on_npu
+                and operator.operator != VELA_LSTM
+                and (operator.name.startswith(layer) or is_part_of(operator.name, *sites))
             ]
             if own:
                 cycles[row.name] = cycles.get(row.name, 0.0) + sum(own)

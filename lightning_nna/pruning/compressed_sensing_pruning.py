@@ -1,7 +1,8 @@
 r"""``CompressedSensingPruning``: pruning by sparse recovery of each layer from its inputs.
 
 Reference:
-    Zhen et al., "Compressed-sensing pruning", ICASSP 2021, arXiv 2102.04932.
+    Zhen et al., "Sparsification via compressed sensing for automatic speech recognition", ICASSP
+    2021, arXiv 2102.04932.
 """
 
 from __future__ import annotations

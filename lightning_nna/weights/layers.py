@@ -1,4 +1,4 @@
-r"""A table of all weights: CSV for programs, one self-contained page for people.
+r"""List all weights: a CSV table for programs, one self-contained page for people.
 
 With :math:`p_v` the fraction of the weights that have value :math:`v`, the entropy of a weight is
 
@@ -10,13 +10,28 @@ the bits a weight that a coder can reach which takes weights one by one.
 from __future__ import annotations
 
 import csv
-import html
 import io
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import astuple, dataclass, fields
+from dataclasses import dataclass, fields
 
+import torch
 from torch import Tensor
+
+from lightning_nna.html_page import (
+    Bar,
+    Cell,
+    Column,
+    Html,
+    histogram,
+    page,
+    paragraph,
+    percent,
+    table,
+)
+
+#: Bins of a histogram.
+HISTOGRAM_BINS = 48
 
 
 @dataclass(frozen=True)
@@ -34,6 +49,7 @@ class LayerMetrics:
         packed_bytes: Size of the packed weight in bytes.
         sqnr_db: Signal to quantization noise in decibels; infinite without error.
         cycles: Cycles of the accelerator; None if it was not compiled.
+        histogram: Numbers of weights in equal bins, symmetric around zero; empty if not counted.
     """
 
     name: str
@@ -46,6 +62,7 @@ class LayerMetrics:
     packed_bytes: int
     sqnr_db: float
     cycles: int | None = None
+    histogram: tuple[int, ...] = ()
 
 
 def entropy_bits(x: Tensor) -> float:
@@ -56,15 +73,45 @@ def entropy_bits(x: Tensor) -> float:
         >>> entropy_bits(torch.tensor([0.0, 1.0, 0.0, 1.0]))
         1.0
     """
-    if not x.numel():
-        return 0.0
-    counts = x.unique(return_counts=True)[1].double()
-    shares = counts / counts.sum()
+    return counts_entropy(x.unique(return_counts=True)[1]) if x.numel() else 0.0
+
+
+def counts_entropy(counts: Tensor) -> float:
+    """Entropy of values, in bits, of which there are so many of each.
+
+    Args:
+        counts: Number of each value, shape ``(values,)``.
+
+    Example:
+        >>> counts_entropy(torch.tensor([2, 0, 2]))
+        1.0
+    """
+    shares = counts[counts > 0].double() / counts.sum()
     return float(-(shares * shares.log2()).sum()) + 0.0
 
 
+def counts_around_zero(x: Tensor) -> tuple[int, ...]:
+    """Count the elements of a tensor in equal bins from minus its largest magnitude to that.
+
+    Args:
+        x: Tensor, any shape.
+
+    Returns:
+        Counts of :data:`HISTOGRAM_BINS` bins.
+
+    Example:
+        >>> counts = counts_around_zero(torch.tensor([-1.0, 0.1, 1.0]))
+        >>> counts[0], counts[26], counts[-1], sum(counts)
+        (1, 1, 1, 3)
+    """
+    values = x.detach().float()
+    largest = float(values.abs().max()) if values.numel() else 0.0
+    reach = largest or 1.0
+    return tuple(int(n) for n in torch.histc(values, HISTOGRAM_BINS, -reach, reach).tolist())
+
+
 def as_csv(rows: Sequence[LayerMetrics]) -> str:
-    """The table with a head, one line a layer.
+    """Return the table with a head, one line a weight; without histograms.
 
     Example:
         >>> print(as_csv([LayerMetrics("w", "gq", 1, 8, 2, 0.5, 1.0, 9, 20.0)]).splitlines()[1])
@@ -72,118 +119,106 @@ def as_csv(rows: Sequence[LayerMetrics]) -> str:
     """
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow([field.name for field in fields(LayerMetrics)])
-    writer.writerows(astuple(row) for row in rows)
+    names = [field.name for field in fields(LayerMetrics) if field.name != "histogram"]
+    writer.writerow(names)
+    writer.writerows([getattr(row, name) for name in names] for row in rows)
     return text.getvalue()
 
 
 def as_html(rows: Sequence[LayerMetrics], *, title: str, notes: Sequence[str] = ()) -> str:
-    """The table and its figures as one page that needs no other file.
+    """Return the table as one page that needs no other file.
 
     Args:
-        rows: One a layer.
-        title: Of the page.
+        rows: One a weight.
+        title: Title of the page.
         notes: Lines beneath the title.
     """
-    figures = [
-        _bars("Bits a weight: index (light) and entropy (dark)", rows, _BITS),
-        _bars("Bytes, packed", rows, [("#4878a8", lambda row: float(row.packed_bytes))]),
-        _bars("Signal to quantization noise, dB", rows, [("#6a9f58", _finite_sqnr)]),
-    ]
-    if any(row.cycles is not None for row in rows):
-        figures.append(_bars("Cycles", rows, [("#a85c48", lambda row: float(row.cycles or 0))]))
-    head = "".join(f"<th>{html.escape(name)}</th>" for name in _HEADS)
-    table = [*(_cells(row) for row in rows), _total(rows)]
-    body = "\n".join(f"<tr>{''.join(line)}</tr>" for line in table)
-    lines = "".join(f"<p>{html.escape(note)}</p>" for note in notes)
-    return _PAGE.format(
-        title=html.escape(title), notes=lines, figures="\n".join(figures), head=head, body=body
-    )
+    return page(title, *(paragraph(note) for note in notes), weight_table(rows))
 
 
-def _finite_sqnr(row: LayerMetrics) -> float:
-    return row.sqnr_db if math.isfinite(row.sqnr_db) else 0.0
+def weight_table(rows: Sequence[LayerMetrics]) -> Html:
+    """Return the table of all weights, and what its columns mean.
+
+    Args:
+        rows: One a weight.
+    """
+    most = _most(rows)
+    return table(_COLUMNS, [_cells(row, most) for row in rows], _total(rows))
 
 
-_BITS: list[tuple[str, Callable[[LayerMetrics], float]]] = [
-    ("#b8cde0", lambda row: float(row.bits)),
-    ("#4878a8", lambda row: row.entropy_bits),
-]
-_HEADS = (
-    *("weight", "method", "bits", "weights", "values", "zeros", "entropy, bits", "bytes"),
-    *("SQNR, dB", "cycles"),
+_COLUMNS = (
+    Column("weight", "Name of the parameter", is_text=True),
+    Column(
+        "method",
+        "Method that gave the weight its values; chip where the accelerator's own quantization did",
+        is_text=True,
+    ),
+    Column("bits", "Bits of the index of a value"),
+    Column("weights", "Number of weights"),
+    Column("values", "Number of distinct values among them"),
+    Column("zeros", "Fraction of the weights that are zero"),
+    Column("entropy, bits", "Bits a weight that a coder can reach which takes weights one by one"),
+    Column("bytes", "Bytes of the packed weight: indices, values and scales"),
+    Column(
+        "SQNR, dB",
+        "Signal to quantization noise: the power of the trained weight over that of the difference "
+        "of the deployed one; \u221e without a difference",
+    ),
+    Column(
+        "cycles",
+        "Estimated cycles of the weight's layer on the accelerator, for one call of each program; "
+        "- where none is known",
+    ),
+    Column(
+        "histogram",
+        "Numbers of weights from minus the largest magnitude to that, heights as square roots",
+        is_text=True,
+    ),
 )
 
 
-def _cells(row: LayerMetrics) -> list[str]:
-    sqnr = f"{row.sqnr_db:.1f}" if math.isfinite(row.sqnr_db) else "∞"
-    cycles = "-" if row.cycles is None else f"{row.cycles:,}"
-    return _line(
-        *(row.name, row.method, f"{row.bits}", f"{row.weights:,}", f"{row.values}"),
-        *(f"{row.zeros:.1%}", f"{row.entropy_bits:.2f}", f"{row.packed_bytes:,}", sqnr, cycles),
+def decibels(sqnr_db: float) -> str:
+    """Format a ratio in decibels.
+
+    Example:
+        >>> decibels(31.04), decibels(math.inf)
+        ('31.0', '\u221e')
+    """
+    return f"{sqnr_db:.1f}" if math.isfinite(sqnr_db) else "\u221e"
+
+
+def _most(rows: Sequence[LayerMetrics]) -> tuple[float, float]:
+    """Return the largest number of bytes and of cycles of a weight."""
+    return (
+        max((float(row.packed_bytes) for row in rows), default=0.0) or 1.0,
+        max((float(row.cycles or 0) for row in rows), default=0.0) or 1.0,
     )
 
 
-def _total(rows: Sequence[LayerMetrics]) -> list[str]:
-    """Sums, and means over all weights."""
+def _cells(row: LayerMetrics, most: tuple[float, float]) -> list[Cell]:
+    most_bytes, most_cycles = most
+    cycles: Cell = "-"
+    if row.cycles is not None:
+        cycles = Bar(f"{row.cycles:,}", row.cycles / most_cycles)
+    return [
+        *(row.name, row.method, f"{row.bits}", f"{row.weights:,}", f"{row.values}"),
+        *(percent(row.zeros), f"{row.entropy_bits:.2f}"),
+        *(Bar(f"{row.packed_bytes:,}", row.packed_bytes / most_bytes), decibels(row.sqnr_db)),
+        *(cycles, histogram(row.histogram, f"histogram of {row.name}")),
+    ]
+
+
+def _total(rows: Sequence[LayerMetrics]) -> list[Cell]:
+    """Return sums, and means over all weights."""
     weights = sum(row.weights for row in rows)
 
-    def mean(figure: Callable[[LayerMetrics], float]) -> float:
-        return sum(figure(row) * row.weights for row in rows) / max(weights, 1)
+    def mean(metric: Callable[[LayerMetrics], float]) -> float:
+        return sum(metric(row) * row.weights for row in rows) / max(weights, 1)
 
-    known = [row.cycles for row in rows if row.cycles is not None]
-    return _line(
+    cycles = [row.cycles for row in rows if row.cycles is not None]
+    return [
         *("all", "", f"{mean(lambda row: row.bits):.2f}", f"{weights:,}", "-"),
-        *(f"{mean(lambda row: row.zeros):.1%}", f"{mean(lambda row: row.entropy_bits):.2f}"),
-        *(f"{sum(row.packed_bytes for row in rows):,}", "-", f"{sum(known):,}" if known else "-"),
-    )
-
-
-def _line(name: str, method: str, *numbers: str) -> list[str]:
-    texts = [f"<td class=t>{html.escape(text)}</td>" for text in (name, method)]
-    return [*texts, *(f"<td>{number}</td>" for number in numbers)]
-
-
-def _bars(
-    title: str,
-    rows: Sequence[LayerMetrics],
-    series: Sequence[tuple[str, Callable[[LayerMetrics], float]]],
-) -> str:
-    """Horizontal bars, one a layer; several series lie on top of one another."""
-    largest = max((figure(row) for row in rows for _, figure in series), default=0.0) or 1.0
-    parts = [f'<svg viewBox="0 0 640 {24 + 18 * len(rows)}" role="img"><text x="0" y="14" ']
-    parts.append(f'class="h">{html.escape(title)}</text>')
-    for line, row in enumerate(rows):
-        top = 24 + 18 * line
-        parts.append(f'<text x="0" y="{top + 11}">{html.escape(row.name)}</text>')
-        for color, figure in series:
-            width = 320 * figure(row) / largest
-            parts.append(
-                f'<rect x="250" y="{top}" width="{width:.1f}" height="13" fill="{color}"/>'
-            )
-        label = " / ".join(f"{figure(row):,.6g}" for _, figure in series)
-        end = 254 + 320 * max(figure(row) for _, figure in series) / largest
-        parts.append(f'<text x="{end:.1f}" y="{top + 11}">{label}</text>')
-    return "".join([*parts, "</svg>"])
-
-
-_PAGE = """<!doctype html>
-<html lang="en"><meta charset="utf-8"><title>{title}</title>
-<style>
-body {{ font: 14px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; color: #222 }}
-table {{ border-collapse: collapse; font-size: 12px }}
-th, td {{ padding: .2rem .6rem; border-bottom: 1px solid #ddd; text-align: right }}
-td.t, th:nth-child(-n+2) {{ text-align: left }}
-tr:last-child td {{ font-weight: 600 }}
-svg {{ width: 100%; margin: .8rem 0; font: 10px system-ui, sans-serif }}
-svg .h {{ font-size: 13px; font-weight: 600 }}
-</style>
-<h1>{title}</h1>
-{notes}
-<table><thead><tr>{head}</tr></thead>
-<tbody>
-{body}
-</tbody></table>
-{figures}
-</html>
-"""
+        *(percent(mean(lambda row: row.zeros)), f"{mean(lambda row: row.entropy_bits):.2f}"),
+        *(f"{sum(row.packed_bytes for row in rows):,}", "-"),
+        *(f"{sum(cycles):,}" if cycles else "-", ""),
+    ]

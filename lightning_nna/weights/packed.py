@@ -31,7 +31,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors.numpy import save
 from torch import Tensor, nn
 
 from lightning_nna.emulation.arithmetic.quantized_weight import QuantizedWeight
@@ -42,6 +41,7 @@ from lightning_nna.weights.read_packed import (
     NO_DIGEST,
     Bits,
     packed_bits,
+    safetensors_numpy,
     sealed,
     width_of,
 )
@@ -144,7 +144,7 @@ def save_packed(source: nn.Module | Mapping[str, Tensor], path: str | Path) -> P
         coded[name] = _coded_bytes(bits) + (0 if scales is None else 4 * len(scales))
     metadata = {"format": FORMAT, "tensors": json.dumps(entries), "sha256": NO_DIGEST}
     with whole_file(Path(path)) as unfinished:
-        unfinished.write_bytes(sealed(save(parts, metadata=metadata)))
+        unfinished.write_bytes(sealed(safetensors_numpy().save(parts, metadata=metadata)))
     layouts = {name: entry["layout"] for name, entry in entries.items()}
     return PackedReport(layouts, packed, plain, coded)
 

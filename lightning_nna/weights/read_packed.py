@@ -13,11 +13,11 @@ import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors.numpy import load
 
 FORMAT = "lightning-nna packed 3"
 #: The format without levels by channel.
@@ -41,6 +41,23 @@ def read_packed(path: str | Path) -> dict[str, NDArray[Any]]:
     return {name: _array(*parts) for name, parts in packed_bits(path).items()}
 
 
+def safetensors_numpy() -> ModuleType:
+    """Import safetensors, which weights of a network need only when they are packed or unpacked.
+
+    Raises:
+        ModuleNotFoundError: If it is not installed; names the extra that has it.
+    """
+    try:
+        import safetensors.numpy
+    except ImportError as error:
+        raise ModuleNotFoundError(
+            "packed weights need safetensors: pip install 'lightning-nna[deploy]', or safetensors "
+            "alone to read them",
+            name="safetensors",
+        ) from error
+    return safetensors.numpy
+
+
 def packed_bits(path: str | Path) -> dict[str, tuple[Bits, str, tuple[int, ...]]]:
     """Bits, type and shape of every tensor of a file, see :func:`read_packed`."""
     contents = checked(Path(path))
@@ -52,7 +69,7 @@ def packed_bits(path: str | Path) -> dict[str, tuple[Bits, str, tuple[int, ...]]
             f"{metadata.get('format')}, not {FORMAT}"
         )
     parts: dict[str, dict[str, NDArray[Any]]] = {}
-    for key, array in load(contents).items():
+    for key, array in safetensors_numpy().load(contents).items():
         name, _, part = key.rpartition("|")
         parts.setdefault(name, {})[part] = array
     tensors = {}

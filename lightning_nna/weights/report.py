@@ -102,6 +102,7 @@ class TensorReport:
             self.entropy_bits,
             self.packed_bytes,
             self.sqnr_db,
+            histogram=tuple(self.histogram),
         )
 
 

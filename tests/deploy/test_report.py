@@ -1,4 +1,7 @@
-"""The table of all weights: figures that a reader can check, on paper and in the browser."""
+"""The table of all weights: figures that a reader can check, on paper and in the browser.
+
+The page of a whole deployment is tested in :mod:`tests.deploy.test_deployment_report`.
+"""
 
 from __future__ import annotations
 
@@ -107,9 +110,11 @@ class Checked(HTMLParser):
         self.open: list[str] = []
         self.texts: list[str] = []
         self.elsewhere: list[str] = []
+        self.tags: set[str] = set()
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.elsewhere += [str(value) for name, value in attrs if name in ("src", "href")]
+        self.tags.add(tag)
         self.open += [] if tag in ("meta", "rect") else [tag]
 
     def handle_endtag(self, tag: str) -> None:
@@ -126,7 +131,7 @@ def test_the_page_is_whole_and_needs_nothing_else() -> None:
     page = Checked()
     page.feed(as_html(ROWS, title="A & B", notes=["one < two"]))
     assert (page.open, page.elsewhere) == ([], [])
-    assert {"A & B", "one < two", "a<b>", "4,000", "7.25", "Cycles"} <= set(page.texts)
+    assert {"A & B", "one < two", "a<b>", "4,000", "7.25", "cycles"} <= set(page.texts)
 
 
 def test_both_are_written(net: nn.Module, tmp_path: Path) -> None:

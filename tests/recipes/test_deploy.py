@@ -23,6 +23,7 @@ from recipes.asr.rnnt import Transducer
 from recipes.deploy import check_method, check_systems, check_target, deploy, table
 from recipes.train import train
 from recipes.weights import TrainedWeights
+from tests.conftest import ROOT
 from tests.recipes.asr.test_emulated import batch, conformer, recurrent
 from tests.recipes.test_train import overrides
 
@@ -90,9 +91,17 @@ def test_the_programs_equal_the_emulation(
         True for _ in firmware
     ]
     assert json.loads((run / "summary.json").read_text()) == json.loads(json.dumps(summary))
-    assert {"programs", "report.csv", "report.html", "summary.json"} <= {
+    assert {"activations.csv", "programs", "report.csv", "report.html", "summary.json"} <= {
         path.name for path in run.iterdir()
     }
+    # The test set, and LiteRT, TFLite-Micro and TOSA as far as each has the programs.
+    promised = [check for check in summary["checks"] if check["is_promised"]]
+    assert [check["outputs"] == check["equal_outputs"] for check in promised] == [True, True]
+    assert summary["timing"]["float_ms"] > 0
+    report = (run / "report.html").read_text(encoding="utf-8")
+    for text in ("WER", "per second of speech", "GatherV2", "TOSA", summary["commit"]):
+        assert text in report
+    assert ("No firmware".lower() in report.lower()) == (not firmware)
     with pytest.raises(ValueError, match="not as it was written"):
         _altered(run / "programs")
 
@@ -258,6 +267,13 @@ def test_settings_that_differ_from_the_checkpoint_are_an_error(
 def test_systems_are_checked_before_anything_runs(systems: list[Any], complaint: str) -> None:
     with pytest.raises(ValueError, match=complaint):
         check_systems(systems)
+
+
+def test_runtimes_are_checked_before_anything_runs(compose_config: Compose, tmp_path: Path) -> None:
+    pretrained = ROOT / "recipes" / "pretrained" / "keywords.safetensors"
+    settings = [f"ckpt={pretrained}", "runtimes=[onnx]", f"run_dir={tmp_path}"]
+    with pytest.raises(ValueError, match=r"runtime must be one of litert, .*; got 'onnx'"):
+        deploy(compose_config("deploy", *settings))
 
 
 @pytest.mark.parametrize(
