@@ -60,7 +60,7 @@ check: .venv/.installed  ## Check format, lint, types and import rules
 	$(BIN)/mypy
 
 docs: .venv/.installed  ## Build the documentation in site/, with warnings as errors
-	$(BIN)/mkdocs build --strict --quiet
+	$(BIN)/mkdocs build --strict
 	@echo "The documentation is in $(CURDIR)/site: open site/index.html in a browser, or run make serve."
 
 serve: .venv/.installed  ## Serve the documentation, open it in a browser, and build it again after a change
