@@ -11,6 +11,8 @@ from typing import Any
 
 TABLE = re.compile(r"<table>(.*?)</table>", re.DOTALL)
 HEAD = re.compile(r"<th\b")
+# A number and its unit stay in one line.
+UNIT = re.compile(r"(?<=\d) (?=(?:%|dB|[kKMG]i?B|bytes|m?s|min)(?!\w))")
 #: From this number of columns on a table is wide.
 WIDE = 6
 
@@ -24,4 +26,5 @@ def _boxed(match: re.Match[str]) -> str:
     head = match[1].partition("</thead>")[0]
     columns = len(HEAD.findall(head))
     classes = "scrolling wide" if columns >= WIDE else "scrolling"
-    return f'<div class="{classes}" tabindex="0" role="region" aria-label="Table">{match[0]}</div>'
+    table = UNIT.sub("\N{NO-BREAK SPACE}", match[0])
+    return f'<div class="{classes}" tabindex="0" role="region" aria-label="Table">{table}</div>'

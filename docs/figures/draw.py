@@ -178,7 +178,7 @@ def emulated_operator(figure: Figure, ink: Ink) -> None:
     """Draw the way of two inputs through an operator, its output, and its gradient."""
     run = emulated_layer()
     flow, output, gradient = figure.subplot_mosaic(
-        [["flow", "output"], ["flow", "gradient"]], width_ratios=[2.1, 1]
+        [["flow", "flow"], ["output", "gradient"]], height_ratios=[1.6, 1]
     ).values()
     inside, outside = (numbers(each, "{:.2f}") for each in run.gradients)
     rows = [
@@ -207,7 +207,7 @@ def emulated_operator(figure: Figure, ink: Ink) -> None:
     exact, emulated, slopes = (each.numpy() for each in run.curve)
     output.plot(exact, exact, color=ink.faint, linestyle="--", label="float")
     output.plot(exact, emulated, color=BLUE, label="emulated")
-    output.set(ylabel="output")
+    output.set(xlabel="sum in float", ylabel="output")
     output.legend(frameon=False, labelcolor=ink.text)
     gradient.plot(exact, slopes, color=ORANGE)
     gradient.set(xlabel="sum in float", ylabel="gradient along the input", ylim=(-0.05, None))
@@ -283,7 +283,7 @@ def mask_over_training(figure: Figure, ink: Ink) -> None:
     """Draw which weights are zero after each step, and the fraction of them."""
     masks = mask_run().numpy()
     image, fraction = figure.subplots(2, sharex=True, height_ratios=[2.4, 1])
-    order = masks.sum(0).argsort()[::-1]
+    order = (-masks.sum(0)).argsort(kind="stable")
     image.imshow(
         masks[:, order].T,
         aspect="auto",
@@ -334,10 +334,10 @@ def newest_value(figure: Figure, ink: Ink) -> None:
 
 #: Pictures by name: what draws them, and their size in inches.
 PICTURES: dict[str, tuple[Callable[[Figure, Ink], None], tuple[float, float]]] = {
-    "emulated_operator": (emulated_operator, (7.4, 4.2)),
-    "codebook_over_training": (codebook_over_training, (6.4, 3.2)),
-    "mask_over_training": (mask_over_training, (6.4, 3.6)),
-    "newest_value": (newest_value, (6.4, 3.2)),
+    "emulated_operator": (emulated_operator, (5.2, 5.4)),
+    "codebook_over_training": (codebook_over_training, (5.2, 3.2)),
+    "mask_over_training": (mask_over_training, (5.2, 3.6)),
+    "newest_value": (newest_value, (5.2, 3.2)),
 }
 
 
