@@ -37,7 +37,7 @@ class Page(HTMLParser):
         super().__init__()
         self.anchors: set[str] = set()
         self.links: list[str] = []
-        self.pictures: list[str] = []
+        self.pictures: list[tuple[str, str]] = []
         self.loaded: list[str] = []
         self.texts: list[str] = []
         self.quotes = 0
@@ -49,7 +49,7 @@ class Page(HTMLParser):
         values = {name: value or "" for name, value in attributes}
         self.anchors |= {values["id"]} if "id" in values else set()
         self.links += [values["href"]] if tag == "a" and "href" in values else []
-        self.pictures += [values["src"]] if tag == "img" else []
+        self.pictures += [(values["src"], values.get("alt", ""))] if tag == "img" else []
         self.loaded += [values[name] for name in ("src", "srcset") if name in values]
         if tag == "link" and values.get("rel") in {"stylesheet", "icon", "preconnect", "preload"}:
             self.loaded.append(values["href"])
@@ -126,9 +126,10 @@ def test_links_and_their_anchors_lead_somewhere(site: Path, pages: dict[str, Pag
 
 
 def test_pictures_exist_and_say_what_they_show(site: Path, pages: dict[str, Page]) -> None:
-    pictures = [(name, path) for name, page in pages.items() for path in page.pictures]
-    assert len(pictures) >= 5
-    stored = [each for each in pictures if not each[1].startswith("data:")]
+    pictures = [(name, *each) for name, page in pages.items() for each in page.pictures]
+    assert len(pictures) >= 12
+    assert [(name, path) for name, path, description in pictures if len(description) < 10] == []
+    stored = [(name, urlsplit(path).path) for name, path, _ in pictures if is_local(path)]
     assert [each for each in stored if not ((site / each[0]).parent / each[1]).exists()] == []
 
 
