@@ -10,7 +10,7 @@ export MKL_NUM_THREADS ?= 1
 export WANDB_MODE ?= offline
 export NO_MKDOCS_2_WARNING := 1
 
-.PHONY: install demo bench test test-isa check types docs format constraints package clean help
+.PHONY: install demo bench test test-isa check types docs serve check-site format constraints package clean help
 .DEFAULT_GOAL := help
 
 help:  ## List the targets
@@ -60,7 +60,22 @@ check: .venv/.installed  ## Check format, lint, types and import rules
 	$(BIN)/mypy
 
 docs: .venv/.installed  ## Build the documentation in site/, with warnings as errors
-	$(BIN)/mkdocs build --strict --quiet
+	$(BIN)/mkdocs build --strict
+	@echo "The documentation is in $(CURDIR)/site: open site/index.html in a browser, or run make serve."
+
+serve: .venv/.installed  ## Serve the documentation, open it in a browser, and build it again after a change
+	$(BIN)/mkdocs serve --open
+
+# A browser from the registry of npm, for this target alone. It needs node, npm, and a Linux on x86-64.
+SITE_CHECK := .cache/site_check
+$(SITE_CHECK)/.installed: tests/site/package.json
+	mkdir -p $(@D)
+	cp $< $(@D)
+	cd $(@D) && npm install --no-audit --no-fund --no-package-lock --loglevel=error
+	touch $@
+
+check-site: docs $(SITE_CHECK)/.installed  ## Walk the built documentation in Chromium: errors, links, widths; screenshots
+	node tests/site/walk.mjs site $(SITE_CHECK) $(SITE_CHECK)/screenshots
 
 format: .venv/.installed  ## Format the code and apply the linter's own repairs
 	$(BIN)/ruff format .

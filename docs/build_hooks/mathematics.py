@@ -26,8 +26,14 @@ def on_page_content(content: str, **_: Any) -> str:
 
 
 def _mathml(match: re.Match[str]) -> str:
-    display = "block" if match[1] == "div" else "inline"
-    return str(convert(html.unescape(match[2]).strip(), display=display))
+    formula = html.unescape(match[2]).strip()
+    if match[1] == "span":
+        return str(convert(formula, display="inline"))
+    if "&" in formula and r"\begin" not in formula:
+        # Sphinx aligns a directive at its ampersands without an environment.
+        formula = rf"\begin{{align*}}{formula}\end{{align*}}"
+    # A formula that is wider than a page scrolls in its box, which a keyboard can reach.
+    return f'<div class="formula" tabindex="0">{convert(formula, display="block")}</div>'
 
 
 class DocstringFormulas(griffe.Extension):
