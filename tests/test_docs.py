@@ -5,6 +5,7 @@ Their Python blocks are executed by the root ``conftest.py``.
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import re
 from pathlib import Path
@@ -67,6 +68,25 @@ def test_the_readme_lists_the_functions_of_the_records() -> None:
     assert readme == _hook("operators").with_functions(readme), (
         "run python docs/build_hooks/operators.py"
     )
+
+
+def test_the_messages_of_the_page_on_troubleshooting_are_those_of_the_code() -> None:
+    """Quoted lines and the first cells of tables that are code; an ellipsis stands for a value."""
+    page = (ROOT / "docs/troubleshooting.md").read_text(encoding="utf-8")
+    tables = re.findall(r"^\| message \|.*\n\|[-|]+\n((?:\|.*\n)+)", page, re.MULTILINE)
+    cells = [row.split(" | ")[0] for table in tables for row in table.splitlines()]
+    quotes = re.findall(r"^> (.*)$", page, re.MULTILINE)
+    messages = [code for line in cells + quotes for code in re.findall(r"`([^`]+)`", line)]
+    parts = {part.strip(" :") for message in messages for part in message.split("…")}
+    sources = [path.read_text("utf-8") for path in (ROOT / "lightning_nna").rglob("*.py")]
+    constants = "\n".join(
+        node.value
+        for source in sources
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    )
+    assert len(messages) > 25
+    assert sorted(part for part in parts if part not in constants) == []
 
 
 def _hook(name: str) -> Any:

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from lightning_nna.deploy.graph import Port, quantize
@@ -79,8 +80,15 @@ class ProgramPorts:
             calls: Arguments of each call.
 
         Raises:
+            TypeError: If a tensor stands in place of the list of arguments.
             ValueError: See :meth:`integers_of`.
         """
+        for inputs in calls:
+            if isinstance(inputs, (Tensor, np.ndarray)):
+                raise TypeError(
+                    f"the inputs of a program are a list of the module's arguments, got a "
+                    f"{type(inputs).__name__}: pass [x]"
+                )
         arguments = [[np.asarray(x) for x in tree_leaves(list(inputs))] for inputs in calls]
         for each in arguments:
             for position, value in self.fixed.items():

@@ -160,6 +160,8 @@ class NNAEmulation(ModuleBoundCallback):
         # Numbers of optimizer steps of this fit, and of those that ran emulated.
         self._fit_steps = self._emulated_steps = 0
         self._warned_of_clipping = False
+        # Whether the ranges of this fit were observed before it, by nothing of this callback.
+        self._ranges_are_earlier = False
         # ``calibration_steps`` of the run that has observed the ranges, if a checkpoint has it.
         self._observed_steps: int | None = None
 
@@ -198,6 +200,17 @@ class NNAEmulation(ModuleBoundCallback):
         if emulator.calibrated and self._observed_steps is not None and self.calibration_steps:
             saved, now = self._observed_steps, self.calibration_steps
             require_same("NNAEmulation", {"calibration_steps": saved}, {"calibration_steps": now})
+        # Ranges of an earlier fit with another callback, or of ``calibrate``.
+        self._ranges_are_earlier = (
+            emulator.calibrated and self._observed_steps is None and self.steps == 0
+        )
+        if self._ranges_are_earlier and self.calibration_steps:
+            rank_zero_info(
+                f"NNAEmulation: the module has ranges of {len(emulator.ranges.ranges)} activations "
+                f"already and this fit observes none, so that "
+                f"calibration_steps={self.calibration_steps} and range_margin={self.range_margin} "
+                f"have no effect; call lightning_nna.strip(module) before the fit to observe again"
+            )
         # Gradient scaler of fp16 mixed precision; other precisions have none.
         self._scaler = getattr(trainer.precision_plugin, "scaler", None)
         # Attached only now, since optimizers do not exist earlier.
@@ -487,11 +500,12 @@ class NNAEmulation(ModuleBoundCallback):
             return
         self._warned_of_clipping = True
         worst = sorted(rates, key=lambda site: -rates[site])[:5]
+        again = "call lightning_nna.strip(module) before the fit, " * self._ranges_are_earlier
         rank_zero_warn(
             f"NNAEmulation: {len(rates)} of {len(self.telemetry.sites)} sites clip more than "
             f"{_HIGH_CLIP_RATE:.0%} of their results after {self.steps} steps; the worst: "
             f"{', '.join(f'{site} ({rates[site]:.0%})' for site in worst)}. Their ranges were "
-            f"frozen too early: set more calibration_steps or a range_margin, start from "
+            f"frozen too early: {again}set more calibration_steps or a range_margin, start from "
             f"trained weights, or lower the learning rate"
         )
 

@@ -401,6 +401,8 @@ def test_arguments_that_do_not_fit(tmp_path: Path) -> None:
         run_tflite(path, [torch.randn(4, 3)])
     with pytest.raises(ValueError, match="argument 0 is missing"):
         run_tflite(path, [])
+    with pytest.raises(TypeError, match=r"are a list of the module's arguments, got a Tensor"):
+        run_tflite(path, x)
 
 
 def test_optimized_kernels_run_and_may_differ(tmp_path: Path) -> None:

@@ -526,6 +526,18 @@ def test_a_fit_says_how_much_of_it_ran_emulated(caplog: pytest.LogCaptureFixture
     assert "3 of 5 optimizer steps of this fit ran emulated" in caplog.text
 
 
+def test_a_fit_says_that_it_uses_earlier_ranges(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    fitted = module()
+    said = "already and this fit observes none, so that calibration_steps=2 and range_margin=0.5"
+    first = NNAEmulation(calibration_steps=2, range_margin=0.5)
+    trainer(first, steps=4).fit(fitted)
+    trainer(first, steps=8).fit(fitted)  # The same callback carries on with ranges of its own.
+    assert said not in caplog.text
+    trainer(NNAEmulation(calibration_steps=2, range_margin=0.5), steps=4).fit(fitted)
+    assert said in caplog.text
+
+
 def test_sites_that_clip_much_are_named_once() -> None:
     fitted = module()
     calibrate(fitted, [0.02 * torch.randn(8, 6, 4)])
@@ -534,6 +546,7 @@ def test_sites_that_clip_much_are_named_once() -> None:
         trainer(chip, steps=8).fit(fitted)
     (message,) = [str(w.message) for w in caught if "sites clip" in str(w.message)]
     assert "head.first/fully_connected#0" in message
+    assert "frozen too early: call lightning_nna.strip(module) before the fit, set" in message
     assert chip.telemetry["head.first/fully_connected#0"].clip_rate > 0.05
 
 
