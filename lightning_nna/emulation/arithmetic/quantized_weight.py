@@ -27,7 +27,7 @@ from lightning_nna.emulation.arithmetic.deferred_checks import DEFERRED
 from lightning_nna.emulation.arithmetic.integer_products import ByteProduct, WideProduct
 from lightning_nna.emulation.arithmetic.on_host import in_memory, on_host
 from lightning_nna.emulation.kernels import definitions as kernels
-from lightning_nna.emulation.kernels.library import runs_kernel
+from lightning_nna.emulation.kernels.library import compiled_for, runs_kernel
 from lightning_nna.emulation.kernels.reference import CENTROIDS, SMALLEST_SCALE
 
 #: Instead of a number of rows that share a scale: each index of the second axis has a scale, as the
@@ -60,7 +60,8 @@ class QuantizedWeight:
     @property
     def integers(self) -> Float[Tensor, "*shape"]:
         """The integers in float32, computed at every call."""
-        return self.stored.float()
+        kernel = compiled_for("row_values", self.stored)
+        return self.stored.float() if kernel is None else kernel(self.stored, None)
 
     @property
     def values(self) -> Float[Tensor, "*shape"]:
@@ -72,7 +73,8 @@ class QuantizedWeight:
     @cached_property
     def row_sums(self) -> Float[Tensor, " rows"]:
         """Sum of the integers of each row, float64: what an input's zero point counts."""
-        return self.stored.flatten(1).sum(1).double()
+        sums = self._row_sums
+        return self.stored.flatten(1).sum(1).double() if sums is None else sums[0]
 
     @cached_property
     def byte_product(self) -> ByteProduct:
@@ -106,9 +108,17 @@ class QuantizedWeight:
         return self.bound >= limit and self._largest_sum >= limit
 
     @cached_property
+    def _row_sums(self) -> tuple[Tensor, float] | None:
+        """Both sums of rows in one pass; None where no compiled kernel forms them."""
+        kernel = compiled_for("row_sums", self.stored)
+        return None if kernel is None else kernel(self.stored)
+
+    @cached_property
     def _largest_sum(self) -> float:
         if not in_memory(self.stored):
             return self.bound
+        if self._row_sums is not None:
+            return self._row_sums[1]
         return float(self.stored.abs().flatten(1).sum(1).max())
 
 
@@ -164,6 +174,10 @@ def values_of(
     """
     if not in_memory(stored):
         return stored * per_row(scales, stored)  # One launch in place of two.
+    kernel = compiled_for("row_values", stored)
+    if kernel is not None:
+        values: Tensor = kernel(stored, scales)
+        return values
     return stored.float().mul_(per_row(scales, stored))
 
 

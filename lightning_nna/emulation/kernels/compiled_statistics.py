@@ -1,4 +1,4 @@
-"""Mean and variance of channels, compiled for processors, with the bits of ``torch.var_mean``."""
+"""Sums of channels and rows, compiled for processors, with the bits of PyTorch's functions."""
 
 from __future__ import annotations
 
@@ -60,3 +60,59 @@ def channel_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
     blocks = -(-channels // _LANES)
     over_rows(blocks, values.size, _channel_statistics, shaped, variance, mean)
     return torch.from_numpy(variance), torch.from_numpy(mean)
+
+
+@compiled
+def _row_sums(stored, sums, sizes, first, last):  # type: ignore[no-untyped-def]
+    for r in range(first, last):
+        total, size = np.int32(0), np.int32(0)
+        for i in range(stored.shape[1]):
+            total += np.int32(stored[r, i])
+            size += abs(np.int32(stored[r, i]))
+        sums[r], sizes[r] = total, size
+    return 0
+
+
+def row_sums(stored: Tensor) -> tuple[Tensor, float]:
+    """Return the sum of each row of a weight, and the largest sum of absolute values.
+
+    Args:
+        stored: int8, shape ``(rows, ...)``.
+
+    Returns:
+        float64, shape ``(rows,)``, and a whole number.
+    """
+    integers = array(stored)
+    rows = len(integers)
+    sums, sizes = np.empty(rows, np.float64), np.empty(rows, np.int32)
+    matrix = integers.reshape(rows, -1) if integers.size else integers.reshape(rows, 0)
+    over_rows(rows, integers.size, _row_sums, matrix, sums, sizes)
+    return torch.from_numpy(sums), float(sizes.max()) if rows else 0.0
+
+
+@compiled
+def _row_values(stored, scales, values, first, last):  # type: ignore[no-untyped-def]
+    for r in range(first, last):
+        scale = scales[r] if len(scales) else np.float32(1.0)
+        for i in range(stored.shape[1]):
+            values[r, i] = np.float32(stored[r, i]) * scale
+    return 0
+
+
+_NO_SCALES = np.zeros(0, np.float32)
+
+
+def row_values(stored: Tensor, scales: Tensor | None) -> Tensor:
+    """Return what the integers of a weight stand for, float32, in its shape.
+
+    Args:
+        stored: int8, shape ``(rows, ...)``.
+        scales: float32, shape ``(rows,)``; None for 1.
+    """
+    integers = array(stored)
+    values, rows = np.empty(integers.shape, np.float32), len(integers)
+    if integers.size:
+        factors = _NO_SCALES if scales is None else array(scales)
+        matrix = integers.reshape(rows, -1), factors, values.reshape(rows, -1)
+        over_rows(rows, integers.size, _row_values, *matrix)
+    return torch.from_numpy(values)
