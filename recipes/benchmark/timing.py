@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 
@@ -44,7 +45,8 @@ def machine(device: torch.device) -> str:
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
     byte_products = ", products of bytes" if torch.cpu._is_vnni_supported() else ""
-    return f"CPU: {names[0] if names else platform.machine()}{byte_products}"
+    compiled = ", compiled kernels" if find_spec("numba") else ""
+    return f"CPU: {names[0] if names else platform.machine()}{byte_products}{compiled}"
 
 
 def time_ratios(
