@@ -155,7 +155,7 @@ class FusedCell:
             (self.w_hh, self.h, 0.0, "recurrent_factors"),
         )
         for weight, x, bias, name in parts:
-            largest = weight.largest_sum() * max(x.largest, 128) + bias
+            largest = weight.bound * max(x.largest, 128) + bias
             if largest >= limit:
                 return True
             if looks and spills(getattr(self, name), rounding=self.rounding, largest=largest):

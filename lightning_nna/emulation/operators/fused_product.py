@@ -17,7 +17,11 @@ from lightning_nna.emulation.arithmetic.on_host import in_memory
 from lightning_nna.emulation.arithmetic.quantized_weight import QuantizedWeight
 from lightning_nna.emulation.arithmetic.rescaling import spills
 from lightning_nna.emulation.operators.call import Call
-from lightning_nna.emulation.operators.linear import accumulator_limit, integer_bias
+from lightning_nna.emulation.operators.linear import (
+    accumulator_limit,
+    integer_bias,
+    largest_magnitude,
+)
 from lightning_nna.emulation.operators.sequences import Layout
 from lightning_nna.emulation.ranges import QParams
 
@@ -122,15 +126,16 @@ def fused_product(
     columns = columns_of(weight)
     # Lower bytes are 128 too small.
     offset = weight.row_sums * (0 if columns.dtype == torch.float64 else _BYTE)
-    largest = weight.bound * x.largest
+    factors, biases = scales / scales.new_full((), y.scale), None
     if bias is not None:
         biases = integer_bias(bias, scales, spec.bias_width(16))
         offset = offset + biases
-        largest += spec.largest_bias(16)
-    factors, limit = scales / scales.new_full((), y.scale), accumulator_limit(call, 16)
-    may_overflow = largest >= limit or spills(factors, rounding=rounding, largest=largest)
-    if in_memory(weight.stored) and may_overflow:
-        return None
+    if in_memory(offset):
+        largest = weight.bound * x.largest
+        largest += 0.0 if biases is None else largest_magnitude(biases)
+        overflows = largest >= accumulator_limit(call, 16)
+        if overflows or spills(factors, rounding=rounding, largest=largest):
+            return None
     saturates = spec.accumulator_overflow == "saturate"
     return FusedProduct(weight, columns, factors, offset, rounding, bits, saturates)
 

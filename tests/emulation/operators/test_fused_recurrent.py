@@ -1,9 +1,10 @@
-"""Recurrent layers on a device: the bits of a processor, and two launches a step."""
+"""Recurrent layers whose steps are kernels: the bits of a processor without them, two a step."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -14,7 +15,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_nna import calibrate, emulate
 from lightning_nna.emulation.arithmetic.on_host import as_on_a_device
+from lightning_nna.emulation.kernels import library
 from lightning_nna.emulation.spec import NNASpec, resolve_spec
+
+HAS_NUMBA = find_spec("numba") is not None
 
 SPECS: dict[str, NNASpec] = {
     **{name: resolve_spec(name) for name in ("litert-int8", "tflm-int8", "tflm-int16x8")},
@@ -69,6 +73,7 @@ def _results(
     module: Layer, x: Any, states: Any, scope: AbstractContextManager[None]
 ) -> list[Tensor]:
     """Results and gradients of the input, the initial states and the parameters."""
+    torch.manual_seed(1)  # Of a dropout.
     module.zero_grad()
     leaves = [x.data if isinstance(x, PackedSequence) else x]
     leaves += [] if states is None else list(states) if isinstance(states, tuple) else [states]
@@ -109,6 +114,7 @@ CASES: dict[str, Any] = {
         torch.randn(4, 9, 6),
         None,
     ),
+    "dropout": lambda kind: (Layer(kind(6, 8, 2, dropout=0.4)), torch.randn(9, 4, 6), None),
     "packed": lambda kind: (Layer(kind(6, 8, bidirectional=True), 3.0), _sequences(), None),
     "one sequence": lambda kind: (Layer(kind(6, 8)), torch.randn(9, 6), None),
     "wide": lambda kind: (Layer(kind(6, 1100)), torch.randn(2, 2, 6), None),
@@ -129,6 +135,50 @@ def test_a_layer_on_a_device_has_the_bits_of_a_processor(
     computed = _results(module, x, states, on_a_device())
     for own, other in zip(expected, computed, strict=True):
         assert torch.equal(own, other)
+
+
+@pytest.mark.skipif(not HAS_NUMBA, reason="needs the package numba")
+@pytest.mark.parametrize("spec", [*SPECS, "tosa-int8", "shift"])
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
+def test_a_layer_with_compiled_kernels_has_the_bits_of_one_without(
+    kind: type[nn.RNNBase], name: str, spec: str
+) -> None:
+    torch.manual_seed(0)
+    module, x, states = CASES[name](kind)
+    small = x._replace(data=0.5 * x.data) if isinstance(x, PackedSequence) else 0.5 * x
+    calibrate(module, [small], spec=SPECS.get(spec, spec))
+    expected = _results(module, x, states, library.without_compiled_kernels())
+    computed = _results(module, x, states, nullcontext())
+    for own, other in zip(expected, computed, strict=True):
+        assert torch.equal(own, other)
+
+
+@pytest.mark.skipif(not HAS_NUMBA, reason="needs the package numba")
+@pytest.mark.parametrize("fidelity", ["exact", "fast"])
+@pytest.mark.parametrize("spec", ["litert-int8", "tflm-int8", "tflm-int16x8"])
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
+def test_a_processor_calls_a_kernel_for_each_step(
+    kind: type[nn.RNNBase], spec: str, fidelity: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lightning_nna.emulation.kernels import compiled_recurrent
+
+    calls: list[int] = []
+    run = compiled_recurrent.over_rows
+
+    def noted(rows: int, *arguments: Any) -> int:
+        calls.append(rows)
+        return run(rows, *arguments)
+
+    monkeypatch.setattr(compiled_recurrent, "over_rows", noted)
+    torch.manual_seed(0)
+    module, x = Layer(kind(6, 8)), _sequences()
+    calibrate(module, [x], spec=spec)
+    with emulate(module, fidelity=fidelity):
+        result = module(x)[0]
+        assert calls == x.batch_sizes.tolist()
+        result.sum().backward()
+    assert calls == [*x.batch_sizes.tolist(), *x.batch_sizes.flip(0).tolist()]
 
 
 @pytest.mark.parametrize("spec", ["litert-int8", "tflm-int8", "tflm-int16x8"])
