@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lightning_nna.emulation.arithmetic.integer_softmax import exp_table
 from lightning_nna.emulation.kernels import library, reference
-from tests.emulation.kernel_cases import CASES, difference
+from tests.emulation.kernel_cases import CASES, REQUANTIZATIONS, difference, requantization
 
 #: Kernels that are compiled for processors.
 KERNELS = (
@@ -51,14 +51,20 @@ def cases(operator: str) -> dict[str, tuple[Any, ...]]:
     }
 
 
-def small_cases() -> dict[str, tuple[Any, ...]]:
-    """Return arguments of a few elements, in shapes that the other cases do not have."""
+def other_cases() -> dict[str, tuple[Any, ...]]:
+    """Return arguments in shapes that the other cases do not have, most of few elements."""
     generator = torch.Generator().manual_seed(11)
 
     def integers(low: int, high: int, *shape: int) -> Tensor:
         return torch.randint(low, high, shape, generator=generator)
 
     results: dict[str, tuple[Any, ...]] = {}
+    for name, settings in REQUANTIZATIONS.items():
+        sums, *rest, _, wide = requantization(name, **settings)
+        results[f"requantize/{name}, inner 1"] = sums[:, :, 3], *rest, 1, wide
+        results[f"requantize/{name}, inner 7"] = sums[:, :, :7], *rest, 7, wide
+    weight = torch.randn(150, 1000, generator=generator)
+    results["quantize_rows/many of one scale"] = weight, None, 150, 127, False
     table, mask = torch.randn(65536, generator=generator), integers(0, 9, 65536) == 0
     for size in (0, 1, 5, 17, 1023, 1025, 3000):
         x = integers(-130, 140, size).float() * 0.1
@@ -105,7 +111,7 @@ def _cloned(x: Any) -> Any:
 def digests() -> dict[str, str]:
     """Return a digest of the results by case, with whatever kernels there are."""
     results = {}
-    for name, arguments in small_cases().items():
+    for name, arguments in other_cases().items():
         values = library.call(name.partition("/")[0], *arguments)
         values = values if isinstance(values, tuple) else (values,)
         digest = hashlib.sha256()
@@ -132,7 +138,7 @@ def fused() -> dict[str, list[str]]:
 
 def main() -> None:
     """Print what differs from the reference, and what is fused."""
-    every = small_cases()
+    every = other_cases()
     for operator in OPERATORS:
         every |= dict(list(cases(operator).items())[::4])
     told = {name: differences(name, arguments) for name, arguments in every.items()}
