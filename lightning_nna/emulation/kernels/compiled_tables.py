@@ -22,6 +22,8 @@ from lightning_nna.emulation.kernels.compiled import (
 # Elements whose positions in the table are computed at once.
 _BLOCK = 1024
 _NO_MASK = np.zeros(0, np.bool_)
+# Of a table without a mask.
+_EMPTY_MASK = torch.empty(0, dtype=torch.bool)
 
 
 @compiled
@@ -64,7 +66,7 @@ def look_up(
         *(values.size, values.size, _look_up, real.reshape(-1), entries, masks),
         *(scale, first, values.reshape(-1), mask.reshape(-1)),
     )
-    return torch.from_numpy(values), mask_of(mask, clipped)
+    return torch.from_numpy(values), _EMPTY_MASK if mask_table is None else mask_of(mask, clipped)
 
 
 def _tables(
@@ -145,7 +147,7 @@ def look_up_pair(
             *(*axes, entries, masks, scale_a, first_a, scale_b, first_b),
             *(values.reshape(-1), mask.reshape(-1)),
         )
-    return torch.from_numpy(values), mask_of(mask, clipped)
+    return torch.from_numpy(values), _EMPTY_MASK if mask_table is None else mask_of(mask, clipped)
 
 
 class _Axes(NamedTuple):
