@@ -183,6 +183,30 @@ def test_no_folder_for_the_cache_is_needed(tmp_path: Path) -> None:
     assert told.split() == ["None", "3.0"]
 
 
+_CACHED = """
+import torch
+from lightning_nna.emulation.kernels import compiled
+
+compiled._SOURCES += {change!r}
+
+from lightning_nna.emulation.kernels import compiled_weights, definitions
+
+definitions.dequantize(torch.ones(2, 3), torch.ones(3), None, scale=0.5, inner=1)
+stats = compiled_weights._dequantize_columns.stats
+print(sum(stats.cache_hits.values()), sum(stats.cache_misses.values()))
+"""
+
+
+@pytest.mark.slow
+def test_a_kernel_in_the_cache_is_of_the_same_sources(tmp_path: Path) -> None:
+    """One that was compiled from other sources, of whatever kernel, is compiled anew."""
+    told = [
+        _python(_CACHED.format(change=change), NUMBA_CACHE_DIR=str(tmp_path)).split()
+        for change in ("", "", "another")
+    ]
+    assert told == [["0", "1"], ["1", "0"], ["0", "1"]]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("processor", ["haswell", "generic"])
 def test_other_processors_compute_the_same_bits(processor: str, tmp_path: Path) -> None:

@@ -11,11 +11,13 @@ often there is nothing, and a backward has nothing to do then.
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, partial
+from pathlib import Path
 from typing import Any
 
 import numba
@@ -31,6 +33,15 @@ _ELEMENTS_OF_A_THREAD = 2**15
 _NO_INTEGER = -(2**63)
 
 
+def _digest() -> str:
+    """Digest of the sources that compiled kernels are made of."""
+    files = sorted(Path(__file__).parent.glob("*.py"))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+
+
+_SOURCES = _digest()
+
+
 def compiled(function: Callable[..., Any]) -> Any:
     """Compile a function of arrays; while it runs, other threads of Python go on."""
     return _jitted(function)
@@ -44,10 +55,15 @@ def inlined(function: Callable[..., Any]) -> Any:
 def _jitted(function: Callable[..., Any], **options: Any) -> Any:
     jit = partial(numba.njit, nogil=True, error_model="numpy", **options)
     try:
-        return jit(cache=True)(function)
-    except RuntimeError:
-        # No folder can be written: each process compiles for itself.
+        kernel = jit(cache=True)(function)
+        # Numba looks at the time of the kernel's own file, which is the same in each release of a
+        # package: a kernel is compiled anew wherever the source of any has changed.
+        index = kernel._cache._cache_file
+        index._source_stamp = index._source_stamp, _SOURCES
+    except (RuntimeError, AttributeError):
+        # No folder can be written, or this Numba has another cache: each process compiles.
         return jit()(function)
+    return kernel
 
 
 def array(x: Tensor) -> NDArray[Any]:
