@@ -8,14 +8,16 @@ import pytest
 
 pytest.importorskip("numba")
 
-from lightning_nna.emulation.kernels import compiled_recurrent
+from lightning_nna.emulation.kernels import library
 from tests.emulation.kernel_cases import differences
 
 _KERNELS = ("lstm_step", "lstm_step_backward", "gru_step", "gru_step_backward")
 
 
 def _run(operator: str, *arguments: Any) -> tuple[Any, ...]:
-    getattr(compiled_recurrent, operator)(*arguments)
+    kernel = library.compiled_kernel(operator)
+    assert kernel is not None
+    kernel(*arguments)
     return arguments
 
 

@@ -55,7 +55,7 @@ def inlined(function: Callable[..., Any]) -> Any:
 def _jitted(function: Callable[..., Any], **options: Any) -> Any:
     jit = partial(numba.njit, nogil=True, error_model="numpy", **options)
     try:
-        kernel = jit(cache=True)(function)
+        kernel: Any = jit(cache=True)(function)
         # Numba looks at the time of the kernel's own file, which is the same in each release of a
         # package: a kernel is compiled anew wherever the source of any has changed.
         index = kernel._cache._cache_file

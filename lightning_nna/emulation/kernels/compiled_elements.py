@@ -30,7 +30,7 @@ _LARGEST_FLOAT32 = np.float32(torch.finfo(torch.float32).max)
 
 
 @compiled
-def multipliers(factors, mantissas, exponents):  # type: ignore[no-untyped-def]
+def multipliers(factors, mantissas, exponents):
     """Write factors as mantissas and exponents; see :func:`.fixed_point.multipliers_of`."""
     for k in range(len(factors)):
         mantissa, exponent = math.frexp(factors[k])
@@ -43,9 +43,7 @@ def multipliers(factors, mantissas, exponents):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def _of_channels(  # type: ignore[no-untyped-def]
-    channels, scales, bias, offset, scale_before, scale_after, bias_bits
-):
+def _of_channels(channels, scales, bias, offset, scale_before, scale_after, bias_bits):
     """Return factors, mantissas, exponents and what is added to the sums of each channel."""
     factors, added = np.empty(channels, np.float64), np.zeros(channels, np.int64)
     limit = 2.0 ** (bias_bits - 1)
@@ -65,13 +63,14 @@ def _of_channels(  # type: ignore[no-untyped-def]
 
 
 @inlined
-def _accumulated(x, bits, saturates):  # type: ignore[no-untyped-def]
+def accumulated(x, bits, saturates):
+    """Saturate or wrap a sum to the width of an accumulator."""
     limit = np.int64(1) << (bits - 1)
     return min(max(x, -limit), limit - 1) if saturates else lowest(x, bits)
 
 
 @inlined
-def _real(x, factor, zero_point):  # type: ignore[no-untyped-def]
+def _real(x, factor, zero_point):
     rounded = rounded_half_away(np.float64(x) * factor)
     is_held = (rounded < 2147483648.0) & (rounded >= -2147483648.0)
     return lowest_32(np.int64(np.int32(rounded if is_held else -2147483648.0)) + zero_point) - (
@@ -80,7 +79,7 @@ def _real(x, factor, zero_point):  # type: ignore[no-untyped-def]
 
 
 @inlined
-def _wide(x, mantissa, exponent):  # type: ignore[no-untyped-def]
+def _wide(x, mantissa, exponent):
     left = min(max(exponent, 0), 40)
     bound = np.int64(140737488355328) >> left
     shifted = min(max(x, -bound), bound) << left
@@ -89,7 +88,7 @@ def _wide(x, mantissa, exponent):  # type: ignore[no-untyped-def]
 
 
 @inlined
-def rescaled(x, factor, mantissa, exponent, rounding, zero_point, wide):  # type: ignore[no-untyped-def]
+def rescaled(x, factor, mantissa, exponent, rounding, zero_point, wide):
     """Rescale a whole number, int64, as kernels round; see :func:`.reference.rescaled`."""
     if rounding == REAL:
         return _real(x, factor, zero_point)
@@ -110,7 +109,7 @@ def rescaled(x, factor, mantissa, exponent, rounding, zero_point, wide):  # type
 
 
 @compiled
-def _requantize_columns(  # type: ignore[no-untyped-def]
+def _requantize_columns(
     sums, factors, mantissas, exponents, added, rounding, bits, saturates, zero_point, low, high,
     fused_relu, wide, out_scale, values, mask, first, last,
 ):  # fmt: skip
@@ -120,7 +119,7 @@ def _requantize_columns(  # type: ignore[no-untyped-def]
     if rounding == REAL:
         for r in range(first, last):
             for c in range(columns):
-                x = _accumulated(np.int64(sums[r, c]) + added[c], bits, saturates)
+                x = accumulated(np.int64(sums[r, c]) + added[c], bits, saturates)
                 y = _real(x, factors[c], zero_point)
                 clipped = (y > high) | (y < lowest_kept)
                 values[r, c] = np.float32(np.int32(min(max(y, low), high))) * scale
@@ -129,7 +128,7 @@ def _requantize_columns(  # type: ignore[no-untyped-def]
     elif rounding == DOUBLE and not wide:
         for r in range(first, last):
             for c in range(columns):
-                x = _accumulated(np.int64(sums[r, c]) + added[c], bits, saturates)
+                x = accumulated(np.int64(sums[r, c]) + added[c], bits, saturates)
                 left, right = max(exponents[c], 0) & 31, max(-exponents[c], 0)
                 y = multiplied(x, mantissas[c], left, right)
                 y = lowest_32(y + zero_point) - zero_point
@@ -140,7 +139,7 @@ def _requantize_columns(  # type: ignore[no-untyped-def]
     else:
         for r in range(first, last):
             for c in range(columns):
-                x = _accumulated(np.int64(sums[r, c]) + added[c], bits, saturates)
+                x = accumulated(np.int64(sums[r, c]) + added[c], bits, saturates)
                 y = rescaled(x, factors[c], mantissas[c], exponents[c], rounding, zero_point, wide)
                 clipped = (y > high) | (y < lowest_kept)
                 values[r, c] = np.float32(np.int32(min(max(y, low), high))) * scale
@@ -150,7 +149,7 @@ def _requantize_columns(  # type: ignore[no-untyped-def]
 
 
 @compiled
-def _requantize_rows(  # type: ignore[no-untyped-def]
+def _requantize_rows(
     sums, factors, mantissas, exponents, added, rounding, bits, saturates, zero_point, low, high,
     fused_relu, wide, out_scale, values, mask, first, last,
 ):  # fmt: skip
@@ -162,7 +161,7 @@ def _requantize_rows(  # type: ignore[no-untyped-def]
         factor, mantissa, exponent, more = factors[c], mantissas[c], exponents[c], added[c]
         if rounding == REAL:
             for i in range(columns):
-                x = _accumulated(np.int64(sums[r, i]) + more, bits, saturates)
+                x = accumulated(np.int64(sums[r, i]) + more, bits, saturates)
                 y = _real(x, factor, zero_point)
                 clipped = (y > high) | (y < lowest_kept)
                 values[r, i] = np.float32(np.int32(min(max(y, low), high))) * scale
@@ -171,7 +170,7 @@ def _requantize_rows(  # type: ignore[no-untyped-def]
         elif rounding == DOUBLE and not wide:
             left, right = max(exponent, 0) & 31, max(-exponent, 0)
             for i in range(columns):
-                x = _accumulated(np.int64(sums[r, i]) + more, bits, saturates)
+                x = accumulated(np.int64(sums[r, i]) + more, bits, saturates)
                 y = lowest_32(multiplied(x, mantissa, left, right) + zero_point) - zero_point
                 clipped = (y > high) | (y < lowest_kept)
                 values[r, i] = np.float32(np.int32(min(max(y, low), high))) * scale
@@ -179,7 +178,7 @@ def _requantize_rows(  # type: ignore[no-untyped-def]
                 count += clipped
         else:
             for i in range(columns):
-                x = _accumulated(np.int64(sums[r, i]) + more, bits, saturates)
+                x = accumulated(np.int64(sums[r, i]) + more, bits, saturates)
                 y = rescaled(x, factor, mantissa, exponent, rounding, zero_point, wide)
                 clipped = (y > high) | (y < lowest_kept)
                 values[r, i] = np.float32(np.int32(min(max(y, low), high))) * scale
@@ -237,7 +236,7 @@ def requantize(
 
 
 @compiled
-def _quantize(x, scale, low, high, fused_relu, values, mask, first, last):  # type: ignore[no-untyped-def]
+def _quantize(x, scale, low, high, fused_relu, values, mask, first, last):
     """Return the number of clipped elements, less 2^62 where one is not finite."""
     count, infinite = 0, 0
     bottom, top = np.float32(low), np.float32(high)
@@ -270,7 +269,7 @@ def quantize(
 
 
 @compiled
-def _centered_integers(x, scale, zero_point, values, first, last):  # type: ignore[no-untyped-def]
+def _centered_integers(x, scale, zero_point, values, first, last):
     for k in range(first, last):
         values[k] = np.int8(np.int32(np.rint(x[k] / scale)) + zero_point)
     return 0

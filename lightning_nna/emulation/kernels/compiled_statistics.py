@@ -13,7 +13,7 @@ _LANES = 8
 
 
 @compiled
-def _channel_statistics(x, variance, mean, first, last):  # type: ignore[no-untyped-def]
+def _channel_statistics(x, variance, mean, first, last):
     """Welford's recurrence in float64, in the order of memory within a channel."""
     samples, _, size = x.shape
     means, squares = np.zeros(_LANES, np.float64), np.zeros(_LANES, np.float64)
@@ -63,7 +63,7 @@ def channel_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @compiled
-def _row_sums(stored, sums, sizes, first, last):  # type: ignore[no-untyped-def]
+def _row_sums(stored, sums, sizes, first, last):
     for r in range(first, last):
         total, size = np.int32(0), np.int32(0)
         for i in range(stored.shape[1]):
@@ -91,7 +91,7 @@ def row_sums(stored: Tensor) -> tuple[Tensor, float]:
 
 
 @compiled
-def _row_values(stored, scales, values, first, last):  # type: ignore[no-untyped-def]
+def _row_values(stored, scales, values, first, last):
     for r in range(first, last):
         scale = scales[r] if len(scales) else np.float32(1.0)
         for i in range(stored.shape[1]):

@@ -81,7 +81,8 @@ def triton_module(name: str) -> ModuleType | None:
 #: Modules of the kernels that are compiled for processors.
 _COMPILED = (
     "compiled_elements",
-    "compiled_recurrent",
+    "compiled_gru",
+    "compiled_lstm",
     "compiled_rows",
     "compiled_statistics",
     "compiled_tables",

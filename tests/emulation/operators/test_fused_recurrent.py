@@ -161,16 +161,17 @@ def test_a_layer_with_compiled_kernels_has_the_bits_of_one_without(
 def test_a_processor_calls_a_kernel_for_each_step(
     kind: type[nn.RNNBase], spec: str, fidelity: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from lightning_nna.emulation.kernels import compiled_recurrent
+    from lightning_nna.emulation.kernels import compiled_gru, compiled_lstm
 
     calls: list[int] = []
-    run = compiled_recurrent.over_rows
+    run = compiled_lstm.over_rows
 
     def noted(rows: int, *arguments: Any) -> int:
         calls.append(rows)
         return run(rows, *arguments)
 
-    monkeypatch.setattr(compiled_recurrent, "over_rows", noted)
+    for kernels in (compiled_gru, compiled_lstm):
+        monkeypatch.setattr(kernels, "over_rows", noted)
     torch.manual_seed(0)
     module, x = Layer(kind(6, 8)), _sequences()
     calibrate(module, [x], spec=spec)
