@@ -330,7 +330,9 @@ def test_the_sdist_builds_the_same_wheel(installed: Path, tmp_path: Path) -> Non
     (wheel,) = WheelBuilder(str(source)).build(directory=str(tmp_path), versions=["standard"])
     names = set(zipfile.ZipFile(wheel).namelist())
     assert names == {
-        str(path.relative_to(installed)) for path in installed.rglob("*") if path.is_file()
+        str(path.relative_to(installed))
+        for path in installed.rglob("*")
+        if path.is_file() and path.parent.name != "__pycache__"
     }
 
 

@@ -140,6 +140,7 @@ def check_runtimes(
         problems: list[tuple[str, str]] = []
         for program in programs:
             try:
+                version = runtime.version()
                 agreement = verify(
                     module,
                     program.model.path,
@@ -157,7 +158,6 @@ def check_runtimes(
         is_promised = runtime.name == exact_for
         inputs = f"its example and {_RANDOM_INPUTS} random inputs of each program"
         if compared:
-            version = runtime.version()
             names = tuple(compared)
             checks.append(
                 RuntimeCheck(runtime.title, version, names, inputs, outputs, equal, is_promised)

@@ -240,11 +240,14 @@ class FusedLSTM(torch.autograd.Function):
             multiply_bytes(of_step, columns, sums_of_step)
             needs_masks |= step(first, before, count)
         last_cells = layout.last(cells[batch:]).float().mul_(cell_scale)
+        result = outputs
         if any(ctx.needs_input_grad):
             ctx.cell, ctx.layout, ctx.needs_masks = cell, layout, needs_masks
             ctx.save_for_backward(x, h_0, outputs, gates, cells, tanh_cells, flags)
-        # A copy: what works in place on the states must leave the last ones alone.
-        return outputs, layout.last(outputs).clone(), last_cells
+            # What works in place on the result must leave alone what the backward needs.
+            result = outputs.clone()
+        # Nor does it work on the last states.
+        return result, layout.last(outputs).clone(), last_cells
 
     @staticmethod
     @first_order("lstm")
