@@ -138,6 +138,10 @@ def test_a_layer_on_a_device_has_the_bits_of_a_processor(
 
 
 @pytest.mark.skipif(not HAS_NUMBA, reason="needs the package numba")
+@pytest.mark.skipif(
+    torch.backends.cpu.get_cpu_capability() == "DEFAULT",
+    reason="without vector instructions gradients of PyTorch differ in the last bit of float32",
+)
 @pytest.mark.parametrize("spec", [*SPECS, "tosa-int8", "shift"])
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
