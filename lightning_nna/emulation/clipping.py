@@ -149,8 +149,8 @@ def requantize_by_kernel(
         settings: Other arguments of that function.
 
     Returns:
-        Real values of the result, float32, and a value for :func:`inside`: a mask, both of the
-        shape of ``sums``.
+        Real values of the result, float32, and a value for :func:`inside`, a mask or None; both
+        of the shape of ``sums``.
     """
     low, high = y.bounds
     return kernels.requantize(

@@ -150,10 +150,7 @@ def quantize_weight(
         stored, scales, is_finite = kernels.quantize_rows(
             weight, rows_per_scale=rows_per_scale, maximum=maximum, power_of_two=power_of_two
         )
-        if not in_memory(weight):
-            DEFERRED.require(is_finite, _not_finite())
-        elif not is_finite:
-            raise _not_finite()
+        DEFERRED.require(is_finite, _not_finite())
         return QuantizedWeight(stored, scales)
     groups = weight.reshape(weight.shape[0] // rows_per_scale, -1)
     scale = largest_scales(groups, maximum=maximum, power_of_two=power_of_two)

@@ -6,10 +6,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_nna.emulation.kernels.compiled import array, compiled, over_rows
+from lightning_nna.emulation.kernels.compiled import array, compiled, inlined, over_rows
 
 # Channels that are added up side by side: a processor divides as many at once.
 _LANES = 8
+
+
+@inlined
+def _add(x, n, start, i, count, means, squares, lanes):
+    """Add one element of each channel of a block to the means and sums of squares."""
+    for lane in range(lanes):
+        value = np.float64(x[n, start + lane, i])
+        delta = value - means[lane]
+        means[lane] += delta / count
+        squares[lane] += delta * (value - means[lane])
 
 
 @compiled
@@ -25,18 +35,11 @@ def _channel_statistics(x, variance, mean, first, last):
         for n in range(samples):
             for i in range(size):
                 count += 1.0
+                # A number of lanes that is known becomes vector instructions.
                 if width == _LANES:
-                    for lane in range(_LANES):
-                        value = np.float64(x[n, start + lane, i])
-                        delta = value - means[lane]
-                        means[lane] += delta / count
-                        squares[lane] += delta * (value - means[lane])
+                    _add(x, n, start, i, count, means, squares, _LANES)
                 else:
-                    for lane in range(width):
-                        value = np.float64(x[n, start + lane, i])
-                        delta = value - means[lane]
-                        means[lane] += delta / count
-                        squares[lane] += delta * (value - means[lane])
+                    _add(x, n, start, i, count, means, squares, width)
         for lane in range(width):
             variance[start + lane] = np.float32(squares[lane] / count)
             mean[start + lane] = np.float32(means[lane])

@@ -2,7 +2,8 @@ r"""Fused kernels as operators of PyTorch, one call each for what every operator
 
 On a GPU each function of PyTorch is a launch of some microseconds, whatever it computes. The
 operators here are one launch each: Triton kernels on CUDA (:mod:`.triton_kernels`), elsewhere plain
-PyTorch (:mod:`.reference`), with the same bits. They are ``torch.ops.lightning_nna.*``; the
+PyTorch (:mod:`.reference`), with the same bits. On a processor each is a pass over memory, if Numba
+is there to compile it (:mod:`.compiled`). They are ``torch.ops.lightning_nna.*``; the
 functions of this module call them.
 
 They have no gradients: :class:`torch.autograd.Function` calls them forward and backward.

@@ -30,6 +30,7 @@ from lightning_nna.emulation.arithmetic.quantized_weight import (
 )
 from lightning_nna.emulation.arithmetic.rescaling import (
     Rescaler,
+    largest_of,
     rescale,
     round_fast,
     rounding_factors,
@@ -171,8 +172,6 @@ def _new_layer(
     call: Call, x: Activation, bias: Tensor | None, quantized: QuantizedWeight, y: QParams
 ) -> _Layer:
     weight = holding_bias(call, quantized, bias, x.qparams)
-    if not in_memory(x.value):
-        return _Layer(weight, None, is_fused=True)
     exact = needs_exact(call, x, weight, y)
     multiplies_bytes = _multiplies_bytes(x, weight)
     if not exact and not multiplies_bytes:
@@ -608,18 +607,15 @@ def requantized(
         bias = bias.detach()
         largest += spec.largest_bias(bits)
     limit = 2.0 ** (width - 1)
-    if call.state.watches_overflow(call.site):
-        before = sums.new_ones(1, dtype=torch.float64) if scales is None else scales.double()
-        before, units, factors = before * scale_before, None, None
-        # Nobody looks at factors on a device.
-        if in_memory(sums) and spills(
-            before / scale_after, rounding=rounding, largest=min(largest, limit)
-        ):
-            factors = before / scale_after
-        if largest >= limit or factors is not None:
-            if bias is not None:
-                units = integer_bias(bias, before, spec.bias_width(bits))
-            _count_overflow(call, sums, units, limit, factors, **settings)
+    factor = scale_before / scale_after * (_largest_scale(scales) if in_memory(sums) else 0.0)
+    is_far = spills(factor, rounding=rounding, largest=min(largest, limit))
+    if (largest >= limit or is_far) and call.state.watches_overflow(call.site):
+        before = sums.new_ones(1) if scales is None else scales
+        before, units = before.double() * scale_before, None
+        if bias is not None:
+            units = integer_bias(bias, before, spec.bias_width(bits))
+        factors = before / scale_after if is_far else None
+        _count_overflow(call, sums, units, limit, factors, **settings)
     return requantize_by_kernel(
         sums.contiguous(),
         y,
@@ -634,6 +630,10 @@ def requantized(
         bias=bias,
         **settings,
     )
+
+
+def _largest_scale(scales: Tensor | None) -> float:
+    return 1.0 if scales is None else largest_of(scales)
 
 
 def _count_overflow(
