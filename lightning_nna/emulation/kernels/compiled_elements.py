@@ -23,8 +23,8 @@ from lightning_nna.emulation.kernels.compiled import (
 )
 from lightning_nna.emulation.kernels.reference import DOUBLE, REAL, SHIFT, SINGLE
 
-# From so many elements on a channel is a loop of its own. Loops stand here once for each rounding, and
-# store by themselves: one that calls a function that stores takes three to five times as long.
+# From so many elements on a channel is a loop of its own. Loops stand here once for each rounding,
+# and store by themselves: one that calls a function that stores takes three to five times as long.
 _LONG_ROW = 16
 _NOTHING = np.zeros(0)
 _LARGEST_FLOAT32 = np.float32(torch.finfo(torch.float32).max)
