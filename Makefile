@@ -31,8 +31,9 @@ $(RUNTIMES): .venv/.installed $(wildcard lightning_nna/deploy/runtimes/*_require
 	$(BIN)/python lightning_nna/deploy/runtimes/environment.py
 	touch $@
 
-demo: .venv/.installed  ## Train on synthetic speech: float, emulated, trained emulated, deployed
-	$(BIN)/python -m recipes.demo
+# FROM_SCRATCH=1 trains its float network first.
+demo: .venv/.installed  ## Show what is saved at which WER: one recognizer, emulated, trained, compressed, deployed
+	$(BIN)/python -m recipes.demo $(if $(FROM_SCRATCH),--from-scratch)
 
 bench: .venv/.installed  ## Measure time and memory of training steps, compared with other libraries
 	$(BIN)/uv pip install --quiet --python $(BIN)/python -c constraints.txt -e '.[bench]'

@@ -338,16 +338,25 @@ class Adapter:
         return {path.replace(".", "_"): path for path in self.targets}
 
     def test(
-        self, callbacks: Sequence[Callback] = (), *, accelerator: str = "auto"
+        self,
+        callbacks: Sequence[Callback] = (),
+        *,
+        accelerator: str = "auto",
+        batches: int | None = None,
     ) -> dict[str, Any]:
         """Test the module, and return the results.
 
         Args:
             callbacks: Callbacks of the test, such as the emulation.
             accelerator: Accelerator of the Trainer.
+            batches: Number of the first batches that are tested; None for all.
         """
         trainer = Trainer(
-            accelerator=accelerator, devices=1, logger=False, callbacks=list(callbacks)
+            accelerator=accelerator,
+            devices=1,
+            logger=False,
+            callbacks=list(callbacks),
+            limit_test_batches=batches,
         )
         return self.tested(trainer)
 
@@ -360,7 +369,9 @@ class Adapter:
         loaders = trainer.test(self.module, self.datamodule, verbose=False)
         return self.results({name: value for each in loaders for name, value in each.items()})
 
-    def test_deployed(self, folder: Path, callbacks: Sequence[Callback]) -> DeployedResults:
+    def test_deployed(
+        self, folder: Path, callbacks: Sequence[Callback], *, batches: int | None = None
+    ) -> DeployedResults:
         """Test the programs, and compare their outputs with the emulation's.
 
         Every network runs emulated, then its program with the same arguments, example by example;
@@ -369,13 +380,14 @@ class Adapter:
         Args:
             folder: Folder of the programs.
             callbacks: Emulation and weight methods.
+            batches: Number of the first batches that are tested; None for all.
         """
         programs = {
             name: _Replaced(name, Program(folder / f"{name}.tflite")) for name in self.networks()
         }
         counter = _ExampleCounter()
         with _replaced(self.module, self.networks(), programs):
-            results = self.test([*callbacks, counter], accelerator="cpu")
+            results = self.test([*callbacks, counter], accelerator="cpu", batches=batches)
         return DeployedResults(
             sum(each.outputs for each in programs.values()),
             sum(each.equal_outputs for each in programs.values()),
@@ -383,11 +395,12 @@ class Adapter:
             results,
         )
 
-    def speed(self, folder: Path) -> Speed:
+    def speed(self, folder: Path, *, batches: int | None = None) -> Speed:
         """Measure the time of LiteRT's fast kernels for the first batch of the test set.
 
         Args:
             folder: Folder of the programs.
+            batches: Number of batches that a subclass may run; one is enough here.
         """
         programs = {
             name: _Timed(name, Program(folder / f"{name}.tflite", runtime=FAST_RUNTIME))

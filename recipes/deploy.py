@@ -109,8 +109,10 @@ def deploy(config: DictConfig) -> dict[str, Any]:
         for name, (example, forward) in parts.items()
     }
     firmware = write_firmware(module, parts, run_dir / "firmware", config.target)
-    deployed = adapter.test_deployed(programs, callbacks)
-    speed = adapter.speed(programs)
+    deployed = adapter.test_deployed(programs, callbacks, batches=config.compared_batches)
+    speed = adapter.speed(programs, batches=config.compared_batches)
+    # Of a part of the test set the programs have no results that others can be compared with.
+    results = deployed.results if config.compared_batches is None else emulated
     titles = adapter.titles_of(emulated)
     deployment = measure_deployment(
         module,
@@ -118,7 +120,7 @@ def deploy(config: DictConfig) -> dict[str, Any]:
             ExportedProgram(name, models[name], *part, speed.calls.get(name, 0.0))
             for name, part in parts.items()
         ],
-        metrics=metrics_of(titles, deployed.results, float_results),
+        metrics=metrics_of(titles, results, float_results),
         runtimes=list(config.runtimes),
         systems=[(str(a), str(system), str(mode)) for a, system, mode in config.systems],
         unit=adapter.unit,
@@ -137,9 +139,11 @@ def deploy(config: DictConfig) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "titles": titles,
         **deployed.results,
+        **results,
         "outputs": deployed.outputs,
         "equal_outputs": deployed.equal_outputs / deployed.outputs,
         "examples": deployed.examples,
+        "compared_batches": config.compared_batches,
         "float": float_results,
         "emulated": emulated,
         **metrics,
@@ -433,7 +437,9 @@ def table(summary: Mapping[str, Any]) -> str:
     titles = summary["titles"]
     lines = [f"{'':20}" + "".join(f"{title:>16}" for title in titles.values())]
     rows = [("float", summary["float"]), ("emulated", summary["emulated"])]
-    for name, results in [*rows, ("deployed", summary)]:
+    if summary["compared_batches"] is None:
+        rows.append(("deployed", summary))
+    for name, results in rows:
         if results is not None:
             lines.append(
                 f"{name:20}" + "".join(_number(results[key], titles[key]) for key in titles)

@@ -20,7 +20,7 @@ from recipes.program import CONF
 #: Settings that the groups of compression read; each group gives a value to those that it uses.
 METHOD_SETTINGS = ("bits", "sparsity", "pattern", "bit_overrides", "parq_steps")
 
-_POSITIVE = frozenset({"threads", "beam_width"})
+_POSITIVE = frozenset({"threads", "beam_width", "compared_batches"})
 _NUMBERS = frozenset(
     {
         *("seed", "model.optimizer.lr", "trainer.max_epochs", "trainer.min_epochs"),

@@ -87,6 +87,8 @@ def _cards(deployment: Deployment) -> list[tuple[str, str, str]]:
         ratio = size / deployment.float_bytes if deployment.float_bytes else None
         entries.append(("programs, bytes", f"{size:,}", f"{_ratio(ratio)} of float32"))
     for totals in deployment.totals[:1]:
+        note = f"weights {totals.encoded_bytes:,}; {totals.accelerator}, estimated"
+        entries.append(("memory, bytes", f"{totals.memory_bytes:,}", note))
         note = f"per {deployment.unit}, {totals.accelerator}, estimated"
         entries.append(("time, ms", significant(totals.inference_ms), note))
         kinds = ", ".join(dict.fromkeys(totals.cpu_operators)) or "all on the NPU"

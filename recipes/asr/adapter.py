@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from recipes.asr.data import SpeechDataModule
 from recipes.asr.decoding import Decodable, greedy_decode
 from recipes.asr.deployed import DeployedTransducer, run_utterance, transducer_parts
 from recipes.asr.recognizer import TransducerRecognizer, score_references, transducer_losses
-from recipes.asr.rnnt import Encoder
+from recipes.asr.rnnt import Encoder, State
 from recipes.asr.scored_recognizer import ScoredRecognizer
 from recipes.asr.scoring import word_errors, write_transcripts
 
@@ -144,11 +145,19 @@ class TransducerAdapter(RecognizerAdapter):
         return transducer_parts(self.recognizer, config.get("chunk_steps") or 1, frames)
 
     @override
-    def test_deployed(self, folder: Path, callbacks: Sequence[Callback]) -> DeployedResults:
-        """Decode the test set through the programs, and compare with the last test."""
+    def test_deployed(
+        self, folder: Path, callbacks: Sequence[Callback], *, batches: int | None = None
+    ) -> DeployedResults:
+        """Decode the test set through the programs, and compare with the last test.
+
+        Args:
+            folder: Folder of the programs.
+            callbacks: Emulation and weight methods.
+            batches: Number of the first batches that are decoded; None for all.
+        """
         emulated = {id_: each.hypothesis for id_, each in self.recognizer.tested.items()}
         deployed = DeployedTransducer(folder)
-        comparison = compare(self.recognizer, deployed, self.speech.test_dataloader())
+        comparison = compare(self.recognizer, deployed, self._test_batches(batches))
         hypotheses, references = comparison.hypotheses, comparison.references
         ids = sorted(hypotheses)
         score = word_errors([hypotheses[k] for k in ids], [references[k] for k in ids])
@@ -161,11 +170,12 @@ class TransducerAdapter(RecognizerAdapter):
         return DeployedResults(comparison.outputs, comparison.equal_outputs, len(ids), results)
 
     @override
-    def speed(self, folder: Path) -> Speed:
+    def speed(self, folder: Path, *, batches: int | None = None) -> Speed:
         """Measure the time of LiteRT's fast kernels in greedy decoding of the test set.
 
         Args:
             folder: Folder of the programs.
+            batches: Number of the first batches that are decoded; None for all.
 
         Returns:
             Calls per second of speech; ``speech_seconds`` and ``real_time_factor`` (seconds of
@@ -173,7 +183,7 @@ class TransducerAdapter(RecognizerAdapter):
         """
         fast = DeployedTransducer(folder, runtime=FAST_RUNTIME)
         seconds = spent = 0.0
-        for batch in self.speech.test_dataloader():
+        for batch in self._test_batches(batches):
             began = time.perf_counter()
             features, lengths = batch.features, batch.feature_lengths
             limit = self.recognizer.max_labels_per_step
@@ -185,6 +195,10 @@ class TransducerAdapter(RecognizerAdapter):
             {"speech_seconds": seconds, "real_time_factor": spent / seconds},
             f"real-time factor on this CPU {spent / seconds:.4f}",
         )
+
+    def _test_batches(self, number: int | None) -> list[Batch]:
+        """Return the first batches of the test set; all of them without a number."""
+        return list(itertools.islice(self.speech.test_dataloader(), number))
 
 
 def utterance_frames(
@@ -228,7 +242,7 @@ def compare(
         comparison.loss += float(losses.sum())
         comparison.labels += int(batch.target_lengths.sum())
         labels = decode(
-            deployed,
+            _Encoded(deployed, encodings, steps),
             batch.features,
             batch.feature_lengths,
             beam_width=recognizer.beam_width,
@@ -238,6 +252,40 @@ def compare(
         comparison.hypotheses.update(zip(batch.ids, texts, strict=True))
         comparison.references.update(zip(batch.ids, batch.texts, strict=True))
     return comparison
+
+
+@dataclass
+class _Encoded:
+    """A deployed recognizer and a batch that its encoder has encoded: decoding it runs the others.
+
+    Args:
+        deployed: Programs of the recognizer.
+        encodings: Encodings of the batch.
+        steps: Number of steps of each utterance.
+    """
+
+    deployed: DeployedTransducer
+    encodings: Tensor
+    steps: Tensor
+
+    def transcribe(self, sources: Tensor, source_lengths: Tensor) -> tuple[Tensor, Tensor]:
+        return self.encodings, self.steps
+
+    def predict(
+        self, targets: Tensor, target_lengths: Tensor, state: State | None
+    ) -> tuple[Tensor, Tensor, State]:
+        return self.deployed.predict(targets, target_lengths, state)
+
+    def join(
+        self,
+        source_encodings: Tensor,
+        source_lengths: Tensor,
+        target_encodings: Tensor,
+        target_lengths: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return self.deployed.join(
+            source_encodings, source_lengths, target_encodings, target_lengths
+        )
 
 
 def _emulated_scores(

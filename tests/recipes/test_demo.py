@@ -2,40 +2,73 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
-from recipes.demo import checkpoint, demo, draw, table
+from recipes.demo import announcement, demo, table
+from recipes.demo_networks import NETWORKS, SHOWN, Scale, checkpoint
 from tests.recipes.conftest import SMALL_NETWORK
+
+_DATA = (
+    *("data.train_size=24", "data.validation_size=4", "data.test_size=4", "data.vocabulary=digits"),
+    *("data.batch_seconds=8", "data.scoring_batch_seconds=4", "data.num_buckets=2"),
+)
+_NETWORK = (
+    *SMALL_NETWORK,
+    # A network of one epoch emits as many as it may.
+    *("model.max_labels_per_step=2", "trainer.log_every_n_steps=1", "trainer.max_epochs=1"),
+)
+_SCALE = Scale(
+    data=_DATA,
+    training=(*_NETWORK, "callbacks.nna.calibration_steps=2"),
+    steps=6,
+    float_training=(*_NETWORK, *_DATA),
+    compared_batches=1,
+)
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:Checkpoint directory")
-@pytest.mark.filterwarnings("ignore:NNAEmulation. 0 of")
-def test_the_demo_trains_emulates_trains_emulated_and_deploys(
+def test_the_demo_makes_scores_and_deploys_every_network(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.chdir(tmp_path)  # evaluation reads the cache that training wrote
-    overrides = [
-        *SMALL_NETWORK,
-        *("data.train_size=24", "data.validation_size=4", "data.test_size=4"),
-        *("data.batch_seconds=8", "data.num_buckets=2", "trainer.max_epochs=1"),
-        *("trainer.log_every_n_steps=1", "callbacks.progress=null", "threads=1"),
-        "trainer.enable_progress_bar=false",
-        # A network of one epoch emits as many as it may.
-        "model.max_labels_per_step=2",
-    ]
-    results = demo(tmp_path / "demo", overrides)
-    assert list(results) == ["float", "chip", "chip_aware", "deployed"]
-    assert [entry["method"] for entry in results.values()] == ["float", "chip", "nna8", "nna8"]
-    deployed, emulated = results["deployed"], results["chip_aware"]
-    assert (deployed["equal_outputs"], deployed["equal_transcripts"]) == (1.0, 1.0)
-    assert deployed["wer"] == emulated["wer"]
-    # The same outputs, summed in float32 in another order.
-    assert deployed["loss_per_token"] == pytest.approx(emulated["loss_per_token"], rel=1e-6)
-    assert all({"wer", "loss_per_token"} <= entry.keys() for entry in results.values())
-    assert checkpoint(tmp_path / "demo" / "chip_aware").is_file()
-    draw(results, tmp_path / "wer.png")
-    assert (tmp_path / "wer.png").stat().st_size > 1000
-    assert len(table(results).splitlines()) == 5
+    monkeypatch.chdir(tmp_path)  # All processes read the cache that the first has written.
+    folder = tmp_path / "demo"
+    lines: list[str] = []
+    rows = demo(folder, workers=2, from_scratch=True, scale=_SCALE, tell=lines.append)
+    assert list(rows) == list(NETWORKS)
+    assert len(lines) == 2 + len(NETWORKS)
+    assert json.loads((folder / "results.json").read_text()) == rows
+    assert (folder / "pareto.png").stat().st_size > 10_000
+
+    on_devices = [row for name, row in rows.items() if name != "float"]
+    for row in on_devices:
+        assert list(row["runtimes"]) == ["TFLite-Micro", "LiteRT"]
+        for runtime in row["runtimes"].values():
+            assert 0 < runtime["equal_outputs"] == runtime["outputs"]
+            # The first batch of the test set, of four utterances.
+            assert 1 <= runtime["utterances"] < 4
+    # All are scored on the whole test set.
+    assert len({row["words"] for row in rows.values()}) == 1
+    assert rows["float"]["runtimes"] == {}
+    # An embedding and all matrices; 4-bit numbers are packed as such.
+    assert (rows["gq2"]["bits"], rows["gq4"]["bits"], rows["chip"]["bits"]) == (2, 4, 4)
+    assert rows[SHOWN]["sparsity"] == pytest.approx(0.8, abs=0.02)
+    assert rows["gq2"]["packed_bytes"] < rows["gq4"]["packed_bytes"] < rows["int8"]["packed_bytes"]
+
+    shown = folder / SHOWN / "deployed"
+    assert (shown / "report.html").is_file()
+    assert (shown / "firmware" / "encoder" / "README.md").is_file()
+    assert checkpoint(folder / SHOWN).is_file()
+    text = table(rows)
+    assert len(text.splitlines()) == 1 + len(NETWORKS) + 5
+    assert text.count("  equal") == 2 * len(on_devices)
+    assert "DIFFERS" not in text
+
+
+def test_the_announcement_names_the_start_and_the_time() -> None:
+    quick = announcement(2, from_scratch=False)
+    assert "recipes/pretrained/commands_rnnt.safetensors" in quick
+    assert "minutes on two cores" in quick
+    assert "trained first" in announcement(2, from_scratch=True)

@@ -190,6 +190,16 @@ def test_programs_equal_the_emulation(
     assert [deployed[key] for key in losses] == [trained[key] for key in losses]
 
 
+def test_some_batches_are_compared_and_all_are_scored(run_own: Any) -> None:
+    trained = run_own("NamedArguments", *EMULATED)
+    deployed = run_own("NamedArguments", *PROGRAMS, "compared_batches=1", recipe="deploy")
+    assert 0 < deployed["examples"] < 9
+    assert (deployed["equal_outputs"], deployed["outputs"]) == (1.0, 4 * deployed["examples"])
+    assert deployed["loss"] == deployed["emulated"]["loss"] == trained["loss"]
+    with pytest.raises(ValueError, match="compared_batches must be a positive number, got 0"):
+        run_own("NamedArguments", *PROGRAMS, "compared_batches=0", recipe="deploy")
+
+
 @pytest.mark.parametrize(
     ("name", "lengths", "message"),
     [
