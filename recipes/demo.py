@@ -236,8 +236,9 @@ def draw(rows: Mapping[str, Mapping[str, Any]], path: Path) -> None:
         axes.plot(*on_front, "o-", color="#b8442c", label="no other network beats it", zorder=3)
         behind = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.5}
         for row, x, y in zip(deployed, sizes, rates, strict=True):
-            offset = {"xytext": (7, 5), "textcoords": "offset points"}
-            axes.annotate(row["title"], (x, y), bbox=behind, **offset)
+            axes.annotate(
+                row["title"], (x, y), xytext=(7, 5), textcoords="offset points", bbox=behind
+            )
         axes.set_xlabel(label)
         axes.set_ylabel("word error rate, %")
         axes.set_xlim(0, 1.3 * max(sizes))
