@@ -17,9 +17,11 @@ import argparse
 import json
 import os
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +40,7 @@ from recipes.demo_networks import (
     prepare_data,
     train_float,
 )
+from recipes.run_folder import sole_run
 from recipes.side_by_side import Job, JobError, side_by_side
 from recipes.sweep_table import front
 
@@ -61,25 +64,43 @@ def main() -> None:
     parser.add_argument(
         *("--workers", "-j"), type=int, default=_cores(), help="networks at a time, one core each"
     )
+    parser.add_argument("--folder", type=Path, default=FOLDER, help=f"of the runs ({FOLDER})")
     options = parser.parse_args()
     if options.workers < 1:
         parser.error(f"--workers must be at least 1, got {options.workers}")
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(sole_run(options.folder, setting="--folder"))
+        except ValueError as error:
+            sys.exit(f"recipes.demo: {error}")
+        try:
+            _show(options.folder, options.workers, from_scratch=options.from_scratch)
+        except JobError as error:
+            sys.exit(f"recipes.demo: {error}")
+        except KeyboardInterrupt:
+            print("\nrecipes.demo: stopped", file=sys.stderr)
+            sys.exit(128 + signal.SIGINT)
+
+
+def _show(folder: Path, workers: int, *, from_scratch: bool) -> None:
+    """Run the demo in place of the one before, and print what it has measured and written."""
     began = time.monotonic()
-    print(announcement(options.workers, from_scratch=options.from_scratch), flush=True)
-    shutil.rmtree(FOLDER, ignore_errors=True)
-    try:
-        rows = demo(
-            FOLDER,
-            workers=options.workers,
-            from_scratch=options.from_scratch,
-            tell=lambda text: print(f"{time.monotonic() - began:4.0f} s  {text}", flush=True),
-        )
-    except JobError as error:
-        sys.exit(f"recipes.demo: {error}")
-    shown = FOLDER / SHOWN
+    for path in folder.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name != ".lock":
+            path.unlink()
+    print(announcement(folder, workers, from_scratch=from_scratch), flush=True)
+    rows = demo(
+        folder,
+        workers=workers,
+        from_scratch=from_scratch,
+        tell=lambda text: print(f"{time.monotonic() - began:4.0f} s  {text}", flush=True),
+    )
+    shown = folder / SHOWN
     print(f"\n{table(rows)}\n")
-    print(f"figure      {FOLDER / 'pareto.png'}")
-    print(f"metrics     {FOLDER / 'results.json'}")
+    print(f"figure      {folder / 'pareto.png'}")
+    print(f"metrics     {folder / 'results.json'}")
     print(f"of the last network ({NETWORKS[SHOWN].title}):")
     print(f"report      {shown / 'deployed' / 'report.html'}")
     print(f"firmware    {shown / 'deployed' / 'firmware'}")
@@ -87,15 +108,16 @@ def main() -> None:
     print(f"{time.monotonic() - began:.0f} seconds in all")
 
 
-def announcement(workers: int, *, from_scratch: bool) -> str:
+def announcement(folder: Path, workers: int, *, from_scratch: bool) -> str:
     """Describe what the demo will do, and how long it takes.
 
     Args:
+        folder: Folder of the runs.
         workers: Number of networks at a time.
         from_scratch: Whether the float recognizer is trained first.
 
     Example:
-        >>> print(announcement(2, from_scratch=False).splitlines()[0])
+        >>> print(announcement(FOLDER, 2, from_scratch=False).splitlines()[0])
         One speech recognizer in 7 forms, 2 at a time.
     """
     start = (
@@ -106,7 +128,7 @@ def announcement(workers: int, *, from_scratch: bool) -> str:
     return (
         f"One speech recognizer in {len(NETWORKS)} forms, {workers} at a time.\n{start}\n"
         f"The {len(NETWORKS)} networks take 3 to 7 minutes on two cores. What their runs print is "
-        f"in {FOLDER}/*/log.txt."
+        f"in {folder}/*/log.txt."
     )
 
 

@@ -70,11 +70,12 @@ def record_config(run_dir: Path, config: DictConfig) -> None:
 
 
 @contextmanager
-def sole_run(run_dir: Path) -> Iterator[None]:
+def sole_run(run_dir: Path, *, setting: str = "hydra.run.dir") -> Iterator[None]:
     """Keep other processes from running in a folder, until the context ends or the process does.
 
     Args:
         run_dir: Run folder; created if it does not exist.
+        setting: Setting that names another folder, for the message of the error.
 
     Raises:
         ValueError: If another process runs there; names it.
@@ -94,7 +95,7 @@ def sole_run(run_dir: Path) -> Iterator[None]:
             file.seek(0)
             raise ValueError(
                 f"{run_dir} is in use by {file.read().strip() or 'another process'}: wait for it, "
-                "or choose another hydra.run.dir"
+                f"or choose another {setting}"
             ) from None
         file.truncate(0)
         file.write(f"process {os.getpid()} on {platform.node()}\n")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from recipes.notices import fewer_notices
 from recipes.parent import end_with
 
 _LINES_OF_AN_ERROR = 12
+_SECONDS_TO_END = 3.0
 _IMPORTED_ONCE = ("recipes.train", "recipes.evaluate", "recipes.deploy")
 
 # Of the process of a job: where it tells what it has done.
@@ -134,10 +136,19 @@ def side_by_side(jobs: Sequence[Job], *, workers: int) -> Iterator[tuple[str, An
                 yield each.job.name, message.value
                 bar.refresh()
     finally:
-        for each in running.values():
-            each.process.kill()
-            each.process.join()
+        _end([each.process for each in running.values()])
         bar.close()
+
+
+def _end(processes: Sequence[BaseProcess]) -> None:
+    """End processes as Ctrl-C does, and kill those that go on."""
+    for process in processes:
+        if process.pid is not None and process.is_alive():
+            os.kill(process.pid, signal.SIGINT)
+    for process in processes:
+        process.join(_SECONDS_TO_END)
+        process.kill()
+        process.join()
 
 
 def advance(work: float) -> None:

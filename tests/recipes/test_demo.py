@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from recipes.demo import announcement, demo, table
+from recipes.demo import announcement, demo, main, table
 from recipes.demo_networks import NETWORKS, SHOWN, Scale, checkpoint
+from recipes.run_folder import sole_run
 from tests.recipes.conftest import SMALL_NETWORK
 
 _DATA = (
@@ -68,7 +69,31 @@ def test_the_demo_makes_scores_and_deploys_every_network(
 
 
 def test_the_announcement_names_the_start_and_the_time() -> None:
-    quick = announcement(2, from_scratch=False)
+    quick = announcement(Path("runs/demo"), 2, from_scratch=False)
     assert "recipes/pretrained/commands_rnnt.safetensors" in quick
     assert "minutes on two cores" in quick
-    assert "trained first" in announcement(2, from_scratch=True)
+    assert "trained first" in announcement(Path("runs/demo"), 2, from_scratch=True)
+
+
+def test_two_demos_in_one_folder_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "demo"
+    folder.mkdir()
+    (folder / "results.json").write_text("{}")
+    monkeypatch.setattr("sys.argv", ["demo", "--folder", str(folder)])
+    with (
+        sole_run(folder),
+        pytest.raises(SystemExit, match=r"is in use by process \d+ .*choose another --folder"),
+    ):
+        main()
+    assert (folder / "results.json").read_text() == "{}"
+
+
+def test_a_number_of_workers_is_positive(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["demo", "--workers", "0"])
+    with pytest.raises(SystemExit, match="2"):
+        main()
+    assert "--workers must be at least 1, got 0" in capsys.readouterr().err
