@@ -154,6 +154,10 @@ COMBINED = {
     "csp80": Method("CSP, 80 % zeros", "csp", ("sparsity=0.8",)),
     "csp50_gq": Method("CSP, 50 % zeros, and GQ", "csp_gq", ("sparsity=0.5", _TO_END)),
     "csp80_gq": Method("CSP, 80 % zeros, and GQ", "csp_gq", ("sparsity=0.8", _TO_END)),
+    "csp80_recipe": Method("CSP, 80 % zeros, and GQ's recipe", "csp_gq", ("sparsity=0.8",)),
+    "csp80_codebook": Method(
+        "CSP, 80 % zeros, and fixed codebook", "csp_codebook", ("sparsity=0.8",)
+    ),
 }
 # Ranges of activations of random weights, frozen early, clip what training makes of them.
 _RANGES_LATE = "callbacks.nna.calibration_steps=4000"
@@ -181,6 +185,8 @@ WIDTHS: dict[str, Sequence[int]] = {
     "csp80": (8,),
     "csp50_gq": (4,),
     "csp80_gq": (4,),
+    "csp80_recipe": (4,),
+    "csp80_codebook": (4,),
 }
 #: Compressions whose weights have the 8 bits of the accelerator, or none.
 _WITHOUT_BITS = ("none", "nna8", "csp")
