@@ -353,7 +353,9 @@ def report(rows: Sequence[Row]) -> Fields:
         },
         "budgets": [
             mean_line(tested, model, method, bits, steps)
-            for model, bits, method in itertools.product(STARTS, (4, 3, 2, 1), (*COMPARED, *PARTS))
+            for model, bits, method in itertools.product(
+                STARTS, (4, 3, 2, 1), (*COMPARED, *PARTS, *COMBINED)
+            )
             for steps in BUDGETS[1:]
             if select(tested, model=model, method=method, bits=bits, steps=steps)
         ],
@@ -371,7 +373,8 @@ def mean_line(
     """Format the line of a method: means over seeds, and the difference of our own to it."""
     selected = _selected(rows, model, method, bits, steps)
     compared = _selected(rows, model, own, bits, steps)
-    change = None if method in (own, *BASELINES) else wer_difference(compared, selected)
+    has_change = compared and method not in (own, *BASELINES)
+    change = wer_difference(compared, selected) if has_change else None
     budget = [steps] if steps != STEPS else []
     start = [STARTS[model].title] if steps != STEPS else []
     return line(
