@@ -45,6 +45,8 @@ from recipes.side_by_side import Job, JobError, side_by_side
 from recipes.sweep_table import front
 
 FOLDER = Path("runs/demo")
+_RESULTS = "results.json"
+_BEFORE = "before"
 # A worker takes a gigabyte and more.
 _MOST_WORKERS = 4
 # Of the progress bar, in training steps that take as long.
@@ -83,13 +85,10 @@ def main() -> None:
 
 
 def _show(folder: Path, workers: int, *, from_scratch: bool) -> None:
-    """Run the demo in place of the one before, and print what it has measured and written."""
+    """Run the demo, and print what it has measured and written; keep the results before."""
     began = time.monotonic()
-    for path in folder.iterdir():
-        if path.is_dir():
-            shutil.rmtree(path)
-        elif path.name != ".lock":
-            path.unlink()
+    if set_aside(folder):
+        print(f"The results of the demo before are in {folder / _BEFORE}.")
     print(announcement(folder, workers, from_scratch=from_scratch), flush=True)
     rows = demo(
         folder,
@@ -100,12 +99,37 @@ def _show(folder: Path, workers: int, *, from_scratch: bool) -> None:
     shown = folder / SHOWN
     print(f"\n{table(rows)}\n")
     print(f"figure      {folder / 'pareto.png'}")
-    print(f"metrics     {folder / 'results.json'}")
+    print(f"metrics     {folder / _RESULTS}")
     print(f"of the last network ({NETWORKS[SHOWN].title}):")
     print(f"report      {shown / 'deployed' / 'report.html'}")
-    print(f"firmware    {shown / 'deployed' / 'firmware'}")
+    print(f"firmware    {shown / 'deployed' / 'firmware'}, for a microcontroller without an NPU")
     print(f"checkpoint  {checkpoint(shown)}")
     print(f"{time.monotonic() - began:.0f} seconds in all")
+
+
+def set_aside(folder: Path) -> bool:
+    """Move the results of the demo before into a folder of their own, in place of older ones.
+
+    Args:
+        folder: Folder of the runs.
+
+    Returns:
+        Whether there were results. What a demo that did not end has written is removed.
+    """
+    others = [path for path in folder.iterdir() if path.name not in (".lock", _BEFORE)]
+    before = folder / _BEFORE
+    is_whole = (folder / _RESULTS).is_file()
+    if is_whole:
+        shutil.rmtree(before, ignore_errors=True)
+        before.mkdir()
+    for path in others:
+        if is_whole:
+            path.rename(before / path.name)
+        elif path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+    return is_whole
 
 
 def announcement(folder: Path, workers: int, *, from_scratch: bool) -> str:
@@ -123,12 +147,13 @@ def announcement(folder: Path, workers: int, *, from_scratch: bool) -> str:
     start = (
         "The float network is trained first, which takes 7 to 15 minutes."
         if from_scratch
-        else f"It starts from float weights of this checkout, {START}; FROM_SCRATCH=1 trains them."
+        else f"It starts from float weights of this checkout, {START}\n"
+        "(--from-scratch, or make demo FROM_SCRATCH=1, trains them first)."
     )
     return (
         f"One speech recognizer in {len(NETWORKS)} forms, {workers} at a time.\n{start}\n"
-        f"The {len(NETWORKS)} networks take 3 to 7 minutes on two cores. What their runs print is "
-        f"in {folder}/*/log.txt."
+        f"The {len(NETWORKS)} networks take 3 to 7 minutes on two idle cores, twice as long on "
+        f"one. What their runs print is in {folder}/*/log.txt."
     )
 
 
@@ -178,8 +203,8 @@ def demo(
         rows[name] = row
         tell(f"{row['title']}: {_percent(row['wer'])} of the words wrong")
     rows = {name: rows[name] for name in NETWORKS}
-    write_whole(folder / "results.json", json.dumps(rows, indent=2) + "\n")
     draw(rows, folder / "pareto.png")
+    write_whole(folder / _RESULTS, json.dumps(rows, indent=2) + "\n")
     return rows
 
 

@@ -154,7 +154,9 @@ class ProvenanceMap:
                 )
             raise CaptureError(
                 f"{where} comes from no emulated operator: a function between two of them computes "
-                "values that are not emulated; coverage(module, example) lists it"
+                "values that are not emulated, and coverage(module, example) lists it: emulate it, "
+                "too, or export the emulated part alone, as export_tflite(module.network, ...) "
+                "after NNAEmulation(targets=['network'])"
             )
         return codes
 

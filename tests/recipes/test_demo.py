@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from recipes.demo import announcement, demo, main, table
+from recipes.demo import announcement, demo, main, set_aside, table
 from recipes.demo_networks import NETWORKS, SHOWN, Scale, checkpoint
 from recipes.run_folder import sole_run
 from tests.recipes.conftest import SMALL_NETWORK
@@ -71,8 +71,28 @@ def test_the_demo_makes_scores_and_deploys_every_network(
 def test_the_announcement_names_the_start_and_the_time() -> None:
     quick = announcement(Path("runs/demo"), 2, from_scratch=False)
     assert "recipes/pretrained/commands_rnnt.safetensors" in quick
-    assert "minutes on two cores" in quick
+    assert "minutes on two idle cores" in quick
     assert "trained first" in announcement(Path("runs/demo"), 2, from_scratch=True)
+
+
+def test_whole_results_are_set_aside_and_others_removed(tmp_path: Path) -> None:
+    def written(result: str) -> None:
+        (tmp_path / "gq4").mkdir()
+        (tmp_path / "gq4" / "log.txt").write_text(result)
+        (tmp_path / ".lock").write_text("mine")
+
+    written("stopped")
+    assert not set_aside(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+    for result in ("first", "second"):
+        written(result)
+        (tmp_path / "results.json").write_text(result)
+        assert set_aside(tmp_path)
+    written("stopped")
+    assert not set_aside(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "before"]
+    assert (tmp_path / "before" / "results.json").read_text() == "second"
+    assert (tmp_path / "before" / "gq4" / "log.txt").read_text() == "second"
 
 
 def test_two_demos_in_one_folder_are_refused(
