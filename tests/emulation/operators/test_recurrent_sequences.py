@@ -127,6 +127,21 @@ def counted() -> Iterator[list[bool]]:
         yield at_once
 
 
+def gradient_tolerance() -> dict[str, float]:
+    """Return zero where a row of a product does not depend on the number of rows.
+
+    It does with MKL on some processors. The gradient of a sequence's input is one product, that of
+    the steps one for each of them; outputs are integers and the same everywhere.
+    """
+    generator = torch.Generator().manual_seed(0)
+    for inner in (7, 14, 21):
+        rows = torch.randn(30, inner, generator=generator)
+        weight = torch.randn(inner, 5, generator=generator)
+        if not torch.equal(rows @ weight, torch.cat([part @ weight for part in rows.split(5)])):
+            return {"rtol": 1e-5, "atol": 1e-6}
+    return {"rtol": 0.0, "atol": 0.0}
+
+
 def run(module: nn.Module, leaves: list[Tensor]) -> dict[str, Tensor]:
     """Outputs, last states and all gradients."""
     module.zero_grad()
@@ -165,11 +180,12 @@ def test_every_bit_is_that_of_the_steps(name: str, spec: str, fidelity: Any) -> 
     assert at_once
     assert all(at_once)
     assert results.keys() == expected.keys()
+    of_gradients = gradient_tolerance()
     for key, value in expected.items():
+        tolerance = of_gradients if key not in ("outputs", "last") else {"rtol": 0.0, "atol": 0.0}
         if any(part in key for part in SUMS):
-            torch.testing.assert_close(results[key], value, rtol=1e-4, atol=1e-5)
-        else:
-            torch.testing.assert_close(results[key], value, rtol=0, atol=0)
+            tolerance = {"rtol": 1e-4, "atol": 1e-5}
+        torch.testing.assert_close(results[key], value, **tolerance)
     torch.testing.assert_close(evaluated[0], expected["outputs"], rtol=0, atol=0)
 
 
