@@ -36,6 +36,7 @@ from recipes.demo_networks import (
     START,
     Scale,
     checkpoint,
+    compile_kernels,
     measure,
     prepare_data,
     train_float,
@@ -45,6 +46,11 @@ from recipes.side_by_side import Job, JobError, side_by_side
 from recipes.sweep_table import front
 
 FOLDER = Path("runs/demo")
+_PREPARED = {
+    "data": "speech is synthesized",
+    "kernels": "kernels are compiled for this processor",
+    "float training": "float recognizer is trained",
+}
 _RESULTS = "results.json"
 _BEFORE = "before"
 # A worker takes a gigabyte and more.
@@ -181,7 +187,11 @@ def demo(
         JobError: If a stage fails.
     """
     start = checkpoint(folder / "float_training") if from_scratch else START
-    preparations = [Job("data", prepare_data, (scale,), folder / "data" / "log.txt", _DATA_WORK)]
+    preparations = [
+        Job("data", prepare_data, (scale,), folder / "data" / "log.txt", _DATA_WORK),
+        # Else each worker compiles them, beside the other.
+        Job("kernels", compile_kernels, (), folder / "kernels" / "log.txt", _DATA_WORK),
+    ]
     if from_scratch:
         run_dir = folder / "float_training"
         job = Job(
@@ -189,7 +199,7 @@ def demo(
         )
         preparations.append(job)
     for name, _ in side_by_side(preparations, workers=workers):
-        tell("speech is synthesized" if name == "data" else "float recognizer is trained")
+        tell(_PREPARED[name])
     jobs = []
     for name, network in NETWORKS.items():
         work = _SCORE_WORK if network.is_float else 2 * _DEPLOYMENT_WORK

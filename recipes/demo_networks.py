@@ -7,10 +7,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import torch
 from hydra.utils import instantiate
+from torch import Tensor, nn
 
+from lightning_nna import calibrate, emulate
 from recipes.deploy import deploy
 from recipes.evaluate import evaluate
 from recipes.program import composed
@@ -114,6 +117,34 @@ def prepare_data(scale: Scale) -> None:
         scale: Size of the demo.
     """
     instantiate(composed("train", ["experiment=commands_finetune", *scale.data]).data).setup()
+
+
+class _Layers(nn.Module):
+    """The layers of the recognizer, small."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(9, 8)
+        self.lstm = nn.LSTM(8, 8, batch_first=True)
+        self.output = nn.Linear(8, 8)
+
+    def forward(self, labels: Tensor) -> Tensor:
+        embedded = self.embedding(labels)
+        encodings = self.output(self.lstm(embedded)[0])
+        return cast("Tensor", self.output(torch.tanh(encodings.unsqueeze(2) + embedded[:, None])))
+
+
+def compile_kernels() -> None:
+    """Compile the kernels of this processor, once for all networks; they are cached then."""
+    labels = torch.randint(9, (4, 5), generator=torch.Generator().manual_seed(0))
+    for fidelity in ("fast", "exact"):
+        layers = _Layers()
+        calibrate(layers, [labels])
+        with emulate(layers, fidelity=fidelity):
+            layers(labels).sum().backward()
+        layers.eval()
+        with emulate(layers, fidelity=fidelity), torch.no_grad():
+            layers(labels)
 
 
 def train_float(folder: Path, scale: Scale) -> dict[str, Any]:

@@ -39,7 +39,7 @@ def test_the_demo_makes_scores_and_deploys_every_network(
     lines: list[str] = []
     rows = demo(folder, workers=2, from_scratch=True, scale=_SCALE, tell=lines.append)
     assert list(rows) == list(NETWORKS)
-    assert len(lines) == 2 + len(NETWORKS)
+    assert len(lines) == 3 + len(NETWORKS)
     assert json.loads((folder / "results.json").read_text()) == rows
     assert (folder / "pareto.png").stat().st_size > 10_000
 
