@@ -1,4 +1,4 @@
-"""What the project is for, in a few minutes: one recognizer of speech in seven forms.
+"""Show what the project is for, in a few minutes: one recognizer of speech in seven forms.
 
     python -m recipes.demo                  # or make demo
     python -m recipes.demo --from-scratch   # or make demo FROM_SCRATCH=1
@@ -40,6 +40,7 @@ from recipes.demo_networks import (
     measure,
     prepare_data,
     train_float,
+    work_of,
 )
 from recipes.run_folder import sole_run
 from recipes.side_by_side import Job, JobError, side_by_side
@@ -56,7 +57,7 @@ _BEFORE = "before"
 # A worker takes a gigabyte and more.
 _MOST_WORKERS = 4
 # Of the progress bar, in training steps that take as long.
-_DATA_WORK, _SCORE_WORK, _DEPLOYMENT_WORK, _FLOAT_STEPS = 300.0, 200.0, 300.0, 16_192.0
+_DATA_WORK, _FLOAT_STEPS = 300.0, 16_192.0
 
 
 def main() -> None:
@@ -200,12 +201,16 @@ def demo(
         preparations.append(job)
     for name, _ in side_by_side(preparations, workers=workers):
         tell(_PREPARED[name])
-    jobs = []
-    for name, network in NETWORKS.items():
-        work = _SCORE_WORK if network.is_float else 2 * _DEPLOYMENT_WORK
-        work += scale.steps if network.training else 0
-        arguments = (name, start, folder / name, scale)
-        jobs.append(Job(name, measure, arguments, folder / name / "log.txt", work))
+    jobs = [
+        Job(
+            name,
+            measure,
+            (name, start, folder / name, scale),
+            folder / name / "log.txt",
+            work_of(name, scale),
+        )
+        for name in NETWORKS
+    ]
     # The longest first, so that no core is idle at the end.
     jobs.sort(key=lambda job: -job.work)
     rows = {}

@@ -26,6 +26,8 @@ _SYSTEM = "[ethos-u55-128,Ethos_U55_High_End_Embedded,Shared_Sram]"
 #: Runtimes whose integers the programs have, by preset. They compute LSTMs differently, so each
 #: runtime gets programs of its own, of the same weights.
 _PRESETS = {"tflm-int8": "TFLite-Micro", "litert-int8": "LiteRT"}
+# Amounts of work, in training steps that take as long.
+_SCORE_WORK, _DEPLOYMENT_WORK = 200.0, 300.0
 _QUIET = (
     "threads=1",
     "trainer.enable_progress_bar=false",
@@ -37,19 +39,21 @@ _QUIET = (
 
 @dataclass(frozen=True)
 class Scale:
-    """How much data and training the demo takes.
+    """Size of the demo: its data, and how long it trains.
 
     Attributes:
         data: Overrides of the data of all runs, without signs.
-        training: Overrides of every fine-tuning.
-        steps: Optimizer steps of a fine-tuning, as ``training`` says.
+        epochs: Epochs of a fine-tuning.
+        epoch_batches: Batches of each of them.
+        fine_tuning: Further overrides of every fine-tuning.
         float_training: Overrides of the training of the float recognizer.
         compared_batches: Batches of the test set whose outputs are compared.
     """
 
     data: tuple[str, ...]
-    training: tuple[str, ...]
-    steps: int
+    epochs: int
+    epoch_batches: int
+    fine_tuning: tuple[str, ...] = ()
     float_training: tuple[str, ...] = ()
     compared_batches: int = 3
 
@@ -57,8 +61,8 @@ class Scale:
 #: The start was trained on 8,000 utterances, of which these are the first.
 SCALE = Scale(
     data=("data.train_size=3000", "data.validation_size=50", "data.test_size=2000"),
-    training=("trainer.max_epochs=4", "trainer.limit_train_batches=240"),
-    steps=960,
+    epochs=4,
+    epoch_batches=240,
 )
 
 
@@ -161,6 +165,20 @@ def train_float(folder: Path, scale: Scale) -> dict[str, Any]:
     return train(composed("train", [*settings, f"run_dir={folder}"]))
 
 
+def work_of(name: str, scale: Scale) -> float:
+    """Return the work of :func:`measure`, in training steps that take as long.
+
+    Args:
+        name: Key of :data:`NETWORKS`.
+        scale: Size of the demo.
+    """
+    network = NETWORKS[name]
+    if network.is_float:
+        return _SCORE_WORK
+    training = scale.epochs * scale.epoch_batches if network.training else 0
+    return training + len(_PRESETS) * _DEPLOYMENT_WORK
+
+
 def measure(name: str, start: Path, folder: Path, scale: Scale) -> dict[str, Any]:
     """Train a network if it is trained, score it on the test set, and deploy it on two runtimes.
 
@@ -186,7 +204,9 @@ def measure(name: str, start: Path, folder: Path, scale: Scale) -> dict[str, Any
     ckpt = start
     if network.training:
         settings = ["experiment=commands_finetune", f"init_from={start}", "test=false", *_QUIET]
-        settings += [*network.training, network.spec("tflm-int8"), *scale.data, *scale.training]
+        settings += [*network.training, network.spec("tflm-int8"), *scale.data]
+        settings += [f"trainer.max_epochs={scale.epochs}", *scale.fine_tuning]
+        settings += [f"trainer.limit_train_batches={scale.epoch_batches}"]
         train(composed("train", [*settings, f"run_dir={folder}"]))
         ckpt = checkpoint(folder)
     deployed: dict[str, dict[str, Any]] = {}
@@ -201,7 +221,7 @@ def measure(name: str, start: Path, folder: Path, scale: Scale) -> dict[str, Any
         settings += [f"recalibrate={bool(network.training) and not is_first}"]
         settings += [f"run_dir={folder / ('deployed' if is_first else preset)}"]
         deployed[runtime] = deploy(composed("deploy", settings))
-        advance(1.0)
+        advance(_DEPLOYMENT_WORK)
     first = next(iter(deployed.values()))
     return _row(network, first, deployed, time.monotonic() - began)
 

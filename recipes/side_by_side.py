@@ -10,7 +10,6 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
@@ -59,14 +58,14 @@ class JobError(RuntimeError):
 
 @dataclass(frozen=True)
 class _Progress:
-    """What a job has done since it told last."""
+    """Work that a job has done since it told last."""
 
     work: float
 
 
 @dataclass(frozen=True)
 class _Result:
-    """What the function of a job has returned; it is the last that a job tells."""
+    """Value that the function of a job has returned; it is the last that a job tells."""
 
     value: Any
 
@@ -191,12 +190,7 @@ def _do(job: Job, starter: Connection, parent: int) -> None:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
     with fewer_notices():
-        try:
-            value = job.function(*job.arguments)
-        except Exception:
-            traceback.print_exc()
-            raise SystemExit(1) from None
-    starter.send(_Result(value))
+        starter.send(_Result(job.function(*job.arguments)))
 
 
 def _failure(running: _Running) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -25,7 +25,7 @@ from recipes.asr.data import SpeechDataModule
 from recipes.asr.decoding import Decodable, greedy_decode
 from recipes.asr.deployed import DeployedTransducer, run_utterance, transducer_parts
 from recipes.asr.recognizer import TransducerRecognizer, score_references, transducer_losses
-from recipes.asr.rnnt import Encoder, State
+from recipes.asr.rnnt import Encoder
 from recipes.asr.scored_recognizer import ScoredRecognizer
 from recipes.asr.scoring import word_errors, write_transcripts
 
@@ -196,9 +196,10 @@ class TransducerAdapter(RecognizerAdapter):
             f"real-time factor on this CPU {spent / seconds:.4f}",
         )
 
-    def _test_batches(self, number: int | None) -> list[Batch]:
+    def _test_batches(self, number: int | None) -> Iterable[Batch]:
         """Return the first batches of the test set; all of them without a number."""
-        return list(itertools.islice(self.speech.test_dataloader(), number))
+        batches = self.speech.test_dataloader()
+        return batches if number is None else list(itertools.islice(batches, number))
 
 
 def utterance_frames(
@@ -254,7 +255,6 @@ def compare(
     return comparison
 
 
-@dataclass
 class _Encoded:
     """A deployed recognizer and a batch that its encoder has encoded: decoding it runs the others.
 
@@ -264,28 +264,12 @@ class _Encoded:
         steps: Number of steps of each utterance.
     """
 
-    deployed: DeployedTransducer
-    encodings: Tensor
-    steps: Tensor
+    def __init__(self, deployed: DeployedTransducer, encodings: Tensor, steps: Tensor) -> None:
+        self._encoded = encodings, steps
+        self.predict, self.join = deployed.predict, deployed.join
 
     def transcribe(self, sources: Tensor, source_lengths: Tensor) -> tuple[Tensor, Tensor]:
-        return self.encodings, self.steps
-
-    def predict(
-        self, targets: Tensor, target_lengths: Tensor, state: State | None
-    ) -> tuple[Tensor, Tensor, State]:
-        return self.deployed.predict(targets, target_lengths, state)
-
-    def join(
-        self,
-        source_encodings: Tensor,
-        source_lengths: Tensor,
-        target_encodings: Tensor,
-        target_lengths: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        return self.deployed.join(
-            source_encodings, source_lengths, target_encodings, target_lengths
-        )
+        return self._encoded
 
 
 def _emulated_scores(

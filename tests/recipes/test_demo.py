@@ -19,13 +19,14 @@ _DATA = (
 _NETWORK = (
     *SMALL_NETWORK,
     # A network of one epoch emits as many as it may.
-    *("model.max_labels_per_step=2", "trainer.log_every_n_steps=1", "trainer.max_epochs=1"),
+    *("model.max_labels_per_step=2", "trainer.log_every_n_steps=1"),
 )
 _SCALE = Scale(
     data=_DATA,
-    training=(*_NETWORK, "callbacks.nna.calibration_steps=2"),
-    steps=6,
-    float_training=(*_NETWORK, *_DATA),
+    epochs=1,
+    epoch_batches=6,
+    fine_tuning=(*_NETWORK, "callbacks.nna.calibration_steps=2"),
+    float_training=(*_NETWORK, *_DATA, "trainer.max_epochs=1"),
     compared_batches=1,
 )
 
