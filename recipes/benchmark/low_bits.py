@@ -132,6 +132,24 @@ PARTS = {
     "gq_until50_mu15": _annealed("annealed up to 50 %, µ = 15", until=0.5, mu=15.0),
     "gq_until50_from16": _annealed("annealed up to 50 %, from 16", start=16.0, until=0.5),
 }
+
+
+def _early(title: str, until: float, **more: object) -> Method:
+    """Return GQ's recipe with an annealing that ends earlier, and hard weights from then on."""
+    return _gq(title, sharpness=_ANNEALING % (4.0, 300.0, until), hard_from=until, **more)
+
+
+#: GQ's recipe with fewer soft steps.
+EARLY = {
+    "gq_early10": _early("GQ, annealed up to 10 %", 0.1),
+    "gq_early25": _early("GQ, annealed up to 25 %", 0.25),
+    "gq_early50": _early("GQ, annealed up to 50 %", 0.5),
+    "gq_early25_zero": _early("GQ, annealed up to 25 %, a zero", 0.25, pin_zero="true"),
+    "gq_early25_mu0": _early("GQ, annealed up to 25 %, no µ-law", 0.25, mu=0.0),
+    "gq_early25_mu0_zero": _early(
+        "GQ, annealed up to 25 %, a zero, no µ-law", 0.25, mu=0.0, pin_zero="true"
+    ),
+}
 #: Parts of GQ, one at a time, added to the fixed codebook.
 ADDED = {
     "codebook_mu": _codebook("and the µ-law", mu=7.0),
@@ -169,7 +187,7 @@ FROM_SCRATCH = {
     ),
     "gq_scratch": Method("GQ", "gq", (_RANGES_LATE,), from_scratch=True),
 }
-METHODS = {**BASELINES, **COMPARED, **PARTS, **ADDED, **COMBINED, **FROM_SCRATCH}
+METHODS = {**BASELINES, **COMPARED, **PARTS, **EARLY, **ADDED, **COMBINED, **FROM_SCRATCH}
 #: Widths of the methods that do not have those of the grid.
 WIDTHS: dict[str, Sequence[int]] = {
     "float": (32,),
@@ -354,7 +372,7 @@ def report(rows: Sequence[Row]) -> Fields:
         "budgets": [
             mean_line(tested, model, method, bits, steps)
             for model, bits, method in itertools.product(
-                STARTS, (4, 3, 2, 1), (*COMPARED, *PARTS, *COMBINED)
+                STARTS, (4, 3, 2, 1), (*COMPARED, *PARTS, *EARLY, *COMBINED)
             )
             for steps in BUDGETS[1:]
             if select(tested, model=model, method=method, bits=bits, steps=steps)
@@ -438,7 +456,7 @@ def parts(rows: Sequence[Row]) -> list[str]:
     for model, bits, steps in itertools.product(STARTS, (4, 3, 2, 1), BUDGETS):
         cell = select(validated, model=model, bits=bits, steps=steps)
         own = select(cell, method="gq_to_end")
-        for method in ("gq_to_end", "gq", *PARTS, "codebook", *ADDED):
+        for method in ("gq_to_end", "gq", *PARTS, *EARLY, "codebook", *ADDED):
             if not (selected := select(cell, method=method)) or not own:
                 continue
             change = None if method == "gq_to_end" else wer_difference(selected, own, "validation")
