@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -14,9 +14,10 @@ import lightning.pytorch as pl
 import numpy as np
 import torch
 from lightning.pytorch import Callback, Trainer
+from omegaconf import DictConfig, OmegaConf
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_nna import calibrate, emulate
 from lightning_nna.callbacks import NNAEmulation
@@ -24,9 +25,11 @@ from lightning_nna.deploy import Program, export_tflite
 from lightning_nna.emulation.attachment import attached
 from lightning_nna.emulation.spec import NNASpec
 from lightning_nna.files import whole_file
+from recipes.asr.adapter import TransducerAdapter
 from recipes.benchmark.exported import export_checkpoint
 from recipes.benchmark.grid import Run
 from recipes.benchmark.recipe_runs import (
+    COMMANDS_CONFORMER,
     SEEDS,
     STARTS,
     Start,
@@ -40,6 +43,8 @@ from recipes.benchmark.rows import Row
 from recipes.keywords.data import KeywordData
 from recipes.keywords.network import KeywordNetwork, folded_weights
 from recipes.keywords.spotter import KeywordSpotter
+from recipes.preparation import build
+from recipes.weights import load_weights
 
 RUNS = Path("runs/awareness")
 
@@ -95,7 +100,20 @@ CHIPS: dict[str, Chip] = {
 MODELS = {
     "rnnt": "RNN-T",
     "conformer": "Conformer",
+    "conformer_long": "Conformer, trained 3 times as long",
     "keywords": "keyword spotter",
+}
+#: Folder of the float training of the Conformer that trains three times as long, for its outliers.
+_LONG = RUNS / "conformer_long" / "float_start"
+_LONG_EPOCHS = 30
+#: Float recognizers that all runs start from.
+RECOGNIZERS = {
+    **STARTS,
+    "conformer_long": replace(
+        COMMANDS_CONFORMER,
+        title="commands, Conformer, trained 3 times as long",
+        weights=_LONG / "checkpoints" / "last.ckpt",
+    ),
 }
 #: Titles of the methods, in the order in which they run.
 METHODS = {
@@ -120,7 +138,7 @@ class Budget:
 
 
 #: Optimizer steps of a fine-tuning.
-STEPS = {"rnnt": 480, "conformer": 240, "keywords": 93}
+STEPS = {"rnnt": 480, "conformer": 240, "conformer_long": 240, "keywords": 93}
 #: Batches of a test are large: exact arithmetic does not depend on it.
 _LARGE_BATCHES = "data.scoring_batch_seconds=400"
 #: Batches of the test set whose outputs are compared with the programs'.
@@ -184,7 +202,14 @@ class RecognizerRun(AwarenessRun):
     @property
     def start(self) -> Start:
         """Float recognizer that all runs start from."""
-        return STARTS[self.model]
+        return RECOGNIZERS[self.model]
+
+    def prepare(self) -> None:
+        """Train the float weights that are not in the repository."""
+        if self.model == "conformer_long":
+            settings = ["experiment=commands_conformer", "seed=1", "beam_width=1"]
+            settings += [f"trainer.max_epochs={_LONG_EPOCHS}", f"hydra.run.dir={_LONG}"]
+            summary_of(_LONG, ["recipes.train", *settings], threads=self.threads)
 
     @property
     def trained_folder(self) -> Path:
@@ -227,7 +252,15 @@ class RecognizerRun(AwarenessRun):
             "utterance_errors": packed_errors(self.folder),
             "train_seconds": {**trained, **summary}.get("train_seconds"),
             **(self.program() if self.has_program else {}),
+            **({"outliers": self.outliers()} if self.chip == "none" else {}),
         }
+
+    def outliers(self) -> Row:
+        """Measure the outliers of the float network on the first batch of the test set."""
+        adapter = built(self.start)
+        batch = next(iter(adapter.speech.test_dataloader()))
+        recognizer = adapter.recognizer.eval()
+        return outlier_ratios(recognizer, lambda: recognizer.decode(batch))
 
     def program(self) -> Row:
         """Export the three programs, and compare them on batches of the test set."""
@@ -281,6 +314,64 @@ class KeywordRun(AwarenessRun):
             **(_program_of(spotter, data, self.folder) if self.has_program else {}),
             **({"channel_ratios": channel_ratios(network)} if self.chip == "none" else {}),
         }
+
+
+def built(start: Start) -> TransducerAdapter:
+    """Build a float recognizer, with the data of its recipe.
+
+    Args:
+        start: Recognizer.
+    """
+    weights = load_weights(start.weights)
+    recipe = OmegaConf.create(weights.recipe)
+    assert isinstance(recipe, DictConfig)
+    adapter = build(recipe, weights, with_rest=True)
+    assert isinstance(adapter, TransducerAdapter)
+    return adapter
+
+
+def outlier_ratios(module: nn.Module, forward: Callable[[], object]) -> dict[str, list[float]]:
+    """Divide the largest value by the root mean square, for linear and convolution layers.
+
+    Args:
+        module: Module with the layers.
+        forward: Function that runs the module.
+
+    Returns:
+        Ratios of the layers that ran, in the order of ``named_modules``: of their ``"weights"`` and
+        of their ``"inputs"``, of all calls together.
+
+    Example:
+        >>> layer = nn.Linear(4, 1)
+        >>> layer.weight.data = torch.tensor([[1.0, -1.0, 1.0, 7.0]])
+        >>> outlier_ratios(nn.Sequential(layer), lambda: layer(torch.ones(2, 4)))
+        {'weights': [1.9], 'inputs': [1.0]}
+    """
+    layers = [each for each in module.modules() if isinstance(each, (nn.Linear, nn.Conv1d))]
+    # Of each call the largest magnitude, the sum of the squares and their number.
+    calls: dict[nn.Module, list[tuple[float, float, int]]] = {layer: [] for layer in layers}
+
+    def observe(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        values = inputs[0].double()
+        call = (float(values.abs().max()), float(values.square().sum()), values.numel())
+        calls[layer].append(call)
+
+    hooks = [layer.register_forward_pre_hook(observe) for layer in layers]
+    with torch.no_grad():
+        forward()
+    for hook in hooks:
+        hook.remove()
+    ratios: dict[str, list[float]] = {"weights": [], "inputs": []}
+    for layer in layers:
+        if not calls[layer]:
+            continue
+        weights = layer.weight.detach()
+        ratios["weights"].append(
+            round(float(weights.abs().max() / weights.square().mean() ** 0.5), 1)
+        )
+        largest, squares, counts = zip(*calls[layer], strict=True)
+        ratios["inputs"].append(round(max(largest) / (sum(squares) / sum(counts)) ** 0.5, 1))
+    return ratios
 
 
 def train_once(network: KeywordNetwork, path: Path, budget: Budget, *, seed: int) -> float:

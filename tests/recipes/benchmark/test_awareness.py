@@ -17,7 +17,7 @@ from lightning_nna import calibrate
 from lightning_nna.deploy import CaptureError, export_tflite
 from lightning_nna.emulation.spec import resolve_spec
 from recipes.benchmark.awareness import OPERATORS, STUDY, TRAINED, difference, runs, verdict
-from recipes.benchmark.awareness_runs import CHIPS, MODELS, RecognizerRun
+from recipes.benchmark.awareness_runs import CHIPS, MODELS, RecognizerRun, built
 from recipes.benchmark.recipe_runs import commands_words
 from recipes.keywords.network import KeywordNetwork
 from recipes.settings import check_settings
@@ -96,6 +96,13 @@ def test_an_accelerator_has_programs(chip: str, tmp_path: Path) -> None:
 def test_an_accelerator_without_programs_is_an_error(chip: str, tmp_path: Path) -> None:
     with pytest.raises(CaptureError, match="accumulator_bits is"):
         export_tflite(*calibrated(chip), tmp_path / "network.tflite")
+
+
+def test_the_pretrained_recognizers_are_built_again_for_their_operators_and_outliers() -> None:
+    starts = {run.model: run.start for run in RECOGNIZERS if run.start.weights.is_file()}
+    assert {"rnnt", "conformer"} <= set(starts)
+    for start in starts.values():
+        assert built(start).recognizer.vocabulary.kind == "word"
 
 
 def test_a_difference_is_of_words() -> None:
