@@ -15,7 +15,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from statistics import fmean
+from statistics import fmean, median
 from typing import Any
 
 import numpy as np
@@ -64,6 +64,8 @@ TRAINED = {
     "conformer_long": ("weights4", "weights4_per_tensor"),
     "keywords": ("per_tensor", "weights4", "weights4_per_tensor", "shift", "accumulator16"),
 }
+#: Accelerators that a network is trained for with an average of the weights, too.
+AVERAGED = dict.fromkeys(("conformer", "conformer_long"), ("weights4", "weights4_per_tensor"))
 
 
 @dataclass(frozen=True)
@@ -147,6 +149,8 @@ def runs(
     for seed, model, chip in itertools.product(seeds, ordered, chips):
         if chip in TRAINED[model] and "trained" in methods:
             grid.append(_run(model, chip, "trained", seed, threads))
+        if chip in AVERAGED.get(model, ()) and "averaged" in methods:
+            grid.append(_run(model, chip, "averaged", seed, threads))
     for seed, model, chip in itertools.product(seeds, ordered, chips):
         # The recognizers' control is one seed: its decoding costs as much as a training.
         is_measured = model == "keywords" or seed == SEEDS[0]
@@ -182,9 +186,11 @@ def report(rows: Sequence[Row]) -> Fields:
                 f"{row['cpu_seconds']:.0f}",
             )
             for model, chip in pairs
-            for method in ("control", "trained")
+            for method in ("control", "trained", "averaged")
             for row in _of(scored, model, chip, method)
         ],
+        "averaged": [text for model, chip in pairs if (text := average_line(scored, model, chip))],
+        "outliers": [outlier_line(row) for row in scored if "outliers" in row],
         "programs": [program_line(row) for row in scored if "equal_outputs" in row],
         "fallbacks": [
             fallback_line(row)
@@ -258,6 +264,33 @@ def verdict(rows: Sequence[Row], model: str, chip: str) -> str | None:
         seeds = len({row["seed"] for row in control} & {row["seed"] for row in trained})
         text += f"; against the control {points(aware)} ({seeds} seed{'s' * (seeds > 1)})"
     return f"{text}."
+
+
+def average_line(rows: Sequence[Row], model: str, chip: str) -> str | None:
+    """Format what an average of the weights changes; None if it was not measured."""
+    averaged, trained = _of(rows, model, chip, "averaged"), _of(rows, model, chip, "trained")
+    if not averaged:
+        return None
+    return line(
+        MODELS[model],
+        CHIPS[chip].title,
+        _mean(trained),
+        _mean(averaged),
+        len(averaged),
+        points(difference(averaged, trained)),
+        points(difference(averaged, _of(rows, model, chip, "untrained"))),
+        points(difference(averaged, _of(rows, model, "none", "float"))),
+    )
+
+
+def outlier_line(row: Row) -> str:
+    """Format by how much the largest values of a float network exceed the usual ones."""
+    ratios = (sorted(row["outliers"][kind]) for kind in ("weights", "inputs"))
+    return line(
+        MODELS[row["model"]],
+        len(row["outliers"]["weights"]),
+        *(f"{value:.1f}" for each in ratios for value in (median(each), each[-1])),
+    )
 
 
 def difference(rows: Sequence[Row], others: Sequence[Row]) -> RateDifference | None:

@@ -121,6 +121,7 @@ METHODS = {
     "untrained": "emulated, untrained",
     "control": "fine-tuned in float, then emulated",
     "trained": "emulated, trained",
+    "averaged": "emulated, trained, averaged weights",
 }
 
 
@@ -141,6 +142,11 @@ class Budget:
 STEPS = {"rnnt": 480, "conformer": 240, "conformer_long": 240, "keywords": 93}
 #: Batches of a test are large: exact arithmetic does not depend on it.
 _LARGE_BATCHES = "data.scoring_batch_seconds=400"
+#: Average of the weights, as in the float training; fine-tuning has none else.
+_AVERAGE = (
+    "callbacks.average={_target_:lightning.pytorch.callbacks.EMAWeightAveraging,"
+    "decay:0.99,use_buffers:false}"
+)
 #: Batches of the test set whose outputs are compared with the programs'.
 _COMPARED_BATCHES = 1
 #: Float training of the keyword spotter, and its fine-tuning.
@@ -221,15 +227,18 @@ class RecognizerRun(AwarenessRun):
     @property
     def training_command(self) -> list[str]:
         """Module and overrides of the fine-tuning; one in float is scored by :attr:`command`."""
-        emulated = ["compression=nna8", self.accelerator.override]
-        settings = ["test=false"] if self.method == "control" else [*emulated, _LARGE_BATCHES]
+        settings = ["compression=nna8", self.accelerator.override, _LARGE_BATCHES]
+        if self.method == "control":
+            settings = ["test=false"]
+        if self.method == "averaged":
+            settings.append(_AVERAGE)
         steps = STEPS[self.model]
         return training(self.seed, self.trained_folder, *settings, start=self.start, steps=steps)
 
     @property
     def command(self) -> list[str]:
         """Module and overrides of the run that has the scores."""
-        if self.method == "trained":
+        if self.method in ("trained", "averaged"):
             return self.training_command
         checkpoint = self.trained_folder / "checkpoints" / "last.ckpt"
         is_trained = self.method == "control"

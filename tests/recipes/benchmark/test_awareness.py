@@ -149,6 +149,8 @@ def test_the_page_has_every_part() -> None:
             },
         },
     ]
+    rows.append({**row("conformer", "weights4", "averaged", 1, 20), "train_seconds": 9.0})
+    rows[0]["outliers"] = {"weights": [5.0, 3.0, 7.0], "inputs": [2.0, 4.0, 9.0]}
     page = STUDY.render(rows)
     assert (
         "| keyword spotter | 8 bits, `tflm-int8` | TFLite-Micro | 100 of 100 | 64 | 45,000 |"
@@ -159,4 +161,6 @@ def test_the_page_has_every_part() -> None:
     assert "+0.0 (+0.0 to +0.0, tied)" in page
     assert "- RNN-T, `shift`, emulated, untrained: seed 1." in page
     assert "- keyword spotter, 8 bits, `tflm-int8`, emulated, untrained" not in page
+    assert "| keyword spotter | 3 | 5.0 | 7.0 | 4.0 | 9.0 |" in page
+    assert "| Conformer | 4-bit weights | - | 5.0 % | 1 | - | - | - |" in page
     assert set(MODELS) == set(TRAINED)
