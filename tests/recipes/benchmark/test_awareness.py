@@ -49,7 +49,7 @@ def test_the_grid_trains_with_three_seeds_where_an_accelerator_hurts() -> None:
 
 
 RECOGNIZERS = [run for run in runs(seeds=[1]) if isinstance(run, RecognizerRun)]
-SCORED = [run for run in RECOGNIZERS if run.method != "trained"]
+SCORED = [run for run in RECOGNIZERS if run.method not in ("trained", "averaged")]
 
 
 def composed(name: str, command: list[str]) -> DictConfig:
@@ -68,17 +68,20 @@ def test_recognizers_are_scored_on_their_accelerator(run: RecognizerRun) -> None
 
 
 def test_recognizers_are_trained_on_their_accelerator_or_in_float() -> None:
-    trained = [run for run in RECOGNIZERS if run.method in ("trained", "control")]
+    trained = [run for run in RECOGNIZERS if run.method in ("trained", "control", "averaged")]
     configs = [composed("train", run.training_command) for run in trained]
     assert [config.method for config in configs] == [
-        "nna8" if run.method == "trained" else "float" for run in trained
+        "float" if run.method == "control" else "nna8" for run in trained
+    ]
+    assert [config.callbacks.average is not None for config in configs] == [
+        run.method == "averaged" for run in trained
     ]
     assert [
         resolve_spec(node.spec)
         for config in configs
         for key, node in config.callbacks.items()
         if key == "nna"
-    ] == [run.accelerator.spec for run in trained if run.method == "trained"]
+    ] == [run.accelerator.spec for run in trained if run.method != "control"]
 
 
 def calibrated(chip: str) -> tuple[KeywordNetwork, list[torch.Tensor]]:
