@@ -16,7 +16,7 @@ from typing import Any
 
 from recipes.benchmark.grid import Study, axis, threads_option
 from recipes.benchmark.plots import saved_figure
-from recipes.benchmark.recipe_runs import SEEDS, START, RecipeRun, compressed
+from recipes.benchmark.recipe_runs import AVERAGE, SEEDS, START, RecipeRun, compressed
 from recipes.benchmark.report import (
     Fields,
     interval,
@@ -32,8 +32,17 @@ from recipes.weights import load_weights, save_weights
 RUNS = Path("runs")
 MODELS = {"rnnt": "RNN-T", "conformer": "Conformer"}
 #: Titles by method, in the order in which they run: the others start from the float weights.
-METHODS = {"float": "float", "chip": "emulated, untrained", "nna8": "emulated, trained"}
-BITS = {"float": 32, "chip": 8, "nna8": 8}
+METHODS = {
+    "float": "float",
+    "chip": "emulated, untrained",
+    "nna8": "emulated, trained",
+    "tuned": "float, trained further",
+    "tuned_average": "float, trained further, averaged",
+    "nna8_average": "emulated, trained, averaged",
+}
+#: Methods that the grid runs by default, and that the figure has.
+COMPARED = ("float", "chip", "nna8")
+EMULATED = ("chip", "nna8", "nna8_average")
 #: Largest relative increase of the loss by training for the accelerator, mean over the seeds.
 TARGET = 0.02
 
@@ -55,12 +64,22 @@ class AN4Run(RecipeRun):
     @property
     def experiment(self) -> str:
         """Name of the configuration in ``recipes/conf/experiment``."""
-        return f"an4_{self.model}" + ("_finetune" if self.method == "nna8" else "")
+        return f"an4_{self.model}" + ("_finetune" if self.is_tuned else "")
+
+    @property
+    def bits(self) -> int:
+        """Bits of a weight."""
+        return 8 if self.method in EMULATED else 32
+
+    @property
+    def is_tuned(self) -> bool:
+        """Whether the run goes on from the float weights."""
+        return self.method not in ("float", "chip")
 
     @property
     def folder(self) -> Path:
         """Run folder."""
-        suffix = "_chip" if self.method == "chip" else ""
+        suffix = "" if self.method in ("float", "nna8") else f"_{self.method}"
         return RUNS / f"{self.experiment}{suffix}" / f"seed{self.seed}"
 
     @property
@@ -70,8 +89,11 @@ class AN4Run(RecipeRun):
         start = AN4Run(self.model, "float", self.seed).checkpoint
         if self.method == "chip":
             return ["recipes.evaluate", f"ckpt={start}", *compressed("nna8"), *settings]
-        if self.method == "nna8":
-            settings = [*compressed("nna8"), f"init_from={start}", *settings]
+        if self.is_tuned:
+            compression = "nna8" if self.method in EMULATED else "none"
+            settings = [*compressed(compression), f"init_from={start}", *settings]
+        if self.method.endswith("_average"):
+            settings.append(AVERAGE)
         return ["recipes.train", f"experiment={self.experiment}", f"seed={self.seed}", *settings]
 
     def rows(self) -> Iterator[Row]:
@@ -91,10 +113,10 @@ class AN4Run(RecipeRun):
             "corpus": "an4",
             "model": self.model,
             "method": self.method,
-            "bits": BITS[self.method],
+            "bits": self.bits,
             "sparsity": 0.0,
             **{name: summary[name] for name in metrics},
-            "packed_bytes": summary["parameters"] * BITS[self.method] // 8,
+            "packed_bytes": summary["parameters"] * self.bits // 8,
             "train_seconds": summary.get("train_seconds"),
             "parameters": summary["parameters"],
             "threads": summary.get("threads"),
@@ -103,7 +125,7 @@ class AN4Run(RecipeRun):
 
 def runs(
     *,
-    methods: Sequence[str] = tuple(METHODS),
+    methods: Sequence[str] = COMPARED,
     models: Sequence[str] = tuple(MODELS),
     seeds: Sequence[int] = SEEDS,
     threads: int | None = None,
@@ -198,7 +220,7 @@ def _changes(loss: Mapping[int, float], reference: Mapping[int, float]) -> str:
 def plot(rows: Sequence[Row], path: Path) -> None:
     """Plot word error rates: bars are means over seeds, dots the seeds."""
     models = [model for model in MODELS if has_row(rows, model=model)]
-    methods = [method for method in METHODS if has_row(rows, method=method)]
+    methods = [method for method in COMPARED if has_row(rows, method=method)]
     with saved_figure(path, (6.4, 3.4)) as figure:
         axes = figure.subplots()
         for method, offset, color in zip(methods, _OFFSETS, _COLORS, strict=False):
@@ -234,7 +256,7 @@ STUDY = Study(
     plot=plot,
     options={
         "models": axis(MODELS),
-        "methods": axis(METHODS),
+        "methods": {**axis(METHODS), "default": list(COMPARED)},
         "seeds": axis(SEEDS, is_open=True),
         "threads": threads_option(None),
     },

@@ -29,6 +29,7 @@ from recipes.asr.adapter import TransducerAdapter
 from recipes.benchmark.exported import export_checkpoint
 from recipes.benchmark.grid import Run
 from recipes.benchmark.recipe_runs import (
+    AVERAGE,
     COMMANDS_CONFORMER,
     SEEDS,
     STARTS,
@@ -142,11 +143,6 @@ class Budget:
 STEPS = {"rnnt": 480, "conformer": 240, "conformer_long": 240, "keywords": 93}
 #: Batches of a test are large: exact arithmetic does not depend on it.
 _LARGE_BATCHES = "data.scoring_batch_seconds=400"
-#: Average of the weights, as in the float training; fine-tuning has none else.
-_AVERAGE = (
-    "callbacks.average={_target_:lightning.pytorch.callbacks.EMAWeightAveraging,"
-    "decay:0.99,use_buffers:false}"
-)
 #: Batches of the test set whose outputs are compared with the programs'.
 _COMPARED_BATCHES = 1
 #: Float training of the keyword spotter, and its fine-tuning.
@@ -231,7 +227,7 @@ class RecognizerRun(AwarenessRun):
         if self.method == "control":
             settings = ["test=false"]
         if self.method == "averaged":
-            settings.append(_AVERAGE)
+            settings.append(AVERAGE)
         steps = STEPS[self.model]
         return training(self.seed, self.trained_folder, *settings, start=self.start, steps=steps)
 

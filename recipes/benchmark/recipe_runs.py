@@ -113,6 +113,11 @@ COMMANDS_CONFORMER = Start(
 )
 STARTS = {"rnnt": COMMANDS_RNNT, "conformer": COMMANDS_CONFORMER}
 
+#: Average of the weights, as in the float training; fine-tuning has none else.
+AVERAGE = (
+    "callbacks.average={_target_:lightning.pytorch.callbacks.EMAWeightAveraging,"
+    "decay:0.99,use_buffers:false}"
+)
 #: Preset of the published rows.
 PRESET = "litert-int8"
 
