@@ -141,13 +141,14 @@ def _early(title: str, until: float, **more: object) -> Method:
 
 #: GQ's recipe with fewer soft steps.
 EARLY = {
+    "gq_early3": _early("GQ, annealed up to 3 %", 0.03),
     "gq_early10": _early("GQ, annealed up to 10 %", 0.1),
     "gq_early25": _early("GQ, annealed up to 25 %", 0.25),
     "gq_early50": _early("GQ, annealed up to 50 %", 0.5),
-    "gq_early25_zero": _early("GQ, annealed up to 25 %, a zero", 0.25, pin_zero="true"),
-    "gq_early25_mu0": _early("GQ, annealed up to 25 %, no µ-law", 0.25, mu=0.0),
-    "gq_early25_mu0_zero": _early(
-        "GQ, annealed up to 25 %, a zero, no µ-law", 0.25, mu=0.0, pin_zero="true"
+    "gq_early10_zero": _early("GQ, annealed up to 10 %, a zero", 0.1, pin_zero="true"),
+    "gq_early10_mu0": _early("GQ, annealed up to 10 %, no µ-law", 0.1, mu=0.0),
+    "gq_early10_mu0_zero": _early(
+        "GQ, annealed up to 10 %, a zero, no µ-law", 0.1, mu=0.0, pin_zero="true"
     ),
 }
 #: Parts of GQ, one at a time, added to the fixed codebook.
