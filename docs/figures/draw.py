@@ -243,7 +243,7 @@ def codebook_run() -> tuple[Tensor, Tensor, float]:
     observer = AfterEachStep(observe)
     fit(Regression(steps=STEPS), method, observer)
     centroids, weights = zip(*observer.rows, strict=True)
-    return torch.stack(centroids), torch.stack(weights), float(method.hard_from) * STEPS
+    return torch.stack(centroids), torch.stack(weights), method.hard_step
 
 
 def codebook_over_training(figure: Figure, ink: Ink) -> None:

@@ -7,7 +7,9 @@ Reference:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Literal
 
 from torch import Tensor
@@ -28,6 +30,11 @@ from lightning_nna.weights.method import require_codebook_size
 from lightning_nna.weights.pipeline import WeightTransform
 from lightning_nna.weights.selection import groups_of
 
+#: Sharpness, until weights are hard.
+_ANNEALING = Schedule(4.0, 300.0, shape="geometric")
+#: Steps in which weights are soft: this fraction of a run, and at most so many.
+_SOFT_FRACTION, _SOFT_STEPS = 0.75, 360
+
 
 class GeneralQuantizer(CodebookMethod):
     """Train weights that take :math:`2^b` centroids, and the centroids.
@@ -40,9 +47,11 @@ class GeneralQuantizer(CodebookMethod):
         mu: Strength of the µ-law's compression, at least 0; 0 for none.
         sharpness: Sharpness of the soft assignment over the run, a :class:`.Schedule` or its keys:
             about 1 is soft, 32 nearly hard; with few bits a gap to hard weights of a tenth of them
-            is left at 32, and none to speak of at 300.
+            is left at 32, and none to speak of at 300. None rises from 4 to 300, by equal factors
+            in equal times, until weights are hard.
         hard_from: Time from which weights are at their centroids in training, too: a step (int) or
-            a fraction of the run (float); the soft assignment gives their gradient.
+            a fraction of the run (float); the soft assignment gives their gradient. None for three
+            quarters of the run, and at most 360 steps.
         gradient_sharpness: Greatest sharpness of the assignment that gives the gradient of hard
             weights: with a sharp one, weights near a centroid get none. None passes the gradient
             straight through, as the limit of a soft assignment does.
@@ -100,10 +109,8 @@ class GeneralQuantizer(CodebookMethod):
         bits: int,
         *,
         mu: float = 7.0,
-        sharpness: Schedule | Mapping[str, Any] | float = Schedule(  # noqa: B008
-            4.0, 300.0, until=0.75, shape="geometric"
-        ),
-        hard_from: int | float = 0.75,
+        sharpness: Schedule | Mapping[str, Any] | float | None = None,
+        hard_from: int | float | None = None,
         gradient_sharpness: float | None = None,
         train_sharpness: bool = False,
         power: int = 2,
@@ -117,9 +124,11 @@ class GeneralQuantizer(CodebookMethod):
     ) -> None:
         super().__init__(bits, **settings)
         require_mu(mu)
-        require_time("hard_from", hard_from)
-        self.sharpness = Schedule.of(sharpness)
-        if min(self.sharpness.start, self.sharpness.last, gradient_sharpness or 1.0) <= 0:
+        if hard_from is not None:
+            require_time("hard_from", hard_from)
+        self.sharpness = None if sharpness is None else Schedule.of(sharpness)
+        annealing = self.sharpness or _ANNEALING
+        if min(annealing.start, annealing.last, gradient_sharpness or 1.0) <= 0:
             raise ValueError("sharpness and gradient_sharpness must be positive")
         if power not in (1, 2):
             raise ValueError(f"power must be 1 or 2, got {power}")
@@ -149,6 +158,13 @@ class GeneralQuantizer(CodebookMethod):
         self._transforms: dict[str, GeneralQuantizerTransform] = {}
         self._saved: dict[str, Any] = {}
 
+    @property
+    def hard_step(self) -> float:
+        """Step from which weights are hard; ``inf`` for a fraction of a run without an end."""
+        if self.hard_from is None:
+            return min(_SOFT_FRACTION * self._total_steps, _SOFT_STEPS)
+        return step_of(self.hard_from, self._total_steps)
+
     @override
     def settings(self) -> dict[str, Any]:
         own = {"mu": self.mu, "scale": self.scale, "train_sharpness": self.train_sharpness}
@@ -157,13 +173,13 @@ class GeneralQuantizer(CodebookMethod):
     @override
     def missed(self) -> list[str]:
         # Evaluation and deployment are hard, which a soft training has not seen.
-        hard_from = step_of(self.hard_from, self._total_steps)
-        if self.steps >= hard_from:
+        hard_step = self.hard_step
+        if self.steps >= hard_step:
             return []
         reason = (
-            f"weights are at their centroids in training from step {hard_from:.0f} on (hard_from)"
+            f"weights are at their centroids in training from step {hard_step:.0f} on (hard_from)"
         )
-        now, last = f"{self._sharpness():.3g}", f"{self.sharpness.last:.3g}"
+        now, last = f"{self._sharpness():.3g}", f"{self._annealing().last:.3g}"
         if self.train_sharpness:
             return [reason]
         return [reason if now == last else f"{reason}, and the sharpness is {now}, not {last}"]
@@ -204,7 +220,7 @@ class GeneralQuantizer(CodebookMethod):
                 start=self.start,
             )
             if self.train_sharpness:
-                transform.train_sharpness(self.sharpness.start)
+                transform.train_sharpness(self._annealing().start)
             self._transforms[name] = transform
         self.rejoin()
 
@@ -271,14 +287,26 @@ class GeneralQuantizer(CodebookMethod):
             for key, tensor in transform.learned().items()
         }
 
+    def _needs_total(self) -> bool:
+        """Return whether a time is a fraction of the run."""
+        if self.sharpness is not None and self.sharpness.needs_total:
+            return True
+        return isinstance(self.hard_from, float) and self.hard_from > 0
+
+    def _annealing(self) -> Schedule:
+        """Return the schedule of the sharpness."""
+        if self.sharpness is not None:
+            return self.sharpness
+        return replace(_ANNEALING, until=math.ceil(self.hard_step))
+
     def _sharpness(self) -> float:
-        return self.sharpness.at(self.steps, total=self._total_steps)
+        return self._annealing().at(self.steps, total=self._total_steps)
 
     def _schedule(self) -> None:
         """Set the sharpness of the transforms, and whether they are active in this step."""
-        if self.sharpness.needs_total and self._total_steps == float("inf"):
+        if self._total_steps == math.inf and self._needs_total():
             return  # Evaluation alone: weights are hard.
-        is_hard = self.steps >= step_of(self.hard_from, self._total_steps)
+        is_hard = self.steps >= self.hard_step
         for transform in self._transforms.values():
             transform.sharpness = (
                 transform.trained_sharpness if self.train_sharpness else self._sharpness()

@@ -139,8 +139,9 @@ def _early(title: str, until: float, **more: object) -> Method:
     return _gq(title, sharpness=_ANNEALING % (4.0, 300.0, until), hard_from=until, **more)
 
 
-#: GQ's recipe with fewer soft steps.
+#: GQ's recipe with other numbers of soft steps.
 EARLY = {
+    "gq_until75": _early("GQ, annealed up to 75 %", 0.75),
     "gq_early3": _early("GQ, annealed up to 3 %", 0.03),
     "gq_early10": _early("GQ, annealed up to 10 %", 0.1),
     "gq_early25": _early("GQ, annealed up to 25 %", 0.25),
@@ -174,6 +175,11 @@ COMBINED = {
     "csp50_gq": Method("CSP, 50 % zeros, and GQ", "csp_gq", ("sparsity=0.5", _TO_END)),
     "csp80_gq": Method("CSP, 80 % zeros, and GQ", "csp_gq", ("sparsity=0.8", _TO_END)),
     "csp80_recipe": Method("CSP, 80 % zeros, and GQ's recipe", "csp_gq", ("sparsity=0.8",)),
+    "csp80_until75": Method(
+        "CSP, 80 % zeros, and GQ, annealed up to 75 %",
+        "csp_gq",
+        ("sparsity=0.8", *EARLY["gq_until75"].settings),
+    ),
     "csp80_codebook": Method(
         "CSP, 80 % zeros, and fixed codebook", "csp_codebook", ("sparsity=0.8",)
     ),
@@ -205,6 +211,7 @@ WIDTHS: dict[str, Sequence[int]] = {
     "csp50_gq": (4,),
     "csp80_gq": (4,),
     "csp80_recipe": (4,),
+    "csp80_until75": (4,),
     "csp80_codebook": (4,),
 }
 #: Compressions whose weights have the 8 bits of the accelerator, or none.

@@ -724,6 +724,41 @@ def test_centroids_stay_once_weights_are_hard() -> None:
     assert_same(dict(other.state_dict()), dict(fitted.state_dict()))
 
 
+class Sharpness(pl.Callback):
+    """Record the sharpness after each step, and end the run after ``last`` steps."""
+
+    def __init__(self, method: GeneralQuantizer, last: int) -> None:
+        self.method, self.last, self.values = method, last, []
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: object) -> None:
+        self.values.append(self.method.metrics()["sharpness"])
+        trainer.should_stop = trainer.global_step >= self.last
+
+
+@pytest.mark.parametrize(
+    ("settings", "steps", "hard_step"),
+    [
+        ({}, 16, 12),
+        ({}, 480, 360),
+        ({}, 481, 360),
+        ({}, 5000, 360),
+        ({}, -1, 360),
+        ({"hard_from": 0.25}, 16, 4),
+        ({"hard_from": 4}, -1, 4),
+        ({"hard_from": 0}, 16, 0),
+    ],
+)
+def test_weights_are_soft_for_three_quarters_of_a_run_and_at_most_360_steps(
+    settings: dict[str, float], steps: int, hard_step: int
+) -> None:
+    method = GeneralQuantizer(3, **settings)
+    sharpness = Sharpness(method, 3)
+    trainer(method, sharpness, steps=steps, max_epochs=-1).fit(module())
+    assert method.hard_step == hard_step
+    rise = [4 * 75 ** min(step / max(hard_step, 1), 1) for step in (1, 2, 3)]
+    assert sharpness.values == pytest.approx(rise, rel=1e-6)
+
+
 def test_centroids_are_trained_always_never_or_while_soft() -> None:
     with pytest.raises(ValueError, match="train_centroids must be True, False or 'soft'"):
         gq(train_centroids="hard")
