@@ -165,3 +165,21 @@ def require_time(name: str, time: int | float) -> None:
             f"{name} is a fraction of the run if it is a float, at most 1.0, got {time}"
             "; steps are ints"
         )
+
+
+def require_end(name: str, time: int | float, total: float) -> None:
+    """Raise if ``time`` is a fraction of a run without an end.
+
+    Args:
+        name: Name of the argument, for the message.
+        time: Time: an int counts steps, a float is a fraction of the run.
+        total: Number of optimizer steps of the run.
+
+    Raises:
+        ValueError: Names the argument.
+    """
+    if not math.isfinite(step_of(time, total)):
+        raise ValueError(
+            f"{name}={time} is a fraction of a run that has no end: set max_steps or max_epochs of "
+            "the Trainer, or give a step (an int)"
+        )

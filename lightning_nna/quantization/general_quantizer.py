@@ -24,7 +24,7 @@ from lightning_nna.quantization.general_quantizer_transform import (
     Start,
 )
 from lightning_nna.quantization.mu_law import require_mu
-from lightning_nna.schedule import Schedule, require_time, step_of
+from lightning_nna.schedule import Schedule, require_end, require_time, step_of
 from lightning_nna.weights.codebook import channels_of
 from lightning_nna.weights.method import require_codebook_size
 from lightning_nna.weights.pipeline import WeightTransform
@@ -32,8 +32,9 @@ from lightning_nna.weights.selection import groups_of
 
 #: Sharpness, until weights are hard.
 _ANNEALING = Schedule(4.0, 300.0, shape="geometric")
-#: Steps in which weights are soft: this fraction of a run, and at most so many.
-_SOFT_FRACTION, _SOFT_STEPS = 0.75, 360
+#: Fractions of a run in which weights are soft: of a short run, and of one with at least 1,000.
+_SHORT_RUN = 1000
+_SHORT_SOFT, _LONG_SOFT = 0.75, 0.1
 
 
 class GeneralQuantizer(CodebookMethod):
@@ -51,7 +52,7 @@ class GeneralQuantizer(CodebookMethod):
             in equal times, until weights are hard.
         hard_from: Time from which weights are at their centroids in training, too: a step (int) or
             a fraction of the run (float); the soft assignment gives their gradient. None for three
-            quarters of the run, and at most 360 steps.
+            quarters of a run of less than 1,000 steps, and a tenth of a longer one.
         gradient_sharpness: Greatest sharpness of the assignment that gives the gradient of hard
             weights: with a sharp one, weights near a centroid get none. None passes the gradient
             straight through, as the limit of a soft assignment does.
@@ -97,7 +98,7 @@ class GeneralQuantizer(CodebookMethod):
     The defaults are those of the recipe ``compression=gq``, chosen on validation speakers
     (``docs/results/low_bits.md``).
 
-    Differs from the paper: the schedule of the sharpness, that the last quarter of a run is hard
+    Differs from the paper: the schedule of the sharpness, that the later steps of a run are hard
     with gradients straight through and centroids that stay, the start at Lloyd-Max points and the
     integer centroids are ours.
     """
@@ -161,9 +162,7 @@ class GeneralQuantizer(CodebookMethod):
     @property
     def hard_step(self) -> float:
         """Step from which weights are hard; ``inf`` for a fraction of a run without an end."""
-        if self.hard_from is None:
-            return min(_SOFT_FRACTION * self._total_steps, _SOFT_STEPS)
-        return step_of(self.hard_from, self._total_steps)
+        return step_of(self._hard_from, self._total_steps)
 
     @override
     def settings(self) -> dict[str, Any]:
@@ -236,6 +235,7 @@ class GeneralQuantizer(CodebookMethod):
 
     @override
     def located(self) -> None:
+        require_end("hard_from", self._hard_from, self._total_steps)
         self._schedule()
 
     @override
@@ -287,24 +287,23 @@ class GeneralQuantizer(CodebookMethod):
             for key, tensor in transform.learned().items()
         }
 
-    def _needs_total(self) -> bool:
-        """Return whether a time is a fraction of the run."""
-        if self.sharpness is not None and self.sharpness.needs_total:
-            return True
-        return isinstance(self.hard_from, float) and self.hard_from > 0
+    @property
+    def _hard_from(self) -> int | float:
+        """Time from which weights are hard."""
+        if self.hard_from is not None:
+            return self.hard_from
+        return _SHORT_SOFT if self._total_steps < _SHORT_RUN else _LONG_SOFT
 
     def _annealing(self) -> Schedule:
         """Return the schedule of the sharpness."""
-        if self.sharpness is not None:
-            return self.sharpness
-        return replace(_ANNEALING, until=math.ceil(self.hard_step))
+        return self.sharpness or replace(_ANNEALING, until=self._hard_from)
 
     def _sharpness(self) -> float:
         return self._annealing().at(self.steps, total=self._total_steps)
 
     def _schedule(self) -> None:
         """Set the sharpness of the transforms, and whether they are active in this step."""
-        if self._total_steps == math.inf and self._needs_total():
+        if self._annealing().needs_total and self._total_steps == math.inf:
             return  # Evaluation alone: weights are hard.
         is_hard = self.steps >= self.hard_step
         for transform in self._transforms.values():

@@ -16,7 +16,7 @@ from typing_extensions import Unpack, override
 
 from lightning_nna.non_finite import require_finite_weights
 from lightning_nna.quantization.s8bqat import S8BQATArguments, S8BQATMethod
-from lightning_nna.schedule import require_time, step_of
+from lightning_nna.schedule import require_end, require_time, step_of
 from lightning_nna.weights.pipeline import WeightTransform
 
 #: Names of running means of the gradient in the state of optimizers.
@@ -161,6 +161,10 @@ class HardCompression(S8BQATMethod):
         # Checkpoints of earlier versions have neither.
         self._indices = dict(state_dict.get("indices", {}))  # type: ignore[call-overload]
         self._changed = float(str(state_dict.get("changed", 0.0)))
+
+    @override
+    def located(self) -> None:
+        require_end("start_step", self.start_step, self._total_steps)
 
     def _due(self) -> float:
         """Return the step of the next compression; infinite without an end of the run."""

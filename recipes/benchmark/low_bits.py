@@ -144,6 +144,7 @@ EARLY = {
     "gq_until75": _early("GQ, annealed up to 75 %", 0.75),
     "gq_early3": _early("GQ, annealed up to 3 %", 0.03),
     "gq_early10": _early("GQ, annealed up to 10 %", 0.1),
+    "gq_soft360": _gq("GQ, soft for 360 steps", hard_from=360),
     "gq_early25": _early("GQ, annealed up to 25 %", 0.25),
     "gq_early50": _early("GQ, annealed up to 50 %", 0.5),
     "gq_early10_zero": _early("GQ, annealed up to 10 %, a zero", 0.1, pin_zero="true"),

@@ -740,15 +740,15 @@ class Sharpness(pl.Callback):
     [
         ({}, 16, 12),
         ({}, 480, 360),
-        ({}, 481, 360),
-        ({}, 5000, 360),
-        ({}, -1, 360),
+        ({}, 960, 720),
+        ({}, 1000, 100),
+        ({}, 5000, 500),
         ({"hard_from": 0.25}, 16, 4),
         ({"hard_from": 4}, -1, 4),
         ({"hard_from": 0}, 16, 0),
     ],
 )
-def test_weights_are_soft_for_three_quarters_of_a_run_and_at_most_360_steps(
+def test_weights_are_soft_for_three_quarters_of_a_short_run_and_a_tenth_of_a_long_one(
     settings: dict[str, float], steps: int, hard_step: int
 ) -> None:
     method = GeneralQuantizer(3, **settings)
@@ -757,6 +757,20 @@ def test_weights_are_soft_for_three_quarters_of_a_run_and_at_most_360_steps(
     assert method.hard_step == hard_step
     rise = [4 * 75 ** min(step / max(hard_step, 1), 1) for step in (1, 2, 3)]
     assert sharpness.values == pytest.approx(rise, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("method", "time"),
+    [
+        (GeneralQuantizer(3), "hard_from=0.1"),
+        (GeneralQuantizer(3, sharpness=16.0), "hard_from=0.1"),
+        (GeneralQuantizer(3, sharpness=16.0, hard_from=0.5), "hard_from=0.5"),
+        (HardCompression(3, every_n_steps=1, start_step=0.5), "start_step=0.5"),
+    ],
+)
+def test_a_fraction_of_a_run_without_an_end_is_an_error(method: WeightMethod, time: str) -> None:
+    with pytest.raises(ValueError, match=f"{time} is a fraction of a run that has no end"):
+        trainer(method, steps=-1, max_epochs=-1).fit(module())
 
 
 def test_centroids_are_trained_always_never_or_while_soft() -> None:
