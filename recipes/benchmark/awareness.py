@@ -190,7 +190,12 @@ def report(rows: Sequence[Row]) -> Fields:
             for row in _of(scored, model, chip, method)
         ],
         "averaged": [text for model, chip in pairs if (text := average_line(scored, model, chip))],
-        "outliers": [outlier_line(row) for row in scored if "outliers" in row],
+        "outliers": [
+            outlier_line(row)
+            for model in MODELS
+            for row in _of(scored, model, "none", "float")
+            if "outliers" in row
+        ],
         "programs": [program_line(row) for row in scored if "equal_outputs" in row],
         "fallbacks": [
             fallback_line(row)

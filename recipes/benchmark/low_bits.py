@@ -194,6 +194,12 @@ FROM_SCRATCH = {
         "fixed codebook, straight-through", "codebook", (_RANGES_LATE,), from_scratch=True
     ),
     "gq_scratch": Method("GQ", "gq", (_RANGES_LATE,), from_scratch=True),
+    "gq_scratch75": Method(
+        "GQ, annealed up to 75 %",
+        "gq",
+        (_RANGES_LATE, *EARLY["gq_until75"].settings),
+        from_scratch=True,
+    ),
 }
 METHODS = {**BASELINES, **COMPARED, **PARTS, **EARLY, **ADDED, **COMBINED, **FROM_SCRATCH}
 #: Widths of the methods that do not have those of the grid.
