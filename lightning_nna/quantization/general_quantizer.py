@@ -51,8 +51,9 @@ class GeneralQuantizer(CodebookMethod):
             is left at 32, and none to speak of at 300. None rises from 4 to 300, by equal factors
             in equal times, until weights are hard.
         hard_from: Time from which weights are at their centroids in training, too: a step (int) or
-            a fraction of the run (float); the soft assignment gives their gradient. None for three
-            quarters of a run of less than 1,000 steps, and a tenth of a longer one.
+            a fraction of the run (float); the soft assignment gives their gradient. None for where
+            ``sharpness`` has risen; where it is None or constant, for three quarters of a run of
+            less than 1,000 steps, and a tenth of a longer one.
         gradient_sharpness: Greatest sharpness of the assignment that gives the gradient of hard
             weights: with a sharp one, weights near a centroid get none. None passes the gradient
             straight through, as the limit of a soft assignment does.
@@ -292,6 +293,8 @@ class GeneralQuantizer(CodebookMethod):
         """Time from which weights are hard."""
         if self.hard_from is not None:
             return self.hard_from
+        if self.sharpness is not None and self.sharpness.start != self.sharpness.last:
+            return self.sharpness.until
         return _SHORT_SOFT if self._total_steps < _SHORT_RUN else _LONG_SOFT
 
     def _annealing(self) -> Schedule:

@@ -5,7 +5,7 @@ import pickle
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import lightning.pytorch as pl
 import pytest
@@ -724,6 +724,9 @@ def test_centroids_stay_once_weights_are_hard() -> None:
     assert_same(dict(other.state_dict()), dict(fitted.state_dict()))
 
 
+RISING = {"start": 4.0, "end": 300.0, "shape": "geometric"}
+
+
 class Sharpness(pl.Callback):
     """Record the sharpness after each step, and end the run after ``last`` steps."""
 
@@ -746,10 +749,12 @@ class Sharpness(pl.Callback):
         ({"hard_from": 0.25}, 16, 4),
         ({"hard_from": 4}, -1, 4),
         ({"hard_from": 0}, 16, 0),
+        ({"sharpness": {**RISING, "until": 8}}, 16, 8),
+        ({"sharpness": {**RISING, "until": 0.25}}, 2000, 500),
     ],
 )
 def test_weights_are_soft_for_three_quarters_of_a_short_run_and_a_tenth_of_a_long_one(
-    settings: dict[str, float], steps: int, hard_step: int
+    settings: dict[str, Any], steps: int, hard_step: int
 ) -> None:
     method = GeneralQuantizer(3, **settings)
     sharpness = Sharpness(method, 3)
