@@ -17,7 +17,7 @@ from lightning_nna.non_finite import require_finite_weights
 from lightning_nna.pruning.masks import MaskTransform, MatrixLayout, global_sparsities
 from lightning_nna.pruning.sparsity_pattern import SparsityPattern
 from lightning_nna.resumed_settings import require_same
-from lightning_nna.schedule import Schedule, require_time, step_of
+from lightning_nna.schedule import Schedule, require_end, require_time, step_of
 from lightning_nna.weights.method import WeightMethod
 from lightning_nna.weights.pipeline import WeightTransform, unseen
 from lightning_nna.weights.selection import Sparsities, candidates_of, matches_path, read_numbers
@@ -275,6 +275,8 @@ class PruningMethod(WeightMethod, ABC):
             self._is_final = False  # The run has become longer.
         if self._is_final:
             require_same(type(self).__name__, self._saved_settings, self.settings())
+        else:
+            require_end("freeze_step", self.freeze_step, self._total_steps)
         self._update_revival()
 
     @override

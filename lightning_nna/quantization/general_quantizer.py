@@ -32,8 +32,8 @@ from lightning_nna.weights.selection import groups_of
 
 #: Sharpness, until weights are hard.
 _ANNEALING = Schedule(4.0, 300.0, shape="geometric")
-#: Fractions of a run in which weights are soft: of a short run, and of one with at least 1,000.
-_SHORT_RUN = 1000
+#: Steps from which on a run is long, and the fractions of a short and of a long run that are soft.
+_LONG_RUN = 1000
 _SHORT_SOFT, _LONG_SOFT = 0.75, 0.1
 
 
@@ -173,13 +173,13 @@ class GeneralQuantizer(CodebookMethod):
     @override
     def missed(self) -> list[str]:
         # Evaluation and deployment are hard, which a soft training has not seen.
-        hard_step = self.hard_step
-        if self.steps >= hard_step:
+        if self.steps >= self.hard_step:
             return []
         reason = (
-            f"weights are at their centroids in training from step {hard_step:.0f} on (hard_from)"
+            f"weights are at their centroids in training from step {self.hard_step:.0f} on "
+            "(hard_from)"
         )
-        now, last = f"{self._sharpness():.3g}", f"{self._annealing().last:.3g}"
+        now, last = f"{self._sharpness():.3g}", f"{self._annealing.last:.3g}"
         if self.train_sharpness:
             return [reason]
         return [reason if now == last else f"{reason}, and the sharpness is {now}, not {last}"]
@@ -220,7 +220,7 @@ class GeneralQuantizer(CodebookMethod):
                 start=self.start,
             )
             if self.train_sharpness:
-                transform.train_sharpness(self._annealing().start)
+                transform.train_sharpness(self._annealing.start)
             self._transforms[name] = transform
         self.rejoin()
 
@@ -295,18 +295,19 @@ class GeneralQuantizer(CodebookMethod):
             return self.hard_from
         if self.sharpness is not None and self.sharpness.start != self.sharpness.last:
             return self.sharpness.until
-        return _SHORT_SOFT if self._total_steps < _SHORT_RUN else _LONG_SOFT
+        return _SHORT_SOFT if self._total_steps < _LONG_RUN else _LONG_SOFT
 
+    @property
     def _annealing(self) -> Schedule:
-        """Return the schedule of the sharpness."""
+        """Schedule of the sharpness."""
         return self.sharpness or replace(_ANNEALING, until=self._hard_from)
 
     def _sharpness(self) -> float:
-        return self._annealing().at(self.steps, total=self._total_steps)
+        return self._annealing.at(self.steps, total=self._total_steps)
 
     def _schedule(self) -> None:
         """Set the sharpness of the transforms, and whether they are active in this step."""
-        if self._annealing().needs_total and self._total_steps == math.inf:
+        if self._annealing.needs_total and self._total_steps == math.inf:
             return  # Evaluation alone: weights are hard.
         is_hard = self.steps >= self.hard_step
         for transform in self._transforms.values():

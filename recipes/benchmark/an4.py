@@ -37,7 +37,6 @@ METHODS = {
     "chip": "emulated, untrained",
     "nna8": "emulated, trained",
     "tuned": "float, trained further",
-    "tuned_average": "float, trained further, averaged",
     "nna8_average": "emulated, trained, averaged",
 }
 #: Methods that the grid runs by default, and that the figure has.
@@ -92,7 +91,7 @@ class AN4Run(RecipeRun):
         if self.is_tuned:
             compression = "nna8" if self.method in EMULATED else "none"
             settings = [*compressed(compression), f"init_from={start}", *settings]
-        if self.method.endswith("_average"):
+        if self.method == "nna8_average":
             settings.append(AVERAGE)
         return ["recipes.train", f"experiment={self.experiment}", f"seed={self.seed}", *settings]
 

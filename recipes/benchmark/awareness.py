@@ -4,7 +4,7 @@
     python -m recipes.benchmark.awareness --page-only
     python -m recipes.benchmark.awareness --models keywords --chips shift
 
-Three networks: the recognizers of spoken commands (RNN-T and Conformer, and the Conformer trained
+Four networks: three recognizers of spoken commands (an RNN-T, a Conformer, and one that is trained
 three times as long) and a keyword spotter. Each is emulated on every chip as it is, and fine-tuned
 in that chip's arithmetic. The *control* has the same fine-tuning in float and is emulated then: it
 tells awareness from further training.
@@ -28,6 +28,7 @@ from recipes.benchmark.awareness_runs import (
     CHIPS,
     METHODS,
     MODELS,
+    RECOGNIZERS,
     STEPS,
     AwarenessRun,
     KeywordRun,
@@ -137,9 +138,7 @@ def runs(
         seeds: Seeds of the fine-tuning.
         threads: Number of CPU threads of each run.
     """
-    ordered = [
-        model for model in ("keywords", "rnnt", "conformer", "conformer_long") if model in models
-    ]
+    ordered = [model for model in ("keywords", *RECOGNIZERS) if model in models]
     grid: list[Run] = []
     for model in ordered:
         if "float" in methods:
@@ -157,7 +156,7 @@ def runs(
         if chip in TRAINED[model] and "control" in methods and is_measured:
             grid.append(_run(model, chip, "control", seed, threads))
     # A longer training leaves the operators as they are.
-    counted = [model for model in ordered if model != "conformer_long"]
+    counted = [model for model in ordered if model in ("keywords", *STARTS)]
     return [*grid, *(FallbackRun(m, o, threads=threads) for m in counted for o in OPERATORS)]
 
 

@@ -14,7 +14,7 @@ import lightning.pytorch as pl
 import numpy as np
 import torch
 from lightning.pytorch import Callback, Trainer
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -44,7 +44,7 @@ from recipes.benchmark.rows import Row
 from recipes.keywords.data import KeywordData
 from recipes.keywords.network import KeywordNetwork, folded_weights
 from recipes.keywords.spotter import KeywordSpotter
-from recipes.preparation import build
+from recipes.preparation import rebuild
 from recipes.weights import load_weights
 
 RUNS = Path("runs/awareness")
@@ -327,10 +327,7 @@ def built(start: Start) -> TransducerAdapter:
     Args:
         start: Recognizer.
     """
-    weights = load_weights(start.weights)
-    recipe = OmegaConf.create(weights.recipe)
-    assert isinstance(recipe, DictConfig)
-    adapter = build(recipe, weights, with_rest=True)
+    adapter = rebuild(load_weights(start.weights), OmegaConf.create({"data": {}})).adapter
     assert isinstance(adapter, TransducerAdapter)
     return adapter
 

@@ -135,24 +135,14 @@ PARTS = {
 }
 
 
-def _early(title: str, until: float, **more: object) -> Method:
-    """Return GQ's recipe with an annealing that ends earlier, and hard weights from then on."""
-    return _gq(title, sharpness=_ANNEALING % (4.0, 300.0, until), hard_from=until, **more)
-
-
 #: GQ's recipe with other numbers of soft steps.
 EARLY = {
-    "gq_until75": _early("GQ, annealed up to 75 %", 0.75),
-    "gq_early3": _early("GQ, annealed up to 3 %", 0.03),
-    "gq_early10": _early("GQ, annealed up to 10 %", 0.1),
-    "gq_soft360": _gq("GQ, soft for 360 steps", hard_from=360),
-    "gq_early25": _early("GQ, annealed up to 25 %", 0.25),
-    "gq_early50": _early("GQ, annealed up to 50 %", 0.5),
-    "gq_early10_zero": _early("GQ, annealed up to 10 %, a zero", 0.1, pin_zero="true"),
-    "gq_early10_mu0": _early("GQ, annealed up to 10 %, no µ-law", 0.1, mu=0.0),
-    "gq_early10_mu0_zero": _early(
-        "GQ, annealed up to 10 %, a zero, no µ-law", 0.1, mu=0.0, pin_zero="true"
-    ),
+    "gq_until75": _gq("GQ, annealed up to 75 %", hard_from=0.75),
+    "gq_early3": _gq("GQ, annealed up to 3 %", hard_from=0.03),
+    "gq_early10": _gq("GQ, annealed up to 10 %", hard_from=0.1),
+    "gq_soft360": _gq("GQ, annealed for 360 steps", hard_from=360),
+    "gq_early25": _gq("GQ, annealed up to 25 %", hard_from=0.25),
+    "gq_early10_zero": _gq("GQ, annealed up to 10 %, a zero", hard_from=0.1, pin_zero="true"),
 }
 #: Parts of GQ, one at a time, added to the fixed codebook.
 ADDED = {

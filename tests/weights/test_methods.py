@@ -771,6 +771,10 @@ def test_weights_are_soft_for_three_quarters_of_a_short_run_and_a_tenth_of_a_lon
         (GeneralQuantizer(3, sharpness=16.0), "hard_from=0.1"),
         (GeneralQuantizer(3, sharpness=16.0, hard_from=0.5), "hard_from=0.5"),
         (HardCompression(3, every_n_steps=1, start_step=0.5), "start_step=0.5"),
+        (
+            MagnitudePruning(0.5, schedule=Schedule(0, 1, until=8), freeze_step=0.5),
+            "freeze_step=0.5",
+        ),
     ],
 )
 def test_a_fraction_of_a_run_without_an_end_is_an_error(method: WeightMethod, time: str) -> None:
