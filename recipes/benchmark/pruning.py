@@ -1,10 +1,13 @@
-"""Zero weights on AN4: every method from the same float weights, with the same budget.
+"""Zero weights: every method from the same float weights, with the same budget.
 
     python -m recipes.benchmark.pruning --workers 2                 # run what is missing
     python -m recipes.benchmark.pruning --seeds 1 --sparsities 0.8  # a part of the grid
+    python -m recipes.benchmark.pruning --corpora commands
     python -m recipes.benchmark.pruning --page-only
 
-Start and budget are those of ``recipes.benchmark.compression``.
+On AN4, with all methods, and on the synthetic commands, whose 10,350 test words tell small
+differences apart. Start and budget are those of ``recipes.benchmark.compression`` and
+``recipes.benchmark.low_bits``.
 """
 
 from __future__ import annotations
@@ -21,13 +24,17 @@ from lightning_nna.checkpoints import load_checkpoint
 from recipes.benchmark.grid import Study, axis, threads_option
 from recipes.benchmark.plots import plot_losses
 from recipes.benchmark.recipe_runs import (
+    AN4_RNNT,
+    COMMANDS_RNNT,
     SEEDS,
     Method,
     RecipeRun,
     compressed,
     evaluation,
     metrics_of,
+    packed_errors,
     training,
+    wer_difference,
 )
 from recipes.benchmark.report import (
     Fields,
@@ -41,6 +48,7 @@ from recipes.benchmark.report import (
     outcome,
     paired,
     percent,
+    points,
     relative,
     wer_change,
     word_errors,
@@ -48,6 +56,8 @@ from recipes.benchmark.report import (
 from recipes.benchmark.rows import Row, read_rows, select, spread
 
 RUNS = Path("runs/pruning")
+#: Float recognizers that the methods start from, by corpus.
+CORPORA = {"an4": AN4_RNNT, "commands": COMMANDS_RNNT}
 SPARSITIES = (0.5, 0.7, 0.8, 0.9, 0.95)
 #: Methods that CSP is compared with, and its own other measurements.
 BASELINES = ("gmp", "gmp_global", "gmp_global_100", "l1", "lth", "random", "model_pruning")
@@ -182,6 +192,18 @@ METHODS: dict[str, SparsitiesMethod] = {
         "CSP and 5 bits (codebook)", "csp_codebook", ("bits=5",), (0.7, 0.8)
     ),
 }
+#: Methods on the commands, with their fractions of zeros.
+ON_COMMANDS: dict[str, tuple[float, ...]] = {
+    "float": (0.0,),
+    "nna8": (0.0,),
+    **dict.fromkeys(LADDER, _LADDER),
+    "gmp_global": (0.5, *_LADDER),
+    "csp": (0.5, *_LADDER),
+    "csp_100": _LADDER,
+    "gmp_2:4": (0.5,),
+    "csp_2:4": (0.5,),
+    "csp_2:4_unfitted": (0.5,),
+}
 
 
 @dataclass(frozen=True)
@@ -189,11 +211,13 @@ class PruningRun(RecipeRun):
     """One method at one sparsity.
 
     Attributes:
+        corpus: A key of :data:`CORPORA`.
         method: A key of :data:`METHODS`.
         sparsity: Fraction of zeros.
         seed: Seed of the training.
     """
 
+    corpus: str
     method: str
     sparsity: float
     seed: int
@@ -202,27 +226,30 @@ class PruningRun(RecipeRun):
     def folder(self) -> Path:
         """Run folder."""
         name = self.method.replace(":", "of")
-        return RUNS / f"{name}_{round(100 * self.sparsity)}" / f"seed{self.seed}"
+        # The study of deployment takes its networks from the folders of AN4.
+        folder = RUNS if self.corpus == "an4" else RUNS / self.corpus
+        return folder / f"{name}_{round(100 * self.sparsity)}" / f"seed{self.seed}"
 
     @property
     def command(self) -> list[str]:
         """Module and overrides of the run."""
-        method = METHODS[self.method]
+        method, start = METHODS[self.method], CORPORA[self.corpus]
         settings = [*compressed(method.compression), *method.settings]
         if self.method == "float":
-            return evaluation(self.folder, *settings)
+            return evaluation(self.folder, *settings, start=start)
         if method.compression != "nna8":
             settings.append(f"sparsity={self.sparsity}")
-        return training(self.seed, self.folder, *settings)
+        return training(self.seed, self.folder, *settings, start=start)
 
     def row(self, summary: Mapping[str, Any]) -> Row:
         """Make the row of a finished run from its summary and its checkpoint."""
         checkpoint = load_checkpoint(self.checkpoint) if self.checkpoint.exists() else {}
         counts = nonzero_counts(checkpoint) if checkpoint else {}
         bits = 5 if self.method == "csp_5bits" else 8
+        each = {"utterance_errors": packed_errors(self.folder)} if self.corpus == "commands" else {}
         return {
-            "corpus": "an4",
-            "model": "rnnt",
+            "corpus": self.corpus,
+            "model": CORPORA[self.corpus].model,
             "method": self.method,
             "sparsity": self.sparsity,
             "seed": self.seed,
@@ -230,11 +257,13 @@ class PruningRun(RecipeRun):
             "zeros": fraction_of_zeros(counts, checkpoint.get("state_dict", {})),
             **metrics_of(summary),
             "packed_bytes": packed_bytes(counts, bits=bits, parameters=summary["parameters"]),
+            **each,
         }
 
 
 def runs(
     *,
+    corpora: Sequence[str] = tuple(CORPORA),
     methods: Sequence[str] = tuple(METHODS),
     sparsities: Sequence[float] = (),
     seeds: Sequence[int] = SEEDS,
@@ -243,17 +272,31 @@ def runs(
     """List the grid, or a part of it, seed by seed.
 
     Args:
-        methods: Keys of :data:`METHODS`.
+        corpora: Keys of :data:`CORPORA`.
+        methods: Keys of :data:`METHODS`; on the commands, those of :data:`ON_COMMANDS`.
         sparsities: Fractions of zeros; empty for all.
-        seeds: Seeds of the training.
+        seeds: Seeds of the training; the float weights are scored once.
         threads: Number of CPU threads of each run.
     """
-    return [
-        PruningRun(method, sparsity, seed, threads=threads)
-        for seed, method in itertools.product(seeds, methods)
-        for sparsity in METHODS[method].sparsities
+    grid = [
+        PruningRun(
+            corpus, method, sparsity, SEEDS[0] if method == "float" else seed, threads=threads
+        )
+        for corpus, seed, method in itertools.product(corpora, seeds, methods)
+        for sparsity in fractions(corpus, method)
         if not sparsities or sparsity in sparsities
     ]
+    return list(dict.fromkeys(grid))
+
+
+def fractions(corpus: str, method: str) -> tuple[float, ...]:
+    """Return the fractions of zeros that a method is run at; none where it is not run.
+
+    Args:
+        corpus: A key of :data:`CORPORA`.
+        method: A key of :data:`METHODS`.
+    """
+    return METHODS[method].sparsities if corpus == "an4" else ON_COMMANDS.get(method, ())
 
 
 def nonzero_counts(checkpoint: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
@@ -528,6 +571,7 @@ STUDY = Study(
     report=report,
     plot=plot,
     options={
+        "corpora": axis(CORPORA),
         "methods": axis(METHODS),
         "sparsities": {"nargs": "*", "type": float, "default": [], "help": "all if left out"},
         "seeds": axis(SEEDS, is_open=True),

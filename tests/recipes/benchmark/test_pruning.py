@@ -13,6 +13,7 @@ from torch import nn
 
 from recipes.benchmark.pruning import (
     METHODS,
+    ON_COMMANDS,
     STUDY,
     PruningRun,
     checks,
@@ -57,12 +58,18 @@ ROWS = [
 def test_every_run_has_a_folder_of_its_own() -> None:
     grid = runs()
     assert len({run.folder for run in grid}) == len(grid)
-    assert runs(methods=["csp"], sparsities=[0.9], seeds=[2]) == [PruningRun("csp", 0.9, 2)]
+    assert runs(methods=["csp"], sparsities=[0.9], seeds=[2]) == [
+        PruningRun("an4", "csp", 0.9, 2),
+        PruningRun("commands", "csp", 0.9, 2),
+    ]
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_every_command_composes_and_its_callback_can_be_made(method: str) -> None:
-    run = runs(methods=[method])[0]
+@pytest.mark.parametrize(
+    ("corpus", "method"),
+    [*(("an4", method) for method in METHODS), *(("commands", method) for method in ON_COMMANDS)],
+)
+def test_every_command_composes_and_its_callback_can_be_made(corpus: str, method: str) -> None:
+    run = runs(corpora=[corpus], methods=[method])[0]
     module, *overrides = run.command
     settings = [word for word in overrides if not word.startswith("hydra.")]
     with initialize(version_base="1.3", config_path="../../../recipes/conf"):
