@@ -356,23 +356,32 @@ def packed_bytes(counts: Mapping[str, tuple[int, int]], *, bits: int, parameters
 
 def report(rows: Sequence[Row]) -> Fields:
     """Make the fields of the report."""
+    an4, commands = (select(rows, corpus=corpus) for corpus in CORPORA)
     each = [
         row
+        for corpus in (an4, commands)
         for method in METHODS
         for row in sorted(
-            select(rows, method=method), key=lambda row: (row["sparsity"], row["seed"])
+            select(corpus, method=method), key=lambda row: (row["sparsity"], row["seed"])
         )
     ]
     return {
         "means": [
-            mean_line(rows, method, sparsity)
+            mean_line(an4, method, sparsity)
             for method in METHODS
-            for sparsity in _sparsities(rows, method)
+            for sparsity in _sparsities(an4, method)
         ],
-        "checks": checks(rows),
-        "ladder": ladder(rows),
-        "steps": ladder_steps(rows),
-        "forms": forms(rows, read_rows(NPU_ROWS)),
+        "checks": checks(an4),
+        "ladder": ladder(an4),
+        "steps": ladder_steps(an4),
+        "forms": forms(an4, read_rows(NPU_ROWS)),
+        "commands_means": [
+            commands_line(commands, method, sparsity)
+            for method in METHODS
+            for sparsity in _sparsities(commands, method)
+        ],
+        "commands_ladder": ladder(commands),
+        "commands_steps": commands_steps(commands),
         "runs": [run_line(row) for row in each],
     }
 
@@ -404,6 +413,38 @@ def ladder_steps(rows: Sequence[Row]) -> list[str]:
                 loss = loss_change(*difference(pairs))
                 lines.append(f"- {change}, {sparsity:.0%}: {words}; {loss}; {len(pairs)} seed(s).")
     return lines
+
+
+def commands_steps(rows: Sequence[Row]) -> list[str]:
+    """Compare the pairs of :data:`STEPS_OF_LADDER` on the commands, with bootstrap intervals."""
+    lines = []
+    for method, other, change in STEPS_OF_LADDER:
+        cells = [
+            points(wer_difference(*(select(rows, method=m, sparsity=s) for m in (method, other))))
+            for s in _LADDER
+        ]
+        if set(cells) != {"-"}:
+            lines.append(line(change, *cells))
+    return lines
+
+
+def commands_line(rows: Sequence[Row], method: str, sparsity: float) -> str:
+    """Format a line of means over the seeds, with differences to float and of CSP to the method.
+
+    A pattern of zeros is compared with CSP of the same pattern.
+    """
+    selected = select(rows, method=method, sparsity=sparsity)
+    own = "csp_2:4" if "2:4" in method else "csp"
+    csp = select(rows, method=own, sparsity=sparsity) if method != own else []
+    return line(
+        METHODS[method].title,
+        f"{sparsity:.0%}",
+        len(selected),
+        *word_errors(selected),
+        f"{mean_loss(selected):.4f}",
+        points(wer_difference(selected, select(rows, method="float"))) if sparsity else "-",
+        points(wer_difference(csp, selected)),
+    )
 
 
 def forms(rows: Sequence[Row], npu_rows: Sequence[Row]) -> list[str]:
@@ -527,6 +568,7 @@ def mean_line(rows: Sequence[Row], method: str, sparsity: float) -> str:
 def run_line(row: Row) -> str:
     """Format the line of one run."""
     return line(
+        CORPORA[row["corpus"]].title,
         METHODS[row["method"]].title,
         f"{row['sparsity']:.0%}",
         row["seed"],
@@ -537,7 +579,8 @@ def run_line(row: Row) -> str:
 
 
 def plot(rows: Sequence[Row], path: Path) -> None:
-    """Plot the loss over the fraction of zeros."""
+    """Plot the loss on AN4 over the fraction of zeros."""
+    rows = select(rows, corpus="an4")
     plot_losses(
         path,
         curves={

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hydra import compose, initialize
@@ -17,12 +18,15 @@ from recipes.benchmark.pruning import (
     STUDY,
     PruningRun,
     checks,
+    commands_line,
+    commands_steps,
     ladder,
     ladder_steps,
     nonzero_counts,
     packed_bytes,
     runs,
 )
+from recipes.benchmark.recipe_runs import commands_words, pack_errors
 from recipes.benchmark.rows import append_row
 from recipes.settings import check_settings
 
@@ -32,6 +36,7 @@ def _row(
 ) -> dict[str, Any]:
     return {
         "command": f"python -m recipes.train compression={method} sparsity={sparsity}",
+        "corpus": "an4",
         "method": method,
         "sparsity": sparsity,
         "zeros": sparsity,
@@ -152,6 +157,33 @@ def test_the_ladder_has_the_rungs_with_rows_and_their_differences() -> None:
         "- The fit of the survivors, 80%: -1.0 ± 0.0 points of WER; loss per token -0.0100 ± "
         "0.0000 nats; 1 seed(s).",
     ]
+
+
+def _on_commands(method: str, sparsity: float, errors: int, **more: Any) -> dict[str, Any]:
+    each = np.zeros(len(commands_words()), dtype=int)
+    each[:errors] = 1
+    packed = {"corpus": "commands", "utterance_errors": pack_errors(each.tolist())}
+    return _row(method, sparsity, 0.2, **more) | packed
+
+
+def test_commands_are_compared_utterance_by_utterance() -> None:
+    rows = [
+        _on_commands("float", 0.0, 1000, seconds=None),
+        _on_commands("csp_unfitted", 0.8, 1500),
+        _on_commands("csp", 0.8, 1200),
+        _on_commands("csp_2:4", 0.5, 1100),
+        _on_commands("gmp_2:4", 0.5, 1100),
+    ]
+    (change,) = commands_steps(rows)
+    words = commands_words().sum()
+    what, at_70, at_80, at_90 = change.strip("| ").split(" | ")
+    assert (what, at_70, at_90) == ("The fit of the survivors", "-", "-")
+    assert at_80.startswith(f"{-100 * 300 / words:+.1f} (-")
+    cells = commands_line(rows, "csp_unfitted", 0.8).strip("| ").split(" | ")
+    assert cells[-2].startswith(f"{100 * 500 / words:+.1f} (+")
+    assert cells[-1] == at_80
+    assert commands_line(rows, "csp", 0.8).endswith("| - |")
+    assert commands_line(rows, "gmp_2:4", 0.5).endswith("| +0.0 (+0.0 to +0.0, tied) |")
 
 
 def test_what_has_fewer_zeros_is_no_rival() -> None:
