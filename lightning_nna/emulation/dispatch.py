@@ -41,13 +41,13 @@ from lightning_nna.emulation.operators.layout import (
 )
 from lightning_nna.emulation.operators.linear import LOOK_UPS, index_of_rows
 from lightning_nna.emulation.operators.numbers_of_indices import NUMBERS
-from lightning_nna.emulation.operators.record import Operator
+from lightning_nna.emulation.operators.record import Arguments, Operator
 from lightning_nna.emulation.program import Instruction
 from lightning_nna.emulation.ranges import MixedQParams, QParams
 from lightning_nna.emulation.remedies import reason_against, remedy_of
 from lightning_nna.emulation.sites import TRANSPARENT_FILES, CallSites, Location, source_of_call
 from lightning_nna.emulation.state import EmulationState
-from lightning_nna.emulation.telemetry import in_float
+from lightning_nna.emulation.telemetry import Telemetry, in_float
 
 # If two modules are emulated in nested blocks, one dispatch calls the other.
 TRANSPARENT_FILES.update((__file__, float_kernels.__file__))
@@ -519,14 +519,43 @@ class Dispatch(TorchFunctionMode):
         if DEFERRED.noted > noted:
             self._explain(noted, key, args, kwargs)
         if telemetry is not None:
-            exact = in_float(func, args, kwargs)
-            first = result if isinstance(result, Tensor) else result[0]
-            if exact is not None and first.is_floating_point():
-                exact = self.state.fusion.apply_relu(key, exact)
-                telemetry.compare(key, exact, first, self.state.qparams_of(first))
+            self._compare(telemetry, operator, key, func, (args, kwargs), result)
         if self.state.scales.learning == "all" and f"{key}/output" in self.state.scales.activations:
             result = self._learn_output(key, result, func, args, kwargs)
         return result
+
+    def _compare(
+        self,
+        telemetry: Telemetry,
+        operator: Operator,
+        key: str,
+        func: Callable[..., Any],
+        arguments: Arguments,
+        result: Any,
+    ) -> None:
+        """Tell the telemetry how far a result is from the float one, both without dropout."""
+        undropped = operator.without_dropout(*arguments[0], **arguments[1])
+        if undropped is not None:
+            # Float and emulation drop other values: what was dropped is no error of the arithmetic.
+            arguments = undropped
+            result = self._again(operator, key, arguments)
+        exact = in_float(func, *arguments)
+        first = result if isinstance(result, Tensor) else result[0]
+        if exact is not None and first.is_floating_point():
+            exact = self.state.fusion.apply_relu(key, exact)
+            telemetry.compare(key, exact, first, self.state.qparams_of(first))
+
+    def _again(self, operator: Operator, key: str, arguments: Arguments) -> Any:
+        """Emulate a site once more, which nobody records, counts or differentiates."""
+        args, kwargs = arguments
+        modes = self.state.modes
+        unseen = replace(modes.current, telemetry=None, recorder=None, listener=None)
+        around = modes.enter(unseen)
+        try:
+            with torch.no_grad():
+                return driver.run(operator, self._new_call(key, unseen), args, kwargs)
+        finally:
+            modes.enter(around)
 
     def _explain(self, noted: int, key: str, args: Any, kwargs: dict[str, Any]) -> None:
         """Let checks that a device has not computed yet name the site and its parameters."""

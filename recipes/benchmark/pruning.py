@@ -419,10 +419,10 @@ def commands_steps(rows: Sequence[Row]) -> list[str]:
     """Compare the pairs of :data:`STEPS_OF_LADDER` on the commands, with bootstrap intervals."""
     lines = []
     for method, other, change in STEPS_OF_LADDER:
-        cells = [
-            points(wer_difference(*(select(rows, method=m, sparsity=s) for m in (method, other))))
-            for s in _LADDER
-        ]
+        cells = []
+        for sparsity in _LADDER:
+            selected, others = (select(rows, method=m, sparsity=sparsity) for m in (method, other))
+            cells.append(points(wer_difference(selected, others)))
         if set(cells) != {"-"}:
             lines.append(line(change, *cells))
     return lines

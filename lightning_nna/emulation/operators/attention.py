@@ -14,8 +14,9 @@ Reference:
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -32,7 +33,12 @@ from lightning_nna.emulation.operators.attention_mask import Mask, SeenMasks, ma
 from lightning_nna.emulation.operators.call import Call
 from lightning_nna.emulation.operators.linear import fully_connected, linear
 from lightning_nna.emulation.operators.matmul import matmul
-from lightning_nna.emulation.operators.record import Form, Operator, register_operator
+from lightning_nna.emulation.operators.record import (
+    Arguments,
+    Form,
+    Operator,
+    register_operator,
+)
 from lightning_nna.emulation.operators.reduction import mean_onto
 from lightning_nna.emulation.operators.softmax import softmax
 from lightning_nna.emulation.program import Activation, Stored
@@ -76,6 +82,11 @@ def supports_scaled_dot_product_attention(
 ) -> bool:
     """Tell whether the factor is not 0, for queries of at most five axes."""
     return query.dim() <= 5 and scale != 0
+
+
+def undropped_attention(*args: Any, **kwargs: Any) -> Arguments | None:
+    """Return the arguments of ``F.scaled_dot_product_attention`` without dropout, if it has any."""
+    return _undropped(scaled_dot_product_attention, args, kwargs)
 
 
 def multi_head_attention(
@@ -146,6 +157,23 @@ def multi_head_attention(
 def supports_multi_head_attention(*args: Any, **kwargs: Any) -> bool:
     """Tell whether no keys and values come from outside."""
     return kwargs.get("static_k") is None and kwargs.get("static_v") is None
+
+
+def undropped_multi_head_attention(*args: Any, **kwargs: Any) -> Arguments | None:
+    """Return the arguments of ``F.multi_head_attention_forward`` without dropout, if it has any."""
+    return _undropped(multi_head_attention, args, kwargs)
+
+
+def _undropped(
+    emulate: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Arguments | None:
+    """Set ``dropout_p`` to 0 wherever it stands; None where nothing is dropped."""
+    bound = inspect.signature(emulate).bind(None, *args, **kwargs)
+    values = bound.arguments
+    if not values.get("dropout_p") or not values.get("training", True):
+        return None
+    values["dropout_p"] = 0.0
+    return bound.args[1:], bound.kwargs
 
 
 def _appended(call: Call, name: str, x: Tensor, bias: Tensor | None, zeros: bool) -> Tensor:
@@ -354,11 +382,13 @@ register_operator(
         torch=("scaled_dot_product_attention",),
         emulate=scaled_dot_product_attention,
         supports=supports_scaled_dot_product_attention,
+        without_dropout=undropped_attention,
         forms=(
             Form(
                 ("multi_head_attention_forward",),
                 multi_head_attention,
                 supports_multi_head_attention,
+                undropped_multi_head_attention,
             ),
         ),
         has_weights=True,

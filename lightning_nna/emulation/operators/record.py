@@ -27,6 +27,8 @@ NO_OPTIONS = ""
 
 Record = TypeVar("Record")
 
+#: Positional and keyword arguments of a call.
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 _OPERATORS: dict[str, Operator] = {}
 _BY_FUNCTION: dict[str, Operator] = {}
 _KERNELS: dict[str, Kernel] = {}
@@ -84,11 +86,13 @@ class Form:
         torch: Names of the torch functions and methods, or the functions themselves.
         emulate: Function that takes a ``Call`` and the torch function's own arguments.
         supports: Function of the torch function's arguments, see :class:`Operator`.
+        without_dropout: Function of the torch function's arguments, see :class:`Operator`.
     """
 
     torch: Sequence[str | Callable[..., Any]]
     emulate: Callable[..., Any]
     supports: Callable[..., bool | str] = lambda *args, **kwargs: True
+    without_dropout: Callable[..., Arguments | None] = lambda *args, **kwargs: None
 
 
 @dataclass(frozen=True)
@@ -131,6 +135,9 @@ class Operator:
         emulate: Function that takes a ``Call`` and the torch function's own arguments.
         supports: Function of the torch function's arguments: whether the accelerator has this form;
             instead of False it may return a text that says what to write instead.
+        without_dropout: Function of the torch function's arguments, where it drops values at
+            random: the positional and keyword arguments of a call that drops none, or None if this
+            one does not; the telemetry compares such a call.
         forms: Other torch functions of this operator.
         litert: Kernels that this operator brings along; the first is that of its instruction.
         widths: Widths of activations for which it exists.
@@ -154,6 +161,7 @@ class Operator:
     instructions: Callable[..., None] | None = None
     emulate: Callable[..., Any] | None = None
     supports: Callable[..., bool | str] = lambda *args, **kwargs: True
+    without_dropout: Callable[..., Arguments | None] = lambda *args, **kwargs: None
     forms: tuple[Form, ...] = ()
     litert: tuple[Kernel, ...] = ()
     widths: tuple[int, ...] = (8, 16)
@@ -212,7 +220,12 @@ def register_operator(operator: Operator) -> Operator:
         _insert(_OPERATORS, operator.name, operator)
     _BY_FUNCTION.update(dict.fromkeys(_names(operator.torch), operator))
     for form in operator.forms:
-        variant = replace(operator, emulate=form.emulate, supports=form.supports)
+        variant = replace(
+            operator,
+            emulate=form.emulate,
+            supports=form.supports,
+            without_dropout=form.without_dropout,
+        )
         _BY_FUNCTION.update(dict.fromkeys(_names(form.torch), variant))
     return operator
 

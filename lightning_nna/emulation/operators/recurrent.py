@@ -19,7 +19,13 @@ from lightning_nna.emulation.operators.concatenation import concatenate
 from lightning_nna.emulation.operators.gru import gru_layer
 from lightning_nna.emulation.operators.lstm import Weights, lstm_layer
 from lightning_nna.emulation.operators.lstm_steps import elementary_lstm_layer
-from lightning_nna.emulation.operators.record import Form, Kernel, Operator, register_operator
+from lightning_nna.emulation.operators.record import (
+    Arguments,
+    Form,
+    Kernel,
+    Operator,
+    register_operator,
+)
 from lightning_nna.emulation.operators.recurrent_steps import States
 from lightning_nna.emulation.operators.rnn import relu_layer, tanh_layer
 from lightning_nna.emulation.operators.sequences import Layout
@@ -122,6 +128,18 @@ def _run(call: Call, args: tuple[Any, ...], *, kind: str) -> tuple[Tensor, State
     return call.viewed(shaped, output), last
 
 
+def undropped_recurrence(*args: Any, **kwargs: Any) -> Arguments | None:
+    """Return the arguments of ``torch.lstm``, ``gru`` or ``rnn_*`` without dropout, if it has any.
+
+    It follows the number of layers, one place earlier where sequences are padded.
+    """
+    place = 6 if isinstance(args[4], bool) else 5
+    layers, dropout, training = args[place - 1 : place + 2]
+    if not dropout or not training or layers < 2:
+        return None
+    return (*args[:place], 0.0, *args[place + 1 :]), kwargs
+
+
 def _states(hx: Tensor | Sequence[Tensor]) -> States:
     return (hx,) if isinstance(hx, Tensor) else tuple(hx)
 
@@ -203,6 +221,7 @@ register_operator(
         "lstm",
         torch=("lstm",),
         emulate=lstm,
+        without_dropout=undropped_recurrence,
         forms=(Form(("lstm_cell",), lstm_cell),),
         litert=(
             Kernel(
@@ -226,6 +245,7 @@ register_operator(
         "gru",
         torch=("gru",),
         emulate=gru,
+        without_dropout=undropped_recurrence,
         forms=(Form(("gru_cell",), gru_cell),),
         has_weights=True,
         arithmetic="fully connected layers, sums, products, sigmoids and a tanh in 16 bits",
@@ -236,8 +256,9 @@ register_operator(
         "rnn",
         torch=("rnn_tanh",),
         emulate=rnn_tanh,
+        without_dropout=undropped_recurrence,
         forms=(
-            Form(("rnn_relu",), rnn_relu),
+            Form(("rnn_relu",), rnn_relu, without_dropout=undropped_recurrence),
             Form(("rnn_tanh_cell",), rnn_tanh_cell),
             Form(("rnn_relu_cell",), rnn_relu_cell),
         ),
