@@ -8,6 +8,7 @@ traceback of everything.
 from __future__ import annotations
 
 import functools
+import inspect
 import linecache
 import os
 import re
@@ -32,6 +33,7 @@ from hydra.errors import (
     OverrideParseException,
 )
 from hydra.types import RunMode
+from hydra.utils import get_object
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import GrammarParseError, InterpolationResolutionError
@@ -216,10 +218,25 @@ def _not_composed(error: ConfigCompositionException, name: str) -> str:
     groups = [one for one in fixed if re.match(r"[a-z]+=\w+$", one) and key not in one]
     hint = f"; recipes.{name} --help lists them"
     with suppress(Exception):
-        hint = did_you_mean(key, known_keys(name, groups)) or hint
+        owner = _owner(key, _composed(name, groups))
+        taken = f"; {owner} takes it, and it is added with a plus: +{key}=..." if owner else ""
+        hint = taken or did_you_mean(key, known_keys(name, groups)) or hint
     if swept and "." in key:
         hint += f" (a setting of a group that is swept: ++{key}=...)"
     return f"there is no setting {key}{hint}"
+
+
+def _owner(key: str, config: DictConfig) -> str:
+    """Name what takes a setting that the recipe does not give; empty if nothing does."""
+    node, _, argument = key.rpartition(".")
+    target = OmegaConf.select(config, f"{node}._target_") if node else None
+    if target is None:
+        return ""
+    maker = get_object(target)
+    # A class may hand settings on to those that it inherits from.
+    calls = [each.__init__ for each in maker.__mro__] if isinstance(maker, type) else [maker]
+    takes = any(argument in inspect.signature(call).parameters for call in calls)
+    return str(target).rpartition(".")[2] if takes else ""
 
 
 def _quotes(override: str) -> str:

@@ -59,6 +59,12 @@ def _nothing(_: DictConfig) -> None:
 MISTAKES = [
     (["bit=2"], "recipes.train: there is no setting bit; did you mean bits?"),
     (["data.batch_second=3"], "no setting data.batch_second; did you mean data.batch_seconds?"),
+    (
+        ["compression=csp", "callbacks.prune.every_n_steps=100"],
+        "there is no setting callbacks.prune.every_n_steps; CompressedSensingPruning takes it, and "
+        "it is added with a plus: +callbacks.prune.every_n_steps=...",
+    ),
+    (["callbacks.nna.spce=1"], "there is no setting callbacks.nna.spce; did you mean nna.spec?"),
     (["~optimizer"], "there is no setting optimizer; did you mean model.optimizer?"),
     (
         ["compression=gqq"],
