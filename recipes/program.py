@@ -234,7 +234,9 @@ def _owner(key: str, config: DictConfig) -> str:
         return ""
     maker = get_object(target)
     # A class may hand settings on to those that it inherits from.
-    calls = [each.__init__ for each in maker.__mro__] if isinstance(maker, type) else [maker]
+    calls = [maker]
+    if isinstance(maker, type):
+        calls = [vars(each)["__init__"] for each in maker.__mro__ if "__init__" in vars(each)]
     takes = any(argument in inspect.signature(call).parameters for call in calls)
     return str(target).rpartition(".")[2] if takes else ""
 
