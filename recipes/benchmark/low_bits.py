@@ -535,7 +535,7 @@ def plot(rows: Sequence[Row], path: Path) -> None:
                 if selected := select(tested, model=model, method=method):
                     label = METHODS[method].title
                     axes.axhline(_mean_wer(selected), ls=dashes, color="gray", label=label)
-            axes.set(title=STARTS[model].title, xlabel="bits of a weight", xticks=[1, 2, 3, 4])
+            axes.set(title=STARTS[model].title, xlabel="bits of a weight", xticks=[1, 2, 3, 4, 5])
             if axes.lines:
                 axes.set_yscale("log")
                 for axis_format in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
