@@ -164,10 +164,18 @@ def known_keys(name: str, overrides: Sequence[str] = ()) -> list[str]:
         name: Name of a configuration.
         overrides: Choices of the command; left out if they do not compose.
     """
+    return _keys(_composable(name, overrides))
+
+
+def _composable(name: str, overrides: Sequence[str]) -> DictConfig:
+    """Compose a configuration, without the choices of a command if they do not compose."""
     try:
-        config = _composed(name, overrides)
+        return _composed(name, overrides)
     except HydraException:
-        config = _composed(name, [])
+        return _composed(name, [])
+
+
+def _keys(config: DictConfig) -> list[str]:
     plain = OmegaConf.to_container(config, resolve=False)
     groups = (path.name for path in CONF.iterdir() if path.is_dir() and path.name != "hydra")
     return sorted({*_paths(plain), *groups})
@@ -218,16 +226,15 @@ def _not_composed(error: ConfigCompositionException, name: str) -> str:
     groups = [one for one in fixed if re.match(r"[a-z]+=\w+$", one) and key not in one]
     hint = f"; recipes.{name} --help lists them"
     with suppress(Exception):
-        owner = _owner(key, _composed(name, groups))
-        taken = f"; {owner} takes it, and it is added with a plus: +{key}=..." if owner else ""
-        hint = taken or did_you_mean(key, known_keys(name, groups)) or hint
+        config = _composable(name, groups)
+        hint = _taken(key, config) or did_you_mean(key, _keys(config)) or hint
     if swept and "." in key:
         hint += f" (a setting of a group that is swept: ++{key}=...)"
     return f"there is no setting {key}{hint}"
 
 
-def _owner(key: str, config: DictConfig) -> str:
-    """Name what takes a setting that the recipe does not give; empty if nothing does."""
+def _taken(key: str, config: DictConfig) -> str:
+    """Say how to add a setting that its class takes and no file gives; empty if it takes none."""
     node, _, argument = key.rpartition(".")
     target = OmegaConf.select(config, f"{node}._target_") if node else None
     if target is None:
@@ -238,7 +245,8 @@ def _owner(key: str, config: DictConfig) -> str:
     if isinstance(maker, type):
         calls = [vars(each)["__init__"] for each in maker.__mro__ if "__init__" in vars(each)]
     takes = any(argument in inspect.signature(call).parameters for call in calls)
-    return str(target).rpartition(".")[2] if takes else ""
+    owner = str(target).rpartition(".")[2]
+    return f"; {owner} takes it, and it is added with a plus: +{key}=..." if takes else ""
 
 
 def _quotes(override: str) -> str:

@@ -192,17 +192,20 @@ METHODS: dict[str, SparsitiesMethod] = {
         "CSP and 5 bits (codebook)", "csp_codebook", ("bits=5",), (0.7, 0.8)
     ),
 }
-#: Methods on the commands, with their fractions of zeros.
-ON_COMMANDS: dict[str, tuple[float, ...]] = {
-    "float": (0.0,),
-    "nna8": (0.0,),
-    **dict.fromkeys(LADDER, _LADDER),
-    "gmp_global": (0.5, *_LADDER),
-    "csp": (0.5, *_LADDER),
-    "csp_100": _LADDER,
-    "gmp_2:4": (0.5,),
-    "csp_2:4": (0.5,),
-    "csp_2:4_unfitted": (0.5,),
+#: Methods on each corpus, with their fractions of zeros.
+GRIDS: dict[str, dict[str, tuple[float, ...]]] = {
+    "an4": {name: method.sparsities for name, method in METHODS.items()},
+    "commands": {
+        "float": (0.0,),
+        "nna8": (0.0,),
+        **dict.fromkeys(LADDER, _LADDER),
+        "gmp_global": (0.5, *_LADDER),
+        "csp": (0.5, *_LADDER),
+        "csp_100": _LADDER,
+        "gmp_2:4": (0.5,),
+        "csp_2:4": (0.5,),
+        "csp_2:4_unfitted": (0.5,),
+    },
 }
 
 
@@ -246,7 +249,6 @@ class PruningRun(RecipeRun):
         checkpoint = load_checkpoint(self.checkpoint) if self.checkpoint.exists() else {}
         counts = nonzero_counts(checkpoint) if checkpoint else {}
         bits = 5 if self.method == "csp_5bits" else 8
-        each = {"utterance_errors": packed_errors(self.folder)} if self.corpus == "commands" else {}
         return {
             "corpus": self.corpus,
             "model": CORPORA[self.corpus].model,
@@ -257,7 +259,7 @@ class PruningRun(RecipeRun):
             "zeros": fraction_of_zeros(counts, checkpoint.get("state_dict", {})),
             **metrics_of(summary),
             "packed_bytes": packed_bytes(counts, bits=bits, parameters=summary["parameters"]),
-            **each,
+            "utterance_errors": packed_errors(self.folder),
         }
 
 
@@ -273,7 +275,7 @@ def runs(
 
     Args:
         corpora: Keys of :data:`CORPORA`.
-        methods: Keys of :data:`METHODS`; on the commands, those of :data:`ON_COMMANDS`.
+        methods: Keys of :data:`METHODS`; a corpus has those of :data:`GRIDS`.
         sparsities: Fractions of zeros; empty for all.
         seeds: Seeds of the training; the float weights are scored once.
         threads: Number of CPU threads of each run.
@@ -283,20 +285,10 @@ def runs(
             corpus, method, sparsity, SEEDS[0] if method == "float" else seed, threads=threads
         )
         for corpus, seed, method in itertools.product(corpora, seeds, methods)
-        for sparsity in fractions(corpus, method)
+        for sparsity in GRIDS[corpus].get(method, ())
         if not sparsities or sparsity in sparsities
     ]
     return list(dict.fromkeys(grid))
-
-
-def fractions(corpus: str, method: str) -> tuple[float, ...]:
-    """Return the fractions of zeros that a method is run at; none where it is not run.
-
-    Args:
-        corpus: A key of :data:`CORPORA`.
-        method: A key of :data:`METHODS`.
-    """
-    return METHODS[method].sparsities if corpus == "an4" else ON_COMMANDS.get(method, ())
 
 
 def nonzero_counts(checkpoint: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
@@ -436,13 +428,14 @@ def commands_line(rows: Sequence[Row], method: str, sparsity: float) -> str:
     selected = select(rows, method=method, sparsity=sparsity)
     own = "csp_2:4" if "2:4" in method else "csp"
     csp = select(rows, method=own, sparsity=sparsity) if method != own else []
+    unpruned = select(rows, method="float") if method != "float" else []
     return line(
         METHODS[method].title,
         f"{sparsity:.0%}",
         len(selected),
         *word_errors(selected),
         f"{mean_loss(selected):.4f}",
-        points(wer_difference(selected, select(rows, method="float"))) if sparsity else "-",
+        points(wer_difference(selected, unpruned)),
         points(wer_difference(csp, selected)),
     )
 

@@ -13,8 +13,7 @@ from hydra.utils import instantiate
 from torch import nn
 
 from recipes.benchmark.pruning import (
-    METHODS,
-    ON_COMMANDS,
+    GRIDS,
     STUDY,
     PruningRun,
     checks,
@@ -70,8 +69,7 @@ def test_every_run_has_a_folder_of_its_own() -> None:
 
 
 @pytest.mark.parametrize(
-    ("corpus", "method"),
-    [*(("an4", method) for method in METHODS), *(("commands", method) for method in ON_COMMANDS)],
+    ("corpus", "method"), [(corpus, method) for corpus, grid in GRIDS.items() for method in grid]
 )
 def test_every_command_composes_and_its_callback_can_be_made(corpus: str, method: str) -> None:
     run = runs(corpora=[corpus], methods=[method])[0]
