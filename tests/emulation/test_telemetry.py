@@ -29,7 +29,7 @@ class _Attention(nn.Module):
 
 
 class _Product(nn.Module):
-    """Attention without projections, by keyword or by position."""
+    """Attention without projections, its arguments by keyword or by position."""
 
     def __init__(self, by_name: bool) -> None:
         super().__init__()
@@ -38,7 +38,10 @@ class _Product(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         p = 0.5 if self.training else 0.0
         if self.by_name:
-            return F.scaled_dot_product_attention(x, x, x, dropout_p=p)
+            # Torch takes the scale by name alone.
+            return F.scaled_dot_product_attention(
+                x, key=x, value=x, attn_mask=None, dropout_p=p, is_causal=False, scale=0.25
+            )
         return F.scaled_dot_product_attention(x, x, x, None, p, True)
 
 

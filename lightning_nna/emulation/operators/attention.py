@@ -167,13 +167,16 @@ def undropped_multi_head_attention(*args: Any, **kwargs: Any) -> Arguments | Non
 def _undropped(
     emulate: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Arguments | None:
-    """Set ``dropout_p`` to 0 wherever it stands; None where nothing is dropped."""
-    bound = inspect.signature(emulate).bind(None, *args, **kwargs)
-    values = bound.arguments
+    """Set ``dropout_p`` to 0 where it stands, or by name; None where nothing is dropped."""
+    signature = inspect.signature(emulate)
+    values = signature.bind(None, *args, **kwargs).arguments
     if not values.get("dropout_p") or not values.get("training", True):
         return None
-    values["dropout_p"] = 0.0
-    return bound.args[1:], bound.kwargs
+    # Arguments by name stay so: torch takes some of them in no other way.
+    place = list(signature.parameters).index("dropout_p") - 1
+    if place < len(args):
+        return (*args[:place], 0.0, *args[place + 1 :]), kwargs
+    return args, {**kwargs, "dropout_p": 0.0}
 
 
 def _appended(call: Call, name: str, x: Tensor, bias: Tensor | None, zeros: bool) -> Tensor:
