@@ -378,7 +378,7 @@ def report(rows: Sequence[Row]) -> Fields:
         "budgets": [
             mean_line(tested, model, method, bits, steps)
             for model, bits, method in itertools.product(
-                STARTS, (4, 3, 2, 1), (*COMPARED, *PARTS, *EARLY, *COMBINED)
+                STARTS, (8, 4, 3, 2, 1), (*COMPARED, *PARTS, *EARLY, *COMBINED)
             )
             for steps in BUDGETS[1:]
             if select(tested, model=model, method=method, bits=bits, steps=steps)
